@@ -1,0 +1,463 @@
+//! What a caller may choose: the method's parameters, each head's strategy, and the options of one attention call.
+//!
+//! Everything here is plain data. Combinations that make no sense together are refused by [`CompressionConfig::check`],
+//! which every entry point of the crate calls before it computes anything.
+
+use candle_core::{bail, DType, Result, Tensor};
+use serde::{Deserialize, Serialize};
+
+/// How one head decides that a token resembles its neighbour. Source: the paper.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MergeStrategy {
+    /// A pair qualifies when `1 - cos < threshold`: the two vectors point the same way. Code 0 in a strategy tensor.
+    Similarity,
+    /// A pair qualifies when `|cos| < threshold`: the two vectors are nearly orthogonal. Code 1 in a strategy tensor.
+    Difference,
+    /// No pair qualifies: the head computes ordinary attention. Code 2 in a strategy tensor.
+    Off,
+}
+
+impl MergeStrategy {
+    /// Every strategy, in the order of its code in a strategy tensor.
+    pub const ALL: [Self; 3] = [Self::Similarity, Self::Difference, Self::Off];
+
+    /// The code of this strategy in a strategy tensor: 0, 1 or 2.
+    pub fn code(self) -> u32 {
+        self as u32
+    }
+
+    fn from_code(code: u32) -> Result<Self> {
+        match Self::ALL.get(code as usize) {
+            Some(strategy) => Ok(*strategy),
+            None => bail!(
+                "strategy tensor: expected the codes 0 (similarity), 1 (difference) or 2 (off), got {code}; \
+                 write them with MergeStrategy::code"
+            ),
+        }
+    }
+}
+
+/// Which qualifying pairs are merged. See [`crate::reference`] for both as scalar code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MergeRule {
+    /// One left-to-right scan per head: a token joins the run that ends at its left neighbour when it also qualifies
+    /// against the run's first token and the run is shorter than `max_merge_level`. A bit depends on tokens up to its
+    /// right neighbour only, so prefill and step-by-step decoding agree. Ours.
+    Causal,
+    /// Bit for bit what the published Python reference does. **Not causal**: a row can depend on tokens up to four
+    /// places to its right, and all heads and batch rows of one call influence each other. It has no cache.
+    Reference,
+}
+
+/// How the query heads that share one KV head decide. Ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GroupRule {
+    /// Every query head decides for itself, as if keys and values had been repeated.
+    PerQueryHead,
+    /// One decision per KV head: a pair merges only when every query head of the group passes every test. Only this
+    /// (or as many KV heads as query heads) lets a KV cache drop anything.
+    Unanimous,
+}
+
+/// Which quantity a pair is judged by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Criterion {
+    /// `cos(q[t+1], k[t])`, the paper's.
+    QueryKey,
+    /// `cos(k[t+1], k[t])`, ours; it does not read the queries.
+    KeyKey,
+    /// The attention mass that the rows of the local window gave the token. Ours. Reserved: this version refuses it.
+    ObservedMass,
+}
+
+/// What merging does to keys and values (and, for [`Fold::PairSum`], to queries).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fold {
+    /// The token plus its hidden left neighbour, both as they came in, so a chain does not accumulate; queries are
+    /// folded the same way. The paper's: for models trained with it.
+    PairSum,
+    /// The running mean of the chain, which enters the softmax with `ln n` for its `n` tokens. For pretrained models.
+    /// Ours.
+    Mean,
+    /// The hidden token is left out. For pretrained models; the cheapest. Ours.
+    Drop,
+}
+
+/// What the squared terms of the compression loss are divided by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LossNormalizer {
+    /// The number of qualifying pairs, or of all pairs where none qualifies. The paper's; it explodes when only a few
+    /// pairs qualify.
+    Merged,
+    /// The number of all pairs: bounded. Ours.
+    Pairs,
+}
+
+/// The method's parameters. [`Default`] gives the paper's values under the causal rule.
+///
+/// ```
+/// use candle_sfattention::{CompressionConfig, Fold};
+/// let config = CompressionConfig { fold: Fold::Mean, window: 32, ..Default::default() };
+/// config.check(true)?;
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CompressionConfig {
+    /// A pair of a [`MergeStrategy::Similarity`] head qualifies when `1 - cos` is below this. Default 2e-4 (paper).
+    pub similarity_threshold: f64,
+    /// A pair of a [`MergeStrategy::Difference`] head qualifies when `|cos|` is below this. Default 0.0175 (paper).
+    pub difference_threshold: f64,
+    /// The most tokens that may be hidden in one run, at least 1. Default 20 (paper).
+    pub max_merge_level: usize,
+    /// Default [`MergeRule::Causal`].
+    pub rule: MergeRule,
+    /// Default [`GroupRule::PerQueryHead`].
+    pub group_rule: GroupRule,
+    /// Default [`Criterion::QueryKey`] (paper).
+    pub criterion: Criterion,
+    /// Default [`Fold::PairSum`] (paper).
+    pub fold: Fold,
+    /// The first `sinks` tokens are never hidden. Default 0.
+    pub sinks: usize,
+    /// The last `window` tokens before a row, itself included, are attended raw; folding starts to their left.
+    /// Default 0: each row sees its own folded token. Needs causal attention.
+    pub window: usize,
+    /// Factor on the compression loss. Default 1.
+    pub loss_factor: f64,
+    /// Default [`LossNormalizer::Merged`] (paper).
+    pub loss_normalizer: LossNormalizer,
+}
+
+impl Default for CompressionConfig {
+    fn default() -> Self {
+        Self {
+            similarity_threshold: 2e-4,
+            difference_threshold: 0.0175,
+            max_merge_level: 20,
+            rule: MergeRule::Causal,
+            group_rule: GroupRule::PerQueryHead,
+            criterion: Criterion::QueryKey,
+            fold: Fold::PairSum,
+            sinks: 0,
+            window: 0,
+            loss_factor: 1.0,
+            loss_normalizer: LossNormalizer::Merged,
+        }
+    }
+}
+
+impl CompressionConfig {
+    /// Parity with the published Python reference: the default values under [`MergeRule::Reference`].
+    pub fn reference() -> Self {
+        Self {
+            rule: MergeRule::Reference,
+            ..Self::default()
+        }
+    }
+
+    /// For stock checkpoints that were never trained with merging: running means of similar keys, decided once per KV
+    /// head, with the first 4 tokens and the last 32 left alone. Use it with [`MergeStrategy::Similarity`].
+    pub fn pretrained() -> Self {
+        Self {
+            fold: Fold::Mean,
+            criterion: Criterion::KeyKey,
+            similarity_threshold: 0.1,
+            sinks: 4,
+            window: 32,
+            max_merge_level: 5,
+            group_rule: GroupRule::Unanimous,
+            ..Self::default()
+        }
+    }
+
+    /// The threshold of a head that has none of its own; infinity for [`MergeStrategy::Off`], which reads none.
+    pub fn default_threshold(&self, strategy: MergeStrategy) -> f64 {
+        match strategy {
+            MergeStrategy::Similarity => self.similarity_threshold,
+            MergeStrategy::Difference => self.difference_threshold,
+            MergeStrategy::Off => f64::INFINITY,
+        }
+    }
+
+    /// Refuses values and combinations that have no meaning.
+    ///
+    /// # Errors
+    /// A threshold or `loss_factor` that is not finite, `max_merge_level` of 0, [`Criterion::ObservedMass`], a window
+    /// without causal attention, and every setting that [`MergeRule::Reference`] does not know.
+    pub fn check(&self, causal: bool) -> Result<()> {
+        for (name, value) in [
+            ("similarity_threshold", self.similarity_threshold),
+            ("difference_threshold", self.difference_threshold),
+            ("loss_factor", self.loss_factor),
+        ] {
+            if !value.is_finite() {
+                bail!("{name}: expected a finite number, got {value}; the defaults are CompressionConfig::default()")
+            }
+        }
+        if self.max_merge_level == 0 {
+            bail!("max_merge_level: expected at least 1, got 0; use MergeStrategy::Off to merge nothing")
+        }
+        if self.criterion == Criterion::ObservedMass {
+            bail!(
+                "criterion: expected query_key or key_key, got observed_mass; \
+                 it is not implemented in this version, use key_key with a window"
+            )
+        }
+        if !causal && self.window != 0 {
+            bail!(
+                "window: expected 0 for non-causal attention, got {}; set window to 0 or causal to true",
+                self.window
+            )
+        }
+        if self.rule == MergeRule::Reference {
+            self.check_reference_rule()?
+        }
+        Ok(())
+    }
+
+    fn check_reference_rule(&self) -> Result<()> {
+        let got = if self.criterion != Criterion::QueryKey {
+            format!("criterion {:?}", self.criterion)
+        } else if self.group_rule != GroupRule::PerQueryHead {
+            format!("group_rule {:?}", self.group_rule)
+        } else if self.sinks != 0 {
+            format!("sinks {}", self.sinks)
+        } else if self.window != 0 {
+            format!("window {}", self.window)
+        } else {
+            return Ok(());
+        };
+        bail!(
+            "MergeRule::Reference: expected criterion QueryKey, group_rule PerQueryHead, sinks 0 and window 0, got {got}; \
+             use MergeRule::Causal for everything the published reference does not have"
+        )
+    }
+}
+
+/// One head's decision test: its strategy and its threshold, with the defaults filled in.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HeadTest {
+    /// What makes a pair qualify.
+    pub strategy: MergeStrategy,
+    /// The bound of the strict comparison; not read by [`MergeStrategy::Off`].
+    pub threshold: f64,
+}
+
+/// Each head's strategy and, where given, its own threshold: the same for all heads, per head `(H)`, or per batch row
+/// and head `(B, H)`. H counts query heads.
+///
+/// ```
+/// use candle_sfattention::{HeadStrategies, MergeStrategy::*};
+/// let everywhere = HeadStrategies::uniform(Similarity);
+/// let mixed = HeadStrategies::per_head(vec![Similarity, Difference, Off, Off]);
+/// # let _ = (everywhere, mixed);
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct HeadStrategies {
+    strategies: Table<MergeStrategy>,
+    thresholds: Option<Table<f64>>,
+}
+
+/// A row-major table that broadcasts over the axes it lacks.
+#[derive(Clone, Debug, PartialEq)]
+enum Table<T> {
+    Uniform(T),
+    PerHead(Vec<T>),
+    PerBatchHead { heads: usize, values: Vec<T> },
+}
+
+impl<T: Copy> Table<T> {
+    fn from_rows(what: &str, dims: &[usize], values: Vec<T>) -> Result<Self> {
+        match *dims {
+            [_] => Ok(Self::PerHead(values)),
+            [_, heads] => Ok(Self::PerBatchHead { heads, values }),
+            _ => bail!("{what}: expected shape (heads) or (batch, heads), got {dims:?}; reshape it"),
+        }
+    }
+
+    fn check(&self, what: &str, batch: usize, heads: usize) -> Result<()> {
+        let got = match self {
+            Self::Uniform(_) => return Ok(()),
+            Self::PerHead(values) if values.len() == heads => return Ok(()),
+            Self::PerBatchHead { heads: h, values } if *h == heads && values.len() == batch * heads => return Ok(()),
+            Self::PerHead(values) => format!("({})", values.len()),
+            Self::PerBatchHead { heads: h, values } => format!("({}, {h})", values.len() / (*h).max(1)),
+        };
+        bail!("{what}: expected shape ({heads}) or ({batch}, {heads}), got {got}; give one entry per query head")
+    }
+
+    fn get(&self, batch: usize, head: usize) -> T {
+        match self {
+            Self::Uniform(value) => *value,
+            Self::PerHead(values) => values[head],
+            Self::PerBatchHead { heads, values } => values[batch * heads + head],
+        }
+    }
+}
+
+impl HeadStrategies {
+    /// Every head of every batch row uses `strategy`.
+    pub fn uniform(strategy: MergeStrategy) -> Self {
+        Self {
+            strategies: Table::Uniform(strategy),
+            thresholds: None,
+        }
+    }
+
+    /// One strategy per query head, the same for every batch row.
+    pub fn per_head(strategies: Vec<MergeStrategy>) -> Self {
+        Self {
+            strategies: Table::PerHead(strategies),
+            thresholds: None,
+        }
+    }
+
+    /// Reads strategy codes (0 similarity, 1 difference, 2 off) from a u32, u8 or i64 tensor of shape `(H)` or `(B, H)`.
+    ///
+    /// # Errors
+    /// Another dtype, another rank, or an unknown code.
+    pub fn from_tensor(codes: &Tensor) -> Result<Self> {
+        if !matches!(codes.dtype(), DType::U32 | DType::U8 | DType::I64) {
+            bail!(
+                "strategy tensor: expected dtype u32, u8 or i64, got {:?}; convert it with to_dtype",
+                codes.dtype()
+            )
+        }
+        let flat = codes.flatten_all()?.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+        let strategies = flat
+            .into_iter()
+            .map(|code| MergeStrategy::from_code(u32::try_from(code).unwrap_or(u32::MAX)))
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            strategies: Table::from_rows("strategy tensor", codes.dims(), strategies)?,
+            thresholds: None,
+        })
+    }
+
+    /// Gives every head a threshold of its own, from a float tensor of shape `(H)` or `(B, H)`. The entries of heads
+    /// that are [`MergeStrategy::Off`] are not read, but must be finite like the others.
+    ///
+    /// # Errors
+    /// A dtype that is not a float, another rank, or a value that is not finite.
+    pub fn with_thresholds(mut self, thresholds: &Tensor) -> Result<Self> {
+        if !thresholds.dtype().is_float() {
+            bail!(
+                "thresholds: expected a float dtype, got {:?}; convert them with to_dtype",
+                thresholds.dtype()
+            )
+        }
+        let flat = thresholds.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+        if let Some(bad) = flat.iter().find(|t| !t.is_finite()) {
+            bail!("thresholds: expected finite numbers, got {bad}; use MergeStrategy::Off for a head that never merges")
+        }
+        self.thresholds = Some(Table::from_rows("thresholds", thresholds.dims(), flat)?);
+        Ok(self)
+    }
+
+    /// Refuses tables that do not fit `batch` rows of `heads` query heads.
+    ///
+    /// # Errors
+    /// A strategy or threshold table of another shape.
+    pub fn check(&self, batch: usize, heads: usize) -> Result<()> {
+        self.strategies.check("strategies", batch, heads)?;
+        match &self.thresholds {
+            Some(table) => table.check("thresholds", batch, heads),
+            None => Ok(()),
+        }
+    }
+
+    /// The test of one query head, after [`Self::check`].
+    pub fn test(&self, config: &CompressionConfig, batch: usize, head: usize) -> HeadTest {
+        let strategy = self.strategies.get(batch, head);
+        let threshold = match &self.thresholds {
+            Some(table) => table.get(batch, head),
+            None => config.default_threshold(strategy),
+        };
+        HeadTest { strategy, threshold }
+    }
+
+    /// Whether every head is [`MergeStrategy::Off`].
+    pub fn all_off(&self) -> bool {
+        let off = |s: &MergeStrategy| *s == MergeStrategy::Off;
+        match &self.strategies {
+            Table::Uniform(strategy) => off(strategy),
+            Table::PerHead(values) | Table::PerBatchHead { values, .. } => values.iter().all(off),
+        }
+    }
+}
+
+/// Dropout on the softmax weights, drawn from Philox 4x32-10 so that every device and the backward pass see one mask.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Dropout {
+    /// The probability that a weight is set to 0, in `[0, 1)`; the others are scaled by `1 / (1 - p)`.
+    pub p: f64,
+    /// The generator's key. The same seed draws the same mask: change it from step to step.
+    pub seed: u64,
+}
+
+/// The options of one attention call that have nothing to do with compression. [`Default`] is plain causal attention.
+#[derive(Clone, Debug)]
+pub struct AttentionOptions {
+    /// Factor on `query . key`; `None` is `1 / sqrt(head_dim)`.
+    pub softmax_scale: Option<f64>,
+    /// Whether a row sees only tokens up to itself. Default true.
+    pub causal: bool,
+    /// Dropout on the softmax weights; `None` (default) for none.
+    pub dropout: Option<Dropout>,
+    /// Added to the logit of every visible column, by the column's token index: any float shape that broadcasts to
+    /// `(B, H, N, N)`, in any float dtype. It receives no gradient. Minus infinity hides a column; a row whose visible columns are
+    /// all hidden is NaN.
+    pub bias: Option<Tensor>,
+}
+
+impl Default for AttentionOptions {
+    fn default() -> Self {
+        Self {
+            softmax_scale: None,
+            causal: true,
+            dropout: None,
+            bias: None,
+        }
+    }
+}
+
+impl AttentionOptions {
+    /// The factor on `query . key` for this head dimension.
+    pub fn scale(&self, head_dim: usize) -> f64 {
+        self.softmax_scale.unwrap_or_else(|| 1.0 / (head_dim as f64).sqrt())
+    }
+
+    /// Refuses a scale that is not finite, a dropout probability outside `[0, 1)`, and a bias that is not a float or
+    /// asks for a gradient.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn check(&self) -> Result<()> {
+        if let Some(scale) = self.softmax_scale {
+            if !scale.is_finite() {
+                bail!("softmax_scale: expected a finite number, got {scale}; None gives 1/sqrt(head_dim)")
+            }
+        }
+        if let Some(Dropout { p, .. }) = self.dropout {
+            if !(0.0..1.0).contains(&p) {
+                bail!("dropout: expected a probability p with 0 <= p < 1, got {p}; None turns dropout off")
+            }
+        }
+        if let Some(bias) = &self.bias {
+            if !bias.dtype().is_float() {
+                bail!("bias: expected a float dtype, got {:?}; convert it with to_dtype", bias.dtype())
+            }
+            if bias.track_op() {
+                bail!("bias: expected a tensor without gradient, got a tracked one; no gradient would reach it, pass bias.detach()")
+            }
+        }
+        Ok(())
+    }
+}
