@@ -373,6 +373,17 @@ impl HeadStrategies {
         }
     }
 
+    /// Refuses tables that do not have one column per query head, where the batch is not known yet.
+    pub(crate) fn check_heads(&self, heads: usize) -> Result<()> {
+        let rows = |columns: usize, len: usize| if columns == heads { len / heads } else { 1 };
+        let batch = match (&self.strategies, &self.thresholds) {
+            (Table::PerBatchHead { heads, values }, _) => rows(*heads, values.len()),
+            (_, Some(Table::PerBatchHead { heads, values })) => rows(*heads, values.len()),
+            _ => 1,
+        };
+        self.check(batch, heads)
+    }
+
     /// The test of one query head, after [`Self::check`].
     pub fn test(&self, config: &CompressionConfig, batch: usize, head: usize) -> HeadTest {
         let strategy = self.strategies.get(batch, head);
@@ -452,7 +463,10 @@ impl AttentionOptions {
         }
         if let Some(bias) = &self.bias {
             if !bias.dtype().is_float() {
-                bail!("bias: expected a float dtype, got {:?}; convert it with to_dtype", bias.dtype())
+                bail!(
+                    "bias: expected a float dtype, got {:?}; convert it with to_dtype",
+                    bias.dtype()
+                )
             }
             if bias.track_op() {
                 bail!("bias: expected a tensor without gradient, got a tracked one; no gradient would reach it, pass bias.detach()")

@@ -1,0 +1,382 @@
+//! Modules: the drop-in for a layer's `softmax(QK)V`, a whole self-attention layer, and a sink for its loss.
+
+use crate::config::{AttentionOptions, CompressionConfig, Dropout, HeadStrategies};
+use crate::op::{attend, compressed_attention, CompressedAttentionOutput};
+use crate::plan::MergePlan;
+use candle_core::{bail, DType, Device, Result, Tensor};
+use candle_nn::{linear_b, rotary_emb, Linear, Module, VarBuilder};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Compressed attention without weights: put it where a layer computes `softmax(scale·QKᵀ)·V`. Query (B, H, N, D), key
+/// and value (B, Hk, N, D), output (B, H, N, D); views that are transposed from (B, N, H, D) need no `contiguous()`.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_sfattention::{CompressedAttention, CompressionConfig, HeadStrategies, MergeStrategy};
+/// let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+/// let attention = CompressedAttention::new(strategies, CompressionConfig::pretrained(), Default::default())?;
+/// let q = Tensor::randn(0f32, 1., (1, 8, 128, 64), &Device::Cpu)?;
+/// let kv = Tensor::randn(0f32, 1., (1, 2, 128, 64), &Device::Cpu)?;
+/// assert_eq!(attention.forward(&q, &kv, &kv)?.dims(), q.dims());
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct CompressedAttention {
+    strategies: HeadStrategies,
+    config: CompressionConfig,
+    options: AttentionOptions,
+    /// Calls so far; each draws another dropout mask.
+    calls: AtomicU64,
+}
+
+impl Clone for CompressedAttention {
+    fn clone(&self) -> Self {
+        Self {
+            strategies: self.strategies.clone(),
+            config: self.config.clone(),
+            options: self.options.clone(),
+            calls: AtomicU64::new(self.calls.load(Ordering::Relaxed)),
+        }
+    }
+}
+
+impl CompressedAttention {
+    /// Keeps the settings for all calls. Where `options` has dropout, call number i (from 0) uses its seed plus i, so
+    /// that each call draws another mask; see [`Self::set_dropout`] to end training.
+    ///
+    /// # Errors
+    /// Settings that have no meaning, as [`CompressionConfig::check`] and [`AttentionOptions::check`] say.
+    pub fn new(strategies: HeadStrategies, config: CompressionConfig, options: AttentionOptions) -> Result<Self> {
+        config.check(options.causal)?;
+        options.check()?;
+        Ok(Self {
+            strategies,
+            config,
+            options,
+            calls: AtomicU64::new(0),
+        })
+    }
+
+    /// The output alone.
+    ///
+    /// # Errors
+    /// As [`MergePlan::new`] and [`attend`].
+    pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        Ok(self.forward_with_plan(q, k, v)?.0)
+    }
+
+    /// The output and what was hidden.
+    ///
+    /// # Errors
+    /// As [`MergePlan::new`] and [`attend`].
+    pub fn forward_with_plan(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, MergePlan)> {
+        let options = self.next_options();
+        let plan = MergePlan::new(q, k, v, &self.strategies, &self.config, &options)?;
+        Ok((attend(q, k, v, &plan, &options)?, plan))
+    }
+
+    /// The output, the compression loss and what was hidden.
+    ///
+    /// # Errors
+    /// As [`compressed_attention`].
+    pub fn forward_with_loss(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<CompressedAttentionOutput> {
+        compressed_attention(q, k, v, &self.strategies, &self.config, &self.next_options())
+    }
+
+    /// Each head's strategy.
+    pub fn strategies(&self) -> &HeadStrategies {
+        &self.strategies
+    }
+
+    /// The method's parameters.
+    pub fn config(&self) -> &CompressionConfig {
+        &self.config
+    }
+
+    /// Scale, causality, dropout and bias.
+    pub fn options(&self) -> &AttentionOptions {
+        &self.options
+    }
+
+    /// Changes the dropout: `None` for evaluation, `Some` for training.
+    ///
+    /// # Errors
+    /// A probability outside `[0, 1)`.
+    pub fn set_dropout(&mut self, dropout: Option<Dropout>) -> Result<()> {
+        let options = AttentionOptions {
+            dropout,
+            ..self.options.clone()
+        };
+        options.check()?;
+        self.options = options;
+        Ok(())
+    }
+
+    fn next_options(&self) -> AttentionOptions {
+        let call = self.calls.fetch_add(1, Ordering::Relaxed);
+        let mut options = self.options.clone();
+        if let Some(dropout) = &mut options.dropout {
+            dropout.seed = dropout.seed.wrapping_add(call);
+        }
+        options
+    }
+}
+
+/// Collects the compression losses of layers whose `forward` may only return a tensor. Clones share one collection.
+///
+/// Give clones of one sink to all layers, run the model, then add [`Self::take`] to the loss.
+#[derive(Clone, Debug, Default)]
+pub struct CompressionLossSink(Arc<Mutex<Vec<Tensor>>>);
+
+impl CompressionLossSink {
+    /// An empty sink.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds one layer's loss, a scalar.
+    pub fn push(&self, loss: Tensor) {
+        self.lock().push(loss)
+    }
+
+    /// The sum of what was pushed since the last call; `None` where nothing was.
+    ///
+    /// # Errors
+    /// Losses of different shapes, dtypes or devices.
+    pub fn take(&self) -> Result<Option<Tensor>> {
+        let mut losses = std::mem::take(&mut *self.lock()).into_iter();
+        let Some(first) = losses.next() else { return Ok(None) };
+        losses.try_fold(first, |sum, loss| sum + loss).map(Some)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Tensor>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Which entries of a head's vector a rotary embedding turns together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RotaryLayout {
+    /// d and d + D/2: Hugging Face checkpoints.
+    Half,
+    /// 2d and 2d + 1: GGUF files and the original Llama weights.
+    Interleaved,
+}
+
+/// Rotary position embedding of queries and keys.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RotaryConfig {
+    /// Base of the frequencies, 10000 in the first Llama.
+    pub theta: f64,
+    /// Positions to prepare; longer inputs are refused.
+    pub max_tokens: usize,
+    /// Which entries are turned together.
+    pub layout: RotaryLayout,
+}
+
+/// The sizes of a self-attention layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SelfAttentionConfig {
+    /// Size of the layer's input and output.
+    pub hidden_size: usize,
+    /// H: query heads.
+    pub num_heads: usize,
+    /// Hk: key and value heads; divides `num_heads`.
+    pub num_kv_heads: usize,
+    /// D: size of one head's vectors; `hidden_size / num_heads` in most models, even where it is rotated.
+    pub head_dim: usize,
+    /// Whether the q, k and v projections have a bias.
+    pub qkv_bias: bool,
+    /// Whether the o projection has a bias.
+    pub output_bias: bool,
+    /// Rotary position embedding; `None` where the model has none or applies it elsewhere.
+    pub rotary: Option<RotaryConfig>,
+}
+
+impl SelfAttentionConfig {
+    fn check(&self) -> Result<()> {
+        let Self {
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            ..
+        } = *self;
+        if num_kv_heads == 0 || num_heads == 0 || num_heads % num_kv_heads != 0 {
+            bail!(
+                "num_heads: expected a positive multiple of num_kv_heads, got {num_heads} and {num_kv_heads}; \
+                 each KV head must serve as many query heads"
+            )
+        }
+        if self.hidden_size == 0 || head_dim == 0 {
+            bail!(
+                "hidden_size and head_dim: expected at least 1, got {} and {head_dim}; see the model's config.json",
+                self.hidden_size
+            )
+        }
+        if self.rotary.is_some() && head_dim % 2 != 0 {
+            bail!("head_dim: expected an even number for rotary embedding, got {head_dim}; set rotary to None")
+        }
+        Ok(())
+    }
+}
+
+/// A self-attention layer with compressed attention: `q_proj`, `k_proj`, `v_proj`, `o_proj` from a [`VarBuilder`],
+/// optional rotary embedding, input and output (B, N, hidden_size). Its [`Module::forward`] gives the compression loss
+/// to the [`CompressionLossSink`], where one is set.
+#[derive(Clone, Debug)]
+pub struct CompressedSelfAttention {
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    config: SelfAttentionConfig,
+    rotary: Option<Rotary>,
+    attention: CompressedAttention,
+    sink: Option<CompressionLossSink>,
+}
+
+impl CompressedSelfAttention {
+    /// Loads the projections `q_proj`, `k_proj`, `v_proj` and `o_proj` under `vb`.
+    ///
+    /// # Errors
+    /// Sizes that do not fit together, settings that have no meaning, or missing weights.
+    pub fn new(config: SelfAttentionConfig, attention: CompressedAttention, vb: VarBuilder) -> Result<Self> {
+        config.check()?;
+        attention.strategies().check_heads(config.num_heads)?;
+        let (queries, keys) = (
+            config.num_heads * config.head_dim,
+            config.num_kv_heads * config.head_dim,
+        );
+        let rotary = match config.rotary {
+            Some(rotary) => Some(Rotary::new(rotary, config.head_dim, vb.dtype(), vb.device())?),
+            None => None,
+        };
+        Ok(Self {
+            q_proj: linear_b(config.hidden_size, queries, config.qkv_bias, vb.pp("q_proj"))?,
+            k_proj: linear_b(config.hidden_size, keys, config.qkv_bias, vb.pp("k_proj"))?,
+            v_proj: linear_b(config.hidden_size, keys, config.qkv_bias, vb.pp("v_proj"))?,
+            o_proj: linear_b(queries, config.hidden_size, config.output_bias, vb.pp("o_proj"))?,
+            config,
+            rotary,
+            attention,
+            sink: None,
+        })
+    }
+
+    /// Gives the losses of [`Module::forward`] to `sink`.
+    pub fn with_loss_sink(mut self, sink: CompressionLossSink) -> Self {
+        self.sink = Some(sink);
+        self
+    }
+
+    /// The attention between the projections.
+    pub fn attention(&self) -> &CompressedAttention {
+        &self.attention
+    }
+
+    /// The same, to change its dropout.
+    pub fn attention_mut(&mut self) -> &mut CompressedAttention {
+        &mut self.attention
+    }
+
+    /// xs (B, N, hidden_size) -> output of the same shape, and the compression loss (`None` where N = 1).
+    ///
+    /// # Errors
+    /// An input of another shape, more tokens than the rotary embedding has positions, or as [`compressed_attention`].
+    pub fn forward_with_loss(&self, xs: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
+        let (q, k, v) = self.project(xs)?;
+        let result = self.attention.forward_with_loss(&q, &k, &v)?;
+        Ok((self.merge_heads(&result.output)?, result.compression_loss))
+    }
+
+    /// xs (B, N, hidden_size) -> query (B, H, N, D), key and value (B, Hk, N, D), rotated.
+    fn project(&self, xs: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+        let (batch, tokens) = match *xs.dims() {
+            [batch, tokens, hidden] if hidden == self.config.hidden_size => (batch, tokens),
+            ref dims => bail!(
+                "input: expected shape (batch, tokens, {}), got {dims:?}; the last axis is the layer's hidden_size",
+                self.config.hidden_size
+            ),
+        };
+        let split = |projection: &Linear, heads: usize| {
+            let rows = projection.forward(xs)?;
+            rows.reshape((batch, tokens, heads, self.config.head_dim))?
+                .transpose(1, 2)
+        };
+        let q = split(&self.q_proj, self.config.num_heads)?;
+        let k = split(&self.k_proj, self.config.num_kv_heads)?;
+        let v = split(&self.v_proj, self.config.num_kv_heads)?;
+        match &self.rotary {
+            Some(rotary) => Ok((rotary.apply(&q)?, rotary.apply(&k)?, v)),
+            None => Ok((q, k, v)),
+        }
+    }
+
+    /// (B, H, N, D) -> (B, N, hidden_size)
+    fn merge_heads(&self, output: &Tensor) -> Result<Tensor> {
+        self.o_proj.forward(&output.transpose(1, 2)?.flatten_from(2)?)
+    }
+}
+
+impl Module for CompressedSelfAttention {
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        let Some(sink) = &self.sink else {
+            let (q, k, v) = self.project(xs)?;
+            return self.merge_heads(&self.attention.forward(&q, &k, &v)?);
+        };
+        let (output, loss) = self.forward_with_loss(xs)?;
+        if let Some(loss) = loss {
+            sink.push(loss)
+        }
+        Ok(output)
+    }
+}
+
+/// Prepared cosines and sines, (max_tokens, D / 2).
+#[derive(Clone, Debug)]
+struct Rotary {
+    cos: Tensor,
+    sin: Tensor,
+    layout: RotaryLayout,
+}
+
+impl Rotary {
+    fn new(config: RotaryConfig, head_dim: usize, dtype: DType, device: &Device) -> Result<Self> {
+        if !(config.theta.is_finite() && config.theta > 0.0) {
+            bail!(
+                "rotary theta: expected a positive number, got {}; Llama uses 10000",
+                config.theta
+            )
+        }
+        let frequencies: Vec<f32> = (0..head_dim / 2)
+            .map(|d| (config.theta.powf(-2.0 * d as f64 / head_dim as f64)) as f32)
+            .collect();
+        let frequencies = Tensor::new(frequencies, device)?.unsqueeze(0)?;
+        let positions = Tensor::arange(0, config.max_tokens as u32, device)?.to_dtype(DType::F32)?;
+        let angles = positions.unsqueeze(1)?.matmul(&frequencies)?;
+        Ok(Self {
+            cos: angles.cos()?.to_dtype(dtype)?,
+            sin: angles.sin()?.to_dtype(dtype)?,
+            layout: config.layout,
+        })
+    }
+
+    /// Turns (B, H, N, D). The fused kernels cut gradients, so a tracked input takes candle's plain operations.
+    fn apply(&self, xs: &Tensor) -> Result<Tensor> {
+        let (tokens, positions) = (xs.dim(2)?, self.cos.dim(0)?);
+        if tokens > positions {
+            bail!(
+                "tokens: expected at most the rotary embedding's {positions} positions, got {tokens}; raise max_tokens"
+            )
+        }
+        let (cos, sin) = (self.cos.narrow(0, 0, tokens)?, self.sin.narrow(0, 0, tokens)?);
+        let xs = xs.contiguous()?;
+        match (self.layout, xs.track_op()) {
+            (RotaryLayout::Half, false) => rotary_emb::rope(&xs, &cos, &sin),
+            (RotaryLayout::Half, true) => rotary_emb::rope_slow(&xs, &cos, &sin),
+            (RotaryLayout::Interleaved, false) => rotary_emb::rope_i(&xs, &cos, &sin),
+            (RotaryLayout::Interleaved, true) => rotary_emb::rope_i_slow(&xs, &cos, &sin),
+        }
+    }
+}

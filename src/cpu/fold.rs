@@ -1,0 +1,254 @@
+//! What merging leaves of one head's keys and values: compact far columns, and the folded token at a window's edge.
+
+use super::{Accumulator, Element, HeadRows};
+use crate::config::Fold;
+
+/// Walks along a head's tokens and holds the folded key, value and size of the one it stands on.
+pub(crate) struct ChainFold<A> {
+    fold: Fold,
+    pub key: Vec<A>,
+    pub value: Vec<A>,
+    /// Tokens in the chain so far, for [`Fold::Mean`]; 1 for the other folds.
+    pub size: usize,
+    raw_key: Vec<A>,
+    raw_value: Vec<A>,
+}
+
+impl<A: Accumulator> ChainFold<A> {
+    pub fn new(fold: Fold, dim: usize) -> Self {
+        let row = || vec![A::ZERO; dim];
+        Self {
+            fold,
+            key: row(),
+            value: row(),
+            size: 1,
+            raw_key: row(),
+            raw_value: row(),
+        }
+    }
+
+    /// Steps to the next token, into which the one before is folded when `merged`.
+    pub fn step<T: Element<Acc = A>>(&mut self, merged: bool, key: &[T], value: &[T]) {
+        if !merged || self.fold == Fold::Drop {
+            T::widen(key, &mut self.key);
+            T::widen(value, &mut self.value);
+            self.size = 1;
+            if self.fold == Fold::PairSum {
+                self.raw_key.copy_from_slice(&self.key);
+                self.raw_value.copy_from_slice(&self.value);
+            }
+            return;
+        }
+        match self.fold {
+            Fold::PairSum => {
+                pair_sum(&mut self.key, &mut self.raw_key, key);
+                pair_sum(&mut self.value, &mut self.raw_value, value);
+            }
+            _ => {
+                T::widen(key, &mut self.raw_key);
+                T::widen(value, &mut self.raw_value);
+                running_mean(&mut self.key, &self.raw_key, self.size);
+                running_mean(&mut self.value, &self.raw_value, self.size);
+                self.size += 1;
+            }
+        }
+    }
+
+    /// Walks from the start of the chain that token `token` belongs to up to the token before it.
+    pub fn approach<T: Element<Acc = A>>(
+        &mut self,
+        token: usize,
+        bits: &[u8],
+        keys: &HeadRows<T>,
+        values: &HeadRows<T>,
+    ) {
+        let hidden = |t: usize| bits[t] == 1;
+        let start = match self.fold {
+            Fold::Drop => token,
+            // One raw left neighbour is all a pair sum reads.
+            Fold::PairSum => token - usize::from(token > 0 && hidden(token - 1)),
+            Fold::Mean => (0..token).rev().find(|t| !hidden(*t)).map_or(0, |t| t + 1),
+        };
+        for t in start..token {
+            self.step(t > start, keys.row(t), values.row(t));
+        }
+    }
+}
+
+fn pair_sum<T: Element>(folded: &mut [T::Acc], raw: &mut [T::Acc], next: &[T]) {
+    folded.copy_from_slice(raw);
+    T::widen(next, raw);
+    for (f, x) in folded.iter_mut().zip(raw.iter()) {
+        *f += *x;
+    }
+}
+
+fn running_mean<A: Accumulator>(mean: &mut [A], next: &[A], size: usize) {
+    let (size, inverse) = (A::of(size as f64), A::ONE / A::of((size + 1) as f64));
+    for (m, x) in mean.iter_mut().zip(next) {
+        *m = (*x + size * *m) * inverse;
+    }
+}
+
+/// Replaces a key or value that is not finite by a NaN key and a zero value: whoever sees the column becomes NaN
+/// through its logit, and nobody else is touched by 0 * NaN. Returns whether it did.
+pub(crate) fn quarantine<A: Accumulator>(key: &mut [A], value: &mut [A]) -> bool {
+    let bad = !(all_finite(key) && all_finite(value));
+    if bad {
+        key.fill(A::NAN);
+        value.fill(A::ZERO);
+    }
+    bad
+}
+
+#[inline(always)]
+pub(crate) fn all_finite<A: Accumulator>(row: &[A]) -> bool {
+    const LANES: usize = 16;
+    let mut checks = [A::ZERO; LANES];
+    let chunks = row.chunks_exact(LANES);
+    for (check, x) in checks.iter_mut().zip(chunks.remainder()) {
+        *check += *x * A::ZERO;
+    }
+    for chunk in chunks {
+        for lane in 0..LANES {
+            checks[lane] += chunk[lane] * A::ZERO;
+        }
+    }
+    checks.iter().all(|check| *check == A::ZERO)
+}
+
+/// The far columns of one list of heads that share keys, values and bits, in the accumulator's dtype. Columns are in
+/// token order; which of them a row sees is a prefix.
+pub(crate) struct FarColumns<A> {
+    /// The folded keys, compact (columns, D); None where the caller's own rows serve as they are.
+    keys: Option<Vec<A>>,
+    values: Option<Vec<A>>,
+    /// log2 n of each column; None where all are 0.
+    pub log2_sizes: Option<Vec<A>>,
+    /// The token index of each column; None where nothing is hidden.
+    pub tokens: Option<Vec<u32>>,
+    pub columns: usize,
+    /// Whether no raw key or value row of the head is NaN or infinite.
+    pub clean: bool,
+}
+
+impl<A: Accumulator> FarColumns<A> {
+    /// O(N·D). Copies nothing when nothing is hidden, the dtype is the accumulator's, and all rows are finite.
+    pub fn gather<T: Element<Acc = A>>(
+        keys: &HeadRows<T>,
+        values: &HeadRows<T>,
+        bits: &[u8],
+        tokens: usize,
+        fold: Fold,
+    ) -> Self {
+        let hidden = bits.iter().filter(|bit| **bit == 1).count();
+        let columns = tokens - hidden;
+        let clean = pulp::Arch::new().dispatch(
+            #[inline(always)]
+            || rows_finite(keys, tokens) && rows_finite(values, tokens),
+        );
+        let in_place = hidden == 0 && clean && T::as_acc(keys.data).is_some();
+        let mut far = Self {
+            keys: None,
+            values: None,
+            log2_sizes: None,
+            tokens: None,
+            columns,
+            clean,
+        };
+        if !in_place {
+            far.fill(keys, values, bits, tokens, fold);
+        }
+        if hidden > 0 {
+            let kept = (0..tokens as u32).filter(|t| bits.get(*t as usize) != Some(&1));
+            far.tokens = Some(kept.collect());
+        }
+        far
+    }
+
+    fn fill<T: Element<Acc = A>>(
+        &mut self,
+        keys: &HeadRows<T>,
+        values: &HeadRows<T>,
+        bits: &[u8],
+        tokens: usize,
+        fold: Fold,
+    ) {
+        let mut far_keys = Vec::with_capacity(self.columns * keys.dim);
+        let mut far_values = Vec::with_capacity(self.columns * values.dim);
+        let mut sizes = Vec::new();
+        let mut chain = ChainFold::new(fold, keys.dim);
+        let mut merged = false;
+        for t in 0..tokens {
+            chain.step(merged, keys.row(t), values.row(t));
+            merged = bits.get(t) == Some(&1);
+            if !merged {
+                // Rounding in the chain is over; a size of 1 needs no logarithm.
+                if fold == Fold::Mean {
+                    sizes.push(A::of((chain.size as f64).log2()));
+                }
+                let (start, value_start) = (far_keys.len(), far_values.len());
+                far_keys.extend_from_slice(&chain.key);
+                far_values.extend_from_slice(&chain.value);
+                if !self.clean {
+                    quarantine(&mut far_keys[start..], &mut far_values[value_start..]);
+                }
+            }
+        }
+        self.keys = Some(far_keys);
+        self.values = Some(far_values);
+        self.log2_sizes = sizes.iter().any(|size| *size != A::ZERO).then_some(sizes);
+    }
+
+    /// How many far columns hold tokens before `token`.
+    pub fn before(&self, token: usize) -> usize {
+        match &self.tokens {
+            Some(tokens) => tokens.partition_point(|t| (*t as usize) < token),
+            None => token,
+        }
+    }
+
+    /// The token index of a column.
+    pub fn token(&self, column: usize) -> usize {
+        self.tokens.as_ref().map_or(column, |tokens| tokens[column] as usize)
+    }
+
+    /// Keys and values from `column` on; `raw` are the rows this was gathered from.
+    pub fn rows<'a, T: Element<Acc = A>>(
+        &'a self,
+        column: usize,
+        raw: (&HeadRows<'a, T>, &HeadRows<'a, T>),
+    ) -> (HeadRows<'a, A>, HeadRows<'a, A>) {
+        let pick = |gathered: &'a Option<Vec<A>>, raw: &HeadRows<'a, T>| match gathered {
+            Some(data) => HeadRows::compact(data, raw.dim).skip(column),
+            None => raw_rows(raw).skip(column),
+        };
+        (pick(&self.keys, raw.0), pick(&self.values, raw.1))
+    }
+}
+
+/// The caller's rows as accumulators; empty for a half dtype, which is never used in place.
+pub(crate) fn raw_rows<'a, T: Element>(raw: &HeadRows<'a, T>) -> HeadRows<'a, T::Acc> {
+    HeadRows {
+        data: T::as_acc(raw.data).unwrap_or(&[]),
+        stride: raw.stride,
+        dim: raw.dim,
+    }
+}
+
+#[inline(always)]
+fn rows_finite<T: Element>(rows: &HeadRows<T>, tokens: usize) -> bool {
+    match T::as_acc(rows.data) {
+        Some(data) => {
+            let rows = HeadRows { data, ..raw_rows(rows) };
+            (0..tokens).all(|t| all_finite(rows.row(t)))
+        }
+        None => {
+            let mut row = vec![T::Acc::ZERO; rows.dim];
+            (0..tokens).all(|t| {
+                T::widen(rows.row(t), &mut row);
+                all_finite(&row)
+            })
+        }
+    }
+}

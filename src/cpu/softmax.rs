@@ -1,0 +1,108 @@
+//! The online softmax of a block of rows, in base 2: logits arrive multiplied by log2(e).
+
+use super::gemm_tile::Tile;
+use super::Accumulator;
+use pulp::Arch;
+
+/// Rows are handled this many at a time: two AVX-512 or four AVX2 registers of f32, so that the running maximum and
+/// sum of a pass over the columns stay in registers.
+pub(crate) const LANES: usize = 32;
+
+/// Running maximum and sum of every row of a block.
+pub(crate) struct OnlineSoftmax<A> {
+    max: Vec<A>,
+    sum: Vec<A>,
+    rescale: Vec<A>,
+}
+
+impl<A: Accumulator> OnlineSoftmax<A> {
+    /// For blocks of up to `rows` rows, a multiple of [`LANES`].
+    pub fn new(rows: usize) -> Self {
+        debug_assert_eq!(rows % LANES, 0);
+        Self {
+            max: vec![A::NEG_INFINITY; rows],
+            sum: vec![A::ZERO; rows],
+            rescale: vec![A::ONE; rows],
+        }
+    }
+
+    /// Starts a new block: no row has seen a column.
+    pub fn reset(&mut self) {
+        self.max.fill(A::NEG_INFINITY);
+        self.sum.fill(A::ZERO);
+    }
+
+    /// A row's first column, whose weight is 1 until larger logits come. Minus infinity leaves the row empty.
+    pub fn start(&mut self, row: usize, logit: A) {
+        self.max[row] = logit;
+        self.sum[row] = if logit == A::NEG_INFINITY { A::ZERO } else { A::ONE };
+    }
+
+    /// Turns a tile of logits into weights relative to the new maximum, in place, adds them to the sums, and scales
+    /// `output` (rows, D) from the old maximum to the new one. The tile's rows are multiples of [`LANES`].
+    pub fn push(&mut self, tile: &mut Tile<A>, output: &mut [A]) {
+        debug_assert!(tile.rows.start.is_multiple_of(LANES) && tile.rows.end.is_multiple_of(LANES));
+        Arch::new().dispatch(
+            #[inline(always)]
+            || {
+                for first in tile.rows.clone().step_by(LANES) {
+                    self.push_lanes(tile, first);
+                }
+                let dim = output.len() / tile.leading;
+                for row in tile.rows.clone() {
+                    let rescale = self.rescale[row];
+                    if rescale != A::ONE {
+                        for x in &mut output[row * dim..][..dim] {
+                            *x *= rescale;
+                        }
+                    }
+                }
+            },
+        )
+    }
+
+    #[inline(always)]
+    fn push_lanes(&mut self, tile: &mut Tile<A>, first: usize) {
+        let lanes = |slice: &[A]| -> [A; LANES] { slice[first..][..LANES].try_into().unwrap_or([A::NAN; LANES]) };
+        let old = lanes(&self.max);
+        let mut max = old;
+        let columns = tile.data.chunks_exact(tile.leading).take(tile.columns);
+        for column in columns {
+            for (m, s) in max.iter_mut().zip(&column[first..][..LANES]) {
+                *m = m.larger(*s);
+            }
+        }
+        // A row that saw only minus infinities keeps weight 0: nothing is subtracted from them.
+        let base = max.map(|m| if m == A::NEG_INFINITY { A::ZERO } else { m });
+        let mut sum = [A::ZERO; LANES];
+        for column in tile.data.chunks_exact_mut(tile.leading).take(tile.columns) {
+            let column = &mut column[first..][..LANES];
+            for lane in 0..LANES {
+                let weight = (column[lane] - base[lane]).exp2_nonpositive();
+                column[lane] = weight;
+                sum[lane] += weight;
+            }
+        }
+        for lane in 0..LANES {
+            let rescale = (old[lane] - base[lane]).exp2_nonpositive();
+            self.rescale[first + lane] = rescale;
+            self.max[first + lane] = max[lane];
+            self.sum[first + lane] = self.sum[first + lane] * rescale + sum[lane];
+        }
+    }
+
+    /// Divides a row of the output by its sum. A row that holds anything not finite, or that saw nothing, becomes NaN
+    /// throughout, so that no part of it passes for a result.
+    #[inline(always)]
+    pub fn finish(&self, row: usize, output: &mut [A]) {
+        let inverse = A::ONE / self.sum[row];
+        let mut check = A::ZERO;
+        for x in output.iter_mut() {
+            *x *= inverse;
+            check += *x * A::ZERO;
+        }
+        if check != A::ZERO || !inverse.finite() {
+            output.fill(A::NAN);
+        }
+    }
+}

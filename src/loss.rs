@@ -1,0 +1,197 @@
+//! The compression loss: its value, the sums it is made of, and its gradient.
+
+use crate::config::{CompressionConfig, HeadStrategies, LossNormalizer, MergeStrategy};
+use crate::cpu::decide::DecideInput;
+use crate::cpu::loss::{loss_gradients, loss_sums};
+use crate::cpu::{Element, Rows};
+use crate::plan::{not_on_cpu, on_cpu, visit_storages, QueryKeyVisitor};
+use crate::problem::Problem;
+use candle_core::{bail, CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
+
+/// The sums S, M and P that the loss is made of, over the query heads that are not off. Ranks of a model whose heads or
+/// batch rows are split add them up before they divide.
+#[derive(Clone, Debug)]
+pub struct CompressionLossTerms {
+    /// S: the sum of `(1 - cos)²` over the pairs of similarity heads and `cos²` over those of difference heads. A
+    /// scalar, f32 (f64 for f64 inputs), differentiable.
+    pub squared: Tensor,
+    /// M: how many pairs qualify, before any run rule and without regard to sinks. A scalar of the same dtype, without
+    /// gradient.
+    pub merged: Tensor,
+    /// P: how many pairs there are.
+    pub pairs: usize,
+}
+
+impl CompressionLossTerms {
+    /// `factor * (S / Z - M / P)`, Z = M (or P where M is 0) or P by `normalizer`; 0 where P is 0.
+    ///
+    /// # Errors
+    /// Those of candle's scalar arithmetic.
+    pub fn loss(&self, factor: f64, normalizer: LossNormalizer) -> Result<Tensor> {
+        if self.pairs == 0 {
+            return self.squared.zeros_like();
+        }
+        let pairs = self.pairs as f64;
+        let merged_share = (&self.merged / pairs)?;
+        let squared = match normalizer {
+            LossNormalizer::Pairs => (&self.squared / pairs)?,
+            LossNormalizer::Merged => {
+                let some = self.merged.gt(0.0)?;
+                let all = (self.merged.ones_like()? * pairs)?;
+                (&self.squared / some.where_cond(&self.merged, &all)?)?
+            }
+        };
+        (squared - merged_share)? * factor
+    }
+}
+
+/// The compression loss of query (B, H, N, D) and key (B, Hk, N, D): a scalar, f32 (f64 for f64 inputs), whose
+/// gradient reaches both. `None` where N = 1; 0 where every head is off. Source: the paper (whose published code
+/// computes it without a gradient).
+///
+/// # Errors
+/// As [`compression_loss_terms`].
+pub fn compression_loss(
+    q: &Tensor,
+    k: &Tensor,
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+) -> Result<Option<Tensor>> {
+    match compression_loss_terms(q, k, strategies, config)? {
+        Some(terms) => Ok(Some(terms.loss(config.loss_factor, config.loss_normalizer)?)),
+        None => Ok(None),
+    }
+}
+
+/// The terms of [`compression_loss`], for those who reduce them over ranks first. `None` where N = 1. Of `config`, the
+/// criterion and the thresholds are read.
+///
+/// # Errors
+/// Shapes, dtypes, devices or settings that do not fit together or are not supported.
+pub fn compression_loss_terms(
+    q: &Tensor,
+    k: &Tensor,
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+) -> Result<Option<CompressionLossTerms>> {
+    let problem = Problem::of_pair(q, k)?;
+    config.check(true)?;
+    strategies.check(problem.batch, problem.heads)?;
+    if !q.device().is_cpu() {
+        return not_on_cpu(q.device());
+    }
+    if problem.tokens == 1 {
+        return Ok(None);
+    }
+    let active = |batch: usize| {
+        let on = |head: &usize| strategies.test(config, batch, *head).strategy != MergeStrategy::Off;
+        (0..problem.heads).filter(on).count()
+    };
+    let sums = q.apply_op2(
+        k,
+        LossSumsOp {
+            problem,
+            strategies: strategies.clone(),
+            config: config.clone(),
+        },
+    )?;
+    Ok(Some(CompressionLossTerms {
+        squared: sums.get(0)?,
+        merged: sums.get(1)?.detach(),
+        pairs: (0..problem.batch).map(active).sum::<usize>() * problem.pairs(),
+    }))
+}
+
+/// query, key -> [S, M]; only S has a gradient.
+struct LossSumsOp {
+    problem: Problem,
+    strategies: HeadStrategies,
+    config: CompressionConfig,
+}
+
+impl LossSumsOp {
+    fn input<'a, T: Element>(&'a self, q: Rows<'a, T>, k: Rows<'a, T>) -> DecideInput<'a, T> {
+        DecideInput {
+            q,
+            k,
+            problem: self.problem,
+            strategies: &self.strategies,
+            config: &self.config,
+        }
+    }
+}
+
+struct Forward<'a>(&'a LossSumsOp);
+
+impl QueryKeyVisitor for Forward<'_> {
+    type Output = (CpuStorage, Shape);
+
+    fn visit<T: Element>(self, q: Rows<T>, k: Rows<T>) -> Result<Self::Output> {
+        let sums = loss_sums(&self.0.input(q, k));
+        let (squared, merged) = (sums.squared, sums.merged as f64);
+        let storage = match self.0.problem.dtype {
+            DType::F64 => CpuStorage::F64(vec![squared, merged]),
+            _ => CpuStorage::F32(vec![squared as f32, merged as f32]),
+        };
+        Ok((storage, Shape::from(2)))
+    }
+}
+
+struct Backward<'a> {
+    op: &'a LossSumsOp,
+    upstream: f64,
+}
+
+impl QueryKeyVisitor for Backward<'_> {
+    type Output = (Tensor, Tensor);
+
+    fn visit<T: Element>(self, q: Rows<T>, k: Rows<T>) -> Result<Self::Output> {
+        let (dq, dk) = loss_gradients(&self.op.input(q, k), self.upstream);
+        let Problem {
+            batch,
+            heads,
+            kv_heads,
+            tokens,
+            head_dim,
+            ..
+        } = self.op.problem;
+        let cpu = &candle_core::Device::Cpu;
+        Ok((
+            Tensor::from_vec(dq, (batch, heads, tokens, head_dim), cpu)?,
+            Tensor::from_vec(dk, (batch, kv_heads, tokens, head_dim), cpu)?,
+        ))
+    }
+}
+
+impl CustomOp2 for LossSumsOp {
+    fn name(&self) -> &'static str {
+        "compression-loss"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        visit_storages(q, q_layout, k, k_layout, Forward(self))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        _result: &Tensor,
+        grad_result: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [upstream, _] = grad_result.to_dtype(DType::F64)?.to_vec1::<f64>()?[..] else {
+            bail!(
+                "compression-loss: expected a gradient of 2 elements, got {:?}",
+                grad_result.dims()
+            )
+        };
+        let (dq, dk) = on_cpu(q, k, Backward { op: self, upstream })?;
+        Ok((Some(dq), Some(dk)))
+    }
+}

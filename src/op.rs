@@ -1,0 +1,198 @@
+//! The custom op behind [`attend`]: it checks, matches the dtype and the device, and calls.
+
+use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
+use crate::cpu::forward::{forward, BiasView, ForwardInput};
+use crate::cpu::{Element, Rows};
+use crate::loss::compression_loss;
+use crate::plan::{not_on_cpu, MergePlan};
+use crate::problem::{Problem, RowLayout};
+use candle_core::{bail, CpuStorage, CudaStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor};
+
+/// What [`compressed_attention`] returns.
+#[derive(Clone, Debug)]
+pub struct CompressedAttentionOutput {
+    /// (B, H, N, D), in the dtype of the query.
+    pub output: Tensor,
+    /// The compression loss, a scalar; `None` where N = 1.
+    pub compression_loss: Option<Tensor>,
+    /// What was hidden.
+    pub plan: MergePlan,
+}
+
+/// Decides, attends and computes the compression loss in one call: [`MergePlan::new`], [`attend`],
+/// [`compression_loss`]. Query (B, H, N, D), key and value (B, Hk, N, D).
+///
+/// # Errors
+/// As those three.
+pub fn compressed_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+) -> Result<CompressedAttentionOutput> {
+    let plan = MergePlan::new(q, k, v, strategies, config, options)?;
+    Ok(CompressedAttentionOutput {
+        output: attend(q, k, v, &plan, options)?,
+        compression_loss: compression_loss(q, k, strategies, config)?,
+        plan,
+    })
+}
+
+/// Attention over the columns that `plan` leaves: query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D)
+/// in the query's dtype (sums in f32, or f64 for f64; one rounding at the end). Hidden tokens keep their output row.
+/// Memory beyond the output is O(N·D); no N×N matrix is formed.
+///
+/// A row is NaN throughout when its query or any column it sees is not finite; other rows are untouched by it.
+///
+/// # Errors
+/// Shapes, dtypes or devices that do not fit together or are not supported, or a plan made for other shapes.
+/// Differentiating the result is an error in this version.
+pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &AttentionOptions) -> Result<Tensor> {
+    let problem = Problem::new(q, k, v)?;
+    problem.check_options(options)?;
+    plan.check(&problem, options.causal)?;
+    if !q.device().is_cpu() {
+        return not_on_cpu(q.device());
+    }
+    let accumulator = if problem.dtype == DType::F64 {
+        DType::F64
+    } else {
+        DType::F32
+    };
+    let bias = match &options.bias {
+        Some(bias) => Some(bias.to_dtype(accumulator)?.broadcast_as(&problem.bias_dims())?),
+        None => None,
+    };
+    let op = CompressedAttentionOp {
+        problem,
+        plan: plan.clone(),
+        options: options.clone(),
+        bias,
+    };
+    q.apply_op3(k, v, op)
+}
+
+/// Attention for one plan. It holds no tensor of the graph it is part of, so it cannot keep that graph alive.
+struct CompressedAttentionOp {
+    problem: Problem,
+    plan: MergePlan,
+    options: AttentionOptions,
+    /// In the accumulator's dtype, as a (B, H, N, N) view.
+    bias: Option<Tensor>,
+}
+
+impl CompressedAttentionOp {
+    fn cpu<T: Element>(&self, [q, k, v]: [(&[T], &Layout); 3]) -> Result<(CpuStorage, Shape)> {
+        let rows = |(data, layout)| Rows::new(data, RowLayout::new(layout));
+        let indicators = self.plan.indicators().storage_and_layout();
+        let bias = self.bias.as_ref().map(Tensor::storage_and_layout);
+        let bias = match &bias {
+            Some((storage, layout)) => Some(bias_view(storage, layout)?),
+            None => None,
+        };
+        let input = ForwardInput {
+            q: rows(q),
+            k: rows(k),
+            v: rows(v),
+            problem: self.problem,
+            bits: contiguous::<u8>(&indicators.0, indicators.1)?,
+            fold: self.plan.config().fold,
+            window: self.plan.config().window,
+            causal: self.options.causal,
+            scale: self.options.scale(self.problem.head_dim),
+            dropout: self.options.dropout,
+            bias,
+        };
+        let Problem {
+            batch,
+            heads,
+            tokens,
+            head_dim,
+            ..
+        } = self.problem;
+        let output = T::to_cpu_storage_owned(forward(&input));
+        Ok((output, Shape::from((batch, heads, tokens, head_dim))))
+    }
+}
+
+fn cpu_slice<T: Element>(storage: &Storage) -> Result<&[T]> {
+    match storage {
+        Storage::Cpu(storage) => storage.as_slice::<T>(),
+        other => not_on_cpu(&other.device()),
+    }
+}
+
+fn contiguous<'a, T: candle_core::WithDType>(storage: &'a Storage, layout: &Layout) -> Result<&'a [T]> {
+    match (storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(storage), Some((start, end))) => Ok(&storage.as_slice::<T>()?[start..end]),
+        _ => bail!("indicators: expected a contiguous tensor on the CPU; make the plan on the query's device"),
+    }
+}
+
+fn bias_view<'a, A: Element>(storage: &'a Storage, layout: &Layout) -> Result<BiasView<'a, A>> {
+    let strides = layout.stride();
+    Ok(BiasView {
+        data: cpu_slice(storage)?,
+        offset: layout.start_offset(),
+        strides: [strides[0], strides[1], strides[2], strides[3]],
+    })
+}
+
+impl CustomOp3 for CompressedAttentionOp {
+    fn name(&self) -> &'static str {
+        "compressed-attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        use CpuStorage::{BF16, F16, F32, F64};
+        match (q, k, v) {
+            (F64(q), F64(k), F64(v)) => self.cpu([(q.as_slice(), q_layout), (k, k_layout), (v, v_layout)]),
+            (F32(q), F32(k), F32(v)) => self.cpu([(q.as_slice(), q_layout), (k, k_layout), (v, v_layout)]),
+            (F16(q), F16(k), F16(v)) => self.cpu([(q.as_slice(), q_layout), (k, k_layout), (v, v_layout)]),
+            (BF16(q), BF16(k), BF16(v)) => self.cpu([(q.as_slice(), q_layout), (k, k_layout), (v, v_layout)]),
+            // Problem has checked the dtypes.
+            _ => {
+                bail!("query, key and value: expected one dtype of f64, f32, f16 and bf16; convert them with to_dtype")
+            }
+        }
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        bail!(
+            "device: expected the CPU, got CUDA; compressed attention has no CUDA kernels in this version, \
+             move the tensors with to_device(&Device::Cpu)"
+        )
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        bail!(
+            "compressed-attention: expected a forward pass only, got backward(); attention has no gradient in this \
+             version (the compression loss has), detach() its inputs or train with plain attention"
+        )
+    }
+}

@@ -1,0 +1,190 @@
+//! Every check of shapes, dtypes, devices and strides, once, and the names of the axes.
+
+use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
+use candle_core::{bail, DType, Layout, Result, Tensor};
+
+/// The sizes of one attention call, checked. Query head `h` reads KV head `h / group`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// B: rows of the batch.
+    pub batch: usize,
+    /// H: query heads.
+    pub heads: usize,
+    /// Hk: key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// N: tokens, at least 1.
+    pub tokens: usize,
+    /// D: size of one head's vectors, at least 1.
+    pub head_dim: usize,
+    /// One of f64, f32, f16 and bf16.
+    pub dtype: DType,
+}
+
+impl Problem {
+    /// Checks query (B, H, N, D), key and value (B, Hk, N, D) against each other.
+    ///
+    /// # Errors
+    /// Another rank, sizes that do not fit, an unsupported or mixed dtype, mixed devices, a last axis that is not
+    /// contiguous.
+    pub fn new(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
+        let problem = Self::of_pair(q, k)?;
+        if v.dims() != k.dims() {
+            bail!(
+                "value: expected the shape of key {:?}, got {:?}; key and value need one row per token and KV head",
+                k.dims(),
+                v.dims()
+            )
+        }
+        problem.check_tensor("value", v, q)?;
+        Ok(problem)
+    }
+
+    /// Checks query (B, H, N, D) against key (B, Hk, N, D), for what reads no values.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn of_pair(q: &Tensor, k: &Tensor) -> Result<Self> {
+        let (batch, heads, tokens, head_dim) = four_axes("query", "(batch, heads, tokens, head_dim)", q)?;
+        let (k_batch, kv_heads, k_tokens, k_dim) = four_axes("key", "(batch, kv_heads, tokens, head_dim)", k)?;
+        if (k_batch, k_tokens, k_dim) != (batch, tokens, head_dim) {
+            bail!(
+                "key: expected shape ({batch}, kv_heads, {tokens}, {head_dim}) to match query {:?}, got {:?}; \
+                 queries and keys must cover the same tokens",
+                q.dims(),
+                k.dims()
+            )
+        }
+        if batch * heads * kv_heads * tokens * head_dim == 0 {
+            bail!(
+                "query: expected at least one batch row, head, token and dimension, got query {:?} and key {:?}; \
+                 skip the call when there is nothing to attend",
+                q.dims(),
+                k.dims()
+            )
+        }
+        if heads % kv_heads != 0 {
+            bail!(
+                "heads: expected a multiple of the {kv_heads} KV heads, got {heads} query heads; \
+                 repeat or regroup the heads so that each KV head serves as many query heads"
+            )
+        }
+        let problem = Self {
+            batch,
+            heads,
+            kv_heads,
+            tokens,
+            head_dim,
+            dtype: q.dtype(),
+        };
+        if !matches!(problem.dtype, DType::F64 | DType::F32 | DType::F16 | DType::BF16) {
+            bail!(
+                "query: expected dtype f64, f32, f16 or bf16, got {:?}; convert it with to_dtype",
+                problem.dtype
+            )
+        }
+        problem.check_tensor("query", q, q)?;
+        problem.check_tensor("key", k, q)?;
+        Ok(problem)
+    }
+
+    fn check_tensor(&self, name: &str, tensor: &Tensor, query: &Tensor) -> Result<()> {
+        if tensor.dtype() != self.dtype {
+            bail!(
+                "{name}: expected the query's dtype {:?}, got {:?}; convert it with to_dtype",
+                self.dtype,
+                tensor.dtype()
+            )
+        }
+        if !tensor.device().same_device(query.device()) {
+            bail!(
+                "{name}: expected the query's device {:?}, got {:?}; move it with to_device",
+                query.device().location(),
+                tensor.device().location()
+            )
+        }
+        if self.head_dim > 1 && tensor.stride()[3] != 1 {
+            bail!(
+                "{name}: expected a contiguous last axis (stride 1), got strides {:?}; call contiguous() on it first",
+                tensor.stride()
+            )
+        }
+        Ok(())
+    }
+
+    /// Checks everything that one call gets besides its tensors.
+    ///
+    /// # Errors
+    /// As [`CompressionConfig::check`], [`HeadStrategies::check`] and [`Self::check_options`].
+    pub fn check_settings(
+        &self,
+        strategies: &HeadStrategies,
+        config: &CompressionConfig,
+        options: &AttentionOptions,
+    ) -> Result<()> {
+        config.check(options.causal)?;
+        strategies.check(self.batch, self.heads)?;
+        self.check_options(options)
+    }
+
+    /// Checks the options, and that the bias broadcasts to (B, H, N, N).
+    ///
+    /// # Errors
+    /// As [`AttentionOptions::check`], or a bias of another shape.
+    pub fn check_options(&self, options: &AttentionOptions) -> Result<()> {
+        options.check()?;
+        if let Some(bias) = &options.bias {
+            let full = self.bias_dims();
+            if bias.broadcast_as(&full).is_err() {
+                bail!(
+                    "bias: expected a shape that broadcasts to (batch, heads, tokens, tokens) = {full:?}, got {:?}; \
+                     use size 1 for the axes it does not depend on",
+                    bias.dims()
+                )
+            }
+        }
+        Ok(())
+    }
+
+    /// (B, H, N, N): the shape a bias broadcasts to.
+    pub fn bias_dims(&self) -> [usize; 4] {
+        [self.batch, self.heads, self.tokens, self.tokens]
+    }
+
+    /// How many query heads read one KV head.
+    pub fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// N - 1: how many pairs of neighbours one head has.
+    pub fn pairs(&self) -> usize {
+        self.tokens - 1
+    }
+}
+
+fn four_axes(name: &str, axes: &str, tensor: &Tensor) -> Result<(usize, usize, usize, usize)> {
+    match *tensor.dims() {
+        [a, b, c, d] => Ok((a, b, c, d)),
+        ref dims => {
+            bail!("{name}: expected 4 axes {axes}, got shape {dims:?}; split the heads with reshape and transpose")
+        }
+    }
+}
+
+/// Where one (batch, head, token) row starts in a flat buffer: the checked layout of q, k or v.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RowLayout {
+    pub offset: usize,
+    pub strides: [usize; 3],
+    pub dim: usize,
+}
+
+impl RowLayout {
+    pub fn new(layout: &Layout) -> Self {
+        let strides = layout.stride();
+        Self {
+            offset: layout.start_offset(),
+            strides: [strides[0], strides[1], strides[2]],
+            dim: layout.dims()[3],
+        }
+    }
+}
