@@ -7,6 +7,7 @@ pub mod loss;
 pub mod op;
 pub mod plan;
 pub mod problem;
+pub mod reference;
 
 pub use attention::{
     CompressedAttention, CompressedSelfAttention, CompressionLossSink, RotaryConfig, RotaryLayout, SelfAttentionConfig,

@@ -1,0 +1,314 @@
+//! One softmax per row over the columns it sees, and its gradients.
+
+use candle_core::{bail, Result, Tensor};
+
+use super::fold::{fold, unfold, visible_columns, Column};
+use super::{add_scaled, dot, dropout_keeps, to_f64, Array4, Indicators, Rows, Sizes};
+use crate::config::{AttentionOptions, CompressionConfig, Fold};
+
+/// Compressed attention of shape (B, H, N, D), for q (B, H, N, D), k and v (B, Hk, N, D) and bits (B, H, N-1).
+///
+/// Row i is `Σ w_j · value_j` over its [`visible_columns`], with the softmax weights w of the logits
+/// `scale · query_i · key_j + ln n_j + bias[i, token j]` after dropout. Keys and values of far columns and of the edge
+/// are folded by the query head's own bits; so are the queries under [`Fold::PairSum`], whatever the window is.
+///
+/// A row is NaN when its query, or the key or value of any column it sees, has an entry that is not finite, whatever
+/// bias or dropout say about the column. Other rows are not touched by that token. A row is also NaN when the bias hides
+/// all its columns.
+///
+/// # Errors
+/// Shapes or settings that do not fit together.
+pub fn attention(
+    q: &Array4,
+    k: &Array4,
+    v: &Array4,
+    indicators: &Indicators,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+) -> Result<Array4> {
+    let call = Call::new((q, k, v), indicators, config, options)?;
+    let mut output = Array4::zeros(q.dims);
+    for (batch, head) in call.sizes.batch_heads() {
+        let parts = call.head(batch, head);
+        for row in 0..call.sizes.tokens {
+            let Row { columns, weights, keep } = call.row(&parts, row);
+            let into = output.row_mut(batch, head, row);
+            for (j, &column) in columns.iter().enumerate() {
+                add_scaled(into, weights[j] * keep[j], parts.value(column))
+            }
+        }
+    }
+    Ok(output)
+}
+
+/// The gradients of `Σ attention · grad_output` with respect to q, k and v, in their shapes. The bits are constants.
+///
+/// # Errors
+/// Shapes or settings that do not fit together.
+pub fn attention_gradients(
+    q: &Array4,
+    k: &Array4,
+    v: &Array4,
+    grad_output: &Array4,
+    indicators: &Indicators,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+) -> Result<(Array4, Array4, Array4)> {
+    let call = Call::new((q, k, v), indicators, config, options)?;
+    grad_output.check("grad_output")?;
+    if grad_output.dims != q.dims {
+        bail!(
+            "grad_output: expected shape {:?} like the output, got {:?}; pass the gradient of this call's output",
+            q.dims,
+            grad_output.dims
+        )
+    }
+    let (mut dq, mut dk, mut dv) = (Array4::zeros(q.dims), Array4::zeros(k.dims), Array4::zeros(v.dims));
+    for (batch, head) in call.sizes.batch_heads() {
+        let parts = call.head(batch, head);
+        let mut grads = HeadGradients::zeros(&parts);
+        for row in 0..call.sizes.tokens {
+            grads.add_row(&parts, row, &call.row(&parts, row), grad_output.row(batch, head, row));
+        }
+        let kv_head = call.sizes.kv_head(head);
+        let unfolded = |rows: &Rows| unfold(config.fold, rows, parts.bits, &parts.sizes);
+        dk.add_head(batch, kv_head, &grads.raw_keys);
+        dk.add_head(batch, kv_head, &unfolded(&grads.folded_keys));
+        dv.add_head(batch, kv_head, &grads.raw_values);
+        dv.add_head(batch, kv_head, &unfolded(&grads.folded_values));
+        match config.fold {
+            Fold::PairSum => dq.add_head(batch, head, &unfolded(&grads.queries)),
+            Fold::Mean | Fold::Drop => dq.add_head(batch, head, &grads.queries),
+        }
+    }
+    Ok((dq, dk, dv))
+}
+
+/// A call's arguments, checked.
+struct Call<'a> {
+    sizes: Sizes,
+    inputs: (&'a Array4, &'a Array4, &'a Array4),
+    indicators: &'a Indicators,
+    config: &'a CompressionConfig,
+    options: &'a AttentionOptions,
+    scale: f64,
+    bias: Option<Array4>,
+}
+
+/// One query head's vectors, raw and folded.
+struct Head<'a> {
+    batch: usize,
+    head: usize,
+    bits: &'a [bool],
+    scale: f64,
+    queries: Rows,
+    raw_keys: Rows,
+    raw_values: Rows,
+    folded_keys: Rows,
+    folded_values: Rows,
+    sizes: Vec<f64>,
+}
+
+/// One row's columns, their softmax weights, and dropout's factor on each: 0 or `1 / (1 - p)`.
+struct Row {
+    columns: Vec<Column>,
+    weights: Vec<f64>,
+    keep: Vec<f64>,
+}
+
+impl<'a> Call<'a> {
+    fn new(
+        (q, k, v): (&'a Array4, &'a Array4, &'a Array4),
+        indicators: &'a Indicators,
+        config: &'a CompressionConfig,
+        options: &'a AttentionOptions,
+    ) -> Result<Self> {
+        config.check(options.causal)?;
+        options.check()?;
+        let sizes = Sizes::new(q, k)?;
+        v.check("v")?;
+        if v.dims != k.dims {
+            bail!(
+                "v: expected shape {:?} like k, got {:?}; keys and values share heads, tokens and dim",
+                k.dims,
+                v.dims
+            )
+        }
+        let expected = [sizes.batch, sizes.heads, sizes.pairs()];
+        super::check_len("indicators", &indicators.dims, indicators.bits.len())?;
+        if indicators.dims != expected {
+            bail!(
+                "indicators: expected shape {expected:?} (batch, query heads, tokens - 1), got {:?}; \
+                 make them with indicators() from the same q and k",
+                indicators.dims
+            )
+        }
+        Ok(Self {
+            sizes,
+            inputs: (q, k, v),
+            indicators,
+            config,
+            options,
+            scale: options.scale(q.dims[3]),
+            bias: options.bias.as_ref().map(|b| read_bias(b, sizes)).transpose()?,
+        })
+    }
+
+    fn head(&self, batch: usize, head: usize) -> Head<'a> {
+        let (q, k, v) = self.inputs;
+        let kv_head = self.sizes.kv_head(head);
+        let bits = self.indicators.head(batch, head);
+        let (raw_keys, raw_values) = (k.head(batch, kv_head), v.head(batch, kv_head));
+        let (folded_keys, sizes) = fold(self.config.fold, &raw_keys, bits);
+        let (folded_values, _) = fold(self.config.fold, &raw_values, bits);
+        let queries = match self.config.fold {
+            Fold::PairSum => fold(Fold::PairSum, &q.head(batch, head), bits).0,
+            Fold::Mean | Fold::Drop => q.head(batch, head),
+        };
+        Head {
+            batch,
+            head,
+            bits,
+            scale: self.scale,
+            queries,
+            raw_keys,
+            raw_values,
+            folded_keys,
+            folded_values,
+            sizes,
+        }
+    }
+
+    fn row(&self, head: &Head, row: usize) -> Row {
+        let columns = visible_columns(head.bits, row, self.config.window, self.options.causal);
+        let finite = |vector: &[f64]| vector.iter().all(|x| x.is_finite());
+        let poisoned = !finite(&head.queries[row])
+            || columns
+                .iter()
+                .any(|&column| !finite(head.key(column)) || !finite(head.value(column)));
+        let weights = if poisoned {
+            vec![f64::NAN; columns.len()]
+        } else {
+            softmax(columns.iter().map(|&c| self.logit(head, row, c)).collect())
+        };
+        let keep = columns.iter().map(|c| self.keep(head, row, c.token())).collect();
+        Row { columns, weights, keep }
+    }
+
+    /// `scale · query · key + ln n + bias`.
+    fn logit(&self, head: &Head, row: usize, column: Column) -> f64 {
+        let bias = match &self.bias {
+            Some(bias) => broadcast_get(bias, [head.batch, head.head, row, column.token()]),
+            None => 0.0,
+        };
+        head.scale * dot(&head.queries[row], head.key(column)) + head.size(column).ln() + bias
+    }
+
+    fn keep(&self, head: &Head, row: usize, token: usize) -> f64 {
+        match self.options.dropout {
+            Some(d) if dropout_keeps(d, head.batch * self.sizes.heads + head.head, row, token) => 1.0 / (1.0 - d.p),
+            Some(_) => 0.0,
+            None => 1.0,
+        }
+    }
+}
+
+impl Head<'_> {
+    fn key(&self, column: Column) -> &[f64] {
+        match column {
+            Column::Far(s) | Column::Edge(s) => &self.folded_keys[s],
+            Column::Near(t) => &self.raw_keys[t],
+        }
+    }
+
+    fn value(&self, column: Column) -> &[f64] {
+        match column {
+            Column::Far(s) | Column::Edge(s) => &self.folded_values[s],
+            Column::Near(t) => &self.raw_values[t],
+        }
+    }
+
+    fn size(&self, column: Column) -> f64 {
+        match column {
+            Column::Far(s) | Column::Edge(s) => self.sizes[s],
+            Column::Near(_) => 1.0,
+        }
+    }
+}
+
+/// `exp(l - max l) / Σ exp(l - max l)`. All minus infinity gives NaN.
+fn softmax(logits: Vec<f64>) -> Vec<f64> {
+    let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let exps: Vec<f64> = logits.iter().map(|l| (l - max).exp()).collect();
+    let sum: f64 = exps.iter().sum();
+    exps.into_iter().map(|e| e / sum).collect()
+}
+
+/// The gradients of one query head's vectors, before they are unfolded.
+struct HeadGradients {
+    queries: Rows,
+    raw_keys: Rows,
+    raw_values: Rows,
+    folded_keys: Rows,
+    folded_values: Rows,
+}
+
+impl HeadGradients {
+    fn zeros(head: &Head) -> Self {
+        let zeros = || -> Rows { head.queries.iter().map(|row| vec![0.0; row.len()]).collect() };
+        Self {
+            queries: zeros(),
+            raw_keys: zeros(),
+            raw_values: zeros(),
+            folded_keys: zeros(),
+            folded_values: zeros(),
+        }
+    }
+
+    /// With weights w, dropout factors r and the row's output gradient g: `dvalue_j = w_j r_j g`, and for the logits
+    /// `dl_j = w_j (a_j - Σ w a)` with `a_j = r_j · g · value_j`; `dquery = scale Σ dl_j key_j`, `dkey_j = scale dl_j query`.
+    fn add_row(&mut self, head: &Head, row: usize, Row { columns, weights, keep }: &Row, grad: &[f64]) {
+        let arrived: Vec<f64> = columns
+            .iter()
+            .zip(keep)
+            .map(|(&column, r)| r * dot(grad, head.value(column)))
+            .collect();
+        let mean = dot(weights, &arrived);
+        for (j, &column) in columns.iter().enumerate() {
+            let d_logit = head.scale * weights[j] * (arrived[j] - mean);
+            add_scaled(&mut self.queries[row], d_logit, head.key(column));
+            let (d_key, d_value) = match column {
+                Column::Far(s) | Column::Edge(s) => (&mut self.folded_keys[s], &mut self.folded_values[s]),
+                Column::Near(t) => (&mut self.raw_keys[t], &mut self.raw_values[t]),
+            };
+            add_scaled(d_key, d_logit, &head.queries[row]);
+            add_scaled(d_value, weights[j] * keep[j], grad);
+        }
+    }
+}
+
+/// The bias with ones for the axes it lacks, to be read with [`broadcast_get`].
+fn read_bias(bias: &Tensor, sizes: Sizes) -> Result<Array4> {
+    let full = [sizes.batch, sizes.heads, sizes.tokens, sizes.tokens];
+    let got = bias.dims();
+    let padding = 4usize.saturating_sub(got.len());
+    let mut dims = [1; 4];
+    let fits = got.len() <= 4 && got.iter().zip(&full[padding..]).all(|(&d, &f)| d == f || d == 1);
+    if !fits {
+        bail!("bias: expected a shape that broadcasts to {full:?}, got {got:?}; reshape it or add axes of size 1")
+    }
+    dims[padding..].copy_from_slice(got);
+    Ok(Array4 {
+        dims,
+        data: to_f64(bias)?,
+    })
+}
+
+fn broadcast_get(array: &Array4, index: [usize; 4]) -> f64 {
+    let flat = array
+        .dims
+        .iter()
+        .zip(index)
+        .fold(0, |flat, (&dim, i)| flat * dim + if dim == 1 { 0 } else { i });
+    array.data[flat]
+}
