@@ -4,3 +4,4 @@
 #![allow(dead_code)]
 
 pub mod golden;
+pub mod inputs;

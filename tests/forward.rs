@@ -1,0 +1,366 @@
+//! A table of settings times a table of odd shapes: the CPU path against the f64 reference, in every dtype.
+
+mod common;
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor, D};
+use candle_sfattention::reference::{self, Array4};
+use candle_sfattention::{
+    compressed_attention, AttentionOptions, CompressionConfig, Criterion, Dropout, Fold, GroupRule, HeadStrategies,
+    MergeRule, MergeStrategy,
+};
+use common::inputs::{assert_close, laid_out, values, Memory, Shape};
+
+/// Odd everything: one token, one past a lane, a block and a tile, head sizes that fill no register, GQA and MQA.
+const SHAPES: [Shape; 12] = [
+    Shape(1, 1, 1, 1, 32),
+    Shape(2, 3, 1, 2, 8),
+    Shape(2, 2, 2, 33, 1),
+    Shape(1, 4, 2, 59, 59),
+    Shape(3, 2, 1, 64, 16),
+    Shape(1, 6, 3, 97, 96),
+    Shape(2, 2, 2, 129, 32),
+    Shape(1, 4, 1, 257, 64),
+    Shape(1, 2, 1, 300, 128),
+    Shape(1, 1, 1, 259, 256),
+    Shape(1, 2, 2, 705, 24),
+    Shape(1, 1, 1, 1153, 20),
+];
+
+struct Setting {
+    name: &'static str,
+    strategy: MergeStrategy,
+    config: CompressionConfig,
+    options: fn(&Shape) -> AttentionOptions,
+    /// Whether something must be hidden in every shape of 59 tokens or more.
+    hides: bool,
+}
+
+fn plain(_: &Shape) -> AttentionOptions {
+    AttentionOptions::default()
+}
+
+fn everywhere(_: &Shape) -> AttentionOptions {
+    AttentionOptions {
+        causal: false,
+        softmax_scale: Some(0.2),
+        ..Default::default()
+    }
+}
+
+/// A bias per head and per pair of tokens, with hidden columns and a broadcast batch axis.
+fn biased(shape: &Shape) -> AttentionOptions {
+    let &Shape(_, heads, _, tokens, _) = shape;
+    let entry = |i: usize| {
+        let (row, column) = (i / tokens % tokens, i % tokens);
+        let hidden = row != column && (row * 7 + column * 3) % 5 == 0;
+        if hidden {
+            f32::NEG_INFINITY
+        } else {
+            ((i * 37 % 101) as f32 - 50.0) / 40.0
+        }
+    };
+    let bias: Vec<f32> = (0..heads * tokens * tokens).map(entry).collect();
+    AttentionOptions {
+        bias: Tensor::from_vec(bias, (heads, tokens, tokens), &Device::Cpu).ok(),
+        ..Default::default()
+    }
+}
+
+fn dropping(_: &Shape) -> AttentionOptions {
+    AttentionOptions {
+        dropout: Some(Dropout {
+            p: 0.3,
+            seed: 0x1234_5678_9abc_def0,
+        }),
+        ..Default::default()
+    }
+}
+
+fn settings() -> Vec<Setting> {
+    use Fold::{Drop, Mean, PairSum};
+    use MergeStrategy::{Difference, Off, Similarity};
+    let base = CompressionConfig {
+        similarity_threshold: 0.35,
+        difference_threshold: 0.25,
+        ..Default::default()
+    };
+    let key = CompressionConfig {
+        criterion: Criterion::KeyKey,
+        ..base.clone()
+    };
+    let unanimous = CompressionConfig {
+        group_rule: GroupRule::Unanimous,
+        ..key.clone()
+    };
+    let setting = |name, strategy, config, options, hides| Setting {
+        name,
+        strategy,
+        config,
+        options,
+        hides,
+    };
+    vec![
+        setting("off", Off, base.clone(), plain, false),
+        setting(
+            "off, window",
+            Off,
+            CompressionConfig {
+                window: 7,
+                ..base.clone()
+            },
+            plain,
+            false,
+        ),
+        setting("off, everywhere", Off, base.clone(), everywhere, false),
+        setting("pair sum", Similarity, base.clone(), plain, true),
+        setting("pair sum, difference", Difference, base.clone(), plain, false),
+        setting(
+            "pair sum, reference",
+            Similarity,
+            CompressionConfig {
+                rule: MergeRule::Reference,
+                ..base.clone()
+            },
+            plain,
+            true,
+        ),
+        setting("pair sum, everywhere", Similarity, base.clone(), everywhere, true),
+        setting(
+            "pair sum, window",
+            Similarity,
+            CompressionConfig {
+                window: 5,
+                ..base.clone()
+            },
+            plain,
+            true,
+        ),
+        setting(
+            "mean",
+            Similarity,
+            CompressionConfig {
+                fold: Mean,
+                ..key.clone()
+            },
+            plain,
+            true,
+        ),
+        setting(
+            "mean, everywhere",
+            Similarity,
+            CompressionConfig {
+                fold: Mean,
+                ..unanimous.clone()
+            },
+            everywhere,
+            true,
+        ),
+        setting(
+            "mean, pretrained",
+            Similarity,
+            CompressionConfig {
+                similarity_threshold: 0.35,
+                ..CompressionConfig::pretrained()
+            },
+            plain,
+            true,
+        ),
+        setting(
+            "mean, window 1, sinks",
+            Similarity,
+            CompressionConfig {
+                fold: Mean,
+                window: 1,
+                sinks: 3,
+                ..key.clone()
+            },
+            plain,
+            true,
+        ),
+        setting(
+            "drop",
+            Similarity,
+            CompressionConfig {
+                fold: Drop,
+                ..unanimous.clone()
+            },
+            plain,
+            true,
+        ),
+        setting(
+            "drop, window 64",
+            Similarity,
+            CompressionConfig {
+                fold: Drop,
+                window: 64,
+                ..key.clone()
+            },
+            plain,
+            true,
+        ),
+        setting(
+            "drop, window over all",
+            Similarity,
+            CompressionConfig {
+                fold: Drop,
+                window: 5000,
+                ..key.clone()
+            },
+            plain,
+            true,
+        ),
+        setting(
+            "mean, bias",
+            Similarity,
+            CompressionConfig {
+                fold: Mean,
+                window: 4,
+                ..unanimous.clone()
+            },
+            biased,
+            true,
+        ),
+        setting("pair sum, bias", Similarity, base.clone(), biased, true),
+        setting(
+            "drop, dropout",
+            Similarity,
+            CompressionConfig {
+                fold: Drop,
+                window: 4,
+                ..unanimous.clone()
+            },
+            dropping,
+            true,
+        ),
+        setting("pair sum, dropout", Similarity, base.clone(), dropping, true),
+        setting("off, dropout", Off, base, dropping, false),
+    ]
+}
+
+/// The reference on the values that the fast path was given.
+fn reference_output(qkv: &[Tensor; 3], setting: &Setting, options: &AttentionOptions) -> Result<(Tensor, Tensor)> {
+    let [q, k, v] = [&qkv[0], &qkv[1], &qkv[2]].map(Array4::from_tensor);
+    let (q, k, v) = (q?, k?, v?);
+    let strategies = HeadStrategies::uniform(setting.strategy);
+    let bits = reference::indicators(&q, &k, &strategies, &setting.config)?;
+    let output = reference::attention(&q, &k, &v, &bits, &setting.config, options)?;
+    Ok((
+        bits.to_tensor(&Device::Cpu)?,
+        output.to_tensor(DType::F64, &Device::Cpu)?,
+    ))
+}
+
+fn check(
+    dtype: DType,
+    memory: Memory,
+    shapes: &[Shape],
+    judge: impl Fn(&str, &Tensor, &Tensor) -> Result<()>,
+) -> Result<()> {
+    for setting in settings() {
+        for (seed, shape) in shapes.iter().enumerate() {
+            let what = format!("{} {shape:?} {dtype:?} {memory:?}", setting.name);
+            let options = (setting.options)(shape);
+            let qkv = shape.qkv(seed as u64, dtype)?;
+            let (bits, expected) = reference_output(&qkv, &setting, &options)?;
+            let [q, k, v] = laid_out(&qkv, memory)?;
+            let strategies = HeadStrategies::uniform(setting.strategy);
+            let result = compressed_attention(&q, &k, &v, &strategies, &setting.config, &options)?;
+            assert_eq!(result.output.dtype(), dtype, "{what}");
+            assert_eq!(
+                result.plan.indicators().to_vec3::<u8>()?,
+                bits.to_vec3::<u8>()?,
+                "{what}"
+            );
+            if setting.hides && shape.3 >= 59 {
+                assert!(
+                    result.plan.stats()?.hidden > 0,
+                    "{what}: nothing hidden, the case tests nothing"
+                );
+            }
+            judge(&what, &result.output, &expected)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn f32_agrees_with_the_reference() -> Result<()> {
+    check(DType::F32, Memory::HeadMajor, &SHAPES, |what, got, expected| {
+        Ok(assert_close(what, got, expected, 2e-6, 2e-6)?)
+    })
+}
+
+#[test]
+fn f32_views_agree_with_the_reference() -> Result<()> {
+    check(DType::F32, Memory::Fused, &SHAPES[..8], |what, got, expected| {
+        Ok(assert_close(what, got, expected, 2e-6, 2e-6)?)
+    })
+}
+
+#[test]
+fn f64_agrees_with_the_reference() -> Result<()> {
+    check(DType::F64, Memory::TokenMajor, &SHAPES[..9], |what, got, expected| {
+        Ok(assert_close(what, got, expected, 1e-13, 1e-13)?)
+    })
+}
+
+/// Half types: sums in f32 and one rounding at the end, so the error is that of one rounding of the exact result.
+#[test]
+fn half_types_round_once() -> Result<()> {
+    // Half a unit in the last place, and a little for the f32 sums before it.
+    for (dtype, unit) in [(DType::F16, 2f64.powi(-11)), (DType::BF16, 2f64.powi(-8))] {
+        check(dtype, Memory::TokenMajor, &SHAPES[..8], |what, got, expected| {
+            Ok(assert_close(what, got, expected, 4e-6, unit * 1.01)?)
+        })?;
+    }
+    Ok(())
+}
+
+/// The largest error against the reference is at most twice that of candle's plain operations in the same dtype.
+#[test]
+fn half_types_err_at_most_twice_as_much_as_candle() -> Result<()> {
+    for dtype in [DType::F16, DType::BF16] {
+        for (seed, shape) in SHAPES.iter().enumerate().filter(|(_, shape)| shape.3 >= 33) {
+            let &Shape(_, heads, kv_heads, tokens, dim) = shape;
+            let qkv = shape.qkv(seed as u64, dtype)?;
+            let off = &settings()[0];
+            let (_, expected) = reference_output(&qkv, off, &AttentionOptions::default())?;
+            let [q, k, v] = &qkv;
+            let ours = compressed_attention(
+                q,
+                k,
+                v,
+                &HeadStrategies::uniform(off.strategy),
+                &off.config,
+                &Default::default(),
+            )?;
+            let repeat = |x: &Tensor| candle_transformers::utils::repeat_kv(x.clone(), heads / kv_heads);
+            let mask: Vec<f32> = (0..tokens * tokens)
+                .map(|i| {
+                    if i % tokens > i / tokens {
+                        f32::NEG_INFINITY
+                    } else {
+                        0.0
+                    }
+                })
+                .collect();
+            let mask = Tensor::from_vec(mask, (tokens, tokens), &Device::Cpu)?.to_dtype(dtype)?;
+            let scores = (q.matmul(&repeat(k)?.t()?.contiguous()?)? / (dim as f64).sqrt())?.broadcast_add(&mask)?;
+            let plain = candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&repeat(v)?)?;
+            let error = |got: &Tensor| -> Result<f64> {
+                let pairs = values(got)?.into_iter().zip(values(&expected)?);
+                Ok(pairs.fold(
+                    0.0,
+                    |worst: f64, (a, b)| if (a - b).abs() <= worst { worst } else { (a - b).abs() },
+                ))
+            };
+            let (ours, plain) = (error(&ours.output)?, error(&plain)?);
+            assert!(
+                ours <= 2.0 * plain,
+                "{shape:?} {dtype:?}: error {ours}, candle's {plain}"
+            );
+        }
+    }
+    Ok(())
+}
