@@ -27,6 +27,9 @@ const SHAPES: [Shape; 12] = [
     Shape(1, 1, 1, 1153, 20),
 ];
 
+/// Logits reach 20 here, and an f32 logit of 20 is only known to 1e-6.
+const F32_TOLERANCE: f64 = 6e-6;
+
 struct Setting {
     name: &'static str,
     strategy: MergeStrategy,
@@ -287,14 +290,14 @@ fn check(
 #[test]
 fn f32_agrees_with_the_reference() -> Result<()> {
     check(DType::F32, Memory::HeadMajor, &SHAPES, |what, got, expected| {
-        Ok(assert_close(what, got, expected, 2e-6, 2e-6)?)
+        Ok(assert_close(what, got, expected, F32_TOLERANCE, F32_TOLERANCE)?)
     })
 }
 
 #[test]
 fn f32_views_agree_with_the_reference() -> Result<()> {
     check(DType::F32, Memory::Fused, &SHAPES[..8], |what, got, expected| {
-        Ok(assert_close(what, got, expected, 2e-6, 2e-6)?)
+        Ok(assert_close(what, got, expected, F32_TOLERANCE, F32_TOLERANCE)?)
     })
 }
 
