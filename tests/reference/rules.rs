@@ -43,6 +43,10 @@ fn reference_rule_numbers_runs_looks_ahead_and_couples_heads() {
     let one = |crit: &dyn Fn(usize, usize) -> bool| reference_rule(1, 7, 20, |_, a, p| crit(a, p)).remove(0);
     // L = 5, so number 5 is not compared and number 6 is invalid; near the end M is false.
     assert_eq!(one(&|_, _| true), bits("111010"));
+    // Clearing bit 2 starts a new run at 3, where bit 4 is number 1 and no longer 3: a second sweep clears it.
+    let alike = [(2, 1), (3, 2), (4, 3), (5, 4), (6, 3), (8, 4)];
+    let swept = reference_rule(1, 10, 20, |_, a, p| alike.contains(&(a, p))).remove(0);
+    assert_eq!(swept, bits("010100000"));
     // Lone bits, one of them at token 0 where it would be number 1: with no neighbours anywhere nothing is checked.
     assert_eq!(one(&|a, p| a == p + 1 && p % 2 == 0), bits("101010"));
     // The same head beside one that has two neighbouring bits: now the lone first bit is checked, and falls.
