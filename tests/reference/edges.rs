@@ -151,16 +151,17 @@ fn arrays_come_from_any_float_dtype_and_any_strides() -> Result<()> {
 }
 
 /// Every refusal names the argument, and none is a panic.
+fn refuses<T>(name: &str, result: candle_core::Result<T>) {
+    let message = match result {
+        Ok(_) => panic!("{name} was accepted"),
+        Err(error) => error.to_string(),
+    };
+    assert!(message.contains(name), "{message}");
+    assert!(message.contains("expected") && message.contains("got"), "{message}");
+}
+
 #[test]
-fn bad_input_is_an_error_that_names_it() -> Result<()> {
-    fn refuses<T>(name: &str, result: candle_core::Result<T>) {
-        let message = match result {
-            Ok(_) => panic!("{name} was accepted"),
-            Err(error) => error.to_string(),
-        };
-        assert!(message.contains(name), "{message}");
-        assert!(message.contains("expected") && message.contains("got"), "{message}");
-    }
+fn arrays_that_do_not_fit_are_errors_that_name_them() -> Result<()> {
     let zeros = Array4::zeros;
     let q = zeros([1, 4, 3, 2]);
     let kv = zeros([1, 2, 3, 2]);
@@ -187,7 +188,13 @@ fn bad_input_is_an_error_that_names_it() -> Result<()> {
         "grad_output",
         attention_gradients(&q, &kv, &kv, &kv, &m, &config, &options),
     );
+    Ok(())
+}
 
+#[test]
+fn settings_that_do_not_fit_are_errors_that_name_them() -> Result<()> {
+    let (q, kv) = (Array4::zeros([1, 4, 3, 2]), Array4::zeros([1, 2, 3, 2]));
+    let (m, config) = (no_bits([1, 4, 2]), CompressionConfig::default());
     for dims in [&[4, 2][..], &[1, 1, 1, 3, 3], &[2, 1, 1, 1]] {
         let bias = Some(Tensor::zeros(dims, DType::F32, &Device::Cpu)?);
         let options = AttentionOptions {
@@ -211,7 +218,13 @@ fn bad_input_is_an_error_that_names_it() -> Result<()> {
         ..CompressionConfig::reference()
     };
     refuses("MergeRule::Reference", indicators(&q, &kv, &uniform, &unanimous));
+    Ok(())
+}
 
+#[test]
+fn tensors_that_do_not_fit_are_errors_that_name_them() -> Result<()> {
+    let mut short = Array4::zeros([1, 2, 3, 2]);
+    short.data.pop();
     let integers = Tensor::zeros((1, 1, 1, 1), DType::U32, &Device::Cpu)?;
     refuses("array", Array4::from_tensor(&integers));
     refuses(
