@@ -11,6 +11,9 @@ use crate::config::Fold;
 /// * [`Fold::Drop`]: `F[x] = X[x]`, `n[x] = 1`.
 ///
 /// Where a bit is 0 the left neighbour is not read, so NaN does not pass through it.
+///
+/// # Panics
+/// With fewer bits than that, like a slice index.
 pub fn fold(fold: Fold, rows: &[Vec<f64>], bits: &[bool]) -> (Rows, Vec<f64>) {
     let mut folded = rows.to_vec();
     let mut sizes = vec![1.0; rows.len()];
@@ -37,6 +40,9 @@ pub fn fold(fold: Fold, rows: &[Vec<f64>], bits: &[bool]) -> (Rows, Vec<f64>) {
 /// * [`Fold::PairSum`]: `dX[x] = dF[x] + m[x]·dF[x+1]`;
 /// * [`Fold::Mean`]: from the right, `dX[x] = dF[x] / n[x]`, and `dF[x-1]` gains `m[x-1]·n[x-1]/n[x]·dF[x]`;
 /// * [`Fold::Drop`]: `dX = dF`.
+///
+/// # Panics
+/// With fewer bits or sizes than [`fold()`] has, like a slice index.
 pub fn unfold(fold: Fold, gradients: &[Vec<f64>], bits: &[bool], sizes: &[f64]) -> Rows {
     let mut unfolded = gradients.to_vec();
     for x in (0..gradients.len()).rev() {

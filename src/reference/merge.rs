@@ -19,7 +19,7 @@ pub fn unit(a: &[f64]) -> Vec<f64> {
     a.iter().map(|x| x / length).collect()
 }
 
-/// `cos(a, b)`, the dot product of the two [`unit`] vectors: 0 for a zero vector, NaN for a vector with NaN or infinity.
+/// `cos(a, b)`, the dot product of the two [`unit()`] vectors: 0 for a zero vector, NaN for a vector with NaN or infinity.
 pub fn cosine(a: &[f64], b: &[f64]) -> f64 {
     dot(&unit(a), &unit(b))
 }

@@ -1,0 +1,256 @@
+//! Non-finite input, refused input and empty input.
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use candle_sfattention::reference::{
+    attention, attention_gradients, compression_loss, compression_loss_gradients, indicators, Array4, Indicators,
+};
+use candle_sfattention::{
+    AttentionOptions, CompressionConfig, Fold, GroupRule, HeadStrategies, MergeRule, MergeStrategy,
+};
+use rand::{rngs::StdRng, SeedableRng};
+
+use crate::{assert_close, bits, no_bits, random, random_bits, random_qkv, tensor};
+
+/// A head of one dimension and five tokens, the bits given: which rows are NaN.
+fn nan_rows(fold: Fold, window: usize, m: &str, qkv: &[Array4; 3], bias: Option<Tensor>) -> Result<String> {
+    let config = CompressionConfig {
+        fold,
+        window,
+        ..Default::default()
+    };
+    let indicators = Indicators {
+        dims: [1, 1, m.len()],
+        bits: bits(m),
+    };
+    let options = AttentionOptions {
+        bias,
+        ..Default::default()
+    };
+    let [q, k, v] = qkv;
+    let rows = attention(q, k, v, &indicators, &config, &options)?;
+    let mark = |row: usize| match rows.row(0, 0, row) {
+        r if r.iter().all(|x| x.is_nan()) => 'N',
+        r if r.iter().all(|x| x.is_finite()) => '.',
+        _ => '?',
+    };
+    Ok((0..q.dims[2]).map(mark).collect())
+}
+
+#[test]
+fn non_finite_tokens_reach_the_rows_that_see_them_and_no_other() -> Result<()> {
+    let rng = &mut StdRng::seed_from_u64(6);
+    let clean = random_qkv(rng, [1, 1, 1, 5, 2]);
+    let with = |which: usize, bad: f64| {
+        let mut qkv = clean.clone();
+        qkv[which].row_mut(0, 0, 1)[1] = bad;
+        qkv
+    };
+    for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        for which in [1, 2] {
+            let rows = |fold, window, m| nan_rows(fold, window, m, &with(which, bad), None);
+            assert_eq!(rows(Fold::Drop, 0, "0000")?, ".NNNN");
+            assert_eq!(rows(Fold::Drop, 3, "0000")?, ".NNNN");
+            // Token 1 is hidden: seen as long as it is in the window or its edge.
+            assert_eq!(rows(Fold::Drop, 0, "0100")?, ".N...");
+            assert_eq!(rows(Fold::Drop, 1, "0100")?, ".NN..");
+            assert_eq!(rows(Fold::Drop, 3, "0100")?, ".NNNN");
+            // PairSum passes it on to token 2, and no further when token 2 is hidden too; Mean passes it down the chain.
+            assert_eq!(rows(Fold::PairSum, 0, "0100")?, ".NNNN");
+            assert_eq!(rows(Fold::PairSum, 0, "0110")?, ".NN..");
+            assert_eq!(rows(Fold::Mean, 0, "0110")?, ".NNNN");
+        }
+        // A query is read by its own row, and under PairSum by the row it is folded into.
+        assert_eq!(nan_rows(Fold::Drop, 0, "0100", &with(0, bad), None)?, ".N...");
+        assert_eq!(nan_rows(Fold::Mean, 0, "0100", &with(0, bad), None)?, ".N...");
+        assert_eq!(nan_rows(Fold::PairSum, 0, "0110", &with(0, bad), None)?, ".NN..");
+        assert_eq!(nan_rows(Fold::PairSum, 5, "0110", &with(0, bad), None)?, ".NN..");
+    }
+    Ok(())
+}
+
+/// NaN or not, what no row reads changes nothing: the finite rows keep their values to the bit.
+#[test]
+fn rows_that_do_not_see_a_nan_are_untouched() -> Result<()> {
+    let rng = &mut StdRng::seed_from_u64(7);
+    let [q, k, v] = random_qkv(rng, [1, 2, 1, 8, 3]);
+    let (config, options) = (CompressionConfig::default(), AttentionOptions::default());
+    let strategies = HeadStrategies::uniform(MergeStrategy::Difference);
+    let run = |k: &Array4| -> Result<Array4> {
+        let bits = indicators(&q, k, &strategies, &config)?;
+        Ok(attention(&q, k, &v, &bits, &config, &options)?)
+    };
+    let mut bad = k.clone();
+    bad.row_mut(0, 0, 4)[0] = f64::NAN;
+    let (clean, poisoned) = (run(&k)?, run(&bad)?);
+    for head in 0..2 {
+        for row in 0..4 {
+            assert_eq!(poisoned.row(0, head, row), clean.row(0, head, row));
+        }
+        // NaN never qualifies, so token 4 is never hidden and every later row sees it.
+        for row in 4..8 {
+            assert!(poisoned.row(0, head, row).iter().all(|x| x.is_nan()));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn bias_of_minus_infinity_hides_columns_and_a_row_without_any_is_nan() -> Result<()> {
+    let rng = &mut StdRng::seed_from_u64(8);
+    let qkv = random_qkv(rng, [1, 1, 1, 5, 2]);
+    // Columns 0 and 1 are hidden from all rows.
+    let hidden = f64::NEG_INFINITY;
+    let bias = Tensor::new(&[hidden, hidden, 0.0, 0.0, 0.0], &Device::Cpu)?;
+    assert_eq!(nan_rows(Fold::Drop, 0, "0000", &qkv, Some(bias.clone()))?, "NN...");
+    // A bias does not stop a NaN: the row still sees the column.
+    let mut bad = qkv.clone();
+    bad[1].row_mut(0, 0, 1)[0] = f64::NAN;
+    assert_eq!(nan_rows(Fold::Drop, 0, "0000", &bad, Some(bias))?, "NNNNN");
+    Ok(())
+}
+
+/// Gradients of a row with NaN reach what the row read, and nothing else.
+#[test]
+fn nan_gradients_stay_with_what_their_row_read() -> Result<()> {
+    let rng = &mut StdRng::seed_from_u64(9);
+    let [mut q, k, v] = random_qkv(rng, [1, 1, 1, 5, 2]);
+    q.row_mut(0, 0, 2)[0] = f64::NAN;
+    let grad = random(rng, q.dims);
+    let config = CompressionConfig {
+        fold: Fold::Drop,
+        ..Default::default()
+    };
+    let m = no_bits([1, 1, 4]);
+    let (dq, dk, dv) = attention_gradients(&q, &k, &v, &grad, &m, &config, &AttentionOptions::default())?;
+    let nans = |x: &Array4| -> Vec<bool> { (0..5).map(|t| x.row(0, 0, t).iter().all(|g| g.is_nan())).collect() };
+    let finite = |x: &Array4| -> Vec<bool> { (0..5).map(|t| x.row(0, 0, t).iter().all(|g| g.is_finite())).collect() };
+    assert_eq!((nans(&dq), finite(&dq)), (bits("00100"), bits("11011")));
+    for d in [dk, dv] {
+        assert_eq!((nans(&d), finite(&d)), (bits("11100"), bits("00011")));
+    }
+    Ok(())
+}
+
+#[test]
+fn arrays_come_from_any_float_dtype_and_any_strides() -> Result<()> {
+    let source = random(&mut StdRng::seed_from_u64(12), [2, 3, 4, 5]);
+    let turned = tensor(&source)?.transpose(1, 2)?;
+    let array = Array4::from_tensor(&turned)?;
+    assert_eq!(array.dims, [2, 4, 3, 5]);
+    assert_eq!(array.row(1, 3, 2), source.row(1, 2, 3));
+    for (dtype, half_ulp) in [(DType::F32, 6e-8), (DType::F16, 4.9e-4), (DType::BF16, 3.91e-3)] {
+        let rounded = Array4::from_tensor(&source.to_tensor(dtype, &Device::Cpu)?)?;
+        assert_close("rounded", &rounded.data, &source.data, half_ulp);
+    }
+    let m = random_bits(&mut StdRng::seed_from_u64(13), [2, 3, 4]);
+    assert_eq!(Indicators::from_tensor(&m.to_tensor(&Device::Cpu)?)?, m);
+    let none = no_bits([2, 3, 0]);
+    assert_eq!(Indicators::from_tensor(&none.to_tensor(&Device::Cpu)?)?, none);
+    Ok(())
+}
+
+/// Every refusal names the argument, and none is a panic.
+fn refuses<T>(name: &str, result: candle_core::Result<T>) {
+    let message = match result {
+        Ok(_) => panic!("{name} was accepted"),
+        Err(error) => error.to_string(),
+    };
+    assert!(message.contains(name), "{message}");
+    assert!(message.contains("expected") && message.contains("got"), "{message}");
+}
+
+#[test]
+fn arrays_that_do_not_fit_are_errors_that_name_them() -> Result<()> {
+    let zeros = Array4::zeros;
+    let q = zeros([1, 4, 3, 2]);
+    let kv = zeros([1, 2, 3, 2]);
+    let (m, config, options) = (
+        no_bits([1, 4, 2]),
+        CompressionConfig::default(),
+        AttentionOptions::default(),
+    );
+    let attend = |k: &Array4, v: &Array4, m: &Indicators| attention(&q, k, v, m, &config, &options);
+    assert!(attend(&kv, &kv, &m).is_ok());
+    for dims in [[1, 3, 3, 2], [1, 0, 3, 2], [2, 2, 3, 2], [1, 2, 4, 2], [1, 2, 3, 1]] {
+        refuses("k:", attend(&zeros(dims), &zeros(dims), &m));
+    }
+    refuses("v:", attend(&kv, &q, &m));
+    let mut short = kv.clone();
+    short.data.pop();
+    refuses("k:", attend(&short, &kv, &m));
+    refuses("v:", attend(&kv, &short, &m));
+    refuses("indicators", attend(&kv, &kv, &no_bits([1, 2, 2])));
+    let mut few = m.clone();
+    few.bits.pop();
+    refuses("indicators", attend(&kv, &kv, &few));
+    refuses(
+        "grad_output",
+        attention_gradients(&q, &kv, &kv, &kv, &m, &config, &options),
+    );
+    Ok(())
+}
+
+#[test]
+fn settings_that_do_not_fit_are_errors_that_name_them() -> Result<()> {
+    let (q, kv) = (Array4::zeros([1, 4, 3, 2]), Array4::zeros([1, 2, 3, 2]));
+    let (m, config) = (no_bits([1, 4, 2]), CompressionConfig::default());
+    for dims in [&[4, 2][..], &[1, 1, 1, 3, 3], &[2, 1, 1, 1]] {
+        let bias = Some(Tensor::zeros(dims, DType::F32, &Device::Cpu)?);
+        let options = AttentionOptions {
+            bias,
+            ..Default::default()
+        };
+        refuses("bias", attention(&q, &kv, &kv, &m, &config, &options));
+    }
+    let none = CompressionConfig {
+        max_merge_level: 0,
+        ..Default::default()
+    };
+    let heads = HeadStrategies::per_head(vec![MergeStrategy::Off; 2]);
+    let uniform = HeadStrategies::uniform(MergeStrategy::Similarity);
+    refuses("max_merge_level", indicators(&q, &kv, &uniform, &none));
+    refuses("max_merge_level", compression_loss(&q, &kv, &uniform, &none));
+    refuses("strategies", indicators(&q, &kv, &heads, &config));
+    refuses("strategies", compression_loss_gradients(&q, &kv, &heads, &config));
+    let unanimous = CompressionConfig {
+        group_rule: GroupRule::Unanimous,
+        ..CompressionConfig::reference()
+    };
+    refuses("MergeRule::Reference", indicators(&q, &kv, &uniform, &unanimous));
+    Ok(())
+}
+
+#[test]
+fn tensors_that_do_not_fit_are_errors_that_name_them() -> Result<()> {
+    let mut short = Array4::zeros([1, 2, 3, 2]);
+    short.data.pop();
+    let integers = Tensor::zeros((1, 1, 1, 1), DType::U32, &Device::Cpu)?;
+    refuses("array", Array4::from_tensor(&integers));
+    refuses(
+        "array",
+        Array4::from_tensor(&Tensor::zeros(3, DType::F32, &Device::Cpu)?),
+    );
+    refuses("array", short.to_tensor(DType::F32, &Device::Cpu));
+    refuses("indicators", Indicators::from_tensor(&integers));
+    let twos = Tensor::full(2u8, (1, 1, 1), &Device::Cpu)?;
+    refuses("indicators", Indicators::from_tensor(&twos));
+    Ok(())
+}
+
+/// Empty axes have no rows to compute, and are no reason to panic.
+#[test]
+fn empty_axes_give_empty_results() -> Result<()> {
+    let (config, options) = (CompressionConfig::default(), AttentionOptions::default());
+    let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+    for dims in [[0, 2, 3, 4], [1, 2, 0, 4], [1, 2, 3, 0]] {
+        let x = Array4::zeros(dims);
+        for rule in [MergeRule::Causal, MergeRule::Reference] {
+            let config = CompressionConfig { rule, ..config.clone() };
+            let m = indicators(&x, &x, &strategies, &config)?;
+            assert_eq!(attention(&x, &x, &x, &m, &config, &options)?, x);
+            compression_loss_gradients(&x, &x, &strategies, &config)?;
+        }
+    }
+    Ok(())
+}
