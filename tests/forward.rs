@@ -81,7 +81,7 @@ fn dropping(_: &Shape) -> AttentionOptions {
 }
 
 fn settings() -> Vec<Setting> {
-    use Fold::{Drop, Mean, PairSum};
+    use Fold::{Drop, Mean};
     use MergeStrategy::{Difference, Off, Similarity};
     let base = CompressionConfig {
         similarity_threshold: 0.35,

@@ -307,7 +307,10 @@ fn dropout_drops_its_share() -> Result<()> {
             ..Default::default()
         };
         let off = HeadStrategies::uniform(MergeStrategy::Off);
-        values(&compressed_attention(&zeros, &zeros, &eye, &off, &CompressionConfig::default(), &options)?.output)
+        let config = CompressionConfig::default();
+        Ok(values(
+            &compressed_attention(&zeros, &zeros, &eye, &off, &config, &options)?.output,
+        )?)
     };
     let weights = draw(7)?;
     let dropped = weights.iter().filter(|w| **w == 0.0).count() as f64 / weights.len() as f64;
