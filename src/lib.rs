@@ -1,4 +1,8 @@
-//! Compressed attention for candle.
+#![doc = include_str!("../README.md")]
+#![doc = "\n## Where things are\n"]
+//! [`config`] what a caller may choose; [`problem`] the checks; [`plan`] which tokens are hidden; [`op`] attention;
+//! [`loss`] the compression loss; [`attention`] modules; [`mod@reference`] the specification as code. Below the public
+//! names, `config <- problem <- plan <- cpu <- op <- attention`; the reference and the fast path never call each other.
 
 pub mod attention;
 pub mod config;
