@@ -1,7 +1,8 @@
 //! The custom op behind [`attend`]: it checks, matches the dtype and the device, and calls.
 
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
-use crate::cpu::forward::{forward, BiasView, ForwardInput};
+use crate::cpu::block::BiasView;
+use crate::cpu::forward::{forward, ForwardInput};
 use crate::cpu::{Element, Rows};
 use crate::loss::compression_loss;
 use crate::plan::{not_on_cpu, MergePlan};

@@ -8,8 +8,8 @@ use candle_sfattention::{attend, compressed_attention, compression_loss, MergePl
 use common::golden::{cases, Case};
 use common::inputs::{assert_close, laid_out, values, Memory};
 
-/// The file's values are rounded to f32, and the f32 path rounds on its way.
-const TOLERANCE: f64 = 2e-6;
+/// The file's values are rounded to f32, and the f32 path's logits, up to 30 here, are only known to 2e-6.
+const TOLERANCE: f64 = 6e-6;
 
 fn inputs(case: &Case, dtype: DType) -> Result<[Tensor; 3]> {
     let one = |name| -> Result<Tensor> { Ok(case.tensor(name)?.to_dtype(dtype)?) };

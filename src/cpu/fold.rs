@@ -1,9 +1,11 @@
 //! What merging leaves of one head's keys and values: compact far columns, and the folded token at a window's edge.
 
+use super::block::{Bits, RawRows};
 use super::{Accumulator, Element, HeadRows};
 use crate::config::Fold;
 
 /// Walks along a head's tokens and holds the folded key, value and size of the one it stands on.
+#[derive(Clone)]
 pub(crate) struct ChainFold<A> {
     fold: Fold,
     pub key: Vec<A>,
@@ -54,23 +56,30 @@ impl<A: Accumulator> ChainFold<A> {
         }
     }
 
-    /// Walks from the start of the chain that token `token` belongs to up to the token before it.
+    /// Stands on the token before `token` if that one is folded into it, having walked its chain as far as the fold
+    /// reads; `resume` is the chain on the last token before `raw`.
     pub fn approach<T: Element<Acc = A>>(
         &mut self,
         token: usize,
-        bits: &[u8],
-        keys: &HeadRows<T>,
-        values: &HeadRows<T>,
+        bits: Bits,
+        raw: &RawRows<T>,
+        resume: Option<&ChainFold<A>>,
     ) {
-        let hidden = |t: usize| bits[t] == 1;
-        let start = match self.fold {
-            Fold::Drop => token,
+        let joins_left = |t: usize| t > 0 && bits.hidden(t - 1);
+        let mut start = token;
+        while self.fold != Fold::Drop && start > raw.base && joins_left(start) {
+            start -= 1;
             // One raw left neighbour is all a pair sum reads.
-            Fold::PairSum => token - usize::from(token > 0 && hidden(token - 1)),
-            Fold::Mean => (0..token).rev().find(|t| !hidden(*t)).map_or(0, |t| t + 1),
-        };
+            if self.fold == Fold::PairSum {
+                break;
+            }
+        }
+        let resume = resume.filter(|_| start == raw.base && joins_left(start));
+        if let Some(chain) = resume {
+            self.clone_from(chain);
+        }
         for t in start..token {
-            self.step(t > start, keys.row(t), values.row(t));
+            self.step(t > start || resume.is_some(), raw.key(t), raw.value(t));
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The CPU path: `decide` and `fold` prepare columns, `forward` attends to them.
 
+pub(crate) mod block;
 pub(crate) mod decide;
 mod element;
 mod fold;
