@@ -5,6 +5,7 @@
 //! names, `config <- problem <- plan <- cpu <- op <- attention`; the reference and the fast path never call each other.
 
 pub mod attention;
+pub mod cache;
 pub mod config;
 mod cpu;
 pub mod loss;
@@ -16,6 +17,7 @@ pub mod reference;
 pub use attention::{
     CompressedAttention, CompressedSelfAttention, CompressionLossSink, RotaryConfig, RotaryLayout, SelfAttentionConfig,
 };
+pub use cache::{CacheOptions, CompressedKvCache};
 pub use config::{
     AttentionOptions, CompressionConfig, Criterion, Dropout, Fold, GroupRule, HeadStrategies, HeadTest, LossNormalizer,
     MergeRule, MergeStrategy,

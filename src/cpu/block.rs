@@ -117,8 +117,8 @@ pub(crate) struct Block<'b, Q: Element, R: Element<Acc = Q::Acc>> {
     pub previous_query: Option<&'b [Q::Acc]>,
     pub bits: Bits<'b>,
     pub raw: RawRows<'b, R>,
-    /// The chain as it stands on token `raw.base - 1`; None where that is no token.
-    pub chain: Option<&'b ChainFold<Q::Acc>>,
+    /// The chain as it stood on the last token that was folded before this call, with that token.
+    pub chain: Option<(usize, &'b ChainFold<Q::Acc>)>,
     pub far: &'b dyn FarSource<Q::Acc>,
     pub dropout: Option<DropoutMask>,
 }

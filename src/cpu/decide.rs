@@ -84,9 +84,15 @@ impl<A: Accumulator> NormedRows<'_, A> {
 /// `cos(a[i], b[j])`, each vector divided by at least [`MIN_NORM`].
 #[inline(always)]
 pub(crate) fn cosine<A: Accumulator>(a: &NormedRows<A>, i: usize, b: &NormedRows<A>, j: usize) -> A {
+    cosine_of(a.row(i), a.norms[i], b.row(j), b.norms[j])
+}
+
+/// The cosine of two vectors whose norms are known.
+#[inline(always)]
+pub(crate) fn cosine_of<A: Accumulator>(a: &[A], a_norm: A, b: &[A], b_norm: A) -> A {
     let floor = A::of(MIN_NORM);
     // A NaN norm is passed over here and comes back through the dot product.
-    dot(a.row(i), b.row(j)) / floor.larger(a.norms[i]) / floor.larger(b.norms[j])
+    dot(a, b) / floor.larger(a_norm) / floor.larger(b_norm)
 }
 
 /// The strict comparison of a head's test; false for NaN.

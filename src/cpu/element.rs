@@ -26,6 +26,7 @@ pub(crate) trait Accumulator:
     + AddAssign
     + MulAssign
     + PartialOrd
+    + Default
 {
     const ZERO: Self;
     const ONE: Self;

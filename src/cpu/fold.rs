@@ -57,30 +57,36 @@ impl<A: Accumulator> ChainFold<A> {
     }
 
     /// Stands on the token before `token` if that one is folded into it, having walked its chain as far as the fold
-    /// reads; `resume` is the chain on the last token before `raw`.
+    /// reads; `resume` is a chain on an earlier token to start from.
     pub fn approach<T: Element<Acc = A>>(
         &mut self,
         token: usize,
         bits: Bits,
         raw: &RawRows<T>,
-        resume: Option<&ChainFold<A>>,
+        resume: Option<(usize, &ChainFold<A>)>,
     ) {
         let joins_left = |t: usize| t > 0 && bits.hidden(t - 1);
+        let floor = resume.map_or(0, |(stands_on, _)| stands_on + 1);
         let mut start = token;
-        while self.fold != Fold::Drop && start > raw.base && joins_left(start) {
+        while self.fold != Fold::Drop && start > floor && joins_left(start) {
             start -= 1;
             // One raw left neighbour is all a pair sum reads.
             if self.fold == Fold::PairSum {
                 break;
             }
         }
-        let resume = resume.filter(|_| start == raw.base && joins_left(start));
-        if let Some(chain) = resume {
+        let resume = resume.filter(|_| start == floor && joins_left(start));
+        if let Some((_, chain)) = resume {
             self.clone_from(chain);
         }
         for t in start..token {
             self.step(t > start || resume.is_some(), raw.key(t), raw.value(t));
         }
+    }
+
+    /// Numbers held.
+    pub fn len(&self) -> usize {
+        self.key.len() + self.value.len() + self.raw_key.len() + self.raw_value.len()
     }
 }
 

@@ -1,11 +1,14 @@
 //! The CPU path: `decide` and `fold` prepare columns, `forward` attends to them.
 
 pub(crate) mod block;
+pub(crate) mod cached;
 pub(crate) mod decide;
+mod decode;
 mod element;
 mod fold;
 pub(crate) mod forward;
 mod gemm_tile;
+pub(crate) mod list;
 pub(crate) mod loss;
 mod philox;
 mod softmax;

@@ -91,18 +91,22 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         }
     }
 
-    /// Divides a row of the output by its sum. A row that holds anything not finite, or that saw nothing, becomes NaN
-    /// throughout, so that no part of it passes for a result.
-    #[inline(always)]
+    /// See [`finish_row`].
     pub fn finish(&self, row: usize, output: &mut [A]) {
-        let inverse = A::ONE / self.sum[row];
-        let mut check = A::ZERO;
-        for x in output.iter_mut() {
-            *x *= inverse;
-            check += *x * A::ZERO;
-        }
-        if check != A::ZERO || !inverse.finite() {
-            output.fill(A::NAN);
-        }
+        finish_row(self.sum[row], output)
+    }
+}
+
+/// Divides a row of the output by its sum. A row that holds anything not finite, or that saw nothing, becomes NaN
+/// throughout, so that no part of it passes for a result.
+pub(crate) fn finish_row<A: Accumulator>(sum: A, output: &mut [A]) {
+    let inverse = A::ONE / sum;
+    let mut check = A::ZERO;
+    for x in output.iter_mut() {
+        *x *= inverse;
+        check += *x * A::ZERO;
+    }
+    if check != A::ZERO || !inverse.finite() {
+        output.fill(A::NAN);
     }
 }

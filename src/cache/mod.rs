@@ -1,0 +1,531 @@
+//! [`CompressedKvCache`]: decoding with a KV cache that really shrinks, per head.
+
+use crate::config::{AttentionOptions, CompressionConfig, GroupRule, HeadStrategies, MergeRule, MergeStrategy};
+use crate::cpu::block::BiasView;
+use crate::cpu::cached::{ListHeads, Step};
+use crate::cpu::list::{List, ListSettings};
+use crate::cpu::{Element, Rows};
+use crate::plan::not_on_cpu;
+use crate::problem::{Problem, RowLayout};
+use candle_core::{bail, CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor};
+use serde::{Deserialize, Serialize};
+
+/// How a cache stores what it keeps.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct CacheOptions {
+    /// The dtype of stored keys and values: f32, f16 or bf16, or f64 for f64 inputs. Keys and values are rounded to it
+    /// as they come in, and folded ones once more when their chain is closed; sums stay in f32. `None` is the dtype of
+    /// the first keys.
+    pub storage: Option<DType>,
+    /// The most entries that one list may keep; a call that would exceed it is refused and changes nothing.
+    pub max_entries: Option<usize>,
+}
+
+/// The KV cache of one layer. Each (batch row, KV head) keeps a list of its own length: closed chains as one key, one
+/// value and their size, the open chain at the window's edge, and the last `window` tokens raw. A hidden token's memory
+/// is really gone.
+///
+/// One call takes one token or a chunk of any length; any chunking gives what [`crate::attend`] gives on the whole
+/// sequence, to f32 rounding (with f16 or bf16 storage, folded keys and values are rounded once more when stored).
+///
+/// Lists are kept per KV head where a group decides as one: [`GroupRule::Unanimous`], as many KV heads as query heads,
+/// or a group whose heads are all off. Otherwise every query head keeps a list of its own, and [`Self::bytes`] says so:
+/// such a cache can be larger than a dense one.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_sfattention::{AttentionOptions, CompressedKvCache, CompressionConfig, HeadStrategies, MergeStrategy};
+/// let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+/// let mut cache = CompressedKvCache::new(strategies, CompressionConfig::pretrained(), Default::default())?;
+/// let options = AttentionOptions::default();
+/// let random = |heads, tokens| Tensor::randn(0f32, 1., (1, heads, tokens, 64), &Device::Cpu);
+/// let (prompt_q, prompt_kv) = (random(8, 100)?, random(2, 100)?);
+/// cache.append_and_attend(&prompt_q, &prompt_kv, &prompt_kv, &options)?; // (1, 8, 100, 64)
+/// let (q, kv) = (random(8, 1)?, random(2, 1)?);
+/// assert_eq!(cache.append_and_attend(&q, &kv, &kv, &options)?.dims(), [1, 8, 1, 64]);
+/// assert_eq!(cache.seq_len(), 101);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct CompressedKvCache {
+    strategies: HeadStrategies,
+    config: CompressionConfig,
+    options: CacheOptions,
+    state: Option<State>,
+}
+
+/// Everything that the first call fixes or that later calls change.
+#[derive(Clone)]
+struct State {
+    sizes: Sizes,
+    seq_len: usize,
+    lists: Lists,
+}
+
+/// The shapes that the first call fixed.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+struct Sizes {
+    batch: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+impl Sizes {
+    fn of(problem: &Problem) -> Self {
+        Self {
+            batch: problem.batch,
+            heads: problem.heads,
+            kv_heads: problem.kv_heads,
+            head_dim: problem.head_dim,
+        }
+    }
+}
+
+type ListsOf<S> = Vec<(ListHeads, List<S>)>;
+
+/// All lists, batch-major, by storage dtype.
+#[derive(Clone)]
+enum Lists {
+    F64(ListsOf<f64>),
+    F32(ListsOf<f32>),
+    F16(ListsOf<half::f16>),
+    BF16(ListsOf<half::bf16>),
+}
+
+/// Runs one expression on the lists of any dtype.
+macro_rules! each {
+    ($lists:expr, $name:ident => $body:expr) => {
+        match $lists {
+            Lists::F64($name) => $body,
+            Lists::F32($name) => $body,
+            Lists::F16($name) => $body,
+            Lists::BF16($name) => $body,
+        }
+    };
+}
+
+impl Lists {
+    fn dtype(&self) -> DType {
+        match self {
+            Self::F64(_) => DType::F64,
+            Self::F32(_) => DType::F32,
+            Self::F16(_) => DType::F16,
+            Self::BF16(_) => DType::BF16,
+        }
+    }
+}
+
+impl std::fmt::Debug for CompressedKvCache {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.debug_struct("CompressedKvCache")
+            .field("seq_len", &self.seq_len())
+            .field("bytes", &self.bytes())
+            .field("config", &self.config)
+            .finish_non_exhaustive()
+    }
+}
+
+impl CompressedKvCache {
+    /// An empty cache; the first call of [`Self::append_and_attend`] fixes its shapes.
+    ///
+    /// # Errors
+    /// [`MergeRule::Reference`], whose rows see the future, a storage dtype that is no float, `max_entries` of 0, and
+    /// settings that have no meaning.
+    pub fn new(strategies: HeadStrategies, config: CompressionConfig, options: CacheOptions) -> Result<Self> {
+        config.check(true)?;
+        if config.rule == MergeRule::Reference {
+            bail!(
+                "rule: expected MergeRule::Causal for a KV cache, got Reference; its decisions look up to four tokens \
+                 ahead, so what a row saw would change as tokens come in, use Causal"
+            )
+        }
+        if let Some(storage) = options.storage {
+            if !matches!(storage, DType::F64 | DType::F32 | DType::F16 | DType::BF16) {
+                bail!("storage: expected f64, f32, f16 or bf16, got {storage:?}; None keeps the dtype of the keys")
+            }
+        }
+        if options.max_entries == Some(0) {
+            bail!("max_entries: expected at least 1, got 0; None sets no limit")
+        }
+        Ok(Self {
+            strategies,
+            config,
+            options,
+            state: None,
+        })
+    }
+
+    /// Takes in n >= 1 new tokens, query (B, H, n, D), key and value (B, Hk, n, D), and returns their output rows
+    /// (B, H, n, D) over everything seen so far. Of `options`, the bias broadcasts to (B, H, n, tokens seen with the new
+    /// ones), and dropout draws by absolute position. The result carries no gradient: differentiating it is an error.
+    ///
+    /// # Errors
+    /// Shapes or dtypes that do not fit together or the first call's, options that have no meaning or are not causal,
+    /// a device other than the CPU, or more entries than [`CacheOptions::max_entries`]. The cache is then unchanged.
+    pub fn append_and_attend(
+        &mut self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        options: &AttentionOptions,
+    ) -> Result<Tensor> {
+        let problem = Problem::new(q, k, v)?;
+        if !q.device().is_cpu() {
+            return not_on_cpu(q.device());
+        }
+        if !options.causal {
+            bail!("causal: expected true for a KV cache, got false; a cached row cannot see tokens that come later")
+        }
+        let storage = self.storage_for(problem.dtype)?;
+        let mut state = match self.state.take() {
+            Some(state) => state,
+            None => self.first_state(&problem, storage)?,
+        };
+        let result = step(&mut state, &problem, [q, k, v], options, self.options.max_entries);
+        if state.seq_len > 0 {
+            self.state = Some(state);
+        }
+        let output = result?;
+        if [q, k, v].iter().any(|x| x.track_op()) {
+            return q.apply_op3(k, v, WithoutGradient(output));
+        }
+        Ok(output)
+    }
+
+    fn storage_for(&self, dtype: DType) -> Result<DType> {
+        let storage = match (&self.state, self.options.storage) {
+            (Some(state), _) => state.lists.dtype(),
+            (None, storage) => storage.unwrap_or(dtype),
+        };
+        if (storage == DType::F64) != (dtype == DType::F64) {
+            bail!(
+                "storage: expected f64 for f64 inputs and f32, f16 or bf16 for others, got {storage:?} for {dtype:?}; \
+                 convert the inputs with to_dtype or choose another storage"
+            )
+        }
+        Ok(storage)
+    }
+
+    fn first_state(&self, problem: &Problem, storage: DType) -> Result<State> {
+        self.strategies.check(problem.batch, problem.heads)?;
+        Ok(State {
+            sizes: Sizes::of(problem),
+            seq_len: 0,
+            lists: match storage {
+                DType::F64 => Lists::F64(self.new_lists(problem)),
+                DType::F16 => Lists::F16(self.new_lists(problem)),
+                DType::BF16 => Lists::BF16(self.new_lists(problem)),
+                _ => Lists::F32(self.new_lists(problem)),
+            },
+        })
+    }
+
+    fn new_lists<S: Element>(&self, problem: &Problem) -> ListsOf<S> {
+        let group = problem.group();
+        let mut lists = Vec::new();
+        for batch in 0..problem.batch {
+            for kv_head in 0..problem.kv_heads {
+                let heads = kv_head * group..(kv_head + 1) * group;
+                let tests = |heads: std::ops::Range<usize>| -> Vec<_> {
+                    heads
+                        .map(|head| self.strategies.test(&self.config, batch, head))
+                        .collect()
+                };
+                let all_off = tests(heads.clone())
+                    .iter()
+                    .all(|test| test.strategy == MergeStrategy::Off);
+                let shared = self.config.group_rule == GroupRule::Unanimous || all_off;
+                let parts = if shared {
+                    vec![heads]
+                } else {
+                    heads.map(|head| head..head + 1).collect()
+                };
+                for heads in parts {
+                    let settings = ListSettings::new(tests(heads.clone()), &self.config);
+                    let at = ListHeads { batch, kv_head, heads };
+                    lists.push((at, List::new(settings, problem.head_dim)));
+                }
+            }
+        }
+        lists
+    }
+
+    /// Tokens taken in so far.
+    pub fn seq_len(&self) -> usize {
+        self.state.as_ref().map_or(0, |state| state.seq_len)
+    }
+
+    /// Entries kept, per batch row and list: closed chains, the open one, and raw tokens of the window.
+    pub fn lens(&self) -> Vec<Vec<usize>> {
+        let Some(state) = &self.state else { return Vec::new() };
+        let mut lens = vec![Vec::new(); state.sizes.batch];
+        each!(&state.lists, lists => {
+            lists.iter().for_each(|(at, list)| lens[at.batch].push(list.entries()))
+        });
+        lens
+    }
+
+    /// Bytes in use: keys, values, token indices, sizes, open chains, raw tokens and run state of all lists.
+    pub fn bytes(&self) -> usize {
+        let Some(state) = &self.state else { return 0 };
+        each!(&state.lists, lists => lists.iter().map(|(_, list)| list.bytes()).sum())
+    }
+
+    /// Bytes allocated: [`Self::bytes`] and what growth has reserved, an eighth of a list or 64 entries at most.
+    pub fn bytes_allocated(&self) -> usize {
+        let Some(state) = &self.state else { return 0 };
+        each!(&state.lists, lists => lists.iter().map(|(_, list)| list.bytes_allocated()).sum())
+    }
+
+    /// Bytes that keys and values of all tokens would take in the same dtype, once per KV head.
+    pub fn bytes_dense(&self) -> usize {
+        let Some(state) = &self.state else { return 0 };
+        let Sizes {
+            batch,
+            kv_heads,
+            head_dim,
+            ..
+        } = state.sizes;
+        2 * batch * kv_heads * state.seq_len * head_dim * state.lists.dtype().size_in_bytes()
+    }
+
+    /// Forgets everything, the shapes included, and frees the memory.
+    pub fn reset(&mut self) {
+        self.state = None;
+    }
+
+    /// Back to the first `tokens` tokens, exactly: possible for all of them, for none, and where every head is
+    /// [`MergeStrategy::Off`].
+    ///
+    /// # Errors
+    /// More tokens than were seen, or a cache that merges: what was folded cannot be taken apart.
+    pub fn truncate(&mut self, tokens: usize) -> Result<()> {
+        let seq_len = self.seq_len();
+        if tokens > seq_len {
+            bail!("truncate: expected at most the {seq_len} tokens seen, got {tokens}; append the missing ones")
+        }
+        if tokens == 0 {
+            self.reset();
+        }
+        let Some(state) = &mut self.state else { return Ok(()) };
+        let exact =
+            tokens == seq_len || each!(&state.lists, lists => lists.iter().all(|(_, list)| !list.settings.merges()));
+        if !exact {
+            bail!(
+                "truncate: expected 0 or all {seq_len} tokens for a cache that merges, got {tokens}; folded tokens \
+                 cannot be taken apart, reset() and append again, or keep a clone() from before"
+            )
+        }
+        each!(&mut state.lists, lists => lists.iter_mut().for_each(|(_, list)| list.truncate(tokens)));
+        state.seq_len = tokens;
+        Ok(())
+    }
+
+    /// Keeps, repeats or reorders batch rows: row i becomes the old row `rows[i]`. For beam search. `rows` is a u32, u8
+    /// or i64 tensor of shape (new batch).
+    ///
+    /// # Errors
+    /// Another dtype or rank, no row, or a row that does not exist. The cache is then unchanged.
+    pub fn index_select(&mut self, rows: &Tensor) -> Result<()> {
+        if rows.rank() != 1 || rows.elem_count() == 0 || !matches!(rows.dtype(), DType::U32 | DType::U8 | DType::I64) {
+            bail!(
+                "index_select: expected a u32, u8 or i64 tensor of shape (new batch), got {:?} of shape {:?}; give one \
+                 old row's index per new row",
+                rows.dtype(),
+                rows.dims()
+            )
+        }
+        let rows = rows.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+        let Some(state) = &mut self.state else {
+            bail!("index_select: expected a cache that holds tokens, got an empty one; append first")
+        };
+        let batch = state.sizes.batch;
+        if let Some(bad) = rows.iter().find(|row| !(0..batch as i64).contains(*row)) {
+            bail!("index_select: expected rows below the batch size {batch}, got {bad}; rows count from 0")
+        }
+        each!(&mut state.lists, lists => *lists = select(lists, &rows));
+        state.sizes.batch = rows.len();
+        Ok(())
+    }
+}
+
+fn select<S: Element>(lists: &ListsOf<S>, rows: &[i64]) -> ListsOf<S> {
+    let of_row = |(new, old): (usize, &i64)| {
+        let old = *old as usize;
+        let mine = lists.iter().filter(move |(at, _)| at.batch == old);
+        mine.map(move |(at, list)| {
+            (
+                ListHeads {
+                    batch: new,
+                    ..at.clone()
+                },
+                list.clone(),
+            )
+        })
+    };
+    rows.iter().enumerate().flat_map(of_row).collect()
+}
+
+/// One call on checked tensors; an error leaves `state` as it was.
+fn step(
+    state: &mut State,
+    problem: &Problem,
+    [q, k, v]: [&Tensor; 3],
+    options: &AttentionOptions,
+    max_entries: Option<usize>,
+) -> Result<Tensor> {
+    if state.sizes != Sizes::of(problem) {
+        bail!(
+            "query and key: expected the cache's batch, heads, KV heads and head_dim {:?}, got {:?}; reset() the cache \
+             for other shapes",
+            state.sizes,
+            Sizes::of(problem)
+        )
+    }
+    options.check()?;
+    let total = state.seq_len + problem.tokens;
+    let accumulator = if problem.dtype == DType::F64 {
+        DType::F64
+    } else {
+        DType::F32
+    };
+    let full = [problem.batch, problem.heads, problem.tokens, total];
+    let bias = match &options.bias {
+        Some(bias) => match bias.broadcast_as(&full) {
+            Ok(_) => Some(bias.to_dtype(accumulator)?.broadcast_as(&full)?),
+            Err(_) => bail!(
+                "bias: expected a shape that broadcasts to (batch, heads, new tokens, all tokens) = {full:?}, got {:?}; \
+                 use size 1 for the axes it does not depend on",
+                bias.dims()
+            ),
+        },
+        None => None,
+    };
+    let storage = state.lists.dtype();
+    let (k, v) = (k.to_dtype(storage)?, v.to_dtype(storage)?);
+    let call = Call {
+        problem,
+        tensors: [q, &k, &v],
+        options,
+        bias,
+        max_entries,
+    };
+    let output = match (&mut state.lists, problem.dtype) {
+        (Lists::F64(lists), _) => call.run::<f64, f64>(lists),
+        (Lists::F32(lists), DType::F16) => call.run::<half::f16, f32>(lists),
+        (Lists::F32(lists), DType::BF16) => call.run::<half::bf16, f32>(lists),
+        (Lists::F32(lists), _) => call.run::<f32, f32>(lists),
+        (Lists::F16(lists), DType::F16) => call.run::<half::f16, half::f16>(lists),
+        (Lists::F16(lists), DType::BF16) => call.run::<half::bf16, half::f16>(lists),
+        (Lists::F16(lists), _) => call.run::<f32, half::f16>(lists),
+        (Lists::BF16(lists), DType::F16) => call.run::<half::f16, half::bf16>(lists),
+        (Lists::BF16(lists), DType::BF16) => call.run::<half::bf16, half::bf16>(lists),
+        (Lists::BF16(lists), _) => call.run::<f32, half::bf16>(lists),
+    }?;
+    state.seq_len = total;
+    Ok(output)
+}
+
+/// One checked call: query in its own dtype, key and value in the storage dtype.
+struct Call<'a> {
+    problem: &'a Problem,
+    tensors: [&'a Tensor; 3],
+    options: &'a AttentionOptions,
+    bias: Option<Tensor>,
+    max_entries: Option<usize>,
+}
+
+impl Call<'_> {
+    fn run<Q: Element<Acc = S::Acc>, S: Element>(&self, lists: &mut ListsOf<S>) -> Result<Tensor> {
+        let [q, k, v] = self.tensors.map(Tensor::storage_and_layout);
+        let bias = self.bias.as_ref().map(Tensor::storage_and_layout);
+        let bias = match &bias {
+            Some((storage, layout)) => Some(BiasView {
+                data: cpu_slice::<S::Acc>(storage)?,
+                offset: layout.start_offset(),
+                strides: [0, 1, 2, 3].map(|axis| layout.stride()[axis]),
+            }),
+            None => None,
+        };
+        let Problem {
+            batch,
+            heads,
+            tokens,
+            head_dim,
+            ..
+        } = *self.problem;
+        let step = Step::<Q, S> {
+            q: Rows::new(cpu_slice(&q.0)?, RowLayout::new(q.1)),
+            k: Rows::new(cpu_slice(&k.0)?, RowLayout::new(k.1)),
+            v: Rows::new(cpu_slice(&v.0)?, RowLayout::new(v.1)),
+            count: tokens,
+            heads,
+            head_dim,
+            scale: self.options.scale(head_dim),
+            dropout: self.options.dropout,
+            bias,
+        };
+        let decided = step.decide(lists);
+        if let Some(limit) = self.max_entries {
+            let needed = lists.iter().zip(&decided);
+            let needed = needed
+                .map(|((_, list), decided)| list.entries_after(tokens, decided))
+                .max();
+            if needed.is_some_and(|needed| needed > limit) {
+                bail!(
+                    "max_entries: expected at most {limit} entries in a list, got {needed:?} with the {tokens} new \
+                     tokens; raise the limit, merge more, or reset()"
+                )
+            }
+        }
+        let output = step.run(lists, decided);
+        Tensor::from_vec(output, (batch, heads, tokens, head_dim), &Device::Cpu)
+    }
+}
+
+fn cpu_slice<T: Element>(storage: &Storage) -> Result<&[T]> {
+    match storage {
+        Storage::Cpu(storage) => storage.as_slice::<T>(),
+        other => not_on_cpu(&other.device()),
+    }
+}
+
+/// A finished result as part of the graph of tracked inputs, so that `backward()` through it fails instead of silently
+/// giving nothing.
+struct WithoutGradient(Tensor);
+
+impl CustomOp3 for WithoutGradient {
+    fn name(&self) -> &'static str {
+        "compressed-kv-cache"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        match &*self.0.storage_and_layout().0 {
+            Storage::Cpu(storage) => Ok((storage.clone(), self.0.shape().clone())),
+            other => not_on_cpu(&other.device()),
+        }
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        bail!(
+            "compressed-kv-cache: expected a forward pass only, got backward(); a cache holds no graph, \
+             train with attend or compressed_attention"
+        )
+    }
+}

@@ -1,0 +1,210 @@
+//! One step of a KV cache: decide, take the new tokens in, attend.
+
+use super::block::{block_rows, BiasView, Block, Settings, Worker};
+use super::decode::{load_query, Decoder, SPLIT};
+use super::fold::ChainFold;
+use super::forward::for_each_task;
+use super::list::{widened, Decided, List};
+use super::philox::DropoutMask;
+use super::{Accumulator, Element, HeadRows, Rows};
+use crate::config::{Dropout, Fold};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Which heads of which batch row a list serves.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct ListHeads {
+    pub batch: usize,
+    pub kv_head: usize,
+    /// Query heads.
+    pub heads: Range<usize>,
+}
+
+/// The new tokens of one step, and its options.
+#[derive(Clone, Copy)]
+pub(crate) struct Step<'a, Q: Element, S: Element> {
+    pub q: Rows<'a, Q>,
+    pub k: Rows<'a, S>,
+    pub v: Rows<'a, S>,
+    /// New tokens, at least 1.
+    pub count: usize,
+    /// Query heads of one batch row.
+    pub heads: usize,
+    pub head_dim: usize,
+    pub scale: f64,
+    pub dropout: Option<Dropout>,
+    /// (B, H, count, tokens)
+    pub bias: Option<BiasView<'a, Q::Acc>>,
+}
+
+impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
+    fn queries(&self, at: &ListHeads) -> Vec<HeadRows<'a, Q>> {
+        at.heads.clone().map(|head| self.q.head(at.batch, head)).collect()
+    }
+
+    fn raw(&self, at: &ListHeads) -> (HeadRows<'a, S>, HeadRows<'a, S>) {
+        (self.k.head(at.batch, at.kv_head), self.v.head(at.batch, at.kv_head))
+    }
+
+    /// What each list will do, before any of them changes.
+    pub fn decide(&self, lists: &[(ListHeads, List<S>)]) -> Vec<Decided<S::Acc>> {
+        let decide = |(at, list): &(ListHeads, List<S>)| list.decide(&self.queries(at), &self.raw(at).0, self.count);
+        match self.count {
+            // A list's share of one token is less than it takes to hand it to a thread.
+            1 => lists.iter().map(decide).collect(),
+            _ => lists.par_iter().map(decide).collect(),
+        }
+    }
+
+    /// Takes the tokens in and returns their output rows (B, H, count, D).
+    pub fn run(&self, lists: &mut [(ListHeads, List<S>)], decided: Vec<Decided<S::Acc>>) -> Vec<Q> {
+        let append = |((at, list), decided): (&mut (ListHeads, List<S>), Decided<S::Acc>)| {
+            let (keys, values) = self.raw(at);
+            list.append(decided, &keys, &values, self.count)
+        };
+        let chains: Vec<Option<ChainFold<S::Acc>>> = match self.count {
+            1 => lists.iter_mut().zip(decided).map(append).collect(),
+            _ => lists.par_iter_mut().zip(decided).map(append).collect(),
+        };
+        let batches = lists.last().map_or(0, |(at, _)| at.batch + 1);
+        let mut output = vec![Q::zero(); batches * self.heads * self.count * self.head_dim];
+        if self.count == 1 && self.bias.is_none() && self.dropout.is_none() {
+            self.decode(lists, &mut output);
+        } else {
+            self.attend(lists, &chains, &mut output);
+        }
+        for (at, list) in lists {
+            if list.settings.fold == Fold::PairSum {
+                let last = self.queries(at).into_iter();
+                list.last_queries = last.flat_map(|rows| widened(rows.row(self.count - 1))).collect();
+            }
+            list.trim(self.count);
+        }
+        output
+    }
+
+    fn attend(&self, lists: &[(ListHeads, List<S>)], chains: &[Option<ChainFold<S::Acc>>], output: &mut [Q]) {
+        let block_rows = block_rows(self.count);
+        let longest = lists.iter().map(|(_, list)| list.tokens.len()).max().unwrap_or(0);
+        let mut tasks = Vec::new();
+        let mut outputs = output.chunks_mut(self.count * self.head_dim);
+        for (index, (at, _)) in lists.iter().enumerate() {
+            for (head, output) in at.heads.clone().zip(&mut outputs) {
+                let blocks = output.chunks_mut(block_rows * self.head_dim).enumerate();
+                tasks.extend(
+                    blocks
+                        .rev()
+                        .map(|(block, output)| (index, head, block * block_rows, output)),
+                );
+            }
+        }
+        let new_worker = |index: usize| self.settings(&lists[index].1, block_rows);
+        // Lists that never merge have other settings; a worker is made anew where they change.
+        for_each_task(
+            tasks,
+            || None::<(usize, Worker<Q>)>,
+            |worker, (index, head, first, output)| {
+                let (at, list) = &lists[index];
+                if worker.as_ref().is_none_or(|(last, _)| *last != index) {
+                    *worker = Some((index, Worker::new(new_worker(index), longest)));
+                }
+                if let Some((_, worker)) = worker {
+                    self.block(worker, at, list, &chains[index], (head, first), output)
+                }
+            },
+        );
+    }
+
+    fn settings(&self, list: &List<S>, block_rows: usize) -> Settings<'a, S::Acc> {
+        Settings {
+            head_dim: self.head_dim,
+            block_rows,
+            first_row: list.seq_len - self.count,
+            fold: list.settings.fold,
+            window: list.settings.window,
+            causal: true,
+            scale: self.scale,
+            bias: self.bias,
+        }
+    }
+
+    fn block(
+        &self,
+        worker: &mut Worker<'a, Q>,
+        at: &ListHeads,
+        list: &List<S>,
+        chain: &Option<ChainFold<S::Acc>>,
+        (head, first): (usize, usize),
+        output: &mut [Q],
+    ) {
+        let (keys, values) = self.raw(at);
+        let first_row = list.seq_len - self.count;
+        let rows = first_row + first..first_row + first + output.len() / self.head_dim;
+        let last_query = (head - at.heads.start) * self.head_dim;
+        let block = Block {
+            batch: at.batch,
+            head,
+            rows,
+            queries: self.q.head(at.batch, head),
+            previous_query: list.last_queries.get(last_query..last_query + self.head_dim),
+            bits: list.chunk_bits(self.count),
+            raw: list.raw(keys, values, self.count),
+            chain: chain.as_ref().map(|chain| (list.chunk_bits(self.count).base, chain)),
+            far: list,
+            dropout: self
+                .dropout
+                .map(|dropout| DropoutMask::new(dropout, at.batch * self.heads + head)),
+        };
+        worker.run(&block, output);
+    }
+
+    fn decode(&self, lists: &[(ListHeads, List<S>)], output: &mut [Q]) {
+        let queries: Vec<Vec<S::Acc>> = lists.iter().map(|(at, list)| self.decode_queries(at, list)).collect();
+        let splits: Vec<(usize, Range<usize>)> = lists
+            .iter()
+            .enumerate()
+            .flat_map(|(index, (_, list))| {
+                let entries = list.tokens.len();
+                let starts = (0..entries.max(1)).step_by(SPLIT);
+                starts.map(move |start| (index, start..entries.min(start + SPLIT)))
+            })
+            .collect();
+        let run = |(index, range): &(usize, Range<usize>)| {
+            let decoder = Decoder {
+                queries: &queries[*index],
+                dim: self.head_dim,
+            };
+            decoder.split(&lists[*index].1, range.clone())
+        };
+        let work: usize = lists.iter().map(|(at, list)| list.tokens.len() * at.heads.len()).sum();
+        let partials: Vec<_> = if work * self.head_dim < SEQUENTIAL {
+            splits.iter().map(run).collect()
+        } else {
+            splits.par_iter().map(run).collect()
+        };
+        let mut outputs = output.chunks_mut(self.head_dim);
+        let mut partials = splits.iter().map(|(index, _)| *index).zip(partials).peekable();
+        while let Some((index, mut partial)) = partials.next() {
+            while let Some((_, other)) = partials.next_if(|(next, _)| *next == index) {
+                partial.merge(&other);
+            }
+            partial.finish(&mut outputs);
+        }
+    }
+
+    fn decode_queries(&self, at: &ListHeads, list: &List<S>) -> Vec<S::Acc> {
+        let mut queries = vec![S::Acc::ZERO; at.heads.len() * self.head_dim];
+        let targets = queries.chunks_exact_mut(self.head_dim);
+        for (index, (target, rows)) in targets.zip(self.queries(at)).enumerate() {
+            let previous = list
+                .last_queries
+                .get(index * self.head_dim..(index + 1) * self.head_dim);
+            let joins_left = list.seq_len > 1 && list.bits.last() == Some(&1);
+            load_query(rows.row(0), previous.filter(|_| joins_left), self.scale, target);
+        }
+        queries
+    }
+}
+
+/// Multiply-adds below which one thread is faster than handing work to others: some 20 microseconds.
+const SEQUENTIAL: usize = 200_000;

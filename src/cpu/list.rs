@@ -1,0 +1,433 @@
+//! One ragged list of a KV cache: the columns that a KV head (or a query head, where heads decide alone) keeps.
+//!
+//! Read as a stream: a token that leaves the window is folded into the open chain, or closes it and starts a new one.
+//! Closed chains are far columns for every later row; the open one is the next row's edge.
+
+use super::block::{Bits, FarSource, KeysValues, RawRows, RowScratch};
+use super::decide::{cosine_of, dot, qualifies};
+use super::fold::{all_finite, quarantine, raw_rows, ChainFold};
+use super::{Accumulator, Element, HeadRows};
+use crate::config::{CompressionConfig, Criterion, Fold, HeadTest, MergeStrategy};
+use pulp::Arch;
+use std::ops::Range;
+
+/// A list grows by an eighth of its length, and at least by this many entries: little is copied, little is unused.
+const GROWTH: usize = 64;
+
+/// What a list needs to know of the settings.
+#[derive(Clone, Debug)]
+pub(crate) struct ListSettings {
+    pub tests: Vec<HeadTest>,
+    pub criterion: Criterion,
+    pub fold: Fold,
+    pub sinks: usize,
+    pub max_merge_level: usize,
+    /// 0 for a list that never merges: nothing needs to be kept raw.
+    pub window: usize,
+}
+
+impl ListSettings {
+    /// `tests` are those of the query heads that share the list.
+    pub fn new(tests: Vec<HeadTest>, config: &CompressionConfig) -> Self {
+        let merges = tests.iter().all(|test| test.strategy != MergeStrategy::Off);
+        Self {
+            tests,
+            criterion: config.criterion,
+            fold: if merges { config.fold } else { Fold::Drop },
+            sinks: config.sinks,
+            max_merge_level: config.max_merge_level,
+            window: if merges { config.window } else { 0 },
+        }
+    }
+
+    pub fn merges(&self) -> bool {
+        self.tests.iter().all(|test| test.strategy != MergeStrategy::Off)
+    }
+}
+
+/// Columns in the storage dtype S.
+#[derive(Clone)]
+pub(crate) struct List<S: Element> {
+    pub settings: ListSettings,
+    pub dim: usize,
+    /// Tokens seen so far.
+    pub seq_len: usize,
+    /// Closed chains (entries, D), and each one's last token.
+    pub keys: Vec<S>,
+    pub values: Vec<S>,
+    pub tokens: Vec<u32>,
+    /// log2 n of each entry under [`Fold::Mean`]; else empty.
+    pub log2_sizes: Vec<S::Acc>,
+    /// The chain on token `seq_len - 1 - window`; None while the window is not full.
+    pub open: Option<ChainFold<S::Acc>>,
+    /// Raw tokens (rows, D) of which the last `window` are still needed; empty where `window` is 0.
+    pub recent_keys: Vec<S>,
+    pub recent_values: Vec<S>,
+    /// Bits from the open chain's token (or token 0) to `seq_len - 2`.
+    pub bits: Vec<u8>,
+    pub run: Run<S::Acc>,
+    /// The last raw query of each query head, under [`Fold::PairSum`].
+    pub last_queries: Vec<S::Acc>,
+    /// The newest token that was not finite.
+    pub last_bad: Option<usize>,
+}
+
+/// Where the causal rule's scan stands.
+#[derive(Clone, Default)]
+pub(crate) struct Run<A> {
+    /// The first token of the run that ends at the last token, and its key.
+    pub start: Option<(usize, Vec<A>)>,
+    /// The last token's key; empty before the first token and where nothing merges.
+    pub last_key: Vec<A>,
+}
+
+/// One chunk's decisions, made before anything changes.
+pub(crate) struct Decided<A> {
+    /// Bits from token `seq_len - 1` (or 0) to the last but one of the chunk.
+    bits: Vec<u8>,
+    run: Run<A>,
+    /// Entries that the chunk will close.
+    pub closes: usize,
+}
+
+impl<S: Element> List<S> {
+    pub fn new(settings: ListSettings, dim: usize) -> Self {
+        Self {
+            settings,
+            dim,
+            seq_len: 0,
+            keys: Vec::new(),
+            values: Vec::new(),
+            tokens: Vec::new(),
+            log2_sizes: Vec::new(),
+            open: None,
+            recent_keys: Vec::new(),
+            recent_values: Vec::new(),
+            bits: Vec::new(),
+            run: Run::default(),
+            last_queries: Vec::new(),
+            last_bad: None,
+        }
+    }
+
+    /// Columns that the next row would see besides itself: closed chains, the open one, raw tokens.
+    pub fn entries(&self) -> usize {
+        self.tokens.len() + usize::from(self.open.is_some()) + self.seq_len.min(self.settings.window)
+    }
+
+    /// [`Self::entries`] after a chunk of `count` tokens.
+    pub fn entries_after(&self, count: usize, decided: &Decided<S::Acc>) -> usize {
+        let (seq_len, window) = (self.seq_len + count, self.settings.window);
+        self.tokens.len() + decided.closes + usize::from(seq_len > window) + seq_len.min(window)
+    }
+
+    /// Back to the first `tokens` tokens (at least 1) of a list that never merges: each entry is one token.
+    pub fn truncate(&mut self, tokens: usize) {
+        if tokens >= self.seq_len || self.settings.merges() {
+            return;
+        }
+        let (start, end) = ((tokens - 1) * self.dim, tokens * self.dim);
+        let mut chain = ChainFold::new(self.settings.fold, self.dim);
+        chain.step(false, &self.keys[start..end], &self.values[start..end]);
+        self.open = Some(chain);
+        self.keys.truncate(start);
+        self.values.truncate(start);
+        self.tokens.truncate(tokens - 1);
+        self.bits.clear();
+        self.seq_len = tokens;
+    }
+
+    /// Bytes in use: entries with their token indices and sizes, the open chain, raw tokens, run state.
+    pub fn bytes(&self) -> usize {
+        let recent = 2 * self.seq_len.min(self.settings.window) * self.dim;
+        let rows = self.keys.len() + self.values.len() + recent;
+        rows * size_of::<S>() + self.tokens.len() * size_of::<u32>() + self.state_bytes()
+    }
+
+    /// Bytes allocated: [`Self::bytes`] and what growth has reserved.
+    pub fn bytes_allocated(&self) -> usize {
+        let recent = self.recent_keys.capacity() + self.recent_values.capacity();
+        let rows = self.keys.capacity() + self.values.capacity() + recent;
+        rows * size_of::<S>() + self.tokens.capacity() * size_of::<u32>() + self.state_bytes()
+    }
+
+    fn state_bytes(&self) -> usize {
+        let numbers = self.log2_sizes.len()
+            + self.open.as_ref().map_or(0, ChainFold::len)
+            + self.run.last_key.len()
+            + self.run.start.as_ref().map_or(0, |(_, key)| key.len())
+            + self.last_queries.len();
+        numbers * size_of::<S::Acc>() + self.bits.len()
+    }
+
+    /// Decides for a chunk of `count` tokens: `queries` of the list's heads and its `keys`.
+    pub fn decide<Q: Element<Acc = S::Acc>>(
+        &self,
+        queries: &[HeadRows<Q>],
+        keys: &HeadRows<S>,
+        count: usize,
+    ) -> Decided<S::Acc> {
+        let first = self.seq_len;
+        let mut decided = Decided {
+            bits: vec![0; if first == 0 { count - 1 } else { count }],
+            run: Run::default(),
+            closes: 0,
+        };
+        if self.settings.merges() {
+            Arch::new().dispatch(
+                #[inline(always)]
+                || self.scan(queries, keys, &mut decided),
+            );
+            decided.run.last_key = widened(keys.row(count - 1));
+        }
+        // Tokens that are folded by the end are those up to the new edge; each unset bit among them closes a chain.
+        let edge = (first + count).saturating_sub(self.settings.window + 1);
+        let base = self.bits_base();
+        let bit = |t: usize| match t - base {
+            i if i < self.bits.len() => self.bits[i],
+            i => decided.bits[i - self.bits.len()],
+        };
+        decided.closes = (base..edge.max(base)).filter(|t| bit(*t) == 0).count();
+        decided
+    }
+
+    /// The token of `bits[0]`.
+    pub fn bits_base(&self) -> usize {
+        self.seq_len.saturating_sub(self.settings.window + 1)
+    }
+
+    #[inline(always)]
+    fn scan<Q: Element<Acc = S::Acc>>(
+        &self,
+        queries: &[HeadRows<Q>],
+        keys: &HeadRows<S>,
+        decided: &mut Decided<S::Acc>,
+    ) {
+        let (settings, first) = (&self.settings, self.seq_len);
+        let norm = |row: &[S::Acc]| dot(row, row).root();
+        let Run {
+            mut start,
+            last_key: mut left,
+        } = self.run.clone();
+        let mut start_norm = start.as_ref().map(|(_, key)| norm(key));
+        let mut left_norm = norm(&left);
+        let mut key = vec![S::Acc::ZERO; self.dim];
+        let mut query = vec![S::Acc::ZERO; self.dim];
+        // The pair (t, t + 1) is decided when t + 1 arrives.
+        for row in 0..decided.bits.len() + usize::from(first == 0) {
+            S::widen(keys.row(row), &mut key);
+            let key_norm = norm(&key);
+            let token = first + row;
+            if token > 0 {
+                let t = token - 1;
+                let long = start.as_ref().is_some_and(|(p, _)| t - p >= settings.max_merge_level);
+                let mut merges = t >= settings.sinks && !long;
+                let passes = |a: &[S::Acc], a_norm: S::Acc, tests: &[HeadTest]| {
+                    let beside = cosine_of(a, a_norm, &left, left_norm);
+                    let mut pass = tests.iter().all(|test| qualifies(*test, beside));
+                    if let (true, Some((_, run)), Some(run_norm)) = (pass, &start, start_norm) {
+                        let across = cosine_of(a, a_norm, run, run_norm);
+                        pass = tests.iter().all(|test| qualifies(*test, across));
+                    }
+                    pass
+                };
+                if settings.criterion == Criterion::KeyKey {
+                    merges = merges && passes(&key, key_norm, &settings.tests);
+                } else {
+                    for (head, test) in queries.iter().zip(&settings.tests) {
+                        if merges {
+                            Q::widen(head.row(row), &mut query);
+                            merges = passes(&query, norm(&query), std::slice::from_ref(test));
+                        }
+                    }
+                }
+                decided.bits[row - usize::from(first == 0)] = u8::from(merges);
+                if !merges {
+                    (start, start_norm) = (None, None);
+                } else if start.is_none() {
+                    (start, start_norm) = (Some((t, left.clone())), Some(left_norm));
+                }
+            }
+            left.clone_from(&key);
+            left_norm = key_norm;
+        }
+        decided.run.start = start;
+    }
+
+    /// Takes the chunk in: raw rows, bits, and the chains that its tokens push out of the window. Returns the chain as
+    /// it stood before.
+    pub fn append(
+        &mut self,
+        decided: Decided<S::Acc>,
+        keys: &HeadRows<S>,
+        values: &HeadRows<S>,
+        count: usize,
+    ) -> Option<ChainFold<S::Acc>> {
+        let first = self.seq_len;
+        let before = self.open.clone();
+        if self.settings.window > 0 {
+            for row in 0..count {
+                self.recent_keys.extend_from_slice(keys.row(row));
+                self.recent_values.extend_from_slice(values.row(row));
+            }
+        }
+        let mut row_buffer = vec![S::Acc::ZERO; self.dim];
+        let mut finite = |row: &[S]| {
+            S::widen(row, &mut row_buffer);
+            all_finite(&row_buffer)
+        };
+        for row in 0..count {
+            if !(finite(keys.row(row)) && finite(values.row(row))) {
+                self.last_bad = Some(first + row);
+            }
+        }
+        let base = self.bits_base();
+        self.bits.extend_from_slice(&decided.bits);
+        self.run = decided.run;
+        self.seq_len += count;
+        self.reserve(decided.closes);
+        let edge = self.seq_len.checked_sub(self.settings.window + 1);
+        if let Some(edge) = edge {
+            let next = if self.open.is_some() { base + 1 } else { 0 };
+            for token in next..=edge {
+                self.fold_in(token, base, keys, values, first);
+            }
+        }
+        before
+    }
+
+    fn reserve(&mut self, entries: usize) {
+        let dim = self.dim;
+        if self.keys.len() + entries * dim > self.keys.capacity() {
+            let extra = entries + GROWTH.max(self.tokens.len() / 8);
+            self.keys.reserve_exact(extra * dim);
+            self.values.reserve_exact(extra * dim);
+            self.tokens.reserve_exact(extra);
+        }
+    }
+
+    fn fold_in(&mut self, token: usize, base: usize, keys: &HeadRows<S>, values: &HeadRows<S>, first: usize) {
+        let merged = token > base && self.bits[token - 1 - base] == 1;
+        let mut chain = match self.open.take() {
+            Some(chain) => {
+                if !merged {
+                    self.close(&chain, token - 1);
+                }
+                chain
+            }
+            None => ChainFold::new(self.settings.fold, self.dim),
+        };
+        if self.settings.window == 0 {
+            chain.step(merged, keys.row(token - first), values.row(token - first));
+        } else {
+            let row = token - (self.seq_len - self.recent_keys.len() / self.dim);
+            let at = row * self.dim..(row + 1) * self.dim;
+            chain.step(merged, &self.recent_keys[at.clone()], &self.recent_values[at]);
+        }
+        self.open = Some(chain);
+    }
+
+    fn close(&mut self, chain: &ChainFold<S::Acc>, token: usize) {
+        let (dim, start) = (self.dim, self.keys.len());
+        self.keys.resize(start + dim, S::zero());
+        self.values.resize(start + dim, S::zero());
+        let (mut key, mut value) = (chain.key.clone(), chain.value.clone());
+        quarantine(&mut key, &mut value);
+        S::narrow(&key, &mut self.keys[start..]);
+        S::narrow(&value, &mut self.values[start..]);
+        self.tokens.push(token as u32);
+        if self.settings.fold == Fold::Mean {
+            self.log2_sizes.push(S::Acc::of((chain.size as f64).log2()));
+        }
+    }
+
+    /// The raw rows that a chunk's blocks read: its own where nothing is kept raw, else those of the window and its own.
+    pub fn raw<'a>(&'a self, keys: HeadRows<'a, S>, values: HeadRows<'a, S>, count: usize) -> RawRows<'a, S> {
+        let first = self.seq_len - count;
+        if self.settings.window == 0 {
+            let clean = self.last_bad.is_none_or(|bad| bad < first);
+            return RawRows {
+                keys,
+                values,
+                base: first,
+                clean,
+            };
+        }
+        let base = self.seq_len - self.recent_keys.len() / self.dim;
+        RawRows {
+            keys: HeadRows::compact(&self.recent_keys, self.dim),
+            values: HeadRows::compact(&self.recent_values, self.dim),
+            base,
+            clean: self.last_bad.is_none_or(|bad| bad < base),
+        }
+    }
+
+    /// The bits that a chunk's blocks read.
+    pub fn chunk_bits(&self, count: usize) -> Bits<'_> {
+        Bits {
+            bits: &self.bits,
+            base: (self.seq_len - count).saturating_sub(self.settings.window + 1),
+        }
+    }
+
+    /// Forgets what no later row reads, after a chunk of `count` tokens.
+    pub fn trim(&mut self, count: usize) {
+        let (old, new) = (self.chunk_bits(count).base, self.bits_base());
+        self.bits.drain(..(new - old).min(self.bits.len()));
+        let (dim, keep) = (self.dim, self.settings.window.min(self.seq_len));
+        let rows = self.recent_keys.len() / dim;
+        // Moved once per window's worth of tokens, not at every step; a long chunk's memory is given back.
+        if rows > 2 * keep {
+            for recent in [&mut self.recent_keys, &mut self.recent_values] {
+                recent.drain(..(rows - keep) * dim);
+                recent.shrink_to(2 * keep * dim + dim);
+            }
+        }
+    }
+}
+
+pub(crate) fn widened<T: Element>(row: &[T]) -> Vec<T::Acc> {
+    let mut out = vec![T::Acc::ZERO; row.len()];
+    T::widen(row, &mut out);
+    out
+}
+
+impl<S: Element> FarSource<S::Acc> for List<S> {
+    fn columns(&self) -> usize {
+        self.tokens.len()
+    }
+
+    fn before(&self, token: usize) -> usize {
+        self.tokens.partition_point(|t| (*t as usize) < token)
+    }
+
+    fn token(&self, column: usize) -> usize {
+        self.tokens[column] as usize
+    }
+
+    fn log2_sizes(&self, columns: Range<usize>) -> Option<&[S::Acc]> {
+        self.log2_sizes.get(columns)
+    }
+
+    fn rows<'s>(&'s self, columns: Range<usize>, scratch: &'s mut RowScratch<S::Acc>) -> KeysValues<'s, S::Acc> {
+        let (keys, values) = (
+            HeadRows::compact(&self.keys, self.dim),
+            HeadRows::compact(&self.values, self.dim),
+        );
+        if S::as_acc(&self.keys).is_some() {
+            return (
+                raw_rows(&keys).skip(columns.start),
+                raw_rows(&values).skip(columns.start),
+            );
+        }
+        let range = columns.start * self.dim..columns.end * self.dim;
+        for (stored, buffer) in [(&self.keys, &mut scratch.0), (&self.values, &mut scratch.1)] {
+            buffer.resize(range.len(), S::Acc::ZERO);
+            S::widen(&stored[range.clone()], &mut buffer[..range.len()]);
+        }
+        (
+            HeadRows::compact(&scratch.0, self.dim),
+            HeadRows::compact(&scratch.1, self.dim),
+        )
+    }
+}

@@ -1,0 +1,354 @@
+//! The KV cache: any chunking gives what attention over the whole sequence gives, and memory really shrinks.
+
+mod common;
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use candle_sfattention::{
+    compressed_attention, AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, Criterion, Dropout,
+    Fold, GroupRule, HeadStrategies, MergePlan, MergeStrategy,
+};
+use common::inputs::{assert_close, laid_out, values, Memory, Shape};
+use proptest::prelude::*;
+
+fn configs() -> impl Strategy<Value = CompressionConfig> {
+    (
+        prop_oneof![Just(Fold::PairSum), Just(Fold::Mean), Just(Fold::Drop)],
+        prop_oneof![Just(Criterion::QueryKey), Just(Criterion::KeyKey)],
+        prop_oneof![Just(GroupRule::PerQueryHead), Just(GroupRule::Unanimous)],
+        0..6usize,
+        prop_oneof![Just(0usize), 1..9usize, 30..200usize],
+        1..7usize,
+        0.05..0.6f64,
+    )
+        .prop_map(
+            |(fold, criterion, group_rule, sinks, window, max_merge_level, threshold)| CompressionConfig {
+                similarity_threshold: threshold,
+                difference_threshold: threshold,
+                max_merge_level,
+                group_rule,
+                criterion,
+                fold,
+                sinks,
+                window,
+                ..Default::default()
+            },
+        )
+}
+
+fn shapes() -> impl Strategy<Value = Shape> {
+    (1..3usize, 1..3usize, 1..4usize, 1..160usize, 1..40usize)
+        .prop_map(|(batch, kv_heads, group, tokens, dim)| Shape(batch, kv_heads * group, kv_heads, tokens, dim))
+}
+
+/// Uniform, per head, and per batch row and head.
+fn strategies(kind: u8, shape: &Shape) -> Result<HeadStrategies> {
+    let codes = |count: usize| (0..count).map(|i| (i * 7 % 3) as u32).collect::<Vec<_>>();
+    Ok(match kind {
+        0..=2 => HeadStrategies::uniform(MergeStrategy::ALL[kind as usize]),
+        3 => HeadStrategies::from_tensor(&Tensor::new(codes(shape.1), &Device::Cpu)?)?,
+        _ => {
+            let codes = Tensor::from_vec(codes(shape.0 * shape.1), (shape.0, shape.1), &Device::Cpu)?;
+            HeadStrategies::from_tensor(&codes)?
+        }
+    })
+}
+
+fn part(qkv: &[Tensor; 3], start: usize, count: usize) -> Result<[Tensor; 3]> {
+    let one = |x: &Tensor| x.narrow(2, start, count);
+    Ok([one(&qkv[0])?, one(&qkv[1])?, one(&qkv[2])?])
+}
+
+/// Appends chunks of the given lengths, over and over, until all tokens are in.
+fn chunked(
+    cache: &mut CompressedKvCache,
+    qkv: &[Tensor; 3],
+    chunks: &[usize],
+    options: impl Fn(usize, usize) -> Result<AttentionOptions>,
+) -> Result<Tensor> {
+    let tokens = qkv[0].dim(2)?;
+    let (mut outputs, mut start) = (Vec::new(), 0);
+    for chunk in chunks.iter().cycle() {
+        let count = (*chunk).min(tokens - start);
+        if count == 0 {
+            break;
+        }
+        let [q, k, v] = part(qkv, start, count)?;
+        outputs.push(cache.append_and_attend(&q, &k, &v, &options(start, count)?)?);
+        start += count;
+    }
+    Ok(Tensor::cat(&outputs, 2)?)
+}
+
+fn plain(_: usize, _: usize) -> Result<AttentionOptions> {
+    Ok(AttentionOptions::default())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_chunking_equals_attention_over_all(
+        shape in shapes(),
+        config in configs(),
+        kind in 0..5u8,
+        chunks in prop::collection::vec(prop_oneof![Just(1usize), 1..5usize, 1..90usize], 1..6),
+        memory in prop_oneof![Just(Memory::HeadMajor), Just(Memory::Fused)],
+        double in any::<bool>(),
+        seed in 0..1000u64,
+    ) {
+        let dtype = if double { DType::F64 } else { DType::F32 };
+        let tolerance = if double { 1e-12 } else { 6e-6 };
+        let strategies = strategies(kind, &shape).unwrap();
+        let qkv = laid_out(&shape.qkv(seed, dtype).unwrap(), memory).unwrap();
+        let [q, k, v] = &qkv;
+        let expected = compressed_attention(q, k, v, &strategies, &config, &Default::default()).unwrap();
+        let mut cache = CompressedKvCache::new(strategies, config.clone(), Default::default()).unwrap();
+        let got = chunked(&mut cache, &qkv, &chunks, plain).unwrap();
+        assert_close("chunked", &got, &expected.output, tolerance, tolerance).unwrap();
+        prop_assert_eq!(cache.seq_len(), shape.3);
+        // A list holds what is visible: all tokens but those hidden left of the window.
+        if shape.1 == shape.2 {
+            let bits = expected.plan.indicators().to_vec3::<u8>().unwrap();
+            for (lens, heads) in cache.lens().iter().zip(&bits) {
+                for (len, bits) in lens.iter().zip(heads) {
+                    let off = bits.iter().all(|bit| *bit == 0);
+                    let edge = if off { shape.3 } else { shape.3.saturating_sub(config.window + 1) };
+                    let hidden = bits.iter().take(edge).filter(|bit| **bit == 1).count();
+                    prop_assert_eq!(*len, shape.3 - hidden);
+                }
+            }
+        }
+    }
+
+    /// Half types: stored folds are rounded once more, everything else is as exact as one rounding.
+    #[test]
+    fn half_storage_rounds_once_more(
+        shape in shapes(),
+        config in configs(),
+        chunks in prop::collection::vec(1..40usize, 1..4),
+        stored in prop_oneof![Just(DType::F16), Just(DType::BF16)],
+        single in any::<bool>(),
+        seed in 0..1000u64,
+    ) {
+        let input = if single { DType::F32 } else { stored };
+        let unit = if stored == DType::F16 { 2f64.powi(-11) } else { 2f64.powi(-8) };
+        let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+        let [q, k, v] = shape.qkv(seed, input).unwrap();
+        // The cache decides on keys as it stores them.
+        let round = |x: &Tensor| x.to_dtype(stored).unwrap().to_dtype(input).unwrap();
+        let qkv = [q, round(&k), round(&v)];
+        let [q, k, v] = &qkv;
+        let expected = compressed_attention(q, k, v, &strategies, &config, &Default::default()).unwrap().output;
+        let options = CacheOptions { storage: Some(stored), max_entries: None };
+        let mut cache = CompressedKvCache::new(strategies, config, options).unwrap();
+        let got = chunked(&mut cache, &qkv, &chunks, plain).unwrap();
+        // A key rounded by one unit moves a logit by as much of it, of a few units here.
+        assert_close("half", &got, &expected, 8.0 * unit, 4.0 * unit).unwrap();
+    }
+}
+
+/// Bias by token index and dropout by absolute position, over chunks and single tokens.
+#[test]
+fn bias_and_dropout_follow_absolute_positions() -> Result<()> {
+    let shape = Shape(2, 4, 2, 77, 16);
+    let qkv = shape.qkv(5, DType::F32)?;
+    let config = CompressionConfig {
+        fold: Fold::Mean,
+        criterion: Criterion::KeyKey,
+        group_rule: GroupRule::Unanimous,
+        similarity_threshold: 0.4,
+        window: 6,
+        ..Default::default()
+    };
+    let bias: Vec<f32> = (0..4 * 77 * 77)
+        .map(|i| ((i * 37 % 101) as f32 - 50.0) / 30.0)
+        .collect();
+    let bias = Tensor::from_vec(bias, (1, 4, 77, 77), &Device::Cpu)?;
+    let dropout = Some(Dropout { p: 0.2, seed: 11 });
+    let whole = AttentionOptions {
+        bias: Some(bias.clone()),
+        dropout,
+        ..Default::default()
+    };
+    let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+    let [q, k, v] = &qkv;
+    let expected = compressed_attention(q, k, v, &strategies, &config, &whole)?;
+    assert!(expected.plan.stats()?.hidden > 0);
+    for chunks in [&[1usize][..], &[40, 1, 7], &[77]] {
+        let mut cache = CompressedKvCache::new(strategies.clone(), config.clone(), Default::default())?;
+        let got = chunked(&mut cache, &qkv, chunks, |start, count| {
+            let bias = bias.narrow(2, start, count)?.narrow(3, 0, start + count)?;
+            Ok(AttentionOptions {
+                bias: Some(bias),
+                dropout,
+                ..Default::default()
+            })
+        })?;
+        assert_close("bias and dropout", &got, &expected.output, 6e-6, 6e-6)?;
+    }
+    Ok(())
+}
+
+/// A bad token in the cache spoils the rows that see it, now and later, and no row before it.
+#[test]
+fn bad_numbers_stay_with_the_rows_that_see_them() -> Result<()> {
+    let shape = Shape(1, 2, 1, 40, 8);
+    for (which, window) in [(1, 0), (2, 0), (1, 4), (2, 4)] {
+        let config = CompressionConfig {
+            window,
+            ..CompressionConfig::pretrained()
+        };
+        for chunks in [&[1usize][..], &[9], &[40]] {
+            let mut qkv = shape.qkv(2, DType::F32)?;
+            let mut data = values(&qkv[which])?;
+            data[20 * 8 + 1] = f64::INFINITY;
+            qkv[which] = Tensor::from_vec(data, qkv[which].dims(), &Device::Cpu)?.to_dtype(DType::F32)?;
+            let strategies = HeadStrategies::uniform(MergeStrategy::Off);
+            let mut cache = CompressedKvCache::new(strategies, config.clone(), Default::default())?;
+            let output = values(&chunked(&mut cache, &qkv, chunks, plain)?)?;
+            for (index, x) in output.iter().enumerate() {
+                assert_eq!(
+                    x.is_nan(),
+                    index / 8 % 40 >= 20,
+                    "row {}, chunks {chunks:?}",
+                    index / 8 % 40
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Bytes follow the entries kept, and a dense cache's are those of keys and values.
+#[test]
+fn bytes_shrink_with_what_is_hidden() -> Result<()> {
+    let shape = Shape(1, 4, 4, 1024, 32);
+    let [q, k, v] = shape.qkv(0, DType::F32)?;
+    let config = CompressionConfig {
+        similarity_threshold: 0.5,
+        fold: Fold::Mean,
+        criterion: Criterion::KeyKey,
+        ..Default::default()
+    };
+    let run = |strategy| -> Result<(CompressedKvCache, f64)> {
+        let strategies = HeadStrategies::uniform(strategy);
+        let plan = MergePlan::new(&q, &k, &v, &strategies, &config, &Default::default())?;
+        let mut cache = CompressedKvCache::new(strategies, config.clone(), Default::default())?;
+        cache.append_and_attend(&q, &k, &v, &Default::default())?;
+        Ok((cache, plan.stats()?.hidden_ratio()))
+    };
+    let (dense, _) = run(MergeStrategy::Off)?;
+    let (merged, ratio) = run(MergeStrategy::Similarity)?;
+    assert!(ratio > 0.3, "hidden ratio {ratio}");
+    assert_eq!(dense.bytes_dense(), 2 * 4 * 1024 * 32 * 4);
+    // Token indices and open chains on top of the rows: a few percent.
+    let expected = (1.0 - ratio) * dense.bytes() as f64;
+    assert!(
+        (merged.bytes() as f64 - expected).abs() <= 0.03 * expected,
+        "{} bytes, expected {expected}",
+        merged.bytes()
+    );
+    assert!(dense.bytes() as f64 <= 1.05 * dense.bytes_dense() as f64);
+    for cache in [&dense, &merged] {
+        let slack = cache.bytes_allocated() as f64 / cache.bytes() as f64;
+        assert!((1.0..=1.3).contains(&slack), "allocated {slack} times what is used");
+    }
+    Ok(())
+}
+
+/// Growth never reserves more than an eighth and a block.
+#[test]
+fn growth_is_in_small_blocks() -> Result<()> {
+    let shape = Shape(1, 1, 1, 3000, 8);
+    let [q, k, v] = shape.qkv(0, DType::F32)?;
+    let strategies = HeadStrategies::uniform(MergeStrategy::Off);
+    let mut cache = CompressedKvCache::new(strategies, CompressionConfig::default(), Default::default())?;
+    for token in 0..3000 {
+        let [q, k, v] = part(&[q.clone(), k.clone(), v.clone()], token, 1)?;
+        cache.append_and_attend(&q, &k, &v, &Default::default())?;
+        let reserved = cache.bytes_allocated() - cache.bytes();
+        assert!(
+            reserved <= (65 + token / 8) * (2 * 8 * 4 + 4),
+            "{reserved} bytes reserved at token {token}"
+        );
+    }
+    Ok(())
+}
+
+fn cache_of(shape: Shape, strategy: MergeStrategy) -> Result<(CompressedKvCache, [Tensor; 3])> {
+    let qkv = shape.qkv(9, DType::F32)?;
+    let config = CompressionConfig {
+        similarity_threshold: 0.4,
+        ..CompressionConfig::pretrained()
+    };
+    let mut cache = CompressedKvCache::new(HeadStrategies::uniform(strategy), config, Default::default())?;
+    let [q, k, v] = part(&qkv, 0, shape.3 - 10)?;
+    cache.append_and_attend(&q, &k, &v, &Default::default())?;
+    Ok((cache, part(&qkv, shape.3 - 10, 10)?))
+}
+
+/// Beam search: selected rows go on as if they had been alone.
+#[test]
+fn index_select_reorders_the_batch() -> Result<()> {
+    let (mut cache, [q, k, v]) = cache_of(Shape(3, 4, 2, 90, 8), MergeStrategy::Similarity)?;
+    let rows = Tensor::new(&[2u32, 0, 0, 1], &Device::Cpu)?;
+    let expected = cache.clone().append_and_attend(&q, &k, &v, &Default::default())?;
+    cache.index_select(&rows)?;
+    let pick = |x: &Tensor| x.contiguous()?.index_select(&rows, 0);
+    let got = cache.append_and_attend(&pick(&q)?, &pick(&k)?, &pick(&v)?, &Default::default())?;
+    assert_eq!(values(&got)?, values(&pick(&expected)?)?);
+    assert_eq!(cache.lens().len(), 4);
+    Ok(())
+}
+
+/// Truncation is exact where nothing merges, and refused where something does.
+#[test]
+fn truncate_is_exact_or_refused() -> Result<()> {
+    let shape = Shape(1, 2, 1, 60, 8);
+    let (mut cache, rest) = cache_of(shape, MergeStrategy::Off)?;
+    let before = cache.clone();
+    let [q, k, v] = &rest;
+    let expected = cache.append_and_attend(q, k, v, &Default::default())?;
+    cache.truncate(50)?;
+    assert_eq!((cache.seq_len(), cache.lens()), (50, before.lens()));
+    assert_eq!(
+        values(&cache.append_and_attend(q, k, v, &Default::default())?)?,
+        values(&expected)?
+    );
+
+    let (mut cache, _) = cache_of(shape, MergeStrategy::Similarity)?;
+    let (lens, message) = (cache.lens(), cache.truncate(20).unwrap_err().to_string());
+    assert!(
+        message.contains("cannot be taken apart") && message.contains("got 20"),
+        "{message}"
+    );
+    assert_eq!(cache.lens(), lens);
+    cache.truncate(50)?;
+    assert!(cache.truncate(51).is_err());
+    cache.truncate(0)?;
+    assert_eq!((cache.seq_len(), cache.bytes()), (0, 0));
+    Ok(())
+}
+
+/// The cap refuses before anything changes.
+#[test]
+fn the_cap_refuses_and_changes_nothing() -> Result<()> {
+    let shape = Shape(1, 2, 2, 50, 8);
+    let qkv = shape.qkv(1, DType::F32)?;
+    let options = CacheOptions {
+        storage: None,
+        max_entries: Some(30),
+    };
+    let strategies = HeadStrategies::uniform(MergeStrategy::Off);
+    let mut cache = CompressedKvCache::new(strategies, CompressionConfig::default(), options)?;
+    let append = |cache: &mut CompressedKvCache, start, count| -> Result<Tensor> {
+        let [q, k, v] = part(&qkv, start, count)?;
+        Ok(cache.append_and_attend(&q, &k, &v, &Default::default())?)
+    };
+    append(&mut cache, 0, 30)?;
+    let message = append(&mut cache, 30, 1).unwrap_err().to_string();
+    assert!(message.contains("expected at most 30 entries"), "{message}");
+    assert_eq!((cache.seq_len(), cache.lens()), (30, vec![vec![30, 30]]));
+    Ok(())
+}
