@@ -1,10 +1,14 @@
 //! What the benches share: inputs, peers, and a table of ratios from criterion's own medians.
 
+// Each bench is a crate of its own and uses a part of this.
+#![allow(dead_code)]
+
 use candle_core::{DType, Device, Result, Tensor, D};
 use candle_nn::attention::{flash_attn, AttnMask};
 use candle_sfattention::{CompressionConfig, MergePlan};
 use criterion::Criterion;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// One causal attention problem, f32.
 #[derive(Clone, Copy)]
@@ -72,7 +76,7 @@ pub fn verify(what: &str, ours: &Tensor, peer: &Tensor) -> Result<()> {
         .flatten_all()?
         .to_dtype(DType::F32)?
         .to_vec1::<f32>()?;
-    let wrong = difference.iter().filter(|x| !(**x <= 1e-4)).count();
+    let wrong = difference.len() - difference.iter().filter(|x| **x <= 1e-4).count();
     if wrong > 0 {
         candle_core::bail!("{what}: expected the peer's result, got {wrong} elements that differ by more than 1e-4")
     }
@@ -85,6 +89,8 @@ pub fn criterion(name: &str) -> (Criterion, PathBuf) {
     let folder = Path::new(&target).join("criterion").join(name);
     let criterion = Criterion::default()
         .sample_size(10)
+        .warm_up_time(Duration::from_secs(1))
+        .measurement_time(Duration::from_secs(3))
         .output_directory(&folder)
         .configure_from_args();
     (criterion, folder)

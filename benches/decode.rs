@@ -1,0 +1,233 @@
+//! One decoding step on the CPU against candle's own, in one run: `cargo bench --bench decode`.
+//!
+//! Decoding reads every kept key and value once, so the peer of last resort is a large copy on the same threads.
+
+mod common;
+
+use candle_core::{Device, Result, Tensor, D};
+use candle_nn::attention::{flash_attn, AttnMask};
+use candle_nn::kv_cache::KvCache;
+use candle_sfattention::{
+    AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, Criterion, Fold, GroupRule, HeadStrategies,
+    MergeStrategy,
+};
+use common::{median, verify};
+use criterion::{BenchmarkGroup, Criterion as Bench, SamplingMode};
+use rayon::prelude::*;
+
+const FLASH: &str = "candle-nn CPU flash, q_len 1";
+const PLAIN: &str = "candle KvCache + matmul softmax";
+const COPY: &str = "copy of 256 MiB";
+/// Tokens that resemble their left neighbour per one that does not, and the row's name.
+const RATIOS: [(usize, &str); 3] = [(0, "ours, r = 0"), (1, "ours, r = 0.5"), (4, "ours, r = 0.8")];
+
+#[derive(Clone, Copy)]
+struct Shape {
+    name: &'static str,
+    batch: usize,
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+    context: usize,
+}
+
+impl Shape {
+    fn group_name(&self) -> String {
+        format!("{} B={} context={}", self.name, self.batch, self.context)
+    }
+
+    fn random(&self, heads: usize, tokens: usize) -> Result<Tensor> {
+        Tensor::randn(0f32, 1.0, (self.batch, heads, tokens, self.dim), &Device::Cpu)
+    }
+
+    /// Keys in runs of `chain + 1` equal directions: a similarity threshold hides `chain` of them.
+    fn keys(&self, chain: usize) -> Result<Tensor> {
+        let keys = self.random(self.kv_heads, self.context.div_ceil(chain + 1))?;
+        let repeated = keys.unsqueeze(3)?.repeat((1, 1, 1, chain + 1, 1))?.flatten(2, 3)?;
+        repeated.narrow(2, 0, self.context)?.contiguous()
+    }
+
+    fn kept_bytes(&self, cache: &CompressedKvCache) -> usize {
+        cache.lens().iter().flatten().sum::<usize>() * 2 * self.dim * 4
+    }
+}
+
+fn config(chain: usize) -> CompressionConfig {
+    CompressionConfig {
+        fold: Fold::Mean,
+        criterion: Criterion::KeyKey,
+        group_rule: GroupRule::Unanimous,
+        similarity_threshold: 1e-3,
+        max_merge_level: chain.max(1),
+        ..Default::default()
+    }
+}
+
+fn filled(shape: &Shape, chain: usize, k: &Tensor, v: &Tensor) -> Result<CompressedKvCache> {
+    let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+    let mut cache = CompressedKvCache::new(strategies, config(chain), CacheOptions::default())?;
+    // The queries of the past do not matter here: chunks keep their attention short.
+    let q = shape.random(shape.heads, 1)?;
+    for start in (0..shape.context).step_by(1024) {
+        let count = 1024.min(shape.context - start);
+        let q = q
+            .broadcast_as((shape.batch, shape.heads, count, shape.dim))?
+            .contiguous()?;
+        cache.append_and_attend(
+            &q,
+            &k.narrow(2, start, count)?,
+            &v.narrow(2, start, count)?,
+            &Default::default(),
+        )?;
+    }
+    Ok(cache)
+}
+
+/// Heads share keys by broadcasting: the group is an axis of its own.
+fn plain(shape: &Shape, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    let Shape {
+        batch,
+        heads,
+        kv_heads,
+        dim,
+        ..
+    } = *shape;
+    let q = q.reshape((batch, kv_heads, heads / kv_heads, dim))?;
+    let scores = (q.matmul(&k.t()?)? * (1.0 / (dim as f64).sqrt()))?;
+    let weights = candle_nn::ops::softmax_last_dim(&scores)?;
+    weights.matmul(v)?.reshape((batch, heads, 1, dim))
+}
+
+fn flash(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    let scale = 1.0 / (q.dim(D::Minus1)? as f32).sqrt();
+    flash_attn::<f32>(q, k, v, scale, AttnMask::None, None, None)
+}
+
+/// Times steps at this context: the cache grows by the steps timed, a few hundred entries at most, and is filled anew
+/// for every row.
+fn bench_ours(
+    group: &mut BenchmarkGroup<criterion::measurement::WallTime>,
+    shape: &Shape,
+    v: &Tensor,
+) -> Result<Vec<(String, usize)>> {
+    let mut kept = Vec::new();
+    let options = AttentionOptions::default();
+    for (chain, name) in RATIOS {
+        let cache = filled(shape, chain, &shape.keys(chain)?, v)?;
+        let (q, k) = (shape.random(shape.heads, 1)?, shape.random(shape.kv_heads, 1)?);
+        let mut running = cache.clone();
+        group.bench_function(name, |bencher| {
+            bencher.iter(|| {
+                // A clone is a copy of the store: only when it has grown by 1 %.
+                if running.seq_len() > shape.context + shape.context / 100 {
+                    running = cache.clone();
+                }
+                running.append_and_attend(&q, &k, &k, &options)
+            })
+        });
+        kept.push((name.to_string(), shape.kept_bytes(&cache)));
+    }
+    Ok(kept)
+}
+
+fn bench_shape(bench: &mut Bench, shape: Shape) -> Result<Vec<(String, usize)>> {
+    let (k, v) = (shape.keys(0)?, shape.random(shape.kv_heads, shape.context)?);
+    let (q, new) = (shape.random(shape.heads, 1)?, shape.random(shape.kv_heads, 1)?);
+    let (all_k, all_v) = (Tensor::cat(&[&k, &new], 2)?, Tensor::cat(&[&v, &new], 2)?);
+    let expected = plain(&shape, &q, &all_k, &all_v)?;
+    let mut cache = filled(&shape, 0, &k, &v)?;
+    verify(
+        "ours",
+        &cache.append_and_attend(&q, &new, &new, &Default::default())?,
+        &expected,
+    )?;
+    let by_token = |x: &Tensor| x.transpose(1, 2)?.contiguous();
+    let (fq, fk, fv) = (by_token(&q)?, by_token(&all_k)?, by_token(&all_v)?);
+    verify(FLASH, &flash(&fq, &fk, &fv)?, &expected)?;
+    drop(cache);
+
+    let mut group = bench.benchmark_group(shape.group_name());
+    group.sampling_mode(SamplingMode::Flat);
+    let kept = bench_ours(&mut group, &shape, &v)?;
+    let mut candle = KvCache::new(2, shape.context + 1);
+    candle.append(&k, &v)?;
+    group.bench_function(PLAIN, |bencher| {
+        bencher.iter(|| {
+            let mut candle = candle.clone();
+            let (k, v) = candle.append(&new, &new)?;
+            plain(&shape, &q, &k, &v)
+        })
+    });
+    group.bench_function(FLASH, |bencher| bencher.iter(|| flash(&fq, &fk, &fv)));
+    group.finish();
+    Ok(kept)
+}
+
+/// Reads and writes 256 MiB in all threads: what this machine's memory gives, in bytes read per second and written.
+fn bench_copy(bench: &mut Bench) {
+    let source = vec![1u8; 256 << 20];
+    let mut target = vec![0u8; source.len()];
+    let chunk = source.len() / rayon::current_num_threads();
+    let mut group = bench.benchmark_group("memory");
+    group.bench_function(COPY, |bencher| {
+        bencher.iter(|| {
+            let pairs = target.par_chunks_mut(chunk).zip(source.par_chunks(chunk));
+            pairs.for_each(|(target, source)| target.copy_from_slice(source))
+        })
+    });
+    group.finish();
+}
+
+fn main() -> Result<()> {
+    let (mut bench, folder) = common::criterion("decode");
+    let mut rows = Vec::new();
+    for (name, heads, kv_heads, dim) in [("H=32 Hk=8 D=128", 32, 8, 128), ("SmolLM2 H=9 Hk=3 D=64", 9, 3, 64)] {
+        for batch in [1, 4] {
+            for context in [1024, 8192, 32768] {
+                let shape = Shape {
+                    name,
+                    batch,
+                    heads,
+                    kv_heads,
+                    dim,
+                    context,
+                };
+                rows.push((shape.group_name(), bench_shape(&mut bench, shape)?));
+            }
+        }
+    }
+    bench_copy(&mut bench);
+    bench.final_summary();
+    print_table(&folder, &rows);
+    Ok(())
+}
+
+fn print_table(folder: &std::path::Path, rows: &[(String, Vec<(String, usize)>)]) {
+    let Some(copy) = median(folder, "memory", COPY) else {
+        return;
+    };
+    let bandwidth = 2.0 * f64::from(256 << 20) / copy;
+    println!("\ncopy: {:.1} GB/s (read and written)", bandwidth / 1e9);
+    for (group, kept) in rows {
+        let peers = [FLASH, PLAIN].map(|peer| median(folder, group, peer));
+        println!(
+            "\n{group}\n{:<18}{:>10}{:>12}{:>12}{:>12}{:>14}",
+            "", "ms", "flash/ours", "plain/ours", "time / r=0", "of copy GB/s"
+        );
+        let first = kept.first().and_then(|(name, _)| median(folder, group, name));
+        for (name, bytes) in kept {
+            let Some(ours) = median(folder, group, name) else {
+                continue;
+            };
+            let ratio = |x: Option<f64>, y: f64| x.map_or("-".into(), |x| format!("{:.2}", x / y));
+            println!(
+                "{name:<18}{:>10.3}{:>12}{:>12}{:>12}{:>13.0}%",
+                ours * 1e3,
+                ratio(peers[0], ours),
+                ratio(peers[1], ours),
+                ratio(Some(ours), first.unwrap_or(ours)),
+                100.0 * *bytes as f64 / ours / bandwidth
+            );
+        }
+    }
+}
