@@ -8,6 +8,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::load::LoadOptions;
+
 /// Runs a Llama checkpoint with compressed attention on the CPU.
 ///
 /// Similar (or dissimilar) neighbouring tokens are merged per head, and their key/value columns disappear.
@@ -88,25 +90,34 @@ pub struct ModelArgs {
     pub model: String,
     /// Number type of safetensors weights and activations. A GGUF file stays quantized and computes in f32.
     #[arg(long, value_enum, default_value_t = Dtype::F32)]
-    pub dtype: Dtype,
+    dtype: Dtype,
+    /// Turn a GGUF file's quantized weights into f32 while loading. Takes more memory, and is faster where candle has
+    /// no fast kernel for the format: ten times for Q4_1 on x86.
+    #[arg(long)]
+    dequantize: bool,
     /// Write the results to this file as JSON.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum Dtype {
+enum Dtype {
     F32,
     Bf16,
     F16,
 }
 
-impl From<Dtype> for DType {
-    fn from(dtype: Dtype) -> Self {
-        match dtype {
-            Dtype::F32 => Self::F32,
-            Dtype::Bf16 => Self::BF16,
-            Dtype::F16 => Self::F16,
+impl ModelArgs {
+    /// How the weights are to be held.
+    pub fn load_options(&self) -> LoadOptions {
+        let dtype = match self.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::Bf16 => DType::BF16,
+            Dtype::F16 => DType::F16,
+        };
+        LoadOptions {
+            dtype,
+            dequantize: self.dequantize,
         }
     }
 }

@@ -42,7 +42,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         "text {}: expected some text, got an empty file; give another with --text",
         args.text.display()
     );
-    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.dtype.into())?;
+    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options())?;
     let limit = checkpoint.config.context_length;
     ensure!(
         (2..=limit).contains(&args.context),

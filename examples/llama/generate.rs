@@ -28,7 +28,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     check_json_path(args.model.json.as_deref())?;
     let mut sampler = sampler(args)?;
     let compression = Compression::from_args(&args.compression)?;
-    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.dtype.into())?;
+    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options())?;
     let prompt = encode_prompt(&checkpoint, args)?;
     let attention = compression.attention(checkpoint.config.layers, checkpoint.config.heads)?;
     let model = checkpoint.load(attention)?;

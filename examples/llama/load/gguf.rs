@@ -19,7 +19,8 @@ use crate::chat::ChatTemplate;
 use crate::model::{Linear, LlamaConfig, Weights};
 use crate::rope::{Pairing, RopeScaling};
 
-pub fn open(path: &Path) -> Result<Checkpoint> {
+/// `dequantize` turns quantized matrices into f32 ones while loading.
+pub fn open(path: &Path, dequantize: bool) -> Result<Checkpoint> {
     let name = path.display();
     let mut file = BufReader::new(File::open(path).with_context(|| format!("{name}"))?);
     let mut content = Content::read(&mut file).with_context(|| {
@@ -32,6 +33,7 @@ pub fn open(path: &Path) -> Result<Checkpoint> {
         path: path.into(),
         content,
         file,
+        dequantize,
     };
     Ok(Checkpoint {
         config: config(&mut weights).with_context(|| format!("{name}"))?,
@@ -253,6 +255,7 @@ struct GgufWeights {
     path: PathBuf,
     content: Content,
     file: BufReader<File>,
+    dequantize: bool,
 }
 
 impl GgufWeights {
@@ -280,7 +283,11 @@ impl Weights for GgufWeights {
 
     fn linear(&mut self, path: &str, rows: usize, columns: usize, bias: bool) -> Result<Linear> {
         let name = gguf_name(path);
-        let weight = QMatMul::from_qtensor(self.shaped(&format!("{name}.weight"), &[rows, columns])?)?;
+        let weight = self.shaped(&format!("{name}.weight"), &[rows, columns])?;
+        let weight = match self.dequantize {
+            true => QMatMul::Tensor(weight.dequantize(&Device::Cpu)?),
+            false => QMatMul::from_qtensor(weight)?,
+        };
         let bias = match bias {
             true => Some(
                 self.shaped(&format!("{name}.bias"), &[rows])?

@@ -13,6 +13,15 @@ use tokenizers::Tokenizer;
 use crate::chat::ChatTemplate;
 use crate::model::{Llama, LlamaConfig, Weights};
 
+/// How weights are held.
+#[derive(Clone, Copy, Debug)]
+pub struct LoadOptions {
+    /// Of safetensors weights and activations; f32 for GGUF files.
+    pub dtype: DType,
+    /// Whether a GGUF file's quantized matrices become f32.
+    pub dequantize: bool,
+}
+
 /// A checkpoint whose header and tokenizer are read, but not its weights.
 pub struct Checkpoint {
     pub config: LlamaConfig,
@@ -24,9 +33,9 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// `model` is an existing `.gguf` file, an existing folder, or else `OWNER/NAME` on the hub. `dtype` is that of
-    /// activations and unquantized weights.
-    pub fn open(model: &str, dtype: DType) -> Result<Self> {
+    /// `model` is an existing `.gguf` file, an existing folder, or else `OWNER/NAME` on the hub.
+    pub fn open(model: &str, options: LoadOptions) -> Result<Self> {
+        let LoadOptions { dtype, dequantize } = options;
         let path = Path::new(model);
         let checkpoint = if path.is_dir() {
             hf::open(&hf::Files::in_folder(path)?, dtype)?
@@ -41,7 +50,7 @@ impl Checkpoint {
                 "dtype: expected f32 for a GGUF file, whose weights stay quantized, got {}; leave --dtype out",
                 dtype.as_str()
             );
-            gguf::open(path)?
+            gguf::open(path, dequantize)?
         } else if is_model_id(model) && !has_gguf_extension(path) {
             hf::open(&hf::Files::from_hub(model)?, dtype)?
         } else {
