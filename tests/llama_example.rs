@@ -1,34 +1,13 @@
-//! The llama example: its binary on a tiny random checkpoint in every format, its errors, and its logits against
-//! candle-transformers' own models.
+//! The llama example's binary on a tiny random checkpoint: every format, command and error.
 
+#[allow(dead_code)]
 #[path = "llama_example/fixture.rs"]
 mod fixture;
 
-#[allow(dead_code)]
-#[path = "../examples/llama/chat.rs"]
-mod chat;
-#[allow(dead_code)]
-#[path = "../examples/llama/load/mod.rs"]
-mod load;
-#[allow(dead_code)]
-#[path = "../examples/llama/model.rs"]
-mod model;
-#[allow(dead_code)]
-#[path = "../examples/llama/rope.rs"]
-mod rope;
-
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use candle_core::quantized::gguf_file::Content;
-use candle_core::{DType, Device, Tensor};
-use candle_nn::VarBuilder;
-use candle_sfattention::{AttentionOptions, CompressedAttention, CompressionConfig, HeadStrategies, MergeStrategy};
-use candle_transformers::models::{llama, quantized_llama};
 use fixture::{Fixture, CONTEXT, HEADS, LAYERS};
-use load::{Checkpoint, LoadOptions};
-use model::{HiddenCounts, Llama};
 use serde_json::{json, Value};
 
 /// The example's binary, which cargo builds next to the tests.
@@ -163,6 +142,28 @@ fn dense_hides_nothing_and_ignores_the_preset() {
     let off = eval("off", "hf", &["--strategy", "off", "--preset", "paper"]);
     assert_eq!(number(&off, "hidden_ratio"), 0.0);
     assert_close(number(&off, "perplexity"), number(&dense, "perplexity"), 1e-6);
+}
+
+#[test]
+fn merging_hides_tokens_and_changes_the_perplexity() {
+    let dense = number(&eval("merge_dense", "hf", &["--dense"]), "perplexity");
+    for (name, model, flags) in [
+        ("merge_paper", "hf", "--preset paper --difference-threshold 0.5"),
+        (
+            "merge_reference",
+            "f32.gguf",
+            "--preset reference --difference-threshold 0.5",
+        ),
+        ("merge_pretrained", "q8.gguf", "--similarity-threshold 0.9 --window 8"),
+        ("merge_bf16", "hf", "--similarity-threshold 0.9 --window 8 --dtype bf16"),
+    ] {
+        let report = eval(name, model, &flags.split_whitespace().collect::<Vec<_>>());
+        let ratio = number(&report, "hidden_ratio");
+        assert!(ratio > 0.01 && ratio < 0.99, "{name}: {ratio}");
+        let layers: Vec<f64> = serde_json::from_value(report["hidden_ratio_per_layer"].clone()).unwrap();
+        assert_close(layers.iter().sum::<f64>() / LAYERS as f64, ratio, 1e-9);
+        assert!((number(&report, "perplexity") - dense).abs() > 1e-4 * dense, "{name}");
+    }
 }
 
 #[test]
@@ -434,133 +435,4 @@ fn wrong_usage_ends_in_claps_code() {
         assert_eq!(llama(&args).status.code(), Some(2), "{args:?}");
     }
     assert_eq!(llama(&["eval", "--help"]).status.code(), Some(0));
-}
-
-/// No damage to a GGUF file may panic: every byte of the header changed, and cuts all over the file.
-#[test]
-fn damaged_gguf_files_never_panic() {
-    let fixture = Fixture::get();
-    let whole = fs::read(fixture.folder.join("q8.gguf")).unwrap();
-    let path = fixture.path("damaged.gguf");
-    let attempt = |bytes: &[u8]| {
-        fs::write(&path, bytes).unwrap();
-        open(&path).and_then(|mut checkpoint| {
-            let attention = attention_off(checkpoint.config.layers);
-            checkpoint.load(attention)
-        })
-    };
-    for cut in (0..whole.len()).step_by(whole.len() / 97) {
-        assert!(attempt(&whole[..cut]).is_err(), "cut at {cut}");
-    }
-    for (position, value) in (4..whole.len())
-        .step_by(13)
-        .take(1500)
-        .zip([0, 1, 0x7f, 0xff].into_iter().cycle())
-    {
-        let mut bytes = whole.clone();
-        bytes[position] = value;
-        let _ = attempt(&bytes);
-    }
-}
-
-fn open(model: &str) -> anyhow::Result<Checkpoint> {
-    Checkpoint::open(
-        model,
-        LoadOptions {
-            dtype: DType::F32,
-            dequantize: false,
-        },
-    )
-}
-
-fn attention_off(layers: usize) -> Vec<CompressedAttention> {
-    let off = HeadStrategies::uniform(MergeStrategy::Off);
-    vec![CompressedAttention::new(off, CompressionConfig::pretrained(), AttentionOptions::default()).unwrap(); layers]
-}
-
-/// Our model with every head off, and a text's tokens.
-fn dense(model: &str, text: &str) -> (Llama, Vec<u32>) {
-    let mut checkpoint = open(model).unwrap();
-    let tokens = checkpoint.encode(text, false).unwrap();
-    let attention = attention_off(checkpoint.config.layers);
-    (checkpoint.load(attention).unwrap(), tokens)
-}
-
-/// Compares our logits at the end of each prefix to those of another implementation.
-fn assert_same_logits(model: &str, text: &str, prefixes: &[usize], mut other: impl FnMut(&Tensor) -> Tensor) {
-    let (ours, tokens) = dense(model, text);
-    for &n in prefixes {
-        let hidden = ours.forward(&tokens[..n], 0, &mut HiddenCounts::default()).unwrap();
-        let ours = ours
-            .logits(&hidden, n - 1, 1)
-            .unwrap()
-            .flatten_all()
-            .unwrap()
-            .to_vec1::<f32>()
-            .unwrap();
-        let input = Tensor::new(&tokens[..n], &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-        let theirs = other(&input).flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        assert_eq!(ours.len(), theirs.len());
-        for (id, (a, b)) in ours.iter().zip(&theirs).enumerate() {
-            assert!(
-                (a - b).abs() <= 1e-3,
-                "{model}: prefix {n}, token {id}: {a} against {b}"
-            );
-        }
-    }
-}
-
-/// candle-transformers forgets its cache when a call starts at position 0, so each prefix is run from its beginning.
-fn assert_same_as_quantized_llama(model: &str, text: &str, prefixes: &[usize]) {
-    let mut file = fs::File::open(model).unwrap();
-    let content = Content::read(&mut file).unwrap();
-    let mut theirs = quantized_llama::ModelWeights::from_gguf(content, &mut file, &Device::Cpu).unwrap();
-    assert_same_logits(model, text, prefixes, |input| theirs.forward(input, 0).unwrap());
-}
-
-#[test]
-fn dense_logits_are_those_of_candles_quantized_llama() {
-    let fixture = Fixture::get();
-    let prose = fs::read_to_string(fixture.folder.join("text.txt")).unwrap();
-    for model in ["f32.gguf", "q8.gguf"] {
-        assert_same_as_quantized_llama(&fixture.path(model), &prose, &[1, 2, 33, CONTEXT]);
-    }
-}
-
-#[test]
-fn dense_logits_are_those_of_candles_llama_with_and_without_rope_scaling() {
-    let fixture = Fixture::get();
-    let prose = fs::read_to_string(fixture.folder.join("text.txt")).unwrap();
-    for model in ["hf", "llama3"] {
-        let folder = Path::new(&fixture.folder).join(model);
-        let config: llama::LlamaConfig =
-            serde_json::from_str(&fs::read_to_string(folder.join("config.json")).unwrap()).unwrap();
-        let config = config.into_config(false);
-        let bytes = fs::read(folder.join("model.safetensors")).unwrap();
-        let weights = VarBuilder::from_buffered_safetensors(bytes, DType::F32, &Device::Cpu).unwrap();
-        let theirs = llama::Llama::load(weights, &config).unwrap();
-        assert_same_logits(&fixture.path(model), &prose, &[1, 2, 33, CONTEXT], |input| {
-            let mut cache = llama::Cache::new(false, DType::F32, &config, &Device::Cpu).unwrap();
-            theirs.forward(input, 0, &mut cache).unwrap()
-        });
-    }
-}
-
-/// The same on the checkpoint that examples/llama/fetch.sh fetches, or on the one SFATTENTION_GGUF names.
-#[test]
-fn dense_logits_of_a_real_checkpoint() {
-    let fetched = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/SmolLM2-135M-Instruct.Q4_1.gguf");
-    let model = std::env::var_os("SFATTENTION_GGUF").map_or(fetched, PathBuf::from);
-    if !model.exists() {
-        eprintln!(
-            "skipped: {} does not exist; examples/llama/fetch.sh fetches it",
-            model.display()
-        );
-        return;
-    }
-    let text =
-        "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, \
-                and nothing particular to interest me on shore, I thought I would sail about a little and see the \
-                watery part of the world. It is a way I have of driving off the spleen and regulating the circulation.";
-    assert_same_as_quantized_llama(model.to_str().unwrap(), text, &[1, 17, 64]);
 }

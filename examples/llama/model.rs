@@ -120,7 +120,7 @@ impl HiddenCounts {
             self.layers.resize(layer + 1, (0, 0));
         }
         let (pairs, hidden) = &mut self.layers[layer];
-        *pairs += stats.tokens;
+        *pairs += stats.pairs;
         *hidden += stats.hidden;
     }
 

@@ -38,7 +38,7 @@ impl Fixture {
     pub fn get() -> &'static Self {
         static FIXTURE: OnceLock<Fixture> = OnceLock::new();
         FIXTURE.get_or_init(|| {
-            let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("llama_example");
+            let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(env!("CARGO_CRATE_NAME"));
             fs::create_dir_all(&folder).unwrap();
             let fixture = Self { folder };
             fixture.write();
