@@ -294,6 +294,13 @@ fn bad_models_end_in_one_line() {
             ["expected a folder with config.json", "fetch the whole checkpoint"],
         ),
         ("other", ["expected llama", "got gpt_neox"]),
+        (
+            "three_layers",
+            [
+                "expected model.layers.2.input_layernorm.weight",
+                "fetch the checkpoint again",
+            ],
+        ),
         ("yarn", ["expected default, linear or llama3", "got yarn"]),
     ] {
         let model = fixture.path(model);
@@ -331,7 +338,11 @@ fn bad_input_ends_in_one_line() {
     };
     eval("empty.txt", &[], &["expected some text", "empty file"]);
     eval("missing.txt", &[], &["missing.txt", "No such file"]);
-    eval("short.txt", &["--context", "64"], &["expected 1 to 0", "has 5 tokens"]);
+    eval(
+        "short.txt",
+        &["--context", "64"],
+        &["text: expected at least 64 tokens", "got 5"],
+    );
     eval(
         "text.txt",
         &["--context", "64", "--windows", "1000"],

@@ -30,7 +30,7 @@ use fixture::{Fixture, CONTEXT};
 use load::{Checkpoint, LoadOptions};
 use model::{HiddenCounts, Llama};
 
-/// No damage to a GGUF file may panic: every byte of the header changed, and cuts all over the file.
+/// No damage to a GGUF file may panic: cuts all over the file, and changed bytes all over its header.
 #[test]
 fn damaged_gguf_files_never_panic() {
     let fixture = Fixture::get();

@@ -89,7 +89,12 @@ impl EvalReport {
 /// The windows to score: multiples of the context, the first ones or evenly spread.
 fn windows(tokens: usize, args: &EvalArgs) -> Result<Vec<Range<usize>>> {
     let available = tokens / args.context;
-    let wanted = args.windows.unwrap_or(available.max(1));
+    ensure!(
+        available > 0,
+        "text: expected at least {} tokens, one window, got {tokens}; lower --context or give a longer text",
+        args.context
+    );
+    let wanted = args.windows.unwrap_or(available);
     ensure!(
         (1..=available).contains(&wanted),
         "windows: expected 1 to {available}, as the text has {tokens} tokens and a window {}, got {wanted}; \

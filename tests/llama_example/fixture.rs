@@ -64,6 +64,9 @@ impl Fixture {
         let mut yarn = config();
         yarn["rope_scaling"] = json!({"rope_type": "yarn", "factor": 8.0});
         write_folder(&self.folder.join("yarn"), &weights, Shards::One, &yarn);
+        let mut three_layers = config();
+        three_layers["num_hidden_layers"] = json!(3);
+        write_folder(&self.folder.join("three_layers"), &weights, Shards::One, &three_layers);
         let mut other = config();
         other["model_type"] = json!("gpt_neox");
         write_folder(&self.folder.join("other"), &weights, Shards::One, &other);

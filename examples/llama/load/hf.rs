@@ -135,8 +135,8 @@ pub fn open(files: &Files, dtype: DType) -> Result<Checkpoint> {
         .map_err(|error| anyhow!("{}: expected a tokenizer, got: {error}", files.tokenizer.display()))?;
     // SAFETY: the maps are only read, and live no longer than this process; a checkpoint that another process
     // rewrites meanwhile is outside what mapping a file can promise.
-    let weights = unsafe { VarBuilder::from_mmaped_safetensors(&files.weights, dtype, &Device::Cpu) };
-    let weights = weights.with_context(|| {
+    let tensors = unsafe { VarBuilder::from_mmaped_safetensors(&files.weights, dtype, &Device::Cpu) };
+    let tensors = tensors.with_context(|| {
         format!(
             "{}: expected whole safetensors files, got a damaged or truncated one; fetch it again",
             files.weights[0].display()
@@ -149,28 +149,47 @@ pub fn open(files: &Files, dtype: DType) -> Result<Checkpoint> {
         tokenizer,
         end_tokens,
         chat_template: chat_template(files)?,
-        weights: Box::new(HfWeights(weights)),
+        weights: Box::new(HfWeights {
+            name: files.weights[0].display().to_string(),
+            tensors,
+        }),
     })
 }
 
-struct HfWeights(VarBuilder<'static>);
+struct HfWeights {
+    /// Where they come from, for messages.
+    name: String,
+    tensors: VarBuilder<'static>,
+}
+
+impl HfWeights {
+    fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let tensor = self.tensors.get(shape, name);
+        tensor.with_context(|| {
+            format!(
+                "{}: expected {name} of shape {shape:?}; fetch the checkpoint again",
+                self.name
+            )
+        })
+    }
+}
 
 impl Weights for HfWeights {
     fn dtype(&self) -> DType {
-        self.0.dtype()
+        self.tensors.dtype()
     }
 
     fn linear(&mut self, path: &str, rows: usize, columns: usize, bias: bool) -> Result<Linear> {
-        let weight = self.0.get((rows, columns), &format!("{path}.weight"))?;
+        let weight = self.get(&format!("{path}.weight"), &[rows, columns])?;
         let bias = match bias {
-            true => Some(self.0.get(rows, &format!("{path}.bias"))?),
+            true => Some(self.get(&format!("{path}.bias"), &[rows])?),
             false => None,
         };
         Ok(Linear::Float(candle_nn::Linear::new(weight, bias)))
     }
 
     fn vector(&mut self, path: &str, len: usize) -> Result<Tensor> {
-        Ok(self.0.get(len, &format!("{path}.weight"))?)
+        self.get(&format!("{path}.weight"), &[len])
     }
 }
 
