@@ -326,9 +326,9 @@ fn bad_models_end_in_one_line() {
 }
 
 #[test]
-fn bad_input_ends_in_one_line() {
+fn bad_texts_and_settings_end_in_one_line() {
     let fixture = Fixture::get();
-    let (model, prose) = (fixture.path("hf"), fixture.path("text.txt"));
+    let model = fixture.path("hf");
     let eval = |text: &str, more: &[&str], parts: &[&str]| {
         let text = fixture.path(text);
         assert_error(
@@ -378,7 +378,11 @@ fn bad_input_ends_in_one_line() {
         &["--rule", "reference"],
         &["MergeRule::Reference: expected", "got"],
     );
+}
 
+#[test]
+fn bad_prompts_and_samplings_end_in_one_line() {
+    let model = Fixture::get().path("hf");
     let generate = |prompt: &str, more: &[&str], parts: &[&str]| {
         assert_error(
             &[&["generate", "--model", &model, "--prompt", prompt][..], more].concat(),
@@ -395,7 +399,12 @@ fn bad_input_ends_in_one_line() {
     generate("the", &["--temperature", "NaN"], &["temperature: expected", "got NaN"]);
     generate("the", &["--top-p", "0"], &["top-p: expected", "got 0"]);
     generate("the", &["--top-p", "1.5"], &["top-p: expected", "got 1.5"]);
+}
 
+#[test]
+fn bad_strategies_end_in_one_line() {
+    let fixture = Fixture::get();
+    let (model, prose) = (fixture.path("hf"), fixture.path("text.txt"));
     let strategy = |name: &str, value: Value, parts: &[&str]| {
         let file = write(name, &value);
         let context = ["--context", "64", "--strategy", &file];
@@ -426,9 +435,9 @@ fn bad_input_ends_in_one_line() {
         &["expected similarity, difference, off", "`similar`"],
     );
     strategy("key.json", json!({"heads": []}), &["unknown field `heads`"]);
-    eval(
-        "text.txt",
-        &["--strategy", "similar"],
+    let args = ["eval", "--model", &model, "--text", &prose, "--strategy", "similar"];
+    assert_error(
+        &args,
         &[
             "strategy similar: expected similarity, difference, off or",
             "found no such file",
