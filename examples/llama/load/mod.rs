@@ -1,0 +1,95 @@
+//! Opening a checkpoint: a GGUF file, a folder of Hugging Face files, or a model id of the Hugging Face hub.
+
+mod gguf;
+mod hf;
+
+use std::path::Path;
+
+use anyhow::{bail, ensure, Result};
+use candle_core::DType;
+use candle_sfattention::CompressedAttention;
+use tokenizers::Tokenizer;
+
+use crate::chat::ChatTemplate;
+use crate::model::{Llama, LlamaConfig, Weights};
+
+/// How weights are held.
+#[derive(Clone, Copy, Debug)]
+pub struct LoadOptions {
+    /// Of safetensors weights and activations; f32 for GGUF files.
+    pub dtype: DType,
+    /// Whether a GGUF file's quantized matrices become f32.
+    pub dequantize: bool,
+}
+
+/// A checkpoint whose header and tokenizer are read, but not its weights.
+pub struct Checkpoint {
+    pub config: LlamaConfig,
+    pub tokenizer: Tokenizer,
+    /// Token ids that end a text.
+    pub end_tokens: Vec<u32>,
+    pub chat_template: Option<ChatTemplate>,
+    weights: Box<dyn Weights>,
+}
+
+impl Checkpoint {
+    /// `model` is an existing `.gguf` file, an existing folder, or else `OWNER/NAME` on the hub.
+    pub fn open(model: &str, options: LoadOptions) -> Result<Self> {
+        let LoadOptions { dtype, dequantize } = options;
+        let path = Path::new(model);
+        let checkpoint = if path.is_dir() {
+            hf::open(&hf::Files::in_folder(path)?, dtype)?
+        } else if path.exists() {
+            ensure!(
+                has_gguf_extension(path),
+                "model: expected a .gguf file, a folder or a model id, got the file {model}; \
+                 for safetensors give the folder with config.json and tokenizer.json"
+            );
+            ensure!(
+                dtype == DType::F32,
+                "dtype: expected f32 for a GGUF file, whose weights stay quantized, got {}; leave --dtype out",
+                dtype.as_str()
+            );
+            gguf::open(path, dequantize)?
+        } else if is_model_id(model) && !has_gguf_extension(path) {
+            hf::open(&hf::Files::from_hub(model)?, dtype)?
+        } else {
+            bail!(
+                "model: expected a .gguf file, a folder or a model id OWNER/NAME, got {model}, which does not exist; \
+                 examples/llama/fetch.sh fetches a small one"
+            )
+        };
+        checkpoint.config.check()?;
+        Ok(checkpoint)
+    }
+
+    /// Loads the weights; `attention` holds one entry per layer.
+    pub fn load(&mut self, attention: Vec<CompressedAttention>) -> Result<Llama> {
+        Llama::load(self.weights.as_mut(), &self.config, attention)
+    }
+
+    /// Token ids of `text`; `special` adds what the tokenizer puts around a text, such as a BOS token.
+    pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        let encoding = self
+            .tokenizer
+            .encode_fast(text, special)
+            .map_err(|error| anyhow::anyhow!("tokenizer: {error}"))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+}
+
+fn has_gguf_extension(path: &Path) -> bool {
+    path.extension()
+        .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+}
+
+/// `OWNER/NAME` in the hub's alphabet, and not a path such as `./NAME`.
+fn is_model_id(model: &str) -> bool {
+    let part = |part: &str| {
+        part.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    };
+    model
+        .split_once('/')
+        .is_some_and(|(owner, name)| part(owner) && part(name))
+}

@@ -1,0 +1,44 @@
+//! A Llama checkpoint that generates text, or is scored, with compressed attention. `--help` says what it can do.
+
+mod args;
+mod chat;
+mod compression;
+mod eval;
+mod generate;
+mod load;
+mod model;
+mod report;
+mod rope;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Cli, Command};
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Generate(args) => generate::run(&args),
+        Command::Eval(args) => eval::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", one_line(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The error and its causes, each cut to its first line: candle puts a backtrace into the others. A cause that its
+/// effect already quotes is left out.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    for cause in error.chain() {
+        let part = cause.to_string().lines().next().unwrap_or_default().trim().to_string();
+        if !parts.last().is_some_and(|effect| effect.contains(&part)) {
+            parts.push(part);
+        }
+    }
+    parts.join(": ")
+}

@@ -1,0 +1,306 @@
+//! A Llama with [`CompressedAttention`] where its attention was.
+//!
+//! Activations are `(1, N, hidden)`. The model asks a [`Weights`] for its matrices by their Hugging Face names and does
+//! not know which kind of file they come from.
+
+use anyhow::{ensure, Result};
+use candle_core::quantized::QMatMul;
+use candle_core::{DType, Device, Module, Tensor};
+use candle_nn::{ops, RmsNorm};
+use candle_sfattention::{CompressedAttention, MergeStats};
+
+use crate::rope::{Pairing, Rope, RopeScaling, Rotation};
+
+/// The shape of a Llama and the numbers its forward pass needs.
+#[derive(Clone, Debug)]
+pub struct LlamaConfig {
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub vocab_size: usize,
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub rms_norm_eps: f64,
+    pub rope_theta: f64,
+    pub rope_scaling: RopeScaling,
+    pub rope_pairing: Pairing,
+    /// The most tokens the model was made for.
+    pub context_length: usize,
+    pub attention_bias: bool,
+    pub mlp_bias: bool,
+    /// Whether the output matrix is the embedding matrix.
+    pub tied: bool,
+}
+
+impl LlamaConfig {
+    /// Refuses shapes that no Llama has, before anything is allocated for them.
+    pub fn check(&self) -> Result<()> {
+        // Far beyond any Llama, and small enough that no product of two of them overflows.
+        const MOST: usize = 1 << 24;
+        for (name, value, most) in [
+            ("hidden size", self.hidden_size, MOST),
+            ("intermediate size", self.intermediate_size, MOST),
+            ("vocabulary size", self.vocab_size, MOST),
+            ("number of layers", self.layers, 1 << 12),
+            ("number of query heads", self.heads, MOST),
+            ("number of KV heads", self.kv_heads, MOST),
+            ("head dimension", self.head_dim, MOST),
+            ("context length", self.context_length, MOST),
+        ] {
+            ensure!(
+                (1..=most).contains(&value),
+                "{name}: expected 1 to {most}, got {value}; the checkpoint is damaged"
+            );
+        }
+        ensure!(
+            self.heads.is_multiple_of(self.kv_heads),
+            "query heads: expected a multiple of the {} KV heads, got {}; the checkpoint is damaged",
+            self.kv_heads,
+            self.heads
+        );
+        ensure!(
+            self.head_dim.is_multiple_of(2),
+            "head dimension: expected an even number, as rotary embeddings need, got {}; the checkpoint is damaged",
+            self.head_dim
+        );
+        Ok(())
+    }
+}
+
+/// Where a model's weights come from.
+pub trait Weights {
+    /// The dtype of activations.
+    fn dtype(&self) -> DType;
+    /// The matrix `PATH.weight` of shape `(rows, columns)`, and `PATH.bias` of shape `(rows)` where asked for.
+    fn linear(&mut self, path: &str, rows: usize, columns: usize, bias: bool) -> Result<Linear>;
+    /// The vector `PATH.weight`.
+    fn vector(&mut self, path: &str, len: usize) -> Result<Tensor>;
+}
+
+/// A matrix `(rows, columns)`: as it came, or still quantized.
+#[derive(Clone, Debug)]
+pub enum Linear {
+    Float(candle_nn::Linear),
+    Quantized { weight: QMatMul, bias: Option<Tensor> },
+}
+
+impl Linear {
+    /// `xs (.., columns) -> (.., rows)`.
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Float(linear) => Ok(linear.forward(xs)?),
+            Self::Quantized { weight, bias: None } => Ok(weight.forward(xs)?),
+            Self::Quantized {
+                weight,
+                bias: Some(bias),
+            } => Ok(weight.forward(xs)?.broadcast_add(bias)?),
+        }
+    }
+
+    /// The rows `ids (n) -> (n, columns)`: the matrix as an embedding table.
+    fn rows(&self, ids: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Float(linear) => Ok(linear.weight().index_select(ids, 0)?),
+            Self::Quantized { weight, .. } => Ok(weight.embedding(ids)?),
+        }
+    }
+}
+
+/// Pairs seen and hidden, per layer, over every call that counted into it.
+#[derive(Clone, Debug, Default)]
+pub struct HiddenCounts {
+    layers: Vec<(usize, usize)>,
+}
+
+impl HiddenCounts {
+    fn add(&mut self, layer: usize, stats: &MergeStats) {
+        if self.layers.len() <= layer {
+            self.layers.resize(layer + 1, (0, 0));
+        }
+        let (pairs, hidden) = &mut self.layers[layer];
+        *pairs += stats.pairs;
+        *hidden += stats.hidden;
+    }
+
+    /// Hidden pairs / pairs, over all heads and layers.
+    pub fn ratio(&self) -> f64 {
+        let (pairs, hidden) = self
+            .layers
+            .iter()
+            .fold((0, 0), |sum, layer| (sum.0 + layer.0, sum.1 + layer.1));
+        hidden as f64 / pairs.max(1) as f64
+    }
+
+    /// Hidden pairs / pairs over all heads of each layer.
+    pub fn ratio_per_layer(&self) -> Vec<f64> {
+        self.layers
+            .iter()
+            .map(|&(pairs, hidden)| hidden as f64 / pairs.max(1) as f64)
+            .collect()
+    }
+}
+
+/// Projections, rotary embedding and compressed attention of one layer.
+struct SelfAttention {
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    output: Linear,
+    attention: CompressedAttention,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+impl SelfAttention {
+    fn load(
+        weights: &mut dyn Weights,
+        path: &str,
+        config: &LlamaConfig,
+        attention: CompressedAttention,
+    ) -> Result<Self> {
+        let hidden = config.hidden_size;
+        let (query_rows, kv_rows) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let bias = config.attention_bias;
+        Ok(Self {
+            query: weights.linear(&format!("{path}.q_proj"), query_rows, hidden, bias)?,
+            key: weights.linear(&format!("{path}.k_proj"), kv_rows, hidden, bias)?,
+            value: weights.linear(&format!("{path}.v_proj"), kv_rows, hidden, bias)?,
+            output: weights.linear(&format!("{path}.o_proj"), hidden, query_rows, bias)?,
+            attention,
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+        })
+    }
+
+    fn forward(&self, xs: &Tensor, rotation: &Rotation) -> Result<(Tensor, MergeStats)> {
+        let (batch, n, _) = xs.dims3()?;
+        // (B, N, heads·D) -> (B, heads, N, D), a view.
+        let split = |xs: Tensor, heads| xs.reshape((batch, n, heads, self.head_dim))?.transpose(1, 2);
+        let q = rotation.apply(&split(self.query.forward(xs)?, self.heads)?)?;
+        let k = rotation.apply(&split(self.key.forward(xs)?, self.kv_heads)?)?;
+        let v = split(self.value.forward(xs)?, self.kv_heads)?;
+        let (out, plan) = self.attention.forward_with_plan(&q, &k, &v)?;
+        let out = out.transpose(1, 2)?.reshape((batch, n, self.heads * self.head_dim))?;
+        Ok((self.output.forward(&out)?, plan.stats()?))
+    }
+}
+
+/// SwiGLU: `down(silu(gate(x)) * up(x))`.
+struct Mlp {
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+impl Mlp {
+    fn load(weights: &mut dyn Weights, path: &str, config: &LlamaConfig) -> Result<Self> {
+        let (hidden, inner, bias) = (config.hidden_size, config.intermediate_size, config.mlp_bias);
+        Ok(Self {
+            gate: weights.linear(&format!("{path}.gate_proj"), inner, hidden, bias)?,
+            up: weights.linear(&format!("{path}.up_proj"), inner, hidden, bias)?,
+            down: weights.linear(&format!("{path}.down_proj"), hidden, inner, bias)?,
+        })
+    }
+
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        self.down
+            .forward(&(ops::silu(&self.gate.forward(xs)?)? * self.up.forward(xs)?)?)
+    }
+}
+
+struct Layer {
+    attention_norm: RmsNorm,
+    attention: SelfAttention,
+    mlp_norm: RmsNorm,
+    mlp: Mlp,
+}
+
+impl Layer {
+    fn load(
+        weights: &mut dyn Weights,
+        path: &str,
+        config: &LlamaConfig,
+        attention: CompressedAttention,
+    ) -> Result<Self> {
+        let mut norm = |name: &str| -> Result<RmsNorm> {
+            let weight = weights.vector(&format!("{path}.{name}"), config.hidden_size)?;
+            Ok(RmsNorm::new(weight, config.rms_norm_eps))
+        };
+        Ok(Self {
+            attention_norm: norm("input_layernorm")?,
+            mlp_norm: norm("post_attention_layernorm")?,
+            attention: SelfAttention::load(weights, &format!("{path}.self_attn"), config, attention)?,
+            mlp: Mlp::load(weights, &format!("{path}.mlp"), config)?,
+        })
+    }
+}
+
+/// The whole model, on the CPU.
+pub struct Llama {
+    embedding: Linear,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    head: Linear,
+    rope: Rope,
+}
+
+impl Llama {
+    /// Loads every weight; `attention` holds one entry per layer.
+    pub fn load(weights: &mut dyn Weights, config: &LlamaConfig, attention: Vec<CompressedAttention>) -> Result<Self> {
+        ensure!(
+            attention.len() == config.layers,
+            "attention: expected {} layers, got {}; give one per layer",
+            config.layers,
+            attention.len()
+        );
+        let embedding = weights.linear("model.embed_tokens", config.vocab_size, config.hidden_size, false)?;
+        let mut layers = Vec::with_capacity(config.layers);
+        for (index, attention) in attention.into_iter().enumerate() {
+            layers.push(Layer::load(
+                weights,
+                &format!("model.layers.{index}"),
+                config,
+                attention,
+            )?);
+        }
+        let head = match config.tied {
+            true => embedding.clone(),
+            false => weights.linear("lm_head", config.vocab_size, config.hidden_size, false)?,
+        };
+        Ok(Self {
+            embedding,
+            layers,
+            norm: RmsNorm::new(weights.vector("model.norm", config.hidden_size)?, config.rms_norm_eps),
+            head,
+            rope: Rope::new(config, weights.dtype())?,
+        })
+    }
+
+    /// Hidden states `(1, N, hidden)` of `tokens`, the first of which stands at `position` of its sequence. What each
+    /// layer hid is added to `counts`.
+    pub fn forward(&self, tokens: &[u32], position: usize, counts: &mut HiddenCounts) -> Result<Tensor> {
+        let ids = Tensor::new(tokens, &Device::Cpu)?;
+        let rotation = self.rope.at(position, tokens.len())?;
+        let mut xs = self.embedding.rows(&ids)?.unsqueeze(0)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let (attended, stats) = layer
+                .attention
+                .forward(&layer.attention_norm.forward(&xs)?, &rotation)?;
+            counts.add(index, &stats);
+            xs = (xs + attended)?;
+            let mixed = layer.mlp.forward(&layer.mlp_norm.forward(&xs)?)?;
+            xs = (xs + mixed)?;
+        }
+        Ok(self.norm.forward(&xs)?)
+    }
+
+    /// Logits `(n, vocabulary)` in f32 of rows `first..first + n` of what [`Self::forward`] returned.
+    pub fn logits(&self, hidden: &Tensor, first: usize, n: usize) -> Result<Tensor> {
+        let rows = hidden.narrow(1, first, n)?.contiguous()?;
+        Ok(self.head.forward(&rows)?.squeeze(0)?.to_dtype(DType::F32)?)
+    }
+}

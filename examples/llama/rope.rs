@@ -1,0 +1,116 @@
+//! Rotary position embedding: both ways of pairing coordinates, and Llama 3's stretched frequencies.
+
+use std::f64::consts::TAU;
+
+use anyhow::{ensure, Result};
+use candle_core::{DType, Device, Tensor};
+use candle_nn::rotary_emb;
+
+use crate::model::LlamaConfig;
+
+/// Which coordinates of a head are rotated together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pairing {
+    /// `2i` with `2i + 1`: GGUF files, whose q and k rows were permuted for it.
+    Interleaved,
+    /// `i` with `i + D/2`: Hugging Face checkpoints.
+    Halves,
+}
+
+/// What is done to the frequencies `theta^(-2i/D)`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RopeScaling {
+    None,
+    /// Every frequency is divided by the same factor.
+    Linear(f64),
+    Llama3(Llama3Scaling),
+    /// Each frequency is divided by its own factor: how GGUF files store Llama 3's.
+    Factors(Vec<f32>),
+}
+
+/// Llama 3: wavelengths beyond `original_context / low_freq_factor` are stretched by `factor`, those within
+/// `original_context / high_freq_factor` kept, with a ramp between.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Llama3Scaling {
+    pub factor: f64,
+    pub low_freq_factor: f64,
+    pub high_freq_factor: f64,
+    pub original_context: f64,
+}
+
+impl Llama3Scaling {
+    fn apply(&self, frequency: f64) -> f64 {
+        let turns = self.original_context * frequency / TAU;
+        let kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor);
+        let kept = kept.clamp(0.0, 1.0);
+        frequency * (kept + (1.0 - kept) / self.factor)
+    }
+}
+
+/// The frequencies of a model.
+pub struct Rope {
+    pairing: Pairing,
+    dtype: DType,
+    /// `(D/2)` radians per position.
+    frequencies: Vec<f64>,
+}
+
+impl Rope {
+    pub fn new(config: &LlamaConfig, dtype: DType) -> Result<Self> {
+        let half = config.head_dim / 2;
+        let plain = (0..half).map(|i| config.rope_theta.powf(-(i as f64) / half as f64));
+        let frequencies = match &config.rope_scaling {
+            RopeScaling::None => plain.collect(),
+            RopeScaling::Linear(factor) => plain.map(|frequency| frequency / factor).collect(),
+            RopeScaling::Llama3(scaling) => plain.map(|frequency| scaling.apply(frequency)).collect(),
+            RopeScaling::Factors(factors) => {
+                ensure!(
+                    factors.len() == half,
+                    "rope factors: expected {half}, half the head dimension, got {}; the checkpoint is damaged",
+                    factors.len()
+                );
+                plain
+                    .zip(factors)
+                    .map(|(frequency, &factor)| frequency / f64::from(factor))
+                    .collect()
+            }
+        };
+        Ok(Self {
+            pairing: config.rope_pairing,
+            dtype,
+            frequencies,
+        })
+    }
+
+    /// The rotations of the positions `position..position + n`: one table for all layers.
+    pub fn at(&self, position: usize, n: usize) -> Result<Rotation> {
+        let table = |f: fn(f64) -> f64| -> Result<Tensor> {
+            let angles = (position..position + n).flat_map(|t| self.frequencies.iter().map(move |w| t as f64 * w));
+            let values: Vec<f32> = angles.map(|angle| f(angle) as f32).collect();
+            Ok(Tensor::from_vec(values, (n, self.frequencies.len()), &Device::Cpu)?.to_dtype(self.dtype)?)
+        };
+        Ok(Rotation {
+            pairing: self.pairing,
+            cos: table(f64::cos)?,
+            sin: table(f64::sin)?,
+        })
+    }
+}
+
+/// Cosines and sines `(N, D/2)` of consecutive positions.
+pub struct Rotation {
+    pairing: Pairing,
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Rotation {
+    /// Rotates `xs (B, heads, N, D)`.
+    pub fn apply(&self, xs: &Tensor) -> Result<Tensor> {
+        let xs = xs.contiguous()?;
+        Ok(match self.pairing {
+            Pairing::Interleaved => rotary_emb::rope_i(&xs, &self.cos, &self.sin)?,
+            Pairing::Halves => rotary_emb::rope(&xs, &self.cos, &self.sin)?,
+        })
+    }
+}

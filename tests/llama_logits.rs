@@ -1,0 +1,216 @@
+//! The llama example's model from within: its logits against candle-transformers' own models, and damaged files.
+
+#[allow(dead_code)]
+#[path = "llama_example/fixture.rs"]
+mod fixture;
+
+#[allow(dead_code)]
+#[path = "../examples/llama/chat.rs"]
+mod chat;
+#[allow(dead_code)]
+#[path = "../examples/llama/load/mod.rs"]
+mod load;
+#[allow(dead_code)]
+#[path = "../examples/llama/model.rs"]
+mod model;
+#[allow(dead_code)]
+#[path = "../examples/llama/rope.rs"]
+mod rope;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use candle_core::quantized::gguf_file::Content;
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use candle_sfattention::{AttentionOptions, CompressedAttention, CompressionConfig, HeadStrategies, MergeStrategy};
+use candle_transformers::models::{llama, quantized_llama};
+use fixture::{Fixture, CONTEXT};
+use load::{Checkpoint, LoadOptions};
+use model::{HiddenCounts, Llama};
+
+/// No damage to a GGUF file may panic: cuts all over the file, and changed bytes all over its header.
+#[test]
+fn damaged_gguf_files_never_panic() {
+    let fixture = Fixture::get();
+    let whole = fs::read(fixture.folder.join("q8.gguf")).unwrap();
+    let path = fixture.path("damaged.gguf");
+    let attempt = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        open(&path).and_then(|mut checkpoint| {
+            let attention = attention_off(checkpoint.config.layers);
+            checkpoint.load(attention)
+        })
+    };
+    for cut in (0..whole.len()).step_by(whole.len() / 97) {
+        assert!(attempt(&whole[..cut]).is_err(), "cut at {cut}");
+    }
+    for (position, value) in (4..whole.len())
+        .step_by(13)
+        .take(1500)
+        .zip([0, 1, 0x7f, 0xff].into_iter().cycle())
+    {
+        let mut bytes = whole.clone();
+        bytes[position] = value;
+        let _ = attempt(&bytes);
+    }
+}
+
+fn open(model: &str) -> anyhow::Result<Checkpoint> {
+    Checkpoint::open(
+        model,
+        LoadOptions {
+            dtype: DType::F32,
+            dequantize: false,
+        },
+    )
+}
+
+fn attention_off(layers: usize) -> Vec<CompressedAttention> {
+    let off = HeadStrategies::uniform(MergeStrategy::Off);
+    vec![CompressedAttention::new(off, CompressionConfig::pretrained(), AttentionOptions::default()).unwrap(); layers]
+}
+
+/// Our model with every head off, and a text's tokens.
+fn dense(model: &str, text: &str) -> (Llama, Vec<u32>) {
+    let mut checkpoint = open(model).unwrap();
+    let tokens = checkpoint.encode(text, false).unwrap();
+    let attention = attention_off(checkpoint.config.layers);
+    (checkpoint.load(attention).unwrap(), tokens)
+}
+
+fn last_logits(model: &Llama, tokens: &[u32]) -> Vec<f32> {
+    let hidden = model.forward(tokens, 0, &mut HiddenCounts::default()).unwrap();
+    flat(model.logits(&hidden, tokens.len() - 1, 1).unwrap())
+}
+
+fn flat(logits: Tensor) -> Vec<f32> {
+    logits.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn ids(tokens: &[u32]) -> Tensor {
+    Tensor::new(tokens, &Device::Cpu).unwrap().unsqueeze(0).unwrap()
+}
+
+fn assert_all_close(ours: &[f32], theirs: &[f32], what: &str) {
+    assert_eq!(ours.len(), theirs.len());
+    for (id, (a, b)) in ours.iter().zip(theirs).enumerate() {
+        assert!((a - b).abs() <= 1e-3, "{what}, token {id}: {a} against {b}");
+    }
+}
+
+fn candles_quantized_llama(model: &str) -> quantized_llama::ModelWeights {
+    let mut file = fs::File::open(model).unwrap();
+    let content = Content::read(&mut file).unwrap();
+    quantized_llama::ModelWeights::from_gguf(content, &mut file, &Device::Cpu).unwrap()
+}
+
+/// candle-transformers forgets its cache when a call starts at position 0, so each prefix is run from its beginning.
+fn assert_same_as_quantized_llama(model: &str, text: &str, prefixes: &[usize]) {
+    let mut theirs = candles_quantized_llama(model);
+    let (ours, tokens) = dense(model, text);
+    for &n in prefixes {
+        let (ours, theirs) = (
+            last_logits(&ours, &tokens[..n]),
+            theirs.forward(&ids(&tokens[..n]), 0).unwrap(),
+        );
+        assert_all_close(&ours, &flat(theirs), &format!("{model}: prefix {n}"));
+    }
+}
+
+#[test]
+fn dense_logits_are_those_of_candles_quantized_llama() {
+    let fixture = Fixture::get();
+    let prose = fs::read_to_string(fixture.folder.join("text.txt")).unwrap();
+    for model in ["f32.gguf", "q8.gguf"] {
+        assert_same_as_quantized_llama(&fixture.path(model), &prose, &[1, 2, 33, CONTEXT]);
+    }
+}
+
+#[test]
+fn dense_logits_are_those_of_candles_llama_with_and_without_rope_scaling() {
+    let fixture = Fixture::get();
+    let prose = fs::read_to_string(fixture.folder.join("text.txt")).unwrap();
+    for model in ["hf", "llama3"] {
+        let folder = fixture.folder.join(model);
+        let config: llama::LlamaConfig =
+            serde_json::from_str(&fs::read_to_string(folder.join("config.json")).unwrap()).unwrap();
+        let config = config.into_config(false);
+        let bytes = fs::read(folder.join("model.safetensors")).unwrap();
+        let weights = VarBuilder::from_buffered_safetensors(bytes, DType::F32, &Device::Cpu).unwrap();
+        let theirs = llama::Llama::load(weights, &config).unwrap();
+        let (ours, tokens) = dense(&fixture.path(model), &prose);
+        for n in [1, 2, 33, CONTEXT] {
+            let mut cache = llama::Cache::new(false, DType::F32, &config, &Device::Cpu).unwrap();
+            let theirs = theirs.forward(&ids(&tokens[..n]), 0, &mut cache).unwrap();
+            assert_all_close(
+                &last_logits(&ours, &tokens[..n]),
+                &flat(theirs),
+                &format!("{model}: prefix {n}"),
+            );
+        }
+    }
+}
+
+const ISHMAEL: &str =
+    "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my \
+                       purse, and nothing particular to interest me on shore, I thought I would sail about a little \
+                       and see the watery part of the world. It is a way I have of driving off the spleen.";
+
+/// The checkpoint that examples/llama/fetch.sh fetches, or the one SFATTENTION_GGUF names.
+fn real_checkpoint() -> Option<String> {
+    let fetched = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/SmolLM2-135M-Instruct.Q4_1.gguf");
+    let model = std::env::var_os("SFATTENTION_GGUF").map_or(fetched, PathBuf::from);
+    if !model.exists() {
+        eprintln!(
+            "skipped: {} does not exist; examples/llama/fetch.sh fetches it",
+            model.display()
+        );
+        return None;
+    }
+    Some(model.to_str().unwrap().into())
+}
+
+/// With float products. Quantized ones round activations to 8 bits first, so that a last bit's difference before one
+/// can become a step of 1/127 after it: see the next test.
+#[test]
+fn dense_logits_of_a_real_checkpoint() {
+    // The only way to tell candle-transformers so, read once per thread: this test runs itself again with it.
+    const DEQUANTIZE: &str = "CANDLE_DEQUANTIZE_ALL";
+    let Some(model) = real_checkpoint() else { return };
+    if std::env::var_os(DEQUANTIZE).is_some() {
+        return assert_same_as_quantized_llama(&model, ISHMAEL, &[1, 17, 60]);
+    }
+    let mut again = Command::new(std::env::current_exe().unwrap());
+    let output = again
+        .args(["--exact", "dense_logits_of_a_real_checkpoint"])
+        .env(DEQUANTIZE, "1")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}
+
+/// With quantized products candle-transformers differs from itself between a whole prompt and one token at a time. We
+/// may differ from it as much, within a factor of 2 for chance.
+#[test]
+fn quantized_logits_of_a_real_checkpoint_differ_as_candles_do_from_themselves() {
+    let Some(model) = real_checkpoint() else { return };
+    let mut theirs = candles_quantized_llama(&model);
+    let (ours, tokens) = dense(&model, ISHMAEL);
+    let tokens = &tokens[..60];
+    let whole = flat(theirs.forward(&ids(tokens), 0).unwrap());
+    let mut stepwise = Vec::new();
+    for (position, token) in tokens.iter().enumerate() {
+        stepwise = flat(theirs.forward(&ids(&[*token]), position).unwrap());
+    }
+    let distance = |other: &[f32]| -> f64 {
+        let squares = whole.iter().zip(other).map(|(a, b)| f64::from(a - b).powi(2));
+        (squares.sum::<f64>() / whole.len() as f64).sqrt()
+    };
+    let (ours, own) = (distance(&last_logits(&ours, tokens)), distance(&stepwise));
+    assert!(
+        ours <= 2.0 * own + 1e-3,
+        "root mean square distance {ours}, of candle from itself {own}"
+    );
+}
