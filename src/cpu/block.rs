@@ -2,14 +2,12 @@
 //!
 //! The columns' source is a trait, so that one call's gathered columns and a cache's store take the same way.
 
-use super::decide::dot;
 use super::fold::{all_finite, quarantine, raw_rows, ChainFold};
 use super::gemm_tile::{accumulate, scores, Tile};
 use super::philox::DropoutMask;
 use super::softmax::{OnlineSoftmax, LANES};
-use super::{Accumulator, Element, HeadRows};
+use super::{dot, Accumulator, Element, HeadRows};
 use crate::config::Fold;
-use pulp::Arch;
 use std::ops::Range;
 
 /// Rows of a block: with [`FAR_COLUMNS`] of f32 the tile of scores is 256 KiB, a quarter of a 1 MiB L2, beside 32 KiB
@@ -251,10 +249,7 @@ impl<'a, Q: Element> Worker<'a, Q> {
         let chain = &self.chain;
         let mut logit = Q::Acc::NAN;
         if all_finite(&chain.key) && all_finite(&chain.value) {
-            logit = Arch::new().dispatch(
-                #[inline(always)]
-                || dot(query, &chain.key),
-            );
+            logit = dot(query, &chain.key);
             if chain.size > 1 {
                 logit += Q::Acc::of((chain.size as f64).log2());
             }

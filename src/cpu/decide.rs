@@ -1,39 +1,12 @@
 //! Which pairs merge: cosines and the two rules. O(N·D) per head for the causal rule.
 
-use super::{Accumulator, Element, HeadRows, Rows};
+use super::{dot, Accumulator, Element, HeadRows, Rows};
 use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, HeadTest, MergeRule, MergeStrategy};
 use crate::problem::Problem;
-use pulp::Arch;
 use rayon::prelude::*;
 
 /// Norms are never taken smaller than this when a cosine divides by them.
 pub(crate) const MIN_NORM: f64 = 1e-12;
-
-/// Sixteen partial sums, one AVX-512 register of f32, added up in a fixed order: the same result on every machine.
-#[inline(always)]
-pub(crate) fn dot<A: Accumulator>(a: &[A], b: &[A]) -> A {
-    const LANES: usize = 16;
-    let mut sums = [A::ZERO; LANES];
-    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let tail = a_chunks.remainder().iter().zip(b_chunks.remainder());
-    for (sum, (x, y)) in sums.iter_mut().zip(tail) {
-        *sum += *x * *y;
-    }
-    for (x, y) in a_chunks.zip(b_chunks) {
-        for lane in 0..LANES {
-            sums[lane] += x[lane] * y[lane];
-        }
-    }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            let other = sums[lane + width];
-            sums[lane] += other;
-        }
-        width /= 2;
-    }
-    sums[0]
-}
 
 /// The rows of one head and their norms, in the accumulator's dtype.
 pub(crate) struct NormedRows<'a, A> {
@@ -64,10 +37,7 @@ pub(crate) fn normed<'a, T: Element>(
             HeadRows::compact(buffer, rows.dim)
         }
     };
-    let norms = Arch::new().dispatch(
-        #[inline(always)]
-        || (0..tokens).map(|t| dot(rows.row(t), rows.row(t)).root()).collect(),
-    );
+    let norms = (0..tokens).map(|t| dot(rows.row(t), rows.row(t)).root()).collect();
     NormedRows { rows, norms }
 }
 
@@ -82,13 +52,11 @@ impl<A: Accumulator> NormedRows<'_, A> {
 }
 
 /// `cos(a[i], b[j])`, each vector divided by at least [`MIN_NORM`].
-#[inline(always)]
 pub(crate) fn cosine<A: Accumulator>(a: &NormedRows<A>, i: usize, b: &NormedRows<A>, j: usize) -> A {
     cosine_of(a.row(i), a.norms[i], b.row(j), b.norms[j])
 }
 
 /// The cosine of two vectors whose norms are known.
-#[inline(always)]
 pub(crate) fn cosine_of<A: Accumulator>(a: &[A], a_norm: A, b: &[A], b_norm: A) -> A {
     let floor = A::of(MIN_NORM);
     // A NaN norm is passed over here and comes back through the dot product.
@@ -96,7 +64,6 @@ pub(crate) fn cosine_of<A: Accumulator>(a: &[A], a_norm: A, b: &[A], b_norm: A) 
 }
 
 /// The strict comparison of a head's test; false for NaN.
-#[inline(always)]
 pub(crate) fn qualifies<A: Accumulator>(test: HeadTest, cosine: A) -> bool {
     match test.strategy {
         MergeStrategy::Similarity => A::ONE - cosine < A::of(test.threshold),
@@ -189,29 +156,23 @@ fn decide_group<T: Element>(input: &DecideInput<T>, batch: usize, heads: std::op
             .map(|(head, buffer)| normed(input.q.head(batch, head), tokens, buffer))
             .collect(),
     };
-    Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            let passes = |a: usize, p: usize| match queries.as_slice() {
-                [] => {
-                    let cosine = cosine(&keys, a, &keys, p);
-                    tests.iter().all(|test| qualifies(*test, cosine))
-                }
-                queries => queries
-                    .iter()
-                    .zip(&tests)
-                    .all(|(query, test)| qualifies(*test, cosine(query, a, &keys, p))),
-            };
-            causal_run(first, input.config, passes)
-        },
-    );
+    let passes = |a: usize, p: usize| match queries.as_slice() {
+        [] => {
+            let cosine = cosine(&keys, a, &keys, p);
+            tests.iter().all(|test| qualifies(*test, cosine))
+        }
+        queries => queries
+            .iter()
+            .zip(&tests)
+            .all(|(query, test)| qualifies(*test, cosine(query, a, &keys, p))),
+    };
+    causal_run(first, input.config, passes);
     for copy in rest.chunks_exact_mut(pairs) {
         copy.copy_from_slice(first);
     }
 }
 
 /// The scan of `MergeRule::Causal`; `passes(a, p)` is the test of token a against token p.
-#[inline(always)]
 fn causal_run(bits: &mut [u8], config: &CompressionConfig, passes: impl Fn(usize, usize) -> bool) {
     let mut start: Option<usize> = None;
     for (t, bit) in bits.iter_mut().enumerate() {

@@ -1,12 +1,11 @@
 //! One query row per head against a ragged list: bound by memory, so each key and value is read once and serves all
 //! query heads of its group. Long lists are split over threads at fixed places, whatever the number of threads.
 
-use super::decide::dot;
 use super::fold::{all_finite, quarantine};
 use super::list::List;
 use super::softmax::finish_row;
 use super::{Accumulator, Element, HeadRows};
-use pulp::Arch;
+use pulp::{Arch, Simd, WithSimd};
 use std::ops::Range;
 
 /// Entries of one task: at D = 64 in f32, 1 MiB of keys and values.
@@ -69,24 +68,17 @@ impl<A: Accumulator> Partial<A> {
 impl<A: Accumulator> Decoder<'_, A> {
     /// Far columns `range` of a list; the first split also takes the open chain and the window.
     pub fn split<S: Element<Acc = A>>(&self, list: &List<S>, range: Range<usize>) -> Partial<A> {
-        let mut partial = Partial::new(self.queries.len() / self.dim, self.dim);
-        Arch::new().dispatch(
-            #[inline(always)]
-            || {
-                if range.start == 0 {
-                    self.edge(list, &mut partial);
-                    self.near(list, &mut partial);
-                }
-                let keys = HeadRows::compact(&list.keys, self.dim);
-                let values = HeadRows::compact(&list.values, self.dim);
-                self.rows(&keys, &values, range, &list.log2_sizes, false, &mut partial);
-            },
-        );
-        partial
+        let partial = Partial::new(self.queries.len() / self.dim, self.dim);
+        Arch::new().dispatch(Split {
+            decoder: self,
+            list,
+            range,
+            partial,
+        })
     }
 
     #[inline(always)]
-    fn edge<S: Element<Acc = A>>(&self, list: &List<S>, partial: &mut Partial<A>) {
+    fn edge<I: Simd, S: Element<Acc = A>>(&self, simd: I, list: &List<S>, partial: &mut Partial<A>) {
         let Some(chain) = &list.open else { return };
         let (mut key, mut value) = (chain.key.clone(), chain.value.clone());
         quarantine(&mut key, &mut value);
@@ -95,24 +87,31 @@ impl<A: Accumulator> Decoder<'_, A> {
             HeadRows::compact(&key[..], self.dim),
             HeadRows::compact(&value[..], self.dim),
         );
-        self.rows(&key, &value, 0..1, &size, false, partial);
+        self.rows(simd, (&key, &value), 0..1, &size, false, partial);
     }
 
     #[inline(always)]
-    fn near<S: Element<Acc = A>>(&self, list: &List<S>, partial: &mut Partial<A>) {
+    fn near<I: Simd, S: Element<Acc = A>>(&self, simd: I, list: &List<S>, partial: &mut Partial<A>) {
         let rows = list.recent_keys.len() / self.dim;
         let count = list.settings.window.min(list.seq_len);
         let clean = list.last_bad.is_none_or(|bad| bad + rows < list.seq_len);
         let keys = HeadRows::compact(&list.recent_keys[..], self.dim);
         let values = HeadRows::compact(&list.recent_values[..], self.dim);
-        self.rows(&keys, &values, rows - count.min(rows)..rows, &[], !clean, partial);
+        self.rows(
+            simd,
+            (&keys, &values),
+            rows - count.min(rows)..rows,
+            &[],
+            !clean,
+            partial,
+        );
     }
 
     #[inline(always)]
-    fn rows<S: Element<Acc = A>>(
+    fn rows<I: Simd, S: Element<Acc = A>>(
         &self,
-        keys: &HeadRows<S>,
-        values: &HeadRows<S>,
+        simd: I,
+        (keys, values): (&HeadRows<S>, &HeadRows<S>),
         range: Range<usize>,
         log2_sizes: &[A],
         check: bool,
@@ -127,7 +126,7 @@ impl<A: Accumulator> Decoder<'_, A> {
                 (Some(keys), Some(values)) if !check => {
                     let keys = HeadRows::compact(keys, self.dim).skip(start);
                     let values = HeadRows::compact(values, self.dim).skip(start);
-                    self.tile((&keys, &values), count, sizes, &mut weights, partial);
+                    self.tile(simd, (&keys, &values), count, sizes, &mut weights, partial);
                 }
                 _ => {
                     widen_rows(keys, start, count, &mut buffers.0);
@@ -141,7 +140,7 @@ impl<A: Accumulator> Decoder<'_, A> {
                     }
                     let keys = HeadRows::compact(&buffers.0[..], self.dim);
                     let values = HeadRows::compact(&buffers.1[..], self.dim);
-                    self.tile((&keys, &values), count, sizes, &mut weights, partial);
+                    self.tile(simd, (&keys, &values), count, sizes, &mut weights, partial);
                 }
             }
         }
@@ -149,8 +148,9 @@ impl<A: Accumulator> Decoder<'_, A> {
 
     /// At most [`TILE`] columns, for every row of the group while they are in the cache.
     #[inline(always)]
-    fn tile(
+    fn tile<I: Simd>(
         &self,
+        simd: I,
         (keys, values): (&HeadRows<A>, &HeadRows<A>),
         count: usize,
         log2_sizes: Option<&[A]>,
@@ -160,7 +160,7 @@ impl<A: Accumulator> Decoder<'_, A> {
         for (row, query) in self.queries.chunks_exact(self.dim).enumerate() {
             let mut max = partial.max[row];
             for column in 0..count {
-                let mut logit = dot(query, keys.row(column));
+                let mut logit = A::dot(simd, query, keys.row(column));
                 if let Some(sizes) = log2_sizes {
                     logit += sizes[column];
                 }
@@ -184,25 +184,48 @@ impl<A: Accumulator> Decoder<'_, A> {
                 partial.max[row] = max;
             }
             partial.sum[row] += sum;
-            add_weighted(output, values, &weights[..count]);
+            add_weighted(simd, output, values, &weights[..count]);
         }
+    }
+}
+
+/// One task, as code for one instruction set.
+struct Split<'a, A, S: Element<Acc = A>> {
+    decoder: &'a Decoder<'a, A>,
+    list: &'a List<S>,
+    range: Range<usize>,
+    partial: Partial<A>,
+}
+
+impl<A: Accumulator, S: Element<Acc = A>> WithSimd for Split<'_, A, S> {
+    type Output = Partial<A>;
+
+    #[inline(always)]
+    fn with_simd<I: Simd>(mut self, simd: I) -> Partial<A> {
+        let Self { decoder, list, .. } = self;
+        if self.range.start == 0 {
+            decoder.edge(simd, list, &mut self.partial);
+            decoder.near(simd, list, &mut self.partial);
+        }
+        let keys = HeadRows::compact(&list.keys[..], decoder.dim);
+        let values = HeadRows::compact(&list.values[..], decoder.dim);
+        let sizes = &list.log2_sizes;
+        decoder.rows(simd, (&keys, &values), self.range, sizes, false, &mut self.partial);
+        self.partial
     }
 }
 
 /// Four values at a time, so that the output is loaded and stored a quarter as often.
 #[inline(always)]
-fn add_weighted<A: Accumulator>(output: &mut [A], values: &HeadRows<A>, weights: &[A]) {
-    let quads = weights.chunks_exact(4);
-    let tail = weights.len() - quads.remainder().len();
-    for (quad, w) in quads.enumerate() {
-        let rows = [0, 1, 2, 3].map(|i| &values.row(4 * quad + i)[..output.len()]);
-        for (d, x) in output.iter_mut().enumerate() {
-            *x += (w[0] * rows[0][d] + w[1] * rows[1][d]) + (w[2] * rows[2][d] + w[3] * rows[3][d]);
-        }
+fn add_weighted<I: Simd, A: Accumulator>(simd: I, output: &mut [A], values: &HeadRows<A>, weights: &[A]) {
+    let (quads, tail) = weights.as_chunks::<4>();
+    for (quad, weights) in quads.iter().enumerate() {
+        let rows = [0, 1, 2, 3].map(|i| values.row(4 * quad + i));
+        A::add_weighted(simd, output, rows, *weights);
     }
-    for (column, w) in weights.iter().enumerate().skip(tail) {
+    for (column, weight) in (weights.len() - tail.len()..).zip(tail) {
         for (x, y) in output.iter_mut().zip(values.row(column)) {
-            *x += *w * *y;
+            *x += *weight * *y;
         }
     }
 }

@@ -158,7 +158,7 @@ impl<A: Accumulator> FarColumns<A> {
     ) -> Self {
         let hidden = bits.iter().filter(|bit| **bit == 1).count();
         let columns = tokens - hidden;
-        let clean = pulp::Arch::new().dispatch(
+        let clean = super::vectorized(
             #[inline(always)]
             || rows_finite(keys, tokens) && rows_finite(values, tokens),
         );

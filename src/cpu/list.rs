@@ -4,11 +4,10 @@
 //! Closed chains are far columns for every later row; the open one is the next row's edge.
 
 use super::block::{Bits, FarSource, KeysValues, RawRows, RowScratch};
-use super::decide::{cosine_of, dot, qualifies};
+use super::decide::{cosine_of, qualifies};
 use super::fold::{all_finite, quarantine, raw_rows, ChainFold};
-use super::{Accumulator, Element, HeadRows};
+use super::{dot, Accumulator, Element, HeadRows};
 use crate::config::{CompressionConfig, Criterion, Fold, HeadTest, MergeStrategy};
-use pulp::Arch;
 use std::ops::Range;
 
 /// A list grows by an eighth of its length, and at least by this many entries: little is copied, little is unused.
@@ -174,10 +173,7 @@ impl<S: Element> List<S> {
             closes: 0,
         };
         if self.settings.merges() {
-            Arch::new().dispatch(
-                #[inline(always)]
-                || self.scan(queries, keys, &mut decided),
-            );
+            self.scan(queries, keys, &mut decided);
             decided.run.last_key = widened(keys.row(count - 1));
         }
         // Tokens that are folded by the end are those up to the new edge; each unset bit among them closes a chain.
@@ -196,7 +192,6 @@ impl<S: Element> List<S> {
         self.seq_len.saturating_sub(self.settings.window + 1)
     }
 
-    #[inline(always)]
     fn scan<Q: Element<Acc = S::Acc>>(
         &self,
         queries: &[HeadRows<Q>],

@@ -3,7 +3,6 @@
 use super::decide::{cosine, qualifies, DecideInput, NormedRows, MIN_NORM};
 use super::{Accumulator, Element};
 use crate::config::{Criterion, MergeStrategy};
-use pulp::Arch;
 use rayon::prelude::*;
 
 /// S and M of one call, in f64 whatever the dtype.
@@ -14,7 +13,6 @@ pub(crate) struct LossSums {
 }
 
 /// How far a cosine is from what the strategy looks for.
-#[inline(always)]
 fn residual<A: Accumulator>(strategy: MergeStrategy, cosine: A) -> A {
     match strategy {
         MergeStrategy::Similarity => cosine - A::ONE,
@@ -33,17 +31,12 @@ pub(crate) fn loss_sums<T: Element>(input: &DecideInput<T>) -> LossSums {
         }
         input.with_sides(batch, head, |left, right| {
             let mut sums = LossSums::default();
-            Arch::new().dispatch(
-                #[inline(always)]
-                || {
-                    for t in 0..pairs {
-                        let cosine = cosine(left, t + 1, right, t);
-                        let residual = residual(test.strategy, cosine).double();
-                        sums.squared += residual * residual;
-                        sums.merged += usize::from(qualifies(test, cosine));
-                    }
-                },
-            );
+            for t in 0..pairs {
+                let cosine = cosine(left, t + 1, right, t);
+                let residual = residual(test.strategy, cosine).double();
+                sums.squared += residual * residual;
+                sums.merged += usize::from(qualifies(test, cosine));
+            }
             sums
         })
     };

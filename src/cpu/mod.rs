@@ -16,6 +16,34 @@ mod softmax;
 pub(crate) use element::{Accumulator, Element};
 
 use crate::problem::RowLayout;
+use pulp::{Arch, Simd, WithSimd};
+
+/// Runs `body` compiled for the best instruction set of this machine. The closure must be `#[inline(always)]`; it is
+/// called through `FnMut`, since the shim around a borrowed closure's `FnOnce` would not be inlined.
+pub(crate) fn vectorized<R>(body: impl FnMut() -> R) -> R {
+    struct Body<F>(F);
+    impl<R, F: FnMut() -> R> WithSimd for Body<F> {
+        type Output = R;
+        #[inline(always)]
+        fn with_simd<S: Simd>(mut self, _: S) -> R {
+            (self.0)()
+        }
+    }
+    Arch::new().dispatch(Body(body))
+}
+
+/// The dot product of two rows; always this one, so that a decision falls the same way wherever it is taken.
+pub(crate) fn dot<A: Accumulator>(a: &[A], b: &[A]) -> A {
+    struct Dot<'a, A>(&'a [A], &'a [A]);
+    impl<A: Accumulator> WithSimd for Dot<'_, A> {
+        type Output = A;
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) -> A {
+            A::dot(simd, self.0, self.1)
+        }
+    }
+    Arch::new().dispatch(Dot(a, b))
+}
 
 /// A (batch, head, token) grid of contiguous rows in somebody else's buffer: any strides but the last.
 #[derive(Clone, Copy)]
