@@ -3,7 +3,10 @@
 mod common;
 
 use candle_core::{Result, Tensor};
-use candle_sfattention::{attend, AttentionOptions, CompressionConfig, Fold, HeadStrategies, MergePlan, MergeStrategy};
+use candle_sfattention::{
+    attend, AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, Fold, HeadStrategies, MergePlan,
+    MergeStrategy,
+};
 use common::{candle_flash, candle_plain, causal_mask, print_ratios, token_major, verify, Shape};
 use criterion::{Criterion, SamplingMode};
 
@@ -17,6 +20,7 @@ const WINDOWED: [(usize, &str); 3] = [
     (1, "ours, window 32, r = 0.5"),
     (4, "ours, window 32, r = 0.8"),
 ];
+const CACHED: &str = "ours, r = 0, through the cache";
 const DECIDE: &str = "ours, deciding only (KeyKey)";
 const STRIDED: &str = "ours, r = 0, (B, N, H, D) views";
 
@@ -57,6 +61,13 @@ fn bench_shape(criterion: &mut Criterion, shape: Shape) -> Result<()> {
         }
     }
     group.bench_function(STRIDED, |bencher| bencher.iter(|| run(&nothing, &views)));
+    let off = HeadStrategies::uniform(MergeStrategy::Off);
+    let cached = || {
+        let mut cache = CompressedKvCache::new(off.clone(), CompressionConfig::default(), CacheOptions::default())?;
+        cache.append_and_attend(q, k, v, &options)
+    };
+    verify(CACHED, &cached()?, &plain)?;
+    group.bench_function(CACHED, |bencher| bencher.iter(cached));
     let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
     let pretrained = CompressionConfig::pretrained();
     group.bench_function(DECIDE, |bencher| {
@@ -76,7 +87,7 @@ fn main() -> Result<()> {
     }
     criterion.final_summary();
     let mut rows: Vec<&str> = RATIOS.iter().chain(&WINDOWED).map(|(_, name)| *name).collect();
-    rows.extend([STRIDED, DECIDE, PLAIN]);
+    rows.extend([STRIDED, CACHED, DECIDE, PLAIN]);
     print_ratios(&folder, &shapes.map(|shape| shape.name()), &rows, &[FLASH, PLAIN]);
     Ok(())
 }

@@ -352,3 +352,22 @@ fn the_cap_refuses_and_changes_nothing() -> Result<()> {
     assert_eq!((cache.seq_len(), cache.lens()), (30, vec![vec![30, 30]]));
     Ok(())
 }
+
+/// Tokens that were only appended count like those whose rows were computed.
+#[test]
+fn append_alone_builds_the_same_cache() -> Result<()> {
+    let shape = Shape(2, 4, 2, 90, 8);
+    let (attended, [q, k, v]) = cache_of(shape, MergeStrategy::Similarity)?;
+    let config = CompressionConfig {
+        similarity_threshold: 0.4,
+        ..CompressionConfig::pretrained()
+    };
+    let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+    let mut appended = CompressedKvCache::new(strategies, config, Default::default())?;
+    let past = part(&shape.qkv(9, DType::F32)?, 0, 80)?;
+    appended.append(&past[0], &past[1], &past[2])?;
+    assert_eq!((appended.lens(), appended.bytes()), (attended.lens(), attended.bytes()));
+    let next = |mut cache: CompressedKvCache| cache.append_and_attend(&q, &k, &v, &Default::default());
+    assert_eq!(values(&next(appended)?)?, values(&next(attended)?)?);
+    Ok(())
+}

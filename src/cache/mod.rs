@@ -170,12 +170,32 @@ impl CompressedKvCache {
         v: &Tensor,
         options: &AttentionOptions,
     ) -> Result<Tensor> {
+        if !options.causal {
+            bail!("causal: expected true for a KV cache, got false; a cached row cannot see tokens that come later")
+        }
+        let Some(output) = self.take_in([q, k, v], Some(options))? else {
+            bail!("output: expected rows for the new tokens, got none; this is a defect of the crate, report it")
+        };
+        if [q, k, v].iter().any(|x| x.track_op()) {
+            return q.apply_op3(k, v, WithoutGradient(output));
+        }
+        Ok(output)
+    }
+
+    /// Takes in n >= 1 new tokens without computing their rows: to build a cache from keys and values that are already
+    /// known. The queries decide, where the criterion reads them. O(n·D) per head.
+    ///
+    /// # Errors
+    /// As [`Self::append_and_attend`]. The cache is then unchanged.
+    pub fn append(&mut self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+        self.take_in([q, k, v], None).map(|_| ())
+    }
+
+    /// The output rows where there are options to attend with.
+    fn take_in(&mut self, [q, k, v]: [&Tensor; 3], options: Option<&AttentionOptions>) -> Result<Option<Tensor>> {
         let problem = Problem::new(q, k, v)?;
         if !q.device().is_cpu() {
             return not_on_cpu(q.device());
-        }
-        if !options.causal {
-            bail!("causal: expected true for a KV cache, got false; a cached row cannot see tokens that come later")
         }
         let storage = self.storage_for(problem.dtype)?;
         let mut state = match self.state.take() {
@@ -186,11 +206,7 @@ impl CompressedKvCache {
         if state.seq_len > 0 {
             self.state = Some(state);
         }
-        let output = result?;
-        if [q, k, v].iter().any(|x| x.track_op()) {
-            return q.apply_op3(k, v, WithoutGradient(output));
-        }
-        Ok(output)
+        result
     }
 
     fn storage_for(&self, dtype: DType) -> Result<DType> {
@@ -372,9 +388,9 @@ fn step(
     state: &mut State,
     problem: &Problem,
     [q, k, v]: [&Tensor; 3],
-    options: &AttentionOptions,
+    options: Option<&AttentionOptions>,
     max_entries: Option<usize>,
-) -> Result<Tensor> {
+) -> Result<Option<Tensor>> {
     if state.sizes != Sizes::of(problem) {
         bail!(
             "query and key: expected the cache's batch, heads, KV heads and head_dim {:?}, got {:?}; reset() the cache \
@@ -383,7 +399,6 @@ fn step(
             Sizes::of(problem)
         )
     }
-    options.check()?;
     let total = state.seq_len + problem.tokens;
     let accumulator = if problem.dtype == DType::F64 {
         DType::F64
@@ -391,15 +406,11 @@ fn step(
         DType::F32
     };
     let full = [problem.batch, problem.heads, problem.tokens, total];
-    let bias = match &options.bias {
-        Some(bias) => match bias.broadcast_as(&full) {
-            Ok(_) => Some(bias.to_dtype(accumulator)?.broadcast_as(&full)?),
-            Err(_) => bail!(
-                "bias: expected a shape that broadcasts to (batch, heads, new tokens, all tokens) = {full:?}, got {:?}; \
-                 use size 1 for the axes it does not depend on",
-                bias.dims()
-            ),
-        },
+    let bias = match options {
+        Some(options) => {
+            options.check()?;
+            bias_view(options.bias.as_ref(), full, accumulator)?
+        }
         None => None,
     };
     let storage = state.lists.dtype();
@@ -427,17 +438,30 @@ fn step(
     Ok(output)
 }
 
+fn bias_view(bias: Option<&Tensor>, full: [usize; 4], dtype: DType) -> Result<Option<Tensor>> {
+    let Some(bias) = bias else { return Ok(None) };
+    if bias.broadcast_as(&full).is_err() {
+        bail!(
+            "bias: expected a shape that broadcasts to (batch, heads, new tokens, all tokens) = {full:?}, got {:?}; use \
+             size 1 for the axes it does not depend on",
+            bias.dims()
+        )
+    }
+    Ok(Some(bias.to_dtype(dtype)?.broadcast_as(&full)?))
+}
+
 /// One checked call: query in its own dtype, key and value in the storage dtype.
 struct Call<'a> {
     problem: &'a Problem,
     tensors: [&'a Tensor; 3],
-    options: &'a AttentionOptions,
+    /// None to take the tokens in without attending.
+    options: Option<&'a AttentionOptions>,
     bias: Option<Tensor>,
     max_entries: Option<usize>,
 }
 
 impl Call<'_> {
-    fn run<Q: Element<Acc = S::Acc>, S: Element>(&self, lists: &mut ListsOf<S>) -> Result<Tensor> {
+    fn run<Q: Element<Acc = S::Acc>, S: Element>(&self, lists: &mut ListsOf<S>) -> Result<Option<Tensor>> {
         let [q, k, v] = self.tensors.map(Tensor::storage_and_layout);
         let bias = self.bias.as_ref().map(Tensor::storage_and_layout);
         let bias = match &bias {
@@ -462,8 +486,8 @@ impl Call<'_> {
             count: tokens,
             heads,
             head_dim,
-            scale: self.options.scale(head_dim),
-            dropout: self.options.dropout,
+            scale: self.options.map_or(1.0, |options| options.scale(head_dim)),
+            dropout: self.options.and_then(|options| options.dropout),
             bias,
         };
         let decided = step.decide(lists);
@@ -479,8 +503,9 @@ impl Call<'_> {
                 )
             }
         }
-        let output = step.run(lists, decided);
-        Tensor::from_vec(output, (batch, heads, tokens, head_dim), &Device::Cpu)
+        let output = step.run(lists, decided, self.options.is_some());
+        let rows = |_| Tensor::from_vec(output, (batch, heads, tokens, head_dim), &Device::Cpu);
+        self.options.map(rows).transpose()
     }
 }
 

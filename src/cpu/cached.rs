@@ -56,8 +56,8 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
         }
     }
 
-    /// Takes the tokens in and returns their output rows (B, H, count, D).
-    pub fn run(&self, lists: &mut [(ListHeads, List<S>)], decided: Vec<Decided<S::Acc>>) -> Vec<Q> {
+    /// Takes the tokens in and returns their output rows (B, H, count, D); none unless `attend`.
+    pub fn run(&self, lists: &mut [(ListHeads, List<S>)], decided: Vec<Decided<S::Acc>>, attend: bool) -> Vec<Q> {
         let append = |((at, list), decided): (&mut (ListHeads, List<S>), Decided<S::Acc>)| {
             let (keys, values) = self.raw(at);
             list.append(decided, &keys, &values, self.count)
@@ -67,11 +67,13 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             _ => lists.par_iter_mut().zip(decided).map(append).collect(),
         };
         let batches = lists.last().map_or(0, |(at, _)| at.batch + 1);
-        let mut output = vec![Q::zero(); batches * self.heads * self.count * self.head_dim];
-        if self.count == 1 && self.bias.is_none() && self.dropout.is_none() {
-            self.decode(lists, &mut output);
-        } else {
-            self.attend(lists, &chains, &mut output);
+        let rows = if attend { batches * self.heads * self.count } else { 0 };
+        let mut output = vec![Q::zero(); rows * self.head_dim];
+        let plain = self.bias.is_none() && self.dropout.is_none();
+        match (attend, self.count) {
+            (false, _) => {}
+            (true, 1) if plain => self.decode(lists, &mut output),
+            _ => self.attend(lists, &chains, &mut output),
         }
         for (at, list) in lists {
             if list.settings.fold == Fold::PairSum {
