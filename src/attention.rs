@@ -293,7 +293,11 @@ impl CompressedSelfAttention {
     /// xs (B, N, hidden_size) -> query (B, H, N, D), key and value (B, Hk, N, D), rotated.
     fn project(&self, xs: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
         let (batch, tokens) = match *xs.dims() {
-            [batch, tokens, hidden] if hidden == self.config.hidden_size => (batch, tokens),
+            [batch, tokens, hidden] if hidden == self.config.hidden_size && batch * tokens > 0 => (batch, tokens),
+            [_, _, hidden] if hidden == self.config.hidden_size => bail!(
+                "input: expected at least one batch row and token, got {:?}; skip the call when there is nothing to attend",
+                xs.dims()
+            ),
             ref dims => bail!(
                 "input: expected shape (batch, tokens, {}), got {dims:?}; the last axis is the layer's hidden_size",
                 self.config.hidden_size

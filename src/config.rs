@@ -27,8 +27,8 @@ impl MergeStrategy {
         self as u32
     }
 
-    fn from_code(code: u32) -> Result<Self> {
-        match Self::ALL.get(code as usize) {
+    fn from_code(code: i64) -> Result<Self> {
+        match usize::try_from(code).ok().and_then(|code| Self::ALL.get(code)) {
             Some(strategy) => Ok(*strategy),
             None => bail!(
                 "strategy tensor: expected the codes 0 (similarity), 1 (difference) or 2 (off), got {code}; \
@@ -331,10 +331,7 @@ impl HeadStrategies {
             )
         }
         let flat = codes.flatten_all()?.to_dtype(DType::I64)?.to_vec1::<i64>()?;
-        let strategies = flat
-            .into_iter()
-            .map(|code| MergeStrategy::from_code(u32::try_from(code).unwrap_or(u32::MAX)))
-            .collect::<Result<_>>()?;
+        let strategies = flat.into_iter().map(MergeStrategy::from_code).collect::<Result<_>>()?;
         Ok(Self {
             strategies: Table::from_rows("strategy tensor", codes.dims(), strategies)?,
             thresholds: None,

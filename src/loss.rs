@@ -187,7 +187,7 @@ impl CustomOp2 for LossSumsOp {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let [upstream, _] = grad_result.to_dtype(DType::F64)?.to_vec1::<f64>()?[..] else {
             bail!(
-                "compression-loss: expected a gradient of 2 elements, got {:?}",
+                "compression-loss: expected a gradient of 2 elements, got {:?}; pass on one element for each of the two sums",
                 grad_result.dims()
             )
         };

@@ -7,6 +7,7 @@ use crate::cpu::{Element, Rows};
 use crate::loss::compression_loss;
 use crate::plan::{not_on_cpu, MergePlan};
 use crate::problem::{Problem, RowLayout};
+use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, CudaStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor};
 
 /// What [`compressed_attention`] returns.
@@ -128,7 +129,12 @@ fn cpu_slice<T: Element>(storage: &Storage) -> Result<&[T]> {
 fn contiguous<'a, T: candle_core::WithDType>(storage: &'a Storage, layout: &Layout) -> Result<&'a [T]> {
     match (storage, layout.contiguous_offsets()) {
         (Storage::Cpu(storage), Some((start, end))) => Ok(&storage.as_slice::<T>()?[start..end]),
-        _ => bail!("indicators: expected a contiguous tensor on the CPU; make the plan on the query's device"),
+        _ => bail!(
+            "indicators: expected a contiguous tensor on the CPU, got strides {:?} on {:?}; \
+             make the plan on the query's device",
+            layout.stride(),
+            storage.device().location()
+        ),
     }
 }
 
@@ -162,9 +168,13 @@ impl CustomOp3 for CompressedAttentionOp {
             (F16(q), F16(k), F16(v)) => self.cpu([(q.as_slice(), q_layout), (k, k_layout), (v, v_layout)]),
             (BF16(q), BF16(k), BF16(v)) => self.cpu([(q.as_slice(), q_layout), (k, k_layout), (v, v_layout)]),
             // Problem has checked the dtypes.
-            _ => {
-                bail!("query, key and value: expected one dtype of f64, f32, f16 and bf16; convert them with to_dtype")
-            }
+            _ => bail!(
+                "query, key and value: expected one dtype of f64, f32, f16 and bf16, got {:?}, {:?} and {:?}; \
+                 convert them with to_dtype",
+                q.dtype(),
+                k.dtype(),
+                v.dtype()
+            ),
         }
     }
 

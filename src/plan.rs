@@ -4,6 +4,7 @@ use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 use crate::cpu::decide::{self, DecideInput};
 use crate::cpu::{Element, Rows};
 use crate::problem::{Problem, RowLayout};
+use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
 
 /// Which tokens are folded into their right neighbours, per batch row and query head. Made once per call, from the
@@ -163,7 +164,12 @@ pub(crate) fn visit_storages<V: QueryKeyVisitor>(
         (CpuStorage::F16(q), CpuStorage::F16(k)) => visitor.visit(Rows::new(q, q_rows), Rows::new(k, k_rows)),
         (CpuStorage::BF16(q), CpuStorage::BF16(k)) => visitor.visit(Rows::new(q, q_rows), Rows::new(k, k_rows)),
         // Problem has checked the dtypes.
-        _ => bail!("query and key: expected one dtype of f64, f32, f16 and bf16 for both; convert them with to_dtype"),
+        _ => bail!(
+            "query and key: expected one dtype of f64, f32, f16 and bf16 for both, got {:?} and {:?}; \
+             convert them with to_dtype",
+            q.dtype(),
+            k.dtype()
+        ),
     }
 }
 

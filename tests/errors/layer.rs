@@ -1,0 +1,172 @@
+//! Layers of no size, and inputs that are not for them.
+
+use anyhow::Result;
+use candle_core::DType;
+use candle_nn::{Module, VarBuilder, VarMap};
+use candle_sfattention::{
+    CompressedAttention, CompressedSelfAttention, HeadStrategies, RotaryConfig, RotaryLayout, SelfAttentionConfig,
+};
+
+use crate::{codes, config, options, refused, similarity, zeros, CPU};
+
+const LAYER: SelfAttentionConfig = SelfAttentionConfig {
+    hidden_size: 16,
+    num_heads: 4,
+    num_kv_heads: 2,
+    head_dim: 8,
+    qkv_bias: false,
+    output_bias: false,
+    rotary: Some(RotaryConfig {
+        theta: 10000.0,
+        max_tokens: 6,
+        layout: RotaryLayout::Half,
+    }),
+};
+
+fn layer_config(change: impl FnOnce(&mut SelfAttentionConfig)) -> SelfAttentionConfig {
+    let mut config = LAYER;
+    change(&mut config);
+    config
+}
+
+fn rotary_layer(theta: f64, max_tokens: usize) -> SelfAttentionConfig {
+    let layout = RotaryLayout::Half;
+    layer_config(|c| {
+        c.rotary = Some(RotaryConfig {
+            theta,
+            max_tokens,
+            layout,
+        })
+    })
+}
+
+/// A layer that trains, and one that does not: with rotary embedding they take different ways.
+fn layers(
+    layer: SelfAttentionConfig,
+    strategies: &HeadStrategies,
+) -> [candle_core::Result<CompressedSelfAttention>; 2] {
+    let vars = VarMap::new();
+    [
+        VarBuilder::from_varmap(&vars, DType::F32, CPU),
+        VarBuilder::zeros(DType::F32, CPU),
+    ]
+    .map(|vb| {
+        let attention = CompressedAttention::new(strategies.clone(), config(|_| ()), options(|_| ()))?;
+        CompressedSelfAttention::new(layer, attention, vb)
+    })
+}
+
+#[test]
+fn layers_of_no_size() {
+    let heads = "num_heads: expected a positive multiple of num_kv_heads, got";
+    let sizes = "hidden_size and head_dim: expected at least 1, got";
+    for (config, pattern) in [
+        (
+            layer_config(|c| c.num_heads = 3),
+            format!("{heads} 3 and 2; each KV head"),
+        ),
+        (
+            layer_config(|c| c.num_heads = 0),
+            format!("{heads} 0 and 2; each KV head"),
+        ),
+        (
+            layer_config(|c| c.num_kv_heads = 0),
+            format!("{heads} 4 and 0; each KV head"),
+        ),
+        (
+            layer_config(|c| c.hidden_size = 0),
+            format!("{sizes} 0 and 8; see the model's config.json"),
+        ),
+        (
+            layer_config(|c| c.head_dim = 0),
+            format!("{sizes} 16 and 0; see the model's config.json"),
+        ),
+        (
+            layer_config(|c| c.head_dim = 7),
+            "head_dim: expected an even number for rotary embedding, got 7; set rotary to None".into(),
+        ),
+    ] {
+        for layer in layers(config, &similarity()) {
+            refused(layer, &pattern)
+        }
+    }
+    let odd = layer_config(|c| (c.head_dim, c.rotary) = (7, None));
+    assert!(layers(odd, &similarity()).iter().all(|layer| layer.is_ok()));
+}
+
+#[test]
+fn rotary_embeddings_of_no_use() -> Result<()> {
+    for theta in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let pattern = format!("rotary theta: expected a positive number, got {theta}; Llama uses 10000");
+        for layer in layers(rotary_layer(theta, 6), &similarity()) {
+            refused(layer, &pattern)
+        }
+    }
+    for (max_tokens, tokens) in [(6, 7), (1, 2), (0, 1)] {
+        let pattern = format!(
+            "tokens: expected at most the rotary embedding's {max_tokens} positions, got {tokens}; raise max_tokens"
+        );
+        for layer in layers(rotary_layer(1e4, max_tokens), &similarity()) {
+            let layer = layer?;
+            refused(layer.forward(&zeros(&[2, tokens, 16])), &pattern);
+            assert!(max_tokens == 0 || layer.forward(&zeros(&[2, max_tokens, 16])).is_ok());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn strategies_for_another_layer() -> Result<()> {
+    for (what, batch, got, table) in [
+        ("strategies", 1, "(2)", codes(&[2])),
+        ("strategies", 1, "(3, 2)", codes(&[3, 2])),
+        ("strategies", 1, "(4, 2)", codes(&[4, 2])),
+        (
+            "thresholds",
+            1,
+            "(2, 3)",
+            similarity().with_thresholds(&zeros(&[2, 3]))?,
+        ),
+        // Rows that differ can fit no batch.
+        (
+            "thresholds",
+            2,
+            "(3, 4)",
+            codes(&[2, 4]).with_thresholds(&zeros(&[3, 4]))?,
+        ),
+    ] {
+        let pattern = format!("{what}: expected shape (4) or ({batch}, 4), got {got}; give one entry per query head");
+        for layer in layers(LAYER, &table) {
+            refused(layer, &pattern)
+        }
+    }
+    // A table per batch row fits the layer, whatever its batch; a call with another batch is refused.
+    for layer in layers(LAYER, &codes(&[3, 4])) {
+        let layer = layer?;
+        assert!(layer.forward(&zeros(&[3, 6, 16])).is_ok());
+        refused(
+            layer.forward(&zeros(&[2, 6, 16])),
+            "strategies: expected shape (4) or (2, 4), got (3, 4); give one entry per query head",
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn inputs_a_layer_does_not_take() -> Result<()> {
+    for layer in layers(LAYER, &similarity()) {
+        let layer = layer?;
+        for dims in [&[6, 16][..], &[2, 6, 15], &[2, 1, 6, 16], &[]] {
+            let pattern = format!(
+                "input: expected shape (batch, tokens, 16), got {dims:?}; the last axis is the layer's hidden_size"
+            );
+            refused(layer.forward(&zeros(dims)), &pattern);
+            refused(layer.forward_with_loss(&zeros(dims)), &pattern);
+        }
+        for dims in [[0, 6, 16], [2, 0, 16]] {
+            let pattern = format!("input: expected at least one batch row and token, got {dims:?}; skip the call");
+            refused(layer.forward(&zeros(&dims)), &pattern);
+        }
+    }
+    Ok(())
+}
