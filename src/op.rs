@@ -1,14 +1,16 @@
 //! The custom op behind [`attend`]: it checks, matches the dtype and the device, and calls.
 
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
+use crate::cpu::backward::{backward, BackwardInput, Gradients};
 use crate::cpu::block::BiasView;
 use crate::cpu::forward::{forward, ForwardInput};
-use crate::cpu::{Element, Rows};
+use crate::cpu::{Accumulator, Element, Rows};
 use crate::loss::compression_loss;
 use crate::plan::{not_on_cpu, MergePlan};
 use crate::problem::{Problem, RowLayout};
 use candle_core::backend::BackendStorage;
-use candle_core::{bail, CpuStorage, CudaStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{bail, CpuStorage, CudaStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor};
+use std::sync::OnceLock;
 
 /// What [`compressed_attention`] returns.
 #[derive(Clone, Debug)]
@@ -46,11 +48,14 @@ pub fn compressed_attention(
 /// in the query's dtype (sums in f32, or f64 for f64; one rounding at the end). Hidden tokens keep their output row.
 /// Memory beyond the output is O(N·D); no N×N matrix is formed.
 ///
+/// Differentiable in query, key and value, for every fold, window, bias and dropout; the decisions are constants. The
+/// gradients have the shapes and dtypes of their tensors, keep O(N·D) memory besides them, and do not depend on the
+/// number of threads. The bias gets none.
+///
 /// A row is NaN throughout when its query or any column it sees is not finite; other rows are untouched by it.
 ///
 /// # Errors
 /// Shapes, dtypes or devices that do not fit together or are not supported, or a plan made for other shapes.
-/// Differentiating the result is an error in this version.
 pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &AttentionOptions) -> Result<Tensor> {
     let problem = Problem::new(q, k, v)?;
     problem.check_options(options)?;
@@ -72,6 +77,8 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &At
         plan: plan.clone(),
         options: options.clone(),
         bias,
+        tracked: [q, k, v].iter().any(|x| x.track_op()),
+        log_sum_exp: OnceLock::new(),
     };
     q.apply_op3(k, v, op)
 }
@@ -83,18 +90,48 @@ struct CompressedAttentionOp {
     options: AttentionOptions,
     /// In the accumulator's dtype, as a (B, H, N, N) view.
     bias: Option<Tensor>,
+    /// Whether a gradient may be asked for.
+    tracked: bool,
+    /// What the backward pass needs of the forward where `tracked`: each row's log-sum-exp (base 2), (B, H, N), a
+    /// tensor without a graph.
+    log_sum_exp: OnceLock<Tensor>,
 }
 
 impl CompressedAttentionOp {
-    fn cpu<T: Element>(&self, [q, k, v]: [(&[T], &Layout); 3]) -> Result<(CpuStorage, Shape)> {
-        let rows = |(data, layout)| Rows::new(data, RowLayout::new(layout));
+    fn cpu<T: Element>(&self, qkv: [(&[T], &Layout); 3]) -> Result<(CpuStorage, Shape)> {
+        let Problem {
+            batch,
+            heads,
+            tokens,
+            head_dim,
+            ..
+        } = self.problem;
+        let mut log_sum_exp = vec![T::Acc::ZERO; if self.tracked { batch * heads * tokens } else { 0 }];
+        let output = self.with_input(qkv, |input| {
+            forward(input, self.tracked.then_some(log_sum_exp.as_mut_slice()))
+        })?;
+        if self.tracked {
+            let saved = Tensor::from_vec(log_sum_exp, (batch, heads, tokens), &Device::Cpu)?;
+            self.log_sum_exp.get_or_init(|| saved);
+        }
+        Ok((
+            T::to_cpu_storage_owned(output),
+            Shape::from((batch, heads, tokens, head_dim)),
+        ))
+    }
+
+    fn with_input<T: Element, R>(
+        &self,
+        [q, k, v]: [(&[T], &Layout); 3],
+        body: impl FnOnce(&ForwardInput<T>) -> R,
+    ) -> Result<R> {
         let indicators = self.plan.indicators().storage_and_layout();
         let bias = self.bias.as_ref().map(Tensor::storage_and_layout);
         let bias = match &bias {
             Some((storage, layout)) => Some(bias_view(storage, layout)?),
             None => None,
         };
-        let input = ForwardInput {
+        Ok(body(&ForwardInput {
             q: rows(q),
             k: rows(k),
             v: rows(v),
@@ -106,17 +143,45 @@ impl CompressedAttentionOp {
             scale: self.options.scale(self.problem.head_dim),
             dropout: self.options.dropout,
             bias,
-        };
-        let Problem {
-            batch,
-            heads,
-            tokens,
-            head_dim,
-            ..
-        } = self.problem;
-        let output = T::to_cpu_storage_owned(forward(&input));
-        Ok((output, Shape::from((batch, heads, tokens, head_dim))))
+        }))
     }
+
+    /// dq (B, H, N, D), dk and dv (B, Hk, N, D).
+    fn cpu_bwd<T: Element>(&self, qkv: [&Tensor; 3], output: &Tensor, grad_output: &Tensor) -> Result<[Tensor; 3]> {
+        let Some(log_sum_exp) = self.log_sum_exp.get() else {
+            bail!(
+                "compressed-attention: expected the forward pass's log-sum-exp, got none; \
+                 this is a defect of the crate, please report it"
+            )
+        };
+        let log_sum_exp = log_sum_exp.storage_and_layout();
+        let tensors = [qkv[0], qkv[1], qkv[2], output, grad_output].map(Tensor::storage_and_layout);
+        let mut slices = Vec::with_capacity(5);
+        for (storage, layout) in &tensors {
+            slices.push((cpu_slice::<T>(storage)?, *layout));
+        }
+        let [q, k, v, output, grad_output] = slices[..] else {
+            bail!(
+                "compressed-attention: expected 5 tensors, got {}; this is a defect of the crate",
+                slices.len()
+            )
+        };
+        let log_sum_exp = contiguous::<T::Acc>(&log_sum_exp.0, log_sum_exp.1)?;
+        let Gradients { dq, dk, dv } = self.with_input([q, k, v], |input| {
+            backward(&BackwardInput {
+                forward: *input,
+                output: rows(output),
+                grad_output: rows(grad_output),
+                log_sum_exp,
+            })
+        })?;
+        let like = |data: Vec<T>, tensor: &Tensor| Tensor::from_vec(data, tensor.dims(), &Device::Cpu);
+        Ok([like(dq, qkv[0])?, like(dk, qkv[1])?, like(dv, qkv[2])?])
+    }
+}
+
+fn rows<'a, T>((data, layout): (&'a [T], &Layout)) -> Rows<'a, T> {
+    Rows::new(data, RowLayout::new(layout))
 }
 
 fn cpu_slice<T: Element>(storage: &Storage) -> Result<&[T]> {
@@ -195,15 +260,19 @@ impl CustomOp3 for CompressedAttentionOp {
 
     fn bwd(
         &self,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        output: &Tensor,
+        grad_output: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        bail!(
-            "compressed-attention: expected a forward pass only, got backward(); attention has no gradient in this \
-             version (the compression loss has), detach() its inputs or train with plain attention"
-        )
+        let (qkv, grad_output) = ([q, k, v], &grad_output.contiguous()?);
+        let [dq, dk, dv] = match self.problem.dtype {
+            DType::F64 => self.cpu_bwd::<f64>(qkv, output, grad_output),
+            DType::F16 => self.cpu_bwd::<half::f16>(qkv, output, grad_output),
+            DType::BF16 => self.cpu_bwd::<half::bf16>(qkv, output, grad_output),
+            _ => self.cpu_bwd::<f32>(qkv, output, grad_output),
+        }?;
+        Ok((Some(dq), Some(dk), Some(dv)))
     }
 }

@@ -1,11 +1,12 @@
-//! Attention of one block of rows over its columns: {far: compact; edge; near}, with an online softmax.
+//! One block of rows and its columns: {far: compact; edge; near}, and the tiles of logits between them.
 //!
-//! The columns' source is a trait, so that one call's gathered columns and a cache's store take the same way.
+//! Where far columns come from is a trait, so that one call's gathered columns and a cache's store take the same way;
+//! forward and backward walk the same tiles.
 
 use super::fold::{all_finite, quarantine, raw_rows, ChainFold};
-use super::gemm_tile::{accumulate, scores, Tile};
+use super::gemm_tile::{scores, Tile};
 use super::philox::DropoutMask;
-use super::softmax::{OnlineSoftmax, LANES};
+use super::softmax::LANES;
 use super::{dot, Accumulator, Element, HeadRows};
 use crate::config::Fold;
 use std::ops::Range;
@@ -121,38 +122,46 @@ pub(crate) struct Block<'b, Q: Element, R: Element<Acc = Q::Acc>> {
     pub dropout: Option<DropoutMask>,
 }
 
-/// One thread's buffers, reused from block to block.
-pub(crate) struct Worker<'a, Q: Element> {
-    settings: Settings<'a, Q::Acc>,
-    /// Rows of a block, a multiple of [`LANES`]: the leading dimension of `queries` and `tile`.
-    leading: usize,
-    /// Queries (rows, D), folded and multiplied by scale * log2(e).
-    query_rows: Vec<Q::Acc>,
-    /// The same, transposed to (D, leading).
-    queries: Vec<Q::Acc>,
-    tile: Vec<Q::Acc>,
-    /// (leading, D)
-    output: Vec<Q::Acc>,
-    softmax: OnlineSoftmax<Q::Acc>,
-    scratch: RowScratch<Q::Acc>,
-    chain: ChainFold<Q::Acc>,
-}
-
-/// What sets one tile apart from another: its columns' tokens and who sees them.
-struct Columns<'c, A, F, V> {
-    keys: HeadRows<'c, A>,
-    values: HeadRows<'c, A>,
-    count: usize,
+/// A tile's columns and who sees them.
+pub(crate) struct Columns<'c, A> {
+    pub keys: HeadRows<'c, A>,
+    pub values: HeadRows<'c, A>,
+    pub kind: ColumnKind,
+    /// The first far column, or the first near token.
+    pub first: usize,
+    pub count: usize,
     log2_sizes: Option<&'c [A]>,
     /// Rows of the block (relative, multiples of LANES) that are computed.
-    rows: Range<usize>,
-    /// column -> token index
-    token: F,
-    /// column -> the rows of the block (relative) that see it; None when all of `rows` see all columns.
-    visible: Option<V>,
+    pub rows: Range<usize>,
 }
 
-impl<'a, Q: Element> Worker<'a, Q> {
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum ColumnKind {
+    /// Far columns that every row sees.
+    FarForAll,
+    /// Far columns that only later rows see.
+    FarForSome,
+    /// Raw tokens.
+    Near,
+}
+
+/// Reads blocks: one thread's buffers, reused from block to block.
+pub(crate) struct BlockReader<'a, Q: Element> {
+    pub settings: Settings<'a, Q::Acc>,
+    /// Rows of a block, a multiple of [`LANES`]: the leading dimension of `queries` and `tile`.
+    pub leading: usize,
+    /// Queries (rows, D), folded and multiplied by scale * log2(e).
+    pub query_rows: Vec<Q::Acc>,
+    /// The same, transposed to (D, leading).
+    queries: Vec<Q::Acc>,
+    /// Logits in base 2 of one tile.
+    pub tile: Vec<Q::Acc>,
+    scratch: RowScratch<Q::Acc>,
+    /// Stands on the token of the edge that is looked at.
+    pub chain: ChainFold<Q::Acc>,
+}
+
+impl<'a, Q: Element> BlockReader<'a, Q> {
     /// `columns` is an upper bound of the far columns of a block.
     pub fn new(settings: Settings<'a, Q::Acc>, columns: usize) -> Self {
         let dim = settings.head_dim;
@@ -165,31 +174,13 @@ impl<'a, Q: Element> Worker<'a, Q> {
             query_rows: zeros(leading * dim),
             queries: zeros(leading * dim),
             tile: zeros(leading * tile_columns),
-            output: zeros(leading * dim),
-            softmax: OnlineSoftmax::new(leading),
             scratch: Default::default(),
             chain: ChainFold::new(settings.fold, dim),
         }
     }
 
-    /// Writes the block's output rows, (rows, D).
-    pub fn run<R: Element<Acc = Q::Acc>>(&mut self, block: &Block<Q, R>, output: &mut [Q]) {
-        self.load_queries(block);
-        self.start_at_edge(block);
-        self.far_tiles(block);
-        if self.settings.window > 0 {
-            self.near_tiles(block);
-        }
-        let dim = self.settings.head_dim;
-        for (row, target) in output.chunks_exact_mut(dim).enumerate() {
-            let source = &mut self.output[row * dim..][..dim];
-            self.softmax.finish(row, source);
-            Q::narrow(source, target);
-        }
-    }
-
     /// Fills `query_rows` and `queries`; rows past the block's end are 0.
-    fn load_queries<R: Element<Acc = Q::Acc>>(&mut self, block: &Block<Q, R>) {
+    pub fn load_queries<R: Element<Acc = Q::Acc>>(&mut self, block: &Block<Q, R>) {
         let Settings {
             head_dim: dim,
             first_row,
@@ -213,19 +204,13 @@ impl<'a, Q: Element> Worker<'a, Q> {
             }
             target.iter_mut().for_each(|x| *x *= factor);
         }
-        let leading = self.leading;
-        for (row, source) in self.query_rows.chunks_exact(dim).enumerate() {
-            for (d, x) in source.iter().enumerate() {
-                self.queries[d * leading + row] = *x;
-            }
-        }
+        transpose(&self.query_rows, dim, self.leading, &mut self.queries);
     }
 
-    /// Starts the softmax of each row at its edge column: the folded token `row - window`, where there is one. Without
-    /// causality the far columns hold every token that is not hidden, and only hidden ones need their edge.
-    fn start_at_edge<R: Element<Acc = Q::Acc>>(&mut self, block: &Block<Q, R>) {
-        self.softmax.reset();
-        self.output.fill(Q::Acc::ZERO);
+    /// Calls `visit` with every edge column of the block that a row sees: the folded token `row - window`, on which
+    /// `chain` then stands, and the row relative to the block. Without causality the far columns hold every token that
+    /// is not hidden, and only hidden ones need their edge.
+    pub fn edges<R: Element<Acc = Q::Acc>>(&mut self, block: &Block<Q, R>, mut visit: impl FnMut(&Self, usize, usize)) {
         let window = self.settings.window;
         let edges = block.rows.start.max(window) - window..block.rows.end.max(window) - window;
         if edges.is_empty() {
@@ -236,34 +221,26 @@ impl<'a, Q: Element> Worker<'a, Q> {
             let merged = token > 0 && block.bits.hidden(token - 1);
             self.chain.step(merged, block.raw.key(token), block.raw.value(token));
             if self.settings.causal || block.bits.hidden(token) {
-                self.start_row(block, token);
+                visit(self, token, token + window - block.rows.start);
             }
         }
     }
 
-    fn start_row<R: Element<Acc = Q::Acc>>(&mut self, block: &Block<Q, R>, token: usize) {
-        let dim = self.settings.head_dim;
-        let row_token = token + self.settings.window;
-        let row = row_token - block.rows.start;
-        let query = &self.query_rows[row * dim..][..dim];
-        let chain = &self.chain;
-        let mut logit = Q::Acc::NAN;
-        if all_finite(&chain.key) && all_finite(&chain.value) {
-            logit = dot(query, &chain.key);
-            if chain.size > 1 {
-                logit += Q::Acc::of((chain.size as f64).log2());
-            }
-            if let Some(bias) = self.bias(block, token, row_token..row_token + 1) {
-                bias.for_each(|bias| logit += bias);
-            }
-            self.output[row * dim..][..dim].copy_from_slice(&chain.value);
+    /// The logit of a row and the edge column on which `chain` stands; NaN where that is not finite.
+    pub fn edge_logit<R: Element<Acc = Q::Acc>>(&self, block: &Block<Q, R>, token: usize, row: usize) -> Q::Acc {
+        let (dim, chain) = (self.settings.head_dim, &self.chain);
+        if !(all_finite(&chain.key) && all_finite(&chain.value)) {
+            return Q::Acc::NAN;
         }
-        self.softmax.start(row, logit);
-        if let Some(mask) = block.dropout {
-            let keep = mask.keeps(row_token, token);
-            let factor = if keep { Q::Acc::of(mask.scale) } else { Q::Acc::ZERO };
-            self.output[row * dim..][..dim].iter_mut().for_each(|x| *x *= factor);
+        let mut logit = dot(&self.query_rows[row * dim..][..dim], &chain.key);
+        if chain.size > 1 {
+            logit += Q::Acc::of((chain.size as f64).log2());
         }
+        let row = block.rows.start + row;
+        if let Some(bias) = self.bias(block, token, row..row + 1) {
+            bias.for_each(|bias| logit += bias);
+        }
+        logit
     }
 
     /// The bias of `rows` (token indices) against one column, times log2(e).
@@ -279,7 +256,12 @@ impl<'a, Q: Element> Worker<'a, Q> {
         Some(rows.map(move |row| data[column + (row - first_row) * strides[2]] * to_base_2))
     }
 
-    fn far_tiles<R: Element<Acc = Q::Acc>>(&mut self, block: &Block<Q, R>) {
+    /// Calls `visit` with the far columns of the block, tile by tile.
+    pub fn far_tiles<R: Element<Acc = Q::Acc>>(
+        &mut self,
+        block: &Block<Q, R>,
+        mut visit: impl FnMut(&mut Self, Columns<Q::Acc>),
+    ) {
         let (far, window, rows) = (block.far, self.settings.window, block.rows.clone());
         let (seen_by_all, seen) = if self.settings.causal {
             (
@@ -293,111 +275,129 @@ impl<'a, Q: Element> Worker<'a, Q> {
         let mut scratch = std::mem::take(&mut self.scratch);
         let mut start = 0;
         while start < seen {
-            let all = start < seen_by_all;
-            let end = if all {
-                seen_by_all.min(start + FAR_COLUMNS)
+            let (kind, end) = if start < seen_by_all {
+                (ColumnKind::FarForAll, seen_by_all.min(start + FAR_COLUMNS))
             } else {
-                seen.min(start + EDGE_COLUMNS)
+                (ColumnKind::FarForSome, seen.min(start + EDGE_COLUMNS))
             };
-            // Causal: token s is far from row s + window + 1 on.
-            let first_row = |column: usize| (far.token(start + column) + window + 1).saturating_sub(rows.start);
+            let first_row = match kind {
+                ColumnKind::FarForAll => 0,
+                _ => (far.token(start) + window + 1).saturating_sub(rows.start) / LANES * LANES,
+            };
             let (keys, values) = far.rows(start..end, &mut scratch);
-            let first = if all { 0 } else { first_row(0) / LANES * LANES };
-            self.push(
-                block,
-                Columns {
-                    keys,
-                    values,
-                    count: end - start,
-                    log2_sizes: far.log2_sizes(start..end),
-                    rows: first..padded,
-                    token: |column| far.token(start + column),
-                    visible: (!all).then_some(|column| first_row(column)..padded),
-                },
-            );
+            let columns = Columns {
+                keys,
+                values,
+                kind,
+                first: start,
+                count: end - start,
+                log2_sizes: far.log2_sizes(start..end),
+                rows: first_row..padded,
+            };
+            visit(self, columns);
             start = end;
         }
         self.scratch = scratch;
     }
 
-    /// Raw tokens t with row - window < t <= row.
-    fn near_tiles<R: Element<Acc = Q::Acc>>(&mut self, block: &Block<Q, R>) {
+    /// Calls `visit` with the raw tokens t of row - window < t <= row, tile by tile.
+    pub fn near_tiles<R: Element<Acc = Q::Acc>>(
+        &mut self,
+        block: &Block<Q, R>,
+        mut visit: impl FnMut(&mut Self, Columns<Q::Acc>),
+    ) {
         let (window, rows) = (self.settings.window, block.rows.clone());
         let first_token = (rows.start + 1).saturating_sub(window);
+        let tokens = if window == 0 { 0..0 } else { first_token..rows.end };
         let mut scratch = std::mem::take(&mut self.scratch);
-        for start in (first_token..rows.end).step_by(EDGE_COLUMNS) {
-            let count = EDGE_COLUMNS.min(rows.end - start);
-            let visible = |column: usize| {
-                let token = start + column;
-                token.max(rows.start) - rows.start..(token + window).min(rows.end) - rows.start
+        for start in tokens.step_by(EDGE_COLUMNS) {
+            let end = rows.end.min(start + EDGE_COLUMNS);
+            let (keys, values) = near_rows(&block.raw, start..end, &mut scratch);
+            let first_row = start.max(rows.start) - rows.start;
+            let last_row = (end - 1 + window).min(rows.end) - rows.start;
+            let columns = Columns {
+                keys,
+                values,
+                kind: ColumnKind::Near,
+                first: start,
+                count: end - start,
+                log2_sizes: None,
+                rows: first_row / LANES * LANES..last_row.next_multiple_of(LANES),
             };
-            let computed = visible(0).start / LANES * LANES..visible(count - 1).end.next_multiple_of(LANES);
-            let (keys, values) = near_rows(&block.raw, start..start + count, &mut scratch);
-            self.push(
-                block,
-                Columns {
-                    keys,
-                    values,
-                    count,
-                    log2_sizes: None,
-                    rows: computed,
-                    token: |column| start + column,
-                    visible: Some(visible),
-                },
-            );
+            visit(self, columns);
         }
         self.scratch = scratch;
     }
 
-    /// One tile: logits, what is added to them, softmax, dropout, weighted values.
-    fn push<R, F, V>(&mut self, block: &Block<Q, R>, columns: Columns<Q::Acc, F, V>)
-    where
-        R: Element<Acc = Q::Acc>,
-        F: Fn(usize) -> usize,
-        V: Fn(usize) -> Range<usize>,
-    {
-        let leading = self.leading;
+    /// Fills `tile` with the logits of these columns: minus infinity where a row does not see one.
+    pub fn logits<R: Element<Acc = Q::Acc>>(&mut self, block: &Block<Q, R>, columns: &Columns<Q::Acc>) {
         let mut data = std::mem::take(&mut self.tile);
-        let mut tile = Tile {
-            data: &mut data,
-            leading,
-            columns: columns.count,
-            rows: columns.rows.clone(),
-        };
+        let mut tile = columns.tile(&mut data, self.leading);
         scores(&mut tile, &self.queries, &columns.keys);
-        if self.settings.bias.is_some() || columns.log2_sizes.is_some() || columns.visible.is_some() {
-            for (index, column) in tile.data.chunks_exact_mut(leading).take(columns.count).enumerate() {
-                self.adjust(block, &columns, index, column);
+        let masked = columns.kind != ColumnKind::FarForAll;
+        if self.settings.bias.is_some() || columns.log2_sizes.is_some() || masked {
+            for (index, column) in tile.data.chunks_exact_mut(self.leading).take(columns.count).enumerate() {
+                self.adjust(block, columns, index, column);
             }
         }
-        self.softmax.push(&mut tile, &mut self.output);
-        if let Some(mask) = block.dropout {
-            drop_weights(&mut tile, mask, block.rows.start, &columns.token);
-        }
-        accumulate(&mut self.output, &tile, &columns.values);
         self.tile = data;
     }
 
     /// Adds log2 n and the bias to one column of logits, and hides it from the rows that do not see it.
-    fn adjust<R, F, V>(&self, block: &Block<Q, R>, columns: &Columns<Q::Acc, F, V>, index: usize, column: &mut [Q::Acc])
-    where
-        R: Element<Acc = Q::Acc>,
-        F: Fn(usize) -> usize,
-        V: Fn(usize) -> Range<usize>,
-    {
+    fn adjust<R: Element<Acc = Q::Acc>>(
+        &self,
+        block: &Block<Q, R>,
+        columns: &Columns<Q::Acc>,
+        index: usize,
+        column: &mut [Q::Acc],
+    ) {
         if let Some(sizes) = columns.log2_sizes {
             let size = sizes[index];
             column[columns.rows.clone()].iter_mut().for_each(|x| *x += size);
         }
+        let token = columns.token(block.far, index);
         // Rows past the block's end are computed with the others and never stored.
-        if let Some(bias) = self.bias(block, (columns.token)(index), block.rows.clone()) {
+        if let Some(bias) = self.bias(block, token, block.rows.clone()) {
             column.iter_mut().zip(bias).for_each(|(x, bias)| *x += bias);
         }
-        if let Some(visible) = &columns.visible {
-            let visible = visible(index);
-            let start = visible.start.min(columns.rows.end);
-            column[columns.rows.start..start].fill(Q::Acc::NEG_INFINITY);
-            column[visible.end.max(start)..columns.rows.end].fill(Q::Acc::NEG_INFINITY);
+        let (window, rows) = (self.settings.window, &block.rows);
+        let visible = match columns.kind {
+            ColumnKind::FarForAll => return,
+            // Token s is far from row s + window + 1 on.
+            ColumnKind::FarForSome => (token + window + 1).saturating_sub(rows.start)..columns.rows.end,
+            ColumnKind::Near => token.max(rows.start) - rows.start..(token + window).min(rows.end) - rows.start,
+        };
+        let start = visible.start.min(columns.rows.end);
+        column[columns.rows.start..start].fill(Q::Acc::NEG_INFINITY);
+        column[visible.end.max(start)..columns.rows.end].fill(Q::Acc::NEG_INFINITY);
+    }
+}
+
+impl<A> Columns<'_, A> {
+    /// The token index of a column.
+    pub fn token(&self, far: &dyn FarSource<A>, index: usize) -> usize {
+        match self.kind {
+            ColumnKind::Near => self.first + index,
+            _ => far.token(self.first + index),
+        }
+    }
+
+    /// A view of a buffer as this tile.
+    pub fn tile<'t>(&self, data: &'t mut [A], leading: usize) -> Tile<'t, A> {
+        Tile {
+            data,
+            leading,
+            columns: self.count,
+            rows: self.rows.clone(),
+        }
+    }
+}
+
+/// (rows, D) to (D, leading).
+pub(crate) fn transpose<A: Copy>(rows: &[A], dim: usize, leading: usize, target: &mut [A]) {
+    for (row, source) in rows.chunks_exact(dim).enumerate() {
+        for (d, x) in source.iter().enumerate() {
+            target[d * leading + row] = *x;
         }
     }
 }
@@ -424,19 +424,4 @@ fn near_rows<'b, R: Element>(
         }
     }
     (HeadRows::compact(&scratch.0, dim), HeadRows::compact(&scratch.1, dim))
-}
-
-fn drop_weights<A: Accumulator>(
-    tile: &mut Tile<A>,
-    mask: DropoutMask,
-    first_row: usize,
-    token: &impl Fn(usize) -> usize,
-) {
-    let scale = A::of(mask.scale);
-    for (index, column) in tile.data.chunks_exact_mut(tile.leading).take(tile.columns).enumerate() {
-        for row in tile.rows.clone() {
-            let keep = mask.keeps(first_row + row, token(index));
-            column[row] = if keep { column[row] * scale } else { A::ZERO };
-        }
-    }
 }

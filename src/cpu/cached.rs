@@ -1,6 +1,7 @@
 //! One step of a KV cache: decide, take the new tokens in, attend.
 
-use super::block::{block_rows, BiasView, Block, Settings, Worker};
+use super::attend::Worker;
+use super::block::{block_rows, BiasView, Block, Settings};
 use super::decode::{load_query, Decoder, SPLIT};
 use super::fold::ChainFold;
 use super::forward::for_each_task;
@@ -157,7 +158,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
                 .dropout
                 .map(|dropout| DropoutMask::new(dropout, at.batch * self.heads + head)),
         };
-        worker.run(&block, output);
+        worker.run(&block, output, None);
     }
 
     fn decode(&self, lists: &[(ListHeads, List<S>)], output: &mut [Q]) {

@@ -242,6 +242,42 @@ impl<A: Accumulator> FarColumns<A> {
     }
 }
 
+/// Takes gradients of folded rows (tokens, D) home to the rows they were folded from, in place: the transpose of the
+/// fold.
+pub(crate) fn unfold<A: Accumulator>(fold: Fold, gradients: &mut [A], bits: &[u8], dim: usize) {
+    let hidden = |t: usize| bits.get(t) == Some(&1);
+    let tokens = gradients.len() / dim;
+    match fold {
+        Fold::Drop => {}
+        Fold::PairSum => {
+            for t in (0..tokens).filter(|t| hidden(*t)) {
+                let (mine, right) = gradients.split_at_mut((t + 1) * dim);
+                let pairs = mine[t * dim..].iter_mut().zip(right);
+                pairs.for_each(|(x, y)| *x += *y);
+            }
+        }
+        Fold::Mean => {
+            // F[t] = (X[t] + n[t-1] F[t-1]) / n[t]: each token of a chain of n has 1/n[t] of every later F[t].
+            let mut size = 1;
+            let sizes: Vec<usize> = (0..tokens)
+                .map(|t| {
+                    size = if t > 0 && hidden(t - 1) { size + 1 } else { 1 };
+                    size
+                })
+                .collect();
+            for t in (0..tokens).rev() {
+                let inverse = A::ONE / A::of(sizes[t] as f64);
+                let (mine, right) = gradients.split_at_mut((t + 1) * dim);
+                let mine = &mut mine[t * dim..];
+                mine.iter_mut().for_each(|x| *x *= inverse);
+                if hidden(t) {
+                    mine.iter_mut().zip(right).for_each(|(x, y)| *x += *y);
+                }
+            }
+        }
+    }
+}
+
 /// The caller's rows as accumulators; empty for a half dtype, which is never used in place.
 pub(crate) fn raw_rows<'a, T: Element>(raw: &HeadRows<'a, T>) -> HeadRows<'a, T::Acc> {
     HeadRows {

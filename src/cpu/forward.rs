@@ -3,7 +3,8 @@
 //! Work is split over (batch, head, row block). A head's far columns are gathered by the first worker that needs them
 //! and dropped by the last, so that about one head per thread is held at a time: memory O(N·D) beyond the output.
 
-use super::block::{block_rows, BiasView, Bits, Block, FarSource, KeysValues, RawRows, RowScratch, Settings, Worker};
+use super::attend::Worker;
+use super::block::{block_rows, BiasView, Bits, Block, FarSource, KeysValues, RawRows, RowScratch, Settings};
 use super::fold::FarColumns;
 use super::philox::DropoutMask;
 use super::{Accumulator, Element, HeadRows, Rows};
@@ -29,6 +30,55 @@ pub(crate) struct ForwardInput<'a, T: Element> {
     pub bias: Option<BiasView<'a, T::Acc>>,
 }
 
+impl<'a, T: Element> ForwardInput<'a, T> {
+    pub fn settings(&self) -> Settings<'a, T::Acc> {
+        Settings {
+            head_dim: self.problem.head_dim,
+            block_rows: block_rows(self.problem.tokens),
+            first_row: 0,
+            fold: self.fold,
+            window: self.window,
+            causal: self.causal,
+            scale: self.scale,
+            bias: self.bias,
+        }
+    }
+
+    /// The merge bits of one query head.
+    pub fn head_bits(&self, batch: usize, head: usize) -> &'a [u8] {
+        let pairs = self.problem.pairs();
+        &self.bits[(batch * self.problem.heads + head) * pairs..][..pairs]
+    }
+
+    /// One block of rows over gathered columns.
+    pub fn block<'b>(&self, batch: usize, head: usize, rows: Range<usize>, far: &'b Gathered<'a, T>) -> Block<'b, T, T>
+    where
+        'a: 'b,
+    {
+        let batch_head = batch * self.problem.heads + head;
+        Block {
+            batch,
+            head,
+            rows,
+            queries: self.q.head(batch, head),
+            previous_query: None,
+            bits: Bits {
+                bits: self.head_bits(batch, head),
+                base: 0,
+            },
+            raw: RawRows {
+                keys: far.keys,
+                values: far.values,
+                base: 0,
+                clean: far.columns.clean,
+            },
+            chain: None,
+            far,
+            dropout: self.dropout.map(|dropout| DropoutMask::new(dropout, batch_head)),
+        }
+    }
+}
+
 /// Query heads that read the same far columns: a KV head's group where its bits agree, else one query head.
 struct HeadList<A> {
     batch: usize,
@@ -44,15 +94,16 @@ struct Lease<A> {
 }
 
 /// One block of rows of one query head, and where its output goes.
-struct Task<'out, T> {
+struct Task<'out, T: Element> {
     list: usize,
     head: usize,
     rows: Range<usize>,
     output: &'out mut [T],
+    log_sum_exp: Option<&'out mut [T::Acc]>,
 }
 
-/// The output (B, H, N, D), contiguous.
-pub(crate) fn forward<T: Element>(input: &ForwardInput<T>) -> Vec<T> {
+/// The output (B, H, N, D), contiguous; also each row's log-sum-exp in base 2, where `log_sum_exp` (B, H, N) is given.
+pub(crate) fn forward<T: Element>(input: &ForwardInput<T>, log_sum_exp: Option<&mut [T::Acc]>) -> Vec<T> {
     let Problem {
         batch,
         heads,
@@ -61,18 +112,9 @@ pub(crate) fn forward<T: Element>(input: &ForwardInput<T>) -> Vec<T> {
         ..
     } = input.problem;
     let mut output = vec![T::zero(); batch * heads * tokens * head_dim];
-    let settings = Settings {
-        head_dim,
-        block_rows: block_rows(tokens),
-        first_row: 0,
-        fold: input.fold,
-        window: input.window,
-        causal: input.causal,
-        scale: input.scale,
-        bias: input.bias,
-    };
+    let settings = input.settings();
     let lists = head_lists(input, tokens.div_ceil(settings.block_rows));
-    let tasks = tasks(&input.problem, &lists, settings.block_rows, &mut output);
+    let tasks = tasks(&input.problem, &lists, settings.block_rows, &mut output, log_sum_exp);
     for_each_task(
         tasks,
         || Worker::new(settings, tokens),
@@ -105,43 +147,42 @@ pub(crate) fn for_each_task<T: Send, W>(
 }
 
 fn run<T: Element>(worker: &mut Worker<T>, input: &ForwardInput<T>, list: &HeadList<T::Acc>, task: Task<T>) {
-    let columns = list.borrow(input);
-    let raw = RawRows {
+    let far = Gathered {
+        columns: list.borrow(input),
         keys: input.k.head(list.batch, list.kv_head),
         values: input.v.head(list.batch, list.kv_head),
-        base: 0,
-        clean: columns.clean,
     };
-    let batch_head = list.batch * input.problem.heads + task.head;
-    let block = Block {
-        batch: list.batch,
-        head: task.head,
-        rows: task.rows,
-        queries: input.q.head(list.batch, task.head),
-        previous_query: None,
-        bits: Bits {
-            bits: list.bits(input, task.head),
-            base: 0,
-        },
-        raw,
-        chain: None,
-        far: &Gathered {
-            columns: &columns,
-            keys: raw.keys,
-            values: raw.values,
-        },
-        dropout: input.dropout.map(|dropout| DropoutMask::new(dropout, batch_head)),
-    };
-    worker.run(&block, task.output);
-    drop(columns);
+    let block = input.block(list.batch, task.head, task.rows, &far);
+    worker.run(&block, task.output, task.log_sum_exp);
+    drop(far);
     list.give_back();
 }
 
 /// A call's far columns, with the rows they were gathered from.
-struct Gathered<'a, T: Element> {
-    columns: &'a FarColumns<T::Acc>,
+pub(crate) struct Gathered<'a, T: Element> {
+    columns: Arc<FarColumns<T::Acc>>,
     keys: HeadRows<'a, T>,
     values: HeadRows<'a, T>,
+}
+
+impl<'a, T: Element> Gathered<'a, T> {
+    /// Gathers for one query head.
+    pub fn new(input: &ForwardInput<'a, T>, batch: usize, head: usize) -> Self {
+        let kv_head = head / input.problem.group();
+        let (keys, values) = (input.k.head(batch, kv_head), input.v.head(batch, kv_head));
+        let bits = input.head_bits(batch, head);
+        Self {
+            columns: Arc::new(FarColumns::gather(
+                &keys,
+                &values,
+                bits,
+                input.problem.tokens,
+                input.fold,
+            )),
+            keys,
+            values,
+        }
+    }
 }
 
 impl<T: Element> FarSource<T::Acc> for Gathered<'_, T> {
@@ -167,9 +208,8 @@ impl<T: Element> FarSource<T::Acc> for Gathered<'_, T> {
 }
 
 fn head_lists<T: Element>(input: &ForwardInput<T>, blocks: usize) -> Vec<HeadList<T::Acc>> {
-    let (problem, pairs) = (input.problem, input.problem.pairs());
-    let group = problem.group();
-    let bits = |batch: usize, head: usize| &input.bits[(batch * problem.heads + head) * pairs..][..pairs];
+    let (problem, group) = (input.problem, input.problem.group());
+    let bits = |batch: usize, head: usize| input.head_bits(batch, head);
     let mut lists = Vec::new();
     for batch in 0..problem.batch {
         for kv_head in 0..problem.kv_heads {
@@ -197,26 +237,30 @@ fn head_lists<T: Element>(input: &ForwardInput<T>, blocks: usize) -> Vec<HeadLis
 }
 
 /// List by list, the longest rows first: the last tasks to end are short ones.
-fn tasks<'out, T, A>(
+fn tasks<'out, T: Element>(
     problem: &Problem,
-    lists: &[HeadList<A>],
+    lists: &[HeadList<T::Acc>],
     block_rows: usize,
     output: &'out mut [T],
+    log_sum_exp: Option<&'out mut [T::Acc]>,
 ) -> Vec<Task<'out, T>> {
     let (tokens, dim) = (problem.tokens, problem.head_dim);
     let mut outputs = output.chunks_mut(tokens * dim);
+    let mut sums = log_sum_exp.map(|sums| sums.chunks_mut(tokens));
     let mut tasks = Vec::new();
     for (list, entry) in lists.iter().enumerate() {
         let first = tasks.len();
         for (head, output) in entry.heads.clone().zip(&mut outputs) {
+            let sums = sums.as_mut().and_then(Iterator::next);
+            let mut sums = sums.map(|sums| sums.chunks_mut(block_rows));
             for (block, output) in output.chunks_mut(block_rows * dim).enumerate() {
                 let start = block * block_rows;
-                let rows = start..start + output.len() / dim;
                 tasks.push(Task {
                     list,
                     head,
-                    rows,
+                    rows: start..start + output.len() / dim,
                     output,
+                    log_sum_exp: sums.as_mut().and_then(Iterator::next),
                 });
             }
         }
@@ -226,18 +270,13 @@ fn tasks<'out, T, A>(
 }
 
 impl<A: Accumulator> HeadList<A> {
-    fn bits<'a, T: Element>(&self, input: &ForwardInput<'a, T>, head: usize) -> &'a [u8] {
-        let pairs = input.problem.pairs();
-        &input.bits[(self.batch * input.problem.heads + head) * pairs..][..pairs]
-    }
-
     /// The list's columns, gathered now if this is the first call; the others wait for it.
     fn borrow<T: Element<Acc = A>>(&self, input: &ForwardInput<T>) -> Arc<FarColumns<A>> {
         let mut lease = self.columns.lock().unwrap_or_else(PoisonError::into_inner);
         let gather = || {
             let keys = input.k.head(self.batch, self.kv_head);
             let values = input.v.head(self.batch, self.kv_head);
-            let bits = self.bits(input, self.heads.start);
+            let bits = input.head_bits(self.batch, self.heads.start);
             Arc::new(FarColumns::gather(
                 &keys,
                 &values,

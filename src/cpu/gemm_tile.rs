@@ -89,3 +89,35 @@ pub(crate) fn accumulate<A: Accumulator>(output: &mut [A], tile: &Tile<A>, value
         )
     }
 }
+
+/// `target[c] += sum_r tile[r, c] * row[r]`; `target` is (columns, D), `rows` (leading, D).
+pub(crate) fn accumulate_columns<A: Accumulator>(target: &mut [A], tile: &Tile<A>, rows: &[A], dim: usize) {
+    tile.check();
+    assert!(tile.columns * dim <= target.len() && tile.rows.end * dim <= rows.len() && dim > 0);
+    let first = tile.rows.start;
+    // SAFETY: the asserts above bound every index as in `scores`; target ends at columns * dim - 1 and rows at
+    // rows.end * dim - 1. Nothing aliases the &mut target.
+    unsafe {
+        gemm(
+            tile.columns,
+            dim,
+            tile.rows.len(),
+            target.as_mut_ptr(),
+            1,
+            dim as isize,
+            true,
+            tile.data.as_ptr().add(first),
+            1,
+            tile.leading as isize,
+            rows.as_ptr().add(first * dim),
+            1,
+            dim as isize,
+            A::ONE,
+            A::ONE,
+            false,
+            false,
+            false,
+            Parallelism::None,
+        )
+    }
+}

@@ -1,5 +1,7 @@
 //! The CPU path: `decide` and `fold` prepare columns, `forward` attends to them.
 
+mod attend;
+pub(crate) mod backward;
 pub(crate) mod block;
 pub(crate) mod cached;
 pub(crate) mod decide;

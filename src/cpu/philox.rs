@@ -1,6 +1,7 @@
 //! Philox 4x32-10, the counter-based generator of Salmon et al. (SC 2011): dropout masks that any device and the
 //! backward pass can draw again, in any order.
 
+use super::Accumulator;
 use crate::config::Dropout;
 
 /// One batch row and head of a dropout mask.
@@ -11,7 +12,7 @@ pub(crate) struct DropoutMask {
     /// A word below this is dropped: p in units of 2^-32.
     cut: u64,
     /// 1 / (1 - p).
-    pub scale: f64,
+    scale: f64,
 }
 
 impl DropoutMask {
@@ -25,8 +26,17 @@ impl DropoutMask {
         }
     }
 
-    /// Whether the weight of this row and column (token indices) stays. Four neighbouring columns share one draw.
-    pub fn keeps(&self, row: usize, column: usize) -> bool {
+    /// What the weight of this row and column (token indices) is multiplied by: 0 or 1 / (1 - p).
+    pub fn factor<A: Accumulator>(&self, row: usize, column: usize) -> A {
+        if self.keeps(row, column) {
+            A::of(self.scale)
+        } else {
+            A::ZERO
+        }
+    }
+
+    /// Whether the weight stays. Four neighbouring columns share one draw.
+    fn keeps(&self, row: usize, column: usize) -> bool {
         let draw = philox4x32_10([(column / 4) as u32, row as u32, self.batch_head, 0], self.key);
         u64::from(draw[column % 4]) >= self.cut
     }

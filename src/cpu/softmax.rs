@@ -90,6 +90,11 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         }
     }
 
+    /// log2 of the sum of 2^logit over the row's columns; minus infinity where it saw none.
+    pub fn log_sum_exp(&self, row: usize) -> A {
+        self.max[row] + A::of(self.sum[row].double().log2())
+    }
+
     /// See [`finish_row`].
     pub fn finish(&self, row: usize, output: &mut [A]) {
         finish_row(self.sum[row], output)

@@ -5,3 +5,4 @@
 
 pub mod golden;
 pub mod inputs;
+pub mod settings;

@@ -1,0 +1,115 @@
+//! Attention of blocks of rows: tiles of logits through an online softmax into weighted values.
+
+use super::block::{Block, BlockReader, Columns, Settings};
+use super::gemm_tile::{accumulate, Tile};
+use super::philox::DropoutMask;
+use super::softmax::OnlineSoftmax;
+use super::{Accumulator, Element};
+
+/// One thread's state, reused from block to block.
+pub(crate) struct Worker<'a, Q: Element> {
+    reader: BlockReader<'a, Q>,
+    rows: WeightedRows<Q::Acc>,
+}
+
+/// The block's rows so far.
+struct WeightedRows<A> {
+    softmax: OnlineSoftmax<A>,
+    /// (leading, D)
+    output: Vec<A>,
+}
+
+impl<'a, Q: Element> Worker<'a, Q> {
+    /// `columns` is an upper bound of the far columns of a block.
+    pub fn new(settings: Settings<'a, Q::Acc>, columns: usize) -> Self {
+        let reader = BlockReader::new(settings, columns);
+        let rows = WeightedRows {
+            softmax: OnlineSoftmax::new(reader.leading),
+            output: vec![Q::Acc::ZERO; reader.leading * settings.head_dim],
+        };
+        Self { reader, rows }
+    }
+
+    /// Writes the block's output rows, (rows, D), and the log-sum-exp (base 2) of each row where it is wanted.
+    pub fn run<R: Element<Acc = Q::Acc>>(
+        &mut self,
+        block: &Block<Q, R>,
+        output: &mut [Q],
+        log_sum_exp: Option<&mut [Q::Acc]>,
+    ) {
+        let Self { reader, rows } = self;
+        let dim = reader.settings.head_dim;
+        reader.load_queries(block);
+        rows.softmax.reset();
+        rows.output.fill(Q::Acc::ZERO);
+        reader.edges(block, |reader, token, row| rows.start(reader, block, token, row));
+        reader.far_tiles(block, |reader, columns| rows.push(reader, block, columns));
+        reader.near_tiles(block, |reader, columns| rows.push(reader, block, columns));
+        if let Some(log_sum_exp) = log_sum_exp {
+            for (row, target) in log_sum_exp.iter_mut().enumerate() {
+                *target = rows.softmax.log_sum_exp(row);
+            }
+        }
+        for (row, target) in output.chunks_exact_mut(dim).enumerate() {
+            let source = &mut rows.output[row * dim..][..dim];
+            rows.softmax.finish(row, source);
+            Q::narrow(source, target);
+        }
+    }
+}
+
+impl<A: Accumulator> WeightedRows<A> {
+    /// A row starts at its edge column.
+    fn start<Q: Element<Acc = A>, R: Element<Acc = A>>(
+        &mut self,
+        reader: &BlockReader<Q>,
+        block: &Block<Q, R>,
+        token: usize,
+        row: usize,
+    ) {
+        let dim = reader.settings.head_dim;
+        let logit = reader.edge_logit(block, token, row);
+        self.softmax.start(row, logit);
+        let factor = match block.dropout {
+            Some(mask) => mask.factor(block.rows.start + row, token),
+            None => A::ONE,
+        };
+        // A value that is not finite comes with a NaN logit, which is enough: neither it nor a hidden one is added.
+        if logit > A::NEG_INFINITY {
+            let rows = self.output[row * dim..][..dim].iter_mut().zip(&reader.chain.value);
+            rows.for_each(|(x, value)| *x = *value * factor);
+        }
+    }
+
+    /// One tile: logits, softmax, dropout, weighted values.
+    fn push<Q: Element<Acc = A>, R: Element<Acc = A>>(
+        &mut self,
+        reader: &mut BlockReader<Q>,
+        block: &Block<Q, R>,
+        columns: Columns<A>,
+    ) {
+        reader.logits(block, &columns);
+        let mut tile = columns.tile(&mut reader.tile, reader.leading);
+        self.softmax.push(&mut tile, &mut self.output);
+        if let Some(mask) = block.dropout {
+            drop_weights(&mut tile, mask, block.rows.start, |index| {
+                columns.token(block.far, index)
+            });
+        }
+        accumulate(&mut self.output, &tile, &columns.values);
+    }
+}
+
+/// Multiplies each weight by its dropout factor.
+pub(crate) fn drop_weights<A: Accumulator>(
+    tile: &mut Tile<A>,
+    mask: DropoutMask,
+    first_row: usize,
+    token: impl Fn(usize) -> usize,
+) {
+    for (index, column) in tile.data.chunks_exact_mut(tile.leading).take(tile.columns).enumerate() {
+        for row in tile.rows.clone() {
+            column[row] *= mask.factor::<A>(first_row + row, token(index));
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! The table of settings that the CPU path is held against the reference with.
+
+use super::inputs::Shape;
+use candle_core::{Device, Tensor};
+use candle_sfattention::{
+    AttentionOptions, CompressionConfig, Criterion, Dropout, Fold, GroupRule, MergeRule, MergeStrategy,
+};
+
+pub struct Setting {
+    pub name: &'static str,
+    pub strategy: MergeStrategy,
+    pub config: CompressionConfig,
+    pub options: fn(&Shape) -> AttentionOptions,
+    /// Whether something must be hidden in every shape of 59 tokens or more.
+    pub hides: bool,
+}
+
+fn plain(_: &Shape) -> AttentionOptions {
+    AttentionOptions::default()
+}
+
+fn everywhere(_: &Shape) -> AttentionOptions {
+    AttentionOptions {
+        causal: false,
+        softmax_scale: Some(0.2),
+        ..Default::default()
+    }
+}
+
+/// A bias per head and per pair of tokens, with hidden columns and a broadcast batch axis.
+fn biased(shape: &Shape) -> AttentionOptions {
+    let &Shape(_, heads, _, tokens, _) = shape;
+    let entry = |i: usize| {
+        let (row, column) = (i / tokens % tokens, i % tokens);
+        let hidden = row != column && (row * 7 + column * 3) % 5 == 0;
+        if hidden {
+            f32::NEG_INFINITY
+        } else {
+            ((i * 37 % 101) as f32 - 50.0) / 40.0
+        }
+    };
+    let bias: Vec<f32> = (0..heads * tokens * tokens).map(entry).collect();
+    AttentionOptions {
+        bias: Tensor::from_vec(bias, (heads, tokens, tokens), &Device::Cpu).ok(),
+        ..Default::default()
+    }
+}
+
+fn dropping(_: &Shape) -> AttentionOptions {
+    AttentionOptions {
+        dropout: Some(Dropout {
+            p: 0.3,
+            seed: 0x1234_5678_9abc_def0,
+        }),
+        ..Default::default()
+    }
+}
+
+pub fn settings() -> Vec<Setting> {
+    use Fold::{Drop, Mean};
+    use MergeStrategy::{Difference, Off, Similarity};
+    let base = CompressionConfig {
+        similarity_threshold: 0.35,
+        difference_threshold: 0.25,
+        ..Default::default()
+    };
+    let key = CompressionConfig {
+        criterion: Criterion::KeyKey,
+        ..base.clone()
+    };
+    let unanimous = CompressionConfig {
+        group_rule: GroupRule::Unanimous,
+        ..key.clone()
+    };
+    let setting = |name, strategy, config, options, hides| Setting {
+        name,
+        strategy,
+        config,
+        options,
+        hides,
+    };
+    vec![
+        setting("off", Off, base.clone(), plain, false),
+        setting(
+            "off, window",
+            Off,
+            CompressionConfig {
+                window: 7,
+                ..base.clone()
+            },
+            plain,
+            false,
+        ),
+        setting("off, everywhere", Off, base.clone(), everywhere, false),
+        setting("pair sum", Similarity, base.clone(), plain, true),
+        setting("pair sum, difference", Difference, base.clone(), plain, false),
+        setting(
+            "pair sum, reference",
+            Similarity,
+            CompressionConfig {
+                rule: MergeRule::Reference,
+                ..base.clone()
+            },
+            plain,
+            true,
+        ),
+        setting("pair sum, everywhere", Similarity, base.clone(), everywhere, true),
+        setting(
+            "pair sum, window",
+            Similarity,
+            CompressionConfig {
+                window: 5,
+                ..base.clone()
+            },
+            plain,
+            true,
+        ),
+        setting(
+            "mean",
+            Similarity,
+            CompressionConfig {
+                fold: Mean,
+                ..key.clone()
+            },
+            plain,
+            true,
+        ),
+        setting(
+            "mean, everywhere",
+            Similarity,
+            CompressionConfig {
+                fold: Mean,
+                ..unanimous.clone()
+            },
+            everywhere,
+            true,
+        ),
+        setting(
+            "mean, pretrained",
+            Similarity,
+            CompressionConfig {
+                similarity_threshold: 0.35,
+                ..CompressionConfig::pretrained()
+            },
+            plain,
+            true,
+        ),
+        setting(
+            "mean, window 1, sinks",
+            Similarity,
+            CompressionConfig {
+                fold: Mean,
+                window: 1,
+                sinks: 3,
+                ..key.clone()
+            },
+            plain,
+            true,
+        ),
+        setting(
+            "drop",
+            Similarity,
+            CompressionConfig {
+                fold: Drop,
+                ..unanimous.clone()
+            },
+            plain,
+            true,
+        ),
+        setting(
+            "drop, window 64",
+            Similarity,
+            CompressionConfig {
+                fold: Drop,
+                window: 64,
+                ..key.clone()
+            },
+            plain,
+            true,
+        ),
+        setting(
+            "drop, window over all",
+            Similarity,
+            CompressionConfig {
+                fold: Drop,
+                window: 5000,
+                ..key.clone()
+            },
+            plain,
+            true,
+        ),
+        setting(
+            "mean, bias",
+            Similarity,
+            CompressionConfig {
+                fold: Mean,
+                window: 4,
+                ..unanimous.clone()
+            },
+            biased,
+            true,
+        ),
+        setting("pair sum, bias", Similarity, base.clone(), biased, true),
+        setting(
+            "drop, dropout",
+            Similarity,
+            CompressionConfig {
+                fold: Drop,
+                window: 4,
+                ..unanimous.clone()
+            },
+            dropping,
+            true,
+        ),
+        setting("pair sum, dropout", Similarity, base.clone(), dropping, true),
+        setting("off, dropout", Off, base, dropping, false),
+    ]
+}
