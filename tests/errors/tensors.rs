@@ -1,7 +1,7 @@
 //! Tensors, indicators and plans that do not fit together, and the gradient there is none of.
 
 use anyhow::Result;
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Tensor};
 use candle_sfattention::{attend, compressed_attention, compression_loss, MergePlan};
 
 use crate::{config, options, plan, refused, similarity, zeros, Shape, CPU, SHAPE};
