@@ -1,0 +1,86 @@
+//! Forward and backward attention on the CPU against candle's plain operations with autograd, in one run:
+//! `cargo bench --bench backward`.
+
+mod common;
+
+use candle_core::{Result, Tensor, Var, D};
+use candle_sfattention::{attend, AttentionOptions, CompressionConfig, Fold, MergePlan};
+use common::{causal_mask, print_ratios, verify, Shape};
+use criterion::{Criterion, SamplingMode};
+
+const PLAIN: &str = "candle plain ops + autograd";
+const FORWARD: &str = "ours, r = 0, forward with saved sums";
+const RATIOS: [(usize, &str); 3] = [
+    (0, "ours, r = 0, forward + backward"),
+    (1, "ours, r = 0.5, forward + backward"),
+    (4, "ours, r = 0.8, forward + backward"),
+];
+const SHAPES: [(usize, usize); 3] = [(1024, 64), (4096, 64), (4096, 128)];
+
+/// candle's fused softmax has no gradient: the plain one.
+fn plain([q, k, v]: &[Tensor; 3], mask: &Tensor) -> Result<Tensor> {
+    let scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
+    let scores = (q.matmul(&k.t()?)? * scale)?.broadcast_add(mask)?;
+    candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(v)
+}
+
+/// dq, dk, dv of sum(output * weights).
+fn gradients(output: Tensor, weights: &Tensor, vars: &[Var; 3]) -> Result<Vec<Tensor>> {
+    let store = (output * weights)?.sum_all()?.backward()?;
+    let get = |var: &Var| match store.get(var) {
+        Some(gradient) => Ok(gradient.clone()),
+        None => candle_core::bail!("backward: expected a gradient for every variable, got none; see the op's bwd"),
+    };
+    vars.iter().map(get).collect()
+}
+
+fn bench_shape(criterion: &mut Criterion, shape: Shape) -> Result<()> {
+    let qkv = shape.qkv()?;
+    let vars = [
+        Var::from_tensor(&qkv[0])?,
+        Var::from_tensor(&qkv[1])?,
+        Var::from_tensor(&qkv[2])?,
+    ];
+    let tensors = [&vars[0], &vars[1], &vars[2]].map(|var| var.as_tensor().clone());
+    let weights = qkv[0].randn_like(0.0, 1.0)?;
+    let mask = causal_mask(shape.tokens)?;
+    let options = AttentionOptions::default();
+    let ours = |plan: &MergePlan| {
+        let output = attend(&tensors[0], &tensors[1], &tensors[2], plan, &options)?;
+        gradients(output, &weights, &vars)
+    };
+    let nothing = shape.plan(0, &CompressionConfig::default())?;
+    let theirs = || gradients(plain(&tensors, &mask)?, &weights, &vars);
+    for (name, (ours, theirs)) in ["dq", "dk", "dv"].iter().zip(ours(&nothing)?.iter().zip(theirs()?)) {
+        verify(name, ours, &theirs)?;
+    }
+    let mut group = criterion.benchmark_group(shape.name());
+    group.sampling_mode(SamplingMode::Flat);
+    group.bench_function(FORWARD, |bencher| {
+        bencher.iter(|| attend(&tensors[0], &tensors[1], &tensors[2], &nothing, &options))
+    });
+    let config = CompressionConfig {
+        fold: Fold::Mean,
+        ..Default::default()
+    };
+    for (chain, name) in RATIOS {
+        let plan = shape.plan(chain, &config)?;
+        group.bench_function(name, |bencher| bencher.iter(|| ours(&plan)));
+    }
+    group.bench_function(PLAIN, |bencher| bencher.iter(theirs));
+    group.finish();
+    Ok(())
+}
+
+fn main() -> Result<()> {
+    let (mut criterion, folder) = common::criterion("backward");
+    let shapes = SHAPES.map(|(tokens, dim)| Shape { heads: 8, tokens, dim });
+    for shape in shapes {
+        bench_shape(&mut criterion, shape)?;
+    }
+    criterion.final_summary();
+    let mut rows: Vec<&str> = RATIOS.iter().map(|(_, name)| *name).collect();
+    rows.push(FORWARD);
+    print_ratios(&folder, &shapes.map(|shape| shape.name()), &rows, &[PLAIN]);
+    Ok(())
+}
