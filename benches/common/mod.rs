@@ -110,12 +110,8 @@ pub fn median(folder: &Path, group: &str, function: &str) -> Option<f64> {
 /// Prints each function's median and the peers' medians divided by it.
 pub fn print_ratios(folder: &Path, groups: &[String], functions: &[&str], peers: &[&str]) {
     for group in groups {
-        println!(
-            "\n{group}\n{:<34}{:>11}  {}",
-            "median of",
-            "ms",
-            peers.join(" / ours, ")
-        );
+        let titles: Vec<String> = peers.iter().map(|peer| format!("{peer} / this")).collect();
+        println!("\n{group}\n{:<34}{:>11}  {}", "median of", "ms", titles.join(", "));
         for function in functions {
             let Some(ours) = median(folder, group, function) else {
                 continue;

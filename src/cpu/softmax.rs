@@ -1,7 +1,8 @@
 //! The online softmax of a block of rows, in base 2: logits arrive multiplied by log2(e).
 
 use super::gemm_tile::Tile;
-use super::{vectorized, Accumulator};
+use super::Accumulator;
+use pulp::{Arch, Simd, WithSimd};
 
 /// Rows are handled this many at a time: two AVX-512 or four AVX2 registers of f32, so that the running maximum and
 /// sum of a pass over the columns stay in registers.
@@ -41,35 +42,21 @@ impl<A: Accumulator> OnlineSoftmax<A> {
     /// `output` (rows, D) from the old maximum to the new one. The tile's rows are multiples of [`LANES`].
     pub fn push(&mut self, tile: &mut Tile<A>, output: &mut [A]) {
         debug_assert!(tile.rows.start.is_multiple_of(LANES) && tile.rows.end.is_multiple_of(LANES));
-        vectorized(
-            #[inline(always)]
-            || {
-                for first in tile.rows.clone().step_by(LANES) {
-                    self.push_lanes(tile, first);
-                }
-                let dim = output.len() / tile.leading;
-                for row in tile.rows.clone() {
-                    let rescale = self.rescale[row];
-                    if rescale != A::ONE {
-                        for x in &mut output[row * dim..][..dim] {
-                            *x *= rescale;
-                        }
-                    }
-                }
-            },
-        )
+        Arch::new().dispatch(Push {
+            softmax: self,
+            tile,
+            output,
+        })
     }
 
     #[inline(always)]
-    fn push_lanes(&mut self, tile: &mut Tile<A>, first: usize) {
+    fn push_lanes<S: Simd>(&mut self, simd: S, tile: &mut Tile<A>, first: usize) {
         let lanes = |slice: &[A]| -> [A; LANES] { slice[first..][..LANES].try_into().unwrap_or([A::NAN; LANES]) };
         let old = lanes(&self.max);
         let mut max = old;
         let columns = tile.data.chunks_exact(tile.leading).take(tile.columns);
         for column in columns {
-            for (m, s) in max.iter_mut().zip(&column[first..][..LANES]) {
-                *m = m.larger(*s);
-            }
+            A::raise(simd, &mut max, &column[first..][..LANES]);
         }
         // A row that saw only minus infinities keeps weight 0: nothing is subtracted from them.
         let base = max.map(|m| if m == A::NEG_INFINITY { A::ZERO } else { m });
@@ -98,6 +85,32 @@ impl<A: Accumulator> OnlineSoftmax<A> {
     /// See [`finish_row`].
     pub fn finish(&self, row: usize, output: &mut [A]) {
         finish_row(self.sum[row], output)
+    }
+}
+
+/// [`OnlineSoftmax::push`] as code for one instruction set.
+struct Push<'s, 't, A> {
+    softmax: &'s mut OnlineSoftmax<A>,
+    tile: &'s mut Tile<'t, A>,
+    output: &'s mut [A],
+}
+
+impl<A: Accumulator> WithSimd for Push<'_, '_, A> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { softmax, tile, output } = self;
+        for first in tile.rows.clone().step_by(LANES) {
+            softmax.push_lanes(simd, tile, first);
+        }
+        let dim = output.len() / tile.leading;
+        for row in tile.rows.clone() {
+            let rescale = softmax.rescale[row];
+            if rescale != A::ONE {
+                output[row * dim..][..dim].iter_mut().for_each(|x| *x *= rescale);
+            }
+        }
     }
 }
 
