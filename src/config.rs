@@ -251,7 +251,8 @@ pub struct HeadTest {
 }
 
 /// Each head's strategy and, where given, its own threshold: the same for all heads, per head `(H)`, or per batch row
-/// and head `(B, H)`. H counts query heads.
+/// and head `(B, H)`. H counts query heads. Deserialising refuses tables without whole rows and thresholds that are not
+/// finite.
 ///
 /// ```
 /// use candle_sfattention::{HeadStrategies, MergeStrategy::*};
@@ -259,14 +260,44 @@ pub struct HeadTest {
 /// let mixed = HeadStrategies::per_head(vec![Similarity, Difference, Off, Off]);
 /// # let _ = (everywhere, mixed);
 /// ```
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "HeadTables")]
 pub struct HeadStrategies {
     strategies: Table<MergeStrategy>,
     thresholds: Option<Table<f64>>,
 }
 
+/// [`HeadStrategies`] as they are read, before they are checked.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HeadTables {
+    strategies: Table<MergeStrategy>,
+    thresholds: Option<Table<f64>>,
+}
+
+impl TryFrom<HeadTables> for HeadStrategies {
+    type Error = candle_core::Error;
+
+    fn try_from(HeadTables { strategies, thresholds }: HeadTables) -> Result<Self> {
+        strategies.check_rows("strategies")?;
+        if let Some(table) = &thresholds {
+            table.check_rows("thresholds")?;
+            check_finite(table.values())?;
+        }
+        Ok(Self { strategies, thresholds })
+    }
+}
+
+fn check_finite(thresholds: &[f64]) -> Result<()> {
+    if let Some(bad) = thresholds.iter().find(|t| !t.is_finite()) {
+        bail!("thresholds: expected finite numbers, got {bad}; use MergeStrategy::Off for a head that never merges")
+    }
+    Ok(())
+}
+
 /// A row-major table that broadcasts over the axes it lacks.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 enum Table<T> {
     Uniform(T),
     PerHead(Vec<T>),
@@ -291,6 +322,24 @@ impl<T: Copy> Table<T> {
             Self::PerBatchHead { heads: h, values } => format!("({}, {h})", values.len() / (*h).max(1)),
         };
         bail!("{what}: expected shape ({heads}) or ({batch}, {heads}), got {got}; give one entry per query head")
+    }
+
+    fn values(&self) -> &[T] {
+        match self {
+            Self::Uniform(value) => std::slice::from_ref(value),
+            Self::PerHead(values) | Self::PerBatchHead { values, .. } => values,
+        }
+    }
+
+    /// Refuses values that are not whole rows of heads.
+    fn check_rows(&self, what: &str) -> Result<()> {
+        match self {
+            Self::PerBatchHead { heads, values } if *heads == 0 || values.len() % heads != 0 => bail!(
+                "{what}: expected whole rows of {heads} heads, got {} values; give one per batch row and head",
+                values.len()
+            ),
+            _ => Ok(()),
+        }
     }
 
     fn get(&self, batch: usize, head: usize) -> T {
@@ -351,9 +400,7 @@ impl HeadStrategies {
             )
         }
         let flat = thresholds.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
-        if let Some(bad) = flat.iter().find(|t| !t.is_finite()) {
-            bail!("thresholds: expected finite numbers, got {bad}; use MergeStrategy::Off for a head that never merges")
-        }
+        check_finite(&flat)?;
         self.thresholds = Some(Table::from_rows("thresholds", thresholds.dims(), flat)?);
         Ok(self)
     }
@@ -394,10 +441,7 @@ impl HeadStrategies {
     /// Whether every head is [`MergeStrategy::Off`].
     pub fn all_off(&self) -> bool {
         let off = |s: &MergeStrategy| *s == MergeStrategy::Off;
-        match &self.strategies {
-            Table::Uniform(strategy) => off(strategy),
-            Table::PerHead(values) | Table::PerBatchHead { values, .. } => values.iter().all(off),
-        }
+        self.strategies.values().iter().all(off)
     }
 }
 

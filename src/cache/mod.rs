@@ -32,6 +32,8 @@ pub struct CacheOptions {
 /// or a group whose heads are all off. Otherwise every query head keeps a list of its own, and [`Self::bytes`] says so:
 /// such a cache can be larger than a dense one.
 ///
+/// [`Self::save`] writes it to a file, and [`Self::load`] brings it back to go on bit for bit.
+///
 /// ```
 /// use candle_core::{Device, Tensor};
 /// use candle_sfattention::{AttentionOptions, CompressedKvCache, CompressionConfig, HeadStrategies, MergeStrategy};
@@ -104,6 +106,9 @@ macro_rules! each {
         }
     };
 }
+
+mod load;
+mod save;
 
 impl Lists {
     fn dtype(&self) -> DType {

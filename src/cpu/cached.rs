@@ -10,10 +10,11 @@ use super::philox::DropoutMask;
 use super::{Accumulator, Element, HeadRows, Rows};
 use crate::config::{Dropout, Fold};
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
 /// Which heads of which batch row a list serves.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct ListHeads {
     pub batch: usize,
     pub kv_head: usize,

@@ -84,6 +84,23 @@ impl<A: Accumulator> ChainFold<A> {
         }
     }
 
+    /// Key, value, raw key and raw value: with fold and size, all of its state.
+    pub fn rows(&self) -> [&[A]; 4] {
+        [&self.key, &self.value, &self.raw_key, &self.raw_value]
+    }
+
+    /// A chain that goes on from the [`Self::rows`] of another.
+    pub fn from_rows(fold: Fold, size: usize, [key, value, raw_key, raw_value]: [Vec<A>; 4]) -> Self {
+        Self {
+            fold,
+            key,
+            value,
+            size,
+            raw_key,
+            raw_value,
+        }
+    }
+
     /// Numbers held.
     pub fn len(&self) -> usize {
         self.key.len() + self.value.len() + self.raw_key.len() + self.raw_value.len()

@@ -35,7 +35,12 @@ impl ListSettings {
             fold: if merges { config.fold } else { Fold::Drop },
             sinks: config.sinks,
             max_merge_level: config.max_merge_level,
-            window: if merges { config.window } else { 0 },
+            // More than all token indices is no longer a window, and window + 1 must not overflow.
+            window: if merges {
+                config.window.min(u32::MAX as usize)
+            } else {
+                0
+            },
         }
     }
 
@@ -133,6 +138,7 @@ impl<S: Element> List<S> {
         self.values.truncate(start);
         self.tokens.truncate(tokens - 1);
         self.bits.clear();
+        self.last_bad = self.last_bad.filter(|bad| *bad < tokens);
         self.seq_len = tokens;
     }
 

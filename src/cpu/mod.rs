@@ -7,7 +7,7 @@ pub(crate) mod cached;
 pub(crate) mod decide;
 mod decode;
 mod element;
-mod fold;
+pub(crate) mod fold;
 pub(crate) mod forward;
 mod gemm_tile;
 pub(crate) mod list;

@@ -3,6 +3,8 @@
 // Each test file is a crate of its own and uses a part of this.
 #![allow(dead_code)]
 
+pub mod caches;
+pub mod files;
 pub mod golden;
 pub mod inputs;
 pub mod settings;

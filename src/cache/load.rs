@@ -1,0 +1,330 @@
+//! [`CompressedKvCache::load`]: the reader of `save`'s files, which trusts nothing that later code indexes by.
+
+use super::save::{Header, SavedList, SavedState, SavedTest, Stored, FORMAT, VERSION};
+use super::{CacheOptions, CompressedKvCache, Lists, ListsOf, Sizes, State};
+use crate::config::{CompressionConfig, Fold, GroupRule, HeadTest, MergeStrategy};
+use crate::cpu::cached::ListHeads;
+use crate::cpu::fold::ChainFold;
+use crate::cpu::list::{List, ListSettings, Run};
+use crate::cpu::{Accumulator, Element};
+use crate::plan::not_on_cpu;
+use candle_core::{bail, DType, Device, Error, Result};
+use safetensors::{Dtype, SafeTensors};
+use std::path::Path;
+
+const DAMAGED: &str = "the file is damaged, save the cache again";
+
+impl CompressedKvCache {
+    /// Reads what [`Self::save`] wrote: a cache with the same settings, options and tokens, which goes on bit for bit
+    /// like the one that was saved.
+    ///
+    /// # Errors
+    /// A device other than the CPU, a file that cannot be read, is no saved cache, was written in another version of the
+    /// format, is cut short, or whose parts do not fit together. Other damage to its numbers is not noticed.
+    pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
+        if !device.is_cpu() {
+            return not_on_cpu(device);
+        }
+        let path = path.as_ref();
+        let at_path = |error: &dyn std::fmt::Display| Error::msg(format!("load {}: {error}", path.display()));
+        let bytes = std::fs::read(path)
+            .map_err(|error| at_path(&format!("expected a readable file, got {error}; check the path")))?;
+        read(&bytes).map_err(|error| at_path(&error))
+    }
+}
+
+fn read(bytes: &[u8]) -> Result<CompressedKvCache> {
+    let (file, header) = match (SafeTensors::deserialize(bytes), SafeTensors::read_metadata(bytes)) {
+        (Ok(file), Ok((_, header))) => (file, header),
+        (Err(error), _) | (_, Err(error)) => bail!(
+            "expected a safetensors file that CompressedKvCache::save wrote, got {error}; it is another kind of file or \
+             was cut short, save the cache again"
+        ),
+    };
+    let metadata = |name: &str| header.metadata().as_ref().and_then(|map| map.get(name));
+    if metadata("format").is_none_or(|format| format != FORMAT) {
+        bail!(
+            "expected a safetensors file of format {FORMAT:?}, got format {:?}; only files that \
+             CompressedKvCache::save wrote can be loaded",
+            metadata("format")
+        )
+    }
+    if metadata("version").is_none_or(|version| version != VERSION) {
+        bail!(
+            "expected format version {VERSION:?}, got {:?}; load it with the crate version that wrote it, or append \
+             the tokens to a new cache and save that",
+            metadata("version")
+        )
+    }
+    let header: Header = match serde_json::from_str(metadata("cache").map_or("", String::as_str)) {
+        Ok(header) => header,
+        Err(error) => bail!("header: expected what version {VERSION} writes, got {error}; {DAMAGED}"),
+    };
+    let options = CacheOptions {
+        storage: header.storage.as_deref().map(dtype_of).transpose()?,
+        max_entries: header.max_entries,
+    };
+    let mut cache = CompressedKvCache::new(header.strategies, header.config, options)?;
+    if let Some(saved) = &header.state {
+        cache.state = Some(restore_state(&cache, saved, &file)?);
+    }
+    Ok(cache)
+}
+
+fn dtype_of(name: &str) -> Result<DType> {
+    match name.parse() {
+        Ok(dtype) => Ok(dtype),
+        Err(_) => bail!("storage: expected f64, f32, f16 or bf16, got {name:?}; {DAMAGED}"),
+    }
+}
+
+fn restore_state(cache: &CompressedKvCache, saved: &SavedState, file: &SafeTensors) -> Result<State> {
+    let dtype = dtype_of(&saved.dtype)?;
+    if cache.options.storage.is_some_and(|storage| storage != dtype) {
+        bail!(
+            "dtype: expected the storage {:?}, got {dtype:?}; {DAMAGED}",
+            cache.options.storage
+        )
+    }
+    check_sizes(&saved.sizes)?;
+    check_heads(saved, &cache.config)?;
+    // Token indices are u32.
+    if !(1..=u32::MAX as usize).contains(&saved.seq_len) {
+        bail!("seq_len: expected 1 to 2^32 - 1, got {}; {DAMAGED}", saved.seq_len)
+    }
+    let reader = Reader {
+        file,
+        config: &cache.config,
+        dim: saved.sizes.head_dim,
+        seq_len: saved.seq_len,
+    };
+    Ok(State {
+        sizes: saved.sizes,
+        seq_len: saved.seq_len,
+        lists: match dtype {
+            DType::F64 => Lists::F64(reader.lists(saved)?),
+            DType::F32 => Lists::F32(reader.lists(saved)?),
+            DType::F16 => Lists::F16(reader.lists(saved)?),
+            DType::BF16 => Lists::BF16(reader.lists(saved)?),
+            _ => bail!("dtype: expected f64, f32, f16 or bf16, got {dtype:?}; {DAMAGED}"),
+        },
+    })
+}
+
+fn check_sizes(sizes: &Sizes) -> Result<()> {
+    let Sizes {
+        batch,
+        heads,
+        kv_heads,
+        head_dim,
+    } = *sizes;
+    if [batch, heads, kv_heads, head_dim].contains(&0) || heads % kv_heads != 0 {
+        bail!("sizes: expected none to be 0 and KV heads that divide the heads, got {sizes:?}; {DAMAGED}")
+    }
+    Ok(())
+}
+
+/// Batch-major, every head of every batch row in one list: a KV head's whole group where the group decides as one, else
+/// one head.
+fn check_heads(saved: &SavedState, config: &CompressionConfig) -> Result<()> {
+    let Sizes {
+        batch, heads, kv_heads, ..
+    } = saved.sizes;
+    let group = heads / kv_heads;
+    let (mut row, mut head) = (0, 0);
+    for (index, list) in saved.lists.iter().enumerate() {
+        let width = list.tests.len();
+        let unanimous = config.group_rule == GroupRule::Unanimous;
+        let off = list.tests.iter().all(|test| test.strategy == MergeStrategy::Off);
+        let whole = width == group && head % group == 0 && (unanimous || off || group == 1);
+        let alone = width == 1 && !unanimous;
+        let expected = ListHeads {
+            batch: row,
+            kv_head: head / group,
+            heads: head..head.saturating_add(width),
+        };
+        if !(whole || alone) || list.at != expected {
+            bail!(
+                "list {index}: expected batch row {row} and heads from {head} on, alone or all {group} of a KV head, got \
+                 {:?} with {width} tests; {DAMAGED}",
+                list.at
+            )
+        }
+        head += width;
+        if head == heads {
+            (row, head) = (row + 1, 0);
+        }
+    }
+    if (row, head) != (batch, 0) {
+        bail!(
+            "lists: expected all {heads} heads of {batch} batch rows, got {} lists that end at row {row}, head {head}; \
+             {DAMAGED}",
+            saved.lists.len()
+        )
+    }
+    Ok(())
+}
+
+fn head_test(saved: &SavedTest) -> Result<HeadTest> {
+    let threshold = match (saved.threshold, saved.strategy) {
+        (Some(threshold), _) if threshold.is_finite() => threshold,
+        (None, MergeStrategy::Off) => f64::INFINITY,
+        (got, _) => bail!("tests: expected a finite threshold, got {got:?}; {DAMAGED}"),
+    };
+    Ok(HeadTest {
+        strategy: saved.strategy,
+        threshold,
+    })
+}
+
+struct Reader<'a> {
+    file: &'a SafeTensors<'a>,
+    config: &'a CompressionConfig,
+    dim: usize,
+    seq_len: usize,
+}
+
+impl Reader<'_> {
+    fn lists<S: Element + Stored>(&self, saved: &SavedState) -> Result<ListsOf<S>>
+    where
+        S::Acc: Stored,
+    {
+        let lists = saved.lists.iter().enumerate();
+        lists
+            .map(|(index, list)| Ok((list.at.clone(), self.list(index, list)?)))
+            .collect()
+    }
+
+    fn list<S: Element + Stored>(&self, index: usize, saved: &SavedList) -> Result<List<S>>
+    where
+        S::Acc: Stored,
+    {
+        let (dim, seq_len) = (self.dim, self.seq_len);
+        let tests = saved.tests.iter().map(head_test).collect::<Result<_>>()?;
+        let settings = ListSettings::new(tests, self.config);
+        let (window, merges) = (settings.window, settings.merges());
+        let name = |name: &str| format!("{index}.{name}");
+        let rows = |tensor: &str, count: usize| self.tensor::<S>(&name(tensor), &[count, dim]);
+        let sums = |tensor: &str, count: usize| self.tensor::<S::Acc>(&name(tensor), &[count, dim]);
+        // How many entries there are is for this one tensor to say.
+        let entries = self.view(&name("tokens"))?.1.first().copied().unwrap_or(0);
+        let tokens = self.tensor::<u32>(&name("tokens"), &[entries])?;
+        let sizes = self.chain_sizes(&name("tokens"), &tokens, &settings)?;
+        let mean = settings.fold == Fold::Mean;
+        let log2_sizes = self.tensor(&name("log2_sizes"), &[if mean { entries } else { 0 }])?;
+        check_log2_sizes::<S::Acc>(&name("log2_sizes"), &log2_sizes, &sizes)?;
+        let size = *sizes.last().filter(|_| mean).unwrap_or(&1);
+        let (recent, full) = (seq_len.min(window), seq_len > window);
+        let bits = self.tensor::<u8>(&name("bits"), &[window.min(seq_len - 1)])?;
+        if let Some(bad) = bits.iter().find(|bit| **bit > 1) {
+            bail!("{}: expected 0 and 1, got {bad}; {DAMAGED}", name("bits"))
+        }
+        let runs = usize::from(saved.run_start.is_some());
+        let pair_sum = settings.fold == Fold::PairSum;
+        let last_queries = sums("last_queries", if pair_sum { settings.tests.len() } else { 0 })?;
+        let open = sums("open", if full { 4 } else { 0 })?;
+        let list = List {
+            dim,
+            seq_len,
+            keys: rows("keys", entries)?,
+            values: rows("values", entries)?,
+            tokens,
+            log2_sizes,
+            open: full.then(|| {
+                let row = |row: usize| open[row * dim..(row + 1) * dim].to_vec();
+                ChainFold::from_rows(settings.fold, size, [0, 1, 2, 3].map(row))
+            }),
+            recent_keys: rows("recent_keys", recent)?,
+            recent_values: rows("recent_values", recent)?,
+            bits,
+            run: Run {
+                start: saved.run_start.zip(Some(sums("run_key", runs)?)),
+                last_key: sums("last_key", usize::from(merges))?,
+            },
+            last_queries,
+            last_bad: saved.last_bad,
+            settings,
+        };
+        self.check_tokens(index, &list)?;
+        Ok(list)
+    }
+
+    fn view(&self, name: &str) -> Result<(Dtype, Vec<usize>, &[u8])> {
+        match self.file.tensor(name) {
+            Ok(view) => Ok((view.dtype(), view.shape().to_vec(), view.data())),
+            Err(error) => bail!("{name}: expected a tensor of this name, got {error}; {DAMAGED}"),
+        }
+    }
+
+    fn tensor<T: Stored>(&self, name: &str, shape: &[usize]) -> Result<Vec<T>> {
+        let (dtype, got, bytes) = self.view(name)?;
+        if dtype != Dtype::from(T::DTYPE) || got != shape {
+            bail!(
+                "{name}: expected {:?} of shape {shape:?}, got {dtype:?} of shape {got:?}; {DAMAGED}",
+                Dtype::from(T::DTYPE)
+            )
+        }
+        Ok(T::from_bytes(bytes))
+    }
+
+    /// The tokens in each chain, the open one last: chains end at `tokens` and at the window's edge and cover all up to
+    /// it.
+    fn chain_sizes(&self, name: &str, tokens: &[u32], settings: &ListSettings) -> Result<Vec<usize>> {
+        let edge = self.seq_len.checked_sub(settings.window.saturating_add(1));
+        if edge.is_none() && !tokens.is_empty() {
+            bail!(
+                "{name}: expected none while the window is not full, got {}; {DAMAGED}",
+                tokens.len()
+            )
+        }
+        let longest = match settings.merges() {
+            true => settings.max_merge_level.saturating_add(1),
+            false => 1,
+        };
+        let mut next = 0;
+        let ends = tokens.iter().map(|token| *token as usize).chain(edge);
+        ends.map(|end| {
+            let size = (end + 1).saturating_sub(next);
+            if !(1..=longest).contains(&size) {
+                bail!(
+                    "{name}: expected increasing tokens before {edge:?} with at most {longest} to a chain, got {end} as \
+                     the end of one that begins at {next}; {DAMAGED}"
+                )
+            }
+            next = end + 1;
+            Ok(size)
+        })
+        .collect()
+    }
+
+    fn check_tokens<S: Element>(&self, index: usize, list: &List<S>) -> Result<()> {
+        let seq_len = self.seq_len;
+        let start = list.run.start.as_ref().map(|(token, _)| *token);
+        // A run has two tokens at least.
+        if start.is_some_and(|token| token >= seq_len - 1 || !list.settings.merges()) {
+            bail!(
+                "{index}: expected a run that begins before token {}, got {start:?}; {DAMAGED}",
+                seq_len - 1
+            )
+        }
+        if list.last_bad.is_some_and(|token| token >= seq_len) {
+            bail!(
+                "{index}: expected last_bad below {seq_len}, got {:?}; {DAMAGED}",
+                list.last_bad
+            )
+        }
+        Ok(())
+    }
+}
+
+/// To a rounding: another machine's logarithm may differ in the last bit.
+fn check_log2_sizes<A: Accumulator>(name: &str, log2_sizes: &[A], sizes: &[usize]) -> Result<()> {
+    for (got, size) in log2_sizes.iter().zip(sizes) {
+        let (got, expected) = (got.double(), (*size as f64).log2());
+        let close = (got - expected).abs() <= 1e-6 * (1.0 + expected);
+        if !close {
+            bail!("{name}: expected {expected} for a chain of {size} tokens, got {got}; {DAMAGED}")
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,261 @@
+//! [`CompressedKvCache::save`] and the file format that it shares with [`CompressedKvCache::load`].
+//!
+//! One safetensors file. Its metadata hold `format` ([`FORMAT`]), `version` ([`VERSION`]) and `cache`, a [`Header`] as
+//! JSON. List i of the header has the tensors `i.NAME`: all of them, with 0 rows where it has nothing to keep. S is the
+//! storage dtype, A that of sums: f64 for f64, else f32.
+//!
+//! | NAME | shape | dtype | |
+//! |---|---|---|---|
+//! | `keys`, `values` | (entries, D) | S | closed chains |
+//! | `tokens` | (entries) | u32 | the last token of each; their distances are the chains' sizes |
+//! | `log2_sizes` | (entries) | A | under [`Fold::Mean`](crate::Fold::Mean) |
+//! | `open` | (4, D) | A | the open chain's key, value, raw key and raw value, once the window is full |
+//! | `recent_keys`, `recent_values` | (min(window, seq_len), D) | S | raw tokens |
+//! | `bits` | (min(window, seq_len - 1)) | u8 | whether each raw token joins its left neighbour |
+//! | `run_key` | (1, D) | A | the first key of the run that ends at the last token, where one does |
+//! | `last_key` | (1, D) | A | where the list merges |
+//! | `last_queries` | (heads, D) | A | under [`Fold::PairSum`](crate::Fold::PairSum) |
+
+use super::{CompressedKvCache, Lists, ListsOf, Sizes};
+use crate::config::{CompressionConfig, HeadStrategies, HeadTest, MergeStrategy};
+use crate::cpu::cached::ListHeads;
+use crate::cpu::list::List;
+use crate::cpu::Element;
+use candle_core::{Error, Result, WithDType};
+use safetensors::{Dtype, View};
+use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::path::Path;
+
+/// What the metadata say the file is.
+pub(super) const FORMAT: &str = "candle-sfattention kv-cache";
+/// Raised whenever the meaning of the header or of a tensor changes.
+pub(super) const VERSION: &str = "1";
+
+/// Everything but the tensors.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Header {
+    pub config: CompressionConfig,
+    pub strategies: HeadStrategies,
+    /// The options' storage dtype.
+    pub storage: Option<String>,
+    pub max_entries: Option<usize>,
+    /// None for an empty cache.
+    pub state: Option<SavedState>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SavedState {
+    pub sizes: Sizes,
+    pub seq_len: usize,
+    /// The storage dtype in use.
+    pub dtype: String,
+    /// Batch-major, then by head.
+    pub lists: Vec<SavedList>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SavedList {
+    pub at: ListHeads,
+    /// One per query head. Not those of the strategies once `index_select` has moved batch rows.
+    pub tests: Vec<SavedTest>,
+    /// The token of `run_key`.
+    pub run_start: Option<usize>,
+    pub last_bad: Option<usize>,
+}
+
+/// A [`HeadTest`]; JSON has no infinity, which an off head without a threshold of its own holds.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SavedTest {
+    pub strategy: MergeStrategy,
+    pub threshold: Option<f64>,
+}
+
+impl From<&HeadTest> for SavedTest {
+    fn from(test: &HeadTest) -> Self {
+        Self {
+            strategy: test.strategy,
+            threshold: test.threshold.is_finite().then_some(test.threshold),
+        }
+    }
+}
+
+/// Numbers as safetensors stores them, little-endian.
+pub(super) trait Stored: WithDType {
+    fn to_bytes(data: &[Self]) -> Vec<u8>;
+    fn from_bytes(bytes: &[u8]) -> Vec<Self>;
+}
+
+macro_rules! stored {
+    ($($number:ty),*) => {$(
+        impl Stored for $number {
+            fn to_bytes(data: &[Self]) -> Vec<u8> {
+                let mut bytes = vec![0; size_of_val(data)];
+                for (target, x) in bytes.as_chunks_mut().0.iter_mut().zip(data) {
+                    *target = x.to_le_bytes();
+                }
+                bytes
+            }
+
+            fn from_bytes(bytes: &[u8]) -> Vec<Self> {
+                bytes.as_chunks().0.iter().map(|x| Self::from_le_bytes(*x)).collect()
+            }
+        }
+    )*};
+}
+
+stored!(u8, u32, half::f16, half::bf16, f32, f64);
+
+/// One tensor to be written, as bytes only when its turn comes.
+struct Piece<'a> {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Box<dyn Fn() -> Vec<u8> + 'a>,
+}
+
+impl<'a> Piece<'a> {
+    fn new<T: Stored>(data: impl Into<Cow<'a, [T]>>, shape: Vec<usize>) -> Self {
+        let data = data.into();
+        Self {
+            dtype: T::DTYPE.into(),
+            shape,
+            bytes: Box::new(move || T::to_bytes(&data)),
+        }
+    }
+
+    /// Rows of `dim`.
+    fn rows<T: Stored>(data: impl Into<Cow<'a, [T]>>, dim: usize) -> Self {
+        let data = data.into();
+        let rows = data.len() / dim;
+        Self::new(data, vec![rows, dim])
+    }
+
+    fn flat<T: Stored>(data: &'a [T]) -> Self {
+        Self::new(data, vec![data.len()])
+    }
+}
+
+impl View for Piece<'_> {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Owned((self.bytes)())
+    }
+
+    fn data_len(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
+}
+
+fn pieces<S: Element + Stored>(lists: &ListsOf<S>) -> Vec<(String, Piece<'_>)>
+where
+    S::Acc: Stored,
+{
+    let mut pieces = Vec::new();
+    for (index, (_, list)) in lists.iter().enumerate() {
+        pieces.extend(list_pieces(list).map(|(name, piece)| (format!("{index}.{name}"), piece)));
+    }
+    pieces
+}
+
+fn list_pieces<S: Element + Stored>(list: &List<S>) -> [(&'static str, Piece<'_>); 11]
+where
+    S::Acc: Stored,
+{
+    let dim = list.dim;
+    // A list may still hold raw tokens that have left the window.
+    let recent = list.seq_len.min(list.settings.window) * dim;
+    let stale = list.recent_keys.len() - recent;
+    let open = list.open.as_ref().map_or(Vec::new(), |chain| chain.rows().concat());
+    let run_key = list.run.start.as_ref().map_or(&[][..], |(_, key)| key);
+    [
+        ("keys", Piece::rows(&list.keys, dim)),
+        ("values", Piece::rows(&list.values, dim)),
+        ("tokens", Piece::flat(&list.tokens)),
+        ("log2_sizes", Piece::flat(&list.log2_sizes)),
+        ("open", Piece::rows(open, dim)),
+        ("recent_keys", Piece::rows(&list.recent_keys[stale..], dim)),
+        ("recent_values", Piece::rows(&list.recent_values[stale..], dim)),
+        ("bits", Piece::flat(&list.bits)),
+        ("run_key", Piece::rows(run_key, dim)),
+        ("last_key", Piece::rows(&list.run.last_key, dim)),
+        ("last_queries", Piece::rows(&list.last_queries, dim)),
+    ]
+}
+
+fn saved_lists<S: Element>(lists: &ListsOf<S>) -> Vec<SavedList> {
+    let saved = |(at, list): &(ListHeads, List<S>)| SavedList {
+        at: at.clone(),
+        tests: list.settings.tests.iter().map(SavedTest::from).collect(),
+        run_start: list.run.start.as_ref().map(|(token, _)| *token),
+        last_bad: list.last_bad,
+    };
+    lists.iter().map(saved).collect()
+}
+
+impl CompressedKvCache {
+    /// Writes the cache to one safetensors file, from which [`Self::load`] brings it back bit for bit. The file appears
+    /// whole or not at all: it is written beside `path` and renamed, in place of what was there. On Unix only its owner
+    /// may read it. It takes about [`Self::bytes`], and 2 kB per list.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # use candle_sfattention::{CompressedKvCache, CompressionConfig, HeadStrategies, MergeStrategy};
+    /// # let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+    /// # let mut cache = CompressedKvCache::new(strategies, CompressionConfig::pretrained(), Default::default())?;
+    /// # let x = Tensor::randn(0f32, 1., (1, 2, 100, 64), &Device::Cpu)?;
+    /// # cache.append_and_attend(&x, &x, &x, &Default::default())?;
+    /// # let path = std::env::temp_dir().join(format!("prompt-{}.safetensors", std::process::id()));
+    /// cache.save(&path)?;
+    /// let again = CompressedKvCache::load(&path, &Device::Cpu)?;
+    /// assert_eq!((again.seq_len(), again.bytes()), (cache.seq_len(), cache.bytes()));
+    /// # std::fs::remove_file(&path)?;
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let header = serde_json::to_string(&self.header()).map_err(Error::wrap)?;
+        let metadata = [("format", FORMAT), ("version", VERSION), ("cache", &header)];
+        let metadata: HashMap<_, _> = metadata.map(|(name, value)| (name.into(), value.into())).into();
+        let tensors = match &self.state {
+            Some(state) => each!(&state.lists, lists => pieces(lists)),
+            None => Vec::new(),
+        };
+        safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|error| {
+            Error::msg(format!(
+                "save {}: expected to write the file, got {error}; choose a folder that exists, may be written to and \
+                 has room",
+                path.display()
+            ))
+        })
+    }
+
+    fn header(&self) -> Header {
+        Header {
+            config: self.config.clone(),
+            strategies: self.strategies.clone(),
+            storage: self.options.storage.map(|dtype| dtype.as_str().to_string()),
+            max_entries: self.options.max_entries,
+            state: self.state.as_ref().map(|state| SavedState {
+                sizes: state.sizes,
+                seq_len: state.seq_len,
+                dtype: state.lists.dtype().as_str().to_string(),
+                lists: each!(&state.lists, lists => saved_lists(lists)),
+            }),
+        }
+    }
+}

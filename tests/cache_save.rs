@@ -1,0 +1,381 @@
+//! Saved caches: they go on bit for bit, and files that are no saved cache are refused with a reason.
+
+mod common;
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use candle_sfattention::{
+    CacheOptions, CompressedKvCache, CompressionConfig, Criterion, Fold, HeadStrategies, MergeStrategy,
+};
+use common::caches::{configs, part, shapes, strategies};
+use common::files::{Contents, TempFile};
+use common::inputs::{values, Shape};
+use proptest::prelude::*;
+use serde_json::Value;
+use std::collections::HashMap;
+use std::path::Path;
+
+fn through_a_file(cache: &CompressedKvCache) -> Result<CompressedKvCache> {
+    let file = TempFile::new();
+    cache.save(&file.0)?;
+    Ok(CompressedKvCache::load(&file.0, &Device::Cpu)?)
+}
+
+/// Every number as its bits, but one NaN for all.
+fn bits(tensor: &Tensor) -> Result<Vec<u64>> {
+    let bits = |x: f64| if x.is_nan() { f64::NAN } else { x }.to_bits();
+    Ok(values(tensor)?.into_iter().map(bits).collect())
+}
+
+/// Both take the same tokens from `start` on, in chunks, and are the same throughout.
+fn assert_go_on_alike(
+    caches: [&mut CompressedKvCache; 2],
+    qkv: &[Tensor; 3],
+    mut start: usize,
+    chunks: &[usize],
+) -> Result<()> {
+    let [original, loaded] = caches;
+    let tokens = qkv[0].dim(2)?;
+    for chunk in chunks.iter().cycle() {
+        // Debug shows length, bytes and the settings to the last bit.
+        assert_eq!(format!("{loaded:?}"), format!("{original:?}"), "at token {start}");
+        assert_eq!(loaded.lens(), original.lens(), "at token {start}");
+        assert_eq!(loaded.bytes_dense(), original.bytes_dense());
+        let count = (*chunk).min(tokens - start);
+        if count == 0 {
+            return Ok(());
+        }
+        let [q, k, v] = part(qkv, start, count)?;
+        let expected = original.append_and_attend(&q, &k, &v, &Default::default())?;
+        let got = loaded.append_and_attend(&q, &k, &v, &Default::default())?;
+        assert_eq!(bits(&got)?, bits(&expected)?, "{count} tokens at {start}");
+        start += count;
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_loaded_cache_goes_on_bit_for_bit(
+        shape in shapes(),
+        config in configs(),
+        kind in 0..5u8,
+        thresholds in any::<bool>(),
+        chunks in prop::collection::vec(prop_oneof![Just(1usize), 1..5usize, 1..90usize], 1..6),
+        (input, storage) in prop_oneof![
+            Just((DType::F32, None)),
+            Just((DType::F64, None)),
+            Just((DType::F16, None)),
+            Just((DType::BF16, None)),
+            Just((DType::F32, Some(DType::BF16))),
+            Just((DType::BF16, Some(DType::F32))),
+            Just((DType::F64, Some(DType::F64))),
+        ],
+        saves in 0..6usize,
+        bad in prop_oneof![2 => Just(None), 1 => (0..160usize).prop_map(Some)],
+        seed in 0..1000u64,
+    ) {
+        let mut strategies = strategies(kind, &shape).unwrap();
+        if thresholds {
+            let own: Vec<f64> = (0..shape.1).map(|head| config.similarity_threshold / (1.0 + head as f64)).collect();
+            strategies = strategies.with_thresholds(&Tensor::new(own, &Device::Cpu).unwrap()).unwrap();
+        }
+        let mut qkv = shape.qkv(seed, input).unwrap();
+        if let Some(bad) = bad.filter(|bad| *bad < shape.3) {
+            let at = Tensor::arange(0u32, shape.3 as u32, &Device::Cpu).unwrap().eq(bad as f64).unwrap();
+            let at = at.reshape((1, 1, shape.3, 1)).unwrap().broadcast_as(qkv[2].dims()).unwrap();
+            let infinite = Tensor::full(f32::INFINITY, qkv[2].dims(), &Device::Cpu).unwrap().to_dtype(input).unwrap();
+            qkv[2] = at.where_cond(&infinite, &qkv[2]).unwrap();
+        }
+        let options = CacheOptions { storage, max_entries: Some(10_000) };
+        let mut original = CompressedKvCache::new(strategies, config, options).unwrap();
+        let mut start = 0;
+        for chunk in chunks.iter().cycle().take(saves) {
+            let count = (*chunk).min(shape.3 - start);
+            if count > 0 {
+                let [q, k, v] = part(&qkv, start, count).unwrap();
+                original.append_and_attend(&q, &k, &v, &Default::default()).unwrap();
+            }
+            start += count;
+        }
+        let mut loaded = through_a_file(&original).unwrap();
+        assert_go_on_alike([&mut original, &mut loaded], &qkv, start, &chunks).unwrap();
+        // Whatever was not compared by then would show in a second file.
+        let (first, second) = (TempFile::new(), TempFile::new());
+        original.save(&first.0).unwrap();
+        loaded.save(&second.0).unwrap();
+        prop_assert!(Contents::read(&first.0).unwrap() == Contents::read(&second.0).unwrap());
+        // The settings are there for a fresh start, too.
+        original.reset();
+        loaded.reset();
+        assert_go_on_alike([&mut original, &mut loaded], &qkv, 0, &[shape.3]).unwrap();
+    }
+
+    /// Damage to the header is refused or harmless; nothing panics.
+    #[test]
+    fn a_damaged_header_never_panics(at in 0..20_000usize, byte in any::<u8>(), window in 0..5usize) {
+        let saved = saved(window).unwrap();
+        let mut bytes = std::fs::read(&saved.0).unwrap();
+        let end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        // Digits become digits, so that many of the files still parse.
+        let at = at % end;
+        bytes[at] = if bytes[at].is_ascii_digit() { b'0' + byte % 10 } else { byte };
+        std::fs::write(&saved.0, &bytes).unwrap();
+        if let Ok(mut cache) = CompressedKvCache::load(&saved.0, &Device::Cpu) {
+            let [q, k, v] = SHAPE.qkv(4, DType::F32).unwrap();
+            let _ = cache.append_and_attend(&q, &k, &v, &Default::default());
+            cache.lens();
+        }
+    }
+}
+
+/// Selected batch rows keep their tests, a truncated list its end, and a fresh cache everything.
+#[test]
+fn caches_of_every_history() -> Result<()> {
+    let shape = Shape(3, 4, 2, 60, 8);
+    let qkv = shape.qkv(3, DType::F32)?;
+    let [q, k, v] = part(&qkv, 0, 40)?;
+    let codes = Tensor::new(&[[0u32, 0, 2, 2], [2, 2, 1, 0], [0, 1, 2, 0]], &Device::Cpu)?;
+    let strategies = HeadStrategies::from_tensor(&codes)?;
+    let config = CompressionConfig {
+        similarity_threshold: 0.4,
+        difference_threshold: 0.1 + 0.2,
+        ..Default::default()
+    };
+    let mut selected = CompressedKvCache::new(strategies, config.clone(), Default::default())?;
+    selected.append_and_attend(&q, &k, &v, &Default::default())?;
+    let rows = Tensor::new(&[1u32, 1, 0], &Device::Cpu)?;
+    selected.index_select(&rows)?;
+    let mut loaded = through_a_file(&selected)?;
+    assert_go_on_alike([&mut selected, &mut loaded], &qkv, 40, &[1, 7])?;
+
+    let off = HeadStrategies::uniform(MergeStrategy::Off);
+    let mut truncated = CompressedKvCache::new(off, config, Default::default())?;
+    let infinite = (Tensor::ones((3, 2, 1, 8), DType::F32, &Device::Cpu)? / 0.)?;
+    truncated.append_and_attend(&q, &k, &v, &Default::default())?;
+    truncated.append_and_attend(&q.narrow(2, 0, 1)?, &infinite, &infinite, &Default::default())?;
+    truncated.truncate(30)?;
+    let mut loaded = through_a_file(&truncated)?;
+    assert_go_on_alike([&mut truncated, &mut loaded], &qkv, 30, &[1, 7])?;
+    loaded.truncate(10)?;
+    assert_eq!(loaded.seq_len(), 10);
+    Ok(())
+}
+
+/// A window that no sequence fills keeps every token raw, in a file and out of it.
+#[test]
+fn the_largest_window() -> Result<()> {
+    let config = CompressionConfig {
+        window: usize::MAX,
+        ..Default::default()
+    };
+    let similar = HeadStrategies::uniform(MergeStrategy::Similarity);
+    let mut cache = CompressedKvCache::new(similar, config, Default::default())?;
+    let qkv = SHAPE.qkv(0, DType::F32)?;
+    let [q, k, v] = part(&qkv, 0, 20)?;
+    cache.append_and_attend(&q, &k, &v, &Default::default())?;
+    let mut loaded = through_a_file(&cache)?;
+    assert_go_on_alike([&mut cache, &mut loaded], &qkv, 20, &[3])?;
+    assert_eq!(loaded.lens(), vec![vec![40; 4]; 2]);
+    Ok(())
+}
+
+const SHAPE: Shape = Shape(2, 4, 2, 40, 8);
+
+/// A saved cache of [`SHAPE`] that merges, with four lists to a batch row.
+fn saved(window: usize) -> Result<TempFile> {
+    let config = CompressionConfig {
+        similarity_threshold: 0.4,
+        fold: Fold::Mean,
+        criterion: Criterion::KeyKey,
+        window,
+        ..Default::default()
+    };
+    let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+    let mut cache = CompressedKvCache::new(strategies, config, Default::default())?;
+    let [q, k, v] = SHAPE.qkv(0, DType::F32)?;
+    cache.append_and_attend(&q, &k, &v, &Default::default())?;
+    let file = TempFile::new();
+    cache.save(&file.0)?;
+    Ok(file)
+}
+
+fn refusal(path: &Path) -> String {
+    let error = CompressedKvCache::load(path, &Device::Cpu).expect_err("this file must be refused");
+    error.to_string()
+}
+
+#[track_caller]
+fn assert_refused(path: &Path, parts: &[&str]) {
+    let message = refusal(path);
+    for part in parts.iter().chain(&["expected", "got", &*path.display().to_string()]) {
+        assert!(message.contains(part), "no {part:?} in: {message}");
+    }
+}
+
+#[test]
+fn a_file_cut_short_is_refused() -> Result<()> {
+    let saved = saved(3)?;
+    let bytes = std::fs::read(&saved.0)?;
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into()?) as usize;
+    for length in [
+        0,
+        1,
+        7,
+        8,
+        9,
+        header / 2,
+        header - 1,
+        header,
+        header + 1,
+        bytes.len() / 2,
+        bytes.len() - 1,
+    ] {
+        std::fs::write(&saved.0, &bytes[..length])?;
+        assert_refused(&saved.0, &["cut short", "save the cache again"]);
+    }
+    let longer = [&bytes[..], &[0]].concat();
+    std::fs::write(&saved.0, longer)?;
+    assert_refused(&saved.0, &["not fully covered"]);
+    Ok(())
+}
+
+#[test]
+fn other_files_are_refused() -> Result<()> {
+    let file = TempFile::new();
+    assert_refused(&file.0, &["readable file", "check the path"]);
+    std::fs::write(&file.0, "GGUF, or any other text that is longer than a length")?;
+    assert_refused(&file.0, &["another kind of file"]);
+    let weights = HashMap::from([("weight", Tensor::zeros((2, 3), DType::F32, &Device::Cpu)?)]);
+    candle_core::safetensors::save(&weights, &file.0)?;
+    assert_refused(&file.0, &["got format None", "CompressedKvCache::save"]);
+    Ok(())
+}
+
+#[test]
+fn a_folder_that_is_not_there_is_refused() -> Result<()> {
+    let path = std::env::temp_dir().join("sfattention-no-such-folder/cache.safetensors");
+    let strategies = HeadStrategies::uniform(MergeStrategy::Off);
+    let cache = CompressedKvCache::new(strategies, Default::default(), Default::default())?;
+    let message = cache.save(&path).unwrap_err().to_string();
+    assert!(
+        message.contains("no-such-folder") && message.contains("choose a folder"),
+        "{message}"
+    );
+    Ok(())
+}
+
+type Tampering = (&'static [&'static str], fn(&mut Contents));
+
+#[track_caller]
+fn assert_all_refused(cases: &[Tampering]) -> Result<()> {
+    let saved = saved(3)?;
+    let contents = Contents::read(&saved.0)?;
+    contents.write(&saved.0)?;
+    CompressedKvCache::load(&saved.0, &Device::Cpu)?;
+    for (parts, tamper) in cases {
+        let mut contents = Contents::read(&saved.0)?;
+        tamper(&mut contents);
+        let file = TempFile::new();
+        contents.write(&file.0)?;
+        assert_refused(&file.0, parts);
+    }
+    Ok(())
+}
+
+#[test]
+fn tampered_tensors_are_refused() -> Result<()> {
+    assert_all_refused(&[
+        (&["3.keys", "of shape [", "8]"], |c| c.turn("3.keys")),
+        (&["0.values", "of shape ["], |c| c.turn("0.values")),
+        (&["0.open", "[4, 8]", "[8, 4]"], |c| c.turn("0.open")),
+        (&["0.recent_keys", "[3, 8]", "[8, 3]"], |c| c.turn("0.recent_keys")),
+        (&["0.recent_values", "[3, 8]"], |c| c.turn("0.recent_values")),
+        (&["0.last_key", "[1, 8]", "[8, 1]"], |c| c.turn("0.last_key")),
+        (&["0.bits", "[3]", "[1, 3]"], |c| c.tensor("0.bits").1 = vec![1, 3]),
+        (&["0.bits", "expected 0 and 1", "got 2"], |c| {
+            c.tensor("0.bits").2[1] = 2
+        }),
+        (&["7.keys", "F32", "I32"], |c| {
+            c.tensor("7.keys").0 = safetensors::Dtype::I32
+        }),
+        (&["7.tokens", "not found"], |c| drop(c.tensors.remove("7.tokens"))),
+        (&["7.last_queries", "not found"], |c| {
+            drop(c.tensors.remove("7.last_queries"))
+        }),
+        (&["0.tokens", "increasing"], |c| c.set_u32("0.tokens", 0, 36)),
+        (&["0.tokens", "increasing"], |c| c.set_u32("0.tokens", 2, 0)),
+        (&["0.tokens", "increasing"], |c| c.set_u32("0.tokens", 0, u32::MAX)),
+        (&["0.log2_sizes", "got NaN"], |c| {
+            c.set_u32("0.log2_sizes", 1, f32::NAN.to_bits())
+        }),
+        (&["0.log2_sizes", "got 7.5"], |c| {
+            c.set_u32("0.log2_sizes", 1, 7.5f32.to_bits())
+        }),
+    ])
+}
+
+#[test]
+fn tampered_headers_are_refused() -> Result<()> {
+    assert_all_refused(&[
+        (&["version \"1\"", "got Some(\"2\")", "crate version"], |c| {
+            c.metadata.insert("version".into(), "2".into());
+        }),
+        (&["version \"1\"", "got None"], |c| drop(c.metadata.remove("version"))),
+        (&["format", "other"], |c| {
+            drop(c.metadata.insert("format".into(), "other".into()))
+        }),
+        (&["header", "missing field"], |c| c.cache = serde_json::json!({})),
+        (&["header", "unknown field"], |c| {
+            c.set("/state/lists/0", serde_json::json!({"future": 1}))
+        }),
+        (&["header", "ObservedMass"], |c| {
+            c.set("/config/criterion", "ObservedMass")
+        }),
+        (&["criterion", "observed_mass"], |c| {
+            c.set("/config/criterion", "observed_mass")
+        }),
+        (&["rule", "Causal"], |c| c.set("/config/rule", "reference")),
+        (&["whole rows"], |c| {
+            let table = serde_json::json!({"per_batch_head": {"heads": 4, "values": ["off", "off"]}});
+            c.set("/strategies/strategies", table)
+        }),
+        (&["storage", "f7"], |c| c.set("/storage", "f7")),
+        (&["storage", "BF16"], |c| c.set("/storage", "bf16")),
+        (&["storage", "U8"], |c| c.set("/storage", "u8")),
+        (&["max_entries"], |c| c.set("/max_entries", 0)),
+        (&["expected f64, f32", "U32"], |c| c.set("/state/dtype", "u32")),
+        (&["0.log2_sizes", "F64"], |c| c.set("/state/dtype", "f64")),
+        (&["sizes"], |c| c.set("/state/sizes/kv_heads", 3)),
+        (&["sizes"], |c| c.set("/state/sizes/head_dim", 0)),
+        (&["last_queries", "[0, 16]", "[0, 8]"], |c| {
+            c.set("/state/sizes/head_dim", 16)
+        }),
+        (&["list 1", "batch row 0"], |c| c.set("/state/lists/1/at/batch", 1)),
+        (&["list 2"], |c| c.set("/state/lists/2/at/kv_head", 0)),
+        (&["list 1"], |c| c.set("/state/lists/1/at/heads/end", 3)),
+        (&["list 1", "0 tests"], |c| {
+            c.set("/state/lists/1/tests", serde_json::json!([]))
+        }),
+        (&["lists", "3 batch rows", "got 8"], |c| c.set("/state/sizes/batch", 3)),
+        (&["list 2", "all 3"], |c| c.set("/state/sizes/heads", 6)),
+        (&["tests", "finite threshold"], |c| {
+            c.set("/state/lists/0/tests/0/threshold", Value::Null)
+        }),
+        (&["seq_len", "got 0"], |c| c.set("/state/seq_len", 0)),
+        (&["seq_len"], |c| c.set("/state/seq_len", u64::MAX)),
+        (&["0.tokens", "to a chain"], |c| c.set("/state/seq_len", 400)),
+        (&[".tokens", "Some(35)"], |c| c.set("/state/seq_len", 39)),
+        (&["run", "Some(39)"], |c| {
+            c.set("/state/lists/0/run_start", 39);
+            *c.tensor("0.run_key") = (safetensors::Dtype::F32, vec![1, 8], vec![0; 32]);
+        }),
+        (&["0.run_key", "[1, 8]", "[0, 8]"], |c| {
+            c.set("/state/lists/0/run_start", 5)
+        }),
+        (&["last_bad", "Some(40)"], |c| c.set("/state/lists/0/last_bad", 40)),
+        (&["0.bits"], |c| c.set("/config/window", 4)),
+    ])
+}
