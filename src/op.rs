@@ -6,7 +6,7 @@ use crate::cpu::block::BiasView;
 use crate::cpu::forward::{forward, ForwardInput};
 use crate::cpu::{Accumulator, Element, Rows};
 use crate::loss::compression_loss;
-use crate::plan::{not_on_cpu, MergePlan};
+use crate::plan::{cpu_slice, not_on_cpu, MergePlan};
 use crate::problem::{Problem, RowLayout};
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, CudaStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor};
@@ -182,13 +182,6 @@ impl CompressedAttentionOp {
 
 fn rows<'a, T>((data, layout): (&'a [T], &Layout)) -> Rows<'a, T> {
     Rows::new(data, RowLayout::new(layout))
-}
-
-fn cpu_slice<T: Element>(storage: &Storage) -> Result<&[T]> {
-    match storage {
-        Storage::Cpu(storage) => storage.as_slice::<T>(),
-        other => not_on_cpu(&other.device()),
-    }
 }
 
 fn contiguous<'a, T: candle_core::WithDType>(storage: &'a Storage, layout: &Layout) -> Result<&'a [T]> {

@@ -173,6 +173,13 @@ pub(crate) fn visit_storages<V: QueryKeyVisitor>(
     }
 }
 
+pub(crate) fn cpu_slice<T: Element>(storage: &Storage) -> Result<&[T]> {
+    match storage {
+        Storage::Cpu(storage) => storage.as_slice::<T>(),
+        other => not_on_cpu(&other.device()),
+    }
+}
+
 pub(crate) fn not_on_cpu<R>(device: &Device) -> Result<R> {
     bail!(
         "device: expected the CPU, got {:?}; compressed attention has no kernels for it in this version, \

@@ -168,7 +168,7 @@ fn caches_of_every_history() -> Result<()> {
 #[test]
 fn the_largest_window() -> Result<()> {
     let config = CompressionConfig {
-        window: usize::MAX,
+        window: u32::MAX as usize,
         ..Default::default()
     };
     let similar = HeadStrategies::uniform(MergeStrategy::Similarity);

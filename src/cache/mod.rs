@@ -1,14 +1,14 @@
 //! [`CompressedKvCache`]: decoding with a KV cache that really shrinks, per head.
 
 use crate::config::{AttentionOptions, CompressionConfig, GroupRule, HeadStrategies, MergeRule, MergeStrategy};
-use crate::cpu::block::BiasView;
-use crate::cpu::cached::{ListHeads, Step};
+use crate::cpu::cached::ListHeads;
 use crate::cpu::list::{List, ListSettings};
-use crate::cpu::{Element, Rows};
+use crate::cpu::Element;
 use crate::plan::not_on_cpu;
-use crate::problem::{Problem, RowLayout};
-use candle_core::{bail, CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor};
+use crate::problem::Problem;
+use candle_core::{bail, DType, Result, Tensor};
 use serde::{Deserialize, Serialize};
+use step::{step, WithoutGradient};
 
 /// How a cache stores what it keeps.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -109,6 +109,7 @@ macro_rules! each {
 
 mod load;
 mod save;
+mod step;
 
 impl Lists {
     fn dtype(&self) -> DType {
@@ -386,176 +387,4 @@ fn select<S: Element>(lists: &ListsOf<S>, rows: &[i64]) -> ListsOf<S> {
         })
     };
     rows.iter().enumerate().flat_map(of_row).collect()
-}
-
-/// One call on checked tensors; an error leaves `state` as it was.
-fn step(
-    state: &mut State,
-    problem: &Problem,
-    [q, k, v]: [&Tensor; 3],
-    options: Option<&AttentionOptions>,
-    max_entries: Option<usize>,
-) -> Result<Option<Tensor>> {
-    if state.sizes != Sizes::of(problem) {
-        bail!(
-            "query and key: expected the cache's batch, heads, KV heads and head_dim {:?}, got {:?}; reset() the cache \
-             for other shapes",
-            state.sizes,
-            Sizes::of(problem)
-        )
-    }
-    let total = state.seq_len + problem.tokens;
-    let accumulator = if problem.dtype == DType::F64 {
-        DType::F64
-    } else {
-        DType::F32
-    };
-    let full = [problem.batch, problem.heads, problem.tokens, total];
-    let bias = match options {
-        Some(options) => {
-            options.check()?;
-            bias_view(options.bias.as_ref(), full, accumulator)?
-        }
-        None => None,
-    };
-    let storage = state.lists.dtype();
-    let (k, v) = (k.to_dtype(storage)?, v.to_dtype(storage)?);
-    let call = Call {
-        problem,
-        tensors: [q, &k, &v],
-        options,
-        bias,
-        max_entries,
-    };
-    let output = match (&mut state.lists, problem.dtype) {
-        (Lists::F64(lists), _) => call.run::<f64, f64>(lists),
-        (Lists::F32(lists), DType::F16) => call.run::<half::f16, f32>(lists),
-        (Lists::F32(lists), DType::BF16) => call.run::<half::bf16, f32>(lists),
-        (Lists::F32(lists), _) => call.run::<f32, f32>(lists),
-        (Lists::F16(lists), DType::F16) => call.run::<half::f16, half::f16>(lists),
-        (Lists::F16(lists), DType::BF16) => call.run::<half::bf16, half::f16>(lists),
-        (Lists::F16(lists), _) => call.run::<f32, half::f16>(lists),
-        (Lists::BF16(lists), DType::F16) => call.run::<half::f16, half::bf16>(lists),
-        (Lists::BF16(lists), DType::BF16) => call.run::<half::bf16, half::bf16>(lists),
-        (Lists::BF16(lists), _) => call.run::<f32, half::bf16>(lists),
-    }?;
-    state.seq_len = total;
-    Ok(output)
-}
-
-fn bias_view(bias: Option<&Tensor>, full: [usize; 4], dtype: DType) -> Result<Option<Tensor>> {
-    let Some(bias) = bias else { return Ok(None) };
-    if bias.broadcast_as(&full).is_err() {
-        bail!(
-            "bias: expected a shape that broadcasts to (batch, heads, new tokens, all tokens) = {full:?}, got {:?}; use \
-             size 1 for the axes it does not depend on",
-            bias.dims()
-        )
-    }
-    Ok(Some(bias.to_dtype(dtype)?.broadcast_as(&full)?))
-}
-
-/// One checked call: query in its own dtype, key and value in the storage dtype.
-struct Call<'a> {
-    problem: &'a Problem,
-    tensors: [&'a Tensor; 3],
-    /// None to take the tokens in without attending.
-    options: Option<&'a AttentionOptions>,
-    bias: Option<Tensor>,
-    max_entries: Option<usize>,
-}
-
-impl Call<'_> {
-    fn run<Q: Element<Acc = S::Acc>, S: Element>(&self, lists: &mut ListsOf<S>) -> Result<Option<Tensor>> {
-        let [q, k, v] = self.tensors.map(Tensor::storage_and_layout);
-        let bias = self.bias.as_ref().map(Tensor::storage_and_layout);
-        let bias = match &bias {
-            Some((storage, layout)) => Some(BiasView {
-                data: cpu_slice::<S::Acc>(storage)?,
-                offset: layout.start_offset(),
-                strides: [0, 1, 2, 3].map(|axis| layout.stride()[axis]),
-            }),
-            None => None,
-        };
-        let Problem {
-            batch,
-            heads,
-            tokens,
-            head_dim,
-            ..
-        } = *self.problem;
-        let step = Step::<Q, S> {
-            q: Rows::new(cpu_slice(&q.0)?, RowLayout::new(q.1)),
-            k: Rows::new(cpu_slice(&k.0)?, RowLayout::new(k.1)),
-            v: Rows::new(cpu_slice(&v.0)?, RowLayout::new(v.1)),
-            count: tokens,
-            heads,
-            head_dim,
-            scale: self.options.map_or(1.0, |options| options.scale(head_dim)),
-            dropout: self.options.and_then(|options| options.dropout),
-            bias,
-        };
-        let decided = step.decide(lists);
-        if let Some(limit) = self.max_entries {
-            let needed = lists.iter().zip(&decided);
-            let needed = needed
-                .map(|((_, list), decided)| list.entries_after(tokens, decided))
-                .max();
-            if needed.is_some_and(|needed| needed > limit) {
-                bail!(
-                    "max_entries: expected at most {limit} entries in a list, got {needed:?} with the {tokens} new \
-                     tokens; raise the limit, merge more, or reset()"
-                )
-            }
-        }
-        let output = step.run(lists, decided, self.options.is_some());
-        let rows = |_| Tensor::from_vec(output, (batch, heads, tokens, head_dim), &Device::Cpu);
-        self.options.map(rows).transpose()
-    }
-}
-
-fn cpu_slice<T: Element>(storage: &Storage) -> Result<&[T]> {
-    match storage {
-        Storage::Cpu(storage) => storage.as_slice::<T>(),
-        other => not_on_cpu(&other.device()),
-    }
-}
-
-/// A finished result as part of the graph of tracked inputs, so that `backward()` through it fails instead of silently
-/// giving nothing.
-struct WithoutGradient(Tensor);
-
-impl CustomOp3 for WithoutGradient {
-    fn name(&self) -> &'static str {
-        "compressed-kv-cache"
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        match &*self.0.storage_and_layout().0 {
-            Storage::Cpu(storage) => Ok((storage.clone(), self.0.shape().clone())),
-            other => not_on_cpu(&other.device()),
-        }
-    }
-
-    fn bwd(
-        &self,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        bail!(
-            "compressed-kv-cache: expected a forward pass only, got backward(); a cache holds no graph, \
-             train with attend or compressed_attention"
-        )
-    }
 }

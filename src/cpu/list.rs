@@ -35,12 +35,7 @@ impl ListSettings {
             fold: if merges { config.fold } else { Fold::Drop },
             sinks: config.sinks,
             max_merge_level: config.max_merge_level,
-            // More than all token indices is no longer a window, and window + 1 must not overflow.
-            window: if merges {
-                config.window.min(u32::MAX as usize)
-            } else {
-                0
-            },
+            window: if merges { config.window } else { 0 },
         }
     }
 

@@ -72,6 +72,10 @@ fn settings_without_a_meaning() {
         "max_merge_level: expected at least 1, got 0; use MergeStrategy::Off",
     );
     refused_config(
+        &config(|c| c.window = usize::MAX),
+        "window, sinks and max_merge_level: expected at most 4294967295, got 18446744073709551615, …folds nothing",
+    );
+    refused_config(
         &config(|c| c.criterion = Criterion::ObservedMass),
         "criterion: expected query_key or key_key, got observed_mass; …use key_key with a window",
     );
