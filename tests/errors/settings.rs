@@ -73,7 +73,7 @@ fn settings_without_a_meaning() {
     );
     refused_config(
         &config(|c| c.window = usize::MAX),
-        "window, sinks and max_merge_level: expected at most 4294967295, got 18446744073709551615, …folds nothing",
+        "window, sinks and max_merge_level: expected at most 4294967295, got 18446744073709551615…; a window of all tokens folds nothing",
     );
     refused_config(
         &config(|c| c.criterion = Criterion::ObservedMass),
