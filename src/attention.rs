@@ -1,10 +1,16 @@
 //! Modules: the drop-in for a layer's `softmax(QK)V`, a whole self-attention layer, and a sink for its loss.
 
+mod rotary;
+
+pub use rotary::{RotaryConfig, RotaryLayout};
+
+use crate::cache::{CacheOptions, CompressedKvCache};
 use crate::config::{AttentionOptions, CompressionConfig, Dropout, HeadStrategies};
 use crate::op::{attend, compressed_attention, CompressedAttentionOutput};
 use crate::plan::MergePlan;
-use candle_core::{bail, DType, Device, Result, Tensor};
-use candle_nn::{linear_b, rotary_emb, Linear, Module, VarBuilder};
+use candle_core::{bail, Result, Tensor};
+use candle_nn::{linear_b, Linear, Module, VarBuilder};
+use rotary::Rotary;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -84,6 +90,36 @@ impl CompressedAttention {
         compressed_attention(q, k, v, &self.strategies, &self.config, &self.next_options())
     }
 
+    /// An empty cache with this attention's strategies and parameters, for [`Self::forward_cached`]: one per layer.
+    ///
+    /// # Errors
+    /// As [`CompressedKvCache::new`], and options that are not causal.
+    pub fn new_cache(&self, options: CacheOptions) -> Result<CompressedKvCache> {
+        if !self.options.causal {
+            bail!("causal: expected true for a KV cache, got false; a cached row cannot see tokens that come later")
+        }
+        CompressedKvCache::new(self.strategies.clone(), self.config.clone(), options)
+    }
+
+    /// The output rows (B, H, n, D) of n >= 1 new tokens, query (B, H, n, D), key and value (B, Hk, n, D), over all that
+    /// `cache` has seen; the tokens are added to it. Any chunking of a sequence gives what [`Self::forward`] gives on
+    /// the whole, to rounding. Dropout uses its seed as it is in every call, so the whole is again one mask.
+    ///
+    /// # Errors
+    /// A cache of other strategies or parameters than [`Self::new_cache`] gives, or as
+    /// [`CompressedKvCache::append_and_attend`]. The cache is then unchanged.
+    pub fn forward_cached(&self, q: &Tensor, k: &Tensor, v: &Tensor, cache: &mut CompressedKvCache) -> Result<Tensor> {
+        if (cache.strategies(), cache.config()) != (&self.strategies, &self.config) {
+            bail!(
+                "cache: expected this attention's strategies and {:?}, got other strategies or {:?}; make the cache with \
+                 new_cache",
+                self.config,
+                cache.config()
+            )
+        }
+        cache.append_and_attend(q, k, v, &self.options)
+    }
+
     /// Each head's strategy.
     pub fn strategies(&self) -> &HeadStrategies {
         &self.strategies
@@ -153,26 +189,6 @@ impl CompressionLossSink {
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Tensor>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Which entries of a head's vector a rotary embedding turns together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RotaryLayout {
-    /// d and d + D/2: Hugging Face checkpoints.
-    Half,
-    /// 2d and 2d + 1: GGUF files and the original Llama weights.
-    Interleaved,
-}
-
-/// Rotary position embedding of queries and keys.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct RotaryConfig {
-    /// Base of the frequencies, 10000 in the first Llama.
-    pub theta: f64,
-    /// Positions to prepare; longer inputs are refused.
-    pub max_tokens: usize,
-    /// Which entries are turned together.
-    pub layout: RotaryLayout,
 }
 
 /// The sizes of a self-attention layer.
@@ -285,13 +301,42 @@ impl CompressedSelfAttention {
     /// # Errors
     /// An input of another shape, more tokens than the rotary embedding has positions, or as [`compressed_attention`].
     pub fn forward_with_loss(&self, xs: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
-        let (q, k, v) = self.project(xs)?;
+        let (q, k, v) = self.project(xs, 0)?;
         let result = self.attention.forward_with_loss(&q, &k, &v)?;
         Ok((self.merge_heads(&result.output)?, result.compression_loss))
     }
 
-    /// xs (B, N, hidden_size) -> query (B, H, N, D), key and value (B, Hk, N, D), rotated.
-    fn project(&self, xs: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+    /// xs (B, n, hidden_size), n >= 1 new tokens -> output of the same shape, over all tokens that `cache` has seen; the
+    /// new ones are added to it. Their positions start at [`CompressedKvCache::seq_len`]. Any chunking of a sequence
+    /// gives what [`Module::forward`] gives on the whole, to rounding. No compression loss, and no gradient:
+    /// differentiating the result is an error.
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use candle_nn::{VarBuilder, VarMap};
+    /// # use candle_sfattention::*;
+    /// # let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+    /// # let sizes = SelfAttentionConfig { hidden_size: 16, num_heads: 2, num_kv_heads: 1, head_dim: 8, qkv_bias: false, output_bias: false, rotary: None };
+    /// # let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+    /// # let attention = CompressedAttention::new(strategies, CompressionConfig::pretrained(), Default::default())?;
+    /// # let layer = CompressedSelfAttention::new(sizes, attention, vb)?;
+    /// let mut cache = layer.attention().new_cache(Default::default())?;
+    /// layer.forward_cached(&Tensor::zeros((1, 100, 16), DType::F32, &Device::Cpu)?, &mut cache)?; // the prompt
+    /// let next = layer.forward_cached(&Tensor::zeros((1, 1, 16), DType::F32, &Device::Cpu)?, &mut cache)?;
+    /// assert_eq!((next.dims(), cache.seq_len()), (&[1, 1, 16][..], 101));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// An input of another shape, more tokens than the rotary embedding has positions, or as
+    /// [`CompressedAttention::forward_cached`]. The cache is then unchanged.
+    pub fn forward_cached(&self, xs: &Tensor, cache: &mut CompressedKvCache) -> Result<Tensor> {
+        let (q, k, v) = self.project(xs, cache.seq_len())?;
+        self.merge_heads(&self.attention.forward_cached(&q, &k, &v, cache)?)
+    }
+
+    /// xs (B, N, hidden_size) -> query (B, H, N, D), key and value (B, Hk, N, D), rotated from `position` on.
+    fn project(&self, xs: &Tensor, position: usize) -> Result<(Tensor, Tensor, Tensor)> {
         let (batch, tokens) = match *xs.dims() {
             [batch, tokens, hidden] if hidden == self.config.hidden_size && batch * tokens > 0 => (batch, tokens),
             [_, _, hidden] if hidden == self.config.hidden_size => bail!(
@@ -312,7 +357,7 @@ impl CompressedSelfAttention {
         let k = split(&self.k_proj, self.config.num_kv_heads)?;
         let v = split(&self.v_proj, self.config.num_kv_heads)?;
         match &self.rotary {
-            Some(rotary) => Ok((rotary.apply(&q)?, rotary.apply(&k)?, v)),
+            Some(rotary) => Ok((rotary.apply(&q, position)?, rotary.apply(&k, position)?, v)),
             None => Ok((q, k, v)),
         }
     }
@@ -326,7 +371,7 @@ impl CompressedSelfAttention {
 impl Module for CompressedSelfAttention {
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         let Some(sink) = &self.sink else {
-            let (q, k, v) = self.project(xs)?;
+            let (q, k, v) = self.project(xs, 0)?;
             return self.merge_heads(&self.attention.forward(&q, &k, &v)?);
         };
         let (output, loss) = self.forward_with_loss(xs)?;
@@ -334,53 +379,5 @@ impl Module for CompressedSelfAttention {
             sink.push(loss)
         }
         Ok(output)
-    }
-}
-
-/// Prepared cosines and sines, (max_tokens, D / 2).
-#[derive(Clone, Debug)]
-struct Rotary {
-    cos: Tensor,
-    sin: Tensor,
-    layout: RotaryLayout,
-}
-
-impl Rotary {
-    fn new(config: RotaryConfig, head_dim: usize, dtype: DType, device: &Device) -> Result<Self> {
-        if !(config.theta.is_finite() && config.theta > 0.0) {
-            bail!(
-                "rotary theta: expected a positive number, got {}; Llama uses 10000",
-                config.theta
-            )
-        }
-        let frequencies: Vec<f32> = (0..head_dim / 2)
-            .map(|d| (config.theta.powf(-2.0 * d as f64 / head_dim as f64)) as f32)
-            .collect();
-        let frequencies = Tensor::new(frequencies, device)?.unsqueeze(0)?;
-        let positions = Tensor::arange(0, config.max_tokens as u32, device)?.to_dtype(DType::F32)?;
-        let angles = positions.unsqueeze(1)?.matmul(&frequencies)?;
-        Ok(Self {
-            cos: angles.cos()?.to_dtype(dtype)?,
-            sin: angles.sin()?.to_dtype(dtype)?,
-            layout: config.layout,
-        })
-    }
-
-    /// Turns (B, H, N, D). The fused kernels cut gradients, so a tracked input takes candle's plain operations.
-    fn apply(&self, xs: &Tensor) -> Result<Tensor> {
-        let (tokens, positions) = (xs.dim(2)?, self.cos.dim(0)?);
-        if tokens > positions {
-            bail!(
-                "tokens: expected at most the rotary embedding's {positions} positions, got {tokens}; raise max_tokens"
-            )
-        }
-        let (cos, sin) = (self.cos.narrow(0, 0, tokens)?, self.sin.narrow(0, 0, tokens)?);
-        let xs = xs.contiguous()?;
-        match (self.layout, xs.track_op()) {
-            (RotaryLayout::Half, false) => rotary_emb::rope(&xs, &cos, &sin),
-            (RotaryLayout::Half, true) => rotary_emb::rope_slow(&xs, &cos, &sin),
-            (RotaryLayout::Interleaved, false) => rotary_emb::rope_i(&xs, &cos, &sin),
-            (RotaryLayout::Interleaved, true) => rotary_emb::rope_i_slow(&xs, &cos, &sin),
-        }
     }
 }

@@ -81,7 +81,7 @@ fn dense(model: &str, text: &str) -> (Llama, Vec<u32>) {
 }
 
 fn last_logits(model: &Llama, tokens: &[u32]) -> Vec<f32> {
-    let hidden = model.forward(tokens, 0, &mut HiddenCounts::default()).unwrap();
+    let hidden = model.forward(tokens, &mut HiddenCounts::default()).unwrap();
     flat(model.logits(&hidden, tokens.len() - 1, 1).unwrap())
 }
 

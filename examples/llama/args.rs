@@ -1,9 +1,11 @@
 //! The command line.
 
+use std::fmt;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use candle_core::DType;
-use candle_sfattention::{CompressionConfig, Criterion, Fold, GroupRule, LossNormalizer, MergeRule};
+use candle_sfattention::{CacheOptions, CompressionConfig, Criterion, Fold, GroupRule, LossNormalizer, MergeRule};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -28,6 +30,9 @@ pub enum Command {
     /// Measure perplexity on windows of a text.
     #[command(after_long_help = STRATEGY_FILE)]
     Eval(EvalArgs),
+    /// Measure speed and memory of prompts of several lengths, dense and compressed.
+    #[command(after_long_help = STRATEGY_FILE)]
+    Bench(BenchArgs),
 }
 
 const STRATEGY_FILE: &str = r#"Strategy file:
@@ -57,6 +62,15 @@ pub struct GenerateArgs {
     /// Stop after this many tokens.
     #[arg(long, default_value_t = 100)]
     pub max_tokens: usize,
+    /// Run the whole sequence again for every token instead of keeping keys and values. The rule reference, whose rows
+    /// see the future, always does.
+    #[arg(long, conflicts_with_all = ["prefill_chunk", "kv_dtype"])]
+    pub no_cache: bool,
+    /// Write speed, cache size and peak memory to this file as JSON.
+    #[arg(long, value_name = "FILE")]
+    pub stats: Option<PathBuf>,
+    #[command(flatten)]
+    pub cache: CacheArgs,
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]
@@ -84,6 +98,88 @@ pub struct EvalArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// The text whose beginning is the prompt. No BOS token is added.
+    #[arg(long, default_value = "data/moby-dick.txt")]
+    pub text: PathBuf,
+    /// Prompt lengths in tokens. One that leaves no room for --decode in the model's context is shortened.
+    #[arg(long, value_delimiter = ',', value_name = "N,N..", default_values_t = [512, 2048, 8192])]
+    pub prompts: Vec<usize>,
+    /// Tokens to decode one at a time after each prompt: those that follow in the text.
+    #[arg(long, default_value_t = 32)]
+    pub decode: usize,
+    /// Draw cache bytes against tokens of the longest prompt into this file.
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+    /// How this program runs itself: one configuration per process, as a process has one peak of memory.
+    #[arg(long, hide = true, value_name = "TOKENS:NAME")]
+    pub child: Option<Child>,
+    #[command(flatten)]
+    pub cache: CacheArgs,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub compression: CompressionArgs,
+}
+
+/// One configuration of `bench`, as its parent writes it on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Child {
+    pub prompt: usize,
+    pub dense: bool,
+}
+
+impl fmt::Display for Child {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{}:{}", self.prompt, if self.dense { "dense" } else { "compressed" })
+    }
+}
+
+impl FromStr for Child {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            Some((prompt, name @ ("dense" | "compressed"))) => Ok(Self {
+                prompt: prompt.parse().map_err(|error| format!("{prompt}: {error}"))?,
+                dense: name == "dense",
+            }),
+            _ => Err("expected TOKENS:dense or TOKENS:compressed".into()),
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "KV cache")]
+pub struct CacheArgs {
+    /// Tokens of the prompt to run at once. Fewer take less memory for activations; what comes out is the same.
+    #[arg(long, default_value_t = 512, value_name = "N")]
+    pub prefill_chunk: usize,
+    /// Number type of the keys and values kept. Default: that of the activations.
+    #[arg(long, value_enum)]
+    pub kv_dtype: Option<Dtype>,
+}
+
+impl CacheArgs {
+    /// Refuses chunks of nothing.
+    pub fn check(&self) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            self.prefill_chunk > 0,
+            "prefill-chunk: expected at least 1 token, got 0; 512 is the default"
+        );
+        Ok(())
+    }
+
+    /// How the caches store what they keep.
+    pub fn options(&self) -> CacheOptions {
+        CacheOptions {
+            storage: self.kv_dtype.map(DType::from),
+            max_entries: None,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
 pub struct ModelArgs {
     /// A .gguf file, a folder with config.json, tokenizer.json and safetensors, or a Hugging Face id OWNER/NAME.
     #[arg(long, value_name = "PATH_OR_ID")]
@@ -101,22 +197,27 @@ pub struct ModelArgs {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Dtype {
+pub enum Dtype {
     F32,
     Bf16,
     F16,
 }
 
-impl ModelArgs {
-    /// How the weights are to be held.
-    pub fn load_options(&self) -> LoadOptions {
-        let dtype = match self.dtype {
+impl From<Dtype> for DType {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
             Dtype::F32 => DType::F32,
             Dtype::Bf16 => DType::BF16,
             Dtype::F16 => DType::F16,
-        };
+        }
+    }
+}
+
+impl ModelArgs {
+    /// How the weights are to be held.
+    pub fn load_options(&self) -> LoadOptions {
         LoadOptions {
-            dtype,
+            dtype: self.dtype.into(),
             dequantize: self.dequantize,
         }
     }
@@ -173,10 +274,10 @@ pub struct CompressionArgs {
     /// The last tokens before a row that it attends as they are.
     #[arg(long, value_name = "N")]
     window: Option<usize>,
-    /// Factor on the compression loss, which neither command computes.
+    /// Factor on the compression loss, which no command computes.
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     loss_factor: Option<f64>,
-    /// merged or pairs: the divisor of the compression loss, which neither command computes.
+    /// merged or pairs: the divisor of the compression loss, which no command computes.
     #[arg(long, value_parser = by_name::<LossNormalizer>, value_name = "NAME")]
     loss_normalizer: Option<LossNormalizer>,
 }

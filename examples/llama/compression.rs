@@ -54,6 +54,15 @@ impl Compression {
         })
     }
 
+    /// The same with every head off.
+    pub fn dense(self) -> Self {
+        Self {
+            label: "off".into(),
+            strategies: Strategies::Uniform(MergeStrategy::Off),
+            ..self
+        }
+    }
+
     /// One attention per layer of a model with that many layers and query heads.
     pub fn attention(&self, layers: usize, heads: usize) -> Result<Vec<CompressedAttention>> {
         let per_layer = match &self.strategies {

@@ -14,7 +14,8 @@ use crate::args::EvalArgs;
 use crate::compression::Compression;
 use crate::load::Checkpoint;
 use crate::model::{HiddenCounts, Llama};
-use crate::report::{check_json_path, write_json, RunReport};
+use crate::report::{check_path, write_json, RunReport};
+use crate::stats::Hidden;
 
 /// Rows of logits held at once: 64 rows of 50k f32 are 12 MiB, and three such buffers live together.
 const LOGIT_ROWS: usize = 64;
@@ -34,7 +35,7 @@ struct EvalReport {
 }
 
 pub fn run(args: &EvalArgs) -> Result<()> {
-    check_json_path(args.model.json.as_deref())?;
+    check_path("json", args.model.json.as_deref())?;
     let compression = Compression::from_args(&args.compression)?;
     let text = fs::read_to_string(&args.text).with_context(|| format!("text {}", args.text.display()))?;
     ensure!(
@@ -66,10 +67,15 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         windows: windows.len(),
         context: args.context,
         seconds,
-        run: RunReport::new(&args.model, &compression, &counts, predicted as f64 / seconds),
+        run: RunReport::new(
+            &args.model,
+            &compression,
+            Hidden::of(&counts),
+            predicted as f64 / seconds,
+        ),
     };
     report.print()?;
-    write_json(args.model.json.as_deref(), &report)
+    write_json("json", args.model.json.as_deref(), &report)
 }
 
 impl EvalReport {
@@ -118,7 +124,7 @@ fn score(model: &Llama, tokens: &[u32], windows: &[Range<usize>]) -> Result<(f64
     let mut counts = HiddenCounts::default();
     for window in windows {
         let window = &tokens[window.clone()];
-        let hidden = model.forward(window, 0, &mut counts)?;
+        let hidden = model.forward(window, &mut counts)?;
         for first in (0..window.len() - 1).step_by(LOGIT_ROWS) {
             let rows = LOGIT_ROWS.min(window.len() - 1 - first);
             sum += nll(&model.logits(&hidden, first, rows)?, &window[first + 1..=first + rows])?;

@@ -4,54 +4,77 @@ use std::io::{stderr, stdout, Write};
 use std::time::Instant;
 
 use anyhow::{anyhow, ensure, Context, Result};
+use candle_sfattention::MergeRule;
 use candle_transformers::generation::LogitsProcessor;
 use serde::Serialize;
 
 use crate::args::GenerateArgs;
 use crate::compression::Compression;
 use crate::load::Checkpoint;
-use crate::model::{HiddenCounts, Llama};
-use crate::report::{check_json_path, write_json, RunReport};
+use crate::report::{check_path, write_json, RunReport};
+use crate::session::Session;
+use crate::stats::Stats;
 
 #[derive(Serialize)]
 struct GenerateReport {
     text: String,
-    prompt_tokens: usize,
     /// Generated tokens.
     tokens: usize,
     seconds: f64,
+    stats: Stats,
     #[serde(flatten)]
     run: RunReport,
 }
 
 pub fn run(args: &GenerateArgs) -> Result<()> {
-    check_json_path(args.model.json.as_deref())?;
+    check_path("json", args.model.json.as_deref())?;
+    check_path("stats", args.stats.as_deref())?;
+    args.cache.check()?;
     let mut sampler = sampler(args)?;
     let compression = Compression::from_args(&args.compression)?;
+    let cached = keeps_cache(args, &compression)?;
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options())?;
     let prompt = encode_prompt(&checkpoint, args)?;
     let attention = compression.attention(checkpoint.config.layers, checkpoint.config.heads)?;
     let model = checkpoint.load(attention)?;
+    let mut session = match cached {
+        true => Session::cached(&model, &args.cache.options(), args.cache.prefill_chunk)?,
+        false => Session::recomputed(&model),
+    };
 
     let start = Instant::now();
-    let generated = generate(&model, &checkpoint, &prompt, args.max_tokens, &mut sampler)?;
+    let (text, tokens) = generate(&mut session, &checkpoint, &prompt, args.max_tokens, &mut sampler)?;
     let seconds = start.elapsed().as_secs_f64();
-    let speed = generated.tokens as f64 / seconds;
-    let report = GenerateReport {
-        text: generated.text,
-        prompt_tokens: prompt.len(),
-        tokens: generated.tokens,
-        seconds,
-        run: RunReport::new(&args.model, &compression, &generated.counts, speed),
-    };
+    let stats = session.stats(tokens);
     let out = &mut stderr().lock();
+    writeln!(out)?;
+    stats.print(out)?;
+    let speed = tokens as f64 / seconds;
+    let report = GenerateReport {
+        text,
+        tokens,
+        seconds,
+        run: RunReport::new(&args.model, &compression, stats.hidden.clone(), speed),
+        stats,
+    };
+    write_json("stats", args.stats.as_deref(), &report.stats)?;
+    write_json("json", args.model.json.as_deref(), &report)
+}
+
+/// Whether keys and values are kept. The rule reference cannot; says so.
+fn keeps_cache(args: &GenerateArgs, compression: &Compression) -> Result<bool> {
+    if args.no_cache || compression.config.rule == MergeRule::Causal {
+        return Ok(!args.no_cache);
+    }
+    ensure!(
+        args.cache.kv_dtype.is_none(),
+        "kv-dtype: expected a rule that can keep a cache, got reference, whose rows see the future; use --rule causal"
+    );
     writeln!(
-        out,
-        "\nprompt tokens     {}\ngenerated tokens  {}",
-        report.prompt_tokens, report.tokens
+        stderr(),
+        "note: the rule reference keeps no cache, as its rows see the future: every step runs the whole sequence again"
     )?;
-    report.run.print(out)?;
-    write_json(args.model.json.as_deref(), &report)
+    Ok(false)
 }
 
 fn sampler(args: &GenerateArgs) -> Result<LogitsProcessor> {
@@ -94,54 +117,39 @@ fn encode_prompt(checkpoint: &Checkpoint, args: &GenerateArgs) -> Result<Vec<u32
     Ok(tokens)
 }
 
-struct Generated {
-    text: String,
-    tokens: usize,
-    counts: HiddenCounts,
-}
-
-/// Generates up to `max_tokens`, printing text as it comes.
-///
-/// Every step runs the whole sequence again. The counts are those of the last step, the longest sequence.
+/// Generates up to `max_tokens`, printing text as it comes; returns the text and how many tokens it is.
 fn generate(
-    model: &Llama,
+    session: &mut Session,
     checkpoint: &Checkpoint,
     prompt: &[u32],
     max_tokens: usize,
     sampler: &mut LogitsProcessor,
-) -> Result<Generated> {
+) -> Result<(String, usize)> {
     let out = &mut stdout().lock();
     let mut decoder = checkpoint.tokenizer.decode_stream(true);
-    let mut tokens = prompt.to_vec();
-    let mut generated = Generated {
-        text: String::new(),
-        tokens: 0,
-        counts: HiddenCounts::default(),
-    };
-    while generated.tokens < max_tokens {
-        if tokens.len() >= checkpoint.config.context_length {
-            writeln!(
-                stderr(),
-                "\nnote: stopped at the model's context of {} tokens",
-                tokens.len()
-            )?;
+    let (mut text, mut generated, mut last) = (String::new(), 0, None);
+    while generated < max_tokens {
+        let tokens = prompt.len() + generated;
+        if tokens >= checkpoint.config.context_length {
+            writeln!(stderr(), "\nnote: stopped at the model's context of {tokens} tokens")?;
             break;
         }
-        generated.counts = HiddenCounts::default();
-        let hidden = model.forward(&tokens, 0, &mut generated.counts)?;
-        let logits = model.logits(&hidden, tokens.len() - 1, 1)?.squeeze(0)?;
+        let logits = match last {
+            None => session.prefill(prompt, |_| ())?,
+            Some(token) => session.step(token)?,
+        };
         let token = sampler.sample(&logits).context("sampling: the logits are not usable")?;
         if checkpoint.end_tokens.contains(&token) {
             break;
         }
-        tokens.push(token);
-        generated.tokens += 1;
+        last = Some(token);
+        generated += 1;
         if let Some(piece) = decoder.step(token).map_err(|error| anyhow!("tokenizer: {error}"))? {
             write!(out, "{piece}")?;
             out.flush()?;
-            generated.text.push_str(&piece);
+            text.push_str(&piece);
         }
     }
     writeln!(out)?;
-    Ok(generated)
+    Ok((text, generated))
 }

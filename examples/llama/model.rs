@@ -7,7 +7,7 @@ use anyhow::{ensure, Result};
 use candle_core::quantized::QMatMul;
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::{ops, RmsNorm};
-use candle_sfattention::{CompressedAttention, MergeStats};
+use candle_sfattention::{CacheOptions, CompressedAttention, CompressedKvCache, MergeStats};
 
 use crate::rope::{Pairing, Rope, RopeScaling, Rotation};
 
@@ -176,16 +176,33 @@ impl SelfAttention {
         })
     }
 
+    /// A whole sequence's rows `(1, N, hidden)`, and what was hidden from them.
     fn forward(&self, xs: &Tensor, rotation: &Rotation) -> Result<(Tensor, MergeStats)> {
+        let [q, k, v] = self.project(xs, rotation)?;
+        let (out, plan) = self.attention.forward_with_plan(&q, &k, &v)?;
+        Ok((self.merge_heads(&out)?, plan.stats()?))
+    }
+
+    /// The rows of new tokens `(1, n, hidden)` over all that `cache` has seen.
+    fn forward_cached(&self, xs: &Tensor, rotation: &Rotation, cache: &mut CompressedKvCache) -> Result<Tensor> {
+        let [q, k, v] = self.project(xs, rotation)?;
+        self.merge_heads(&self.attention.forward_cached(&q, &k, &v, cache)?)
+    }
+
+    /// Rotated queries and keys, and values: `(B, heads, N, D)`.
+    fn project(&self, xs: &Tensor, rotation: &Rotation) -> Result<[Tensor; 3]> {
         let (batch, n, _) = xs.dims3()?;
         // (B, N, heads·D) -> (B, heads, N, D), a view.
         let split = |xs: Tensor, heads| xs.reshape((batch, n, heads, self.head_dim))?.transpose(1, 2);
-        let q = rotation.apply(&split(self.query.forward(xs)?, self.heads)?)?;
-        let k = rotation.apply(&split(self.key.forward(xs)?, self.kv_heads)?)?;
-        let v = split(self.value.forward(xs)?, self.kv_heads)?;
-        let (out, plan) = self.attention.forward_with_plan(&q, &k, &v)?;
-        let out = out.transpose(1, 2)?.reshape((batch, n, self.heads * self.head_dim))?;
-        Ok((self.output.forward(&out)?, plan.stats()?))
+        Ok([
+            rotation.apply(&split(self.query.forward(xs)?, self.heads)?)?,
+            rotation.apply(&split(self.key.forward(xs)?, self.kv_heads)?)?,
+            split(self.value.forward(xs)?, self.kv_heads)?,
+        ])
+    }
+
+    fn merge_heads(&self, out: &Tensor) -> Result<Tensor> {
+        self.output.forward(&out.transpose(1, 2)?.flatten_from(2)?)
     }
 }
 
@@ -280,17 +297,37 @@ impl Llama {
         })
     }
 
-    /// Hidden states `(1, N, hidden)` of `tokens`, the first of which stands at `position` of its sequence. What each
-    /// layer hid is added to `counts`.
-    pub fn forward(&self, tokens: &[u32], position: usize, counts: &mut HiddenCounts) -> Result<Tensor> {
-        let ids = Tensor::new(tokens, &Device::Cpu)?;
+    /// Hidden states `(1, N, hidden)` of a whole sequence. What each layer hid is added to `counts`.
+    pub fn forward(&self, tokens: &[u32], counts: &mut HiddenCounts) -> Result<Tensor> {
+        let rotation = self.rope.at(0, tokens.len())?;
+        self.run(tokens, |index, layer, xs| {
+            let (attended, stats) = layer.attention.forward(xs, &rotation)?;
+            counts.add(index, &stats);
+            Ok(attended)
+        })
+    }
+
+    /// An empty cache per layer, for [`Self::forward_cached`].
+    pub fn caches(&self, options: &CacheOptions) -> Result<Vec<CompressedKvCache>> {
+        let cache = |layer: &Layer| Ok(layer.attention.attention.new_cache(options.clone())?);
+        self.layers.iter().map(cache).collect()
+    }
+
+    /// Hidden states `(1, n, hidden)` of the next tokens of the sequence that `caches` have seen; they take these in.
+    pub fn forward_cached(&self, tokens: &[u32], caches: &mut [CompressedKvCache]) -> Result<Tensor> {
+        let position = caches.first().map_or(0, CompressedKvCache::seq_len);
         let rotation = self.rope.at(position, tokens.len())?;
+        self.run(tokens, |index, layer, xs| {
+            layer.attention.forward_cached(xs, &rotation, &mut caches[index])
+        })
+    }
+
+    /// All layers; `attend` is given each one's index and normed input.
+    fn run(&self, tokens: &[u32], mut attend: impl FnMut(usize, &Layer, &Tensor) -> Result<Tensor>) -> Result<Tensor> {
+        let ids = Tensor::new(tokens, &Device::Cpu)?;
         let mut xs = self.embedding.rows(&ids)?.unsqueeze(0)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let (attended, stats) = layer
-                .attention
-                .forward(&layer.attention_norm.forward(&xs)?, &rotation)?;
-            counts.add(index, &stats);
+            let attended = attend(index, layer, &layer.attention_norm.forward(&xs)?)?;
             xs = (xs + attended)?;
             let mixed = layer.mlp.forward(&layer.mlp_norm.forward(&xs)?)?;
             xs = (xs + mixed)?;
@@ -298,7 +335,12 @@ impl Llama {
         Ok(self.norm.forward(&xs)?)
     }
 
-    /// Logits `(n, vocabulary)` in f32 of rows `first..first + n` of what [`Self::forward`] returned.
+    /// Logits `(vocabulary)` in f32 of the last token of hidden states `(1, n, hidden)`.
+    pub fn last_logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        Ok(self.logits(hidden, hidden.dim(1)? - 1, 1)?.squeeze(0)?)
+    }
+
+    /// Logits `(n, vocabulary)` in f32 of rows `first..first + n` of hidden states `(1, N, hidden)`.
     pub fn logits(&self, hidden: &Tensor, first: usize, n: usize) -> Result<Tensor> {
         let rows = hidden.narrow(1, first, n)?.contiguous()?;
         Ok(self.head.forward(&rows)?.squeeze(0)?.to_dtype(DType::F32)?)

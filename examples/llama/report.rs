@@ -10,53 +10,41 @@ use serde::Serialize;
 
 use crate::args::ModelArgs;
 use crate::compression::Compression;
-use crate::model::HiddenCounts;
+use crate::stats::Hidden;
 
-/// The part that both commands report: what ran, and how much of it was hidden.
+/// The part that the commands report alike: what ran, and how much of it was hidden.
 #[derive(Serialize)]
 pub struct RunReport {
     model: String,
     strategy: String,
     config: CompressionConfig,
-    /// Hidden pairs / pairs, over all heads and layers.
-    hidden_ratio: f64,
-    hidden_ratio_per_layer: Vec<f64>,
+    #[serde(flatten)]
+    hidden: Hidden,
     /// Predicted or generated tokens per second.
     tokens_per_second: f64,
 }
 
 impl RunReport {
-    pub fn new(args: &ModelArgs, compression: &Compression, counts: &HiddenCounts, tokens_per_second: f64) -> Self {
+    pub fn new(args: &ModelArgs, compression: &Compression, hidden: Hidden, tokens_per_second: f64) -> Self {
         Self {
             model: args.model.clone(),
             strategy: compression.label.clone(),
             config: compression.config.clone(),
-            hidden_ratio: counts.ratio(),
-            hidden_ratio_per_layer: counts.ratio_per_layer(),
+            hidden,
             tokens_per_second,
         }
     }
 
     /// Hidden ratios and speed, in lines.
     pub fn print(&self, out: &mut dyn Write) -> Result<()> {
-        writeln!(out, "hidden ratio      {:.4}", self.hidden_ratio)?;
-        for (row, layers) in self.hidden_ratio_per_layer.chunks(10).enumerate() {
-            let first = row * 10;
-            let ratios: Vec<String> = layers.iter().map(|ratio| format!("{ratio:.3}")).collect();
-            writeln!(
-                out,
-                "  layers {first:>3}..{:<3}  {}",
-                first + layers.len() - 1,
-                ratios.join(" ")
-            )?;
-        }
+        self.hidden.print(out)?;
         writeln!(out, "tokens per second {:.1}", self.tokens_per_second)?;
         Ok(())
     }
 }
 
 /// Refuses a report file that could not be written, before the work it is to report.
-pub fn check_json_path(path: Option<&Path>) -> Result<()> {
+pub fn check_path(name: &str, path: Option<&Path>) -> Result<()> {
     let Some(path) = path else { return Ok(()) };
     let folder = path
         .parent()
@@ -64,13 +52,13 @@ pub fn check_json_path(path: Option<&Path>) -> Result<()> {
         .unwrap_or(Path::new("."));
     ensure!(
         folder.is_dir() && !path.is_dir(),
-        "json: expected a file in an existing folder, got {}; create the folder first",
+        "{name}: expected a file in an existing folder, got {}; create the folder first",
         path.display()
     );
     Ok(())
 }
 
-pub fn write_json(path: Option<&Path>, report: &impl Serialize) -> Result<()> {
+pub fn write_json(name: &str, path: Option<&Path>, report: &impl Serialize) -> Result<()> {
     let Some(path) = path else { return Ok(()) };
     let write = || -> Result<()> {
         let mut file = BufWriter::new(File::create(path)?);
@@ -78,5 +66,5 @@ pub fn write_json(path: Option<&Path>, report: &impl Serialize) -> Result<()> {
         writeln!(file)?;
         Ok(file.flush()?)
     };
-    write().with_context(|| format!("json {}", path.display()))
+    write().with_context(|| format!("{name} {}", path.display()))
 }

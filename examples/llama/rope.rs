@@ -1,6 +1,7 @@
 //! Rotary position embedding: both ways of pairing coordinates, and Llama 3's stretched frequencies.
 
 use std::f64::consts::TAU;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor};
@@ -47,12 +48,14 @@ impl Llama3Scaling {
     }
 }
 
-/// The frequencies of a model.
+/// The frequencies of a model, and the rotations of the positions it has met.
 pub struct Rope {
     pairing: Pairing,
     dtype: DType,
     /// `(D/2)` radians per position.
     frequencies: Vec<f64>,
+    /// Cosines and sines `(positions, D/2)` from position 0 on: made once for all steps, twice as long when outgrown.
+    tables: Mutex<Option<(Tensor, Tensor)>>,
 }
 
 impl Rope {
@@ -79,21 +82,35 @@ impl Rope {
             pairing: config.rope_pairing,
             dtype,
             frequencies,
+            tables: Mutex::new(None),
         })
     }
 
     /// The rotations of the positions `position..position + n`: one table for all layers.
     pub fn at(&self, position: usize, n: usize) -> Result<Rotation> {
-        let table = |f: fn(f64) -> f64| -> Result<Tensor> {
-            let angles = (position..position + n).flat_map(|t| self.frequencies.iter().map(move |w| t as f64 * w));
-            let values: Vec<f32> = angles.map(|angle| f(angle) as f32).collect();
-            Ok(Tensor::from_vec(values, (n, self.frequencies.len()), &Device::Cpu)?.to_dtype(self.dtype)?)
+        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        let (cos, sin) = match tables.take() {
+            Some(tables) if tables.0.dim(0)? >= position + n => tables,
+            _ => {
+                let positions = (position + n).next_power_of_two();
+                (self.table(positions, f64::cos)?, self.table(positions, f64::sin)?)
+            }
         };
-        Ok(Rotation {
+        let rows = |table: &Tensor| table.narrow(0, position, n);
+        let rotation = Rotation {
             pairing: self.pairing,
-            cos: table(f64::cos)?,
-            sin: table(f64::sin)?,
-        })
+            cos: rows(&cos)?,
+            sin: rows(&sin)?,
+        };
+        *tables = Some((cos, sin));
+        Ok(rotation)
+    }
+
+    fn table(&self, positions: usize, f: fn(f64) -> f64) -> Result<Tensor> {
+        let angles = (0..positions).flat_map(|t| self.frequencies.iter().map(move |w| t as f64 * w));
+        let values: Vec<f32> = angles.map(|angle| f(angle) as f32).collect();
+        let table = Tensor::from_vec(values, (positions, self.frequencies.len()), &Device::Cpu)?;
+        Ok(table.to_dtype(self.dtype)?)
     }
 }
 

@@ -273,6 +273,16 @@ impl CompressedKvCache {
         lists
     }
 
+    /// Each head's strategy.
+    pub fn strategies(&self) -> &HeadStrategies {
+        &self.strategies
+    }
+
+    /// The method's parameters.
+    pub fn config(&self) -> &CompressionConfig {
+        &self.config
+    }
+
     /// Tokens taken in so far.
     pub fn seq_len(&self) -> usize {
         self.state.as_ref().map_or(0, |state| state.seq_len)

@@ -1,6 +1,7 @@
 //! The modules and the loss as a user wires them: layers, sinks, heads with strategies of their own, split models.
 
 mod attention;
+mod cached;
 #[path = "../common/mod.rs"]
 mod common;
 mod layer;

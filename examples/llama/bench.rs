@@ -1,0 +1,264 @@
+//! `llama bench`: speed, cache and memory by prompt length, dense and compressed.
+
+use std::env;
+use std::fs;
+use std::io::{stderr, stdout, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{bail, ensure, Context, Result};
+use candle_sfattention::{CompressionConfig, MergeRule};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
+
+use crate::args::{BenchArgs, Child};
+use crate::compression::Compression;
+use crate::load::Checkpoint;
+use crate::plot;
+use crate::report::{check_path, write_json};
+use crate::session::Session;
+use crate::stats::{memory, mib, Stats};
+
+/// Bytes of text that hold a token at the least, with room to spare: what is cut off need not be tokenized.
+const BYTES_PER_TOKEN: usize = 16;
+
+#[derive(Serialize)]
+struct BenchReport {
+    model: String,
+    text: String,
+    config: CompressionConfig,
+    decode: usize,
+    rows: Vec<Row>,
+}
+
+/// One configuration, measured in a process of its own.
+#[derive(Serialize)]
+struct Row {
+    /// `off` for dense attention, else the strategy.
+    strategy: String,
+    #[serde(flatten)]
+    run: Run,
+}
+
+/// What a child process says.
+#[derive(Serialize, Deserialize)]
+struct Run {
+    #[serde(flatten)]
+    stats: Stats,
+    /// Memory held when the weights were loaded and nothing was run.
+    loaded_rss_bytes: Option<u64>,
+    /// Tokens and cache bytes after each chunk of the prompt.
+    curve: Vec<(usize, usize)>,
+}
+
+pub fn run(args: &BenchArgs) -> Result<()> {
+    check_path("json", args.model.json.as_deref())?;
+    check_path("svg", args.svg.as_deref())?;
+    args.cache.check()?;
+    let compression = Compression::from_args(&args.compression)?;
+    ensure!(
+        compression.config.rule == MergeRule::Causal,
+        "rule: expected causal for bench, which measures the KV cache, got reference, whose rows see the future; \
+         use --rule causal"
+    );
+    if let Some(child) = args.child {
+        serde_json::to_writer(stdout().lock(), &measure(args, compression, child)?)?;
+        return Ok(());
+    }
+    let configurations = configurations(args)?;
+    let rows = measure_all(&configurations, &compression.label)?;
+    let report = BenchReport {
+        model: args.model.model.clone(),
+        text: args.text.display().to_string(),
+        config: compression.config,
+        decode: args.decode,
+        rows,
+    };
+    report.print()?;
+    write_json("json", args.model.json.as_deref(), &report)?;
+    match &args.svg {
+        Some(file) => report.draw(file).with_context(|| format!("svg {}", file.display())),
+        None => Ok(()),
+    }
+}
+
+/// What to measure: prompts that leave room to decode, each dense and, where something merges, compressed.
+fn configurations(args: &BenchArgs) -> Result<Vec<Child>> {
+    ensure!(
+        !args.prompts.contains(&0) && args.decode > 0,
+        "prompts and decode: expected at least 1 token, got 0; leave that prompt out, or use --decode 1"
+    );
+    let checkpoint = Checkpoint::open(&args.model.model, args.model.load_options())?;
+    let context = checkpoint.config.context_length;
+    ensure!(
+        args.decode < context,
+        "decode: expected fewer tokens than the model's context of {context}, got {}; lower --decode",
+        args.decode
+    );
+    let longest = context - args.decode;
+    let mut prompts: Vec<usize> = Vec::new();
+    for &prompt in &args.prompts {
+        if prompt > longest {
+            writeln!(
+                stderr(),
+                "note: a prompt of {prompt} tokens and {} more exceed the model's context of {context}: {longest} are used",
+                args.decode
+            )?;
+        }
+        if !prompts.contains(&prompt.min(longest)) {
+            prompts.push(prompt.min(longest));
+        }
+    }
+    tokens(
+        args,
+        &checkpoint,
+        prompts.iter().max().map_or(0, |prompt| prompt + args.decode),
+    )?;
+    let both = [true, false]
+        .into_iter()
+        .filter(|dense| *dense || !args.compression.dense);
+    let each = |prompt| both.clone().map(move |dense| Child { prompt, dense });
+    Ok(prompts.into_iter().flat_map(each).collect())
+}
+
+/// The first `count` tokens of the text.
+fn tokens(args: &BenchArgs, checkpoint: &Checkpoint, count: usize) -> Result<Vec<u32>> {
+    let whole = fs::read_to_string(&args.text)
+        .with_context(|| format!("text {}: give one with --text", args.text.display()))?;
+    let mut end = whole.len().min(count * BYTES_PER_TOKEN);
+    while !whole.is_char_boundary(end) {
+        end += 1;
+    }
+    let mut tokens = checkpoint.encode(&whole[..end], false)?;
+    if tokens.len() < count && end < whole.len() {
+        tokens = checkpoint.encode(&whole, false)?;
+    }
+    ensure!(
+        tokens.len() >= count,
+        "text: expected at least {count} tokens, the longest prompt and those to decode, got {}; give a longer text or \
+         lower --prompts",
+        tokens.len()
+    );
+    tokens.truncate(count);
+    Ok(tokens)
+}
+
+/// Runs one configuration in this process.
+fn measure(args: &BenchArgs, compression: Compression, child: Child) -> Result<Run> {
+    let compression = match child.dense {
+        true => compression.dense(),
+        false => compression,
+    };
+    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options())?;
+    let tokens = tokens(args, &checkpoint, child.prompt + args.decode)?;
+    let attention = compression.attention(checkpoint.config.layers, checkpoint.config.heads)?;
+    let model = checkpoint.load(attention)?;
+    let loaded_rss_bytes = memory("VmRSS");
+    let mut session = Session::cached(&model, &args.cache.options(), args.cache.prefill_chunk)?;
+    let mut curve = vec![(0, 0)];
+    let (prompt, rest) = tokens.split_at(child.prompt);
+    session.prefill(prompt, |kv| curve.push((kv.kv_tokens, kv.kv_bytes)))?;
+    for token in rest {
+        session.step(*token)?;
+    }
+    Ok(Run {
+        stats: session.stats(rest.len()),
+        loaded_rss_bytes,
+        curve,
+    })
+}
+
+/// Runs each configuration as a process of its own, with this one's arguments.
+fn measure_all(configurations: &[Child], label: &str) -> Result<Vec<Row>> {
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} runs  {msg}  {elapsed}")?;
+    let bar = ProgressBar::new(configurations.len() as u64).with_style(style);
+    let mut rows = Vec::new();
+    for child in configurations {
+        bar.set_message(child.to_string());
+        bar.tick();
+        let program = env::current_exe().context("bench: this program cannot find itself")?;
+        let mut command = Command::new(program);
+        command
+            .args(env::args_os().skip(1))
+            .arg("--child")
+            .arg(child.to_string());
+        let output = command.stdin(Stdio::null()).output()?;
+        if !output.status.success() {
+            bar.finish_and_clear();
+            let said = String::from_utf8_lossy(&output.stderr);
+            let said = said.trim().trim_start_matches("error: ");
+            bail!(
+                "{child}: {}",
+                if said.is_empty() {
+                    "the process was killed"
+                } else {
+                    said
+                }
+            )
+        }
+        let run = serde_json::from_slice(&output.stdout).with_context(|| format!("{child}: its report"))?;
+        let strategy = if child.dense { "off" } else { label }.into();
+        rows.push(Row { strategy, run });
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(rows)
+}
+
+impl BenchReport {
+    fn print(&self) -> Result<()> {
+        let out = &mut stdout().lock();
+        writeln!(
+            out,
+            "prompt  attention   prefill tok/s  decode tok/s  KV MiB  of dense  hidden  peak RSS MiB"
+        )?;
+        for Row { strategy, run } in &self.rows {
+            let stats = &run.stats;
+            let kv = stats.kv.as_ref().context("the child's report has no cache")?;
+            let number = |number: Option<f64>| number.map_or("-".into(), |number| format!("{number:.1}"));
+            writeln!(
+                out,
+                "{:>6}  {:<10}  {:>13}  {:>12}  {:>6.1}  {:>8.3}  {:>6.3}  {:>12}",
+                stats.prompt_tokens,
+                if strategy == "off" { "dense" } else { "compressed" },
+                number(stats.prefill_tokens_per_second),
+                number(stats.decode_tokens_per_second),
+                mib(kv.kv_bytes as u64),
+                kv.ratio(),
+                stats.hidden.hidden_ratio,
+                stats
+                    .peak_rss_bytes
+                    .map_or("-".into(), |bytes| format!("{:.0}", mib(bytes))),
+            )?;
+        }
+        if let Some(bytes) = self.rows.first().and_then(|row| row.run.loaded_rss_bytes) {
+            writeln!(out, "Weights loaded, nothing run: {:.0} MiB.", mib(bytes))?;
+        }
+        Ok(())
+    }
+
+    /// The curves of the longest prompt.
+    fn draw(&self, file: &Path) -> Result<()> {
+        let tokens = |row: &Row| row.run.stats.prompt_tokens;
+        let longest = self.rows.iter().map(tokens).max().unwrap_or(0);
+        let curve = |row: &Row| {
+            let end = row.run.curve.last().map_or(0, |end| end.1);
+            let name = if row.strategy == "off" { "dense" } else { "compressed" };
+            plot::Curve {
+                label: format!("{name}: {:.0} MiB", mib(end as u64)),
+                points: row.run.curve.clone(),
+            }
+        };
+        let rows = self.rows.iter().filter(|row| tokens(row) == longest);
+        let curves: Vec<_> = rows.map(curve).collect();
+        let name = |path: &str| {
+            Path::new(path)
+                .file_stem()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned()
+        };
+        let title = format!("KV cache of {} reading {}", name(&self.model), name(&self.text));
+        plot::draw(file, &title, &curves)
+    }
+}

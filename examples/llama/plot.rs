@@ -1,0 +1,59 @@
+//! Cache bytes against tokens, as an SVG. Text stays text, so no font is needed here.
+
+use std::path::Path;
+
+use anyhow::Result;
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+
+use crate::stats::mib;
+
+/// One line of the picture.
+pub struct Curve {
+    pub label: String,
+    /// Tokens and bytes, from the left.
+    pub points: Vec<(usize, usize)>,
+}
+
+const SIZE: (u32, u32) = (720, 400);
+/// From Okabe and Ito's palette, whose colours everyone can tell apart.
+const COLORS: [RGBColor; 2] = [RGBColor(213, 94, 0), RGBColor(0, 114, 178)];
+const GRID: RGBColor = RGBColor(225, 225, 225);
+const INK: RGBColor = RGBColor(60, 60, 60);
+
+/// Draws up to two curves, each with its label above its end.
+pub fn draw(file: &Path, title: &str, curves: &[Curve]) -> Result<()> {
+    let ends = curves.iter().filter_map(|curve| curve.points.last());
+    let most = ends.fold((1, 1), |most, end| (most.0.max(end.0), most.1.max(end.1)));
+    let root = SVGBackend::new(file, SIZE).into_drawing_area();
+    root.fill(&WHITE)?;
+    let mut chart = ChartBuilder::on(&root)
+        .caption(title, ("sans-serif", 18).into_font().color(&INK))
+        .margin(12)
+        .margin_right(24)
+        .x_label_area_size(46)
+        .y_label_area_size(64)
+        .build_cartesian_2d(0..most.0, 0.0..mib(most.1 as u64) * 1.12)?;
+    let text = ("sans-serif", 14).into_font().color(&INK);
+    chart
+        .configure_mesh()
+        .x_desc("tokens")
+        .y_desc("KV cache, MiB")
+        .axis_desc_style(text.clone())
+        .label_style(text)
+        .y_label_formatter(&|mib| format!("{mib:.0}"))
+        .axis_style(INK)
+        .bold_line_style(GRID)
+        .light_line_style(TRANSPARENT)
+        .draw()?;
+    for (curve, color) in curves.iter().zip(&COLORS) {
+        let points: Vec<_> = curve.points.iter().map(|&(x, bytes)| (x, mib(bytes as u64))).collect();
+        let Some(&end) = points.last() else { continue };
+        chart.draw_series(LineSeries::new(points, color.stroke_width(3)))?;
+        let anchor = Pos::new(HPos::Right, VPos::Bottom);
+        let style = ("sans-serif", 15).into_font().color(color).pos(anchor);
+        chart.draw_series([EmptyElement::at(end) + Text::new(curve.label.clone(), (-12, -8), style)])?;
+    }
+    root.present()?;
+    Ok(())
+}

@@ -1,0 +1,121 @@
+//! A growing sequence: through KV caches, or recomputed at every step.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use candle_core::Tensor;
+use candle_sfattention::{CacheOptions, CompressedKvCache};
+
+use crate::model::{HiddenCounts, Llama};
+use crate::stats::{Hidden, KvUse, Stats};
+
+/// One sequence that a model reads and continues, and how long that took.
+pub struct Session<'a> {
+    model: &'a Llama,
+    sequence: Sequence,
+    prompt_tokens: usize,
+    steps: usize,
+    prefill_seconds: f64,
+    decode_seconds: f64,
+}
+
+enum Sequence {
+    /// One cache per layer; `chunk` tokens are run at once.
+    Cached {
+        caches: Vec<CompressedKvCache>,
+        chunk: usize,
+    },
+    /// All tokens so far, and what the last step hid: the longest sequence.
+    Recomputed { tokens: Vec<u32>, counts: HiddenCounts },
+}
+
+impl<'a> Session<'a> {
+    /// With caches; a prompt is run in chunks of `chunk` tokens, at least 1.
+    pub fn cached(model: &'a Llama, options: &CacheOptions, chunk: usize) -> Result<Self> {
+        let caches = model.caches(options)?;
+        Ok(Self::new(model, Sequence::Cached { caches, chunk }))
+    }
+
+    /// Without: every step runs the whole sequence again.
+    pub fn recomputed(model: &'a Llama) -> Self {
+        let (tokens, counts) = (Vec::new(), HiddenCounts::default());
+        Self::new(model, Sequence::Recomputed { tokens, counts })
+    }
+
+    fn new(model: &'a Llama, sequence: Sequence) -> Self {
+        Self {
+            model,
+            sequence,
+            prompt_tokens: 0,
+            steps: 0,
+            prefill_seconds: 0.0,
+            decode_seconds: 0.0,
+        }
+    }
+
+    /// Takes the prompt in and returns the logits `(vocabulary)` of its last token. `watch` sees the caches after each
+    /// chunk.
+    pub fn prefill(&mut self, prompt: &[u32], mut watch: impl FnMut(&KvUse)) -> Result<Tensor> {
+        let start = Instant::now();
+        let logits = match &mut self.sequence {
+            Sequence::Cached { caches, chunk } => {
+                let last = (prompt.len() - 1) / *chunk * *chunk;
+                for tokens in prompt[..last].chunks(*chunk) {
+                    self.model.forward_cached(tokens, caches)?;
+                    watch(&KvUse::of(caches));
+                }
+                let hidden = self.model.forward_cached(&prompt[last..], caches)?;
+                watch(&KvUse::of(caches));
+                self.model.last_logits(&hidden)?
+            }
+            Sequence::Recomputed { tokens, counts } => again(self.model, tokens, prompt, counts)?,
+        };
+        self.prompt_tokens += prompt.len();
+        self.prefill_seconds += start.elapsed().as_secs_f64();
+        Ok(logits)
+    }
+
+    /// Takes one more token in and returns its logits `(vocabulary)`.
+    pub fn step(&mut self, token: u32) -> Result<Tensor> {
+        let start = Instant::now();
+        let logits = match &mut self.sequence {
+            Sequence::Cached { caches, .. } => {
+                let hidden = self.model.forward_cached(&[token], caches)?;
+                self.model.last_logits(&hidden)?
+            }
+            Sequence::Recomputed { tokens, counts } => again(self.model, tokens, &[token], counts)?,
+        };
+        self.steps += 1;
+        self.decode_seconds += start.elapsed().as_secs_f64();
+        Ok(logits)
+    }
+
+    /// What the sequence has cost so far; `generated` tokens came of it, the first of them from the prompt's logits.
+    pub fn stats(&self, generated: usize) -> Stats {
+        let (kv, hidden) = match &self.sequence {
+            Sequence::Cached { caches, .. } => {
+                let kv = KvUse::of(caches);
+                let hidden = kv.hidden();
+                (Some(kv), hidden)
+            }
+            Sequence::Recomputed { counts, .. } => (None, Hidden::of(counts)),
+        };
+        let speed = |tokens: usize, seconds: f64| (tokens > 0).then(|| tokens as f64 / seconds);
+        Stats {
+            prompt_tokens: self.prompt_tokens,
+            generated_tokens: generated,
+            prefill_tokens_per_second: speed(self.prompt_tokens, self.prefill_seconds),
+            decode_tokens_per_second: speed(self.steps, self.decode_seconds),
+            kv,
+            hidden,
+            peak_rss_bytes: crate::stats::memory("VmHWM"),
+        }
+    }
+}
+
+fn again(model: &Llama, tokens: &mut Vec<u32>, more: &[u32], counts: &mut HiddenCounts) -> Result<Tensor> {
+    tokens.extend_from_slice(more);
+    *counts = HiddenCounts::default();
+    let hidden = model.forward(tokens, counts)?;
+    model.last_logits(&hidden)
+}

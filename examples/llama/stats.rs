@@ -1,0 +1,157 @@
+//! What a sequence cost: speed, cache and memory.
+
+use std::fs;
+use std::io::Write;
+
+use anyhow::Result;
+use candle_sfattention::CompressedKvCache;
+use serde::{Deserialize, Serialize};
+
+use crate::model::HiddenCounts;
+
+/// Speed, cache and memory of one sequence.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Stats {
+    pub prompt_tokens: usize,
+    pub generated_tokens: usize,
+    /// None where nothing was run.
+    pub prefill_tokens_per_second: Option<f64>,
+    /// Of the steps after the prompt, each of which takes one token in; None where there was none.
+    pub decode_tokens_per_second: Option<f64>,
+    /// None without a cache.
+    #[serde(flatten)]
+    pub kv: Option<KvUse>,
+    #[serde(flatten)]
+    pub hidden: Hidden,
+    /// Of the whole process, weights included; None where the system does not tell.
+    pub peak_rss_bytes: Option<u64>,
+}
+
+/// The size of all layers' caches.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct KvUse {
+    /// Tokens taken in.
+    pub kv_tokens: usize,
+    pub kv_bytes: usize,
+    /// Keys and values of all tokens in the same dtype.
+    pub kv_bytes_dense: usize,
+    /// Entries kept of `kv_tokens`, the mean of each layer's lists.
+    pub entries_per_layer: Vec<f64>,
+}
+
+/// The part of the tokens that is hidden.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Hidden {
+    /// Over all heads and layers: without a cache hidden pairs / pairs, with one 1 - entries / tokens, which counts
+    /// what still waits in the window as kept.
+    pub hidden_ratio: f64,
+    pub hidden_ratio_per_layer: Vec<f64>,
+}
+
+impl KvUse {
+    pub fn of(caches: &[CompressedKvCache]) -> Self {
+        let sum = |bytes: fn(&CompressedKvCache) -> usize| caches.iter().map(bytes).sum();
+        let entries = |cache: &CompressedKvCache| {
+            let lens = cache.lens().concat();
+            lens.iter().sum::<usize>() as f64 / lens.len().max(1) as f64
+        };
+        Self {
+            kv_tokens: caches.first().map_or(0, CompressedKvCache::seq_len),
+            kv_bytes: sum(CompressedKvCache::bytes),
+            kv_bytes_dense: sum(CompressedKvCache::bytes_dense),
+            entries_per_layer: caches.iter().map(entries).collect(),
+        }
+    }
+
+    /// Bytes / dense bytes.
+    pub fn ratio(&self) -> f64 {
+        self.kv_bytes as f64 / self.kv_bytes_dense.max(1) as f64
+    }
+
+    pub fn hidden(&self) -> Hidden {
+        let tokens = self.kv_tokens.max(1) as f64;
+        let hidden = |entries: &f64| match self.kv_tokens {
+            0 => 0.0,
+            _ => 1.0 - entries / tokens,
+        };
+        let hidden_ratio_per_layer: Vec<f64> = self.entries_per_layer.iter().map(hidden).collect();
+        Hidden {
+            hidden_ratio: mean(&hidden_ratio_per_layer),
+            hidden_ratio_per_layer,
+        }
+    }
+}
+
+impl Hidden {
+    pub fn of(counts: &HiddenCounts) -> Self {
+        Self {
+            hidden_ratio: counts.ratio(),
+            hidden_ratio_per_layer: counts.ratio_per_layer(),
+        }
+    }
+
+    pub fn print(&self, out: &mut dyn Write) -> Result<()> {
+        writeln!(out, "hidden ratio      {:.4}", self.hidden_ratio)?;
+        per_layer(out, &self.hidden_ratio_per_layer, |ratio| format!("{ratio:.3}"))
+    }
+}
+
+impl Stats {
+    pub fn print(&self, out: &mut dyn Write) -> Result<()> {
+        let speed = |speed: Option<f64>| speed.map_or("-".into(), |speed| format!("{speed:.1} tokens per second"));
+        writeln!(out, "prompt tokens     {}", self.prompt_tokens)?;
+        writeln!(out, "generated tokens  {}", self.generated_tokens)?;
+        writeln!(out, "prefill           {}", speed(self.prefill_tokens_per_second))?;
+        writeln!(out, "decode            {}", speed(self.decode_tokens_per_second))?;
+        if let Some(kv) = &self.kv {
+            writeln!(
+                out,
+                "KV cache          {:.2} MiB of {:.2} MiB dense, {:.3}",
+                mib(kv.kv_bytes as u64),
+                mib(kv.kv_bytes_dense as u64),
+                kv.ratio()
+            )?;
+            writeln!(
+                out,
+                "entries kept      {:.1} of {} tokens",
+                mean(&kv.entries_per_layer),
+                kv.kv_tokens
+            )?;
+            per_layer(out, &kv.entries_per_layer, |entries| format!("{entries:.0}"))?;
+        }
+        self.hidden.print(out)?;
+        if let Some(bytes) = self.peak_rss_bytes {
+            writeln!(out, "peak memory       {:.0} MiB", mib(bytes))?;
+        }
+        Ok(())
+    }
+}
+
+/// One number per layer, ten in a line.
+fn per_layer(out: &mut dyn Write, numbers: &[f64], show: impl Fn(f64) -> String) -> Result<()> {
+    for (row, layers) in numbers.chunks(10).enumerate() {
+        let first = row * 10;
+        let shown: Vec<String> = layers.iter().map(|number| show(*number)).collect();
+        let last = first + layers.len() - 1;
+        writeln!(out, "  layers {first:>3}..{last:<3}  {}", shown.join(" "))?;
+    }
+    Ok(())
+}
+
+fn mean(numbers: &[f64]) -> f64 {
+    numbers.iter().sum::<f64>() / numbers.len().max(1) as f64
+}
+
+pub fn mib(bytes: u64) -> f64 {
+    bytes as f64 / (1 << 20) as f64
+}
+
+/// A line of /proc/self/status in bytes: `VmHWM`, the most memory held so far, or `VmRSS`, that held now.
+pub fn memory(name: &str) -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
