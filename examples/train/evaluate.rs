@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, Var, D};
 use candle_sfattention::CompressedAttention;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::model::{HiddenCounts, Linear, Llama, LlamaConfig, Weights};
 use crate::rope::{Pairing, RopeScaling};
@@ -13,8 +13,14 @@ use crate::trainable::{ModelConfig, Trainable};
 
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct HeldOut {
+    #[serde(deserialize_with = "number_or_nan")]
     pub perplexity: f64,
     pub hidden_ratio: f64,
+}
+
+/// JSON has no word for a number that is not finite: it is written as null, as of a run that diverged.
+pub fn number_or_nan<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
 /// Windows of the held-out text that do not overlap.

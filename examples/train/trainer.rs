@@ -16,7 +16,7 @@ use crate::args::{ExportDtype, RunArgs};
 use crate::checkpoint::{self, State};
 use crate::compression::Compression;
 use crate::data::{self, Text};
-use crate::evaluate::{Evaluator, HeldOut};
+use crate::evaluate::{number_or_nan, Evaluator, HeldOut};
 use crate::optimizer::AdamW;
 use crate::plot::plot_runs;
 use crate::record::{self, Record, Row, StepLosses};
@@ -29,8 +29,10 @@ pub struct Summary {
     pub parameters: usize,
     pub seconds: f64,
     /// Mean of the last 20 steps.
+    #[serde(deserialize_with = "number_or_nan")]
     pub cross_entropy: f64,
     /// Mean of the last 20 steps, summed over layers, without λ.
+    #[serde(deserialize_with = "number_or_nan")]
     pub compression_loss: f64,
     pub held_out: HeldOut,
     /// The step whose loss or gradient was no finite number, where one was; the run ended there.
@@ -58,7 +60,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
 /// Trains to the last step and exports the model.
 pub fn train(args: &RunArgs) -> Result<Summary> {
     let mut run = Run::new(args)?;
-    let diverged_at = run.to_the_end()?;
+    let diverged_at = run.complete()?;
     run.finish(diverged_at)
 }
 
@@ -140,7 +142,7 @@ impl<'a> Run<'a> {
     }
 
     /// The step that diverged, where one did.
-    fn to_the_end(&mut self) -> Result<Option<usize>> {
+    fn complete(&mut self) -> Result<Option<usize>> {
         let training = &self.args.training;
         let style = ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}  {eta} left")?;
         let bar = ProgressBar::new(training.steps as u64).with_style(style);
