@@ -5,11 +5,10 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use candle_core::DType;
-use candle_sfattention::{CacheOptions, CompressionConfig, Criterion, Fold, GroupRule, LossNormalizer, MergeRule};
+use candle_sfattention::CacheOptions;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use serde::de::DeserializeOwned;
-use serde_json::Value;
 
+use crate::compression::CompressionArgs;
 use crate::load::LoadOptions;
 
 /// Runs a Llama checkpoint with compressed attention on the CPU.
@@ -221,92 +220,4 @@ impl ModelArgs {
             dequantize: self.dequantize,
         }
     }
-}
-
-/// A named starting point for the method's parameters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Preset {
-    /// The paper's values under the causal rule; for models trained with merging.
-    Paper,
-    /// The published Python reference, which is not causal: its perplexities are not comparable.
-    Reference,
-    /// Running means of similar keys; for stock checkpoints.
-    Pretrained,
-}
-
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Compression")]
-pub struct CompressionArgs {
-    /// Start from these parameters; the flags below change single ones.
-    #[arg(long, value_enum, default_value_t = Preset::Pretrained)]
-    pub preset: Preset,
-    /// similarity, difference or off for every head, or a JSON file with one per head (see below). Default: similarity
-    /// with the preset pretrained, difference with the others.
-    #[arg(long, value_name = "NAME_OR_FILE")]
-    pub strategy: Option<String>,
-    /// Plain attention: every head off.
-    #[arg(long, conflicts_with = "strategy")]
-    pub dense: bool,
-    /// A pair of a similarity head qualifies when 1 - cos is below this.
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    similarity_threshold: Option<f64>,
-    /// A pair of a difference head qualifies when |cos| is below this.
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    difference_threshold: Option<f64>,
-    /// The most tokens hidden in one run.
-    #[arg(long, value_name = "N")]
-    max_merge_level: Option<usize>,
-    /// causal or reference.
-    #[arg(long, value_parser = by_name::<MergeRule>, value_name = "NAME")]
-    rule: Option<MergeRule>,
-    /// per-query-head or unanimous.
-    #[arg(long, value_parser = by_name::<GroupRule>, value_name = "NAME")]
-    group_rule: Option<GroupRule>,
-    /// query-key, key-key or observed-mass.
-    #[arg(long, value_parser = by_name::<Criterion>, value_name = "NAME")]
-    criterion: Option<Criterion>,
-    /// pair-sum, mean or drop.
-    #[arg(long, value_parser = by_name::<Fold>, value_name = "NAME")]
-    fold: Option<Fold>,
-    /// The first tokens that are never hidden.
-    #[arg(long, value_name = "N")]
-    sinks: Option<usize>,
-    /// The last tokens before a row that it attends as they are.
-    #[arg(long, value_name = "N")]
-    window: Option<usize>,
-    /// Factor on the compression loss, which no command computes.
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    loss_factor: Option<f64>,
-    /// merged or pairs: the divisor of the compression loss, which no command computes.
-    #[arg(long, value_parser = by_name::<LossNormalizer>, value_name = "NAME")]
-    loss_normalizer: Option<LossNormalizer>,
-}
-
-impl CompressionArgs {
-    /// The preset with the single flags on top.
-    pub fn config(&self) -> CompressionConfig {
-        let preset = match self.preset {
-            Preset::Paper => CompressionConfig::default(),
-            Preset::Reference => CompressionConfig::reference(),
-            Preset::Pretrained => CompressionConfig::pretrained(),
-        };
-        CompressionConfig {
-            similarity_threshold: self.similarity_threshold.unwrap_or(preset.similarity_threshold),
-            difference_threshold: self.difference_threshold.unwrap_or(preset.difference_threshold),
-            max_merge_level: self.max_merge_level.unwrap_or(preset.max_merge_level),
-            rule: self.rule.unwrap_or(preset.rule),
-            group_rule: self.group_rule.unwrap_or(preset.group_rule),
-            criterion: self.criterion.unwrap_or(preset.criterion),
-            fold: self.fold.unwrap_or(preset.fold),
-            sinks: self.sinks.unwrap_or(preset.sinks),
-            window: self.window.unwrap_or(preset.window),
-            loss_factor: self.loss_factor.unwrap_or(preset.loss_factor),
-            loss_normalizer: self.loss_normalizer.unwrap_or(preset.loss_normalizer),
-        }
-    }
-}
-
-/// Reads an enum by the name serde gives it, with `-` for `_`.
-fn by_name<T: DeserializeOwned>(name: &str) -> Result<T, String> {
-    serde_json::from_value(Value::String(name.replace('-', "_"))).map_err(|error| error.to_string())
 }

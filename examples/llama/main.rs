@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod chat;
 mod compression;
+mod error;
 mod eval;
 mod generate;
 mod load;
@@ -29,21 +30,8 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {}", one_line(&error));
+            eprintln!("error: {}", error::one_line(&error));
             ExitCode::FAILURE
         }
     }
-}
-
-/// The error and its causes, each cut to its first line: candle puts a backtrace into the others. A cause that its
-/// effect already quotes is left out.
-fn one_line(error: &anyhow::Error) -> String {
-    let mut parts: Vec<String> = Vec::new();
-    for cause in error.chain() {
-        let part = cause.to_string().lines().next().unwrap_or_default().trim().to_string();
-        if !parts.last().is_some_and(|effect| effect.contains(&part)) {
-            parts.push(part);
-        }
-    }
-    parts.join(": ")
 }

@@ -1,0 +1,125 @@
+//! Held-out perplexity and hidden ratio, by the llama example's model on the weights as they are.
+
+use std::collections::BTreeMap;
+
+use anyhow::{ensure, Context, Result};
+use candle_core::{DType, Device, Tensor, Var, D};
+use candle_sfattention::CompressedAttention;
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::model::{HiddenCounts, Linear, Llama, LlamaConfig, Weights};
+use crate::rope::{Pairing, RopeScaling};
+use crate::trainable::{ModelConfig, Trainable};
+
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct HeldOut {
+    #[serde(deserialize_with = "number_or_nan")]
+    pub perplexity: f64,
+    pub hidden_ratio: f64,
+}
+
+/// JSON has no word for a number that is not finite: it is written as null, as of a run that diverged.
+pub fn number_or_nan<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
+}
+
+/// Windows of the held-out text that do not overlap.
+pub struct Evaluator {
+    windows: Vec<Vec<u32>>,
+}
+
+impl Evaluator {
+    /// `wanted` windows of `context` tokens, evenly spread, or all.
+    pub fn new(tokens: &[u32], context: usize, wanted: Option<usize>) -> Result<Self> {
+        let available = tokens.len() / context;
+        ensure!(
+            available > 0,
+            "text: expected at least {context} held-out tokens, one window, got {}; lower --context or give a longer text",
+            tokens.len()
+        );
+        let wanted = wanted.unwrap_or(available);
+        ensure!(
+            (1..=available).contains(&wanted),
+            "eval-windows: expected 1 to {available}, got {wanted}; change --eval-windows"
+        );
+        let window = |i: usize| tokens[i * available / wanted * context..][..context].to_vec();
+        Ok(Self {
+            windows: (0..wanted).map(window).collect(),
+        })
+    }
+
+    pub fn measure(
+        &self,
+        model: &Trainable,
+        config: &ModelConfig,
+        attention: Vec<CompressedAttention>,
+    ) -> Result<HeldOut> {
+        let model = Llama::load(&mut VarWeights(model.vars()), &llama_config(config), attention)?;
+        let mut counts = HiddenCounts::default();
+        let (mut sum, mut predicted) = (0.0, 0);
+        for window in &self.windows {
+            let hidden = model.forward(window, 0, &mut counts)?;
+            let rows = window.len() - 1;
+            sum += nll(&model.logits(&hidden, 0, rows)?, &window[1..])?;
+            predicted += rows;
+        }
+        Ok(HeldOut {
+            perplexity: (sum / predicted as f64).exp(),
+            hidden_ratio: counts.ratio(),
+        })
+    }
+}
+
+/// Σ log Σ exp(logits) - logits[target] over rows `(n, vocabulary)`.
+fn nll(logits: &Tensor, targets: &[u32]) -> Result<f64> {
+    let targets = Tensor::new(targets, &Device::Cpu)?.unsqueeze(1)?;
+    let picked = logits.gather(&targets, D::Minus1)?.squeeze(1)?;
+    let losses = (logits.log_sum_exp(D::Minus1)? - picked)?;
+    Ok(losses.to_vec1::<f32>()?.into_iter().map(f64::from).sum())
+}
+
+/// The weights in training, without their graph, which lets the fused operations in.
+struct VarWeights(BTreeMap<String, Var>);
+
+impl VarWeights {
+    fn get(&self, path: &str) -> Result<Tensor> {
+        let var = self.0.get(&format!("{path}.weight"));
+        Ok(var
+            .with_context(|| format!("{path}: no such weight"))?
+            .as_detached_tensor())
+    }
+}
+
+impl Weights for VarWeights {
+    fn dtype(&self) -> DType {
+        DType::F32
+    }
+
+    fn linear(&mut self, path: &str, _rows: usize, _columns: usize, _bias: bool) -> Result<Linear> {
+        Ok(Linear::Float(candle_nn::Linear::new(self.get(path)?, None)))
+    }
+
+    fn vector(&mut self, path: &str, _len: usize) -> Result<Tensor> {
+        self.get(path)
+    }
+}
+
+fn llama_config(config: &ModelConfig) -> LlamaConfig {
+    LlamaConfig {
+        hidden_size: config.hidden_size,
+        intermediate_size: config.intermediate_size,
+        vocab_size: config.vocab_size,
+        layers: config.num_hidden_layers,
+        heads: config.num_attention_heads,
+        kv_heads: config.num_key_value_heads,
+        head_dim: config.head_dim,
+        rms_norm_eps: config.rms_norm_eps,
+        rope_theta: config.rope_theta,
+        rope_scaling: RopeScaling::None,
+        rope_pairing: Pairing::Halves,
+        context_length: config.max_position_embeddings,
+        attention_bias: false,
+        mlp_bias: false,
+        tied: true,
+    }
+}

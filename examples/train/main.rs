@@ -1,0 +1,43 @@
+//! Trains a small Llama with compressed attention on a text file, on the CPU. `--help` says what it can do.
+//!
+//! Shared with the llama example: its compression flags, and its model, which does the held-out evaluation, so that what
+//! is measured here is what that example measures on the exported folder.
+
+mod args;
+mod checkpoint;
+#[path = "../llama/compression.rs"]
+mod compression;
+mod data;
+#[path = "../llama/error.rs"]
+mod error;
+mod evaluate;
+mod experiment;
+#[allow(dead_code)]
+#[path = "../llama/model.rs"]
+mod model;
+mod optimizer;
+mod plot;
+mod record;
+#[allow(dead_code)]
+#[path = "../llama/rope.rs"]
+mod rope;
+mod trainable;
+mod trainer;
+
+use std::process::ExitCode;
+
+use crate::args::Command;
+
+fn main() -> ExitCode {
+    let result = match Command::parse() {
+        Command::Run(args) => trainer::run(&args),
+        Command::Experiment(args) => experiment::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", error::one_line(&error));
+            ExitCode::FAILURE
+        }
+    }
+}

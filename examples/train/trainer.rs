@@ -1,0 +1,330 @@
+//! One training run.
+
+use std::fs;
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{bail, ensure, Context, Result};
+use candle_core::{DType, Tensor};
+use candle_sfattention::CompressedAttention;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
+use serde_json::{json, Value};
+use tokenizers::Tokenizer;
+
+use crate::args::{ExportDtype, RunArgs};
+use crate::checkpoint::{self, State};
+use crate::compression::Compression;
+use crate::data::{self, Text};
+use crate::evaluate::{number_or_nan, Evaluator, HeldOut};
+use crate::optimizer::AdamW;
+use crate::plot::plot_runs;
+use crate::record::{self, Record, Row, StepLosses};
+use crate::trainable::{ModelConfig, Trainable};
+
+/// How a run ended.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Summary {
+    pub steps: usize,
+    pub parameters: usize,
+    pub seconds: f64,
+    /// Mean of the last 20 steps.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub cross_entropy: f64,
+    /// Mean of the last 20 steps, summed over layers, without λ.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub compression_loss: f64,
+    pub held_out: HeldOut,
+    /// The step whose loss or gradient was no finite number, where one was; the run ended there.
+    pub diverged_at: Option<usize>,
+}
+
+pub fn run(args: &RunArgs) -> Result<()> {
+    let summary = train(args)?;
+    if let Some(step) = summary.diverged_at {
+        bail!("loss: expected a finite number, got none at step {step}; lower --lr or --lambda");
+    }
+    println!("parameters        {}", summary.parameters);
+    println!("steps             {} in {:.1} s", summary.steps, summary.seconds);
+    println!(
+        "cross entropy     {:.4} (mean of the last steps)",
+        summary.cross_entropy
+    );
+    println!("compression loss  {:.6}", summary.compression_loss);
+    println!("held-out          perplexity {:.4}", summary.held_out.perplexity);
+    println!("hidden ratio      {:.4}", summary.held_out.hidden_ratio);
+    println!("model             {}", args.out.join("model").display());
+    Ok(())
+}
+
+/// Trains to the last step and exports the model.
+pub fn train(args: &RunArgs) -> Result<Summary> {
+    let mut run = Run::new(args)?;
+    let diverged_at = run.complete()?;
+    run.finish(diverged_at)
+}
+
+struct Run<'a> {
+    args: &'a RunArgs,
+    settings: Value,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    attention: Vec<CompressedAttention>,
+    tokens: Vec<u32>,
+    evaluator: Evaluator,
+    model: Trainable,
+    optimizer: AdamW,
+    record: Record,
+    /// Steps done, and the time they took.
+    step: usize,
+    seconds: f64,
+    held_out: Option<HeldOut>,
+}
+
+impl<'a> Run<'a> {
+    fn new(args: &'a RunArgs) -> Result<Self> {
+        let training = &args.training;
+        training.check()?;
+        ensure!(
+            args.lambda.is_finite(),
+            "lambda: expected a number, got {}",
+            args.lambda
+        );
+        let compression = Compression::from_args(&args.compression)?;
+        let text = Text::read(&args.text)?;
+        let resumed = find_checkpoint(args)?;
+        let (config, tokenizer) = match (&resumed, &args.finetune) {
+            (Some(folder), _) | (None, Some(folder)) => checkpoint::open(folder, training.context)?,
+            (None, None) => {
+                let tokenizer = match &args.tokenizer {
+                    Some(file) => data::load_tokenizer(file)?,
+                    None => data::train_tokenizer(&text.training, training.vocab)?,
+                };
+                (training.model(tokenizer.get_vocab_size(true)), tokenizer)
+            }
+        };
+        let tokens = data::encode(&tokenizer, &text.training)?;
+        ensure!(
+            tokens.len() > training.context,
+            "text: expected more than {} tokens, got {}; lower --context or give a longer text",
+            training.context,
+            tokens.len()
+        );
+        let held_out_tokens = data::encode(&tokenizer, &text.held_out)?;
+        let evaluator = Evaluator::new(&held_out_tokens, training.context, training.eval_windows)?;
+        let settings = settings(args, &compression, &config, &tokenizer, &text.hash)?;
+        let attention = compression.attention(config.num_hidden_layers, config.num_attention_heads)?;
+        let model = Trainable::new(&config, attention.clone(), training.seed)?;
+        let mut optimizer = AdamW::new(model.vars(), training.weight_decay, training.clip);
+        let mut state = None;
+        if let Some(folder) = &resumed {
+            state = Some(resume(folder, &settings, &model, &mut optimizer)?);
+        } else if let Some(folder) = &args.finetune {
+            checkpoint::load_weights(folder, &model)?;
+        }
+        fs::create_dir_all(&args.out).with_context(|| format!("out {}", args.out.display()))?;
+        checkpoint::write_file(&args.out.join("held_out.txt"), &text.held_out)?;
+        Ok(Self {
+            record: Record::open(&args.out, state.as_ref().map(|state| state.step))?,
+            step: state.as_ref().map_or(0, |state| state.step),
+            seconds: state.as_ref().map_or(0.0, |state| state.seconds),
+            held_out: state.and_then(|state| state.held_out),
+            args,
+            settings,
+            config,
+            tokenizer,
+            attention,
+            tokens,
+            evaluator,
+            model,
+            optimizer,
+        })
+    }
+
+    /// The step that diverged, where one did.
+    fn complete(&mut self) -> Result<Option<usize>> {
+        let training = &self.args.training;
+        let style = ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}  {eta} left")?;
+        let bar = ProgressBar::new(training.steps as u64).with_style(style);
+        bar.set_position(self.step as u64);
+        if self.step == 0 {
+            let row = Row {
+                held_out: Some(self.measure()?),
+                ..Row::default()
+            };
+            self.record.push(&row)?;
+        }
+        while self.step < training.steps {
+            let losses = self.train_step()?;
+            if !losses.gradient_norm.is_finite() {
+                return Ok(Some(self.step + 1));
+            }
+            self.step += 1;
+            let last = self.step == training.steps;
+            let mut row = Row {
+                step: self.step,
+                losses: Some(losses),
+                held_out: None,
+            };
+            if last || self.step.is_multiple_of(training.eval_every) {
+                row.held_out = Some(self.measure()?);
+            }
+            self.record.push(&row)?;
+            if last || self.step.is_multiple_of(training.checkpoint_every) {
+                self.save()?;
+            }
+            let held_out = self
+                .held_out
+                .map_or((f64::NAN, f64::NAN), |x| (x.perplexity, x.hidden_ratio));
+            bar.set_message(format!(
+                "loss {:.3}  perplexity {:.1} (held-out {:.1})  hidden {:.3}  {:.0} tokens/s",
+                losses.total,
+                losses.cross_entropy.exp(),
+                held_out.0,
+                held_out.1,
+                losses.tokens_per_second
+            ));
+            bar.set_position(self.step as u64);
+        }
+        bar.finish_and_clear();
+        Ok(None)
+    }
+
+    /// Forward, cross entropy + λ·compression loss, backward, AdamW. A loss that is not finite gives a gradient norm
+    /// that is not, and changes nothing.
+    fn train_step(&mut self) -> Result<StepLosses> {
+        let (args, training, start) = (self.args, &self.args.training, Instant::now());
+        let (inputs, targets) = data::batch(&self.tokens, training.batch, training.context, training.seed, self.step)?;
+        let losses = self.model.losses(&inputs, &targets)?;
+        let lambda = args.lambda * args.lambda_schedule.factor(self.step, training.steps);
+        let total = match &losses.compression {
+            Some(compression) if lambda != 0.0 => (&losses.cross_entropy + (compression * lambda)?)?,
+            _ => losses.cross_entropy.clone(),
+        };
+        let number = |tensor: &Tensor| -> Result<f64> { Ok(f64::from(tensor.to_scalar::<f32>()?)) };
+        let gradient_norm = match number(&total)?.is_finite() {
+            true => self
+                .optimizer
+                .step(&total.backward()?, training.learning_rate(self.step))?,
+            false => f64::NAN,
+        };
+        let seconds = start.elapsed().as_secs_f64();
+        self.seconds += seconds;
+        Ok(StepLosses {
+            total: number(&total)?,
+            cross_entropy: number(&losses.cross_entropy)?,
+            compression: losses.compression.as_ref().map_or(Ok(0.0), number)?,
+            lambda,
+            gradient_norm,
+            tokens_per_second: (training.batch * training.context) as f64 / seconds,
+        })
+    }
+
+    fn measure(&mut self) -> Result<HeldOut> {
+        let held_out = self
+            .evaluator
+            .measure(&self.model, &self.config, self.attention.clone())?;
+        self.held_out = Some(held_out);
+        Ok(held_out)
+    }
+
+    fn save(&self) -> Result<()> {
+        let state = State {
+            step: self.step,
+            seconds: self.seconds,
+            held_out: self.held_out,
+            settings: self.settings.clone(),
+        };
+        let Self { args, model, .. } = self;
+        checkpoint::save(&args.out, &state, model, &self.config, &self.tokenizer, &self.optimizer)
+    }
+
+    fn finish(mut self, diverged_at: Option<usize>) -> Result<Summary> {
+        let held_out = match self.held_out {
+            Some(held_out) if diverged_at.is_none() => held_out,
+            _ => self.measure()?,
+        };
+        let dtype = match self.args.training.export_dtype {
+            ExportDtype::F32 => DType::F32,
+            ExportDtype::F16 => DType::F16,
+        };
+        let out: &Path = &self.args.out;
+        checkpoint::export(out, &self.model, &self.config, &self.tokenizer, dtype)?;
+        let rows = record::read(out)?;
+        let last: Vec<StepLosses> = rows.iter().rev().filter_map(|row| row.losses).take(20).collect();
+        let mean = |value: fn(&StepLosses) -> f64| last.iter().map(value).sum::<f64>() / last.len() as f64;
+        let summary = Summary {
+            steps: self.step,
+            parameters: self.model.parameters(),
+            seconds: self.seconds,
+            cross_entropy: mean(|x| x.cross_entropy),
+            compression_loss: mean(|x| x.compression),
+            held_out,
+            diverged_at,
+        };
+        plot_runs(out, &[("this run".to_string(), rows)])?;
+        checkpoint::write_json(&out.join("summary.json"), &summary)?;
+        Ok(summary)
+    }
+}
+
+/// The checkpoint to go on from. A folder that has one is not overwritten.
+fn find_checkpoint(args: &RunArgs) -> Result<Option<std::path::PathBuf>> {
+    let (latest, out) = (checkpoint::latest(&args.out), args.out.display());
+    match (args.resume, &latest) {
+        (true, None) => bail!("resume: expected a checkpoint in {out}, found none; leave --resume out"),
+        (false, Some(_)) => {
+            bail!("out: expected a folder without checkpoints, got {out}; add --resume or change --out")
+        }
+        _ => Ok(latest),
+    }
+}
+
+fn resume(folder: &Path, settings: &Value, model: &Trainable, optimizer: &mut AdamW) -> Result<State> {
+    let state: State = checkpoint::read_json(&folder.join("state.json"))?;
+    let names = settings.as_object().into_iter().flatten();
+    for (name, value) in names {
+        let saved = &state.settings[name];
+        ensure!(
+            saved == value,
+            "resume: expected the checkpoint's {name}, {saved}, got {value}; give the flags of the first run"
+        );
+    }
+    checkpoint::restore(folder, &state, model, optimizer)?;
+    Ok(state)
+}
+
+/// Everything that a step depends on besides the weights and moments.
+fn settings(
+    args: &RunArgs,
+    compression: &Compression,
+    config: &ModelConfig,
+    tokenizer: &Tokenizer,
+    text_hash: &str,
+) -> Result<Value> {
+    let training = &args.training;
+    let tokenizer = tokenizer
+        .to_string(false)
+        .map_err(|error| anyhow::anyhow!("tokenizer: {error}"))?;
+    // A strategy is a name or a file.
+    let strategy_file = fs::read(&compression.label).ok().map(|bytes| data::hash(&bytes));
+    Ok(json!({
+        "steps": training.steps,
+        "batch": training.batch,
+        "context": training.context,
+        "lr": training.lr,
+        "warmup": training.warmup,
+        "weight_decay": training.weight_decay,
+        "clip": training.clip,
+        "seed": training.seed,
+        "layers, hidden and the like": config,
+        "lambda": args.lambda,
+        "lambda_schedule": args.lambda_schedule,
+        "strategy": compression.label,
+        "strategy_file": strategy_file,
+        "compression": compression.config,
+        "finetune": args.finetune,
+        "text": text_hash,
+        "tokenizer": data::hash(tokenizer.as_bytes()),
+    }))
+}
