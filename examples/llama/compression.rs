@@ -37,7 +37,7 @@ pub struct CompressionArgs {
     strategy: Option<String>,
     /// Plain attention: every head off.
     #[arg(long, conflicts_with = "strategy")]
-    dense: bool,
+    pub dense: bool,
     /// A pair of a similarity head qualifies when 1 - cos is below this.
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     similarity_threshold: Option<f64>,

@@ -58,7 +58,7 @@ impl Evaluator {
         let mut counts = HiddenCounts::default();
         let (mut sum, mut predicted) = (0.0, 0);
         for window in &self.windows {
-            let hidden = model.forward(window, 0, &mut counts)?;
+            let hidden = model.forward(window, &mut counts)?;
             let rows = window.len() - 1;
             sum += nll(&model.logits(&hidden, 0, rows)?, &window[1..])?;
             predicted += rows;

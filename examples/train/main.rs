@@ -6,6 +6,7 @@
 mod args;
 mod checkpoint;
 #[path = "../llama/compression.rs"]
+#[allow(dead_code)] // the llama example uses the rest
 mod compression;
 mod data;
 #[path = "../llama/error.rs"]
