@@ -4,46 +4,14 @@
 #[path = "llama_example/fixture.rs"]
 mod fixture;
 
-use std::fs;
-use std::process::{Command, Output};
+#[path = "llama_example/binary.rs"]
+mod binary;
 
+use std::fs;
+
+use binary::{assert_error, llama, number, report, text};
 use fixture::{Fixture, CONTEXT, HEADS, LAYERS};
 use serde_json::{json, Value};
-
-/// The example's binary, which cargo builds next to the tests.
-fn llama(args: &[&str]) -> Output {
-    let deps = std::env::current_exe().unwrap();
-    let binary = deps
-        .ancestors()
-        .nth(2)
-        .unwrap()
-        .join("examples/llama")
-        .with_extension(std::env::consts::EXE_EXTENSION);
-    assert!(
-        binary.exists(),
-        "{} is missing: run `cargo build --example llama` first",
-        binary.display()
-    );
-    let mut command = Command::new(binary);
-    // One backtrace-free line is promised even to those who ask for backtraces.
-    command
-        .args(args)
-        .env("RUST_BACKTRACE", "1")
-        .env("HF_ENDPOINT", "http://127.0.0.1:9");
-    command.output().unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
-}
-
-/// Runs a command that must succeed with `--json`, and returns what it wrote there.
-fn report(name: &str, args: &[&str]) -> Value {
-    let file = Fixture::get().path(&format!("{name}.json"));
-    let output = llama(&[args, &["--json", &file]].concat());
-    assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
-    serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap()
-}
 
 fn eval(name: &str, model: &str, more: &[&str]) -> Value {
     let fixture = Fixture::get();
@@ -60,12 +28,6 @@ fn eval(name: &str, model: &str, more: &[&str]) -> Value {
         "4",
     ];
     report(name, &[&args, more].concat())
-}
-
-fn number(report: &Value, key: &str) -> f64 {
-    report[key]
-        .as_f64()
-        .unwrap_or_else(|| panic!("{key}: not a number in {report}"))
 }
 
 fn assert_close(a: f64, b: f64, relative: f64) {
@@ -260,21 +222,6 @@ fn generation_stops_at_the_context() {
         stderr.contains("generated tokens  5") && stderr.contains("note: stopped at the model's context"),
         "{stderr}"
     );
-}
-
-/// Exit code 1 and one line on stderr that starts with `error: ` and has every part.
-fn assert_error(args: &[&str], parts: &[&str]) {
-    let output = llama(args);
-    let stderr = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{args:?}: {stderr}");
-    assert!(
-        stderr.starts_with("error: ") && stderr.trim_end().lines().count() == 1,
-        "{args:?}: {stderr}"
-    );
-    for part in parts {
-        assert!(stderr.contains(part), "{args:?}: {part:?} is not in {stderr}");
-    }
-    assert!(output.stdout.is_empty(), "{args:?}: {}", text(&output.stdout));
 }
 
 #[test]

@@ -24,7 +24,9 @@ use std::process::Command;
 use candle_core::quantized::gguf_file::Content;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use candle_sfattention::{AttentionOptions, CompressedAttention, CompressionConfig, HeadStrategies, MergeStrategy};
+use candle_sfattention::{
+    AttentionOptions, CacheOptions, CompressedAttention, CompressionConfig, HeadStrategies, MergeStrategy,
+};
 use candle_transformers::models::{llama, quantized_llama};
 use fixture::{Fixture, CONTEXT};
 use load::{Checkpoint, LoadOptions};
@@ -58,18 +60,21 @@ fn damaged_gguf_files_never_panic() {
 }
 
 fn open(model: &str) -> anyhow::Result<Checkpoint> {
-    Checkpoint::open(
-        model,
-        LoadOptions {
-            dtype: DType::F32,
-            dequantize: false,
-        },
-    )
+    open_as(model, false)
+}
+
+fn open_as(model: &str, dequantize: bool) -> anyhow::Result<Checkpoint> {
+    let dtype = DType::F32;
+    Checkpoint::open(model, LoadOptions { dtype, dequantize })
 }
 
 fn attention_off(layers: usize) -> Vec<CompressedAttention> {
-    let off = HeadStrategies::uniform(MergeStrategy::Off);
-    vec![CompressedAttention::new(off, CompressionConfig::pretrained(), AttentionOptions::default()).unwrap(); layers]
+    attention(layers, MergeStrategy::Off)
+}
+
+fn attention(layers: usize, strategy: MergeStrategy) -> Vec<CompressedAttention> {
+    let (strategies, config) = (HeadStrategies::uniform(strategy), CompressionConfig::pretrained());
+    vec![CompressedAttention::new(strategies, config, AttentionOptions::default()).unwrap(); layers]
 }
 
 /// Our model with every head off, and a text's tokens.
@@ -213,4 +218,50 @@ fn quantized_logits_of_a_real_checkpoint_differ_as_candles_do_from_themselves() 
         ours <= 2.0 * own + 1e-3,
         "root mean square distance {ours}, of candle from itself {own}"
     );
+}
+
+/// Greedy text through the cache is greedy text by recomputing everything at every step. Under a causal rule a row sees
+/// only its past, so one run over the prompt and all that was generated has at each position the very logits that a run
+/// up to there would end in: where the likeliest token of each is the one generated, recomputing generates the same.
+///
+/// With float products: quantized ones round activations to 8 bits, see above, so that a last bit's difference between a
+/// chunk's product and a single row's can change a token.
+#[test]
+fn cached_greedy_text_of_a_real_checkpoint_is_the_recomputed_text() {
+    const TOKENS: usize = 200;
+    let Some(path) = real_checkpoint() else { return };
+    for strategy in [MergeStrategy::Off, MergeStrategy::Similarity] {
+        let mut checkpoint = open_as(&path, true).unwrap();
+        let mut tokens = checkpoint.encode(ISHMAEL, false).unwrap();
+        let prompt = tokens.len();
+        let attention = attention(checkpoint.config.layers, strategy);
+        let model = checkpoint.load(attention).unwrap();
+        let mut caches = model.caches(&CacheOptions::default()).unwrap();
+        let mut next = 0;
+        for chunk in tokens.chunks(37) {
+            next = likeliest(
+                &model,
+                &model.forward_cached(chunk, &mut caches).unwrap(),
+                chunk.len() - 1,
+            );
+        }
+        while tokens.len() < prompt + TOKENS {
+            tokens.push(next);
+            next = likeliest(&model, &model.forward_cached(&[next], &mut caches).unwrap(), 0);
+        }
+        let whole = model.forward(&tokens, &mut HiddenCounts::default()).unwrap();
+        for position in prompt..tokens.len() {
+            let again = likeliest(&model, &whole, position - 1);
+            assert_eq!(again, tokens[position], "{strategy:?}, token {}", position - prompt);
+        }
+        let kept: usize = caches.iter().flat_map(|cache| cache.lens().concat()).sum();
+        let lists = caches.len() * checkpoint.config.kv_heads;
+        eprintln!("{strategy:?}: {} of {} entries kept", kept / lists, tokens.len());
+        assert_eq!(kept == lists * tokens.len(), strategy == MergeStrategy::Off);
+    }
+}
+
+fn likeliest(model: &Llama, hidden: &Tensor, row: usize) -> u32 {
+    let logits = model.logits(hidden, row, 1).unwrap().squeeze(0).unwrap();
+    logits.argmax(0).unwrap().to_scalar().unwrap()
 }

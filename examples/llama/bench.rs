@@ -96,6 +96,8 @@ fn configurations(args: &BenchArgs) -> Result<Vec<Child>> {
         args.decode
     );
     let longest = context - args.decode;
+    let wanted = args.prompts.iter().max().map_or(0, |prompt| longest.min(*prompt));
+    tokens(args, &checkpoint, wanted + args.decode)?;
     let mut prompts: Vec<usize> = Vec::new();
     for &prompt in &args.prompts {
         if prompt > longest {
@@ -109,11 +111,6 @@ fn configurations(args: &BenchArgs) -> Result<Vec<Child>> {
             prompts.push(prompt.min(longest));
         }
     }
-    tokens(
-        args,
-        &checkpoint,
-        prompts.iter().max().map_or(0, |prompt| prompt + args.decode),
-    )?;
     let both = [true, false]
         .into_iter()
         .filter(|dense| *dense || !args.compression.dense);

@@ -15,6 +15,7 @@ mod rope;
 mod session;
 mod stats;
 
+use std::env;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -22,6 +23,11 @@ use clap::Parser;
 use crate::args::{Cli, Command};
 
 fn main() -> ExitCode {
+    // Unless this is set, candle counts the cores anew before every product: a tenth of a decode step.
+    const THREADS: &str = "RAYON_NUM_THREADS";
+    if env::var_os(THREADS).is_none() {
+        env::set_var(THREADS, candle_core::utils::get_num_threads().to_string());
+    }
     let result = match Cli::parse().command {
         Command::Generate(args) => generate::run(&args),
         Command::Eval(args) => eval::run(&args),

@@ -1,0 +1,64 @@
+//! Running the example's binary.
+
+use std::fs;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+use crate::fixture::Fixture;
+
+/// The example's binary, which cargo builds next to the tests.
+pub fn llama(args: &[&str]) -> Output {
+    let deps = std::env::current_exe().unwrap();
+    let binary = deps
+        .ancestors()
+        .nth(2)
+        .unwrap()
+        .join("examples/llama")
+        .with_extension(std::env::consts::EXE_EXTENSION);
+    assert!(
+        binary.exists(),
+        "{} is missing: run `cargo build --example llama` first",
+        binary.display()
+    );
+    let mut command = Command::new(binary);
+    // One backtrace-free line is promised even to those who ask for backtraces.
+    command
+        .args(args)
+        .env("RUST_BACKTRACE", "1")
+        .env("HF_ENDPOINT", "http://127.0.0.1:9");
+    command.output().unwrap()
+}
+
+pub fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// Runs a command that must succeed with `--json`, and returns what it wrote there.
+pub fn report(name: &str, args: &[&str]) -> Value {
+    let file = Fixture::get().path(&format!("{name}.json"));
+    let output = llama(&[args, &["--json", &file]].concat());
+    assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+    serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap()
+}
+
+pub fn number(report: &Value, key: &str) -> f64 {
+    report[key]
+        .as_f64()
+        .unwrap_or_else(|| panic!("{key}: not a number in {report}"))
+}
+
+/// Exit code 1 and one line on stderr that starts with `error: ` and has every part.
+pub fn assert_error(args: &[&str], parts: &[&str]) {
+    let output = llama(args);
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{args:?}: {stderr}");
+    assert!(
+        stderr.starts_with("error: ") && stderr.trim_end().lines().count() == 1,
+        "{args:?}: {stderr}"
+    );
+    for part in parts {
+        assert!(stderr.contains(part), "{args:?}: {part:?} is not in {stderr}");
+    }
+    assert!(output.stdout.is_empty(), "{args:?}: {}", text(&output.stdout));
+}
