@@ -250,9 +250,9 @@ fn cached_greedy_text_of_a_real_checkpoint_is_the_recomputed_text() {
             next = likeliest(&model, &model.forward_cached(&[next], &mut caches).unwrap(), 0);
         }
         let whole = model.forward(&tokens, &mut HiddenCounts::default()).unwrap();
-        for position in prompt..tokens.len() {
-            let again = likeliest(&model, &whole, position - 1);
-            assert_eq!(again, tokens[position], "{strategy:?}, token {}", position - prompt);
+        for (index, token) in tokens[prompt..].iter().enumerate() {
+            let again = likeliest(&model, &whole, prompt + index - 1);
+            assert_eq!(again, *token, "{strategy:?}, token {index}");
         }
         let kept: usize = caches.iter().flat_map(|cache| cache.lens().concat()).sum();
         let lists = caches.len() * checkpoint.config.kv_heads;

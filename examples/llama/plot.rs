@@ -21,7 +21,7 @@ const COLORS: [RGBColor; 2] = [RGBColor(213, 94, 0), RGBColor(0, 114, 178)];
 const GRID: RGBColor = RGBColor(225, 225, 225);
 const INK: RGBColor = RGBColor(60, 60, 60);
 
-/// Draws up to two curves, each with its label above its end.
+/// Draws up to two curves, the first labelled above its end and the others below theirs, clear of the one above.
 pub fn draw(file: &Path, title: &str, curves: &[Curve]) -> Result<()> {
     let ends = curves.iter().filter_map(|curve| curve.points.last());
     let most = ends.fold((1, 1), |most, end| (most.0.max(end.0), most.1.max(end.1)));
@@ -46,13 +46,18 @@ pub fn draw(file: &Path, title: &str, curves: &[Curve]) -> Result<()> {
         .bold_line_style(GRID)
         .light_line_style(TRANSPARENT)
         .draw()?;
-    for (curve, color) in curves.iter().zip(&COLORS) {
+    for (index, (curve, color)) in curves.iter().zip(&COLORS).enumerate() {
         let points: Vec<_> = curve.points.iter().map(|&(x, bytes)| (x, mib(bytes as u64))).collect();
         let Some(&end) = points.last() else { continue };
         chart.draw_series(LineSeries::new(points, color.stroke_width(3)))?;
-        let anchor = Pos::new(HPos::Right, VPos::Bottom);
+        let (side, offset) = if index == 0 {
+            (VPos::Bottom, (-12, -8))
+        } else {
+            (VPos::Top, (-12, 24))
+        };
+        let anchor = Pos::new(HPos::Right, side);
         let style = ("sans-serif", 15).into_font().color(color).pos(anchor);
-        chart.draw_series([EmptyElement::at(end) + Text::new(curve.label.clone(), (-12, -8), style)])?;
+        chart.draw_series([EmptyElement::at(end) + Text::new(curve.label.clone(), offset, style)])?;
     }
     root.present()?;
     Ok(())
