@@ -17,9 +17,15 @@ use crate::load::LoadOptions;
 #[derive(Debug, Parser)]
 #[command(name = "llama", version, after_long_help = STRATEGY_FILE)]
 pub struct Cli {
+    /// Without one, the small model that comes with the example continues a text.
     #[command(subcommand)]
-    pub command: Command,
+    pub command: Option<Command>,
 }
+
+/// The model that comes with the example, trained with compression; its README says how.
+pub const DEFAULT_MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/llama/assets");
+
+const DEFAULT_PROMPT: &str = "The whale rose slowly out of the dark water, and";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -44,7 +50,7 @@ const STRATEGY_FILE: &str = r#"Strategy file:
 #[derive(Debug, Args)]
 pub struct GenerateArgs {
     /// The text to continue, or with --chat the user's message.
-    #[arg(long)]
+    #[arg(long, default_value = DEFAULT_PROMPT)]
     pub prompt: String,
     /// Put the prompt into the checkpoint's own chat template.
     #[arg(long)]
@@ -74,6 +80,28 @@ pub struct GenerateArgs {
     pub model: ModelArgs,
     #[command(flatten)]
     pub compression: CompressionArgs,
+}
+
+impl GenerateArgs {
+    /// What the example does when it is given nothing: enough tokens for many to leave the window, not the likeliest
+    /// ones, which a model this small repeats.
+    pub fn demo() -> Self {
+        match Cli::parse_from([
+            "llama",
+            "generate",
+            "--fold",
+            "drop",
+            "--max-tokens",
+            "200",
+            "--temperature",
+            "0.7",
+        ])
+        .command
+        {
+            Some(Command::Generate(args)) => args,
+            _ => unreachable!("the arguments name the command"),
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -180,8 +208,9 @@ impl CacheArgs {
 
 #[derive(Debug, Args)]
 pub struct ModelArgs {
-    /// A .gguf file, a folder with config.json, tokenizer.json and safetensors, or a Hugging Face id OWNER/NAME.
-    #[arg(long, value_name = "PATH_OR_ID")]
+    /// A .gguf file, a folder with config.json, tokenizer.json and safetensors, or a Hugging Face id OWNER/NAME. Default:
+    /// the small model that comes with the example.
+    #[arg(long, value_name = "PATH_OR_ID", default_value = DEFAULT_MODEL, hide_default_value = true)]
     pub model: String,
     /// Number type of safetensors weights and activations. A GGUF file stays quantized and computes in f32.
     #[arg(long, value_enum, default_value_t = Dtype::F32)]

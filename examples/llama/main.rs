@@ -20,7 +20,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::args::{Cli, Command};
+use crate::args::{Cli, Command, GenerateArgs};
 
 fn main() -> ExitCode {
     // Unless this is set, candle counts the cores anew before every product: a tenth of a decode step.
@@ -28,7 +28,10 @@ fn main() -> ExitCode {
     if env::var_os(THREADS).is_none() {
         env::set_var(THREADS, candle_core::utils::get_num_threads().to_string());
     }
-    let result = match Cli::parse().command {
+    let result = match Cli::parse()
+        .command
+        .unwrap_or_else(|| Command::Generate(GenerateArgs::demo()))
+    {
         Command::Generate(args) => generate::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Bench(args) => bench::run(&args),
