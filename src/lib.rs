@@ -9,6 +9,7 @@ pub mod cache;
 pub mod config;
 mod cpu;
 pub mod loss;
+mod observed;
 pub mod op;
 pub mod plan;
 pub mod problem;
@@ -23,6 +24,7 @@ pub use config::{
     MergeRule, MergeStrategy,
 };
 pub use loss::{compression_loss, compression_loss_terms, CompressionLossTerms};
+pub use observed::observed_mass;
 pub use op::{attend, compressed_attention, CompressedAttentionOutput};
 pub use plan::{MergePlan, MergeStats};
 pub use problem::Problem;

@@ -77,7 +77,7 @@ proptest! {
         bad in prop_oneof![2 => Just(None), 1 => (0..160usize).prop_map(Some)],
         seed in 0..1000u64,
     ) {
-        let mut strategies = strategies(kind, &shape).unwrap();
+        let mut strategies = strategies(kind, &shape, &config).unwrap();
         if thresholds {
             let own: Vec<f64> = (0..shape.1).map(|head| config.similarity_threshold / (1.0 + head as f64)).collect();
             strategies = strategies.with_thresholds(&Tensor::new(own, &Device::Cpu).unwrap()).unwrap();
@@ -334,7 +334,7 @@ fn tampered_headers_are_refused() -> Result<()> {
         (&["header", "ObservedMass"], |c| {
             c.set("/config/criterion", "ObservedMass")
         }),
-        (&["criterion", "observed_mass"], |c| {
+        (&["ObservedMass", "fold Drop", "got fold Mean"], |c| {
             c.set("/config/criterion", "observed_mass")
         }),
         (&["rule", "Causal"], |c| c.set("/config/rule", "reference")),

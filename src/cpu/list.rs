@@ -6,6 +6,7 @@
 use super::block::{Bits, FarSource, KeysValues, RawRows, RowScratch};
 use super::decide::{cosine_of, qualifies};
 use super::fold::{all_finite, quarantine, raw_rows, ChainFold};
+use super::observe::{threshold, Chunk, Local, Observed, Recent};
 use super::{dot, Accumulator, Element, HeadRows};
 use crate::config::{CompressionConfig, Criterion, Fold, HeadTest, MergeStrategy};
 use std::ops::Range;
@@ -42,6 +43,25 @@ impl ListSettings {
     pub fn merges(&self) -> bool {
         self.tests.iter().all(|test| test.strategy != MergeStrategy::Off)
     }
+
+    /// Whether tokens are judged by what their window's rows gave them.
+    pub fn observes(&self) -> bool {
+        self.criterion == Criterion::ObservedMass && self.merges()
+    }
+
+    /// Whether tokens are judged by their neighbours.
+    pub fn compares(&self) -> bool {
+        self.criterion != Criterion::ObservedMass && self.merges()
+    }
+
+    /// The most tokens that one run may hide.
+    pub fn longest_run(&self) -> usize {
+        match (self.merges(), self.observes()) {
+            (false, _) => 0,
+            (true, false) => self.max_merge_level,
+            (true, true) => usize::MAX,
+        }
+    }
 }
 
 /// Columns in the storage dtype S.
@@ -62,9 +82,11 @@ pub(crate) struct List<S: Element> {
     /// Raw tokens (rows, D) of which the last `window` are still needed; empty where `window` is 0.
     pub recent_keys: Vec<S>,
     pub recent_values: Vec<S>,
-    /// Bits from the open chain's token (or token 0) to `seq_len - 2`.
+    /// Bits from the open chain's token (or token 0) to `seq_len - 2`; 0 where they are not decided yet.
     pub bits: Vec<u8>,
     pub run: Run<S::Acc>,
+    /// Where tokens are judged by what they were given; else empty.
+    pub observed: Observed<S>,
     /// The last raw query of each query head, under [`Fold::PairSum`].
     pub last_queries: Vec<S::Acc>,
     /// The newest token that was not finite.
@@ -76,15 +98,16 @@ pub(crate) struct List<S: Element> {
 pub(crate) struct Run<A> {
     /// The first token of the run that ends at the last token, and its key.
     pub start: Option<(usize, Vec<A>)>,
-    /// The last token's key; empty before the first token and where nothing merges.
+    /// The last token's key; empty before the first token and where no neighbours are compared.
     pub last_key: Vec<A>,
 }
 
 /// One chunk's decisions, made before anything changes.
-pub(crate) struct Decided<A> {
-    /// Bits from token `seq_len - 1` (or 0) to the last but one of the chunk.
+pub(crate) struct Decided<S: Element> {
+    /// Bits from the list's first one to the last but one token of the chunk.
     bits: Vec<u8>,
-    run: Run<A>,
+    run: Run<S::Acc>,
+    observed: Observed<S>,
     /// Entries that the chunk will close.
     pub closes: usize,
 }
@@ -104,6 +127,7 @@ impl<S: Element> List<S> {
             recent_values: Vec::new(),
             bits: Vec::new(),
             run: Run::default(),
+            observed: Observed::new(),
             last_queries: Vec::new(),
             last_bad: None,
         }
@@ -115,7 +139,7 @@ impl<S: Element> List<S> {
     }
 
     /// [`Self::entries`] after a chunk of `count` tokens.
-    pub fn entries_after(&self, count: usize, decided: &Decided<S::Acc>) -> usize {
+    pub fn entries_after(&self, count: usize, decided: &Decided<S>) -> usize {
         let (seq_len, window) = (self.seq_len + count, self.settings.window);
         self.tokens.len() + decided.closes + usize::from(seq_len > window) + seq_len.min(window)
     }
@@ -157,35 +181,56 @@ impl<S: Element> List<S> {
             + self.run.last_key.len()
             + self.run.start.as_ref().map_or(0, |(_, key)| key.len())
             + self.last_queries.len();
-        numbers * size_of::<S::Acc>() + self.bits.len()
+        numbers * size_of::<S::Acc>() + self.bits.len() + self.observed.bytes()
     }
 
-    /// Decides for a chunk of `count` tokens: `queries` of the list's heads and its `keys`.
-    pub fn decide<Q: Element<Acc = S::Acc>>(
-        &self,
-        queries: &[HeadRows<Q>],
-        keys: &HeadRows<S>,
-        count: usize,
-    ) -> Decided<S::Acc> {
-        let first = self.seq_len;
+    /// Decides for a chunk of tokens.
+    pub fn decide<Q: Element<Acc = S::Acc>>(&self, chunk: &Chunk<Q, S>) -> Decided<S> {
+        let (first, count) = (self.seq_len, chunk.count);
         let mut decided = Decided {
-            bits: vec![0; if first == 0 { count - 1 } else { count }],
+            bits: self.bits.clone(),
             run: Run::default(),
+            observed: Observed::new(),
             closes: 0,
         };
-        if self.settings.merges() {
-            self.scan(queries, keys, &mut decided);
-            decided.run.last_key = widened(keys.row(count - 1));
+        decided
+            .bits
+            .resize(self.bits.len() + count - usize::from(first == 0), 0);
+        if self.settings.compares() {
+            self.scan(chunk.queries, &chunk.keys, &mut decided);
+            decided.run.last_key = widened(chunk.keys.row(count - 1));
+        } else if self.settings.observes() {
+            self.observe(chunk, &mut decided);
         }
         // Tokens that are folded by the end are those up to the new edge; each unset bit among them closes a chain.
         let edge = (first + count).saturating_sub(self.settings.window + 1);
         let base = self.bits_base();
-        let bit = |t: usize| match t - base {
-            i if i < self.bits.len() => self.bits[i],
-            i => decided.bits[i - self.bits.len()],
-        };
-        decided.closes = (base..edge.max(base)).filter(|t| bit(*t) == 0).count();
+        decided.closes = (base..edge.max(base)).filter(|t| decided.bits[t - base] == 0).count();
         decided
+    }
+
+    fn observe<Q: Element<Acc = S::Acc>>(&self, chunk: &Chunk<Q, S>, decided: &mut Decided<S>) {
+        let settings = &self.settings;
+        let local = Local {
+            window: settings.window,
+            sinks: settings.sinks,
+            scale: chunk.scale,
+        };
+        let recent = Recent {
+            keys: HeadRows::compact(&self.recent_keys, self.dim),
+            values: HeadRows::compact(&self.recent_values, self.dim),
+            rows: self.recent_keys.len() / self.dim,
+        };
+        let Some(least) = threshold(settings.tests.iter().copied()) else {
+            return;
+        };
+        let (base, least) = (self.bits_base(), S::Acc::of(least));
+        let bits = &mut decided.bits;
+        decided.observed = self
+            .observed
+            .after(local, (self.seq_len, recent), chunk, |token, score| {
+                bits[token - base] = u8::from(token >= settings.sinks && score < least);
+            });
     }
 
     /// The token of `bits[0]`.
@@ -193,12 +238,7 @@ impl<S: Element> List<S> {
         self.seq_len.saturating_sub(self.settings.window + 1)
     }
 
-    fn scan<Q: Element<Acc = S::Acc>>(
-        &self,
-        queries: &[HeadRows<Q>],
-        keys: &HeadRows<S>,
-        decided: &mut Decided<S::Acc>,
-    ) {
+    fn scan<Q: Element<Acc = S::Acc>>(&self, queries: &[HeadRows<Q>], keys: &HeadRows<S>, decided: &mut Decided<S>) {
         let (settings, first) = (&self.settings, self.seq_len);
         let norm = |row: &[S::Acc]| dot(row, row).root();
         let Run {
@@ -210,7 +250,8 @@ impl<S: Element> List<S> {
         let mut key = vec![S::Acc::ZERO; self.dim];
         let mut query = vec![S::Acc::ZERO; self.dim];
         // The pair (t, t + 1) is decided when t + 1 arrives.
-        for row in 0..decided.bits.len() + usize::from(first == 0) {
+        let known = self.bits.len();
+        for row in 0..decided.bits.len() - known + usize::from(first == 0) {
             S::widen(keys.row(row), &mut key);
             let key_norm = norm(&key);
             let token = first + row;
@@ -237,7 +278,7 @@ impl<S: Element> List<S> {
                         }
                     }
                 }
-                decided.bits[row - usize::from(first == 0)] = u8::from(merges);
+                decided.bits[known + row - usize::from(first == 0)] = u8::from(merges);
                 if !merges {
                     (start, start_norm) = (None, None);
                 } else if start.is_none() {
@@ -254,7 +295,7 @@ impl<S: Element> List<S> {
     /// it stood before.
     pub fn append(
         &mut self,
-        decided: Decided<S::Acc>,
+        decided: Decided<S>,
         keys: &HeadRows<S>,
         values: &HeadRows<S>,
         count: usize,
@@ -278,8 +319,9 @@ impl<S: Element> List<S> {
             }
         }
         let base = self.bits_base();
-        self.bits.extend_from_slice(&decided.bits);
+        self.bits = decided.bits;
         self.run = decided.run;
+        self.observed = decided.observed;
         self.seq_len += count;
         self.reserve(decided.closes);
         let edge = self.seq_len.checked_sub(self.settings.window + 1);

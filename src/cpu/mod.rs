@@ -12,6 +12,7 @@ pub(crate) mod forward;
 mod gemm_tile;
 pub(crate) mod list;
 pub(crate) mod loss;
+pub(crate) mod observe;
 mod philox;
 mod softmax;
 
