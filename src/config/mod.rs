@@ -184,6 +184,17 @@ impl CompressionConfig {
         }
     }
 
+    /// For stock checkpoints with a calibrated [`Policy`](crate::Policy): tokens that their window's rows hardly attended
+    /// to are left out, decided once per KV head, with the first 4 tokens and the last 32 left alone. The thresholds are
+    /// the policy's.
+    pub fn calibrated() -> Self {
+        Self {
+            fold: Fold::Drop,
+            criterion: Criterion::ObservedMass,
+            ..Self::pretrained()
+        }
+    }
+
     /// The threshold of a head that has none of its own; infinity for [`MergeStrategy::Off`], which reads none.
     pub fn default_threshold(&self, strategy: MergeStrategy) -> f64 {
         match strategy {
