@@ -32,6 +32,8 @@ pub enum Command {
     /// Measure speed and memory of prompts of several lengths, dense and compressed.
     #[command(after_long_help = STRATEGY_FILE)]
     Bench(BenchArgs),
+    /// Choose every head's threshold for a share of hidden tokens, and write them as a policy for --strategy.
+    Calibrate(CalibrateArgs),
 }
 
 const STRATEGY_FILE: &str = r#"Strategy file:
@@ -90,6 +92,43 @@ pub struct EvalArgs {
     /// Spread the windows evenly over the text instead of taking the first ones.
     #[arg(long)]
     pub spread: bool,
+    /// Score copying instead: each window is its first half twice, and only the second half counts.
+    #[arg(long)]
+    pub copy: bool,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub compression: CompressionArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct CalibrateArgs {
+    /// The text to calibrate on, a long one: its windows lie midway between those of `eval --spread`, and should be none
+    /// that are scored later.
+    #[arg(long)]
+    pub text: PathBuf,
+    /// The share of tokens to hide, of those that have left the window. More than one gives a file each.
+    #[arg(long, value_delimiter = ',', default_values_t = [0.5], value_name = "X,X..")]
+    pub target: Vec<f64>,
+    /// Where to write the policy. With several targets, `{}` stands for the target.
+    #[arg(long, value_name = "FILE")]
+    pub out: String,
+    /// Tokens per window.
+    #[arg(long, default_value_t = 512)]
+    pub context: usize,
+    /// Windows of prose, spread over the text.
+    #[arg(long, default_value_t = 8)]
+    pub windows: usize,
+    /// Windows that are half a window twice, so that what serves recall is kept.
+    #[arg(long, default_value_t = 8)]
+    pub repeats: usize,
+    /// Shares of hidden tokens to try for each head.
+    #[arg(long, value_delimiter = ',', value_name = "X,X..",
+          default_values_t = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])]
+    pub ratios: Vec<f64>,
+    /// Add up the layers' errors as they are, not in proportion to the stream that they are added to.
+    #[arg(long)]
+    pub absolute: bool,
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]

@@ -2,8 +2,10 @@
 
 mod args;
 mod bench;
+mod calibrate;
 mod chat;
 mod compression;
+mod corpus;
 mod error;
 mod eval;
 mod generate;
@@ -32,6 +34,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
