@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Tensor};
 use candle_sfattention::{
-    Calibrator, CompressedAttention, CompressionConfig, HeadStrategies, Measurement, MergePlan, MergeStrategy, Policy,
+    attend, Calibrator, CompressedAttention, CompressionConfig, HeadStrategies, Measurement, MergePlan, MergeStrategy,
+    Policy,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::args::CalibrateArgs;
+use crate::args::{CalibrateArgs, ErrorScale, WeightArgs};
 use crate::corpus::{self, Window};
 use crate::load::Checkpoint;
 use crate::model::{HiddenCounts, LayerCall, Llama};
@@ -25,10 +26,15 @@ pub fn run(args: &CalibrateArgs) -> Result<()> {
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options())?;
     corpus::check_context(args.context, &checkpoint)?;
     let shape = checkpoint.config.shape();
-    let windows = windows(&checkpoint.encode(&text, false)?, args)?;
+    let windows = windows(
+        &checkpoint.encode(&text, false)?,
+        args.context,
+        args.windows,
+        args.repeats,
+    )?;
     let calibrator = Calibrator::new(shape, config, Default::default(), &args.ratios)?;
     let model = checkpoint.load(dense(shape.layers)?)?;
-    let measurement = measure(&model, calibrator, &windows, !args.absolute)?;
+    let measurement = measure(&model, calibrator, &windows, args.weights)?;
     let fingerprint = model.fingerprint()?;
     for (target, out) in args.target.iter().zip(outs) {
         let policy = measurement.policy(*target, &fingerprint)?;
@@ -53,13 +59,11 @@ fn outs(args: &CalibrateArgs) -> Result<Vec<PathBuf>> {
 }
 
 /// Prose, and passages that are repeated.
-fn windows(tokens: &[u32], args: &CalibrateArgs) -> Result<Vec<Window>> {
-    let prose = corpus::spread(tokens, args.context, args.windows, true)?;
+pub fn windows(tokens: &[u32], context: usize, count: usize, repeats: usize) -> Result<Vec<Window>> {
+    let prose = corpus::spread(tokens, context, count, true)?;
     let mut windows: Vec<Window> = prose.into_iter().map(Window::prose).collect();
-    if args.repeats > 0 {
-        // Other passages than the prose, where the text is long enough.
-        let end = tokens.len() - args.context / 2;
-        let repeats = corpus::spread(&tokens[args.context / 2..end], args.context, args.repeats, true)?;
+    if repeats > 0 {
+        let repeats = corpus::spread(tokens, context, repeats, true)?;
         windows.extend(repeats.into_iter().map(Window::copy));
     }
     Ok(windows)
@@ -72,34 +76,53 @@ pub fn dense(layers: usize) -> Result<Vec<CompressedAttention>> {
     Ok(vec![attention; layers])
 }
 
-/// Both passes over the windows. With `relative`, a layer's errors are in proportion to the stream's mean square.
-pub fn measure(model: &Llama, mut calibrator: Calibrator, windows: &[Window], relative: bool) -> Result<Measurement> {
+/// Both passes over the windows.
+pub fn measure(
+    model: &Llama,
+    mut calibrator: Calibrator,
+    windows: &[Window],
+    weights: WeightArgs,
+) -> Result<Measurement> {
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} windows  {msg}  {eta} left")?;
     let bar = ProgressBar::new(2 * windows.len() as u64).with_style(style);
-    let each = |what: &'static str, visit: &mut dyn FnMut(&LayerCall) -> Result<()>| -> Result<()> {
+    let each = |what: &'static str, visit: &mut dyn FnMut(&LayerCall, &Window) -> Result<()>| -> Result<()> {
         bar.set_message(what);
         for window in windows {
             model.forward_planned(&window.tokens, &mut HiddenCounts::default(), |call| {
-                visit(call)?;
+                visit(call, window)?;
                 nothing(call)
             })?;
             bar.inc(1);
         }
         Ok(())
     };
-    each("scores", &mut |call| {
+    each("scores", &mut |call, _| {
         let [q, k, v] = call.qkv;
         Ok(calibrator.observe(call.layer, q, k, v)?)
     })?;
     let mut measurement = calibrator.measure()?;
-    each("errors", &mut |call| {
-        let stream = call.stream.to_dtype(DType::F32)?;
-        let power = f64::from(stream.sqr()?.mean_all()?.to_scalar::<f32>()?);
-        let weight = if relative { 1.0 / power.max(1e-12) } else { 1.0 };
+    each("errors", &mut |call, window| {
+        let repeat = if window.is_copy() { weights.repeat_weight } else { 1.0 };
+        let weight = repeat / scale(weights.error_scale, call)?;
         Ok(measurement.add(call.layer, call.qkv, Some(&call.projection.weight()?), weight)?)
     })?;
     bar.finish_and_clear();
     Ok(measurement)
+}
+
+/// What a layer's errors are divided by.
+fn scale(scale: ErrorScale, call: &LayerCall) -> Result<f64> {
+    let values = match scale {
+        ErrorScale::None => return Ok(1.0),
+        ErrorScale::Stream => call.stream.clone(),
+        ErrorScale::Output => {
+            let [q, k, v] = call.qkv;
+            let output = attend(q, k, v, &nothing(call)?, &Default::default())?;
+            call.projection.forward(&output.transpose(1, 2)?.flatten_from(2)?)?
+        }
+    };
+    let mean = values.to_dtype(DType::F32)?.sqr()?.mean_all()?.to_scalar::<f32>()?;
+    Ok(f64::from(mean).max(1e-12))
 }
 
 /// A plan that hides nothing.

@@ -187,6 +187,19 @@ impl Compression {
         }
     }
 
+    /// Says so where a policy was made for other weights of the same shape.
+    pub fn check_weights(&self, fingerprint: &str) {
+        if let Strategies::Policy(policy) = &self.strategies {
+            let expected = &policy.parts().fingerprint;
+            if expected != fingerprint {
+                eprintln!(
+                    "note: strategy {}: the policy is for the weights {expected}, these are {fingerprint}; calibrate them",
+                    self.label
+                );
+            }
+        }
+    }
+
     /// One attention per layer of a model of that shape.
     pub fn attention(&self, shape: &ModelShape) -> Result<Vec<CompressedAttention>> {
         let per_layer = match &self.strategies {

@@ -38,6 +38,11 @@ impl Window {
         }
     }
 
+    /// Whether it is a passage twice.
+    pub fn is_copy(&self) -> bool {
+        self.first > 1
+    }
+
     /// How many predictions count.
     pub fn predicted(&self) -> usize {
         self.tokens.len() - self.first

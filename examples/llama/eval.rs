@@ -46,6 +46,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         })
         .collect();
     let model = checkpoint.load(attention)?;
+    compression.check_weights(&model.fingerprint()?);
 
     let start = Instant::now();
     let (nll, counts) = score(&model, &windows)?;

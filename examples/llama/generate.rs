@@ -37,6 +37,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let prompt = encode_prompt(&checkpoint, args)?;
     let attention = compression.attention(&checkpoint.config.shape())?;
     let model = checkpoint.load(attention)?;
+    compression.check_weights(&model.fingerprint()?);
     let mut session = match cached {
         true => Session::cached(&model, &args.cache.options(), args.cache.prefill_chunk)?,
         false => Session::recomputed(&model),

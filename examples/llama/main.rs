@@ -16,6 +16,7 @@ mod report;
 mod rope;
 mod session;
 mod stats;
+mod study;
 
 use std::env;
 use std::process::ExitCode;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
+        Command::Report(args) => study::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -100,7 +100,7 @@ pub enum Linear {
 
 impl Linear {
     /// `xs (.., columns) -> (.., rows)`.
-    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         match self {
             Self::Float(linear) => Ok(linear.forward(xs)?),
             Self::Quantized { weight, bias: None } => Ok(weight.forward(xs)?),
