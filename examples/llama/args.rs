@@ -146,7 +146,7 @@ impl CalibrateArgs {
 #[derive(Clone, Copy, Debug, Args)]
 pub struct WeightArgs {
     /// What a layer's error is in proportion to.
-    #[arg(long, value_enum, default_value_t = ErrorScale::Stream, value_name = "NAME")]
+    #[arg(long, value_enum, default_value_t = ErrorScale::Output, value_name = "NAME")]
     pub error_scale: ErrorScale,
     /// How many times as much an error counts in a repeated window as in prose.
     #[arg(long, default_value_t = 1.0, value_name = "X")]

@@ -14,6 +14,9 @@ use std::ops::Range;
 /// Columns are padded to a multiple of this: one AVX-512 or two AVX2 registers of f32.
 const LANES: usize = 16;
 
+/// Dimensions that are multiplied at once.
+const DIMS: usize = 4;
+
 /// Tokens that one task scores at the least: with a window of 32, a sixteenth of the rows is seen twice.
 const BLOCK: usize = 256;
 
@@ -56,17 +59,60 @@ pub(crate) fn score<T: Element>(mass: T::Acc, value: &[T], buffer: &mut [T::Acc]
     mass * dot(buffer, buffer).root()
 }
 
+/// Keys by dimension, so that a query meets a register of tokens at once and nothing is summed across one: a logit is
+/// the same sum in the same order wherever its token lies.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Keys<A> {
+    /// (D, stride), dimensions padded with zeros to a multiple of [`DIMS`].
+    data: Vec<A>,
+    stride: usize,
+    /// The token of column 0.
+    first: usize,
+}
+
+impl<A: Accumulator> Keys<A> {
+    /// Takes in the keys of `tokens` of them from token `first` on, in place of what was there.
+    pub fn fill<'r, T: Element<Acc = A>>(&mut self, first: usize, tokens: usize, rows: impl Iterator<Item = &'r [T]>) {
+        self.first = first;
+        // Every window can be read to the end of its last register.
+        self.stride = tokens + LANES;
+        self.data.clear();
+        let mut row_buffer = Vec::new();
+        for (column, row) in rows.take(tokens).enumerate() {
+            self.data
+                .resize(row.len().next_multiple_of(DIMS) * self.stride, A::ZERO);
+            row_buffer.resize(row.len(), A::ZERO);
+            T::widen(row, &mut row_buffer);
+            for (target, x) in self.data[column..].iter_mut().step_by(self.stride).zip(&row_buffer) {
+                *target = *x;
+            }
+        }
+    }
+
+    /// `query . key` of `logits.len()` tokens from `token` on, a multiple of [`LANES`]; what lies beyond the last token
+    /// means nothing. The query is padded like the keys.
+    #[inline(always)]
+    fn dot<S: Simd>(&self, simd: S, query: &[A], token: usize, logits: &mut [A]) {
+        logits.fill(A::ZERO);
+        let start = token - self.first;
+        let rows = self.data.chunks_exact(DIMS * self.stride);
+        for (rows, weights) in rows.zip(query.chunks_exact(DIMS)) {
+            let row = |dim: usize| &rows[dim * self.stride + start..][..logits.len()];
+            let rows = [row(0), row(1), row(2), row(3)];
+            A::add_weighted(simd, logits, rows, [[weights[0], weights[1], weights[2], weights[3]]]);
+        }
+    }
+}
+
 /// The queries of one group and the keys that they look at.
 pub(crate) struct Observation<'a, Q: Element> {
     pub local: Local,
     /// Of each head of the group, from token `first_query` on.
     pub queries: &'a [HeadRows<'a, Q>],
     pub first_query: usize,
-    /// From token `first_key` on.
-    pub keys: HeadRows<'a, Q::Acc>,
-    pub first_key: usize,
+    pub keys: &'a Keys<Q::Acc>,
     /// From token 0 on: at least those sinks that lie before a row's window.
-    pub sink_keys: HeadRows<'a, Q::Acc>,
+    pub sink_keys: &'a Keys<Q::Acc>,
 }
 
 /// Buffers of one row.
@@ -104,24 +150,27 @@ impl<Q: Element> Observation<'_, Q> {
         if counted.is_empty() {
             return;
         }
-        let columns = sinks + row + 1 - start;
+        // Sinks and window each begin at a register.
+        let window_at = sinks.next_multiple_of(LANES);
+        let columns = window_at + (row + 1 - start);
         let Scratch { query, weights } = scratch;
-        query.resize(self.keys.dim, Q::Acc::ZERO);
-        weights.clear();
-        weights.resize(columns.next_multiple_of(LANES), Q::Acc::NEG_INFINITY);
+        weights.resize(columns.next_multiple_of(LANES), Q::Acc::ZERO);
         let factor = Q::Acc::of(scale * std::f64::consts::LOG2_E);
         for queries in self.queries {
-            Q::widen(queries.row(row - self.first_query), query);
+            let source = queries.row(row - self.first_query);
+            query.clear();
+            query.resize(source.len().next_multiple_of(DIMS), Q::Acc::ZERO);
+            Q::widen(source, &mut query[..source.len()]);
             query.iter_mut().for_each(|x| *x *= factor);
-            for (sink, logit) in weights[..sinks].iter_mut().enumerate() {
-                *logit = Q::Acc::dot(simd, query, self.sink_keys.row(sink));
+            let (sink_logits, logits) = weights.split_at_mut(window_at);
+            if sinks > 0 {
+                self.sink_keys.dot(simd, query, 0, sink_logits);
+                sink_logits[sinks..].fill(Q::Acc::NEG_INFINITY);
             }
-            for (token, logit) in (start..).zip(&mut weights[sinks..columns]) {
-                *logit = Q::Acc::dot(simd, query, self.keys.row(token - self.first_key));
-            }
-            weights[columns..].fill(Q::Acc::NEG_INFINITY);
+            self.keys.dot(simd, query, start, logits);
+            logits[row + 1 - start..].fill(Q::Acc::NEG_INFINITY);
             let inverse = Q::Acc::ONE / exponentials(simd, weights);
-            let weights = &weights[sinks + counted.start - start..];
+            let weights = &weights[window_at + counted.start - start..];
             for (mass, weight) in masses[counted.start - base..counted.end - base].iter_mut().zip(weights) {
                 *mass += *weight * inverse;
             }
@@ -219,6 +268,13 @@ impl<T: Element> ObserveInput<'_, T> {
             scratch,
         } = worker;
         let first_key = self.local.start(rows.start);
+        key_buffer.fill(
+            first_key,
+            rows.end - first_key,
+            (first_key..rows.end).map(|token| keys.row(token)),
+        );
+        let sinks = self.local.sinks.min(rows.end);
+        sink_buffer.fill(0, sinks, (0..sinks).map(|token| keys.row(token)));
         let queries: Vec<_> = (kv_head * group..(kv_head + 1) * group)
             .map(|head| self.q.head(batch, head))
             .collect();
@@ -226,9 +282,8 @@ impl<T: Element> ObserveInput<'_, T> {
             local: self.local,
             queries: &queries,
             first_query: 0,
-            keys: widened(keys, first_key..rows.end, key_buffer),
-            first_key,
-            sink_keys: widened(keys, 0..self.local.sinks.min(rows.end), sink_buffer),
+            keys: key_buffer,
+            sink_keys: sink_buffer,
         };
         observation.add(rows, first, scores, scratch);
         let values = self.v.head(batch, kv_head);
@@ -242,31 +297,10 @@ impl<T: Element> ObserveInput<'_, T> {
 /// Buffers of one thread.
 #[derive(Default)]
 struct Worker<A> {
-    keys: Vec<A>,
-    sinks: Vec<A>,
+    keys: Keys<A>,
+    sinks: Keys<A>,
     value: Vec<A>,
     scratch: Scratch<A>,
-}
-
-/// Rows `range` of a head in the accumulator's dtype, through `buffer` where they need widening.
-fn widened<'a, T: Element>(
-    rows: HeadRows<'a, T>,
-    range: Range<usize>,
-    buffer: &'a mut Vec<T::Acc>,
-) -> HeadRows<'a, T::Acc> {
-    let rows = rows.skip(range.start);
-    if let Some(data) = T::as_acc(rows.data) {
-        return HeadRows {
-            data,
-            stride: rows.stride,
-            dim: rows.dim,
-        };
-    }
-    buffer.resize(range.len() * rows.dim, T::Acc::ZERO);
-    for (row, target) in buffer.chunks_exact_mut(rows.dim).enumerate() {
-        T::widen(rows.row(row), target);
-    }
-    HeadRows::compact(buffer, rows.dim)
 }
 
 /// What a cache's list keeps to go on observing.
@@ -328,21 +362,19 @@ impl<S: Element> Observed<S> {
         for row in first..end.min(local.sinks) {
             sink_keys.extend_from_slice(chunk.keys.row(row - first));
         }
-        let mut keys = vec![S::Acc::ZERO; (end - base) * dim];
         let past = (stale..recent.rows).map(|row| recent.keys.row(row));
         let rows = past.chain((0..chunk.count).map(|row| chunk.keys.row(row)));
-        rows.zip(keys.chunks_exact_mut(dim))
-            .for_each(|(row, target)| S::widen(row, target));
+        let (mut keys, mut sinks) = (Keys::default(), Keys::default());
+        keys.fill(base, end - base, rows);
+        sinks.fill(0, sink_keys.len() / dim, sink_keys.chunks_exact(dim));
         let mut masses = self.masses.clone();
         masses.resize(end - base, S::Acc::ZERO);
-        let wide_sinks = super::list::widened(&sink_keys);
         let observation = Observation {
             local,
             queries: chunk.queries,
             first_query: first,
-            keys: HeadRows::compact(&keys, dim),
-            first_key: base,
-            sink_keys: HeadRows::compact(&wide_sinks, dim),
+            keys: &keys,
+            sink_keys: &sinks,
         };
         observation.add(first..end, base, &mut masses, &mut Scratch::default());
         let mut buffer = vec![S::Acc::ZERO; dim];
