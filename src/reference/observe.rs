@@ -24,7 +24,7 @@ pub fn local_weights(query: &[f64], keys: &[&[f64]], scale: f64) -> Vec<f64> {
     weights.into_iter().map(|weight| weight / sum).collect()
 }
 
-/// `score[t] = A[t] · ‖v[t]‖` of the tokens that can be decided, t + window + 1 <= N - 1, per batch row and KV head: A[t]
+/// `score[t] = A[t] · ‖v[t]‖` of the tokens that can be decided, t + window + 1 <= N - 1, per batch row and KV head: `A[t]`
 /// is the sum of [`local_weights`] over the group's query heads and [`observing_rows`].
 ///
 /// # Errors
