@@ -55,6 +55,7 @@ impl CompressedAttention {
     /// Settings that have no meaning, as [`CompressionConfig::check`] and [`AttentionOptions::check`] say.
     pub fn new(strategies: HeadStrategies, config: CompressionConfig, options: AttentionOptions) -> Result<Self> {
         config.check(options.causal)?;
+        config.check_strategies(&strategies)?;
         options.check()?;
         Ok(Self {
             strategies,

@@ -1,8 +1,9 @@
 //! [`MergePlan`]: which tokens of which heads are hidden, and what that saves.
 
-use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
+use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
 use crate::cpu::decide::{self, DecideInput};
 use crate::cpu::{Element, Rows};
+use crate::observed;
 use crate::problem::{Problem, RowLayout};
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
@@ -36,7 +37,8 @@ impl MergeStats {
 
 impl MergePlan {
     /// Decides from query (B, H, N, D), key and value (B, Hk, N, D): f64, f32, f16 or bf16, any strides with a
-    /// contiguous last axis. Cosines are computed in f32 (f64 for f64). O(N·D) per head.
+    /// contiguous last axis. Cosines and masses are computed in f32 (f64 for f64). O(N·D) per head; under
+    /// [`Criterion::ObservedMass`] O(N·(window + sinks)·D).
     ///
     /// # Errors
     /// Shapes, dtypes, devices or settings that do not fit together; each message says what was expected, what came
@@ -51,6 +53,9 @@ impl MergePlan {
     ) -> Result<Self> {
         let problem = Problem::new(q, k, v)?;
         problem.check_settings(strategies, config, options)?;
+        if config.criterion == Criterion::ObservedMass {
+            return Self::observed(problem, [q, k, v], strategies, config, options);
+        }
         let bits = on_cpu(
             q,
             k,
@@ -63,6 +68,25 @@ impl MergePlan {
         let shape = (problem.batch, problem.heads, problem.pairs());
         Ok(Self {
             indicators: Tensor::from_vec(bits, shape, q.device())?,
+            config: config.clone(),
+        })
+    }
+
+    fn observed(
+        problem: Problem,
+        tensors: [&Tensor; 3],
+        strategies: &HeadStrategies,
+        config: &CompressionConfig,
+        options: &AttentionOptions,
+    ) -> Result<Self> {
+        let device = tensors[0].device();
+        if !device.is_cpu() {
+            return not_on_cpu(device);
+        }
+        let bits = observed::indicators(problem, tensors, strategies, config, options)?;
+        let shape = (problem.batch, problem.heads, problem.pairs());
+        Ok(Self {
+            indicators: Tensor::from_vec(bits, shape, device)?,
             config: config.clone(),
         })
     }

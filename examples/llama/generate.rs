@@ -35,8 +35,9 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let cached = keeps_cache(args, &compression)?;
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options())?;
     let prompt = encode_prompt(&checkpoint, args)?;
-    let attention = compression.attention(checkpoint.config.layers, checkpoint.config.heads)?;
+    let attention = compression.attention(&checkpoint.config.shape())?;
     let model = checkpoint.load(attention)?;
+    compression.check_weights(&model.fingerprint()?);
     let mut session = match cached {
         true => Session::cached(&model, &args.cache.options(), args.cache.prefill_chunk)?,
         false => Session::recomputed(&model),

@@ -2,8 +2,10 @@
 
 mod args;
 mod bench;
+mod calibrate;
 mod chat;
 mod compression;
+mod corpus;
 mod error;
 mod eval;
 mod generate;
@@ -14,6 +16,7 @@ mod report;
 mod rope;
 mod session;
 mod stats;
+mod study;
 
 use std::env;
 use std::process::ExitCode;
@@ -35,6 +38,8 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
+        Command::Report(args) => study::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -120,7 +120,7 @@ where
 /// Dark and light in turn, so that neighbours differ in more than hue.
 fn color(index: usize, count: usize) -> HSLColor {
     let hue = index as f64 / count.max(1) as f64;
-    HSLColor(hue, 0.8, if index % 2 == 0 { 0.35 } else { 0.6 })
+    HSLColor(hue, 0.8, if index.is_multiple_of(2) { 0.35 } else { 0.6 })
 }
 
 /// OUT/tradeoff.svg: each run's held-out perplexity against its hidden ratio, from (name, hidden ratio, perplexity).

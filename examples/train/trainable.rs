@@ -6,8 +6,8 @@ use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_nn::{linear_no_bias, rms_norm, Linear, RmsNorm, VarBuilder, VarMap};
 use candle_sfattention::{
-    CompressedAttention, CompressedSelfAttention, CompressionLossSink, MergeStats, RotaryConfig, RotaryLayout,
-    SelfAttentionConfig,
+    CompressedAttention, CompressedSelfAttention, CompressionLossSink, MergeStats, ModelShape, RotaryConfig,
+    RotaryLayout, SelfAttentionConfig,
 };
 use rand::{rngs::StdRng, Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
@@ -28,6 +28,18 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     pub rope_theta: f64,
     pub tie_word_embeddings: bool,
+}
+
+impl ModelConfig {
+    /// What policies are made for.
+    pub fn shape(&self) -> ModelShape {
+        ModelShape {
+            layers: self.num_hidden_layers,
+            heads: self.num_attention_heads,
+            kv_heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+        }
+    }
 }
 
 struct Layer {

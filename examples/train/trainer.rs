@@ -113,7 +113,7 @@ impl<'a> Run<'a> {
         let held_out_tokens = data::encode(&tokenizer, &text.held_out)?;
         let evaluator = Evaluator::new(&held_out_tokens, training.context, training.eval_windows)?;
         let settings = settings(args, &compression, &config, &tokenizer, &text.hash)?;
-        let attention = compression.attention(config.num_hidden_layers, config.num_attention_heads)?;
+        let attention = compression.attention(&config.shape())?;
         let model = Trainable::new(&config, attention.clone(), training.seed)?;
         let mut optimizer = AdamW::new(model.vars(), training.weight_decay, training.clip);
         let mut state = None;

@@ -11,7 +11,9 @@ pub(crate) mod fold;
 pub(crate) mod forward;
 mod gemm_tile;
 pub(crate) mod list;
+mod list_decide;
 pub(crate) mod loss;
+pub(crate) mod observe;
 mod philox;
 mod softmax;
 
