@@ -1,11 +1,17 @@
 //! The CUDA path. What a launcher does (sizes, buffers, order of kernels) is written once, over [`gpu::Gpu`]: a CUDA
 //! device, or the emulator of `cuda/emu` for tests. One launcher file per file of `cuda/`.
 
+pub(crate) mod decide;
 #[cfg(feature = "cuda")]
-mod device;
+pub(crate) mod device;
 #[cfg(feature = "cuda-emu")]
 mod emu;
 #[cfg(feature = "cuda-emu")]
 pub mod emulation;
-mod gpu;
+pub(crate) mod fold;
+pub(crate) mod forward;
+pub(crate) mod gpu;
+pub(crate) mod loss;
 mod params;
+#[cfg(feature = "cuda-emu")]
+mod spec;

@@ -88,3 +88,109 @@ pub(crate) struct BrokenParams {
 
 #[cfg(feature = "cuda-emu")]
 params!(BrokenParams: 4);
+
+// --- Decisions ---
+
+params!(DecideParams: 104, SweepParams: 16, ObservedParams: 136);
+
+/// What decide.cu and loss.cu read.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DecideParams {
+    pub q: Rows,
+    pub k: Rows,
+    pub sizes: Sizes,
+    pub key_key: u32,
+    pub max_merge_level: u32,
+    pub sinks: u32,
+    pub levels: u32,
+}
+
+/// One sweep of the reference rule.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SweepParams {
+    /// Batch rows times heads.
+    pub heads: u32,
+    pub pairs: u32,
+    pub levels: u32,
+    pub sweep: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ObservedParams {
+    pub q: Rows,
+    pub k: Rows,
+    pub v: Rows,
+    pub sizes: Sizes,
+    pub window: u32,
+    pub sinks: u32,
+    pub scale: f32,
+    pub reserved: u32,
+}
+
+// --- Fold ---
+
+params!(FoldParams: 128);
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FoldParams {
+    pub q: Rows,
+    pub k: Rows,
+    pub v: Rows,
+    pub sizes: Sizes,
+    /// 0 pair sum, 1 mean, 2 drop.
+    pub fold: u32,
+    pub reserved: u32,
+}
+
+// --- Loss ---
+
+params!(TotalParams: 4);
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TotalParams {
+    pub blocks: u32,
+}
+
+// --- Attention ---
+
+params!(AttentionParams: 208);
+
+/// What every attention kernel is told.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AttentionParams {
+    pub q: Rows,
+    pub k: Rows,
+    pub v: Rows,
+    pub bias_offset: u64,
+    pub bias_strides: [u64; 4],
+    pub dropout_cut: u64,
+    pub sizes: Sizes,
+    pub capacity: u32,
+    pub window: u32,
+    pub causal: u32,
+    pub dense: u32,
+    pub dropout_key: [u32; 2],
+    pub scale: f32,
+    pub scale_sign: f32,
+    pub dropout_scale: f32,
+    pub reserved: u32,
+}
+
+params!(SpreadParams: 16);
+
+/// Of `forward_spread_nan`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SpreadParams {
+    pub tokens: u32,
+    pub head_dim: u32,
+    pub block_rows: u32,
+    /// Batch rows times heads.
+    pub heads: u32,
+}
