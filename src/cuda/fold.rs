@@ -78,7 +78,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         let launch = Launch {
             grid: [lists, 1, 1],
             threads: 256,
-            shared_bytes: 64,
+            shared_bytes: 32,
         };
         gpu.launch(&Kernel::plain(MODULE, "fold_scan"), launch, &args)?;
         drop(args);
