@@ -1,0 +1,208 @@
+// What forward and backward share: swizzled tiles, their loads and products, columns and who sees them.
+#pragma once
+
+#include "attention_params.cuh"
+#include "hw.cuh"
+#include "philox.cuh"
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+typedef Global<const uint16_t> Halves;
+typedef Global<const uint32_t> Words;
+typedef Global<const float> Floats;
+
+// Byte offsets in a tile of rows of D halves. 16-byte chunks are swizzled within 128 bytes (64 where a row is an odd
+// multiple of 64 bytes), so that eight rows' chunks of one index lie in different banks.
+template <int D>
+struct Layout {
+    static constexpr uint32_t ROW = D * 2, CHUNKS = D / 8, GROUP = ROW % 128 == 0 ? 128 : 64;
+
+    SFA_DEVICE static uint32_t swizzle(uint32_t row) { return (GROUP == 128 ? row & 7 : (row >> 1) & 3) * 16; }
+    SFA_DEVICE static uint32_t chunk(uint32_t row, uint32_t index) {
+        return row * ROW + ((index * 16) ^ swizzle(row));
+    }
+};
+
+// Starts the copy of `count` of `ROWS` rows; the others, and columns from `dim` on, become zeros. A row's elements are
+// `stride` apart.
+template <int D, int ROWS, int THREADS>
+SFA_DEVICE void load_rows(const hw::Tile& tile, const Halves& source, int64_t first, int64_t stride, int count,
+                          uint32_t dim) {
+    constexpr uint32_t CHUNKS = Layout<D>::CHUNKS;
+#pragma unroll
+    for (uint32_t i = 0; i < ROWS * CHUNKS / THREADS; i++) {
+        uint32_t index = threadIdx.x + i * THREADS, row = index / CHUNKS, chunk = index % CHUNKS;
+        bool valid = int(row) < count && chunk * 8 < dim;
+        hw::copy_async(tile, Layout<D>::chunk(row, chunk), source, first + row * stride + chunk * 8, valid);
+    }
+}
+
+// The same for one word per row.
+template <int ROWS, class View>
+SFA_DEVICE void load_words(const hw::Tile& tile, const View& source, int64_t first, int count) {
+    if (threadIdx.x < ROWS) hw::copy_async_word(tile, threadIdx.x * 4, source, first + threadIdx.x, int(threadIdx.x) < count);
+}
+
+// Fragments of a tile of rows of D halves. All of them take a lane's part of the address once.
+template <int D>
+struct Fragments {
+    uint32_t row_major;  // lane l: row l % 16, chunk l / 16: A, or B of a product with columns along D
+    uint32_t row_swizzle;
+    uint32_t transposed;  // lane l: row l % 8 + l / 16 * 8, chunk l / 8 % 2: B of a product over D
+    uint32_t transposed_swizzle;
+
+    SFA_DEVICE Fragments() {
+        uint32_t lane = threadIdx.x % 32, row = lane % 16, other = lane % 8 + lane / 16 * 8;
+        row_major = row * Layout<D>::ROW;
+        row_swizzle = Layout<D>::swizzle(row) ^ (lane / 16 * 16);
+        transposed = other * Layout<D>::ROW;
+        transposed_swizzle = Layout<D>::swizzle(other) ^ (lane / 8 % 2 * 16);
+    }
+
+    // Byte offset of chunks 2 * k and 2 * k + 1 of 16 rows from `row` on.
+    SFA_DEVICE static uint32_t at(uint32_t lane_row, uint32_t lane_swizzle, int row, int k) {
+        constexpr uint32_t G = Layout<D>::GROUP;
+        uint32_t bytes = uint32_t(k) * 32;
+        return lane_row + row * Layout<D>::ROW + (bytes & ~(G - 1)) + ((bytes & (G - 1)) ^ lane_swizzle);
+    }
+
+    // A of rows row..row+16 and columns 16k..16k+16.
+    SFA_DEVICE void left(uint32_t (&fragment)[4], const hw::Tile& tile, int row, int k) const {
+        hw::load_matrices(fragment, tile, at(row_major, row_swizzle, row, k));
+    }
+    // B of a product over D: two fragments of 8 tile rows each, from `row` on.
+    SFA_DEVICE void right(uint32_t (&fragment)[4], const hw::Tile& tile, int row, int k) const {
+        hw::load_matrices(fragment, tile, at(transposed, transposed_swizzle, row, k));
+    }
+    // B of a product over tile rows row..row+16: two fragments of 8 columns of D each, from 16k on.
+    SFA_DEVICE void right_rows(uint32_t (&fragment)[4], const hw::Tile& tile, int row, int k) const {
+        hw::load_matrices_transposed(fragment, tile, at(row_major, row_swizzle, row, k));
+    }
+};
+
+// c[m][n] (16 rows, 8 columns) += left rows (from `row` on) times right rows, over D.
+template <class T, int D, int MT, int NT>
+SFA_DEVICE void multiply_rows(float (&c)[MT][NT][4], const Fragments<D>& at, const hw::Tile& left, int row,
+                              const hw::Tile& right) {
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+        uint32_t a[MT][4];
+#pragma unroll
+        for (int m = 0; m < MT; m++) at.left(a[m], left, row + m * 16, k);
+#pragma unroll
+        for (int n = 0; n < NT / 2; n++) {
+            uint32_t b[4];
+            at.right(b, right, n * 16, k);
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                hw::multiply_add(T(), c[m][2 * n], a[m], b[0], b[1]);
+                hw::multiply_add(T(), c[m][2 * n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// c[m][d] (16 rows, 8 of D) += weights (rows x tile rows), rounded to T, times the tile.
+template <class T, int D, int MT, int NT>
+SFA_DEVICE void multiply_weights(float (&c)[MT][D / 8][4], const Fragments<D>& at, const float (&weights)[MT][NT][4],
+                                 const hw::Tile& right) {
+#pragma unroll
+    for (int k = 0; k < NT / 2; k++) {
+        uint32_t a[MT][4];
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+            a[m][0] = T::pack(weights[m][2 * k][0], weights[m][2 * k][1]);
+            a[m][1] = T::pack(weights[m][2 * k][2], weights[m][2 * k][3]);
+            a[m][2] = T::pack(weights[m][2 * k + 1][0], weights[m][2 * k + 1][1]);
+            a[m][3] = T::pack(weights[m][2 * k + 1][2], weights[m][2 * k + 1][3]);
+        }
+#pragma unroll
+        for (int d = 0; d < D / 16; d++) {
+            uint32_t b[4];
+            at.right_rows(b, right, k * 16, d);
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                hw::multiply_add(T(), c[m][2 * d], a[m], b[0], b[1]);
+                hw::multiply_add(T(), c[m][2 * d + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// Replaces rows of which key or value is not finite by NaN keys and zero values, so that whoever sees the column becomes
+// NaN through its logit and nobody else is touched by 0 * NaN. `bad` has ROWS + 1 words, zero before and after; returns
+// the first such row, or ROWS. A meeting point of the block; both tiles have arrived.
+template <class T, int D, int ROWS, int THREADS>
+SFA_DEVICE int quarantine(const hw::Tile& keys, const hw::Tile& values, const hw::Tile& bad) {
+    constexpr uint32_t CHUNKS = Layout<D>::CHUNKS;
+    auto not_finite = [](uint4 x) {
+        return hw::any_not_finite<T>(x.x) || hw::any_not_finite<T>(x.y) || hw::any_not_finite<T>(x.z) ||
+               hw::any_not_finite<T>(x.w);
+    };
+    for (uint32_t i = 0; i < ROWS * CHUNKS / THREADS; i++) {
+        uint32_t index = threadIdx.x + i * THREADS, row = index / CHUNKS, at = Layout<D>::chunk(row, index % CHUNKS);
+        if (not_finite(hw::load<uint4>(keys, at)) || not_finite(hw::load<uint4>(values, at))) {
+            hw::store(bad, row * 4, 1u);
+            hw::store(bad, ROWS * 4, 1u);
+        }
+    }
+    __syncthreads();
+    int first = ROWS;
+    if (hw::load<uint32_t>(bad, ROWS * 4) == 0) return first;
+    for (uint32_t i = 0; i < ROWS * CHUNKS / THREADS; i++) {
+        uint32_t index = threadIdx.x + i * THREADS, row = index / CHUNKS, at = Layout<D>::chunk(row, index % CHUNKS);
+        if (hw::load<uint32_t>(bad, row * 4) == 0) continue;
+        hw::store(keys, at, uint4{0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu});
+        hw::store(values, at, uint4{0, 0, 0, 0});
+    }
+    for (int row = ROWS - 1; row >= 0; row--)
+        if (hw::load<uint32_t>(bad, row * 4) != 0) first = row;
+    __syncthreads();
+    if (threadIdx.x <= ROWS) hw::store(bad, threadIdx.x * 4, 0u);
+    if (threadIdx.x == 0) hw::store(bad, ROWS * 4, 0u);
+    __syncthreads();
+    return first;
+}
+
+// Where one (batch, query head) finds its things.
+struct HeadIndex {
+    uint32_t batch, head, kv_head;
+    int64_t list;        // batch * lists + list
+    int64_t batch_head;  // batch * heads + head
+
+    SFA_DEVICE HeadIndex(const AttentionParams& p, uint32_t index) {
+        batch = index / p.heads, head = index % p.heads;
+        kv_head = head / (p.heads / p.kv_heads);
+        list = int64_t(batch) * p.lists + (p.lists == p.heads ? head : kv_head);
+        batch_head = index;
+    }
+};
+
+// How many far columns a row sees. In the dense case these are raw tokens, the row's own among them.
+SFA_DEVICE int far_count(const AttentionParams& p, const Words& before, int64_t list, int row) {
+    if (p.dense) return p.causal ? row + 1 : int(p.tokens);
+    int64_t first = list * (p.tokens + 1);
+    if (!p.causal) return int(before[first + p.tokens]);
+    return row < int(p.window) ? 0 : int(before[first + row - p.window]);
+}
+
+// The edge column of a row, or -1: the token at the left border of the window, which without causality only a row that
+// is hidden itself needs.
+SFA_DEVICE int edge_token(const AttentionParams& p, const Words& before, int64_t list, int row) {
+    if (p.dense || row >= int(p.tokens)) return -1;
+    if (p.causal) return row - int(p.window) < 0 ? -1 : row - int(p.window);
+    int64_t at = list * (p.tokens + 1) + row;
+    return before[at] == before[at + 1] ? row : -1;
+}
+
+// The bias of a row and a token, in base 2.
+SFA_DEVICE float bias_at(const AttentionParams& p, const Floats& bias, const HeadIndex& at, int row, int token) {
+    return LOG2_E * bias[at.batch * p.bias_strides[0] + at.head * p.bias_strides[1] +
+                                      row * p.bias_strides[2] + token * p.bias_strides[3]];
+}
+
+// What dropout multiplies a weight by: 0 or 1 / (1 - p).
+SFA_DEVICE float dropout_factor(const AttentionParams& p, const HeadIndex& at, int row, int token) {
+    uint32_t word = philox_word(p.dropout_key, uint32_t(at.batch_head), uint32_t(row), uint32_t(token));
+    return word >= p.dropout_cut ? p.dropout_scale : 0.f;
+}
