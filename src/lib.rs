@@ -8,6 +8,8 @@ pub mod attention;
 pub mod cache;
 pub mod config;
 mod cpu;
+#[cfg(any(feature = "cuda", feature = "cuda-emu"))]
+mod cuda;
 pub mod loss;
 pub mod op;
 pub mod plan;
@@ -26,3 +28,7 @@ pub use loss::{compression_loss, compression_loss_terms, CompressionLossTerms};
 pub use op::{attend, compressed_attention, CompressedAttentionOutput};
 pub use plan::{MergePlan, MergeStats};
 pub use problem::Problem;
+
+#[cfg(feature = "cuda-emu")]
+#[doc(hidden)]
+pub use cuda::emulation;

@@ -1,0 +1,90 @@
+//! The structs that kernels take by value: the same fields in the same order as in `cuda/params.cuh`, which asserts the
+//! same sizes. Only 4-byte and 8-byte fields, the 8-byte ones first: no padding.
+
+use super::gpu::Params;
+use crate::problem::{Problem, RowLayout};
+use candle_core::{bail, Result};
+
+/// Declares that structs are such, and their size in bytes on both sides.
+macro_rules! params {
+    ($($name:ident: $size:literal),* $(,)?) => {
+        $(
+            // SAFETY: repr(C), and as large as the sum of its fields, as cuda/params.cuh has it.
+            unsafe impl Params for $name {}
+            const _: () = assert!(size_of::<$name>() == $size);
+        )*
+    };
+}
+
+params!(Rows: 32, Sizes: 24);
+
+/// Where the rows of q, k or v start, in elements.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rows {
+    pub offset: u64,
+    pub batch_stride: u64,
+    pub head_stride: u64,
+    pub token_stride: u64,
+}
+
+impl Rows {
+    pub fn new(layout: &RowLayout) -> Self {
+        let [batch, head, token] = layout.strides.map(|stride| stride as u64);
+        Self {
+            offset: layout.offset as u64,
+            batch_stride: batch,
+            head_stride: head,
+            token_stride: token,
+        }
+    }
+}
+
+/// The sizes of one call.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sizes {
+    pub batch: u32,
+    pub heads: u32,
+    pub kv_heads: u32,
+    pub tokens: u32,
+    pub head_dim: u32,
+    /// Lists of columns per batch row: `heads` or `kv_heads`.
+    pub lists: u32,
+}
+
+impl Sizes {
+    /// # Errors
+    /// More tokens, heads or rows than a kernel's 32-bit indices reach.
+    pub fn new(problem: &Problem, lists: usize) -> Result<Self> {
+        // A grid has the rows of a batch and the heads in its second axis.
+        let (rows, largest) = (problem.batch * problem.heads, (1 << 31) - 1);
+        if rows > 65535 || problem.tokens > largest / 2 || problem.head_dim > 65535 {
+            bail!(
+                "query: expected at most 65535 heads over all batch rows and {} tokens on CUDA, got {rows} and {}; \
+                 split the batch",
+                largest / 2,
+                problem.tokens
+            )
+        }
+        Ok(Self {
+            batch: problem.batch as u32,
+            heads: problem.heads as u32,
+            kv_heads: problem.kv_heads as u32,
+            tokens: problem.tokens as u32,
+            head_dim: problem.head_dim as u32,
+            lists: lists as u32,
+        })
+    }
+}
+
+/// Of the emulator's own tests.
+#[cfg(feature = "cuda-emu")]
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BrokenParams {
+    pub n: u32,
+}
+
+#[cfg(feature = "cuda-emu")]
+params!(BrokenParams: 4);
