@@ -56,6 +56,7 @@ mod emulation {
                 "-fno-rtti",
                 "-Wall",
                 "-Wno-unused-parameter",
+                "-Wno-unknown-pragmas",
             ])
             .flags(["-x", "c++"])
             .include("cuda")

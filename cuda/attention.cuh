@@ -1,8 +1,8 @@
 // What forward and backward share: swizzled tiles, their loads and products, columns and who sees them.
 #pragma once
 
-#include "attention_params.cuh"
 #include "hw.cuh"
+#include "params.cuh"
 #include "philox.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -24,16 +24,25 @@ struct Layout {
 };
 
 // Starts the copy of `count` of `ROWS` rows; the others, and columns from `dim` on, become zeros. A row's elements are
-// `stride` apart.
-template <int D, int ROWS, int THREADS>
+// `stride` apart. FULL: all rows are there. A thread keeps to one chunk of each swizzled group, so that its addresses
+// are one register and constants.
+template <int D, int ROWS, int THREADS, bool FULL>
 SFA_DEVICE void load_rows(const hw::Tile& tile, const Halves& source, int64_t first, int64_t stride, int count,
                           uint32_t dim) {
-    constexpr uint32_t CHUNKS = Layout<D>::CHUNKS;
+    constexpr uint32_t GROUP = Layout<D>::GROUP, CHUNKS = GROUP / 16, STEP = THREADS / CHUNKS;
+    static_assert(ROWS % STEP == 0 && STEP % 8 == 0, "every pass has the same swizzle");
+    uint32_t row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    uint32_t target = Layout<D>::chunk(row, chunk);
+    int64_t index = first + row * stride + chunk * 8;
 #pragma unroll
-    for (uint32_t i = 0; i < ROWS * CHUNKS / THREADS; i++) {
-        uint32_t index = threadIdx.x + i * THREADS, row = index / CHUNKS, chunk = index % CHUNKS;
-        bool valid = int(row) < count && chunk * 8 < dim;
-        hw::copy_async(tile, Layout<D>::chunk(row, chunk), source, first + row * stride + chunk * 8, valid);
+    for (uint32_t pass = 0; pass < ROWS / STEP; pass++) {
+#pragma unroll
+        for (uint32_t group = 0; group < Layout<D>::ROW / GROUP; group++) {
+            bool valid = (FULL || int(row + pass * STEP) < count) && (group * CHUNKS + chunk) * 8 < dim;
+            uint32_t offset = target + pass * STEP * Layout<D>::ROW + group * GROUP;
+            hw::copy_async(tile, offset, source, index + group * CHUNKS * 8, valid);
+        }
+        index += STEP * stride;
     }
 }
 
@@ -171,33 +180,33 @@ struct HeadIndex {
     int64_t batch_head;  // batch * heads + head
 
     SFA_DEVICE HeadIndex(const AttentionParams& p, uint32_t index) {
-        batch = index / p.heads, head = index % p.heads;
-        kv_head = head / (p.heads / p.kv_heads);
-        list = int64_t(batch) * p.lists + (p.lists == p.heads ? head : kv_head);
+        batch = index / p.sizes.heads, head = index % p.sizes.heads;
+        kv_head = head / (p.sizes.heads / p.sizes.kv_heads);
+        list = int64_t(batch) * p.sizes.lists + (p.sizes.lists == p.sizes.heads ? head : kv_head);
         batch_head = index;
     }
 };
 
 // How many far columns a row sees. In the dense case these are raw tokens, the row's own among them.
 SFA_DEVICE int far_count(const AttentionParams& p, const Words& before, int64_t list, int row) {
-    if (p.dense) return p.causal ? row + 1 : int(p.tokens);
-    int64_t first = list * (p.tokens + 1);
-    if (!p.causal) return int(before[first + p.tokens]);
+    if (p.dense) return p.causal ? row + 1 : int(p.sizes.tokens);
+    int64_t first = list * (p.sizes.tokens + 1);
+    if (!p.causal) return int(before[first + p.sizes.tokens]);
     return row < int(p.window) ? 0 : int(before[first + row - p.window]);
 }
 
 // The edge column of a row, or -1: the token at the left border of the window, which without causality only a row that
 // is hidden itself needs.
 SFA_DEVICE int edge_token(const AttentionParams& p, const Words& before, int64_t list, int row) {
-    if (p.dense || row >= int(p.tokens)) return -1;
+    if (p.dense || row >= int(p.sizes.tokens)) return -1;
     if (p.causal) return row - int(p.window) < 0 ? -1 : row - int(p.window);
-    int64_t at = list * (p.tokens + 1) + row;
+    int64_t at = list * (p.sizes.tokens + 1) + row;
     return before[at] == before[at + 1] ? row : -1;
 }
 
 // The bias of a row and a token, in base 2.
 SFA_DEVICE float bias_at(const AttentionParams& p, const Floats& bias, const HeadIndex& at, int row, int token) {
-    return LOG2_E * bias[at.batch * p.bias_strides[0] + at.head * p.bias_strides[1] +
+    return LOG2_E * bias[p.bias_offset + at.batch * p.bias_strides[0] + at.head * p.bias_strides[1] +
                                       row * p.bias_strides[2] + token * p.bias_strides[3]];
 }
 

@@ -5,7 +5,7 @@
 template <class T, int D, int MT, int NB, bool EXTRAS>
 __device__ __forceinline__ void forward(const ForwardTensors& x, const AttentionParams& p) {
     typedef ForwardBlock<T, D, MT, NB, EXTRAS> Block;
-    uint32_t blocks = (p.tokens + Block::ROWS - 1) / Block::ROWS;
+    uint32_t blocks = (p.sizes.tokens + Block::ROWS - 1) / Block::ROWS;
     uint32_t head = blockIdx.x / blocks, block = blocks - 1 - blockIdx.x % blocks;
     Block rows(p, x, head, block * Block::ROWS);
     rows.run();
@@ -38,11 +38,11 @@ FORWARD_DTYPE(bf16, hw::BF16)
 
 // In the dense causal case a token that is not finite must reach every later row, even one whose logit is minus infinity
 // (an infinite key). Its own block has noted it; here all blocks know. One block per (batch, head).
-KERNEL forward_spread_nan(Words first_bad, Global<uint16_t> output, AttentionParams p, uint32_t block_rows) {
-    uint32_t blocks = (p.tokens + block_rows - 1) / block_rows, first = p.tokens;
+KERNEL forward_spread_nan(Words first_bad, Global<uint16_t> output, SpreadParams p) {
+    uint32_t blocks = (p.tokens + p.block_rows - 1) / p.block_rows, first = p.tokens;
     for (uint32_t block = 0; block < blocks && first == p.tokens; block++) first = first_bad[blockIdx.x * blocks + block];
     int64_t start = int64_t(blockIdx.x) * p.tokens;
-    for (int64_t i = (start + first) * p.dim + threadIdx.x; i < (start + p.tokens) * p.dim; i += blockDim.x)
+    for (int64_t i = (start + first) * p.head_dim + threadIdx.x; i < (start + p.tokens) * p.head_dim; i += blockDim.x)
         output.set(i, 0x7fff);
 }
 

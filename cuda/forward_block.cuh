@@ -54,13 +54,13 @@ struct ForwardBlock {
         bad = hw::tile(Q_BYTES + 2 * K_BYTES + NB * 4, (NB + 4) * 4);
         lane = threadIdx.x % 32;
         warp_row = threadIdx.x / 32 * 16 * MT;
-        row_end = min(int(p.tokens), row + ROWS);
+        row_end = min(int(p.sizes.tokens), row + ROWS);
         near_first = max(0, row - int(p.window) + 1);
         bool near = p.window > 0 && !p.dense;
         near_tiles = near ? (row_end - near_first + NB - 1) / NB : 0;
         far_seen = far_count(p, x.far_before, at.list, row_end - 1);
         far_tiles = (far_seen + NB - 1) / NB;
-        first_bad = int(p.tokens);
+        first_bad = int(p.sizes.tokens);
     }
 
     // The token index of this lane's row r.
@@ -75,33 +75,36 @@ struct ForwardBlock {
         return {false, first, min(NB, far_seen - first)};
     }
 
-    SFA_DEVICE void load_columns(const Columns& c, const hw::Tile& tile, const Halves& raw, const int64_t (&strides)[3],
+    template <bool FULL>
+    SFA_DEVICE void load_columns(const Columns& c, const hw::Tile& tile, const Halves& raw, const Rows& rows,
                                  const Halves& far) {
-        if (c.near || p.dense) {
-            int64_t first = at.batch * strides[0] + at.kv_head * strides[1] + c.first * strides[2];
-            load_rows<D, NB, THREADS>(tile, raw, first, strides[2], c.count, p.dim);
+        if ((!FULL && c.near) || p.dense) {
+            int64_t first = rows.at(at.batch, at.kv_head, c.first);
+            load_rows<D, NB, THREADS, FULL>(tile, raw, first, rows.token_stride, c.count, p.sizes.head_dim);
         } else {
-            int64_t first = (at.list * p.capacity + c.first) * p.dim;
-            load_rows<D, NB, THREADS>(tile, far, first, p.dim, c.count, p.dim);
+            int64_t first = (at.list * p.capacity + c.first) * p.sizes.head_dim;
+            load_rows<D, NB, THREADS, FULL>(tile, far, first, p.sizes.head_dim, c.count, p.sizes.head_dim);
         }
     }
 
     SFA_DEVICE bool has_sizes(const Columns& c) const { return !c.near && x.far_ln; }
 
+    template <bool FULL>
     SFA_DEVICE void load_keys(const Columns& c) {
-        load_columns(c, k, x.k, p.k_strides, x.far_k);
+        load_columns<FULL>(c, k, x.k, p.k, x.far_k);
         hw::copy_commit();
     }
 
+    template <bool FULL>
     SFA_DEVICE void load_values(const Columns& c) {
-        load_columns(c, v, x.v, p.v_strides, x.far_v);
+        load_columns<FULL>(c, v, x.v, p.v, x.far_v);
         if (has_sizes(c)) load_words<NB>(ln, x.far_ln, at.list * p.capacity + c.first, c.count);
         hw::copy_commit();
     }
 
     SFA_DEVICE void load_queries() {
-        int64_t first = at.batch * p.q_strides[0] + at.head * p.q_strides[1] + block_row * p.q_strides[2];
-        load_rows<D, ROWS, THREADS>(q, x.q, first, p.q_strides[2], row_end - block_row, p.dim);
+        int64_t first = p.q.at(at.batch, at.head, block_row);
+        load_rows<D, ROWS, THREADS, false>(q, x.q, first, p.q.token_stride, row_end - block_row, p.sizes.head_dim);
         if (threadIdx.x < NB + 1) hw::store(bad, threadIdx.x * 4, 0u);
         if (NB == THREADS && threadIdx.x == 0) hw::store(bad, NB * 4, 0u);
         hw::copy_commit();
@@ -120,9 +123,9 @@ struct ForwardBlock {
         for (int r = 0; r < R; r++) {
             int row = row_of(r), token = edge_token(p, x.far_before, at.list, row);
             float logit = 0;
-            int64_t first = (at.list * p.tokens + token) * p.dim;
+            int64_t first = (at.list * p.sizes.tokens + token) * p.sizes.head_dim;
             if (token >= 0) {
-                for (uint32_t chunk = lane % 4; chunk * 8 < p.dim; chunk += 4) {
+                for (uint32_t chunk = lane % 4; chunk * 8 < p.sizes.head_dim; chunk += 4) {
                     uint4 a = hw::load<uint4>(q, Layout<D>::chunk(row - block_row, chunk));
                     uint4 b = load_vector<uint4>(x.folded_k, first + chunk * 8);
                     logit = hw::dot<T>(a, b, logit);
@@ -133,7 +136,7 @@ struct ForwardBlock {
             float weight = 0;
             if (token >= 0) {
                 logit *= p.scale;
-                if (x.folded_ln) logit += LOG2_E * x.folded_ln[at.list * p.tokens + token];
+                if (x.folded_ln) logit += LOG2_E * x.folded_ln[at.list * p.sizes.tokens + token];
                 if (EXTRAS && x.bias) logit += bias_at(p, x.bias, at, row, token);
                 weight = softmax.start(r, logit, lane % 4 == 0);
                 if (EXTRAS && p.dropout_cut != 0) weight *= dropout_factor(p, at, row, token);
@@ -143,7 +146,7 @@ struct ForwardBlock {
 #pragma unroll
             for (int d = 0; d < D / 8; d++) {
                 uint32_t column = d * 8 + lane % 4 * 2, pair = 0;
-                if (token >= 0 && column < p.dim) pair = load_vector<uint32_t>(x.folded_v, first + column);
+                if (token >= 0 && column < p.sizes.head_dim) pair = load_vector<uint32_t>(x.folded_v, first + column);
                 output[r / 2][d][r % 2 * 2] = weight * hw::low<T>(pair);
                 output[r / 2][d][r % 2 * 2 + 1] = weight * hw::high<T>(pair);
             }
@@ -201,6 +204,8 @@ struct ForwardBlock {
 
     // Logits to weights, in place; scales what was summed before.
     SFA_DEVICE void weigh(float (&s)[MT][NT][4], float scale) {
+        float rescale[R];
+        bool any = false;
 #pragma unroll
         for (int r = 0; r < R; r++) {
             float largest = -hw::infinity();
@@ -209,22 +214,27 @@ struct ForwardBlock {
                 largest = hw::max(largest, s[r / 2][n][r % 2 * 2]);
                 largest = hw::max(largest, s[r / 2][n][r % 2 * 2 + 1]);
             }
-            float base, rescale = softmax.raise(r, largest * scale, base), sum = 0;
+            rescale[r] = softmax.raise(r, largest * scale);
+            any |= rescale[r] != 1.f;
+        }
+        if (hw::warp_any(any)) {
 #pragma unroll
-            for (int n = 0; n < NT; n++) {
+            for (int r = 0; r < R; r++) {
+                softmax.sum[r] *= rescale[r];
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    float& weight = s[r / 2][n][r % 2 * 2 + i];
-                    weight = hw::exp2(weight * scale - base);
-                    sum += weight;
-                }
+                for (int i = 0; i < D / 4; i++) output[r / 2][i / 2][r % 2 * 2 + i % 2] *= rescale[r];
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            float base = softmax.base(r), sum = 0;
+#pragma unroll
+            for (int i = 0; i < 2 * NT; i++) {
+                float& weight = s[r / 2][i / 2][r % 2 * 2 + i % 2];
+                weight = hw::exp2(weight * scale - base);
+                sum += weight;
             }
             softmax.sum[r] += sum;
-#pragma unroll
-            for (int d = 0; d < D / 8; d++) {
-                output[r / 2][d][r % 2 * 2] *= rescale;
-                output[r / 2][d][r % 2 * 2 + 1] *= rescale;
-            }
         }
     }
 
@@ -246,7 +256,7 @@ struct ForwardBlock {
         Columns c = columns(index);
         hw::copy_wait<0>();
         __syncthreads();
-        load_values(c);
+        load_values<!MASKED>(c);
         if (MASKED && (c.near || p.dense)) {
             hw::copy_wait<0>();
             __syncthreads();
@@ -260,7 +270,7 @@ struct ForwardBlock {
         if (active) multiply_rows<T, D, MT, NT>(s, fragments, q, warp_row, k);
         hw::copy_wait<0>();
         __syncthreads();
-        if (index + 1 < steps) load_keys(columns(index + 1));
+        if (index + 1 < steps) load_keys<!MASKED>(columns(index + 1));
         if (!active) return;
         float scale = p.scale;
         if (has_sizes(c) || (EXTRAS && x.bias) || scale == 0.f) {
@@ -288,7 +298,7 @@ struct ForwardBlock {
             check += hw::shuffle_xor(check, 2);
             int row = row_of(r);
             if (x.log_sum_exp && row < row_end && lane % 4 == 0)
-                x.log_sum_exp.set(at.batch_head * p.tokens + row, softmax.log_sum_exp(r));
+                x.log_sum_exp.set(at.batch_head * p.sizes.tokens + row, softmax.log_sum_exp(r));
 #pragma unroll
             for (int d = 0; d < D / 8; d++) {
                 float a = output[r / 2][d][r % 2 * 2], b = output[r / 2][d][r % 2 * 2 + 1];
@@ -300,8 +310,8 @@ struct ForwardBlock {
         __syncwarp();
         for (uint32_t i = lane; i < 16 * MT * Layout<D>::CHUNKS; i += 32) {
             uint32_t row = warp_row + i / Layout<D>::CHUNKS, chunk = i % Layout<D>::CHUNKS;
-            if (block_row + int(row) >= row_end || chunk * 8 >= p.dim) continue;
-            int64_t target = (at.batch_head * p.tokens + block_row + row) * p.dim + chunk * 8;
+            if (block_row + int(row) >= row_end || chunk * 8 >= p.sizes.head_dim) continue;
+            int64_t target = (at.batch_head * p.sizes.tokens + block_row + row) * p.sizes.head_dim + chunk * 8;
             store_vector(x.output, target, hw::load<uint4>(q, Layout<D>::chunk(row, chunk)));
         }
     }
@@ -309,7 +319,7 @@ struct ForwardBlock {
     SFA_DEVICE void run() {
         int steps = near_tiles + far_tiles;
         load_queries();
-        if (steps > 0) load_keys(columns(0));
+        if (steps > 0) load_keys<false>(columns(0));
         if (steps > 0) hw::copy_wait<1>();
         else hw::copy_wait<0>();
         __syncthreads();

@@ -104,6 +104,8 @@ SFA_DEVICE X shuffle_xor(X x, int mask) {
     return __shfl_xor_sync(0xffffffffu, x, mask);
 }
 
+SFA_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x) != 0; }
+
 // ---- shared memory by byte offsets
 
 // Part of a block's dynamic shared memory.
@@ -153,7 +155,8 @@ SFA_DEVICE void copy_async(const Tile& tile, uint32_t offset, const View& source
     if (valid) x = load_vector<uint4>(source, index);
     store(tile, offset, x);
 #else
-    const void* address = source.data + (valid ? index : 0);
+    // Nothing is read from the address when no bytes are.
+    const void* address = source.data + index;
     int bytes = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tile.address + offset), "l"(address), "r"(bytes)
                  : "memory");
@@ -168,7 +171,7 @@ SFA_DEVICE void copy_async_word(const Tile& tile, uint32_t offset, const View& s
     if (valid) x = load_vector<uint32_t>(source, index);
     store(tile, offset, x);
 #else
-    const void* address = source.data + (valid ? index : 0);
+    const void* address = source.data + index;
     int bytes = valid ? 4 : 0;
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(tile.address + offset), "l"(address), "r"(bytes)
                  : "memory");

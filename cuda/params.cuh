@@ -30,3 +30,43 @@ static_assert(sizeof(Rows) == 32 && sizeof(Sizes) == 24, "as in src/cuda/params.
 // --- Loss ---
 
 // --- Attention ---
+
+// A list is what shares far columns: a KV head where decisions are per KV head, else a query head. What the kernels read
+// of it, besides q (folded already where the fold folds queries), k and v:
+//
+//   far_k, far_v        (batch * lists, capacity, D)  folded columns that are not hidden, in token order
+//   far_ln              (batch * lists, capacity)     f32 ln n; absent where all are 0
+//   far_index           (batch * lists, capacity)     the token of each far column
+//   far_before          (batch * lists, N + 1)        how many far columns hold tokens before t
+//   folded_k, folded_v  (batch * lists, N, D)         every token folded, hidden or not: the edge columns
+//   folded_ln           (batch * lists, N)            f32 ln n; absent where all are 0
+//
+// A token of which key or value is not finite has a NaN key and a zero value in far_* and folded_*.
+struct AttentionParams {
+  Rows q, k, v;
+  // (B, H, N, N); a stride is 0 where the bias broadcasts.
+  uint64_t bias_offset, bias_strides[4];
+  // A Philox word below this is dropped; 0 without dropout.
+  uint64_t dropout_cut;
+  Sizes sizes;
+  // Far columns that a list has room for.
+  unsigned capacity;
+  unsigned window, causal;
+  // 1: nothing is hidden anywhere, so that raw keys and values are the columns and nothing else is read.
+  unsigned dense;
+  unsigned dropout_key[2];
+  // scale * log2(e), split into magnitude and sign: logits are in base 2.
+  float scale, scale_sign;
+  // 1 / (1 - p)
+  float dropout_scale;
+  unsigned reserved;
+};
+
+static_assert(sizeof(AttentionParams) == 208, "as in src/cuda/params.rs");
+
+// Of forward_spread_nan; `heads` over all batch rows.
+struct SpreadParams {
+  unsigned tokens, head_dim, block_rows, heads;
+};
+
+static_assert(sizeof(SpreadParams) == 16, "as in src/cuda/params.rs");

@@ -3,16 +3,12 @@
 
 #include "hw.cuh"
 
-// Running maximum of `ROWS` rows, and this lane's share of their sums.
+// Running maximum (to within SLACK) of `ROWS` rows, and this lane's share of their sums.
 template <int ROWS>
 struct OnlineSoftmax {
+    static constexpr float SLACK = 8;
     float maximum[ROWS];
     float sum[ROWS];
-
-    SFA_DEVICE void reset() {
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) maximum[r] = -hw::infinity(), sum[r] = 0;
-    }
 
     // A row's first column; returns the weight of its value. Minus infinity leaves the row empty; a NaN stays one.
     // `owner` is one lane of the row's quad.
@@ -24,18 +20,19 @@ struct OnlineSoftmax {
         return weight;
     }
 
-    // Takes the largest logit of this lane's share of a tile; returns what older sums are multiplied by. A row that saw
-    // only minus infinities keeps weight 0: nothing is subtracted from them.
-    SFA_DEVICE float raise(int r, float largest, float& base) {
+    // Takes the largest logit of this lane's share of a tile; returns what older sums are multiplied by. The maximum only
+    // follows logits that are beyond it by SLACK: weights reach 2^SLACK then, and most tiles rescale nothing.
+    SFA_DEVICE float raise(int r, float largest) {
         largest = hw::max(largest, hw::shuffle_xor(largest, 1));
         largest = hw::max(largest, hw::shuffle_xor(largest, 2));
         float old = maximum[r];
-        maximum[r] = hw::max(old, largest);
-        base = maximum[r] == -hw::infinity() ? 0.f : maximum[r];
-        float rescale = hw::exp2(old - base);
-        sum[r] *= rescale;
-        return rescale;
+        if (!(largest - old > SLACK)) return 1;
+        maximum[r] = largest;
+        return hw::exp2(old - largest);
     }
+
+    // What is subtracted from a row's logits. A row that saw only minus infinities keeps weight 0: 0 is.
+    SFA_DEVICE float base(int r) const { return maximum[r] == -hw::infinity() ? 0.f : maximum[r]; }
 
     // Adds up the quad's shares; every lane then holds the row's sum.
     SFA_DEVICE float finish(int r) {

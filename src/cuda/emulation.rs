@@ -1,5 +1,7 @@
 //! The CUDA path on CPU tensors, for tests: the same launchers and kernels, under the emulator.
 
+pub use super::emulated_attention::*;
+
 use super::emu::Emulator;
 use super::gpu::{Gpu, Kernel, Launch};
 use super::params::BrokenParams;

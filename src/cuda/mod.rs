@@ -6,6 +6,9 @@ mod device;
 #[cfg(feature = "cuda-emu")]
 mod emu;
 #[cfg(feature = "cuda-emu")]
+pub mod emulated_attention;
+#[cfg(feature = "cuda-emu")]
 pub mod emulation;
+mod forward;
 mod gpu;
 mod params;

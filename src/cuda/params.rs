@@ -88,3 +88,42 @@ pub(crate) struct BrokenParams {
 
 #[cfg(feature = "cuda-emu")]
 params!(BrokenParams: 4);
+
+// --- Attention ---
+
+params!(AttentionParams: 208);
+
+/// What every attention kernel is told.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AttentionParams {
+    pub q: Rows,
+    pub k: Rows,
+    pub v: Rows,
+    pub bias_offset: u64,
+    pub bias_strides: [u64; 4],
+    pub dropout_cut: u64,
+    pub sizes: Sizes,
+    pub capacity: u32,
+    pub window: u32,
+    pub causal: u32,
+    pub dense: u32,
+    pub dropout_key: [u32; 2],
+    pub scale: f32,
+    pub scale_sign: f32,
+    pub dropout_scale: f32,
+    pub reserved: u32,
+}
+
+params!(SpreadParams: 16);
+
+/// Of `forward_spread_nan`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SpreadParams {
+    pub tokens: u32,
+    pub head_dim: u32,
+    pub block_rows: u32,
+    /// Batch rows times heads.
+    pub heads: u32,
+}
