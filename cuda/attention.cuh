@@ -32,7 +32,8 @@ SFA_DEVICE void load_rows(const hw::Tile& tile, const Halves& source, int64_t fi
     constexpr uint32_t GROUP = Layout<D>::GROUP, CHUNKS = GROUP / 16, STEP = THREADS / CHUNKS;
     static_assert(ROWS % STEP == 0 && STEP % 8 == 0, "every pass has the same swizzle");
     uint32_t row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
-    uint32_t target = Layout<D>::chunk(row, chunk);
+    hw::keep_in_place(stride);
+    uint32_t target = hw::lane_offset(Layout<D>::chunk(row, chunk));
     int64_t index = first + row * stride + chunk * 8;
 #pragma unroll
     for (uint32_t pass = 0; pass < ROWS / STEP; pass++) {
@@ -52,56 +53,41 @@ SFA_DEVICE void load_words(const hw::Tile& tile, const View& source, int64_t fir
     if (threadIdx.x < ROWS) hw::copy_async_word(tile, threadIdx.x * 4, source, first + threadIdx.x, int(threadIdx.x) < count);
 }
 
-// Fragments of a tile of rows of D halves. All of them take a lane's part of the address once.
+// This lane's part of the addresses of a tile's fragments: one offset per chunk pair of a swizzled group, to which the
+// other chunks and rows are constants.
 template <int D>
 struct Fragments {
-    uint32_t row_major;  // lane l: row l % 16, chunk l / 16: A, or B of a product with columns along D
-    uint32_t row_swizzle;
-    uint32_t transposed;  // lane l: row l % 8 + l / 16 * 8, chunk l / 8 % 2: B of a product over D
-    uint32_t transposed_swizzle;
+    static constexpr uint32_t PAIRS = Layout<D>::GROUP / 32;
+    uint32_t offset[PAIRS];
 
-    SFA_DEVICE Fragments() {
-        uint32_t lane = threadIdx.x % 32, row = lane % 16, other = lane % 8 + lane / 16 * 8;
-        row_major = row * Layout<D>::ROW;
-        row_swizzle = Layout<D>::swizzle(row) ^ (lane / 16 * 16);
-        transposed = other * Layout<D>::ROW;
-        transposed_swizzle = Layout<D>::swizzle(other) ^ (lane / 8 % 2 * 16);
-    }
-
-    // Byte offset of chunks 2 * k and 2 * k + 1 of 16 rows from `row` on.
-    SFA_DEVICE static uint32_t at(uint32_t lane_row, uint32_t lane_swizzle, int row, int k) {
-        constexpr uint32_t G = Layout<D>::GROUP;
-        uint32_t bytes = uint32_t(k) * 32;
-        return lane_row + row * Layout<D>::ROW + (bytes & ~(G - 1)) + ((bytes & (G - 1)) ^ lane_swizzle);
+    // TRANSPOSED: lane l has row l % 8 + l / 16 * 8 and chunk l / 8 % 2: B of a product over D. Otherwise row l % 16 and
+    // chunk l / 16: A, or B of a product over tile rows.
+    SFA_DEVICE Fragments(bool transposed, uint32_t first_row) {
+        uint32_t lane = threadIdx.x % 32, row = transposed ? lane % 8 + lane / 16 * 8 : lane % 16;
+        uint32_t chunk = transposed ? lane / 8 % 2 : lane / 16;
+        for (uint32_t pair = 0; pair < PAIRS; pair++)
+            offset[pair] = hw::lane_offset(first_row * Layout<D>::ROW + Layout<D>::chunk(row, 2 * pair + chunk));
     }
 
-    // A of rows row..row+16 and columns 16k..16k+16.
-    SFA_DEVICE void left(uint32_t (&fragment)[4], const hw::Tile& tile, int row, int k) const {
-        hw::load_matrices(fragment, tile, at(row_major, row_swizzle, row, k));
-    }
-    // B of a product over D: two fragments of 8 tile rows each, from `row` on.
-    SFA_DEVICE void right(uint32_t (&fragment)[4], const hw::Tile& tile, int row, int k) const {
-        hw::load_matrices(fragment, tile, at(transposed, transposed_swizzle, row, k));
-    }
-    // B of a product over tile rows row..row+16: two fragments of 8 columns of D each, from 16k on.
-    SFA_DEVICE void right_rows(uint32_t (&fragment)[4], const hw::Tile& tile, int row, int k) const {
-        hw::load_matrices_transposed(fragment, tile, at(row_major, row_swizzle, row, k));
+    // Chunks 2 * k and 2 * k + 1 of 16 rows from `row` on.
+    SFA_DEVICE uint32_t at(int row, int k) const {
+        return offset[k % PAIRS] + (row * Layout<D>::ROW + k / PAIRS * Layout<D>::GROUP);
     }
 };
 
-// c[m][n] (16 rows, 8 columns) += left rows (from `row` on) times right rows, over D.
+// c[m][n] (16 rows, 8 columns) += left rows times right rows (transposed fragments), over D.
 template <class T, int D, int MT, int NT>
-SFA_DEVICE void multiply_rows(float (&c)[MT][NT][4], const Fragments<D>& at, const hw::Tile& left, int row,
-                              const hw::Tile& right) {
+SFA_DEVICE void multiply_rows(float (&c)[MT][NT][4], const Fragments<D>& left_at, const hw::Tile& left,
+                              const Fragments<D>& right_at, const hw::Tile& right) {
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
         uint32_t a[MT][4];
 #pragma unroll
-        for (int m = 0; m < MT; m++) at.left(a[m], left, row + m * 16, k);
+        for (int m = 0; m < MT; m++) hw::load_matrices(a[m], left, left_at.at(m * 16, k));
 #pragma unroll
         for (int n = 0; n < NT / 2; n++) {
             uint32_t b[4];
-            at.right(b, right, n * 16, k);
+            hw::load_matrices(b, right, right_at.at(n * 16, k));
 #pragma unroll
             for (int m = 0; m < MT; m++) {
                 hw::multiply_add(T(), c[m][2 * n], a[m], b[0], b[1]);
@@ -128,7 +114,7 @@ SFA_DEVICE void multiply_weights(float (&c)[MT][D / 8][4], const Fragments<D>& a
 #pragma unroll
         for (int d = 0; d < D / 16; d++) {
             uint32_t b[4];
-            at.right_rows(b, right, k * 16, d);
+            hw::load_matrices_transposed(b, right, at.at(k * 16, d));
 #pragma unroll
             for (int m = 0; m < MT; m++) {
                 hw::multiply_add(T(), c[m][2 * d], a[m], b[0], b[1]);

@@ -38,7 +38,7 @@ struct ForwardBlock {
     const ForwardTensors& x;
     HeadIndex at;
     hw::Tile q, k, v, ln, bad;
-    Fragments<D> fragments;
+    Fragments<D> query_rows, key_rows, value_rows;
     OnlineSoftmax<R> softmax;
     float output[MT][D / 8][4];
     int lane, warp_row, block_row, row_end;
@@ -46,7 +46,8 @@ struct ForwardBlock {
     int first_bad;
 
     SFA_DEVICE ForwardBlock(const AttentionParams& p, const ForwardTensors& x, uint32_t batch_head, int row)
-        : p(p), x(x), at(p, batch_head), block_row(row) {
+        : p(p), x(x), at(p, batch_head), query_rows(false, threadIdx.x / 32 * 16 * MT), key_rows(true, 0),
+          value_rows(false, 0), block_row(row) {
         q = hw::tile(0, Q_BYTES);
         k = hw::tile(Q_BYTES, K_BYTES);
         v = hw::tile(Q_BYTES + K_BYTES, K_BYTES);
@@ -78,13 +79,11 @@ struct ForwardBlock {
     template <bool FULL>
     SFA_DEVICE void load_columns(const Columns& c, const hw::Tile& tile, const Halves& raw, const Rows& rows,
                                  const Halves& far) {
-        if ((!FULL && c.near) || p.dense) {
-            int64_t first = rows.at(at.batch, at.kv_head, c.first);
-            load_rows<D, NB, THREADS, FULL>(tile, raw, first, rows.token_stride, c.count, p.sizes.head_dim);
-        } else {
-            int64_t first = (at.list * p.capacity + c.first) * p.sizes.head_dim;
-            load_rows<D, NB, THREADS, FULL>(tile, far, first, p.sizes.head_dim, c.count, p.sizes.head_dim);
-        }
+        bool from_raw = (!FULL && c.near) || p.dense;
+        int64_t first = from_raw ? rows.at(at.batch, at.kv_head, c.first)
+                                 : (at.list * p.capacity + c.first) * p.sizes.head_dim;
+        int64_t stride = from_raw ? rows.token_stride : p.sizes.head_dim;
+        load_rows<D, NB, THREADS, FULL>(tile, from_raw ? raw : far, first, stride, c.count, p.sizes.head_dim);
     }
 
     SFA_DEVICE bool has_sizes(const Columns& c) const { return !c.near && x.far_ln; }
@@ -267,7 +266,7 @@ struct ForwardBlock {
         float s[MT][NT][4];
 #pragma unroll
         for (int i = 0; i < MT * NT * 4; i++) s[i / (NT * 4)][i / 4 % NT][i % 4] = 0;
-        if (active) multiply_rows<T, D, MT, NT>(s, fragments, q, warp_row, k);
+        if (active) multiply_rows<T, D, MT, NT>(s, query_rows, q, key_rows, k);
         hw::copy_wait<0>();
         __syncthreads();
         if (index + 1 < steps) load_keys<!MASKED>(columns(index + 1));
@@ -280,7 +279,7 @@ struct ForwardBlock {
         if (MASKED) mask(s, c);
         weigh(s, scale);
         if (EXTRAS && p.dropout_cut != 0) drop(s, c);
-        multiply_weights<T, D, MT, NT>(output, fragments, s, v);
+        multiply_weights<T, D, MT, NT>(output, value_rows, s, v);
     }
 
     // Divides by the sums and writes. A row that holds anything not finite, or saw nothing, becomes NaN throughout.

@@ -147,6 +147,22 @@ SFA_DEVICE void store(const Tile& tile, uint32_t offset, X x) {
 #endif
 }
 
+// A byte offset that differs between lanes, to which constants are added: the compiler is kept from looking into it, or
+// it would hold every sum in a register of its own instead of using the constants as immediates.
+SFA_DEVICE uint32_t lane_offset(uint32_t offset) {
+#ifndef SFA_EMULATION
+    asm("" : "+r"(offset));
+#endif
+    return offset;
+}
+
+// Keeps what is computed from a stride where it is written: hoisted out of a loop, it would cost registers.
+SFA_DEVICE void keep_in_place(int64_t& stride) {
+#ifndef SFA_EMULATION
+    asm volatile("" : "+l"(stride));
+#endif
+}
+
 // Copies 16 bytes from element `index` of `source` on to shared memory, or writes zeros, without waiting.
 template <class View>
 SFA_DEVICE void copy_async(const Tile& tile, uint32_t offset, const View& source, int64_t index, bool valid) {
