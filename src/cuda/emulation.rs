@@ -1,5 +1,7 @@
 //! The CUDA path on CPU tensors, for tests: the same launchers and kernels, under the emulator.
 
+pub use super::emulated_attention::*;
+
 use super::decide::{indicators, observed_indicators, DecideCall};
 use super::emu::{EmuSlice, Emulator};
 use super::fold::{contiguous_rows, FoldCall};

@@ -7,6 +7,8 @@ pub(crate) mod device;
 #[cfg(feature = "cuda-emu")]
 mod emu;
 #[cfg(feature = "cuda-emu")]
+pub mod emulated_attention;
+#[cfg(feature = "cuda-emu")]
 pub mod emulation;
 pub(crate) mod fold;
 pub(crate) mod forward;

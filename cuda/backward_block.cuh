@@ -1,0 +1,324 @@
+// Gradients of attention on tensor cores: probabilities are computed again from the saved log-sum-exp. Two kernels, one
+// over rows for the queries and one over columns for keys and values, so that every sum has one owner: no atomics, and
+// the same bits every time. All gradients leave in f32.
+#pragma once
+
+#include "attention.cuh"
+
+struct BackwardTensors {
+    Halves q, k, v;
+    Halves far_k, far_v;
+    Floats far_ln;
+    Words far_index, far_before;
+    Halves folded_k, folded_v;
+    Floats folded_ln, bias;
+    Halves grad_output;         // (B, H, N, D)
+    Floats log_sum_exp, delta;  // (B, H, N)
+};
+
+// ln 2 times this is the scale of the gradients.
+constexpr float LN_2 = 0.6931471805599453f;
+
+// A logit in base 2 from a product of a query and a key.
+SFA_DEVICE float scaled(const AttentionParams& p, float product) { return product * p.scale * p.scale_sign; }
+
+// The gradients of the queries of 64 rows: four warps of 16 rows, tiles of 64 columns.
+template <class T, int D>
+struct QueryGradients {
+    static constexpr int THREADS = 128, ROWS = 64, NB = 64, NT = NB / 8;
+    static constexpr uint32_t TILE = 64 * D * 2;
+
+    struct Columns {
+        bool near;
+        int first, count;
+    };
+
+    const AttentionParams& p;
+    const BackwardTensors& x;
+    HeadIndex at;
+    hw::Tile q, grad, k, v;
+    Fragments<D> own_rows, column_rows, right_rows;
+    float dq[1][D / 8][4];
+    float log_sum_exp[2], delta[2];
+    int lane, warp_row, block_row, row_end;
+
+    SFA_DEVICE QueryGradients(const AttentionParams& p, const BackwardTensors& x, uint32_t batch_head, int row)
+        : p(p), x(x), at(p, batch_head), own_rows(false, threadIdx.x / 32 * 16), column_rows(true, 0),
+          right_rows(false, 0), block_row(row) {
+        q = hw::tile(0, TILE), grad = hw::tile(TILE, TILE), k = hw::tile(2 * TILE, TILE), v = hw::tile(3 * TILE, TILE);
+        lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16;
+        row_end = min(int(p.sizes.tokens), row + ROWS);
+        for (int r = 0; r < 2; r++) {
+            int64_t index = at.batch_head * p.sizes.tokens + min(row_of(r), row_end - 1);
+            log_sum_exp[r] = x.log_sum_exp[index], delta[r] = x.delta[index];
+        }
+#pragma unroll
+        for (int i = 0; i < D / 2; i++) dq[0][i / 4][i % 4] = 0;
+    }
+
+    SFA_DEVICE int row_of(int r) const { return block_row + warp_row + r * 8 + lane / 4; }
+
+    SFA_DEVICE int token(const Columns& c, int column) const {
+        return c.near || p.dense ? c.first + column : int(x.far_index[at.list * p.capacity + c.first + column]);
+    }
+
+    SFA_DEVICE void load(const Columns& c) {
+        uint32_t dim = p.sizes.head_dim;
+        if (c.near || p.dense) {
+            load_rows<D, NB, THREADS, false>(k, x.k, p.k.at(at.batch, at.kv_head, c.first), p.k.token_stride, c.count, dim);
+            load_rows<D, NB, THREADS, false>(v, x.v, p.v.at(at.batch, at.kv_head, c.first), p.v.token_stride, c.count, dim);
+        } else {
+            int64_t first = (at.list * p.capacity + c.first) * dim;
+            load_rows<D, NB, THREADS, false>(k, x.far_k, first, dim, c.count, dim);
+            load_rows<D, NB, THREADS, false>(v, x.far_v, first, dim, c.count, dim);
+        }
+        hw::copy_commit();
+        hw::copy_wait<0>();
+        __syncthreads();
+    }
+
+    // From a logit and the gradient of its weight, the gradient of the logit.
+    SFA_DEVICE float to_logit(int r, float logit, float weight_grad, int column_token) const {
+        int row = row_of(r);
+        if (x.bias) logit += bias_at(p, x.bias, at, row, column_token);
+        if (p.dropout_cut != 0) weight_grad *= dropout_factor(p, at, row, column_token);
+        return hw::exp2(logit - log_sum_exp[r]) * (weight_grad - delta[r]);
+    }
+
+    SFA_DEVICE void tile(const Columns& c) {
+        __syncthreads();
+        load(c);
+        float s[1][NT][4], grads[1][NT][4];
+#pragma unroll
+        for (int i = 0; i < NT * 4; i++) s[0][i / 4][i % 4] = 0, grads[0][i / 4][i % 4] = 0;
+        multiply_rows<T, D, 1, NT>(s, own_rows, q, column_rows, k);
+        multiply_rows<T, D, 1, NT>(grads, own_rows, grad, column_rows, v);
+        bool sizes = !c.near && x.far_ln;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int row = row_of(r), last = min(row, row_end - 1);
+            int begin = c.near ? last - int(p.window) + 1 : 0;
+            int end = c.near ? last + 1 : far_count(p, x.far_before, at.list, last);
+#pragma unroll
+            for (int i = 0; i < 2 * NT; i++) {
+                int column = i / 2 * 8 + lane % 4 * 2 + i % 2, index = c.first + column;
+                float& logit = s[0][i / 2][r * 2 + i % 2];
+                bool visible = row < row_end && column < c.count && index >= begin && index < end;
+                if (visible) {
+                    logit = scaled(p, logit);
+                    if (sizes) logit += LOG2_E * x.far_ln[at.list * p.capacity + index];
+                    logit = to_logit(r, logit, grads[0][i / 2][r * 2 + i % 2], x.bias || p.dropout_cut ? token(c, column) : 0);
+                } else {
+                    logit = 0;
+                }
+            }
+        }
+        multiply_weights<T, D, 1, NT>(dq, right_rows, s, k);
+    }
+
+    SFA_DEVICE void edge(int r) {
+        int row = row_of(r), column = edge_token(p, x.far_before, at.list, row);
+        int64_t first = (at.list * p.sizes.tokens + column) * p.sizes.head_dim;
+        float logit = 0, weight_grad = 0;
+        for (uint32_t chunk = lane % 4; column >= 0 && chunk * 8 < p.sizes.head_dim; chunk += 4) {
+            uint32_t offset = Layout<D>::chunk(row - block_row, chunk);
+            logit = hw::dot<T>(hw::load<uint4>(q, offset), load_vector<uint4>(x.folded_k, first + chunk * 8), logit);
+            weight_grad = hw::dot<T>(hw::load<uint4>(grad, offset), load_vector<uint4>(x.folded_v, first + chunk * 8), weight_grad);
+        }
+        logit += hw::shuffle_xor(logit, 1);
+        logit += hw::shuffle_xor(logit, 2);
+        weight_grad += hw::shuffle_xor(weight_grad, 1);
+        weight_grad += hw::shuffle_xor(weight_grad, 2);
+        if (column < 0) return;
+        logit = scaled(p, logit);
+        if (x.folded_ln) logit += LOG2_E * x.folded_ln[at.list * p.sizes.tokens + column];
+        float factor = to_logit(r, logit, weight_grad, column);
+#pragma unroll
+        for (int d = 0; d < D / 8; d++) {
+            uint32_t element = d * 8 + lane % 4 * 2;
+            uint32_t pair = element < p.sizes.head_dim ? load_vector<uint32_t>(x.folded_k, first + element) : 0u;
+            dq[0][d][r * 2] += factor * hw::low<T>(pair);
+            dq[0][d][r * 2 + 1] += factor * hw::high<T>(pair);
+        }
+    }
+
+    SFA_DEVICE void run(const Global<float>& target) {
+        uint32_t dim = p.sizes.head_dim;
+        load_rows<D, ROWS, THREADS, false>(q, x.q, p.q.at(at.batch, at.head, block_row), p.q.token_stride, row_end - block_row, dim);
+        load_rows<D, ROWS, THREADS, false>(grad, x.grad_output, (at.batch_head * p.sizes.tokens + block_row) * dim, dim, row_end - block_row, dim);
+        hw::copy_commit();
+        hw::copy_wait<0>();
+        __syncthreads();
+        edge(0);
+        edge(1);
+        int far = far_count(p, x.far_before, at.list, row_end - 1);
+        for (int first = 0; first < far; first += NB) tile({false, first, min(NB, far - first)});
+        int near = p.window > 0 && !p.dense ? max(0, block_row - int(p.window) + 1) : row_end;
+        for (int first = near; first < row_end; first += NB) tile({true, first, min(NB, row_end - first)});
+        float factor = p.scale * p.scale_sign * LN_2;
+#pragma unroll
+        for (int i = 0; i < D / 4; i++) {
+            int d = i / 2, row = row_of(i % 2);
+            uint32_t element = d * 8 + lane % 4 * 2;
+            if (row < row_end && element < dim)
+                store_vector(target, (at.batch_head * p.sizes.tokens + row) * dim + element,
+                             float2{dq[0][d][i % 2 * 2] * factor, dq[0][d][i % 2 * 2 + 1] * factor});
+        }
+    }
+};
+
+// Which rows see a column, [begin, end), and what it adds to a logit.
+struct ColumnRows {
+    int token, begin, end;
+    float addend;
+
+    // `near`: raw token `column` inside the window. Otherwise far column `column` of the list, or in the dense case a
+    // raw token. A column that is not there is seen by no row.
+    SFA_DEVICE ColumnRows(const AttentionParams& p, const Words& far_before, const Words& far_index, const Floats& far_ln,
+                          int64_t list, int column, bool near) {
+        int tokens = int(p.sizes.tokens);
+        token = column, begin = tokens, end = tokens, addend = 0;
+        bool raw = near || p.dense;
+        int count = raw ? tokens : int(far_before[list * (tokens + 1) + tokens]);
+        if (column >= count) return;
+        if (!raw) token = int(far_index[list * p.capacity + column]);
+        if (!raw && far_ln) addend = LOG2_E * far_ln[list * p.capacity + column];
+        begin = !p.causal ? 0 : raw ? token : min(tokens, token + int(p.window) + 1);
+        if (near) end = min(tokens, token + int(p.window));
+    }
+};
+
+// The gradients of the keys (KEYS) and values (VALUES) of 64 columns: four warps of 16 columns, tiles of 64 rows.
+template <class T, int D, bool KEYS, bool VALUES>
+struct ColumnGradients {
+    static constexpr int THREADS = 128, NB = 64, NT = NB / 8;
+    static constexpr uint32_t TILE = 64 * D * 2;
+
+    const AttentionParams& p;
+    const BackwardTensors& x;
+    bool near;
+    uint32_t batch, kv_head;
+    int64_t list;
+    int first;
+    hw::Tile k, v, q, grad, log_sum_exp, delta;
+    Fragments<D> own_columns, row_rows, right_rows;
+    float dk[1][KEYS ? D / 8 : 1][4], dv[1][VALUES ? D / 8 : 1][4];
+    int lane, warp_column;
+    ColumnRows columns[2];
+
+    // `unit`: in the near case batch * kv_heads + kv_head, else batch * lists + list.
+    SFA_DEVICE ColumnGradients(const AttentionParams& p, const BackwardTensors& x, uint32_t unit, int column, bool near)
+        : p(p), x(x), near(near), first(column), own_columns(false, threadIdx.x / 32 * 16), row_rows(true, 0),
+          right_rows(false, 0), lane(threadIdx.x % 32), warp_column(threadIdx.x / 32 * 16),
+          columns{rows_of(unit, column + warp_column + lane / 4), rows_of(unit, column + warp_column + lane / 4 + 8)} {
+        uint32_t per_batch = near ? p.sizes.kv_heads : p.sizes.lists;
+        batch = unit / per_batch, list = unit;
+        kv_head = unit % per_batch / (per_batch / p.sizes.kv_heads);
+        k = hw::tile(0, TILE), v = hw::tile(TILE, TILE), q = hw::tile(2 * TILE, TILE), grad = hw::tile(3 * TILE, TILE);
+        log_sum_exp = hw::tile(4 * TILE, NB * 4), delta = hw::tile(4 * TILE + NB * 4, NB * 4);
+#pragma unroll
+        for (int i = 0; i < (KEYS ? D / 2 : 4); i++) dk[0][i / 4][i % 4] = 0;
+#pragma unroll
+        for (int i = 0; i < (VALUES ? D / 2 : 4); i++) dv[0][i / 4][i % 4] = 0;
+    }
+
+    SFA_DEVICE ColumnRows rows_of(uint32_t unit, int column) const {
+        return ColumnRows(p, x.far_before, x.far_index, x.far_ln, unit, column, near);
+    }
+
+    SFA_DEVICE void load_columns(int count) {
+        uint32_t dim = p.sizes.head_dim;
+        if (near || p.dense) {
+            load_rows<D, 64, THREADS, false>(k, x.k, p.k.at(batch, kv_head, first), p.k.token_stride, count, dim);
+            load_rows<D, 64, THREADS, false>(v, x.v, p.v.at(batch, kv_head, first), p.v.token_stride, count, dim);
+        } else {
+            int64_t index = (list * p.capacity + first) * dim;
+            load_rows<D, 64, THREADS, false>(k, x.far_k, index, dim, count, dim);
+            load_rows<D, 64, THREADS, false>(v, x.far_v, index, dim, count, dim);
+        }
+    }
+
+    SFA_DEVICE void tile(const HeadIndex& at, int row, int count) {
+        uint32_t dim = p.sizes.head_dim;
+        int64_t index = at.batch_head * p.sizes.tokens + row;
+        __syncthreads();
+        load_rows<D, NB, THREADS, false>(q, x.q, p.q.at(at.batch, at.head, row), p.q.token_stride, count, dim);
+        load_rows<D, NB, THREADS, false>(grad, x.grad_output, index * dim, dim, count, dim);
+        load_words<NB>(log_sum_exp, x.log_sum_exp, index, count);
+        load_words<NB>(delta, x.delta, index, count);
+        hw::copy_commit();
+        hw::copy_wait<0>();
+        __syncthreads();
+        float s[1][NT][4], grads[1][NT][4];
+#pragma unroll
+        for (int i = 0; i < NT * 4; i++) s[0][i / 4][i % 4] = 0, grads[0][i / 4][i % 4] = 0;
+        multiply_rows<T, D, 1, NT>(s, own_columns, k, row_rows, q);
+        if (KEYS) multiply_rows<T, D, 1, NT>(grads, own_columns, v, row_rows, grad);
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            float2 sums = hw::load<float2>(log_sum_exp, (n * 8 + lane % 4 * 2) * 4);
+            float2 deltas = hw::load<float2>(delta, (n * 8 + lane % 4 * 2) * 4);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const ColumnRows& column = columns[i / 2];
+                int r = row + n * 8 + lane % 4 * 2 + i % 2;
+                float weight = 0, kept = 1;
+                bool visible = r >= column.begin && r < column.end && r < row + count;
+                if (visible) {
+                    float logit = scaled(p, s[0][n][i]) + column.addend;
+                    if (x.bias) logit += bias_at(p, x.bias, at, r, column.token);
+                    if (p.dropout_cut != 0) kept = dropout_factor(p, at, r, column.token);
+                    weight = hw::exp2(logit - (i % 2 ? sums.y : sums.x));
+                }
+                s[0][n][i] = weight * kept;
+                grads[0][n][i] = visible ? weight * (grads[0][n][i] * kept - (i % 2 ? deltas.y : deltas.x)) : 0.f;
+            }
+        }
+        if constexpr (VALUES) multiply_weights<T, D, 1, NT>(dv, right_rows, s, grad);
+        if constexpr (KEYS) multiply_weights<T, D, 1, NT>(dk, right_rows, grads, q);
+    }
+
+    template <int N>
+    SFA_DEVICE void store(const Global<float>& target, const float (&sums)[1][N][4], float factor) const {
+        bool add = !near && !p.dense;
+#pragma unroll
+        for (int i = 0; i < 2 * N; i++) {
+            int column = first + warp_column + lane / 4 + i % 2 * 8;
+            uint32_t element = i / 2 * 8 + lane % 4 * 2;
+            bool exists = add ? columns[i % 2].begin < int(p.sizes.tokens) || column < far_columns() : column < int(p.sizes.tokens);
+            if (!exists || element >= p.sizes.head_dim) continue;
+            // In the near and dense cases of a KV head `list` counts KV heads.
+            int64_t at = (list * p.sizes.tokens + columns[i % 2].token) * p.sizes.head_dim + element;
+            float2 sum{sums[0][i / 2][i % 2 * 2] * factor, sums[0][i / 2][i % 2 * 2 + 1] * factor};
+            if (add) {
+                float2 old = load_vector<float2>(target, at);
+                sum.x += old.x, sum.y += old.y;
+            }
+            store_vector(target, at, sum);
+        }
+    }
+
+    SFA_DEVICE int far_columns() const {
+        int64_t tokens = p.sizes.tokens;
+        return near || p.dense ? int(tokens) : int(x.far_before[list * (tokens + 1) + tokens]);
+    }
+
+    SFA_DEVICE void run(const Global<float>& keys, const Global<float>& values) {
+        int count = min(64, far_columns() - first);
+        if (count <= 0) return;
+        load_columns(count);
+        int begin = rows_of(uint32_t(list), first).begin, end = rows_of(uint32_t(list), first + count - 1).end;
+        begin = begin / NB * NB;
+        uint32_t per_batch = near ? p.sizes.kv_heads : p.sizes.lists, heads = p.sizes.heads / per_batch;
+        uint32_t head = batch * p.sizes.heads + uint32_t(list) % per_batch * heads;
+        for (uint32_t h = head; h < head + heads; h++) {
+            HeadIndex at(p, h);
+            for (int row = begin; row < end; row += NB) tile(at, row, min(NB, int(p.sizes.tokens) - row));
+        }
+        // No row may see these columns: then the tiles never arrived, and the sums are 0.
+        hw::copy_commit();
+        hw::copy_wait<0>();
+        if constexpr (KEYS) store(keys, dk, p.scale * p.scale_sign * LN_2);
+        if constexpr (VALUES) store(values, dv, 1.f);
+    }
+};
