@@ -213,8 +213,8 @@ KERNEL fold_unfold(Global<const float> far, Global<const float> folded, Global<c
   }
 }
 
-// Adds up the gradients of a KV head's lists, and those of near columns (batch * lists, N, D) where there are any, into
-// (batch, kv_heads, N, D). Grid (tokens / 4, batch * kv_heads).
+// Adds up the gradients of a KV head's lists, of columns taken home and of near tokens (batch * lists, N, D), either of
+// which may be absent, into (batch, kv_heads, N, D). Grid (tokens / 4, batch * kv_heads).
 template <class T>
 __device__ void reduce(Global<const float> unfolded, Global<const float> near, Global<T> out, const FoldParams& p) {
   unsigned t = warp_token(), tokens = p.sizes.tokens, dim = p.sizes.head_dim;
@@ -224,8 +224,10 @@ __device__ void reduce(Global<const float> unfolded, Global<const float> near, G
   sum.fill(0.0f);
   for (unsigned i = 0; i < lists; i++) {
     size_t at = (((size_t)blockIdx.y * lists + i) * tokens + t) * dim;
-    row.load(unfolded, at, dim);
-    sum.add(row);
+    if (unfolded) {
+      row.load(unfolded, at, dim);
+      sum.add(row);
+    }
     if (near) {
       row.load(near, at, dim);
       sum.add(row);

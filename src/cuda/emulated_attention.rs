@@ -91,7 +91,11 @@ impl<T: GpuElement + Element<Acc = f32>> Inputs<T> {
                 let (storage, layout) = view.storage_and_layout();
                 let strides = layout.stride();
                 let strides = [strides[0], strides[1], strides[2], strides[3]];
-                Some((Emulator.upload(cpu_slice::<f32>(&storage)?)?, layout.start_offset(), strides))
+                Some((
+                    Emulator.upload(cpu_slice::<f32>(&storage)?)?,
+                    layout.start_offset(),
+                    strides,
+                ))
             }
             None => None,
         };
@@ -111,11 +115,7 @@ impl<T: GpuElement + Element<Acc = f32>> Inputs<T> {
         })
     }
 
-    fn call<'a>(
-        &'a self,
-        config: &CompressionConfig,
-        options: &'a AttentionOptions,
-    ) -> AttentionCall<'a, Emulator, T> {
+    fn call<'a>(&'a self, config: &CompressionConfig, options: &'a AttentionOptions) -> AttentionCall<'a, Emulator, T> {
         AttentionCall {
             problem: self.problem,
             q: (&self.q.0, self.q.1),
@@ -229,7 +229,8 @@ fn folded_columns<T: GpuElement + Element<Acc = f32>>(
             }
         }
         before.push(count);
-        far.iter_mut().for_each(|x| x.resize((list + 1) * tokens * dim, T::zero()));
+        far.iter_mut()
+            .for_each(|x| x.resize((list + 1) * tokens * dim, T::zero()));
     }
     let sizes = |data: &[f32]| match config.fold {
         Fold::Mean => Ok::<_, candle_core::Error>(Some(Emulator.upload(data)?)),

@@ -1,6 +1,8 @@
 //! The CUDA path. What a launcher does (sizes, buffers, order of kernels) is written once, over [`gpu::Gpu`]: a CUDA
 //! device, or the emulator of `cuda/emu` for tests. One launcher file per file of `cuda/`.
 
+pub(crate) mod attention;
+mod backward;
 pub(crate) mod decide;
 #[cfg(feature = "cuda")]
 pub(crate) mod device;
@@ -17,3 +19,5 @@ pub(crate) mod loss;
 mod params;
 #[cfg(feature = "cuda-emu")]
 mod spec;
+#[cfg(feature = "cuda")]
+pub(crate) mod tensors;
