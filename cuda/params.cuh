@@ -25,9 +25,58 @@ static_assert(sizeof(Rows) == 32 && sizeof(Sizes) == 24, "as in src/cuda/params.
 
 // --- Decisions ---
 
+// What decide.cu and loss.cu read: one decision per list, which takes every query head of the list to agree.
+struct DecideParams {
+  Rows q, k;
+  Sizes sizes;
+  // 1: cos(k[t+1], k[t]); 0: cos(q[t+1], k[t]).
+  unsigned key_key;
+  unsigned max_merge_level, sinks;
+  // Of the reference rule: how far its candidates reach.
+  unsigned levels;
+};
+
+static_assert(sizeof(DecideParams) == 104, "as in src/cuda/params.rs");
+
+// One sweep of the reference rule; `heads` over all batch rows.
+struct SweepParams {
+  unsigned heads, pairs, levels, sweep;
+};
+
+static_assert(sizeof(SweepParams) == 16, "as in src/cuda/params.rs");
+
+struct ObservedParams {
+  Rows q, k, v;
+  Sizes sizes;
+  unsigned window, sinks;
+  float scale;
+  unsigned reserved;
+};
+
+static_assert(sizeof(ObservedParams) == 136, "as in src/cuda/params.rs");
+
 // --- Fold ---
 
+enum FoldKind : unsigned { PAIR_SUM = 0, MEAN = 1, DROP = 2 };
+
+struct FoldParams {
+  Rows q, k, v;
+  Sizes sizes;
+  // A FoldKind.
+  unsigned fold;
+  unsigned reserved;
+};
+
+static_assert(sizeof(FoldParams) == 128, "as in src/cuda/params.rs");
+
 // --- Loss ---
+
+// Its other kernels take DecideParams.
+struct TotalParams {
+  unsigned blocks;
+};
+
+static_assert(sizeof(TotalParams) == 4, "as in src/cuda/params.rs");
 
 // --- Attention ---
 
@@ -70,3 +119,15 @@ struct SpreadParams {
 };
 
 static_assert(sizeof(SpreadParams) == 16, "as in src/cuda/params.rs");
+
+// Of decode.cu. `rows`: query heads over all batch rows; `together`: how many of a list's share a block; `parts`: splits,
+// and one more where there are local columns.
+struct DecodeParams {
+  unsigned rows, together, parts, splits;
+  unsigned capacity, local_capacity;
+  unsigned head_dim;
+  // scale * log2(e)
+  float scale;
+};
+
+static_assert(sizeof(DecodeParams) == 32, "as in src/cuda/params.rs");

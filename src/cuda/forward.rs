@@ -62,7 +62,11 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
             )
         }
         for (name, (_, layout)) in [("query", &self.q), ("key", &self.k), ("value", &self.v)] {
-            let aligned = layout.strides.iter().chain([&layout.offset]).all(|stride| stride % 8 == 0);
+            let aligned = layout
+                .strides
+                .iter()
+                .chain([&layout.offset])
+                .all(|stride| stride % 8 == 0);
             if !aligned {
                 bail!(
                     "{name}: expected rows that start at multiples of 8 elements on CUDA, got offset {} and strides \

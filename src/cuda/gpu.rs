@@ -1,5 +1,6 @@
 //! What launchers need of a GPU: buffers, and launches of kernels by name.
 
+use crate::problem::RowLayout;
 use candle_core::{Result, WithDType};
 use half::{bf16, f16};
 
@@ -22,7 +23,7 @@ macro_rules! number {
         )*
     };
 }
-number!(u8, u32, f32, f16, bf16);
+number!(u8, u32, f32, f64, f16, bf16);
 
 /// A dtype that q, k and v may have on a GPU.
 pub(crate) trait GpuElement: Number {
@@ -39,6 +40,9 @@ impl GpuElement for f16 {
 impl GpuElement for bf16 {
     const SUFFIX: &'static str = "bf16";
 }
+
+/// A tensor's buffer and where its rows start in it.
+pub(crate) type Source<'a, G, T> = (&'a <G as Gpu>::Slice<T>, RowLayout);
 
 /// One kernel: `name` in `cuda/<module>.cu`. Names are unique over all modules.
 #[derive(Clone, Debug)]
@@ -76,6 +80,17 @@ pub(crate) struct Launch {
     pub threads: usize,
     /// Dynamic shared memory of a block.
     pub shared_bytes: usize,
+}
+
+impl Launch {
+    /// A warp per token of every head or list, 4 warps a block: what most small kernels ask for.
+    pub fn warps(tokens: usize, lists: usize) -> Self {
+        Self {
+            grid: [tokens.div_ceil(4), lists, 1],
+            threads: 128,
+            shared_bytes: 0,
+        }
+    }
 }
 
 /// A struct that a kernel takes by value.

@@ -89,6 +89,73 @@ pub(crate) struct BrokenParams {
 #[cfg(feature = "cuda-emu")]
 params!(BrokenParams: 4);
 
+// --- Decisions ---
+
+params!(DecideParams: 104, SweepParams: 16, ObservedParams: 136);
+
+/// What decide.cu and loss.cu read.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DecideParams {
+    pub q: Rows,
+    pub k: Rows,
+    pub sizes: Sizes,
+    pub key_key: u32,
+    pub max_merge_level: u32,
+    pub sinks: u32,
+    pub levels: u32,
+}
+
+/// One sweep of the reference rule.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SweepParams {
+    /// Batch rows times heads.
+    pub heads: u32,
+    pub pairs: u32,
+    pub levels: u32,
+    pub sweep: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ObservedParams {
+    pub q: Rows,
+    pub k: Rows,
+    pub v: Rows,
+    pub sizes: Sizes,
+    pub window: u32,
+    pub sinks: u32,
+    pub scale: f32,
+    pub reserved: u32,
+}
+
+// --- Fold ---
+
+params!(FoldParams: 128);
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FoldParams {
+    pub q: Rows,
+    pub k: Rows,
+    pub v: Rows,
+    pub sizes: Sizes,
+    /// 0 pair sum, 1 mean, 2 drop.
+    pub fold: u32,
+    pub reserved: u32,
+}
+
+// --- Loss ---
+
+params!(TotalParams: 4);
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TotalParams {
+    pub blocks: u32,
+}
+
 // --- Attention ---
 
 params!(AttentionParams: 208);
@@ -126,4 +193,24 @@ pub(crate) struct SpreadParams {
     pub block_rows: u32,
     /// Batch rows times heads.
     pub heads: u32,
+}
+
+params!(DecodeParams: 32);
+
+/// Of `cuda/decode.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DecodeParams {
+    /// Query heads over all batch rows.
+    pub rows: u32,
+    /// How many of a list's query heads share a block.
+    pub together: u32,
+    /// `splits`, and one more where there are local columns.
+    pub parts: u32,
+    pub splits: u32,
+    pub capacity: u32,
+    pub local_capacity: u32,
+    pub head_dim: u32,
+    /// scale * log2(e)
+    pub scale: f32,
 }
