@@ -19,47 +19,32 @@ struct ListBits {
   __device__ __forceinline__ bool joined(unsigned t) const { return t > 0 && bits[t - 1]; }
 };
 
-// far_index, far_before, and sizes: how many tokens the chain has up to each one. One block of 256 threads per list.
-KERNEL fold_scan(Global<const uint8_t> all_bits, Global<uint32_t> far_index, Global<uint32_t> far_before,
-                 Global<uint32_t> sizes, FoldParams p) {
-  Shared<uint32_t> kept_in = shared_memory<uint32_t>(0, 8), start_in = shared_memory<uint32_t>(32, 8);
+// far_index and far_before: how many tokens before each one are not hidden. One block of 256 threads per list.
+KERNEL fold_scan(Global<const uint8_t> all_bits, Global<uint32_t> far_index, Global<uint32_t> far_before, FoldParams p) {
+  Shared<uint32_t> kept_in = shared_memory<uint32_t>(0, 8);
   List list(p.sizes, blockIdx.x);
   ListBits bits(all_bits, p.sizes, list);
-  unsigned tokens = p.sizes.tokens, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  unsigned kept_before = 0, start_before = 0, below = (1u << lane) - 1;
+  unsigned tokens = p.sizes.tokens, lane = threadIdx.x % 32, warp = threadIdx.x / 32, before = 0;
+  size_t index = (size_t)blockIdx.x * tokens;
   for (unsigned base = 0; base < tokens; base += 256) {
     unsigned t = base + threadIdx.x;
-    bool kept = t < tokens && !bits.hidden(t), starts = t < tokens && !bits.joined(t);
-    unsigned kept_lanes = __ballot_sync(0xffffffffu, kept), start_lanes = __ballot_sync(0xffffffffu, starts);
-    if (lane == 0) {
-      kept_in.set(warp, __popc(kept_lanes));
-      // One more than the last token of this warp that starts a chain; 0 for none.
-      start_in.set(warp, start_lanes ? base + warp * 32 + 32 - __clz((int)start_lanes) : 0);
-    }
+    bool kept = t < tokens && !bits.hidden(t);
+    unsigned lanes = __ballot_sync(0xffffffffu, kept);
+    if (lane == 0) kept_in.set(warp, __popc(lanes));
     __syncthreads();
-    unsigned column = kept_before + __popc(kept_lanes & below), start = start_before;
+    unsigned column = before + __popc(lanes & ((1u << lane) - 1));
     for (unsigned w = 0; w < 8; w++) {
-      unsigned count = kept_in[w], last = start_in[w];
-      if (w < warp) {
-        column += count;
-        start = last ? last - 1 : start;
-      }
-      kept_before += count;
-      start_before = last ? last - 1 : start_before;
+      unsigned count = kept_in[w];
+      if (w < warp) column += count;
+      before += count;
     }
-    start_lanes &= below | (1u << lane);
-    if (start_lanes) start = base + warp * 32 + 31 - __clz((int)start_lanes);
-    if (t < tokens) {
-      size_t at = (size_t)blockIdx.x * tokens + t;
-      far_before.set(at + blockIdx.x, column);
-      sizes.set(at, t - start + 1);
-      if (kept) far_index.set((size_t)blockIdx.x * tokens + column, t);
-    }
+    if (t < tokens) far_before.set(index + blockIdx.x + t, column);
+    if (kept) far_index.set(index + column, t);
     __syncthreads();
   }
-  if (threadIdx.x == 0) far_before.set((size_t)blockIdx.x * (tokens + 1) + tokens, kept_before);
-  // What is past the last far column is never read, but is not left to chance either.
-  for (unsigned t = kept_before + threadIdx.x; t < tokens; t += 256) far_index.set((size_t)blockIdx.x * tokens + t, 0);
+  if (threadIdx.x == 0) far_before.set(index + blockIdx.x + tokens, before);
+  // What is past the last far column is never used, but is not left to chance either.
+  for (unsigned t = before + threadIdx.x; t < tokens; t += 256) far_index.set(index + t, 0);
 }
 
 // One row, spread over a warp.
@@ -228,8 +213,8 @@ KERNEL fold_unfold(Global<const float> far, Global<const float> folded, Global<c
   }
 }
 
-// Adds up the gradients of a KV head's lists, and those of near columns (batch * lists, N, D) where there are any, into
-// (batch, kv_heads, N, D). Grid (tokens / 4, batch * kv_heads).
+// Adds up the gradients of a KV head's lists, of columns taken home and of near tokens (batch * lists, N, D), either of
+// which may be absent, into (batch, kv_heads, N, D). Grid (tokens / 4, batch * kv_heads).
 template <class T>
 __device__ void reduce(Global<const float> unfolded, Global<const float> near, Global<T> out, const FoldParams& p) {
   unsigned t = warp_token(), tokens = p.sizes.tokens, dim = p.sizes.head_dim;
@@ -239,8 +224,10 @@ __device__ void reduce(Global<const float> unfolded, Global<const float> near, G
   sum.fill(0.0f);
   for (unsigned i = 0; i < lists; i++) {
     size_t at = (((size_t)blockIdx.y * lists + i) * tokens + t) * dim;
-    row.load(unfolded, at, dim);
-    sum.add(row);
+    if (unfolded) {
+      row.load(unfolded, at, dim);
+      sum.add(row);
+    }
     if (near) {
       row.load(near, at, dim);
       sum.add(row);

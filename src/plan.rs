@@ -14,6 +14,12 @@ pub struct MergePlan {
     /// u8 (B, H, N-1), contiguous.
     indicators: Tensor,
     config: CompressionConfig,
+    /// Whether [`Self::new`] decided, so that under [`crate::GroupRule::Unanimous`] a KV head's query heads agree.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    decided: bool,
+    /// Whether it is known without reading the indicators that nothing is hidden.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    hides_nothing: bool,
 }
 
 /// How much a plan hides. A pair is two neighbouring tokens of one query head of one batch row.
@@ -51,19 +57,11 @@ impl MergePlan {
     ) -> Result<Self> {
         let problem = Problem::new(q, k, v)?;
         problem.check_settings(strategies, config, options)?;
-        let bits = on_cpu(
-            q,
-            k,
-            Decide {
-                problem,
-                strategies,
-                config,
-            },
-        )?;
-        let shape = (problem.batch, problem.heads, problem.pairs());
         Ok(Self {
-            indicators: Tensor::from_vec(bits, shape, q.device())?,
+            indicators: decide(&problem, [q, k, v], strategies, config, options)?,
             config: config.clone(),
+            decided: true,
+            hides_nothing: strategies.all_off(),
         })
     }
 
@@ -86,12 +84,15 @@ impl MergePlan {
                 indicators.dims()
             )
         }
-        if let Some(bad) = indicators.flatten_all()?.to_vec1::<u8>()?.iter().find(|bit| **bit > 1) {
+        let bits = indicators.flatten_all()?.to_vec1::<u8>()?;
+        if let Some(bad) = bits.iter().find(|bit| **bit > 1) {
             bail!("indicators: expected 0 or 1, got {bad}; write 1 where a token is folded into the next one")
         }
         Ok(Self {
             indicators: indicators.detach().contiguous()?,
             config: config.clone(),
+            decided: false,
+            hides_nothing: bits.iter().all(|bit| *bit == 0),
         })
     }
 
@@ -120,6 +121,23 @@ impl MergePlan {
         })
     }
 
+    /// Whether nothing is known to be hidden; the indicators of a GPU are not read for it.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn hides_nothing(&self) -> bool {
+        self.hides_nothing
+    }
+
+    /// How many lists of columns a batch row has: its KV heads where their query heads are known to agree, else its query
+    /// heads.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn lists(&self, problem: &Problem) -> usize {
+        if self.decided && self.config.group_rule == crate::config::GroupRule::Unanimous {
+            problem.kv_heads
+        } else {
+            problem.heads
+        }
+    }
+
     /// Refuses a plan that was made for other shapes, or whose window has no meaning without causality.
     pub(crate) fn check(&self, problem: &Problem, causal: bool) -> Result<()> {
         let expected = [problem.batch, problem.heads, problem.pairs()];
@@ -132,6 +150,33 @@ impl MergePlan {
         }
         self.config.check(causal)
     }
+}
+
+/// The indicators (B, H, N-1) on the tensors' device.
+fn decide(
+    problem: &Problem,
+    [q, k, v]: [&Tensor; 3],
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return crate::cuda::tensors::decide(problem, [q, k, v], strategies, config, options);
+    }
+    // Read by the CUDA path alone.
+    let _ = (v, options);
+    let problem = *problem;
+    let bits = on_cpu(
+        q,
+        k,
+        Decide {
+            problem,
+            strategies,
+            config,
+        },
+    )?;
+    Tensor::from_vec(bits, (problem.batch, problem.heads, problem.pairs()), q.device())
 }
 
 /// Something that reads a query and a key on the CPU, for any dtype.

@@ -1,10 +1,10 @@
 //! Attention forward and backward on CPU tensors under the emulator, from merge bits to gradients of q, k and v: for
 //! tests.
 
-use super::backward::{backward, Gradients, KeysValues};
+use super::attention::Attention;
 use super::emu::{EmuSlice, Emulator};
-use super::fold::{contiguous_rows, FoldCall};
-use super::forward::{forward, AttentionCall, Bias, Columns};
+use super::fold::FoldCall;
+use super::forward::Bias;
 use super::gpu::{Gpu, GpuElement};
 use crate::config::{AttentionOptions, CompressionConfig, GroupRule};
 use crate::cpu::Element;
@@ -75,18 +75,10 @@ fn attend_as<T: GpuElement + Element>(
             _ => problem.kv_heads,
         },
     };
-    let columns = if dense { None } else { Some(fold.columns(gpu)?) };
-    let folded = if dense { None } else { fold.queries(gpu)? };
     let bias = options.bias.as_ref().map(|bias| view(bias, &problem)).transpose()?;
-    let call = AttentionCall {
-        problem,
-        q: match &folded {
-            Some(queries) => (queries, contiguous_rows(&problem)),
-            None => (&q.0, q.1),
-        },
-        k: (&k.0, k.1),
-        v: (&v.0, v.1),
-        columns: columns.as_ref(),
+    let attention = Attention {
+        fold,
+        dense,
         window: config.window,
         bias: bias.as_ref().map(|(data, offset, strides)| Bias {
             data,
@@ -95,20 +87,17 @@ fn attend_as<T: GpuElement + Element>(
         }),
         options,
     };
-    let attended = forward(gpu, &call, true)?;
+    let attended = attention.forward(gpu, true)?;
     let gradients = match grad_output {
         Some(grad_output) => {
             let grad = gpu.upload(&grad_output.flatten_all()?.to_vec1::<T>()?)?;
             let sums = attended.kept_log_sum_exp()?;
-            let found = backward(gpu, &call, &attended.output, sums, &grad)?;
-            let home = take_home(&fold, columns.as_ref(), found)?;
-            let tensor =
-                |(data, dims): (EmuSlice<T>, Vec<usize>)| Tensor::from_vec(data.download()?, dims, &Device::Cpu);
-            let mut tensors = home.into_iter().zip(dims.clone()).map(tensor);
-            match (tensors.next(), tensors.next(), tensors.next()) {
-                (Some(q), Some(k), Some(v)) => Some([q?, k?, v?]),
-                _ => None,
-            }
+            let found = attention.backward(gpu, &attended.output, sums, &grad)?;
+            let [q, k, v] = &dims;
+            let tensor = |data: &EmuSlice<T>, dims: &Vec<usize>| {
+                Tensor::from_vec(data.download()?, dims.as_slice(), &Device::Cpu)
+            };
+            Some([tensor(&found.dq, q)?, tensor(&found.dk, k)?, tensor(&found.dv, v)?])
         }
         None => None,
     };
@@ -131,27 +120,4 @@ fn view(bias: &Tensor, problem: &Problem) -> Result<(EmuSlice<f32>, usize, [usiz
         layout.start_offset(),
         strides,
     ))
-}
-
-/// Gradients of q, k and v, from those that attention left.
-fn take_home<T: GpuElement>(
-    fold: &FoldCall<'_, Emulator, T>,
-    columns: Option<&Columns<Emulator, T>>,
-    found: Gradients<Emulator>,
-) -> Result<[EmuSlice<T>; 3]> {
-    let gpu = &Emulator;
-    let queries = fold.unfold_queries(gpu, &found.queries)?;
-    let one = |pick: fn(&KeysValues<Emulator>) -> &EmuSlice<f32>| {
-        let near = found.near.as_ref().map(pick);
-        match (columns, &found.far, &found.folded) {
-            (Some(columns), Some(far), Some(folded)) => {
-                fold.unfold(gpu, &columns.far_before, pick(far), pick(folded), near)
-            }
-            _ => match near {
-                Some(raw) => fold.reduce(gpu, raw, None),
-                None => candle_core::bail!("gradients: expected those of near columns, got none"),
-            },
-        }
-    };
-    Ok([queries, one(|x| &x.keys)?, one(|x| &x.values)?])
 }

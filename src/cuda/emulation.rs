@@ -3,13 +3,14 @@
 pub use super::emulated_attention::*;
 pub use super::emulated_decode::*;
 
+use super::attention::Attention;
 use super::decide::{indicators, observed_indicators, DecideCall};
 use super::emu::{EmuSlice, Emulator};
-use super::fold::{contiguous_rows, FoldCall};
-use super::forward::{AttentionCall, Bias};
+use super::fold::FoldCall;
+use super::forward::Bias;
 use super::gpu::{Gpu, GpuElement, Kernel, Launch};
 use super::params::BrokenParams;
-use super::{forward, loss, spec};
+use super::{loss, spec};
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
 use crate::cpu::Element;
 use crate::plan::cpu_slice;
@@ -125,68 +126,134 @@ pub fn fold_and_attend(
 }
 
 fn fold_and_attend_as<T: GpuElement + Element>(
-    [q, k, v]: [&Tensor; 3],
+    qkv: [&Tensor; 3],
     bits: &Tensor,
     config: &CompressionConfig,
     options: &AttentionOptions,
     shared: bool,
     path: Path,
 ) -> Result<(Tensor, Tensor)> {
-    let problem = Problem::new(q, k, v)?;
-    let (q, k, v) = (held::<T>(q)?, held::<T>(k)?, held::<T>(v)?);
-    let bits = Emulator.upload(&bits.flatten_all()?.to_vec1::<u8>()?)?;
-    let fold = FoldCall {
-        problem,
-        q: borrow(&q),
-        k: borrow(&k),
-        v: borrow(&v),
-        bits: &bits,
-        fold: config.fold,
-        lists: if shared { problem.kv_heads } else { problem.heads },
-    };
-    let (queries, columns) = (fold.queries(&Emulator)?, fold.columns(&Emulator)?);
-    let bias = match &options.bias {
-        Some(bias) => {
-            let view = bias.to_dtype(DType::F32)?.broadcast_as(&problem.bias_dims())?;
-            let (storage, layout) = view.storage_and_layout();
-            let strides = layout.stride();
-            let strides = [strides[0], strides[1], strides[2], strides[3]];
-            let data = Emulator.upload(cpu_slice::<f32>(&storage)?)?;
-            Some((data, layout.start_offset(), strides))
-        }
-        None => None,
-    };
-    let call = AttentionCall {
-        problem,
-        q: match &queries {
-            Some(queries) => (queries, contiguous_rows(&problem)),
-            None => borrow(&q),
-        },
-        k: borrow(&k),
-        v: borrow(&v),
-        columns: Some(&columns),
-        window: config.window,
-        bias: bias.as_ref().map(|(data, offset, strides)| Bias {
-            data,
-            offset: *offset,
-            strides: *strides,
-        }),
-        options,
-    };
+    let held = HeldCall::<T>::new(qkv, bits, options)?;
+    let (problem, attention) = (held.problem, held.attention(config, options, shared));
     let attended = match path {
-        Path::Spec => spec::forward(&Emulator, &call)?,
-        Path::Fast => forward::forward(&Emulator, &call, true)?,
+        Path::Spec => spec::forward(&Emulator, &attention.call(&attention.folded(&Emulator)?))?,
+        Path::Fast => attention.forward(&Emulator, true)?,
     };
-    let (batch, heads, tokens) = (problem.batch, problem.heads, problem.tokens);
     let log_sum_exp = attended.log_sum_exp.map_or(Ok(Vec::new()), |x| x.download())?;
+    let shape = (problem.batch, problem.heads, problem.tokens);
     Ok((
-        Tensor::from_vec(
-            attended.output.download()?,
-            (batch, heads, tokens, problem.head_dim),
-            &Device::Cpu,
-        )?,
-        Tensor::from_vec(log_sum_exp, (batch, heads, tokens), &Device::Cpu)?,
+        Tensor::from_vec(attended.output.download()?, qkv[0].dims(), &Device::Cpu)?,
+        Tensor::from_vec(log_sum_exp, shape, &Device::Cpu)?,
     ))
+}
+
+/// The gradients of query, key and value for the sum of output · `grad_output`, as a CUDA device computes them.
+///
+/// # Errors
+/// As [`fold_and_attend`].
+pub fn attention_gradients(
+    qkv: [&Tensor; 3],
+    bits: &Tensor,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+    shared: bool,
+    grad_output: &Tensor,
+) -> Result<[Tensor; 3]> {
+    for_dtype!(
+        qkv[0],
+        attention_gradients_as(qkv, bits, config, options, shared, grad_output)
+    )
+}
+
+fn attention_gradients_as<T: GpuElement + Element>(
+    qkv: [&Tensor; 3],
+    bits: &Tensor,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+    shared: bool,
+    grad_output: &Tensor,
+) -> Result<[Tensor; 3]> {
+    let call = HeldCall::<T>::new(qkv, bits, options)?;
+    let attention = call.attention(config, options, shared);
+    let attended = attention.forward(&Emulator, true)?;
+    let (grad_output, _) = held::<T>(&grad_output.contiguous()?)?;
+    let gradients = attention.backward(&Emulator, &attended.output, attended.kept_log_sum_exp()?, &grad_output)?;
+    let like = |slice: EmuSlice<T>, tensor: &Tensor| Tensor::from_vec(slice.download()?, tensor.dims(), &Device::Cpu);
+    Ok([
+        like(gradients.dq, qkv[0])?,
+        like(gradients.dk, qkv[1])?,
+        like(gradients.dv, qkv[2])?,
+    ])
+}
+
+/// A call's tensors where the emulator finds them.
+struct HeldCall<T> {
+    problem: Problem,
+    q: Held<T>,
+    k: Held<T>,
+    v: Held<T>,
+    bits: EmuSlice<u8>,
+    bias: Option<(EmuSlice<f32>, usize, [usize; 4])>,
+}
+
+impl<T: GpuElement + Element> HeldCall<T> {
+    fn new([q, k, v]: [&Tensor; 3], bits: &Tensor, options: &AttentionOptions) -> Result<Self> {
+        let problem = Problem::new(q, k, v)?;
+        let bias = match &options.bias {
+            Some(bias) => {
+                let view = bias.to_dtype(DType::F32)?.broadcast_as(&problem.bias_dims())?;
+                let (storage, layout) = view.storage_and_layout();
+                let strides = layout.stride();
+                let strides = [strides[0], strides[1], strides[2], strides[3]];
+                let data = Emulator.upload(cpu_slice::<f32>(&storage)?)?;
+                Some((data, layout.start_offset(), strides))
+            }
+            None => None,
+        };
+        Ok(Self {
+            problem,
+            q: held(q)?,
+            k: held(k)?,
+            v: held(v)?,
+            bits: Emulator.upload(&bits.flatten_all()?.to_vec1::<u8>()?)?,
+            bias,
+        })
+    }
+
+    fn fold(&self, config: &CompressionConfig, shared: bool) -> FoldCall<'_, Emulator, T> {
+        FoldCall {
+            problem: self.problem,
+            q: borrow(&self.q),
+            k: borrow(&self.k),
+            v: borrow(&self.v),
+            bits: &self.bits,
+            fold: config.fold,
+            lists: if shared {
+                self.problem.kv_heads
+            } else {
+                self.problem.heads
+            },
+        }
+    }
+
+    fn attention<'a>(
+        &'a self,
+        config: &CompressionConfig,
+        options: &'a AttentionOptions,
+        shared: bool,
+    ) -> Attention<'a, Emulator, T> {
+        Attention {
+            fold: self.fold(config, shared),
+            dense: false,
+            window: config.window,
+            bias: self.bias.as_ref().map(|(data, offset, strides)| Bias {
+                data,
+                offset: *offset,
+                strides: *strides,
+            }),
+            options,
+        }
+    }
 }
 
 /// The sums [S, M] of the compression loss, and the gradients of S for query and key.
@@ -264,18 +331,9 @@ fn unfold_as<T: GpuElement + Element>(
     shared: bool,
     gradients: &ColumnGradients,
 ) -> Result<[Tensor; 2]> {
-    let (problem, dims) = (Problem::new(q, k, v)?, [k.dims().to_vec(), q.dims().to_vec()]);
-    let (q, k, v) = (held::<T>(q)?, held::<T>(k)?, held::<T>(v)?);
-    let bits = Emulator.upload(&bits.flatten_all()?.to_vec1::<u8>()?)?;
-    let call = FoldCall {
-        problem,
-        q: borrow(&q),
-        k: borrow(&k),
-        v: borrow(&v),
-        bits: &bits,
-        fold: config.fold,
-        lists: if shared { problem.kv_heads } else { problem.heads },
-    };
+    let dims = [k.dims().to_vec(), q.dims().to_vec()];
+    let held = HeldCall::<T>::new([q, k, v], bits, &AttentionOptions::default())?;
+    let call = held.fold(config, shared);
     let floats = |x: &Tensor| Emulator.upload(&x.flatten_all()?.to_vec1::<f32>()?);
     let near = gradients.near.map(floats).transpose()?;
     let (far, folded, queries) = (
@@ -284,8 +342,8 @@ fn unfold_as<T: GpuElement + Element>(
         floats(gradients.queries)?,
     );
     let columns = call.columns(&Emulator)?;
-    let keys = call.unfold(&Emulator, &columns.far_before, &far, &folded, near.as_ref())?;
-    let queries = call.unfold_queries(&Emulator, &queries)?;
+    let keys = call.unfold(&Emulator, Some((&columns.far_before, &far, &folded)), near.as_ref())?;
+    let queries = call.unfold_queries(&Emulator, &queries, true)?;
     let [k_dims, q_dims] = dims;
     Ok([
         Tensor::from_vec(keys.download()?, k_dims, &Device::Cpu)?,

@@ -78,7 +78,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         let launch = Launch {
             grid: [lists, 1, 1],
             threads: 256,
-            shared_bytes: 64,
+            shared_bytes: 32,
         };
         gpu.launch(&Kernel::plain(MODULE, "fold_scan"), launch, &args)?;
         drop(args);
@@ -130,47 +130,17 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         Ok(Some(out))
     }
 
-    /// Gradients of far columns (B·lists, N, D), of folded tokens and of near columns (the same shape), to those of raw
-    /// keys or values (B, Hk, N, D).
+    /// Gradients of columns (`far_before`, then those of far columns and of folded tokens) and of near tokens, each
+    /// (B·lists, N, D), to those of raw keys or values (B, Hk, N, D). Either may be absent.
     ///
     /// # Errors
     /// What the device reports.
     pub fn unfold(
         &self,
         gpu: &G,
-        far_before: &G::Slice<u32>,
-        far: &G::Slice<f32>,
-        folded: &G::Slice<f32>,
+        columns: Option<(&G::Slice<u32>, &G::Slice<f32>, &G::Slice<f32>)>,
         near: Option<&G::Slice<f32>>,
     ) -> Result<G::Slice<T>> {
-        let Problem {
-            batch,
-            tokens,
-            head_dim,
-            ..
-        } = self.problem;
-        let params = self.params(self.lists)?;
-        let mut unfolded = gpu.alloc::<f32>(batch * self.lists * tokens * head_dim)?;
-        let args = [
-            gpu.read(far),
-            gpu.read(folded),
-            gpu.read(self.bits),
-            gpu.read(far_before),
-            gpu.write(&mut unfolded),
-            gpu.value(&params),
-        ];
-        let launch = Launch::warps(tokens, batch * self.lists);
-        gpu.launch(&Kernel::plain(MODULE, "fold_unfold"), launch, &args)?;
-        drop(args);
-        self.reduce(gpu, &unfolded, near)
-    }
-
-    /// Sums gradients of raw keys or values (B·lists, N, D) over the lists of each KV head, with those of near columns:
-    /// (B, Hk, N, D).
-    ///
-    /// # Errors
-    /// What the device reports.
-    pub fn reduce(&self, gpu: &G, unfolded: &G::Slice<f32>, near: Option<&G::Slice<f32>>) -> Result<G::Slice<T>> {
         let Problem {
             batch,
             kv_heads,
@@ -179,9 +149,25 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
             ..
         } = self.problem;
         let params = self.params(self.lists)?;
+        let mut unfolded = None;
+        if let Some((far_before, far, folded)) = columns {
+            let mut target = gpu.alloc::<f32>(batch * self.lists * tokens * head_dim)?;
+            let args = [
+                gpu.read(far),
+                gpu.read(folded),
+                gpu.read(self.bits),
+                gpu.read(far_before),
+                gpu.write(&mut target),
+                gpu.value(&params),
+            ];
+            let launch = Launch::warps(tokens, batch * self.lists);
+            gpu.launch(&Kernel::plain(MODULE, "fold_unfold"), launch, &args)?;
+            drop(args);
+            unfolded = Some(target);
+        }
         let mut out = gpu.alloc::<T>(batch * kv_heads * tokens * head_dim)?;
         let args = [
-            gpu.read(unfolded),
+            gpu.read_some(unfolded.as_ref()),
             gpu.read_some(near),
             gpu.write(&mut out),
             gpu.value(&params),
@@ -192,15 +178,16 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         Ok(out)
     }
 
-    /// Gradients of the (folded) queries, f32 (B, H, N, D), to those of the queries.
+    /// Gradients of queries as attention read them, f32 (B, H, N, D), to those of the queries; `were_folded` as far as
+    /// the fold folds queries.
     ///
     /// # Errors
     /// What the device reports.
-    pub fn unfold_queries(&self, gpu: &G, folded: &G::Slice<f32>) -> Result<G::Slice<T>> {
+    pub fn unfold_queries(&self, gpu: &G, folded: &G::Slice<f32>, were_folded: bool) -> Result<G::Slice<T>> {
         let (problem, params) = (self.problem, self.params(self.problem.heads)?);
         let rows = problem.batch * problem.heads;
         let mut out = gpu.alloc::<T>(rows * problem.tokens * problem.head_dim)?;
-        let bits = (self.fold == Fold::PairSum).then_some(self.bits);
+        let bits = (were_folded && self.fold == Fold::PairSum).then_some(self.bits);
         let args = [
             gpu.read(folded),
             gpu.read_some(bits),

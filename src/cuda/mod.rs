@@ -1,7 +1,8 @@
 //! The CUDA path. What a launcher does (sizes, buffers, order of kernels) is written once, over [`gpu::Gpu`]: a CUDA
 //! device, or the emulator of `cuda/emu` for tests. One launcher file per file of `cuda/`.
 
-pub(crate) mod backward;
+pub(crate) mod attention;
+mod backward;
 pub(crate) mod decide;
 pub(crate) mod decode;
 #[cfg(feature = "cuda")]
@@ -9,7 +10,7 @@ pub(crate) mod device;
 #[cfg(feature = "cuda-emu")]
 mod emu;
 #[cfg(feature = "cuda-emu")]
-mod emulated_attention;
+pub mod emulated_attention;
 #[cfg(feature = "cuda-emu")]
 mod emulated_decode;
 #[cfg(feature = "cuda-emu")]
@@ -21,3 +22,5 @@ pub(crate) mod loss;
 mod params;
 #[cfg(feature = "cuda-emu")]
 mod spec;
+#[cfg(feature = "cuda")]
+pub(crate) mod tensors;
