@@ -1,6 +1,6 @@
-// Attention backward: see backward_block.cuh. In this order: backward_delta, backward_queries, then for keys and values
-// backward_edges (fills the gradients of folded tokens), backward_columns over far columns (adds to them), and
-// backward_columns over near columns (fills those of raw tokens). The fold's own kernels take folded ones home.
+// Attention backward: see backward_block.cuh. backward_delta, then backward_queries, and for keys and values
+// backward_edges (folded tokens at edges) and backward_columns (far columns; near ones). The fold's own kernels add these
+// up and take them home.
 #include "backward_block.cuh"
 
 #define INPUTS                                                                                                    \
@@ -35,7 +35,7 @@ __device__ __forceinline__ void queries(const BackwardTensors& x, Global<float> 
     QueryGradients<T, D>(p, x, head, block * 64).run(dq);
 }
 
-// blockIdx.y: 0 far columns (or all, in the dense case), 1 near ones.
+// `near`, or far columns, which in the dense case are all.
 template <class T, int D, bool KEYS, bool VALUES>
 __device__ __forceinline__ void columns(const BackwardTensors& x, Global<float> dk, Global<float> dv,
                                         const AttentionParams& p, bool near) {

@@ -206,14 +206,13 @@ struct ColumnGradients {
     int lane, warp_column;
     ColumnRows columns[2];
 
-    // `unit`: in the near case batch * kv_heads + kv_head, else batch * lists + list.
+    // `unit`: batch * lists + list.
     SFA_DEVICE ColumnGradients(const AttentionParams& p, const BackwardTensors& x, uint32_t unit, int column, bool near)
         : p(p), x(x), near(near), first(column), own_columns(false, threadIdx.x / 32 * 16), row_rows(true, 0),
           right_rows(false, 0), lane(threadIdx.x % 32), warp_column(threadIdx.x / 32 * 16),
           columns{rows_of(unit, column + warp_column + lane / 4), rows_of(unit, column + warp_column + lane / 4 + 8)} {
-        uint32_t per_batch = near ? p.sizes.kv_heads : p.sizes.lists;
-        batch = unit / per_batch, list = unit;
-        kv_head = unit % per_batch / (per_batch / p.sizes.kv_heads);
+        batch = unit / p.sizes.lists, list = unit;
+        kv_head = unit % p.sizes.lists / (p.sizes.lists / p.sizes.kv_heads);
         k = hw::tile(0, TILE), v = hw::tile(TILE, TILE), q = hw::tile(2 * TILE, TILE), grad = hw::tile(3 * TILE, TILE);
         log_sum_exp = hw::tile(4 * TILE, NB * 4), delta = hw::tile(4 * TILE + NB * 4, NB * 4);
 #pragma unroll
@@ -279,22 +278,14 @@ struct ColumnGradients {
     }
 
     template <int N>
-    SFA_DEVICE void store(const Global<float>& target, const float (&sums)[1][N][4], float factor) const {
-        bool add = !near && !p.dense;
+    SFA_DEVICE void store(const Global<float>& target, const float (&sums)[1][N][4], float factor, int count) const {
 #pragma unroll
         for (int i = 0; i < 2 * N; i++) {
-            int column = first + warp_column + lane / 4 + i % 2 * 8;
+            int column = warp_column + lane / 4 + i % 2 * 8;
             uint32_t element = i / 2 * 8 + lane % 4 * 2;
-            bool exists = add ? columns[i % 2].begin < int(p.sizes.tokens) || column < far_columns() : column < int(p.sizes.tokens);
-            if (!exists || element >= p.sizes.head_dim) continue;
-            // In the near and dense cases of a KV head `list` counts KV heads.
-            int64_t at = (list * p.sizes.tokens + columns[i % 2].token) * p.sizes.head_dim + element;
-            float2 sum{sums[0][i / 2][i % 2 * 2] * factor, sums[0][i / 2][i % 2 * 2 + 1] * factor};
-            if (add) {
-                float2 old = load_vector<float2>(target, at);
-                sum.x += old.x, sum.y += old.y;
-            }
-            store_vector(target, at, sum);
+            if (column >= count || element >= p.sizes.head_dim) continue;
+            store_vector(target, (list * p.sizes.tokens + first + column) * p.sizes.head_dim + element,
+                         float2{sums[0][i / 2][i % 2 * 2] * factor, sums[0][i / 2][i % 2 * 2 + 1] * factor});
         }
     }
 
@@ -309,16 +300,16 @@ struct ColumnGradients {
         load_columns(count);
         int begin = rows_of(uint32_t(list), first).begin, end = rows_of(uint32_t(list), first + count - 1).end;
         begin = begin / NB * NB;
-        uint32_t per_batch = near ? p.sizes.kv_heads : p.sizes.lists, heads = p.sizes.heads / per_batch;
-        uint32_t head = batch * p.sizes.heads + uint32_t(list) % per_batch * heads;
+        uint32_t heads = p.sizes.heads / p.sizes.lists;
+        uint32_t head = batch * p.sizes.heads + uint32_t(list) % p.sizes.lists * heads;
         for (uint32_t h = head; h < head + heads; h++) {
             HeadIndex at(p, h);
             for (int row = begin; row < end; row += NB) tile(at, row, min(NB, int(p.sizes.tokens) - row));
         }
-        // No row may see these columns: then the tiles never arrived, and the sums are 0.
+        // Where no row sees these columns their copies are still under way.
         hw::copy_commit();
         hw::copy_wait<0>();
-        if constexpr (KEYS) store(keys, dk, p.scale * p.scale_sign * LN_2);
-        if constexpr (VALUES) store(values, dv, 1.f);
+        if constexpr (KEYS) store(keys, dk, p.scale * p.scale_sign * LN_2, count);
+        if constexpr (VALUES) store(values, dv, 1.f, count);
     }
 };

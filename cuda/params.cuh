@@ -119,3 +119,15 @@ struct SpreadParams {
 };
 
 static_assert(sizeof(SpreadParams) == 16, "as in src/cuda/params.rs");
+
+// Of decode.cu. `rows`: query heads over all batch rows; `together`: how many of a list's share a block; `parts`: splits,
+// and one more where there are local columns.
+struct DecodeParams {
+  unsigned rows, together, parts, splits;
+  unsigned capacity, local_capacity;
+  unsigned head_dim;
+  // scale * log2(e)
+  float scale;
+};
+
+static_assert(sizeof(DecodeParams) == 32, "as in src/cuda/params.rs");

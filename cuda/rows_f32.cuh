@@ -47,23 +47,31 @@ struct RowF32 {
     }
 
     // Groups of four elements of D: this lane has every fourth.
-    SFA_DEVICE void load_part(float (&part)[PART], const Floats& source, int64_t first) const {
+    SFA_DEVICE static void load(float (&part)[PART], const Floats& source, int64_t first, uint32_t dim) {
 #pragma unroll
         for (int i = 0; i < PART / 4; i++) {
             uint32_t column = (i * 4 + threadIdx.x % 4) * 4;
-            float4 x = column < p.sizes.head_dim ? load_vector<float4>(source, first + column) : float4{0, 0, 0, 0};
+            float4 x = column < dim ? load_vector<float4>(source, first + column) : float4{0, 0, 0, 0};
             part[4 * i] = x.x, part[4 * i + 1] = x.y, part[4 * i + 2] = x.z, part[4 * i + 3] = x.w;
         }
     }
 
-    SFA_DEVICE void store_part(const Global<float>& target, int64_t row, const float (&part)[PART]) const {
+    SFA_DEVICE static void store(const Global<float>& target, int64_t row, const float (&part)[PART], uint32_t dim) {
 #pragma unroll
         for (int i = 0; i < PART / 4; i++) {
             uint32_t column = (i * 4 + threadIdx.x % 4) * 4;
-            if (column < p.sizes.head_dim)
-                store_vector(target, row * p.sizes.head_dim + column,
+            if (column < dim)
+                store_vector(target, row * dim + column,
                              float4{part[4 * i], part[4 * i + 1], part[4 * i + 2], part[4 * i + 3]});
         }
+    }
+
+    SFA_DEVICE void load_part(float (&part)[PART], const Floats& source, int64_t first) const {
+        load(part, source, first, p.sizes.head_dim);
+    }
+
+    SFA_DEVICE void store_part(const Global<float>& target, int64_t row, const float (&part)[PART]) const {
+        store(target, row, part, p.sizes.head_dim);
     }
 
     // This row's query, so that its products are logits in base 2.

@@ -4,12 +4,15 @@
 pub(crate) mod attention;
 mod backward;
 pub(crate) mod decide;
+pub(crate) mod decode;
 #[cfg(feature = "cuda")]
 pub(crate) mod device;
 #[cfg(feature = "cuda-emu")]
 mod emu;
 #[cfg(feature = "cuda-emu")]
 pub mod emulated_attention;
+#[cfg(feature = "cuda-emu")]
+mod emulated_decode;
 #[cfg(feature = "cuda-emu")]
 pub mod emulation;
 pub(crate) mod fold;
