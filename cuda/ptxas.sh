@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Prints a table of what ptxas makes of every kernel: registers, stack, spills, and how many warps of 32 threads fit an SM
-# by registers alone. Needs nvcc on the PATH (cuda/toolkit.sh sets one up).
+# Prints a table of what ptxas makes of every kernel: registers, stack, spills.
+# Needs nvcc on the PATH (cuda/toolkit.sh sets one up).
 #
 #   cuda/ptxas.sh [80]     compute capability
 set -euo pipefail
