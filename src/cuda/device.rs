@@ -45,10 +45,7 @@ impl Gpu for Cuda {
     }
 
     fn zeros<T: Number>(&self, len: usize) -> Result<CudaSlice<T>> {
-        let mut slice = self.alloc::<T>(len)?;
-        let zeros = self.stream.memset_zeros(&mut slice);
-        zeros.map_err(candle_core::Error::wrap)?;
-        Ok(slice)
+        self.device.alloc_zeros(len)
     }
 
     fn upload<T: Number>(&self, data: &[T]) -> Result<CudaSlice<T>> {

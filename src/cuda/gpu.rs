@@ -9,7 +9,9 @@ pub(crate) trait Number: WithDType + DeviceNumber {}
 
 #[cfg(feature = "cuda")]
 pub(crate) trait DeviceNumber:
-    candle_core::cuda_backend::CudaDType + candle_core::cuda_backend::cudarc::driver::DeviceRepr
+    candle_core::cuda_backend::CudaDType
+    + candle_core::cuda_backend::cudarc::driver::DeviceRepr
+    + candle_core::cuda_backend::cudarc::driver::ValidAsZeroBits
 {
 }
 #[cfg(not(feature = "cuda"))]
