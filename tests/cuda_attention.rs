@@ -196,7 +196,7 @@ fn bad_numbers_stay_where_they_are() -> Result<()> {
                     let run = |qkv: &[Tensor; 3]| -> Result<Vec<f64>> {
                         let inputs = [&qkv[0], &qkv[1], &qkv[2]];
                         let pass = emulation::attend(inputs, &bits, &setting.config, &options, dense, None)?;
-                        values(&pass.output)
+                        Ok(values(&pass.output)?)
                     };
                     let (clean, got) = (run(&qkv)?, run(&broken)?);
                     for (index, (clean, got)) in clean.iter().zip(&got).enumerate() {
