@@ -8,11 +8,12 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_sfattention::emulation::{self, Path};
 use candle_sfattention::reference::{self, Array4};
 use candle_sfattention::{
-    compressed_attention, compression_loss_terms, AttentionOptions, CompressionConfig, Criterion, GroupRule,
+    attend, compressed_attention, compression_loss_terms, AttentionOptions, CompressionConfig, Criterion, GroupRule,
     HeadStrategies, MergePlan, MergeRule, MergeStrategy,
 };
 use common::golden::cases;
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
+use common::judge::{largest, largest_error, F32_TIMES};
 use common::settings::{settings, Setting};
 
 #[test]
@@ -213,7 +214,13 @@ fn golden_outputs_agree() -> Result<()> {
         let shared = shared(&case.config);
         let (output, _) =
             emulation::fold_and_attend([q, k, v], &bits, &case.config, &case.options, shared, Path::Spec)?;
-        assert_close(&case.name, &output, case.tensor("output")?, 1.2e-5, 1.2e-5)?;
+        // One thread sums a whole row here: less exact than the CPU's lanes.
+        let exact = case.tensor("output")?;
+        let plan = MergePlan::from_indicators(&bits, &case.config)?;
+        let cpu = largest_error(&attend(q, k, v, &plan, &case.options)?, exact)?;
+        let allowed = F32_TIMES * cpu + 4.0 * 2f64.powi(-24) * largest(exact)?.max(1.0);
+        let error = largest_error(&output, exact)?;
+        assert!(error <= allowed, "{}: {error:e}, the CPU's is {cpu:e}", case.name);
     }
     Ok(())
 }

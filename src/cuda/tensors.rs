@@ -5,7 +5,7 @@ use super::decide::{indicators, observed_indicators, DecideCall};
 use super::device::Cuda;
 use super::fold::FoldCall;
 use super::forward::Bias;
-use super::gpu::{Gpu, GpuElement};
+use super::gpu::{Gpu, GpuElement, Number};
 use super::loss;
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
 use crate::plan::MergePlan;
@@ -49,7 +49,7 @@ fn stored<'a>(storage: &'a Storage, layout: &'a Layout) -> Result<Stored<'a>> {
 }
 
 /// A new tensor without a graph.
-fn tensor<T: GpuElement>(slice: CudaSlice<T>, shape: impl Into<Shape>, device: &CudaDevice) -> Tensor {
+fn tensor<T: Number>(slice: CudaSlice<T>, shape: impl Into<Shape>, device: &CudaDevice) -> Tensor {
     let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, device.clone()));
     Tensor::from_storage(storage, shape, BackpropOp::none(), false)
 }

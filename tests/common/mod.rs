@@ -7,4 +7,6 @@ pub mod caches;
 pub mod files;
 pub mod golden;
 pub mod inputs;
+pub mod judge;
+pub mod plain;
 pub mod settings;
