@@ -1,7 +1,7 @@
 //! What a GPU's results are held against: the f64 reference, and how far from it an honest implementation in the same
-//! dtype lies. For halves that is candle's own operations, for f32 this crate's CPU path. Gradients in halves may err by
-//! what this crate's CPU path errs on top of that: it computes in f32 and, like other fused backward passes, reads the
-//! output that forward rounded, where candle keeps every weight.
+//! dtype lies. For halves that is candle's own operations, for f32 this crate's CPU path. The yardstick of
+//! gradients in halves is candle's error and this crate's CPU path's together: that one computes in f32 and, like other
+//! fused backward passes, reads the output that forward rounded, where candle keeps every weight.
 
 use super::inputs::values;
 use super::plain::plain_attention;
@@ -103,7 +103,7 @@ impl Expected {
             let also = if half && index > 0 { cpu[index] } else { 0.0 };
             // A yardstick may be lucky, where few numbers are summed, or cancel: the terms are about 1, and what is
             // left of them is known to a part of a rounding of 1 only.
-            *allowed = times * plain[index] + also + rounding * largest(&exact[index])?.max(1.0);
+            *allowed = times * (plain[index] + also) + rounding * largest(&exact[index])?.max(1.0);
         }
         Ok(Self {
             bits: tensor,
