@@ -127,15 +127,10 @@ impl MergePlan {
         self.hides_nothing
     }
 
-    /// How many lists of columns a batch row has: its KV heads where their query heads are known to agree, else its query
-    /// heads.
+    /// Whether the query heads of every KV head are known to agree.
     #[cfg(feature = "cuda")]
-    pub(crate) fn lists(&self, problem: &Problem) -> usize {
-        if self.decided && self.config.group_rule == crate::config::GroupRule::Unanimous {
-            problem.kv_heads
-        } else {
-            problem.heads
-        }
+    pub(crate) fn heads_agree(&self) -> bool {
+        self.decided && self.config.group_rule == crate::config::GroupRule::Unanimous
     }
 
     /// Refuses a plan that was made for other shapes, or whose window has no meaning without causality.

@@ -5,6 +5,7 @@ use super::fold::{contiguous_rows, FoldCall};
 use super::forward::{self, Attended, AttentionCall, Bias, Columns};
 use super::gpu::{Gpu, GpuElement};
 use crate::config::AttentionOptions;
+use crate::problem::Problem;
 use candle_core::Result;
 
 /// One attention call.
@@ -15,6 +16,16 @@ pub(crate) struct Attention<'a, G: Gpu, T: GpuElement> {
     pub window: usize,
     pub bias: Option<Bias<'a, G>>,
     pub options: &'a AttentionOptions,
+}
+
+/// Lists of columns per batch row: one per KV head where nothing is hidden, or where the query heads of each are known to
+/// agree; else one per query head. Every kernel of a call is told the same.
+pub(crate) fn lists(problem: &Problem, dense: bool, agree: bool) -> usize {
+    if dense || agree {
+        problem.kv_heads
+    } else {
+        problem.heads
+    }
 }
 
 /// What folding left; None where the raw tensors serve as they are.

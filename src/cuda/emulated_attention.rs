@@ -1,7 +1,7 @@
 //! Attention forward and backward on CPU tensors under the emulator, from merge bits to gradients of q, k and v: for
 //! tests.
 
-use super::attention::Attention;
+use super::attention::{lists, Attention};
 use super::emu::{EmuSlice, Emulator};
 use super::fold::FoldCall;
 use super::forward::Bias;
@@ -70,10 +70,7 @@ fn attend_as<T: GpuElement + Element>(
         v: (&v.0, v.1),
         bits: &bits,
         fold: config.fold,
-        lists: match config.group_rule {
-            GroupRule::PerQueryHead if !dense => problem.heads,
-            _ => problem.kv_heads,
-        },
+        lists: lists(&problem, dense, config.group_rule == GroupRule::Unanimous),
     };
     let bias = options.bias.as_ref().map(|bias| view(bias, &problem)).transpose()?;
     let attention = Attention {

@@ -3,7 +3,7 @@
 pub use super::emulated_attention::*;
 pub use super::emulated_decode::*;
 
-use super::attention::Attention;
+use super::attention::{lists, Attention};
 use super::decide::{indicators, observed_indicators, DecideCall};
 use super::emu::{EmuSlice, Emulator};
 use super::fold::FoldCall;
@@ -228,11 +228,7 @@ impl<T: GpuElement + Element> HeldCall<T> {
             v: borrow(&self.v),
             bits: &self.bits,
             fold: config.fold,
-            lists: if shared {
-                self.problem.kv_heads
-            } else {
-                self.problem.heads
-            },
+            lists: lists(&self.problem, false, shared),
         }
     }
 

@@ -1,6 +1,6 @@
 //! The CUDA path on candle's tensors. Nothing here waits for the device.
 
-use super::attention::Attention;
+use super::attention::{lists, Attention};
 use super::decide::{indicators, observed_indicators, DecideCall};
 use super::device::Cuda;
 use super::fold::FoldCall;
@@ -158,7 +158,7 @@ impl TensorCall<'_> {
                     _ => bits.as_cuda_slice::<u8>()?,
                 },
                 fold: self.plan.config().fold,
-                lists: self.plan.lists(&self.problem),
+                lists: lists(&self.problem, self.plan.hides_nothing(), self.plan.heads_agree()),
             },
             dense: self.plan.hides_nothing(),
             window: self.plan.config().window,

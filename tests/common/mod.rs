@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 pub mod caches;
+pub mod device;
 pub mod files;
 pub mod golden;
 pub mod inputs;
