@@ -26,8 +26,8 @@ struct Products {
   }
 };
 
-template <class T>
-__device__ Products products(Global<const T> a, size_t at_a, Global<const T> b, size_t at_b, unsigned dim) {
+template <class A, class B>
+__device__ Products products(A a, size_t at_a, B b, size_t at_b, unsigned dim) {
   float dot = 0.0f, aa = 0.0f, bb = 0.0f;
   for (unsigned d = threadIdx.x % 32; d < dim; d += 32) {
     float x = widen(a[at_a + d]), y = widen(b[at_b + d]);

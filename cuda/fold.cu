@@ -1,9 +1,7 @@
 // What merging leaves of keys and values (see "Attention" in params.cuh for the buffers), and gradients taken home.
 // Warps are given tokens: grid (tokens / 4, batch * lists), 4 warps a block, except where it says otherwise.
 #include "cosine.cuh"
-
-// A lane holds this many numbers of a row: head_dim up to 256.
-constexpr unsigned PER_LANE = 8;
+#include "warp_row.cuh"
 
 __device__ __forceinline__ unsigned warp_token() { return blockIdx.x * 4 + threadIdx.x / 32; }
 
@@ -47,65 +45,16 @@ KERNEL fold_scan(Global<const uint8_t> all_bits, Global<uint32_t> far_index, Glo
   for (unsigned t = before + threadIdx.x; t < tokens; t += 256) far_index.set(index + t, 0);
 }
 
-// One row, spread over a warp.
-struct WarpRow {
-  float x[PER_LANE];
-
-  template <class T> __device__ __forceinline__ void load(Global<const T> from, size_t at, unsigned dim) {
-#pragma unroll
-    for (unsigned i = 0; i < PER_LANE; i++) {
-      unsigned d = i * 32 + threadIdx.x % 32;
-      x[i] = d < dim ? widen(from[at + d]) : 0.0f;
-    }
-  }
-  template <class T> __device__ __forceinline__ void store(Global<T> to, size_t at, unsigned dim) const {
-#pragma unroll
-    for (unsigned i = 0; i < PER_LANE; i++) {
-      unsigned d = i * 32 + threadIdx.x % 32;
-      if (d < dim) to.set(at + d, narrow<T>(x[i]));
-    }
-  }
-  __device__ __forceinline__ void add(const WarpRow& other) {
-#pragma unroll
-    for (unsigned i = 0; i < PER_LANE; i++) x[i] += other.x[i];
-  }
-  __device__ __forceinline__ void scale(float factor) {
-#pragma unroll
-    for (unsigned i = 0; i < PER_LANE; i++) x[i] *= factor;
-  }
-  __device__ __forceinline__ void fill(float value) {
-#pragma unroll
-    for (unsigned i = 0; i < PER_LANE; i++) x[i] = value;
-  }
-  // This becomes the mean of `size` tokens before and one more.
-  __device__ __forceinline__ void running_mean(const WarpRow& next, float size) {
-    float inverse = 1.0f / (size + 1.0f);
-#pragma unroll
-    for (unsigned i = 0; i < PER_LANE; i++) x[i] = (next.x[i] + size * x[i]) * inverse;
-  }
-  // Whether this lane's numbers are finite once they are stored as T.
-  template <class T> __device__ __forceinline__ bool finite() const {
-    bool all = true;
-#pragma unroll
-    for (unsigned i = 0; i < PER_LANE; i++) all = all && fabsf(widen(narrow<T>(x[i]))) <= 3.402823466e38f;
-    return all;
-  }
-};
-
 template <class T> struct FoldOutputs {
   Global<T> far_k, far_v, folded_k, folded_v;
   Global<float> far_ln, folded_ln;
 };
 
-// Writes one folded token. A key or value that is not finite becomes a NaN key and a zero value: whoever sees the column
-// is NaN through its logit, and nobody else is touched by 0 * NaN.
+// Writes one folded token.
 template <class T>
 __device__ void write_folded(WarpRow key, WarpRow value, unsigned t, unsigned size, bool hidden,
                              Global<const uint32_t> far_before, const FoldOutputs<T>& out, const FoldParams& p) {
-  if (__any_sync(0xffffffffu, !(key.finite<T>() && value.finite<T>()))) {
-    key.fill(NAN);
-    value.fill(0.0f);
-  }
+  WarpRow::quarantine<T>(key, value);
   unsigned tokens = p.sizes.tokens, dim = p.sizes.head_dim;
   size_t list = (size_t)blockIdx.y * tokens;
   key.store(out.folded_k, (list + t) * dim, dim);

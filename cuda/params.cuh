@@ -131,3 +131,29 @@ struct DecodeParams {
 };
 
 static_assert(sizeof(DecodeParams) == 32, "as in src/cuda/params.rs");
+
+// --- Cache ---
+
+// Of cache_append: sizes.tokens new tokens after `first` that were seen before.
+struct CacheParams {
+  Rows q, k, v;
+  Sizes sizes;
+  unsigned key_key, max_merge_level, sinks;
+  unsigned window;
+  // A FoldKind.
+  unsigned fold;
+  // Closed chains that a list has room for.
+  unsigned capacity;
+  unsigned first;
+  unsigned reserved;
+};
+
+static_assert(sizeof(CacheParams) == 152, "as in src/cuda/params.rs");
+
+// Of cache_copy, in numbers.
+struct CopyParams {
+  unsigned from_stride, to_stride, to_offset;
+  unsigned count, unit;
+};
+
+static_assert(sizeof(CopyParams) == 20, "as in src/cuda/params.rs");

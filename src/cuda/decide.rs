@@ -42,25 +42,38 @@ impl<G: Gpu, T: GpuElement> DecideCall<'_, G, T> {
         })
     }
 
-    /// Strategy and threshold of every query head, (B, H, 2).
+    /// [`tests`] of this call.
     ///
     /// # Errors
     /// Those of the upload.
     pub fn tests(&self, gpu: &G) -> Result<G::Slice<f32>> {
-        let Problem { batch, heads, .. } = self.problem;
-        let mut table = Vec::with_capacity(2 * batch * heads);
-        for row in 0..batch * heads {
-            let test = self.strategies.test(self.config, row / heads, row % heads);
-            // A head that is off reads no threshold.
-            let threshold = if test.strategy == MergeStrategy::Off {
-                0.0
-            } else {
-                test.threshold
-            };
-            table.extend([test.strategy.code() as f32, threshold as f32]);
-        }
-        gpu.upload(&table)
+        tests(gpu, &self.problem, self.strategies, self.config)
     }
+}
+
+/// Strategy and threshold of every query head, (B, H, 2).
+///
+/// # Errors
+/// Those of the upload.
+pub(crate) fn tests<G: Gpu>(
+    gpu: &G,
+    problem: &Problem,
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+) -> Result<G::Slice<f32>> {
+    let Problem { batch, heads, .. } = *problem;
+    let mut table = Vec::with_capacity(2 * batch * heads);
+    for row in 0..batch * heads {
+        let test = strategies.test(config, row / heads, row % heads);
+        // A head that is off reads no threshold.
+        let threshold = if test.strategy == MergeStrategy::Off {
+            0.0
+        } else {
+            test.threshold
+        };
+        table.extend([test.strategy.code() as f32, threshold as f32]);
+    }
+    gpu.upload(&table)
 }
 
 /// The merge indicators (B, H, N-1), 0 or 1, by the cosine criteria. N is at least 2.

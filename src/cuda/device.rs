@@ -52,6 +52,10 @@ impl Gpu for Cuda {
         self.device.clone_htod(data)
     }
 
+    fn download<T: Number>(&self, slice: &CudaSlice<T>) -> Result<Vec<T>> {
+        self.device.clone_dtoh(slice)
+    }
+
     fn read<'a, T: Number>(&'a self, slice: &'a CudaSlice<T>) -> CudaArg<'a> {
         let (pointer, guard) = slice.device_ptr(&self.stream);
         CudaArg::Buffer(pointer, Some(guard))

@@ -120,6 +120,10 @@ impl Gpu for Emulator {
         Ok(slice)
     }
 
+    fn download<T: Number>(&self, slice: &EmuSlice<T>) -> Result<Vec<T>> {
+        slice.download()
+    }
+
     fn read<'a, T: Number>(&'a self, slice: &'a EmuSlice<T>) -> EmuArg<'a> {
         EmuArg::new(
             slice.data.as_ptr().cast(),

@@ -1,6 +1,7 @@
 //! The CUDA path on CPU tensors, for tests: the same launchers and kernels, under the emulator.
 
 pub use super::emulated_attention::*;
+pub use super::emulated_cache::*;
 pub use super::emulated_decode::*;
 
 use super::attention::{lists, Attention};

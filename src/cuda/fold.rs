@@ -9,6 +9,15 @@ use candle_core::Result;
 
 const MODULE: &str = "fold";
 
+/// As `FoldKind` in cuda/params.cuh.
+pub(crate) fn fold_code(fold: Fold) -> u32 {
+    match fold {
+        Fold::PairSum => 0,
+        Fold::Mean => 1,
+        Fold::Drop => 2,
+    }
+}
+
 /// What folding reads.
 pub(crate) struct FoldCall<'a, G: Gpu, T: GpuElement> {
     pub problem: Problem,
@@ -24,17 +33,12 @@ pub(crate) struct FoldCall<'a, G: Gpu, T: GpuElement> {
 
 impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
     fn params(&self, lists: usize) -> Result<FoldParams> {
-        let fold = match self.fold {
-            Fold::PairSum => 0,
-            Fold::Mean => 1,
-            Fold::Drop => 2,
-        };
         Ok(FoldParams {
             q: Rows::new(&self.q.1),
             k: Rows::new(&self.k.1),
             v: Rows::new(&self.v.1),
             sizes: Sizes::new(&self.problem, lists)?,
-            fold,
+            fold: fold_code(self.fold),
             reserved: 0,
         })
     }

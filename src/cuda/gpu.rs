@@ -117,6 +117,9 @@ pub(crate) trait Gpu {
     /// A copy of host data.
     fn upload<T: Number>(&self, data: &[T]) -> Result<Self::Slice<T>>;
 
+    /// What a buffer holds; waits for the device.
+    fn download<T: Number>(&self, slice: &Self::Slice<T>) -> Result<Vec<T>>;
+
     /// A buffer that the kernel only reads.
     fn read<'a, T: Number>(&'a self, slice: &'a Self::Slice<T>) -> Self::Arg<'a>;
     /// A buffer that the kernel writes.

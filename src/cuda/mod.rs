@@ -3,6 +3,7 @@
 
 pub(crate) mod attention;
 mod backward;
+pub(crate) mod cache;
 pub(crate) mod decide;
 pub(crate) mod decode;
 #[cfg(feature = "cuda")]
@@ -11,6 +12,8 @@ pub(crate) mod device;
 mod emu;
 #[cfg(feature = "cuda-emu")]
 pub mod emulated_attention;
+#[cfg(feature = "cuda-emu")]
+mod emulated_cache;
 #[cfg(feature = "cuda-emu")]
 mod emulated_decode;
 #[cfg(feature = "cuda-emu")]

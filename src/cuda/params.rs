@@ -214,3 +214,39 @@ pub(crate) struct DecodeParams {
     /// scale * log2(e)
     pub scale: f32,
 }
+
+// --- Cache ---
+
+params!(CacheParams: 152, CopyParams: 20);
+
+/// Of `cache_append`: `sizes.tokens` new tokens after `first` that were seen before.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CacheParams {
+    pub q: Rows,
+    pub k: Rows,
+    pub v: Rows,
+    pub sizes: Sizes,
+    pub key_key: u32,
+    pub max_merge_level: u32,
+    pub sinks: u32,
+    pub window: u32,
+    /// 0 pair sum, 1 mean, 2 drop.
+    pub fold: u32,
+    /// Closed chains that a list has room for.
+    pub capacity: u32,
+    pub first: u32,
+    pub reserved: u32,
+}
+
+/// Of `cache_copy`, in numbers.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CopyParams {
+    pub from_stride: u32,
+    pub to_stride: u32,
+    pub to_offset: u32,
+    pub count: u32,
+    /// Numbers for each of a list's `lengths`.
+    pub unit: u32,
+}

@@ -112,6 +112,16 @@ impl Expected {
         })
     }
 
+    /// [`Self::check`] of the output alone.
+    pub fn check_output(&self, what: &str, got: &Tensor) -> Result<()> {
+        let (error, allowed) = (largest_error(got, &self.exact[0])?, self.allowed[0]);
+        ensure!(
+            error <= allowed,
+            "{what}: expected an error of at most {allowed:e}, got {error:e}"
+        );
+        Ok(())
+    }
+
     /// Every result is as close as it may be expected to be; returns the largest share of what was allowed.
     pub fn check(&self, what: &str, got: [&Tensor; 4]) -> Result<f64> {
         let mut worst: f64 = 0.0;

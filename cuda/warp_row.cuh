@@ -1,0 +1,59 @@
+// One row of q, k or v, spread over a warp: lane l holds numbers l, l + 32 ...
+#pragma once
+
+#include "kernel.cuh"
+
+// A lane holds this many numbers of a row: head_dim up to 256.
+constexpr unsigned PER_LANE = 8;
+
+// One row, spread over a warp.
+struct WarpRow {
+  float x[PER_LANE];
+
+  template <class View> __device__ __forceinline__ void load(View from, size_t at, unsigned dim) {
+#pragma unroll
+    for (unsigned i = 0; i < PER_LANE; i++) {
+      unsigned d = i * 32 + threadIdx.x % 32;
+      x[i] = d < dim ? widen(from[at + d]) : 0.0f;
+    }
+  }
+  template <class T> __device__ __forceinline__ void store(Global<T> to, size_t at, unsigned dim) const {
+#pragma unroll
+    for (unsigned i = 0; i < PER_LANE; i++) {
+      unsigned d = i * 32 + threadIdx.x % 32;
+      if (d < dim) to.set(at + d, narrow<T>(x[i]));
+    }
+  }
+  __device__ __forceinline__ void add(const WarpRow& other) {
+#pragma unroll
+    for (unsigned i = 0; i < PER_LANE; i++) x[i] += other.x[i];
+  }
+  __device__ __forceinline__ void scale(float factor) {
+#pragma unroll
+    for (unsigned i = 0; i < PER_LANE; i++) x[i] *= factor;
+  }
+  __device__ __forceinline__ void fill(float value) {
+#pragma unroll
+    for (unsigned i = 0; i < PER_LANE; i++) x[i] = value;
+  }
+  // This becomes the mean of `size` tokens before and one more.
+  __device__ __forceinline__ void running_mean(const WarpRow& next, float size) {
+    float inverse = 1.0f / (size + 1.0f);
+#pragma unroll
+    for (unsigned i = 0; i < PER_LANE; i++) x[i] = (next.x[i] + size * x[i]) * inverse;
+  }
+  // Whether this lane's numbers are finite once they are stored as T.
+  template <class T> __device__ __forceinline__ bool finite() const {
+    bool all = true;
+#pragma unroll
+    for (unsigned i = 0; i < PER_LANE; i++) all = all && fabsf(widen(narrow<T>(x[i]))) <= 3.402823466e38f;
+    return all;
+  }
+  // A key or value that is not finite becomes a NaN key and a zero value: whoever sees the column is NaN through its
+  // logit, and nobody else is touched by 0 * NaN.
+  template <class T> __device__ __forceinline__ static void quarantine(WarpRow& key, WarpRow& value) {
+    if (!__any_sync(0xffffffffu, !(key.finite<T>() && value.finite<T>()))) return;
+    key.fill(NAN);
+    value.fill(0.0f);
+  }
+};
