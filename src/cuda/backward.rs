@@ -215,6 +215,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
     }
 }
 
+#[cfg(feature = "cuda-emu")]
 impl<G: Gpu, T: GpuElement> Attended<G, T> {
     /// The log-sum-exp that the backward pass needs.
     ///

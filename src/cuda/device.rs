@@ -30,7 +30,8 @@ impl Cuda {
 
 /// One argument; the guard records the buffer's use on the stream when the launch is over.
 pub(crate) enum CudaArg<'a> {
-    Buffer(CUdeviceptr, Option<SyncOnDrop<'a>>),
+    // Nothing reads the guard: it works when it is dropped.
+    Buffer(CUdeviceptr, #[allow(dead_code)] Option<SyncOnDrop<'a>>),
     /// The first byte of a struct.
     Value(&'a u8),
 }

@@ -33,12 +33,12 @@ macro_rules! for_dtype {
     };
 }
 
-fn source<T: GpuElement>((storage, layout): Stored) -> Result<(&CudaSlice<T>, RowLayout)> {
+pub(crate) fn source<T: GpuElement>((storage, layout): Stored<'_>) -> Result<(&CudaSlice<T>, RowLayout)> {
     Ok((storage.as_cuda_slice::<T>()?, RowLayout::new(layout)))
 }
 
 /// The storage behind a tensor on a CUDA device.
-fn stored<'a>(storage: &'a Storage, layout: &'a Layout) -> Result<Stored<'a>> {
+pub(crate) fn stored<'a>(storage: &'a Storage, layout: &'a Layout) -> Result<Stored<'a>> {
     match storage {
         Storage::Cuda(storage) => Ok((storage, layout)),
         other => bail!(
@@ -49,7 +49,7 @@ fn stored<'a>(storage: &'a Storage, layout: &'a Layout) -> Result<Stored<'a>> {
 }
 
 /// A new tensor without a graph.
-fn tensor<T: Number>(slice: CudaSlice<T>, shape: impl Into<Shape>, device: &CudaDevice) -> Tensor {
+pub(crate) fn tensor<T: Number>(slice: CudaSlice<T>, shape: impl Into<Shape>, device: &CudaDevice) -> Tensor {
     let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, device.clone()));
     Tensor::from_storage(storage, shape, BackpropOp::none(), false)
 }
