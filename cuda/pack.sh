@@ -2,14 +2,14 @@
 # Packs what a machine with a GPU needs to test and to time the crate, and no toolkit: stripped binaries, the files that
 # they read, and cuda/run-report.sh. Needs the real nvcc (cuda/toolkit.sh sets one up) and CUDA_COMPUTE_CAP of that GPU.
 #
-#   cuda/pack.sh PACK.tar.xz [NAME...]     NAME: cuda_device bench_gpu llama; all of them by default
+#   cuda/pack.sh PACK.tar.xz [NAME...]     NAME: cuda_device cuda_device_cache bench_gpu llama; all by default
 #
 # There: mkdir pack && tar -xJf PACK.tar.xz -C pack && pack/run-report.sh REPORT-FOLDER
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 out=$(realpath "$1")
 shift
-[ $# -gt 0 ] || set -- cuda_device bench_gpu llama
+[ $# -gt 0 ] || set -- cuda_device cuda_device_cache bench_gpu llama
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -45,14 +45,16 @@ done
 for part in "$@"; do
   case $part in
     tests)
-      limited 240 tests bin/cuda_device --nocapture
+      for binary in bin/cuda_*; do
+        limited 240 "$(basename "$binary")" "$binary" --nocapture
+      done
       ;;
     memcheck | racecheck | synccheck | initcheck)
       # A handful of settings and short sequences: the sanitizer is some hundred times slower. SFA_CASE and SFA_TOKENS
       # choose others.
-      for case in ${SFA_CASES:-window dropout}; do
-        SFA_CASE=${SFA_CASE:-$case} SFA_TOKENS=${SFA_TOKENS:-140} limited 120 "$part, $case" \
-          compute-sanitizer --tool "$part" --error-exitcode 9 --print-limit 20 bin/cuda_device table --nocapture
+      for binary in bin/cuda_*; do
+        SFA_CASE=${SFA_CASE:-window} SFA_TOKENS=${SFA_TOKENS:-140} limited 120 "$part of $(basename "$binary")" \
+          compute-sanitizer --tool "$part" --error-exitcode 9 --print-limit 20 "$binary" table --nocapture
       done
       ;;
     bench)

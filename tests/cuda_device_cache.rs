@@ -174,7 +174,8 @@ fn rows_and_clones_go_their_own_ways() -> Result<()> {
             ensure!((copy.seq_len(), cache.seq_len()) == (100, 120));
             copy.index_select(&rows)?;
             let next = part(&qkv, 100, 20)?;
-            let picked = [&next[0], &next[1], &next[2]].map(|x| x.index_select(&rows.to_device(device)?, 0));
+            let rows = rows.to_device(device)?;
+            let picked = [&next[0], &next[1], &next[2]].map(|x| x.contiguous()?.index_select(&rows, 0));
             let [q, k, v] = picked;
             Ok([first, second, chunked(&mut copy, &[q?, k?, v?], &[1])?])
         };

@@ -215,7 +215,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
     }
 }
 
-#[cfg(feature = "cuda-emu")]
+#[cfg_attr(not(feature = "cuda-emu"), allow(dead_code))]
 impl<G: Gpu, T: GpuElement> Attended<G, T> {
     /// The log-sum-exp that the backward pass needs.
     ///
