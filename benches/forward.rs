@@ -22,6 +22,7 @@ const WINDOWED: [(usize, &str); 3] = [
 ];
 const CACHED: &str = "ours, r = 0, through the cache";
 const DECIDE: &str = "ours, deciding only (KeyKey)";
+const OBSERVE: &str = "ours, deciding only (ObservedMass)";
 const STRIDED: &str = "ours, r = 0, (B, N, H, D) views";
 
 fn bench_shape(criterion: &mut Criterion, shape: Shape) -> Result<()> {
@@ -73,6 +74,15 @@ fn bench_shape(criterion: &mut Criterion, shape: Shape) -> Result<()> {
     group.bench_function(DECIDE, |bencher| {
         bencher.iter(|| MergePlan::new(q, k, v, &strategies, &pretrained, &options))
     });
+    let observing = CompressionConfig {
+        criterion: candle_sfattention::Criterion::ObservedMass,
+        fold: Fold::Drop,
+        ..pretrained
+    };
+    let thresholds = strategies.with_thresholds(&Tensor::full(4f32, shape.heads, q.device())?)?;
+    group.bench_function(OBSERVE, |bencher| {
+        bencher.iter(|| MergePlan::new(q, k, v, &thresholds, &observing, &options))
+    });
     group.bench_function(PLAIN, |bencher| bencher.iter(|| candle_plain(&qkv, &mask)));
     group.bench_function(FLASH, |bencher| bencher.iter(|| candle_flash(&by_token)));
     group.finish();
@@ -87,7 +97,7 @@ fn main() -> Result<()> {
     }
     criterion.final_summary();
     let mut rows: Vec<&str> = RATIOS.iter().chain(&WINDOWED).map(|(_, name)| *name).collect();
-    rows.extend([STRIDED, CACHED, DECIDE, PLAIN]);
+    rows.extend([STRIDED, CACHED, DECIDE, OBSERVE, PLAIN]);
     print_ratios(&folder, &shapes.map(|shape| shape.name()), &rows, &[FLASH, PLAIN]);
     Ok(())
 }

@@ -120,7 +120,7 @@ __device__ void observed_rows(Global<const T> q, Global<const T> k, Global<float
 }
 
 // Bits of every head of a KV head: the mass that rows t + W/2 .. t + W - 1 gave token t, times its value's norm, against
-// the group's threshold. Lists are KV heads.
+// the group's thresholds. Lists are KV heads.
 template <class T>
 __device__ void observed_bits(Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> log_sum_exp,
                               Global<const float> tests, Global<uint8_t> bits, const ObservedParams& p) {
@@ -130,10 +130,13 @@ __device__ void observed_bits(Global<const T> q, Global<const T> k, Global<const
   size_t first = (size_t)list.batch * p.sizes.heads + list.first_head;
   bool bit = false;
   if (t >= p.sinks && (size_t)t + p.window + 1 <= pairs) {
-    float mass = 0.0f;
+    // All heads of the group must agree: the least of their thresholds decides.
+    float mass = 0.0f, least = INFINITY;
     bool on = true;
     for (unsigned head = 0; head < list.group; head++) {
-      on = on && HeadTest(tests, first + head).strategy != OFF;
+      HeadTest test(tests, first + head);
+      on = on && test.strategy != OFF;
+      least = fminf(least, test.threshold);
       for (unsigned row = t + p.window / 2; row < t + p.window; row++) {
         size_t query = p.q.at(list.batch, list.first_head + head, row), key = p.k.at(list.batch, list.kv_head, t);
         float logit = products(q, query, k, key, dim).dot * p.scale;
@@ -141,7 +144,7 @@ __device__ void observed_bits(Global<const T> q, Global<const T> k, Global<const
       }
     }
     size_t value = p.v.at(list.batch, list.kv_head, t);
-    bit = on && mass * products(v, value, v, value, dim).norm_a < HeadTest(tests, first).threshold;
+    bit = on && mass * products(v, value, v, value, dim).norm_a < least;
   }
   for (unsigned head = threadIdx.x % 32; head < list.group; head += 32) bits.set((first + head) * pairs + t, bit);
 }

@@ -55,6 +55,7 @@ impl CompressedAttention {
     /// Settings that have no meaning, as [`CompressionConfig::check`] and [`AttentionOptions::check`] say.
     pub fn new(strategies: HeadStrategies, config: CompressionConfig, options: AttentionOptions) -> Result<Self> {
         config.check(options.causal)?;
+        config.check_strategies(&strategies)?;
         options.check()?;
         Ok(Self {
             strategies,
@@ -306,6 +307,24 @@ impl CompressedSelfAttention {
         Ok((self.merge_heads(&result.output)?, result.compression_loss))
     }
 
+    /// xs (B, N, hidden_size) -> output of the same shape, and what was hidden. The compression loss goes to the sink,
+    /// where there is one. [`Module::forward`] is this without the plan.
+    ///
+    /// # Errors
+    /// As [`Self::forward_with_loss`].
+    pub fn forward_with_plan(&self, xs: &Tensor) -> Result<(Tensor, MergePlan)> {
+        let (q, k, v) = self.project(xs, 0)?;
+        let (output, plan) = match &self.sink {
+            None => self.attention.forward_with_plan(&q, &k, &v)?,
+            Some(sink) => {
+                let result = self.attention.forward_with_loss(&q, &k, &v)?;
+                result.compression_loss.into_iter().for_each(|loss| sink.push(loss));
+                (result.output, result.plan)
+            }
+        };
+        Ok((self.merge_heads(&output)?, plan))
+    }
+
     /// xs (B, n, hidden_size), n >= 1 new tokens -> output of the same shape, over all tokens that `cache` has seen; the
     /// new ones are added to it. Their positions start at [`CompressedKvCache::seq_len`]. Any chunking of a sequence
     /// gives what [`Module::forward`] gives on the whole, to rounding. No compression loss, and no gradient:
@@ -370,14 +389,6 @@ impl CompressedSelfAttention {
 
 impl Module for CompressedSelfAttention {
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        let Some(sink) = &self.sink else {
-            let (q, k, v) = self.project(xs, 0)?;
-            return self.merge_heads(&self.attention.forward(&q, &k, &v)?);
-        };
-        let (output, loss) = self.forward_with_loss(xs)?;
-        if let Some(loss) = loss {
-            sink.push(loss)
-        }
-        Ok(output)
+        Ok(self.forward_with_plan(xs)?.0)
     }
 }

@@ -1,6 +1,6 @@
 //! The compression loss: its value, the sums it is made of, and its gradient.
 
-use crate::config::{CompressionConfig, HeadStrategies, LossNormalizer, MergeStrategy};
+use crate::config::{CompressionConfig, Criterion, HeadStrategies, LossNormalizer, MergeStrategy};
 use crate::cpu::decide::DecideInput;
 use crate::cpu::loss::{loss_gradients, loss_sums};
 use crate::cpu::{Element, Rows};
@@ -51,7 +51,7 @@ impl CompressionLossTerms {
 
 /// The compression loss of query (B, H, N, D) and key (B, Hk, N, D): a scalar, f32 (f64 for f64 inputs), whose
 /// gradient reaches both. `None` where N = 1; 0 where every head is off. Source: the paper (whose published code
-/// computes it without a gradient).
+/// computes it without a gradient). `None` also under [`Criterion::ObservedMass`], which judges no pairs.
 ///
 /// # Errors
 /// As [`compression_loss_terms`].
@@ -67,8 +67,8 @@ pub fn compression_loss(
     }
 }
 
-/// The terms of [`compression_loss`], for those who reduce them over ranks first. `None` where N = 1. Of `config`, the
-/// criterion and the thresholds are read.
+/// The terms of [`compression_loss`], for those who reduce them over ranks first. `None` where N = 1 and under
+/// [`Criterion::ObservedMass`]. Of `config`, the criterion and the thresholds are read.
 ///
 /// # Errors
 /// Shapes, dtypes, devices or settings that do not fit together or are not supported.
@@ -80,11 +80,12 @@ pub fn compression_loss_terms(
 ) -> Result<Option<CompressionLossTerms>> {
     let problem = Problem::of_pair(q, k)?;
     config.check(true)?;
+    config.check_strategies(strategies)?;
     strategies.check(problem.batch, problem.heads)?;
     if !(q.device().is_cpu() || cfg!(feature = "cuda") && q.device().is_cuda()) {
         return not_on_cpu(q.device());
     }
-    if problem.tokens == 1 {
+    if problem.tokens == 1 || config.criterion == Criterion::ObservedMass {
         return Ok(None);
     }
     let active = |batch: usize| {

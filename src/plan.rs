@@ -1,8 +1,9 @@
 //! [`MergePlan`]: which tokens of which heads are hidden, and what that saves.
 
-use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
+use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
 use crate::cpu::decide::{self, DecideInput};
 use crate::cpu::{Element, Rows};
+use crate::observed;
 use crate::problem::{Problem, RowLayout};
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
@@ -42,7 +43,8 @@ impl MergeStats {
 
 impl MergePlan {
     /// Decides from query (B, H, N, D), key and value (B, Hk, N, D): f64, f32, f16 or bf16, any strides with a
-    /// contiguous last axis. Cosines are computed in f32 (f64 for f64). O(N·D) per head.
+    /// contiguous last axis. Cosines and masses are computed in f32 (f64 for f64). O(N·D) per head; under
+    /// [`Criterion::ObservedMass`] O(N·(window + sinks)·D).
     ///
     /// # Errors
     /// Shapes, dtypes, devices or settings that do not fit together; each message says what was expected, what came
@@ -159,18 +161,22 @@ fn decide(
     if q.device().is_cuda() {
         return crate::cuda::tensors::decide(problem, [q, k, v], strategies, config, options);
     }
-    // Read by the CUDA path alone.
-    let _ = (v, options);
+    if !q.device().is_cpu() {
+        return not_on_cpu(q.device());
+    }
     let problem = *problem;
-    let bits = on_cpu(
-        q,
-        k,
-        Decide {
-            problem,
-            strategies,
-            config,
-        },
-    )?;
+    let bits = match config.criterion {
+        Criterion::ObservedMass => observed::indicators(problem, [q, k, v], strategies, config, options)?,
+        _ => on_cpu(
+            q,
+            k,
+            Decide {
+                problem,
+                strategies,
+                config,
+            },
+        )?,
+    };
     Tensor::from_vec(bits, (problem.batch, problem.heads, problem.pairs()), q.device())
 }
 

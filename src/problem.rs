@@ -114,7 +114,8 @@ impl Problem {
     /// Checks everything that one call gets besides its tensors.
     ///
     /// # Errors
-    /// As [`CompressionConfig::check`], [`HeadStrategies::check`] and [`Self::check_options`].
+    /// As [`CompressionConfig::check`], [`CompressionConfig::check_strategies`], [`HeadStrategies::check`] and
+    /// [`Self::check_options`].
     pub fn check_settings(
         &self,
         strategies: &HeadStrategies,
@@ -122,6 +123,7 @@ impl Problem {
         options: &AttentionOptions,
     ) -> Result<()> {
         config.check(options.causal)?;
+        config.check_strategies(strategies)?;
         strategies.check(self.batch, self.heads)?;
         self.check_options(options)
     }

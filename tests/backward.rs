@@ -7,9 +7,9 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_sfattention::reference::{self, Array4};
 use candle_sfattention::{attend, AttentionOptions, CompressionConfig, Fold, HeadStrategies, MergePlan, MergeStrategy};
-use common::golden::cases;
+use common::golden::all_cases;
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
-use common::settings::settings;
+use common::settings::{reference_bits, settings};
 
 const SHAPES: [Shape; 9] = [
     Shape(1, 1, 1, 1, 32),
@@ -68,11 +68,12 @@ fn check(dtype: DType, shapes: &[Shape], tolerance: f64, floor: f64) -> Result<(
             let options = (setting.options)(shape);
             let qkv = shape.qkv(seed as u64, dtype)?;
             let grad_output = grad_output_for(&qkv[0], seed as u64)?;
-            let got = gradients(&qkv, &grad_output, setting.strategy, &setting.config, &options)?;
+            let strategies = setting.strategies(shape)?;
+            let plan = MergePlan::new(&qkv[0], &qkv[1], &qkv[2], &strategies, &setting.config, &options)?;
+            let got = gradients_of(&qkv, &grad_output, &plan, &options)?;
             let array = |x: &Tensor| Array4::from_tensor(x);
             let (q, k, v) = (array(&qkv[0])?, array(&qkv[1])?, array(&qkv[2])?);
-            let strategies = HeadStrategies::uniform(setting.strategy);
-            let bits = reference::indicators(&q, &k, &strategies, &setting.config)?;
+            let bits = reference_bits([&q, &k, &v], &strategies, &setting.config, &options)?;
             let (dq, dk, dv) =
                 reference::attention_gradients(&q, &k, &v, &array(&grad_output)?, &bits, &setting.config, &options)?;
             for (name, got, expected) in [("dq", &got[0], dq), ("dk", &got[1], dk), ("dv", &got[2], dv)] {
@@ -108,7 +109,7 @@ fn half_types_agree_with_the_reference() -> Result<()> {
 #[test]
 fn golden_gradients_agree() -> Result<()> {
     let mut checked = 0;
-    for case in cases("golden.safetensors")? {
+    for case in all_cases()? {
         for (dtype, tolerance) in [(DType::F64, 1.2e-7), (DType::F32, 2e-5)] {
             let one = |name: &str| -> Result<Tensor> { Ok(case.tensor(name)?.to_dtype(dtype)?) };
             let qkv = [one("q")?, one("k")?, one("v")?];
@@ -123,7 +124,7 @@ fn golden_gradients_agree() -> Result<()> {
             checked += 1;
         }
     }
-    assert!(checked >= 96, "{checked} golden gradients");
+    assert!(checked >= 112, "{checked} golden gradients");
     Ok(())
 }
 

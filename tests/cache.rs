@@ -52,7 +52,7 @@ proptest! {
     ) {
         let dtype = if double { DType::F64 } else { DType::F32 };
         let tolerance = if double { 1e-12 } else { 6e-6 };
-        let strategies = strategies(kind, &shape).unwrap();
+        let strategies = strategies(kind, &shape, &config).unwrap();
         let qkv = laid_out(&shape.qkv(seed, dtype).unwrap(), memory).unwrap();
         let [q, k, v] = &qkv;
         let expected = compressed_attention(q, k, v, &strategies, &config, &Default::default()).unwrap();
@@ -86,7 +86,7 @@ proptest! {
     ) {
         let input = if single { DType::F32 } else { stored };
         let unit = if stored == DType::F16 { 2f64.powi(-11) } else { 2f64.powi(-8) };
-        let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+        let strategies = strategies(0, &shape, &config).unwrap();
         let [q, k, v] = shape.qkv(seed, input).unwrap();
         // The cache decides on keys as it stores them.
         let round = |x: &Tensor| x.to_dtype(stored).unwrap().to_dtype(input).unwrap();

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_sfattention::{
     CacheOptions, CompressedKvCache, CompressionConfig, Criterion, Fold, HeadStrategies, MergeStrategy,
 };
-use common::caches::{configs, part, shapes, strategies};
+use common::caches::{configs, part, shapes, strategies, with_thresholds};
 use common::files::{Contents, TempFile};
 use common::inputs::{values, Shape};
 use proptest::prelude::*;
@@ -77,7 +77,7 @@ proptest! {
         bad in prop_oneof![2 => Just(None), 1 => (0..160usize).prop_map(Some)],
         seed in 0..1000u64,
     ) {
-        let mut strategies = strategies(kind, &shape).unwrap();
+        let mut strategies = strategies(kind, &shape, &config).unwrap();
         if thresholds {
             let own: Vec<f64> = (0..shape.1).map(|head| config.similarity_threshold / (1.0 + head as f64)).collect();
             strategies = strategies.with_thresholds(&Tensor::new(own, &Device::Cpu).unwrap()).unwrap();
@@ -334,7 +334,7 @@ fn tampered_headers_are_refused() -> Result<()> {
         (&["header", "ObservedMass"], |c| {
             c.set("/config/criterion", "ObservedMass")
         }),
-        (&["criterion", "observed_mass"], |c| {
+        (&["ObservedMass", "fold Drop", "got fold Mean"], |c| {
             c.set("/config/criterion", "observed_mass")
         }),
         (&["rule", "Causal"], |c| c.set("/config/rule", "reference")),
@@ -378,4 +378,35 @@ fn tampered_headers_are_refused() -> Result<()> {
         (&["last_bad", "Some(40)"], |c| c.set("/state/lists/0/last_bad", 40)),
         (&["0.bits"], |c| c.set("/config/window", 4)),
     ])
+}
+
+/// What a list that observes keeps besides must be there, in its shape.
+#[test]
+fn tampered_masses_are_refused() -> Result<()> {
+    let config = CompressionConfig {
+        window: 3,
+        ..CompressionConfig::calibrated()
+    };
+    let strategies = with_thresholds(HeadStrategies::uniform(MergeStrategy::Similarity), &SHAPE, &config)?;
+    let mut cache = CompressedKvCache::new(strategies, config, Default::default())?;
+    let [q, k, v] = SHAPE.qkv(0, DType::F32)?;
+    cache.append_and_attend(&q, &k, &v, &Default::default())?;
+    let saved = TempFile::new();
+    cache.save(&saved.0)?;
+    let cases: [Tampering; 4] = [
+        (&["0.masses", "not found"], |c| drop(c.tensors.remove("0.masses"))),
+        (&["0.masses", "[3]", "[1, 3]"], |c| c.tensor("0.masses").1 = vec![1, 3]),
+        (&["1.sink_keys", "[4, 8]", "[8, 4]"], |c| c.turn("1.sink_keys")),
+        (&["thresholds: expected one per head"], |c| {
+            c.set("/strategies/thresholds", Value::Null)
+        }),
+    ];
+    for (parts, tamper) in cases {
+        let mut contents = Contents::read(&saved.0)?;
+        tamper(&mut contents);
+        let file = TempFile::new();
+        contents.write(&file.0)?;
+        assert_refused(&file.0, parts);
+    }
+    Ok(())
 }

@@ -12,8 +12,11 @@ use candle_sfattention::{
 };
 use common::inputs::{assert_close, values, Shape};
 
-/// Lists of (key, value, ln n), as one store with some room to spare.
-fn store(lists: &[Vec<(Vec<f64>, Vec<f64>, f64)>], dim: usize, dtype: DType) -> Result<DecodeStore> {
+/// Key, value and ln n.
+type OneColumn = (Vec<f64>, Vec<f64>, f64);
+
+/// Lists of columns as one store with some room to spare.
+fn store(lists: &[Vec<OneColumn>], dim: usize, dtype: DType) -> Result<DecodeStore> {
     let capacity = lists.iter().map(Vec::len).max().unwrap_or(0) + 3;
     // What lies past a list's end is not a number, so that reading it shows.
     let (mut keys, mut sums) = (

@@ -90,7 +90,7 @@ fn check_table(dtype: DType, memory: Memory) -> Result<()> {
                 bias: options.bias.as_ref().map(|bias| bias.to_device(&device)).transpose()?,
                 ..options
             };
-            let strategies = HeadStrategies::uniform(setting.strategy);
+            let strategies = setting.strategies(&shape)?;
             let plan = || MergePlan::new(&qkv[0], &qkv[1], &qkv[2], &strategies, &setting.config, &options);
             let run = || {
                 let plan = plan()?;
@@ -298,7 +298,7 @@ fn bad_numbers_stay_where_they_are() -> Result<()> {
                 data[77 * shape.4 + 5] = bad;
                 qkv[part] = Tensor::from_vec(data, qkv[part].dims(), &Device::Cpu)?.to_dtype(dtype)?;
                 let options = (setting.options)(&shape);
-                let strategies = HeadStrategies::uniform(setting.strategy);
+                let strategies = setting.strategies(&shape)?;
                 let run = |qkv: &[Tensor; 3], options: &AttentionOptions| -> Result<Vec<bool>> {
                     let [q, k, v] = qkv;
                     let got = compressed_attention(q, k, v, &strategies, &setting.config, options)?.output;

@@ -117,7 +117,7 @@ fn decisions_agree_with_the_cpu() -> Result<()> {
                 let what = format!("{} {shape:?} {dtype:?}", setting.name);
                 let options = (setting.options)(shape);
                 let [q, k, v] = &laid_out(&shape.qkv(seed as u64, dtype)?, memory)?;
-                let strategies = HeadStrategies::uniform(setting.strategy);
+                let strategies = setting.strategies(&shape)?;
                 let expected = MergePlan::new(q, k, v, &strategies, &setting.config, &options)?;
                 let bits = emulation::decide([q, k, v], &strategies, &setting.config, &options)
                     .with_context(|| what.clone())?;
@@ -177,7 +177,7 @@ fn attention_agrees(path: Path, dtypes: &[DType]) -> Result<()> {
                 let options = (setting.options)(shape);
                 let qkv = shape.qkv(seed as u64, *dtype)?;
                 let [q, k, v] = &laid_out(&qkv, Memory::TokenMajor)?;
-                let strategies = HeadStrategies::uniform(setting.strategy);
+                let strategies = setting.strategies(&shape)?;
                 let bits = emulation::decide([q, k, v], &strategies, &setting.config, &options)
                     .with_context(|| what.clone())?;
                 let expected = reference(&qkv, &bits, &setting, &options)?;
@@ -237,7 +237,7 @@ fn what_is_not_finite_stays_where_it_is_seen() -> Result<()> {
             data[20 * 16 + 3] = poison;
             qkv[into] = Tensor::from_vec(data, qkv[into].dims(), &Device::Cpu)?;
             let [q, k, v] = &qkv;
-            let strategies = HeadStrategies::uniform(setting.strategy);
+            let strategies = setting.strategies(&shape)?;
             let what = format!("{} {poison} in {into}", setting.name);
             let expected = compressed_attention(q, k, v, &strategies, &setting.config, &options)?;
             let bits = expected.plan.indicators();

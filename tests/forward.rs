@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor, D};
 use candle_sfattention::reference::{self, Array4};
 use candle_sfattention::{compressed_attention, AttentionOptions, HeadStrategies};
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
-use common::settings::{settings, Setting};
+use common::settings::{reference_bits, settings, Setting};
 
 /// Odd everything: one token, one past a lane, a block and a tile, head sizes that fill no register, GQA and MQA.
 const SHAPES: [Shape; 12] = [
@@ -29,11 +29,15 @@ const SHAPES: [Shape; 12] = [
 const F32_TOLERANCE: f64 = 6e-6;
 
 /// The reference on the values that the fast path was given.
-fn reference_output(qkv: &[Tensor; 3], setting: &Setting, options: &AttentionOptions) -> Result<(Tensor, Tensor)> {
+fn reference_output(
+    qkv: &[Tensor; 3],
+    setting: &Setting,
+    strategies: &HeadStrategies,
+    options: &AttentionOptions,
+) -> Result<(Tensor, Tensor)> {
     let [q, k, v] = [&qkv[0], &qkv[1], &qkv[2]].map(Array4::from_tensor);
     let (q, k, v) = (q?, k?, v?);
-    let strategies = HeadStrategies::uniform(setting.strategy);
-    let bits = reference::indicators(&q, &k, &strategies, &setting.config)?;
+    let bits = reference_bits([&q, &k, &v], strategies, &setting.config, options)?;
     let output = reference::attention(&q, &k, &v, &bits, &setting.config, options)?;
     Ok((
         bits.to_tensor(&Device::Cpu)?,
@@ -52,9 +56,9 @@ fn check(
             let what = format!("{} {shape:?} {dtype:?} {memory:?}", setting.name);
             let options = (setting.options)(shape);
             let qkv = shape.qkv(seed as u64, dtype)?;
-            let (bits, expected) = reference_output(&qkv, &setting, &options)?;
+            let strategies = setting.strategies(shape)?;
+            let (bits, expected) = reference_output(&qkv, &setting, &strategies, &options)?;
             let [q, k, v] = laid_out(&qkv, memory)?;
-            let strategies = HeadStrategies::uniform(setting.strategy);
             let result = compressed_attention(&q, &k, &v, &strategies, &setting.config, &options)?;
             assert_eq!(result.output.dtype(), dtype, "{what}");
             assert_eq!(
@@ -115,7 +119,7 @@ fn half_types_err_at_most_twice_as_much_as_candle() -> Result<()> {
             let &Shape(_, heads, kv_heads, tokens, dim) = shape;
             let qkv = shape.qkv(seed as u64, dtype)?;
             let off = &settings()[0];
-            let (_, expected) = reference_output(&qkv, off, &AttentionOptions::default())?;
+            let (_, expected) = reference_output(&qkv, off, &off.strategies(shape)?, &AttentionOptions::default())?;
             let [q, k, v] = &qkv;
             let ours = compressed_attention(
                 q,

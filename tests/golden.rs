@@ -4,8 +4,9 @@ mod common;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Tensor, Var};
-use candle_sfattention::{attend, compressed_attention, compression_loss, MergePlan};
-use common::golden::{cases, Case};
+use candle_sfattention::{attend, compressed_attention, compression_loss, CompressedKvCache, MergePlan, MergeRule};
+use common::caches::part;
+use common::golden::{all_cases, Case};
 use common::inputs::{assert_close, laid_out, values, Memory};
 
 /// The file's values are f64 results rounded to f32: the f64 path agrees to that rounding. Pair sums double queries and
@@ -25,7 +26,7 @@ fn inputs(case: &Case, dtype: DType) -> Result<[Tensor; 3]> {
 
 #[test]
 fn indicators_are_equal() -> Result<()> {
-    for case in cases("golden.safetensors")? {
+    for case in all_cases()? {
         for dtype in [DType::F32, DType::F64] {
             let [q, k, v] = inputs(&case, dtype)?;
             let plan = MergePlan::new(&q, &k, &v, &case.strategies, &case.config, &case.options)?;
@@ -45,7 +46,7 @@ fn indicators_are_equal() -> Result<()> {
 
 #[test]
 fn outputs_agree_in_every_memory_layout() -> Result<()> {
-    for case in cases("golden.safetensors")? {
+    for case in all_cases()? {
         for (dtype, memory) in [
             (DType::F32, Memory::HeadMajor),
             (DType::F32, Memory::TokenMajor),
@@ -70,7 +71,7 @@ fn outputs_agree_in_every_memory_layout() -> Result<()> {
 #[test]
 fn outputs_agree_from_the_files_own_indicators() -> Result<()> {
     let mut checked = 0;
-    for case in cases("golden.safetensors")? {
+    for case in all_cases()? {
         let Some(indicators) = case.get("indicators") else {
             continue;
         };
@@ -93,7 +94,7 @@ fn outputs_agree_from_the_files_own_indicators() -> Result<()> {
 #[test]
 fn losses_and_their_gradients_agree() -> Result<()> {
     let mut checked = 0;
-    for case in cases("golden.safetensors")? {
+    for case in all_cases()? {
         for dtype in [DType::F32, DType::F64] {
             let [q, k, _] = inputs(&case, dtype)?;
             let (q, k) = (Var::from_tensor(&q)?, Var::from_tensor(&k)?);
@@ -121,5 +122,38 @@ fn losses_and_their_gradients_agree() -> Result<()> {
         }
     }
     assert!(checked > 80, "{checked} losses");
+    Ok(())
+}
+
+/// Through a cache, token by token and in chunks.
+#[test]
+fn caches_agree() -> Result<()> {
+    let mut checked = 0;
+    for case in all_cases()? {
+        if case.config.rule == MergeRule::Reference || !case.options.causal {
+            continue;
+        }
+        let qkv = inputs(&case, DType::F64)?;
+        let tokens = qkv[0].dim(2)?;
+        for chunk in [1, 7, tokens] {
+            let mut cache = CompressedKvCache::new(case.strategies.clone(), case.config.clone(), Default::default())?;
+            let mut rows = Vec::new();
+            for start in (0..tokens).step_by(chunk) {
+                let [q, k, v] = part(&qkv, start, chunk.min(tokens - start))?;
+                rows.push(cache.append_and_attend(&q, &k, &v, &case.options)?);
+            }
+            let what = format!("{} in chunks of {chunk}", case.name);
+            let tolerance = tolerance(DType::F64);
+            assert_close(
+                &what,
+                &Tensor::cat(&rows, 2)?,
+                case.tensor("output")?,
+                tolerance,
+                tolerance,
+            )?;
+            checked += 1;
+        }
+    }
+    assert!(checked > 60, "{checked} runs");
     Ok(())
 }

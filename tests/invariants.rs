@@ -7,43 +7,25 @@ use anyhow::Result;
 use candle_core::{DType, Device, IndexOp, Tensor};
 use candle_sfattention::{
     attend, compressed_attention, compression_loss, AttentionOptions, CompressionConfig, Criterion, Dropout, Fold,
-    GroupRule, HeadStrategies, MergePlan, MergeRule, MergeStrategy,
+    HeadStrategies, MergePlan, MergeRule, MergeStrategy,
 };
+use common::caches::{configs, with_thresholds};
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
 use proptest::prelude::*;
-
-fn configs() -> impl Strategy<Value = CompressionConfig> {
-    (
-        prop_oneof![Just(Fold::PairSum), Just(Fold::Mean), Just(Fold::Drop)],
-        prop_oneof![Just(Criterion::QueryKey), Just(Criterion::KeyKey)],
-        prop_oneof![Just(GroupRule::PerQueryHead), Just(GroupRule::Unanimous)],
-        0..6usize,
-        prop_oneof![Just(0usize), 1..9usize, 30..200usize],
-        1..7usize,
-        0.05..0.6f64,
-    )
-        .prop_map(
-            |(fold, criterion, group_rule, sinks, window, max_merge_level, threshold)| CompressionConfig {
-                similarity_threshold: threshold,
-                difference_threshold: threshold,
-                max_merge_level,
-                group_rule,
-                criterion,
-                fold,
-                sinks,
-                window,
-                ..Default::default()
-            },
-        )
-}
 
 fn shapes() -> impl Strategy<Value = Shape> {
     (1..3usize, 1..3usize, 1..4usize, 2..180usize, 1..40usize)
         .prop_map(|(batch, kv_heads, group, tokens, dim)| Shape(batch, kv_heads * group, kv_heads, tokens, dim))
 }
 
-fn mixed_strategies(heads: usize) -> HeadStrategies {
-    HeadStrategies::per_head((0..heads).map(|head| MergeStrategy::ALL[head % 3]).collect())
+fn mixed_strategies(shape: &Shape, config: &CompressionConfig) -> HeadStrategies {
+    let strategy = |head: usize| match config.criterion {
+        // A head that is off would turn most groups off.
+        Criterion::ObservedMass => MergeStrategy::ALL[head / (shape.1 / shape.2) * 2 % 4 % 3],
+        _ => MergeStrategy::ALL[head % 3],
+    };
+    let strategies = HeadStrategies::per_head((0..shape.1).map(strategy).collect());
+    with_thresholds(strategies, shape, config).unwrap()
 }
 
 /// The output's bits: equality of floats, NaN included.
@@ -88,10 +70,15 @@ proptest! {
     #[test]
     fn no_row_sees_the_future(shape in shapes(), config in configs(), seed in 0..1000u64, cut in 0.0..1.0f64) {
         let from = 1 + ((shape.3 - 1) as f64 * cut) as usize;
-        let strategies = mixed_strategies(shape.1);
+        let strategies = mixed_strategies(&shape, &config);
+        // Observed mass waits for the last row of a token's window, and hides the token from later rows only.
+        let decided = match config.criterion {
+            Criterion::ObservedMass => (from + 1).saturating_sub(config.window).min(from - 1),
+            _ => from - 1,
+        };
         let decide = |[q, k, v]: &[Tensor; 3]| {
             let plan = MergePlan::new(q, k, v, &strategies, &config, &Default::default()).unwrap();
-            plan.indicators().narrow(2, 0, from - 1).unwrap().flatten_all().unwrap().to_vec1::<u8>().unwrap()
+            plan.indicators().narrow(2, 0, decided).unwrap().flatten_all().unwrap().to_vec1::<u8>().unwrap()
         };
         let past = |qkv: &[Tensor; 3]| run(qkv, &strategies, &config).unwrap().narrow(2, 0, from).unwrap();
         let qkv = shape.qkv(seed, DType::F32).unwrap();
@@ -106,7 +93,7 @@ proptest! {
     #[test]
     fn a_prefix_gives_the_same_rows(shape in shapes(), config in configs(), seed in 0..1000u64, cut in 0.0..1.0f64) {
         let length = 1 + ((shape.3 - 1) as f64 * cut) as usize;
-        let strategies = mixed_strategies(shape.1);
+        let strategies = mixed_strategies(&shape, &config);
         let qkv = shape.qkv(seed, DType::F32).unwrap();
         let short = qkv.clone().map(|x| x.narrow(2, 0, length).unwrap());
         let whole = run(&qkv, &strategies, &config).unwrap().narrow(2, 0, length).unwrap();
@@ -117,7 +104,7 @@ proptest! {
     #[test]
     fn batch_rows_are_independent(shape in shapes(), config in configs(), seed in 0..1000u64) {
         let shape = Shape(3, shape.1, shape.2, shape.3, shape.4);
-        let strategies = mixed_strategies(shape.1);
+        let strategies = mixed_strategies(&shape, &config);
         let qkv = shape.qkv(seed, DType::F32).unwrap();
         let whole = run(&qkv, &strategies, &config).unwrap();
         for row in 0..3 {
@@ -138,14 +125,15 @@ proptest! {
     /// Memory layout and thread count change nothing, to the last bit; nor does the loss depend on threads.
     #[test]
     fn threads_and_layout_change_nothing(shape in shapes(), config in configs(), seed in 0..1000u64) {
-        let strategies = mixed_strategies(shape.1);
+        let strategies = mixed_strategies(&shape, &config);
         let qkv = shape.qkv(seed, DType::F32).unwrap();
         let results = [(1, Memory::HeadMajor), (2, Memory::TokenMajor), (5, Memory::Fused)].map(|(threads, memory)| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let [q, k, v] = laid_out(&qkv, memory).unwrap();
             pool.install(|| {
-                let loss = compression_loss(&q, &k, &strategies, &config).unwrap().unwrap();
-                (bits(&run(&[q, k, v], &strategies, &config).unwrap()).unwrap(), loss.to_scalar::<f32>().unwrap().to_bits())
+                let loss = compression_loss(&q, &k, &strategies, &config).unwrap();
+                let loss = loss.map(|loss| loss.to_scalar::<f32>().unwrap().to_bits());
+                (bits(&run(&[q, k, v], &strategies, &config).unwrap()).unwrap(), loss)
             })
         });
         prop_assert_eq!(&results[0], &results[1]);

@@ -17,9 +17,15 @@ use crate::load::LoadOptions;
 #[derive(Debug, Parser)]
 #[command(name = "llama", version, after_long_help = STRATEGY_FILE)]
 pub struct Cli {
+    /// Without one, the small model that comes with the example continues a text.
     #[command(subcommand)]
-    pub command: Command,
+    pub command: Option<Command>,
 }
+
+/// The model that comes with the example, trained with compression; its README says how.
+pub const DEFAULT_MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/llama/assets");
+
+const DEFAULT_PROMPT: &str = "The whale rose slowly out of the dark water, and";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -32,6 +38,11 @@ pub enum Command {
     /// Measure speed and memory of prompts of several lengths, dense and compressed.
     #[command(after_long_help = STRATEGY_FILE)]
     Bench(BenchArgs),
+    /// Choose every head's threshold for a share of hidden tokens, and write them as a policy for --strategy.
+    Calibrate(CalibrateArgs),
+    /// Score the model dense, with every preset, with calibrated policies and with controls that keep as many entries:
+    /// tables and pictures. A report that was stopped goes on where it was.
+    Report(ReportArgs),
 }
 
 const STRATEGY_FILE: &str = r#"Strategy file:
@@ -44,7 +55,7 @@ const STRATEGY_FILE: &str = r#"Strategy file:
 #[derive(Debug, Args)]
 pub struct GenerateArgs {
     /// The text to continue, or with --chat the user's message.
-    #[arg(long)]
+    #[arg(long, default_value = DEFAULT_PROMPT)]
     pub prompt: String,
     /// Put the prompt into the checkpoint's own chat template.
     #[arg(long)]
@@ -76,6 +87,28 @@ pub struct GenerateArgs {
     pub compression: CompressionArgs,
 }
 
+impl GenerateArgs {
+    /// What the example does when it is given nothing: enough tokens for many to leave the window, not the likeliest
+    /// ones, which a model this small repeats.
+    pub fn demo() -> Self {
+        match Cli::parse_from([
+            "llama",
+            "generate",
+            "--fold",
+            "drop",
+            "--max-tokens",
+            "200",
+            "--temperature",
+            "0.7",
+        ])
+        .command
+        {
+            Some(Command::Generate(args)) => args,
+            _ => unreachable!("the arguments name the command"),
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub struct EvalArgs {
     /// The text file to score. No BOS token is added.
@@ -90,6 +123,102 @@ pub struct EvalArgs {
     /// Spread the windows evenly over the text instead of taking the first ones.
     #[arg(long)]
     pub spread: bool,
+    /// Score copying instead: each window is its first half twice, and only the second half counts.
+    #[arg(long)]
+    pub copy: bool,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub compression: CompressionArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct CalibrateArgs {
+    /// The text to calibrate on, a long one: its windows lie midway between those of `eval --spread`, and should be none
+    /// that are scored later.
+    #[arg(long)]
+    pub text: PathBuf,
+    /// The share of tokens to hide, of those that have left the window. More than one gives a file each.
+    #[arg(long, value_delimiter = ',', default_values_t = [0.5], value_name = "X,X..")]
+    pub target: Vec<f64>,
+    /// Where to write the policy. With several targets, `{}` stands for the target.
+    #[arg(long, value_name = "FILE")]
+    pub out: String,
+    /// Tokens per window.
+    #[arg(long, default_value_t = 512)]
+    pub context: usize,
+    /// Windows of prose, spread over the text.
+    #[arg(long, default_value_t = 8)]
+    pub windows: usize,
+    /// Windows that are half a window twice, so that what serves recall is kept.
+    #[arg(long, default_value_t = 8)]
+    pub repeats: usize,
+    /// Shares of hidden tokens to try for each head.
+    #[arg(long, value_delimiter = ',', value_name = "X,X..",
+          default_values_t = CalibrateArgs::RATIOS)]
+    pub ratios: Vec<f64>,
+    #[command(flatten)]
+    pub weights: WeightArgs,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub compression: CompressionArgs,
+}
+
+impl CalibrateArgs {
+    /// The shares to try where none are named.
+    pub const RATIOS: [f64; 10] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95];
+}
+
+/// How errors are added up over layers and windows.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct WeightArgs {
+    /// What a layer's error is in proportion to.
+    #[arg(long, value_enum, default_value_t = ErrorScale::Output, value_name = "NAME")]
+    pub error_scale: ErrorScale,
+    /// How many times as much an error counts in a repeated window as in prose.
+    #[arg(long, default_value_t = 1.0, value_name = "X")]
+    pub repeat_weight: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ErrorScale {
+    /// The mean square of the stream that the layer's output is added to.
+    Stream,
+    /// The mean square of the output itself.
+    Output,
+    /// Nothing: errors are added up as they are.
+    None,
+}
+
+#[derive(Debug, Args)]
+pub struct ReportArgs {
+    /// The text to score, and to calibrate on other windows of.
+    #[arg(long)]
+    pub text: PathBuf,
+    /// The folder for tables, pictures, policies and what is measured so far. Policies that are there are used.
+    #[arg(long, value_name = "FOLDER")]
+    pub out: PathBuf,
+    /// Tokens per window.
+    #[arg(long, default_value_t = 512)]
+    pub context: usize,
+    /// Windows to score, spread over the text; each also as a copy test.
+    #[arg(long, default_value_t = 8)]
+    pub windows: usize,
+    /// Windows of prose to calibrate on, and as many of repeated passages.
+    #[arg(long, default_value_t = 8)]
+    pub calibration: usize,
+    /// Shares of tokens to hide, of those that have left the window.
+    #[arg(long, value_delimiter = ',', default_values_t = [0.25, 0.5, 0.75], value_name = "X,X..")]
+    pub ratios: Vec<f64>,
+    /// Lengths of texts to look for a pass key in.
+    #[arg(long, value_delimiter = ',', value_name = "N,N..", default_values_t = [2048])]
+    pub passkey: Vec<usize>,
+    /// Where in the text the pass key stands, 0 to 1.
+    #[arg(long, value_delimiter = ',', value_name = "X,X..", default_values_t = [0.1, 0.3, 0.5, 0.7, 0.9])]
+    pub depths: Vec<f64>,
+    #[command(flatten)]
+    pub weights: WeightArgs,
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]
@@ -180,8 +309,9 @@ impl CacheArgs {
 
 #[derive(Debug, Args)]
 pub struct ModelArgs {
-    /// A .gguf file, a folder with config.json, tokenizer.json and safetensors, or a Hugging Face id OWNER/NAME.
-    #[arg(long, value_name = "PATH_OR_ID")]
+    /// A .gguf file, a folder with config.json, tokenizer.json and safetensors, or a Hugging Face id OWNER/NAME. Default:
+    /// the small model that comes with the example.
+    #[arg(long, value_name = "PATH_OR_ID", default_value = DEFAULT_MODEL, hide_default_value = true)]
     pub model: String,
     /// Number type of safetensors weights and activations. A GGUF file stays quantized and computes in f32.
     #[arg(long, value_enum, default_value_t = Dtype::F32)]

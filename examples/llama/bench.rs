@@ -148,8 +148,9 @@ fn measure(args: &BenchArgs, compression: Compression, child: Child) -> Result<R
     };
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options())?;
     let tokens = tokens(args, &checkpoint, child.prompt + args.decode)?;
-    let attention = compression.attention(checkpoint.config.layers, checkpoint.config.heads)?;
+    let attention = compression.attention(&checkpoint.config.shape())?;
     let model = checkpoint.load(attention)?;
+    compression.check_weights(&model.fingerprint()?);
     let loaded_rss_bytes = memory("VmRSS");
     let mut session = Session::cached(&model, &args.cache.options(), args.cache.prefill_chunk)?;
     let mut curve = vec![(0, 0)];

@@ -7,7 +7,7 @@ use anyhow::{ensure, Context, Result};
 use candle_core::{Device, Tensor};
 use candle_sfattention::{
     AttentionOptions, CompressedAttention, CompressionConfig, Criterion, Fold, GroupRule, HeadStrategies,
-    LossNormalizer, MergeRule, MergeStrategy,
+    LossNormalizer, MergeRule, MergeStrategy, ModelShape, Policy,
 };
 use clap::{Args, ValueEnum};
 use serde::de::DeserializeOwned;
@@ -23,16 +23,19 @@ enum Preset {
     Reference,
     /// Running means of similar keys; for stock checkpoints.
     Pretrained,
+    /// Observed mass, which needs thresholds from `calibrate`; for stock checkpoints.
+    Calibrated,
 }
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Compression")]
 pub struct CompressionArgs {
-    /// Start from these parameters; the flags below change single ones.
-    #[arg(long, value_enum, default_value_t = Preset::Pretrained)]
-    preset: Preset,
-    /// similarity, difference or off for every head, or a JSON file with one per head (see below). Default: similarity
-    /// with the preset pretrained, difference with the others.
+    /// Start from these parameters; the flags below change single ones. Default: pretrained.
+    #[arg(long, value_enum)]
+    preset: Option<Preset>,
+    /// similarity, difference or off for every head, or a JSON file: a policy that `calibrate` wrote, which brings its
+    /// parameters with it, or one entry per head (see below). Default: similarity with the preset pretrained, difference
+    /// with the others.
     #[arg(long, value_name = "NAME_OR_FILE")]
     strategy: Option<String>,
     /// Plain attention: every head off.
@@ -74,9 +77,15 @@ pub struct CompressionArgs {
 }
 
 impl CompressionArgs {
+    /// The preset, [`Preset::Calibrated`] unless another is named, with the single flags on top.
+    pub fn calibrated_config(&self) -> CompressionConfig {
+        self.config(Preset::Calibrated)
+    }
+
     /// The preset with the single flags on top.
-    fn config(&self) -> CompressionConfig {
-        let preset = match self.preset {
+    fn config(&self, default: Preset) -> CompressionConfig {
+        let preset = match self.preset.unwrap_or(default) {
+            Preset::Calibrated => CompressionConfig::calibrated(),
             Preset::Paper => CompressionConfig::default(),
             Preset::Reference => CompressionConfig::reference(),
             Preset::Pretrained => CompressionConfig::pretrained(),
@@ -113,6 +122,13 @@ pub struct Compression {
 enum Strategies {
     Uniform(MergeStrategy),
     PerLayer(StrategyFile),
+    Policy(Box<Policy>),
+}
+
+/// What a strategy file may be.
+enum File {
+    Heads(StrategyFile),
+    Policy(Box<Policy>),
 }
 
 /// One strategy, and where wanted one threshold, per layer and query head.
@@ -125,19 +141,35 @@ struct StrategyFile {
 
 impl Compression {
     pub fn from_args(args: &CompressionArgs) -> Result<Self> {
-        let config = args.config();
+        let config = args.config(Preset::Pretrained);
         config.check(true)?;
-        let label = match (&args.strategy, args.dense, args.preset) {
+        let preset = args.preset.unwrap_or(Preset::Pretrained);
+        let label = match (&args.strategy, args.dense, preset) {
             (_, true, _) => "off",
             (Some(name), ..) => name,
             (None, _, Preset::Pretrained) => "similarity",
-            (None, _, Preset::Paper | Preset::Reference) => "difference",
+            (None, _, Preset::Paper | Preset::Reference | Preset::Calibrated) => "difference",
         };
         let strategies = match label {
             "similarity" => Strategies::Uniform(MergeStrategy::Similarity),
             "difference" => Strategies::Uniform(MergeStrategy::Difference),
             "off" => Strategies::Uniform(MergeStrategy::Off),
-            file => Strategies::PerLayer(read(file).with_context(|| format!("strategy {file}"))?),
+            file => match read(file).with_context(|| format!("strategy {file}"))? {
+                File::Heads(heads) => Strategies::PerLayer(heads),
+                File::Policy(policy) => {
+                    let base = args.config(Preset::Pretrained);
+                    ensure!(
+                        args.preset.is_none() && base == CompressionConfig::pretrained(),
+                        "strategy {file}: expected no preset and no parameters beside a policy, whose thresholds are for \
+                         its own, got some; leave them out or calibrate with them"
+                    );
+                    return Ok(Self {
+                        config: policy.parts().config.clone(),
+                        label: label.into(),
+                        strategies: Strategies::Policy(policy),
+                    });
+                }
+            },
         };
         Ok(Self {
             config,
@@ -155,12 +187,28 @@ impl Compression {
         }
     }
 
-    /// One attention per layer of a model with that many layers and query heads.
-    pub fn attention(&self, layers: usize, heads: usize) -> Result<Vec<CompressedAttention>> {
+    /// Says so where a policy was made for other weights of the same shape.
+    pub fn check_weights(&self, fingerprint: &str) {
+        if let Strategies::Policy(policy) = &self.strategies {
+            let expected = &policy.parts().fingerprint;
+            if expected != fingerprint {
+                eprintln!(
+                    "note: strategy {}: the policy is for the weights {expected}, these are {fingerprint}; calibrate them",
+                    self.label
+                );
+            }
+        }
+    }
+
+    /// One attention per layer of a model of that shape.
+    pub fn attention(&self, shape: &ModelShape) -> Result<Vec<CompressedAttention>> {
         let per_layer = match &self.strategies {
-            Strategies::Uniform(strategy) => vec![HeadStrategies::uniform(*strategy); layers],
+            Strategies::Uniform(strategy) => vec![HeadStrategies::uniform(*strategy); shape.layers],
             Strategies::PerLayer(file) => file
-                .strategies(layers, heads)
+                .strategies(shape.layers, shape.heads)
+                .with_context(|| format!("strategy {}", self.label))?,
+            Strategies::Policy(policy) => policy
+                .head_strategies(shape)
                 .with_context(|| format!("strategy {}", self.label))?,
         };
         let attention = |strategies| {
@@ -174,11 +222,15 @@ impl Compression {
     }
 }
 
-fn read(file: &str) -> Result<StrategyFile> {
-    const EXPECTED: &str = "expected similarity, difference, off or a strategy file (see --help)";
+fn read(file: &str) -> Result<File> {
+    const EXPECTED: &str = "expected similarity, difference, off or a policy or strategy file (see --help)";
     ensure!(Path::new(file).is_file(), "{EXPECTED}, found no such file");
     let text = fs::read_to_string(file)?;
-    serde_json::from_str(&text).context(EXPECTED)
+    let json: Value = serde_json::from_str(&text).context(EXPECTED)?;
+    if json.get("format").is_some() {
+        return Ok(File::Policy(Box::new(Policy::from_json(&text)?)));
+    }
+    Ok(File::Heads(serde_json::from_value(json).context(EXPECTED)?))
 }
 
 impl StrategyFile {

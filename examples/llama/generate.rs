@@ -8,7 +8,7 @@ use candle_sfattention::MergeRule;
 use candle_transformers::generation::LogitsProcessor;
 use serde::Serialize;
 
-use crate::args::GenerateArgs;
+use crate::args::{GenerateArgs, DEFAULT_MODEL};
 use crate::compression::Compression;
 use crate::load::Checkpoint;
 use crate::report::{check_path, write_json, RunReport};
@@ -35,20 +35,30 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let cached = keeps_cache(args, &compression)?;
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options())?;
     let prompt = encode_prompt(&checkpoint, args)?;
-    let attention = compression.attention(checkpoint.config.layers, checkpoint.config.heads)?;
+    let attention = compression.attention(&checkpoint.config.shape())?;
     let model = checkpoint.load(attention)?;
+    compression.check_weights(&model.fingerprint()?);
     let mut session = match cached {
         true => Session::cached(&model, &args.cache.options(), args.cache.prefill_chunk)?,
         false => Session::recomputed(&model),
     };
 
     let start = Instant::now();
+    write!(stdout(), "{}", if args.chat { "" } else { &args.prompt })?;
     let (text, tokens) = generate(&mut session, &checkpoint, &prompt, args.max_tokens, &mut sampler)?;
     let seconds = start.elapsed().as_secs_f64();
     let stats = session.stats(tokens);
     let out = &mut stderr().lock();
     writeln!(out)?;
     stats.print(out)?;
+    if args.model.model == DEFAULT_MODEL {
+        writeln!(
+            out,
+            "\nThis was the example's own model of 2 million parameters, trained with compression on Moby Dick. For a bigger \
+             one: examples/llama/fetch.sh, then\n  cargo run --release --example llama -- generate --model \
+             data/SmolLM2-135M-Instruct.Q4_1.gguf --dequantize --chat --prompt 'What do whales eat?'"
+        )?;
+    }
     let speed = tokens as f64 / seconds;
     let report = GenerateReport {
         text,

@@ -2,8 +2,10 @@
 
 mod args;
 mod bench;
+mod calibrate;
 mod chat;
 mod compression;
+mod corpus;
 mod error;
 mod eval;
 mod generate;
@@ -14,13 +16,14 @@ mod report;
 mod rope;
 mod session;
 mod stats;
+mod study;
 
 use std::env;
 use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::args::{Cli, Command};
+use crate::args::{Cli, Command, GenerateArgs};
 
 fn main() -> ExitCode {
     // Unless this is set, candle counts the cores anew before every product: a tenth of a decode step.
@@ -28,10 +31,15 @@ fn main() -> ExitCode {
     if env::var_os(THREADS).is_none() {
         env::set_var(THREADS, candle_core::utils::get_num_threads().to_string());
     }
-    let result = match Cli::parse().command {
+    let result = match Cli::parse()
+        .command
+        .unwrap_or_else(|| Command::Generate(GenerateArgs::demo()))
+    {
         Command::Generate(args) => generate::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
+        Command::Report(args) => study::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

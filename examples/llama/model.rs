@@ -7,7 +7,9 @@ use anyhow::{ensure, Result};
 use candle_core::quantized::QMatMul;
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::{ops, RmsNorm};
-use candle_sfattention::{CacheOptions, CompressedAttention, CompressedKvCache, MergeStats};
+use candle_sfattention::{
+    attend, CacheOptions, CompressedAttention, CompressedKvCache, MergePlan, MergeStats, ModelShape,
+};
 
 use crate::rope::{Pairing, Rope, RopeScaling, Rotation};
 
@@ -35,6 +37,16 @@ pub struct LlamaConfig {
 }
 
 impl LlamaConfig {
+    /// What policies are made for.
+    pub fn shape(&self) -> ModelShape {
+        ModelShape {
+            layers: self.layers,
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+        }
+    }
+
     /// Refuses shapes that no Llama has, before anything is allocated for them.
     pub fn check(&self) -> Result<()> {
         // Far beyond any Llama, and small enough that no product of two of them overflows.
@@ -88,7 +100,7 @@ pub enum Linear {
 
 impl Linear {
     /// `xs (.., columns) -> (.., rows)`.
-    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         match self {
             Self::Float(linear) => Ok(linear.forward(xs)?),
             Self::Quantized { weight, bias: None } => Ok(weight.forward(xs)?),
@@ -97,6 +109,17 @@ impl Linear {
                 bias: Some(bias),
             } => Ok(weight.forward(xs)?.broadcast_add(bias)?),
         }
+    }
+
+    /// The matrix `(rows, columns)` as floats.
+    pub fn weight(&self) -> Result<Tensor> {
+        Ok(match self {
+            Self::Float(linear) => linear.weight().clone(),
+            Self::Quantized { weight, .. } => match weight {
+                QMatMul::QTensor(tensor) => tensor.dequantize(&Device::Cpu)?,
+                QMatMul::Tensor(tensor) | QMatMul::TensorF16(tensor) => tensor.clone(),
+            },
+        })
     }
 
     /// The rows `ids (n) -> (n, columns)`: the matrix as an embedding table.
@@ -140,6 +163,17 @@ impl HiddenCounts {
             .map(|&(pairs, hidden)| hidden as f64 / pairs.max(1) as f64)
             .collect()
     }
+}
+
+/// What one layer's attention is about to do, for those who decide otherwise.
+pub struct LayerCall<'a> {
+    pub layer: usize,
+    /// Query, key and value `(1, heads or KV heads, N, D)`, rotated.
+    pub qkv: [&'a Tensor; 3],
+    /// The output projection `(hidden, heads·D)`.
+    pub projection: &'a Linear,
+    /// What its output will be added to, `(1, N, hidden)`.
+    pub stream: &'a Tensor,
 }
 
 /// Projections, rotary embedding and compressed attention of one layer.
@@ -300,7 +334,7 @@ impl Llama {
     /// Hidden states `(1, N, hidden)` of a whole sequence. What each layer hid is added to `counts`.
     pub fn forward(&self, tokens: &[u32], counts: &mut HiddenCounts) -> Result<Tensor> {
         let rotation = self.rope.at(0, tokens.len())?;
-        self.run(tokens, |index, layer, xs| {
+        self.run(tokens, |index, layer, xs, _| {
             let (attended, stats) = layer.attention.forward(xs, &rotation)?;
             counts.add(index, &stats);
             Ok(attended)
@@ -317,17 +351,61 @@ impl Llama {
     pub fn forward_cached(&self, tokens: &[u32], caches: &mut [CompressedKvCache]) -> Result<Tensor> {
         let position = caches.first().map_or(0, CompressedKvCache::seq_len);
         let rotation = self.rope.at(position, tokens.len())?;
-        self.run(tokens, |index, layer, xs| {
+        self.run(tokens, |index, layer, xs, _| {
             layer.attention.forward_cached(xs, &rotation, &mut caches[index])
         })
     }
 
-    /// All layers; `attend` is given each one's index and normed input.
-    fn run(&self, tokens: &[u32], mut attend: impl FnMut(usize, &Layer, &Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    /// Hidden states `(1, N, hidden)` of a whole sequence, with the plans of the caller's making. What each layer hid is
+    /// added to `counts`.
+    pub fn forward_planned(
+        &self,
+        tokens: &[u32],
+        counts: &mut HiddenCounts,
+        mut plan: impl FnMut(&LayerCall) -> Result<MergePlan>,
+    ) -> Result<Tensor> {
+        let rotation = self.rope.at(0, tokens.len())?;
+        self.run(tokens, |index, layer, xs, stream| {
+            let attention = &layer.attention;
+            let [q, k, v] = attention.project(xs, &rotation)?;
+            let plan = plan(&LayerCall {
+                layer: index,
+                qkv: [&q, &k, &v],
+                projection: &attention.output,
+                stream,
+            })?;
+            counts.add(index, &plan.stats()?);
+            attention.merge_heads(&attend(&q, &k, &v, &plan, attention.attention.options())?)
+        })
+    }
+
+    /// A name for the weights, whatever they are stored as: of the norms' vectors, which stay floats.
+    pub fn fingerprint(&self) -> Result<String> {
+        // FNV-1a.
+        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+        let layers = self
+            .layers
+            .iter()
+            .flat_map(|layer| [&layer.attention_norm, &layer.mlp_norm]);
+        for norm in layers.chain([&self.norm]) {
+            // Half the bits, so that a model in bf16 or f16 has the same name as in f32.
+            for x in norm.weight().to_dtype(DType::BF16)?.to_vec1::<half::bf16>()? {
+                hash = (hash ^ u64::from(x.to_bits())).wrapping_mul(0x0100_0000_01b3);
+            }
+        }
+        Ok(format!("norms-{hash:016x}"))
+    }
+
+    /// All layers; `attend` is given each one's index, normed input, and input.
+    fn run(
+        &self,
+        tokens: &[u32],
+        mut attend: impl FnMut(usize, &Layer, &Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let ids = Tensor::new(tokens, &Device::Cpu)?;
         let mut xs = self.embedding.rows(&ids)?.unsqueeze(0)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let attended = attend(index, layer, &layer.attention_norm.forward(&xs)?)?;
+            let attended = attend(index, layer, &layer.attention_norm.forward(&xs)?, &xs)?;
             xs = (xs + attended)?;
             let mixed = layer.mlp.forward(&layer.mlp_norm.forward(&xs)?)?;
             xs = (xs + mixed)?;

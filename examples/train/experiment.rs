@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::args::{ExperimentArgs, RunArgs};
 use crate::checkpoint::{latest, read_json, write_file, write_json};
 use crate::data::{train_tokenizer, Text};
-use crate::plot::plot_runs;
+use crate::plot::{plot_runs, plot_tradeoff};
 use crate::record;
 use crate::trainer::{train, Summary};
 
@@ -122,6 +122,11 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
         rows.push((done.name.clone(), record::read(folder)?));
     }
     plot_runs(&args.out, &rows)?;
+    let points = finished.iter().map(|(_, done)| {
+        let held_out = &done.summary.held_out;
+        (done.name.clone(), held_out.hidden_ratio, held_out.perplexity)
+    });
+    plot_tradeoff(&args.out, &points.collect::<Vec<_>>())?;
     print!("{}", fs::read_to_string(args.out.join("experiment.md"))?);
     Ok(())
 }

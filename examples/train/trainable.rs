@@ -6,7 +6,8 @@ use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_nn::{linear_no_bias, rms_norm, Linear, RmsNorm, VarBuilder, VarMap};
 use candle_sfattention::{
-    CompressedAttention, CompressedSelfAttention, CompressionLossSink, RotaryConfig, RotaryLayout, SelfAttentionConfig,
+    CompressedAttention, CompressedSelfAttention, CompressionLossSink, MergeStats, ModelShape, RotaryConfig,
+    RotaryLayout, SelfAttentionConfig,
 };
 use rand::{rngs::StdRng, Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
@@ -27,6 +28,18 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     pub rope_theta: f64,
     pub tie_word_embeddings: bool,
+}
+
+impl ModelConfig {
+    /// What policies are made for.
+    pub fn shape(&self) -> ModelShape {
+        ModelShape {
+            layers: self.num_hidden_layers,
+            heads: self.num_attention_heads,
+            kv_heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+        }
+    }
 }
 
 struct Layer {
@@ -70,11 +83,14 @@ impl Layer {
         })
     }
 
-    fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
-        let xs = (xs + self.attention.forward(&self.attention_norm.forward_diff(xs)?)?)?;
+    fn forward(&self, xs: &Tensor) -> candle_core::Result<(Tensor, MergeStats)> {
+        let (output, plan) = self
+            .attention
+            .forward_with_plan(&self.attention_norm.forward_diff(xs)?)?;
+        let xs = (xs + output)?;
         let normed = self.mlp_norm.forward_diff(&xs)?;
         let inner = (self.gate.forward(&normed)?.silu()? * self.up.forward(&normed)?)?;
-        &xs + self.down.forward(&inner)?
+        Ok(((&xs + self.down.forward(&inner)?)?, plan.stats()?))
     }
 }
 
@@ -92,6 +108,8 @@ pub struct Losses {
     pub cross_entropy: Tensor,
     /// Summed over layers.
     pub compression: Option<Tensor>,
+    /// Hidden tokens over pairs, of all layers and heads.
+    pub hidden_ratio: f64,
 }
 
 impl Trainable {
@@ -160,14 +178,19 @@ impl Trainable {
         let rows = self.embedding.index_select(&inputs.flatten_all()?, 0)?;
         let mut xs = rows.reshape((batch, tokens, ()))?;
         self.sink.take()?;
+        let (mut hidden_tokens, mut pairs) = (0, 0);
         for layer in &self.layers {
-            xs = layer.forward(&xs)?;
+            let (output, stats) = layer.forward(&xs)?;
+            xs = output;
+            hidden_tokens += stats.hidden;
+            pairs += stats.pairs;
         }
         let hidden = self.norm.forward_diff(&xs)?.flatten_to(1)?;
         let logits = hidden.matmul(&self.embedding.t()?)?;
         Ok(Losses {
             cross_entropy: candle_nn::loss::cross_entropy(&logits, &targets.flatten_all()?)?,
             compression: self.sink.take()?,
+            hidden_ratio: hidden_tokens as f64 / pairs.max(1) as f64,
         })
     }
 }

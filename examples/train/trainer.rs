@@ -113,7 +113,7 @@ impl<'a> Run<'a> {
         let held_out_tokens = data::encode(&tokenizer, &text.held_out)?;
         let evaluator = Evaluator::new(&held_out_tokens, training.context, training.eval_windows)?;
         let settings = settings(args, &compression, &config, &tokenizer, &text.hash)?;
-        let attention = compression.attention(config.num_hidden_layers, config.num_attention_heads)?;
+        let attention = compression.attention(&config.shape())?;
         let model = Trainable::new(&config, attention.clone(), training.seed)?;
         let mut optimizer = AdamW::new(model.vars(), training.weight_decay, training.clip);
         let mut state = None;
@@ -155,7 +155,7 @@ impl<'a> Run<'a> {
             self.record.push(&row)?;
         }
         while self.step < training.steps {
-            let losses = self.train_step()?;
+            let (losses, hidden_ratio) = self.train_step()?;
             if !losses.gradient_norm.is_finite() {
                 return Ok(Some(self.step + 1));
             }
@@ -177,10 +177,11 @@ impl<'a> Run<'a> {
                 .held_out
                 .map_or((f64::NAN, f64::NAN), |x| (x.perplexity, x.hidden_ratio));
             bar.set_message(format!(
-                "loss {:.3}  perplexity {:.1} (held-out {:.1})  hidden {:.3}  {:.0} tokens/s",
+                "loss {:.3}  perplexity {:.1} (held-out {:.1})  hidden {:.3} ({:.3})  {:.0} tokens/s",
                 losses.total,
                 losses.cross_entropy.exp(),
                 held_out.0,
+                hidden_ratio,
                 held_out.1,
                 losses.tokens_per_second
             ));
@@ -191,8 +192,8 @@ impl<'a> Run<'a> {
     }
 
     /// Forward, cross entropy + λ·compression loss, backward, AdamW. A loss that is not finite gives a gradient norm
-    /// that is not, and changes nothing.
-    fn train_step(&mut self) -> Result<StepLosses> {
+    /// that is not, and changes nothing. Also returns the batch's hidden ratio.
+    fn train_step(&mut self) -> Result<(StepLosses, f64)> {
         let (args, training, start) = (self.args, &self.args.training, Instant::now());
         let (inputs, targets) = data::batch(&self.tokens, training.batch, training.context, training.seed, self.step)?;
         let losses = self.model.losses(&inputs, &targets)?;
@@ -210,14 +211,15 @@ impl<'a> Run<'a> {
         };
         let seconds = start.elapsed().as_secs_f64();
         self.seconds += seconds;
-        Ok(StepLosses {
+        let step = StepLosses {
             total: number(&total)?,
             cross_entropy: number(&losses.cross_entropy)?,
             compression: losses.compression.as_ref().map_or(Ok(0.0), number)?,
             lambda,
             gradient_norm,
             tokens_per_second: (training.batch * training.context) as f64 / seconds,
-        })
+        };
+        Ok((step, losses.hidden_ratio))
     }
 
     fn measure(&mut self) -> Result<HeldOut> {

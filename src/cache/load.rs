@@ -6,6 +6,7 @@ use crate::config::{CompressionConfig, Fold, GroupRule, HeadTest, MergeStrategy}
 use crate::cpu::cached::ListHeads;
 use crate::cpu::fold::ChainFold;
 use crate::cpu::list::{List, ListSettings, Run};
+use crate::cpu::observe::Observed;
 use crate::cpu::{Accumulator, Element};
 use crate::plan::not_on_cpu;
 use candle_core::{bail, DType, Device, Error, Result};
@@ -202,7 +203,7 @@ impl Reader<'_> {
         let (dim, seq_len) = (self.dim, self.seq_len);
         let tests = saved.tests.iter().map(head_test).collect::<Result<_>>()?;
         let settings = ListSettings::new(tests, self.config);
-        let (window, merges) = (settings.window, settings.merges());
+        let window = settings.window;
         let name = |name: &str| format!("{index}.{name}");
         let rows = |tensor: &str, count: usize| self.tensor::<S>(&name(tensor), &[count, dim]);
         let sums = |tensor: &str, count: usize| self.tensor::<S::Acc>(&name(tensor), &[count, dim]);
@@ -239,14 +240,33 @@ impl Reader<'_> {
             bits,
             run: Run {
                 start: saved.run_start.zip(Some(sums("run_key", runs)?)),
-                last_key: sums("last_key", usize::from(merges))?,
+                last_key: sums("last_key", usize::from(settings.compares()))?,
             },
+            observed: self.observed(&name, &settings)?,
             last_queries,
             last_bad: saved.last_bad,
             settings,
         };
         self.check_tokens(index, &list)?;
         Ok(list)
+    }
+
+    fn observed<S: Element + Stored>(
+        &self,
+        name: &dyn Fn(&str) -> String,
+        settings: &ListSettings,
+    ) -> Result<Observed<S>>
+    where
+        S::Acc: Stored,
+    {
+        if !settings.observes() {
+            return Ok(Observed::new());
+        }
+        let (seq_len, dim) = (self.seq_len, self.dim);
+        Ok(Observed {
+            masses: self.tensor(&name("masses"), &[seq_len.min(settings.window)])?,
+            sink_keys: self.tensor(&name("sink_keys"), &[seq_len.min(settings.sinks), dim])?,
+        })
     }
 
     fn view(&self, name: &str) -> Result<(Dtype, Vec<usize>, &[u8])> {
@@ -277,10 +297,7 @@ impl Reader<'_> {
                 tokens.len()
             )
         }
-        let longest = match settings.merges() {
-            true => settings.max_merge_level.saturating_add(1),
-            false => 1,
-        };
+        let longest = settings.longest_run().saturating_add(1);
         let mut next = 0;
         let ends = tokens.iter().map(|token| *token as usize).chain(edge);
         ends.map(|end| {
@@ -301,7 +318,7 @@ impl Reader<'_> {
         let seq_len = self.seq_len;
         let start = list.run.start.as_ref().map(|(token, _)| *token);
         // A run has two tokens at least.
-        if start.is_some_and(|token| token >= seq_len - 1 || !list.settings.merges()) {
+        if start.is_some_and(|token| token >= seq_len - 1 || !list.settings.compares()) {
             bail!(
                 "{index}: expected a run that begins before token {}, got {start:?}; {DAMAGED}",
                 seq_len - 1

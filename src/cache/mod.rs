@@ -150,6 +150,7 @@ impl CompressedKvCache {
     /// settings that have no meaning.
     pub fn new(strategies: HeadStrategies, config: CompressionConfig, options: CacheOptions) -> Result<Self> {
         config.check(true)?;
+        config.check_strategies(&strategies)?;
         if config.rule == MergeRule::Reference {
             bail!(
                 "rule: expected MergeRule::Causal for a KV cache, got Reference; its decisions look up to four tokens \
@@ -202,7 +203,8 @@ impl CompressedKvCache {
     }
 
     /// Takes in n >= 1 new tokens without computing their rows: to build a cache from keys and values that are already
-    /// known. The queries decide, where the criterion reads them. O(n·D) per head.
+    /// known. The queries decide, where the criterion reads them ([`Criterion::ObservedMass`](crate::Criterion) with the default softmax
+    /// scale). O(n·D) per head, times the window and the sinks under that criterion.
     ///
     /// # Errors
     /// As [`Self::append_and_attend`]. The cache is then unchanged.

@@ -13,8 +13,15 @@
 //! | `recent_keys`, `recent_values` | (min(window, seq_len), D) | S | raw tokens |
 //! | `bits` | (min(window, seq_len - 1)) | u8 | whether each raw token joins its left neighbour |
 //! | `run_key` | (1, D) | A | the first key of the run that ends at the last token, where one does |
-//! | `last_key` | (1, D) | A | where the list merges |
+//! | `last_key` | (1, D) | A | where neighbours are compared |
 //! | `last_queries` | (heads, D) | A | under [`Fold::PairSum`](crate::Fold::PairSum) |
+//!
+//! Two more, where the list merges under [`Criterion::ObservedMass`](crate::Criterion::ObservedMass):
+//!
+//! | NAME | shape | dtype | |
+//! |---|---|---|---|
+//! | `masses` | (min(window, seq_len)) | A | what each raw token was given so far |
+//! | `sink_keys` | (min(sinks, seq_len), D) | S | the keys of the first tokens |
 
 use super::{CompressedKvCache, Lists, ListsOf, Sizes};
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest, MergeStrategy};
@@ -164,12 +171,16 @@ where
 {
     let mut pieces = Vec::new();
     for (index, (_, list)) in lists.iter().enumerate() {
-        pieces.extend(list_pieces(list).map(|(name, piece)| (format!("{index}.{name}"), piece)));
+        pieces.extend(
+            list_pieces(list)
+                .into_iter()
+                .map(|(name, piece)| (format!("{index}.{name}"), piece)),
+        );
     }
     pieces
 }
 
-fn list_pieces<S: Element + Stored>(list: &List<S>) -> [(&'static str, Piece<'_>); 11]
+fn list_pieces<S: Element + Stored>(list: &List<S>) -> Vec<(&'static str, Piece<'_>)>
 where
     S::Acc: Stored,
 {
@@ -179,7 +190,7 @@ where
     let stale = list.recent_keys.len() - recent;
     let open = list.open.as_ref().map_or(Vec::new(), |chain| chain.rows().concat());
     let run_key = list.run.start.as_ref().map_or(&[][..], |(_, key)| key);
-    [
+    let mut pieces = vec![
         ("keys", Piece::rows(&list.keys, dim)),
         ("values", Piece::rows(&list.values, dim)),
         ("tokens", Piece::flat(&list.tokens)),
@@ -191,7 +202,12 @@ where
         ("run_key", Piece::rows(run_key, dim)),
         ("last_key", Piece::rows(&list.run.last_key, dim)),
         ("last_queries", Piece::rows(&list.last_queries, dim)),
-    ]
+    ];
+    if list.settings.observes() {
+        pieces.push(("masses", Piece::flat(&list.observed.masses)));
+        pieces.push(("sink_keys", Piece::rows(&list.observed.sink_keys, dim)));
+    }
+    pieces
 }
 
 fn saved_lists<S: Element>(lists: &ListsOf<S>) -> Vec<SavedList> {

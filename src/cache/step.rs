@@ -112,7 +112,10 @@ impl Call<'_> {
             count: tokens,
             heads,
             head_dim,
-            scale: self.options.map_or(1.0, |options| options.scale(head_dim)),
+            scale: match self.options {
+                Some(options) => options.scale(head_dim),
+                None => AttentionOptions::default().scale(head_dim),
+            },
             dropout: self.options.and_then(|options| options.dropout),
             bias,
         };

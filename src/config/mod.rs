@@ -73,7 +73,11 @@ pub enum Criterion {
     QueryKey,
     /// `cos(k[t+1], k[t])`, ours; it does not read the queries.
     KeyKey,
-    /// The attention mass that the rows of the local window gave the token. Ours. Reserved: this version refuses it.
+    /// The attention that the rows of a token's window gave it, times the norm of its value: a token that was little
+    /// attended to is left out once it has left the window. Needs a `window` of at least 2, [`Fold::Drop`],
+    /// [`GroupRule::Unanimous`], and a threshold of its own for every head that is not off, as scores depend on the
+    /// model; it reads neither the strategy of those heads nor `max_merge_level`, and has no compression loss. For
+    /// pretrained models. Ours. See [`crate::reference::observed_mass`].
     ObservedMass,
 }
 
@@ -180,6 +184,17 @@ impl CompressionConfig {
         }
     }
 
+    /// For stock checkpoints with a calibrated [`Policy`](crate::Policy): tokens that their window's rows hardly attended
+    /// to are left out, decided once per KV head, with the first 4 tokens and the last 32 left alone. The thresholds are
+    /// the policy's.
+    pub fn calibrated() -> Self {
+        Self {
+            fold: Fold::Drop,
+            criterion: Criterion::ObservedMass,
+            ..Self::pretrained()
+        }
+    }
+
     /// The threshold of a head that has none of its own; infinity for [`MergeStrategy::Off`], which reads none.
     pub fn default_threshold(&self, strategy: MergeStrategy) -> f64 {
         match strategy {
@@ -192,8 +207,8 @@ impl CompressionConfig {
     /// Refuses values and combinations that have no meaning.
     ///
     /// # Errors
-    /// A threshold or `loss_factor` that is not finite, `max_merge_level` of 0, counts over 2^32 - 1, [`Criterion::ObservedMass`], a window
-    /// without causal attention, and every setting that [`MergeRule::Reference`] does not know.
+    /// A threshold or `loss_factor` that is not finite, `max_merge_level` of 0, counts over 2^32 - 1, a window without
+    /// causal attention, and every setting that [`MergeRule::Reference`] or [`Criterion::ObservedMass`] does not know.
     pub fn check(&self, causal: bool) -> Result<()> {
         for (name, value) in [
             ("similarity_threshold", self.similarity_threshold),
@@ -206,12 +221,6 @@ impl CompressionConfig {
         }
         if self.max_merge_level == 0 {
             bail!("max_merge_level: expected at least 1, got 0; use MergeStrategy::Off to merge nothing")
-        }
-        if self.criterion == Criterion::ObservedMass {
-            bail!(
-                "criterion: expected query_key or key_key, got observed_mass; \
-                 it is not implemented in this version, use key_key with a window"
-            )
         }
         let largest = u32::MAX as usize;
         if self.window > largest || self.sinks > largest || self.max_merge_level > largest {
@@ -232,7 +241,43 @@ impl CompressionConfig {
         if self.rule == MergeRule::Reference {
             self.check_reference_rule()?
         }
+        if self.criterion == Criterion::ObservedMass {
+            self.check_observed_mass(causal)?
+        }
         Ok(())
+    }
+
+    /// Refuses strategies without thresholds where the criterion has no default for them.
+    ///
+    /// # Errors
+    /// [`Criterion::ObservedMass`] with a head that is not off and has no threshold of its own.
+    pub fn check_strategies(&self, strategies: &HeadStrategies) -> Result<()> {
+        let needed = self.criterion == Criterion::ObservedMass && !strategies.all_off();
+        if needed && !strategies.has_thresholds() {
+            bail!(
+                "thresholds: expected one per head for Criterion::ObservedMass, whose scores depend on the model, got \
+                 none; calibrate them, or give them with HeadStrategies::with_thresholds"
+            )
+        }
+        Ok(())
+    }
+
+    fn check_observed_mass(&self, causal: bool) -> Result<()> {
+        let got = if !causal {
+            "attention that is not causal".to_string()
+        } else if self.fold != Fold::Drop {
+            format!("fold {:?}", self.fold)
+        } else if self.group_rule != GroupRule::Unanimous {
+            format!("group_rule {:?}", self.group_rule)
+        } else if self.window < 2 {
+            format!("window {}", self.window)
+        } else {
+            return Ok(());
+        };
+        bail!(
+            "Criterion::ObservedMass: expected causal attention, fold Drop, group_rule Unanimous and a window of at least \
+             2, got {got}; use Criterion::KeyKey for everything it does not have"
+        )
     }
 
     fn check_reference_rule(&self) -> Result<()> {

@@ -201,6 +201,11 @@ impl HeadStrategies {
         HeadTest { strategy, threshold }
     }
 
+    /// Whether heads have thresholds of their own.
+    pub fn has_thresholds(&self) -> bool {
+        self.thresholds.is_some()
+    }
+
     /// Whether every head is [`MergeStrategy::Off`].
     pub fn all_off(&self) -> bool {
         let off = |s: &MergeStrategy| *s == MergeStrategy::Off;

@@ -5,7 +5,9 @@ use super::block::{block_rows, BiasView, Block, Settings};
 use super::decode::{load_query, Decoder, SPLIT};
 use super::fold::ChainFold;
 use super::forward::for_each_task;
-use super::list::{widened, Decided, List};
+use super::list::{widened, List};
+use super::list_decide::Decided;
+use super::observe::Chunk;
 use super::philox::DropoutMask;
 use super::{Accumulator, Element, HeadRows, Rows};
 use crate::config::{Dropout, Fold};
@@ -49,8 +51,17 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
     }
 
     /// What each list will do, before any of them changes.
-    pub fn decide(&self, lists: &[(ListHeads, List<S>)]) -> Vec<Decided<S::Acc>> {
-        let decide = |(at, list): &(ListHeads, List<S>)| list.decide(&self.queries(at), &self.raw(at).0, self.count);
+    pub fn decide(&self, lists: &[(ListHeads, List<S>)]) -> Vec<Decided<S>> {
+        let decide = |(at, list): &(ListHeads, List<S>)| {
+            let (keys, values) = self.raw(at);
+            list.decide(&Chunk {
+                queries: &self.queries(at),
+                keys,
+                values,
+                count: self.count,
+                scale: self.scale,
+            })
+        };
         match self.count {
             // A list's share of one token is less than it takes to hand it to a thread.
             1 => lists.iter().map(decide).collect(),
@@ -59,8 +70,8 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
     }
 
     /// Takes the tokens in and returns their output rows (B, H, count, D); none unless `attend`.
-    pub fn run(&self, lists: &mut [(ListHeads, List<S>)], decided: Vec<Decided<S::Acc>>, attend: bool) -> Vec<Q> {
-        let append = |((at, list), decided): (&mut (ListHeads, List<S>), Decided<S::Acc>)| {
+    pub fn run(&self, lists: &mut [(ListHeads, List<S>)], decided: Vec<Decided<S>>, attend: bool) -> Vec<Q> {
+        let append = |((at, list), decided): (&mut (ListHeads, List<S>), Decided<S>)| {
             let (keys, values) = self.raw(at);
             list.append(decided, &keys, &values, self.count)
         };

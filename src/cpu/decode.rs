@@ -118,7 +118,6 @@ impl<A: Accumulator> Decoder<'_, A> {
         partial: &mut Partial<A>,
     ) {
         let mut buffers = (Vec::new(), Vec::new());
-        let mut weights = [A::ZERO; TILE];
         for start in range.clone().step_by(TILE) {
             let count = TILE.min(range.end - start);
             let sizes = log2_sizes.get(start..start + count);
@@ -126,7 +125,7 @@ impl<A: Accumulator> Decoder<'_, A> {
                 (Some(keys), Some(values)) if !check => {
                     let keys = HeadRows::compact(keys, self.dim).skip(start);
                     let values = HeadRows::compact(values, self.dim).skip(start);
-                    self.tile(simd, (&keys, &values), count, sizes, &mut weights, partial);
+                    self.tile(simd, (&keys, &values), count, sizes, partial);
                 }
                 _ => {
                     widen_rows(keys, start, count, &mut buffers.0);
@@ -140,53 +139,86 @@ impl<A: Accumulator> Decoder<'_, A> {
                     }
                     let keys = HeadRows::compact(&buffers.0[..], self.dim);
                     let values = HeadRows::compact(&buffers.1[..], self.dim);
-                    self.tile(simd, (&keys, &values), count, sizes, &mut weights, partial);
+                    self.tile(simd, (&keys, &values), count, sizes, partial);
                 }
             }
         }
     }
 
-    /// At most [`TILE`] columns, for every row of the group while they are in the cache.
+    /// At most [`TILE`] columns for every row of the group, four rows at a time: each key and value is read once for
+    /// the four, so that memory and arithmetic never wait for each other in turns.
     #[inline(always)]
     fn tile<I: Simd>(
+        &self,
+        simd: I,
+        columns: (&HeadRows<A>, &HeadRows<A>),
+        count: usize,
+        log2_sizes: Option<&[A]>,
+        partial: &mut Partial<A>,
+    ) {
+        let group = self.queries.len() / self.dim;
+        for first in (0..group).step_by(4) {
+            match group - first {
+                1 => self.tile_rows::<I, 1>(simd, columns, count, log2_sizes, partial, first),
+                2 => self.tile_rows::<I, 2>(simd, columns, count, log2_sizes, partial, first),
+                3 => self.tile_rows::<I, 3>(simd, columns, count, log2_sizes, partial, first),
+                _ => self.tile_rows::<I, 4>(simd, columns, count, log2_sizes, partial, first),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn tile_rows<I: Simd, const G: usize>(
         &self,
         simd: I,
         (keys, values): (&HeadRows<A>, &HeadRows<A>),
         count: usize,
         log2_sizes: Option<&[A]>,
-        weights: &mut [A; TILE],
         partial: &mut Partial<A>,
+        first: usize,
     ) {
-        for (row, query) in self.queries.chunks_exact(self.dim).enumerate() {
-            let mut max = partial.max[row];
-            for column in 0..count {
-                let mut logit = A::dot(simd, query, keys.row(column));
-                if let Some(sizes) = log2_sizes {
-                    logit += sizes[column];
-                }
-                weights[column] = logit;
-                max = max.larger(logit);
+        let dim = self.dim;
+        let queries: [&[A]; G] = std::array::from_fn(|row| &self.queries[(first + row) * dim..][..dim]);
+        let mut weights = [[A::NEG_INFINITY; TILE]; G];
+        for column in 0..count {
+            if first == 0 {
+                keys.prefetch(column);
+                values.prefetch(column);
             }
-            weights[count..].fill(A::NEG_INFINITY);
-            let base = if max == A::NEG_INFINITY { A::ZERO } else { max };
-            let mut sum = A::ZERO;
-            for weight in weights.iter_mut() {
-                *weight = (*weight - base).exp2_nonpositive();
+            let size = log2_sizes.map_or(A::ZERO, |sizes| sizes[column]);
+            let logits = A::dots(simd, queries, keys.row(column));
+            for (weights, logit) in weights.iter_mut().zip(logits) {
+                weights[column] = logit + size;
             }
-            for weight in weights.iter() {
-                sum += *weight;
-            }
-            let output = &mut partial.output[row * self.dim..][..self.dim];
-            if max != partial.max[row] {
-                let rescale = (partial.max[row] - base).exp2_nonpositive();
-                output.iter_mut().for_each(|x| *x *= rescale);
-                partial.sum[row] *= rescale;
-                partial.max[row] = max;
-            }
-            partial.sum[row] += sum;
-            add_weighted(simd, output, values, &weights[..count]);
         }
+        let outputs = &mut partial.output[first * dim..];
+        for (row, weights) in weights.iter_mut().enumerate() {
+            let (max, sum) = (&mut partial.max[first + row], &mut partial.sum[first + row]);
+            push(max, sum, weights, &mut outputs[row * dim..][..dim]);
+        }
+        add_weighted(simd, outputs, values, &weights, count);
     }
+}
+
+/// Turns a tile's logits into weights under the row's new maximum, and what the row had so far into its scale.
+#[inline(always)]
+fn push<A: Accumulator>(row_max: &mut A, row_sum: &mut A, weights: &mut [A; TILE], output: &mut [A]) {
+    let max = weights.iter().fold(*row_max, |max, logit| max.larger(*logit));
+    let base = if max == A::NEG_INFINITY { A::ZERO } else { max };
+    for weight in weights.iter_mut() {
+        *weight = (*weight - base).exp2_nonpositive();
+    }
+    let mut sum = A::ZERO;
+    for weight in weights.iter() {
+        sum += *weight;
+    }
+    if max != *row_max {
+        let rescale = (*row_max - base).exp2_nonpositive();
+        output.iter_mut().for_each(|x| *x *= rescale);
+        *row_sum *= rescale;
+        *row_max = max;
+    }
+    *row_sum += sum;
 }
 
 /// One task, as code for one instruction set.
@@ -215,17 +247,35 @@ impl<A: Accumulator, S: Element<Acc = A>> WithSimd for Split<'_, A, S> {
     }
 }
 
-/// Four values at a time, so that the output is loaded and stored a quarter as often.
+/// Four values at a time, so that the outputs are loaded and stored a quarter as often.
 #[inline(always)]
-fn add_weighted<I: Simd, A: Accumulator>(simd: I, output: &mut [A], values: &HeadRows<A>, weights: &[A]) {
-    let (quads, tail) = weights.as_chunks::<4>();
-    for (quad, weights) in quads.iter().enumerate() {
-        let rows = [0, 1, 2, 3].map(|i| values.row(4 * quad + i));
-        A::add_weighted(simd, output, rows, *weights);
+fn add_weighted<I: Simd, A: Accumulator, const G: usize>(
+    simd: I,
+    outputs: &mut [A],
+    values: &HeadRows<A>,
+    weights: &[[A; TILE]; G],
+    count: usize,
+) {
+    let quads = count / 4;
+    for quad in 0..quads {
+        let at = 4 * quad;
+        let mut quad_weights = [[A::ZERO; 4]; G];
+        for (target, row) in quad_weights.iter_mut().zip(weights) {
+            target.copy_from_slice(&row[at..at + 4]);
+        }
+        let rows = [
+            values.row(at),
+            values.row(at + 1),
+            values.row(at + 2),
+            values.row(at + 3),
+        ];
+        A::add_weighted(simd, outputs, rows, quad_weights);
     }
-    for (column, weight) in (weights.len() - tail.len()..).zip(tail) {
-        for (x, y) in output.iter_mut().zip(values.row(column)) {
-            *x += *weight * *y;
+    for column in 4 * quads..count {
+        for (output, weights) in outputs.chunks_exact_mut(values.dim).zip(weights) {
+            for (x, y) in output.iter_mut().zip(values.row(column)) {
+                *x += weights[column] * *y;
+            }
         }
     }
 }
@@ -233,6 +283,7 @@ fn add_weighted<I: Simd, A: Accumulator>(simd: I, output: &mut [A], values: &Hea
 #[inline(always)]
 fn widen_rows<S: Element>(rows: &HeadRows<S>, start: usize, count: usize, buffer: &mut Vec<S::Acc>) {
     buffer.resize(count * rows.dim, S::Acc::ZERO);
+    (start..start + count).for_each(|row| rows.prefetch(row));
     let source = &rows.data[start * rows.dim..][..count * rows.dim];
     S::widen(source, buffer);
 }

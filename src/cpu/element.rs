@@ -40,8 +40,16 @@ pub(crate) trait Accumulator:
     fn absolute(self) -> Self;
     /// The dot product of two rows, with this instruction set's registers and fused multiply-adds.
     fn dot<S: Simd>(simd: S, a: &[Self], b: &[Self]) -> Self;
-    /// `output += w[0] * rows[0] + ... + w[3] * rows[3]`.
-    fn add_weighted<S: Simd>(simd: S, output: &mut [Self], rows: [&[Self]; 4], weights: [Self; 4]);
+    /// The dot products of G rows with one: each part of it is read once.
+    fn dots<S: Simd, const G: usize>(simd: S, rows: [&[Self]; G], one: &[Self]) -> [Self; G];
+    /// `outputs[g] += weights[g][0] * rows[0] + ... + weights[g][3] * rows[3]`: each part of the rows is read once.
+    /// `outputs` are G rows, one after the other.
+    fn add_weighted<S: Simd, const G: usize>(
+        simd: S,
+        outputs: &mut [Self],
+        rows: [&[Self]; 4],
+        weights: [[Self; 4]; G],
+    );
     /// Raises each maximum to the value beside it; a NaN is passed over, to be caught when its weight is summed. The
     /// lengths are multiples of a register's.
     fn raise<S: Simd>(simd: S, max: &mut [Self], values: &[Self]);
@@ -115,17 +123,60 @@ macro_rules! accumulator {
                 let tail: $float = a_tail.iter().zip(b_tail).map(|(x, y)| x * y).sum();
                 simd.$sum(simd.$add(sums[0], sums[1])) + tail
             }
+            // Loops over indices: closures over registers are not sure to be inlined into this instruction set's code.
             #[inline(always)]
-            fn add_weighted<S: Simd>(simd: S, output: &mut [Self], rows: [&[Self]; 4], weights: [Self; 4]) {
-                let [a, b, c, d] = rows.map(|row| S::$as(&row[..output.len()]));
-                let w = weights.map(|weight| simd.$splat(weight));
-                let (out, out_tail) = S::$as_mut(output);
-                for ((((x, a), b), c), d) in out.iter_mut().zip(a.0).zip(b.0).zip(c.0).zip(d.0) {
-                    let sum = simd.$fma(w[0], *a, *x);
-                    *x = simd.$fma(w[3], *d, simd.$fma(w[2], *c, simd.$fma(w[1], *b, sum)));
+            #[allow(clippy::needless_range_loop)]
+            fn dots<S: Simd, const G: usize>(simd: S, rows: [&[Self]; G], one: &[Self]) -> [Self; G] {
+                let (one, one_tail) = S::$as(one);
+                let (mut heads, mut tails) = ([one; G], [one_tail; G]);
+                for g in 0..G {
+                    let (head, tail) = S::$as(rows[g]);
+                    (heads[g], tails[g]) = (&head[..one.len()], &tail[..one_tail.len()]);
                 }
-                for (i, x) in out_tail.iter_mut().enumerate() {
-                    *x += weights[0] * a.1[i] + weights[1] * b.1[i] + weights[2] * c.1[i] + weights[3] * d.1[i];
+                let mut sums = [simd.$splat(0.0); G];
+                for i in 0..one.len() {
+                    for g in 0..G {
+                        sums[g] = simd.$fma(heads[g][i], one[i], sums[g]);
+                    }
+                }
+                let mut dots = [0.0; G];
+                for g in 0..G {
+                    dots[g] = simd.$sum(sums[g]);
+                    for i in 0..one_tail.len() {
+                        dots[g] += tails[g][i] * one_tail[i];
+                    }
+                }
+                dots
+            }
+            #[inline(always)]
+            #[allow(clippy::needless_range_loop)]
+            fn add_weighted<S: Simd, const G: usize>(
+                simd: S,
+                outputs: &mut [Self],
+                rows: [&[Self]; 4],
+                weights: [[Self; 4]; G],
+            ) {
+                let dim = rows[0].len();
+                let [a, b, c, d] = [S::$as(rows[0]), S::$as(rows[1]), S::$as(rows[2]), S::$as(rows[3])];
+                let count = a.0.len();
+                let [a0, b0, c0, d0] = [a.0, &b.0[..count], &c.0[..count], &d.0[..count]];
+                let mut outputs = outputs.chunks_exact_mut(dim);
+                let pairs = [(); G].map(|_| S::$as_mut(outputs.next().unwrap_or_default()));
+                for i in 0..count {
+                    for g in 0..G {
+                        let w = &weights[g];
+                        let x = &mut pairs[g].0[i];
+                        let sum = simd.$fma(simd.$splat(w[0]), a0[i], *x);
+                        let sum = simd.$fma(simd.$splat(w[1]), b0[i], sum);
+                        let sum = simd.$fma(simd.$splat(w[2]), c0[i], sum);
+                        *x = simd.$fma(simd.$splat(w[3]), d0[i], sum);
+                    }
+                }
+                for g in 0..G {
+                    let w = &weights[g];
+                    for (i, x) in pairs[g].1.iter_mut().enumerate() {
+                        *x += w[0] * a.1[i] + w[1] * b.1[i] + w[2] * c.1[i] + w[3] * d.1[i];
+                    }
                 }
             }
             #[inline(always)]

@@ -4,9 +4,10 @@
 //! Closed chains are far columns for every later row; the open one is the next row's edge.
 
 use super::block::{Bits, FarSource, KeysValues, RawRows, RowScratch};
-use super::decide::{cosine_of, qualifies};
 use super::fold::{all_finite, quarantine, raw_rows, ChainFold};
-use super::{dot, Accumulator, Element, HeadRows};
+use super::list_decide::Decided;
+use super::observe::Observed;
+use super::{Accumulator, Element, HeadRows};
 use crate::config::{CompressionConfig, Criterion, Fold, HeadTest, MergeStrategy};
 use std::ops::Range;
 
@@ -42,6 +43,25 @@ impl ListSettings {
     pub fn merges(&self) -> bool {
         self.tests.iter().all(|test| test.strategy != MergeStrategy::Off)
     }
+
+    /// Whether tokens are judged by what their window's rows gave them.
+    pub fn observes(&self) -> bool {
+        self.criterion == Criterion::ObservedMass && self.merges()
+    }
+
+    /// Whether tokens are judged by their neighbours.
+    pub fn compares(&self) -> bool {
+        self.criterion != Criterion::ObservedMass && self.merges()
+    }
+
+    /// The most tokens that one run may hide.
+    pub fn longest_run(&self) -> usize {
+        match (self.merges(), self.observes()) {
+            (false, _) => 0,
+            (true, false) => self.max_merge_level,
+            (true, true) => usize::MAX,
+        }
+    }
 }
 
 /// Columns in the storage dtype S.
@@ -62,9 +82,11 @@ pub(crate) struct List<S: Element> {
     /// Raw tokens (rows, D) of which the last `window` are still needed; empty where `window` is 0.
     pub recent_keys: Vec<S>,
     pub recent_values: Vec<S>,
-    /// Bits from the open chain's token (or token 0) to `seq_len - 2`.
+    /// Bits from the open chain's token (or token 0) to `seq_len - 2`; 0 where they are not decided yet.
     pub bits: Vec<u8>,
     pub run: Run<S::Acc>,
+    /// Where tokens are judged by what they were given; else empty.
+    pub observed: Observed<S>,
     /// The last raw query of each query head, under [`Fold::PairSum`].
     pub last_queries: Vec<S::Acc>,
     /// The newest token that was not finite.
@@ -76,17 +98,8 @@ pub(crate) struct List<S: Element> {
 pub(crate) struct Run<A> {
     /// The first token of the run that ends at the last token, and its key.
     pub start: Option<(usize, Vec<A>)>,
-    /// The last token's key; empty before the first token and where nothing merges.
+    /// The last token's key; empty before the first token and where no neighbours are compared.
     pub last_key: Vec<A>,
-}
-
-/// One chunk's decisions, made before anything changes.
-pub(crate) struct Decided<A> {
-    /// Bits from token `seq_len - 1` (or 0) to the last but one of the chunk.
-    bits: Vec<u8>,
-    run: Run<A>,
-    /// Entries that the chunk will close.
-    pub closes: usize,
 }
 
 impl<S: Element> List<S> {
@@ -104,6 +117,7 @@ impl<S: Element> List<S> {
             recent_values: Vec::new(),
             bits: Vec::new(),
             run: Run::default(),
+            observed: Observed::new(),
             last_queries: Vec::new(),
             last_bad: None,
         }
@@ -115,7 +129,7 @@ impl<S: Element> List<S> {
     }
 
     /// [`Self::entries`] after a chunk of `count` tokens.
-    pub fn entries_after(&self, count: usize, decided: &Decided<S::Acc>) -> usize {
+    pub fn entries_after(&self, count: usize, decided: &Decided<S>) -> usize {
         let (seq_len, window) = (self.seq_len + count, self.settings.window);
         self.tokens.len() + decided.closes + usize::from(seq_len > window) + seq_len.min(window)
     }
@@ -157,35 +171,7 @@ impl<S: Element> List<S> {
             + self.run.last_key.len()
             + self.run.start.as_ref().map_or(0, |(_, key)| key.len())
             + self.last_queries.len();
-        numbers * size_of::<S::Acc>() + self.bits.len()
-    }
-
-    /// Decides for a chunk of `count` tokens: `queries` of the list's heads and its `keys`.
-    pub fn decide<Q: Element<Acc = S::Acc>>(
-        &self,
-        queries: &[HeadRows<Q>],
-        keys: &HeadRows<S>,
-        count: usize,
-    ) -> Decided<S::Acc> {
-        let first = self.seq_len;
-        let mut decided = Decided {
-            bits: vec![0; if first == 0 { count - 1 } else { count }],
-            run: Run::default(),
-            closes: 0,
-        };
-        if self.settings.merges() {
-            self.scan(queries, keys, &mut decided);
-            decided.run.last_key = widened(keys.row(count - 1));
-        }
-        // Tokens that are folded by the end are those up to the new edge; each unset bit among them closes a chain.
-        let edge = (first + count).saturating_sub(self.settings.window + 1);
-        let base = self.bits_base();
-        let bit = |t: usize| match t - base {
-            i if i < self.bits.len() => self.bits[i],
-            i => decided.bits[i - self.bits.len()],
-        };
-        decided.closes = (base..edge.max(base)).filter(|t| bit(*t) == 0).count();
-        decided
+        numbers * size_of::<S::Acc>() + self.bits.len() + self.observed.bytes()
     }
 
     /// The token of `bits[0]`.
@@ -193,68 +179,11 @@ impl<S: Element> List<S> {
         self.seq_len.saturating_sub(self.settings.window + 1)
     }
 
-    fn scan<Q: Element<Acc = S::Acc>>(
-        &self,
-        queries: &[HeadRows<Q>],
-        keys: &HeadRows<S>,
-        decided: &mut Decided<S::Acc>,
-    ) {
-        let (settings, first) = (&self.settings, self.seq_len);
-        let norm = |row: &[S::Acc]| dot(row, row).root();
-        let Run {
-            mut start,
-            last_key: mut left,
-        } = self.run.clone();
-        let mut start_norm = start.as_ref().map(|(_, key)| norm(key));
-        let mut left_norm = norm(&left);
-        let mut key = vec![S::Acc::ZERO; self.dim];
-        let mut query = vec![S::Acc::ZERO; self.dim];
-        // The pair (t, t + 1) is decided when t + 1 arrives.
-        for row in 0..decided.bits.len() + usize::from(first == 0) {
-            S::widen(keys.row(row), &mut key);
-            let key_norm = norm(&key);
-            let token = first + row;
-            if token > 0 {
-                let t = token - 1;
-                let long = start.as_ref().is_some_and(|(p, _)| t - p >= settings.max_merge_level);
-                let mut merges = t >= settings.sinks && !long;
-                let passes = |a: &[S::Acc], a_norm: S::Acc, tests: &[HeadTest]| {
-                    let beside = cosine_of(a, a_norm, &left, left_norm);
-                    let mut pass = tests.iter().all(|test| qualifies(*test, beside));
-                    if let (true, Some((_, run)), Some(run_norm)) = (pass, &start, start_norm) {
-                        let across = cosine_of(a, a_norm, run, run_norm);
-                        pass = tests.iter().all(|test| qualifies(*test, across));
-                    }
-                    pass
-                };
-                if settings.criterion == Criterion::KeyKey {
-                    merges = merges && passes(&key, key_norm, &settings.tests);
-                } else {
-                    for (head, test) in queries.iter().zip(&settings.tests) {
-                        if merges {
-                            Q::widen(head.row(row), &mut query);
-                            merges = passes(&query, norm(&query), std::slice::from_ref(test));
-                        }
-                    }
-                }
-                decided.bits[row - usize::from(first == 0)] = u8::from(merges);
-                if !merges {
-                    (start, start_norm) = (None, None);
-                } else if start.is_none() {
-                    (start, start_norm) = (Some((t, left.clone())), Some(left_norm));
-                }
-            }
-            left.clone_from(&key);
-            left_norm = key_norm;
-        }
-        decided.run.start = start;
-    }
-
     /// Takes the chunk in: raw rows, bits, and the chains that its tokens push out of the window. Returns the chain as
     /// it stood before.
     pub fn append(
         &mut self,
-        decided: Decided<S::Acc>,
+        decided: Decided<S>,
         keys: &HeadRows<S>,
         values: &HeadRows<S>,
         count: usize,
@@ -278,8 +207,9 @@ impl<S: Element> List<S> {
             }
         }
         let base = self.bits_base();
-        self.bits.extend_from_slice(&decided.bits);
+        self.bits = decided.bits;
         self.run = decided.run;
+        self.observed = decided.observed;
         self.seq_len += count;
         self.reserve(decided.closes);
         let edge = self.seq_len.checked_sub(self.settings.window + 1);

@@ -31,8 +31,8 @@ const THREADS: usize = 128;
 /// The kernels' template for a head size: its padded size.
 fn padded(head_dim: usize) -> usize {
     match head_dim {
-        ..=64 => 64,
-        ..=128 => 128,
+        0..=64 => 64,
+        65..=128 => 128,
         _ => 256,
     }
 }

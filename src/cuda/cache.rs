@@ -141,6 +141,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         })
     }
 
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub fn seq_len(&self) -> usize {
         self.seq_len
     }
@@ -193,6 +194,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     ///
     /// # Errors
     /// What the device reports.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub fn most_entries(&mut self, gpu: &G, count: usize, limit: usize) -> Result<usize> {
         let most = |bound: usize| bound + count + self.settings.config.window + 1;
         if most(self.bound) > limit {
@@ -315,7 +317,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 count: head_dim as u32,
                 unit: 0,
             };
-            copy(gpu, T::SUFFIX, &row, (None, None), &mut output, rows, &params)?;
+            copy(gpu, T::SUFFIX, &row, [None, None], &mut output, rows, &params)?;
         }
         Ok(output)
     }
@@ -500,6 +502,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     ///
     /// # Errors
     /// What the device reports.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub fn copy(&self, gpu: &G) -> Result<Self> {
         self.select(gpu, &(0..self.batch).collect::<Vec<_>>())
     }
@@ -529,7 +532,7 @@ impl<G: Gpu> Mover<'_, G> {
             self.gpu,
             suffix,
             from,
-            (None, self.sources),
+            [None, self.sources],
             &mut to,
             self.lists,
             &params,
@@ -562,7 +565,7 @@ impl<G: Gpu> Mover<'_, G> {
             self.gpu,
             suffix,
             from,
-            (lengths, self.sources),
+            [lengths, self.sources],
             &mut to,
             self.lists,
             &params,
@@ -576,7 +579,7 @@ fn copy<G: Gpu, T: Number>(
     gpu: &G,
     suffix: &str,
     from: &G::Slice<T>,
-    (lengths, sources): (Option<&G::Slice<u32>>, Option<&G::Slice<u32>>),
+    [lengths, sources]: [Option<&G::Slice<u32>>; 2],
     to: &mut G::Slice<T>,
     lists: usize,
     params: &CopyParams,

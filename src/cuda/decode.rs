@@ -67,8 +67,8 @@ pub(crate) fn decode<G: Gpu, T: GpuElement>(gpu: &G, call: &DecodeCall<'_, G, T>
         scale: (call.scale * std::f64::consts::LOG2_E) as f32,
     };
     let dim = match head_dim {
-        ..=64 => 64,
-        ..=128 => 128,
+        0..=64 => 64,
+        65..=128 => 128,
         _ => 256,
     };
     let mut outputs = gpu.alloc::<f32>(rows * parts * head_dim)?;

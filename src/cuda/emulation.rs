@@ -32,9 +32,11 @@ pub fn run_broken(name: &str, input: &[f32], blocks: usize) -> Result<Vec<f32>> 
         threads: 64,
         shared_bytes: 256,
     };
-    let args = [gpu.read(&source), gpu.write(&mut target), gpu.value(&params)];
-    gpu.launch(&Kernel::plain("broken", name), launch, &args)?;
-    drop(args);
+    gpu.launch(
+        &Kernel::plain("broken", name),
+        launch,
+        &[gpu.read(&source), gpu.write(&mut target), gpu.value(&params)],
+    )?;
     target.download()
 }
 

@@ -18,6 +18,13 @@ pub(crate) fn fold_code(fold: Fold) -> u32 {
     }
 }
 
+/// `far_before`, then the gradients of far columns and of folded tokens, (B·lists, N, D).
+pub(crate) type FoldedGradients<'a, G> = (
+    &'a <G as Gpu>::Slice<u32>,
+    &'a <G as Gpu>::Slice<f32>,
+    &'a <G as Gpu>::Slice<f32>,
+);
+
 /// What folding reads.
 pub(crate) struct FoldCall<'a, G: Gpu, T: GpuElement> {
     pub problem: Problem,
@@ -142,7 +149,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
     pub fn unfold(
         &self,
         gpu: &G,
-        columns: Option<(&G::Slice<u32>, &G::Slice<f32>, &G::Slice<f32>)>,
+        columns: Option<FoldedGradients<'_, G>>,
         near: Option<&G::Slice<f32>>,
     ) -> Result<G::Slice<T>> {
         let Problem {

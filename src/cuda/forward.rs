@@ -111,19 +111,18 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
         let columns = self.columns;
         let rows = |pick: fn(&Columns<G, T>) -> &G::Slice<T>| gpu.read_some(columns.map(pick));
         let words = |pick: fn(&Columns<G, T>) -> &G::Slice<u32>| gpu.read_some(columns.map(pick));
-        let floats = |pick: fn(&Columns<G, T>) -> Option<&G::Slice<f32>>| gpu.read_some(columns.and_then(pick));
         vec![
             gpu.read(self.q.0),
             gpu.read(self.k.0),
             gpu.read(self.v.0),
             rows(|c| &c.far_k),
             rows(|c| &c.far_v),
-            floats(|c| c.far_ln.as_ref()),
+            gpu.read_some(columns.and_then(|c| c.far_ln.as_ref())),
             words(|c| &c.far_index),
             words(|c| &c.far_before),
             rows(|c| &c.folded_k),
             rows(|c| &c.folded_v),
-            floats(|c| c.folded_ln.as_ref()),
+            gpu.read_some(columns.and_then(|c| c.folded_ln.as_ref())),
             gpu.read_some(self.bias.as_ref().map(|bias| bias.data)),
         ]
     }

@@ -37,7 +37,7 @@ impl LossTerms {
     }
 }
 
-/// The loss's terms, or `None` for fewer than two tokens: there is no pair.
+/// The loss's terms, or `None` for fewer than two tokens and under [`Criterion::ObservedMass`]: there is no pair.
 ///
 /// # Errors
 /// Shapes, strategies or settings that do not fit together.
@@ -48,7 +48,7 @@ pub fn compression_loss(
     config: &CompressionConfig,
 ) -> Result<Option<LossTerms>> {
     let sizes = check(q, k, strategies, config)?;
-    if sizes.pairs() == 0 {
+    if sizes.pairs() == 0 || config.criterion == Criterion::ObservedMass {
         return Ok(None);
     }
     let mut terms = LossTerms::default();
@@ -103,7 +103,7 @@ pub fn compression_loss_gradients(
         for t in 0..sizes.pairs() {
             let (left, d_left) = match config.criterion {
                 Criterion::QueryKey => (q.row(batch, head, t + 1), dq.row_mut(batch, head, t + 1)),
-                // CompressionConfig::check has refused ObservedMass.
+                // There is no loss under ObservedMass.
                 Criterion::KeyKey | Criterion::ObservedMass => {
                     (k.row(batch, kv_head, t + 1), dk.row_mut(batch, kv_head, t + 1))
                 }
@@ -132,6 +132,7 @@ fn cosine_gradient(a: &[f64], b: &[f64], c: f64) -> Vec<f64> {
 
 fn check(q: &Array4, k: &Array4, strategies: &HeadStrategies, config: &CompressionConfig) -> Result<Sizes> {
     config.check(true)?;
+    config.check_strategies(strategies)?;
     let sizes = Sizes::new(q, k)?;
     strategies.check(sizes.batch, sizes.heads)?;
     Ok(sizes)

@@ -1,6 +1,6 @@
 //! Which tokens merge: the pair test, the two run rules, and the groups of heads that decide together.
 
-use candle_core::Result;
+use candle_core::{bail, Result};
 
 use super::{dot, Array4, Indicators, Sizes};
 use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, HeadTest, MergeRule, MergeStrategy};
@@ -111,7 +111,7 @@ pub(super) fn pair_cosine(
 ) -> f64 {
     let left = match criterion {
         Criterion::QueryKey => q.row(batch, head, a),
-        // CompressionConfig::check has refused ObservedMass.
+        // Its callers have no pairs under ObservedMass.
         Criterion::KeyKey | Criterion::ObservedMass => k.row(batch, kv_head, a),
     };
     cosine(left, k.row(batch, kv_head, p))
@@ -120,7 +120,7 @@ pub(super) fn pair_cosine(
 /// Which tokens merge, for q of shape (B, H, N, D) and k of shape (B, Hk, N, D).
 ///
 /// # Errors
-/// Shapes, strategies or settings that do not fit together.
+/// Shapes, strategies or settings that do not fit together, or [`Criterion::ObservedMass`], which reads the values, too.
 pub fn indicators(
     q: &Array4,
     k: &Array4,
@@ -128,6 +128,9 @@ pub fn indicators(
     config: &CompressionConfig,
 ) -> Result<Indicators> {
     config.check(true)?;
+    if config.criterion == Criterion::ObservedMass {
+        bail!("criterion: expected QueryKey or KeyKey, got ObservedMass; use reference::observed_indicators")
+    }
     let sizes = Sizes::new(q, k)?;
     strategies.check(sizes.batch, sizes.heads)?;
     let crit = |batch: usize, head: usize, a: usize, p: usize| {

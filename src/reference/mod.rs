@@ -7,6 +7,7 @@
 //! The way through is the same as everywhere in the crate:
 //!
 //! 1. [`indicators`] decides which tokens merge: [`cosine`], [`qualifies`], then [`causal_rule`] or [`reference_rule`];
+//!    or [`observed_indicators`] does, by [`observed_mass`];
 //! 2. [`fold()`] gives every token its folded key and value, [`visible_columns`] says which of them a row attends to;
 //! 3. [`attention`] and [`attention_gradients`] compute one softmax per row over those columns;
 //! 4. [`compression_loss`] and [`compression_loss_gradients`] are the training loss;
@@ -20,12 +21,14 @@ mod dropout;
 mod fold;
 mod loss;
 mod merge;
+mod observe;
 
 pub use attend::{attention, attention_gradients};
 pub use dropout::{dropout_keeps, philox4x32_10};
 pub use fold::{fold, unfold, visible_columns, Column};
 pub use loss::{compression_loss, compression_loss_gradients, LossTerms};
 pub use merge::{causal_rule, cosine, indicators, norm, qualifies, reference_rule, unit, NORM_FLOOR};
+pub use observe::{local_columns, local_weights, observed_indicators, observed_mass, observing_rows};
 
 use candle_core::{bail, DType, Device, Result, Tensor};
 

@@ -1,7 +1,7 @@
 //! Random settings, shapes and strategies for caches, as property tests draw them.
 
 use anyhow::Result;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_sfattention::{CompressionConfig, Criterion, Fold, GroupRule, HeadStrategies, MergeStrategy};
 use proptest::prelude::*;
 
@@ -9,6 +9,21 @@ use super::inputs::Shape;
 
 /// Every setting that a cache takes, small windows and windows that never fill among them.
 pub fn configs() -> impl Strategy<Value = CompressionConfig> {
+    prop_oneof![3 => compared(), 1 => observed()]
+}
+
+fn observed() -> impl Strategy<Value = CompressionConfig> {
+    (0..6usize, prop_oneof![2..9usize, 30..200usize]).prop_map(|(sinks, window)| CompressionConfig {
+        group_rule: GroupRule::Unanimous,
+        criterion: Criterion::ObservedMass,
+        fold: Fold::Drop,
+        sinks,
+        window,
+        ..Default::default()
+    })
+}
+
+fn compared() -> impl Strategy<Value = CompressionConfig> {
     (
         prop_oneof![Just(Fold::PairSum), Just(Fold::Mean), Just(Fold::Drop)],
         prop_oneof![Just(Criterion::QueryKey), Just(Criterion::KeyKey)],
@@ -39,17 +54,34 @@ pub fn shapes() -> impl Strategy<Value = Shape> {
         .prop_map(|(batch, kv_heads, group, tokens, dim)| Shape(batch, kv_heads * group, kv_heads, tokens, dim))
 }
 
-/// Uniform, per head, and per batch row and head.
-pub fn strategies(kind: u8, shape: &Shape) -> Result<HeadStrategies> {
+/// Uniform, per head, and per batch row and head; with thresholds where the criterion needs them.
+pub fn strategies(kind: u8, shape: &Shape, config: &CompressionConfig) -> Result<HeadStrategies> {
     let codes = |count: usize| (0..count).map(|i| (i * 7 % 3) as u32).collect::<Vec<_>>();
-    Ok(match kind {
+    let strategies = match kind {
         0..=2 => HeadStrategies::uniform(MergeStrategy::ALL[kind as usize]),
         3 => HeadStrategies::from_tensor(&Tensor::new(codes(shape.1), &Device::Cpu)?)?,
         _ => {
             let codes = Tensor::from_vec(codes(shape.0 * shape.1), (shape.0, shape.1), &Device::Cpu)?;
             HeadStrategies::from_tensor(&codes)?
         }
-    })
+    };
+    with_thresholds(strategies, shape, config)
+}
+
+/// Thresholds that hide about half of the tokens, where the criterion needs them; the heads of a group have different
+/// ones.
+pub fn with_thresholds(
+    strategies: HeadStrategies,
+    shape: &Shape,
+    config: &CompressionConfig,
+) -> Result<HeadStrategies> {
+    if config.criterion != Criterion::ObservedMass {
+        return Ok(strategies);
+    }
+    let group = (shape.1 / shape.2) as f64;
+    let middle = 0.5 * group * (shape.4 as f64 / 3.0).sqrt();
+    let thresholds = (Tensor::arange(0u32, shape.1 as u32, &Device::Cpu)?.to_dtype(DType::F64)? * (0.1 * middle))?;
+    Ok(strategies.with_thresholds(&(thresholds + middle)?)?)
 }
 
 /// Tokens `start..start + count` of q, k and v.

@@ -84,6 +84,13 @@ impl Case {
     }
 }
 
+/// Every case of every file.
+pub fn all_cases() -> Result<Vec<Case>> {
+    let mut all = cases("golden.safetensors")?;
+    all.extend(cases("observed_mass.safetensors")?);
+    Ok(all)
+}
+
 /// Every case of `tests/data/<file>`, in the order of their names: as many as the header lists.
 pub fn cases(file: &str) -> Result<Vec<Case>> {
     // The variable as it is now: a packed binary runs on another machine than it was built on.

@@ -3,13 +3,13 @@
 //! gradients in halves is candle's error and this crate's CPU path's together: that one computes in f32 and, like other
 //! fused backward passes, reads the output that forward rounded, where candle keeps every weight.
 
-use super::inputs::values;
+use super::inputs::{values, Shape};
 use super::plain::plain_attention;
-use super::settings::Setting;
+use super::settings::{reference_bits, Setting};
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_sfattention::reference::{self, Array4, Indicators};
-use candle_sfattention::{attend, AttentionOptions, HeadStrategies, MergePlan};
+use candle_sfattention::{attend, AttentionOptions, MergePlan};
 
 /// The names of [`Expected::exact`].
 const NAMES: [&str; 4] = ["output", "dq", "dk", "dv"];
@@ -34,12 +34,14 @@ pub fn largest_error(got: &Tensor, exact: &Tensor) -> Result<f64> {
         got.dims(),
         exact.dims()
     );
-    let mut largest = 0.0;
+    let mut largest: f64 = 0.0;
     for (got, exact) in values(got)?.into_iter().zip(values(exact)?) {
         let error = (got - exact).abs();
-        if !(error <= largest) {
-            largest = if error.is_nan() { f64::INFINITY } else { error };
-        }
+        largest = if error.is_nan() {
+            f64::INFINITY
+        } else {
+            error.max(largest)
+        };
     }
     Ok(largest)
 }
@@ -67,7 +69,9 @@ impl Expected {
     pub fn new(qkv: &[Tensor; 3], grad_output: &Tensor, setting: &Setting, options: &AttentionOptions) -> Result<Self> {
         let [q, k, v] = [&qkv[0], &qkv[1], &qkv[2]].map(Array4::from_tensor);
         let (q, k, v, config) = (q?, k?, v?, &setting.config);
-        let bits = reference::indicators(&q, &k, &HeadStrategies::uniform(setting.strategy), config)?;
+        let [batch, heads, tokens, dim] = q.dims;
+        let strategies = setting.strategies(&Shape(batch, heads, k.dims[1], tokens, dim))?;
+        let bits = reference_bits([&q, &k, &v], &strategies, config, options)?;
         let exact = exact(
             [&q, &k, &v],
             &Array4::from_tensor(grad_output)?,

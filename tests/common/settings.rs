@@ -1,9 +1,12 @@
 //! The table of settings that the CPU path is held against the reference with.
 
+use super::caches::with_thresholds;
 use super::inputs::Shape;
+use anyhow::Result;
 use candle_core::{Device, Tensor};
+use candle_sfattention::reference::{self, Array4, Indicators};
 use candle_sfattention::{
-    AttentionOptions, CompressionConfig, Criterion, Dropout, Fold, GroupRule, MergeRule, MergeStrategy,
+    AttentionOptions, CompressionConfig, Criterion, Dropout, Fold, GroupRule, HeadStrategies, MergeRule, MergeStrategy,
 };
 
 pub struct Setting {
@@ -15,8 +18,35 @@ pub struct Setting {
     pub hides: bool,
 }
 
+impl Setting {
+    /// With thresholds where the criterion needs them.
+    pub fn strategies(&self, shape: &Shape) -> Result<HeadStrategies> {
+        with_thresholds(HeadStrategies::uniform(self.strategy), shape, &self.config)
+    }
+}
+
+/// The reference's decisions by any criterion.
+pub fn reference_bits(
+    [q, k, v]: [&Array4; 3],
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+) -> Result<Indicators> {
+    Ok(match config.criterion {
+        Criterion::ObservedMass => reference::observed_indicators(q, k, v, strategies, config, options)?,
+        _ => reference::indicators(q, k, strategies, config)?,
+    })
+}
+
 fn plain(_: &Shape) -> AttentionOptions {
     AttentionOptions::default()
+}
+
+fn scaled(_: &Shape) -> AttentionOptions {
+    AttentionOptions {
+        softmax_scale: Some(0.3),
+        ..Default::default()
+    }
 }
 
 fn everywhere(_: &Shape) -> AttentionOptions {
@@ -71,6 +101,13 @@ pub fn settings() -> Vec<Setting> {
     let unanimous = CompressionConfig {
         group_rule: GroupRule::Unanimous,
         ..key.clone()
+    };
+    let observed = |window, sinks| CompressionConfig {
+        criterion: Criterion::ObservedMass,
+        fold: Drop,
+        window,
+        sinks,
+        ..unanimous.clone()
     };
     let setting = |name, strategy, config, options, hides| Setting {
         name,
@@ -213,6 +250,15 @@ pub fn settings() -> Vec<Setting> {
             true,
         ),
         setting("pair sum, dropout", Similarity, base.clone(), dropping, true),
+        setting("observed mass", Similarity, observed(8, 4), plain, true),
+        setting("observed mass, window 32", Difference, observed(32, 1), scaled, true),
+        setting(
+            "observed mass, window 2, bias",
+            Similarity,
+            observed(2, 0),
+            biased,
+            true,
+        ),
         setting("off, dropout", Off, base, dropping, false),
     ]
 }

@@ -3,8 +3,8 @@
 use anyhow::Result;
 use candle_core::{DType, Tensor, Var};
 use candle_sfattention::{
-    attend, compression_loss, AttentionOptions, CompressedAttention, CompressionConfig, Criterion, Dropout, GroupRule,
-    HeadStrategies, MergePlan, MergeStrategy,
+    attend, compression_loss, observed_mass, AttentionOptions, CompressedAttention, CompressedKvCache,
+    CompressionConfig, Criterion, Dropout, Fold, GroupRule, HeadStrategies, MergePlan, MergeStrategy,
 };
 
 use crate::{codes, config, options, plan, refused, similarity, zeros, CPU, SHAPE};
@@ -75,10 +75,54 @@ fn settings_without_a_meaning() {
         &config(|c| c.window = usize::MAX),
         "window, sinks and max_merge_level: expected at most 4294967295, got 18446744073709551615…; a window of all tokens folds nothing",
     );
-    refused_config(
-        &config(|c| c.criterion = Criterion::ObservedMass),
-        "criterion: expected query_key or key_key, got observed_mass; …use key_key with a window",
+}
+
+/// What the criterion observed mass needs.
+fn observing(change: impl FnOnce(&mut CompressionConfig)) -> CompressionConfig {
+    config(|c| {
+        c.criterion = Criterion::ObservedMass;
+        c.fold = Fold::Drop;
+        c.group_rule = GroupRule::Unanimous;
+        c.window = 2;
+        change(c)
+    })
+}
+
+#[test]
+fn what_observed_mass_does_not_know() -> Result<()> {
+    for (got, change) in [
+        ("fold Mean", (|c| c.fold = Fold::Mean) as fn(&mut CompressionConfig)),
+        ("group_rule PerQueryHead", |c| c.group_rule = GroupRule::PerQueryHead),
+        ("window 1", |c| c.window = 1),
+        ("window 0", |c| c.window = 0),
+    ] {
+        let pattern = format!(
+            "Criterion::ObservedMass: expected causal attention, fold Drop, group_rule Unanimous and a window of at least \
+             2, got {got}; use Criterion::KeyKey"
+        );
+        refused_config(&observing(change), &pattern);
+    }
+    let [q, k, v] = SHAPE.qkv(0, DType::F32)?;
+    let (config, options) = (observing(|_| ()), options(|_| ()));
+    assert!(config.check(true).is_ok() && config.check(false).is_err());
+    // No default threshold, wherever strategies come in; a head that is off needs none.
+    let pattern = "thresholds: expected one per head for Criterion::ObservedMass, … got none; calibrate them, …";
+    refused(config.check_strategies(&similarity()), pattern);
+    refused(MergePlan::new(&q, &k, &v, &similarity(), &config, &options), pattern);
+    refused(compression_loss(&q, &k, &similarity(), &config), pattern);
+    refused(
+        CompressedAttention::new(similarity(), config.clone(), options.clone()),
+        pattern,
     );
+    refused(
+        CompressedKvCache::new(similarity(), config.clone(), Default::default()),
+        pattern,
+    );
+    let off = HeadStrategies::uniform(MergeStrategy::Off);
+    assert!(MergePlan::new(&q, &k, &v, &off, &config, &options).is_ok());
+    let scores = observed_mass(&q, &k, &v, &CompressionConfig::pretrained(), &options);
+    refused(scores, "criterion: expected Criterion::ObservedMass, got KeyKey; …");
+    Ok(())
 }
 
 #[test]

@@ -1,0 +1,152 @@
+//! `llama calibrate`: every head's threshold from a text, as a policy.
+
+use std::fs;
+use std::io::{stdout, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{ensure, Context, Result};
+use candle_core::{DType, Tensor};
+use candle_sfattention::{
+    attend, Calibrator, CompressedAttention, CompressionConfig, HeadStrategies, Measurement, MergePlan, MergeStrategy,
+    Policy,
+};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::args::{CalibrateArgs, ErrorScale, WeightArgs};
+use crate::corpus::{self, Window};
+use crate::load::Checkpoint;
+use crate::model::{HiddenCounts, LayerCall, Llama};
+use crate::report::check_path;
+
+pub fn run(args: &CalibrateArgs) -> Result<()> {
+    let outs = outs(args)?;
+    let config = args.compression.calibrated_config();
+    config.check(true)?;
+    let text = corpus::read(&args.text)?;
+    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options())?;
+    corpus::check_context(args.context, &checkpoint)?;
+    let shape = checkpoint.config.shape();
+    let windows = windows(
+        &checkpoint.encode(&text, false)?,
+        args.context,
+        args.windows,
+        args.repeats,
+    )?;
+    let calibrator = Calibrator::new(shape, config, Default::default(), &args.ratios)?;
+    let model = checkpoint.load(dense(shape.layers)?)?;
+    let measurement = measure(&model, calibrator, &windows, args.weights)?;
+    let fingerprint = model.fingerprint()?;
+    for (target, out) in args.target.iter().zip(outs) {
+        let policy = measurement.policy(*target, &fingerprint)?;
+        fs::write(&out, policy.to_json()? + "\n").with_context(|| format!("out {}", out.display()))?;
+        print(&policy, &out)?;
+    }
+    Ok(())
+}
+
+/// One file per target.
+fn outs(args: &CalibrateArgs) -> Result<Vec<PathBuf>> {
+    ensure!(
+        args.target.len() == 1 || args.out.contains("{}"),
+        "out: expected {{}} in the name for {} targets, got {}; write policy-{{}}.json",
+        args.target.len(),
+        args.out
+    );
+    let name = |target: &f64| PathBuf::from(args.out.replace("{}", &target.to_string()));
+    let outs: Vec<PathBuf> = args.target.iter().map(name).collect();
+    outs.iter().try_for_each(|out| check_path("out", Some(out)))?;
+    Ok(outs)
+}
+
+/// Prose, and passages that are repeated.
+pub fn windows(tokens: &[u32], context: usize, count: usize, repeats: usize) -> Result<Vec<Window>> {
+    let prose = corpus::spread(tokens, context, count, true)?;
+    let mut windows: Vec<Window> = prose.into_iter().map(Window::prose).collect();
+    if repeats > 0 {
+        let repeats = corpus::spread(tokens, context, repeats, true)?;
+        windows.extend(repeats.into_iter().map(Window::copy));
+    }
+    Ok(windows)
+}
+
+/// An attention that merges nothing, for each layer.
+pub fn dense(layers: usize) -> Result<Vec<CompressedAttention>> {
+    let off = HeadStrategies::uniform(MergeStrategy::Off);
+    let attention = CompressedAttention::new(off, CompressionConfig::default(), Default::default())?;
+    Ok(vec![attention; layers])
+}
+
+/// Both passes over the windows.
+pub fn measure(
+    model: &Llama,
+    mut calibrator: Calibrator,
+    windows: &[Window],
+    weights: WeightArgs,
+) -> Result<Measurement> {
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} windows  {msg}  {eta} left")?;
+    let bar = ProgressBar::new(2 * windows.len() as u64).with_style(style);
+    let each = |what: &'static str, visit: &mut dyn FnMut(&LayerCall, &Window) -> Result<()>| -> Result<()> {
+        bar.set_message(what);
+        for window in windows {
+            model.forward_planned(&window.tokens, &mut HiddenCounts::default(), |call| {
+                visit(call, window)?;
+                nothing(call)
+            })?;
+            bar.inc(1);
+        }
+        Ok(())
+    };
+    each("scores", &mut |call, _| {
+        let [q, k, v] = call.qkv;
+        Ok(calibrator.observe(call.layer, q, k, v)?)
+    })?;
+    let mut measurement = calibrator.measure()?;
+    each("errors", &mut |call, window| {
+        let repeat = if window.is_copy() { weights.repeat_weight } else { 1.0 };
+        let weight = repeat / scale(weights.error_scale, call)?;
+        Ok(measurement.add(call.layer, call.qkv, Some(&call.projection.weight()?), weight)?)
+    })?;
+    bar.finish_and_clear();
+    Ok(measurement)
+}
+
+/// What a layer's errors are divided by.
+fn scale(scale: ErrorScale, call: &LayerCall) -> Result<f64> {
+    let values = match scale {
+        ErrorScale::None => return Ok(1.0),
+        ErrorScale::Stream => call.stream.clone(),
+        ErrorScale::Output => {
+            let [q, k, v] = call.qkv;
+            let output = attend(q, k, v, &nothing(call)?, &Default::default())?;
+            call.projection.forward(&output.transpose(1, 2)?.flatten_from(2)?)?
+        }
+    };
+    let mean = values.to_dtype(DType::F32)?.sqr()?.mean_all()?.to_scalar::<f32>()?;
+    Ok(f64::from(mean).max(1e-12))
+}
+
+/// A plan that hides nothing.
+fn nothing(call: &LayerCall) -> Result<MergePlan> {
+    let (batch, heads, tokens, _) = call.qkv[0].dims4()?;
+    let bits = Tensor::zeros((batch, heads, tokens - 1), DType::U8, call.qkv[0].device())?;
+    Ok(MergePlan::from_indicators(&bits, &CompressionConfig::default())?)
+}
+
+fn print(policy: &Policy, out: &Path) -> Result<()> {
+    let parts = policy.parts();
+    let figures = &parts.calibration;
+    let out_line = &mut stdout().lock();
+    writeln!(
+        out_line,
+        "{}: {:.4} of the tokens that have left the window hidden, {:.4} of all, in {} windows",
+        out.display(),
+        figures.hidden_ratio,
+        figures.hidden_ratio_of_all,
+        figures.windows
+    )?;
+    for (index, layer) in parts.layers.iter().enumerate() {
+        let ratios: Vec<String> = layer.hidden_ratios.iter().map(|ratio| format!("{ratio:.2}")).collect();
+        writeln!(out_line, "  layer {index:>2}  {}", ratios.join(" "))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,107 @@
+//! Windows of a text: plain ones and repeated ones, and what a model makes of them.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{ensure, Context, Result};
+use candle_core::{Device, Tensor, D};
+
+use crate::load::Checkpoint;
+use crate::model::Llama;
+
+/// Rows of logits held at once: 64 rows of 50k f32 are 12 MiB, and three such buffers live together.
+const LOGIT_ROWS: usize = 64;
+
+/// Tokens that a model reads, and those of them whose prediction counts.
+#[derive(Clone, Debug)]
+pub struct Window {
+    pub tokens: Vec<u32>,
+    /// The first token that is predicted, at least 1.
+    first: usize,
+}
+
+impl Window {
+    /// As it stands; all but its first token count.
+    pub fn prose(tokens: &[u32]) -> Self {
+        Self {
+            tokens: tokens.to_vec(),
+            first: 1,
+        }
+    }
+
+    /// Its first half twice: `[A][A again]`. The second half counts.
+    pub fn copy(tokens: &[u32]) -> Self {
+        let half = &tokens[..tokens.len() / 2];
+        Self {
+            tokens: half.repeat(2),
+            first: half.len().max(1),
+        }
+    }
+
+    /// Whether it is a passage twice.
+    pub fn is_copy(&self) -> bool {
+        self.first > 1
+    }
+
+    /// How many predictions count.
+    pub fn predicted(&self) -> usize {
+        self.tokens.len() - self.first
+    }
+
+    /// Summed negative log likelihood of what counts, given the hidden states `(1, N, hidden)`.
+    pub fn nll(&self, model: &Llama, hidden: &Tensor) -> Result<f64> {
+        let mut sum = 0.0;
+        let end = self.tokens.len();
+        for first in (self.first..end).step_by(LOGIT_ROWS) {
+            let rows = LOGIT_ROWS.min(end - first);
+            // Row t predicts token t + 1.
+            sum += nll(
+                &model.logits(hidden, first - 1, rows)?,
+                &self.tokens[first..first + rows],
+            )?;
+        }
+        Ok(sum)
+    }
+}
+
+/// Σ log Σ exp(logits) - logits[target] over rows `(n, vocabulary)`; rows in f32, their sum in f64.
+fn nll(logits: &Tensor, targets: &[u32]) -> Result<f64> {
+    let targets = Tensor::new(targets, &Device::Cpu)?.unsqueeze(1)?;
+    let picked = logits.gather(&targets, D::Minus1)?.squeeze(1)?;
+    let losses = (logits.log_sum_exp(D::Minus1)? - picked)?;
+    Ok(losses.to_vec1::<f32>()?.into_iter().map(f64::from).sum())
+}
+
+/// A text file that holds something.
+pub fn read(file: &Path) -> Result<String> {
+    let text = fs::read_to_string(file).with_context(|| format!("text {}", file.display()))?;
+    ensure!(
+        !text.trim().is_empty(),
+        "text {}: expected some text, got an empty file; give another with --text",
+        file.display()
+    );
+    Ok(text)
+}
+
+/// Refuses windows that the model was not made for.
+pub fn check_context(context: usize, checkpoint: &Checkpoint) -> Result<()> {
+    let limit = checkpoint.config.context_length;
+    ensure!(
+        (2..=limit).contains(&context),
+        "context: expected 2 to {limit}, the model's context length, got {context}; change --context"
+    );
+    Ok(())
+}
+
+/// Every `context` tokens of a text are a slot. These are `count` of them, spread over it: at `i / count` of the text, or
+/// with `midway` in the middle between those.
+pub fn spread(tokens: &[u32], context: usize, count: usize, midway: bool) -> Result<Vec<&[u32]>> {
+    let slots = tokens.len() / context;
+    ensure!(
+        (1..=slots / 2).contains(&count),
+        "windows: expected 1 to {}, half of those that the text has, got {count}; give a longer text or fewer windows",
+        slots / 2
+    );
+    let slot = |i: usize| (2 * i + usize::from(midway)) * slots / (2 * count);
+    Ok((0..count).map(|i| &tokens[slot(i) * context..][..context]).collect())
+}

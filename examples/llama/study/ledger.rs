@@ -1,0 +1,89 @@
+//! What was measured already, one line of JSON each, so that a report that was stopped goes on.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+
+use anyhow::{ensure, Context, Result};
+use serde::{Deserialize, Serialize};
+
+/// One method on one task.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Record {
+    /// Summed negative log likelihood of the predicted tokens; of a pass key, 1 where it was found.
+    pub score: f64,
+    pub predicted: usize,
+    pub tokens: usize,
+    /// Entries left out of all, at the end of the sequence.
+    pub hidden_ratio: f64,
+    /// Keys and values that a cache keeps at the end, in f32.
+    pub bytes: usize,
+    pub bytes_dense: usize,
+    /// Of the forward pass without the logits.
+    pub seconds: f64,
+}
+
+#[derive(Serialize, Deserialize)]
+enum Line {
+    Settings(String),
+    Record(String, Record),
+}
+
+pub struct Ledger {
+    file: File,
+    records: BTreeMap<String, Record>,
+}
+
+impl Ledger {
+    /// Goes on with `path`, which must be of the same settings, or begins it.
+    pub fn open(path: &Path, settings: &str) -> Result<Self> {
+        let mut records = BTreeMap::new();
+        let known = path.exists();
+        if known {
+            for (index, line) in BufReader::new(File::open(path)?).lines().enumerate() {
+                match (index, serde_json::from_str(&line?)) {
+                    (0, Ok(Line::Settings(found))) => ensure!(
+                        found == settings,
+                        "{}: expected a report of the same settings, {settings}, got {found}; choose another --out",
+                        path.display()
+                    ),
+                    (_, Ok(Line::Record(key, record))) => drop(records.insert(key, record)),
+                    // A run that was killed may leave half a line behind.
+                    _ => {}
+                }
+            }
+        }
+        let file = OpenOptions::new().create(true).append(true).open(path);
+        let mut file = file.with_context(|| path.display().to_string())?;
+        // Ends a line that was cut short.
+        writeln!(
+            file,
+            "{}",
+            if known {
+                String::new()
+            } else {
+                serde_json::to_string(&Line::Settings(settings.into()))?
+            }
+        )?;
+        Ok(Self { file, records })
+    }
+
+    pub fn get(&self, key: &str) -> Option<&Record> {
+        self.records.get(key)
+    }
+
+    pub fn add(&mut self, key: &str, record: Record) -> Result<()> {
+        let line = serde_json::to_string(&Line::Record(key.into(), record.clone()))?;
+        writeln!(self.file, "{line}")?;
+        self.records.insert(key.into(), record);
+        Ok(())
+    }
+
+    /// The records of a method whose task begins with `test`, by the task's name.
+    pub fn of<'a>(&'a self, method: &str, test: &str) -> impl Iterator<Item = (&'a str, &'a Record)> {
+        let (name, prefix) = (format!("{method} "), format!("{method} {test}"));
+        let records = self.records.iter().filter(move |(key, _)| key.starts_with(&prefix));
+        records.map(move |(key, record)| (&key[name.len()..], record))
+    }
+}

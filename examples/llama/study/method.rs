@@ -1,0 +1,187 @@
+//! The methods of a report, as plans for each layer.
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Tensor};
+use candle_sfattention::{
+    CompressionConfig, Fold, GroupRule, HeadStrategies, MergePlan, MergeStrategy, ModelShape, Policy,
+};
+use rand::seq::index::sample;
+use rand::{rngs::StdRng, SeedableRng};
+
+use crate::model::LayerCall;
+
+/// One way to attend.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Method {
+    Dense,
+    /// The paper's settings, on a model that was not trained with them.
+    Paper,
+    Pretrained,
+    Calibrated(f64),
+    /// As many tokens of each KV head as the calibrated policy hides, the same sinks and window, but any tokens.
+    Random(f64),
+    /// The first tokens and a window that is as long as the calibrated policy keeps entries.
+    Streaming(f64),
+}
+
+impl Method {
+    pub fn all(policies: &[(f64, Policy)]) -> Vec<Self> {
+        let families: [fn(f64) -> Self; 3] = [Self::Calibrated, Self::Random, Self::Streaming];
+        let mut all = vec![Self::Dense, Self::Paper, Self::Pretrained];
+        for family in families {
+            all.extend(policies.iter().map(|(ratio, _)| family(*ratio)));
+        }
+        all
+    }
+
+    pub fn family(&self) -> &'static str {
+        match self {
+            Self::Dense => "dense",
+            Self::Paper => "paper",
+            Self::Pretrained => "pretrained",
+            Self::Calibrated(_) => "calibrated",
+            Self::Random(_) => "random",
+            Self::Streaming(_) => "streaming",
+        }
+    }
+
+    pub fn name(&self) -> String {
+        match self {
+            Self::Calibrated(ratio) | Self::Random(ratio) | Self::Streaming(ratio) => {
+                format!("{}-{ratio}", self.family())
+            }
+            _ => self.family().into(),
+        }
+    }
+
+    pub fn planner(&self, policies: &[(f64, Policy)]) -> Result<Planner> {
+        let policy = match self {
+            Self::Calibrated(ratio) | Self::Random(ratio) | Self::Streaming(ratio) => {
+                let found = policies.iter().find(|(other, _)| other == ratio);
+                Some(&found.with_context(|| format!("no policy for {ratio}"))?.1)
+            }
+            _ => None,
+        };
+        Ok(Planner {
+            method: *self,
+            strategies: match policy {
+                Some(policy) => policy.head_strategies(&policy.parts().model)?,
+                None => Vec::new(),
+            },
+            config: match (self, policy) {
+                (_, Some(policy)) => policy.parts().config.clone(),
+                (Self::Pretrained, _) => CompressionConfig::pretrained(),
+                _ => CompressionConfig::default(),
+            },
+            hidden_ratio: policy.map_or(0.0, |policy| policy.parts().calibration.hidden_ratio),
+        })
+    }
+}
+
+/// A method with all that it needs.
+pub struct Planner {
+    method: Method,
+    strategies: Vec<HeadStrategies>,
+    config: CompressionConfig,
+    /// Of the tokens that have left the window, in calibration.
+    hidden_ratio: f64,
+}
+
+impl Planner {
+    /// The plan of a layer, and whether its cache would need a list per query head.
+    pub fn plan(&self, call: &LayerCall) -> Result<(MergePlan, bool)> {
+        let [q, k, v] = call.qkv;
+        let new = |strategies: &HeadStrategies| {
+            MergePlan::new(q, k, v, strategies, &self.config, &Default::default()).map_err(anyhow::Error::from)
+        };
+        let uniform = |strategy| new(&HeadStrategies::uniform(strategy));
+        let plan = match self.method {
+            Method::Dense => uniform(MergeStrategy::Off)?,
+            Method::Paper => uniform(MergeStrategy::Difference)?,
+            Method::Pretrained => uniform(MergeStrategy::Similarity)?,
+            Method::Calibrated(_) => new(&self.strategies[call.layer])?,
+            Method::Random(_) => self.random(call, &new(&self.strategies[call.layer])?)?,
+            Method::Streaming(_) => self.streaming(call)?,
+        };
+        let alone = self.config.group_rule == GroupRule::PerQueryHead;
+        Ok((plan, alone && self.method == Method::Paper))
+    }
+
+    fn random(&self, call: &LayerCall, plan: &MergePlan) -> Result<MergePlan> {
+        let (heads, kv_heads) = (call.qkv[0].dim(1)?, call.qkv[1].dim(1)?);
+        let (first, pairs) = (self.config.sinks, call.qkv[0].dim(2)? - 1);
+        let eligible = pairs.saturating_sub(self.config.window + first);
+        let counts = &plan.stats()?.per_head[0];
+        let mut bits = vec![0u8; heads * pairs];
+        let group = heads / kv_heads;
+        for kv_head in 0..kv_heads {
+            let mut rng = StdRng::seed_from_u64((call.layer * kv_heads + kv_head) as u64);
+            for token in sample(&mut rng, eligible, counts[kv_head * group].min(eligible)) {
+                for head in kv_head * group..(kv_head + 1) * group {
+                    bits[head * pairs + first + token] = 1;
+                }
+            }
+        }
+        let bits = Tensor::from_vec(bits, (1, heads, pairs), call.qkv[0].device())?;
+        Ok(MergePlan::from_indicators(&bits, &self.config)?)
+    }
+
+    fn streaming(&self, call: &LayerCall) -> Result<MergePlan> {
+        let (heads, pairs) = (call.qkv[0].dim(1)?, call.qkv[0].dim(2)? - 1);
+        let sinks = self.config.sinks;
+        let hidden = self.hidden_ratio * pairs.saturating_sub(self.config.window + sinks) as f64;
+        let config = CompressionConfig {
+            fold: Fold::Drop,
+            window: pairs - sinks.min(pairs) - (hidden.round() as usize).min(pairs - sinks.min(pairs)),
+            ..Default::default()
+        };
+        let head: Vec<u8> = (0..pairs)
+            .map(|t| u8::from(t >= sinks && t + config.window < pairs))
+            .collect();
+        let bits = Tensor::from_vec(head.repeat(heads), (1, heads, pairs), call.qkv[0].device())?;
+        debug_assert_eq!(bits.dtype(), DType::U8);
+        Ok(MergePlan::from_indicators(&bits, &config)?)
+    }
+}
+
+/// What a cache would hold at the end of a sequence.
+#[derive(Default)]
+pub struct Kept {
+    entries: usize,
+    dropped: usize,
+    pub bytes: usize,
+    pub bytes_dense: usize,
+}
+
+impl Kept {
+    pub fn add(&mut self, call: &LayerCall, plan: &MergePlan, per_query_head: bool) -> Result<()> {
+        let [q, k, _] = call.qkv;
+        let shape = ModelShape {
+            layers: 1,
+            heads: q.dim(1)?,
+            kv_heads: k.dim(1)?,
+            head_dim: q.dim(3)?,
+        };
+        let tokens = q.dim(2)?;
+        // A hidden token is gone once it has left the window.
+        let left = (tokens - 1).saturating_sub(plan.config().window);
+        let step = if per_query_head {
+            1
+        } else {
+            shape.heads / shape.kv_heads
+        };
+        let row = 2 * shape.head_dim * size_of::<f32>();
+        for bits in plan.indicators().to_vec3::<u8>()?[0].iter().step_by(step) {
+            let dropped = bits[..left].iter().filter(|bit| **bit == 1).count();
+            self.dropped += dropped;
+            self.entries += tokens;
+            self.bytes += (tokens - dropped) * row;
+        }
+        self.bytes_dense += shape.kv_heads * tokens * row;
+        Ok(())
+    }
+
+    pub fn hidden_ratio(&self) -> f64 {
+        self.dropped as f64 / self.entries.max(1) as f64
+    }
+}

@@ -1,0 +1,158 @@
+//! `llama report`: one model under every method, and under controls that keep as many entries.
+
+mod ledger;
+mod method;
+mod passkey;
+mod plots;
+mod summary;
+
+use std::fs;
+use std::time::Instant;
+
+use anyhow::{ensure, Context, Result};
+use candle_sfattention::{Calibrator, Policy};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::args::{CalibrateArgs, ReportArgs};
+use crate::calibrate;
+use crate::corpus::{self, Window};
+use crate::load::Checkpoint;
+use crate::model::{HiddenCounts, Llama};
+use ledger::{Ledger, Record};
+use method::{Kept, Method};
+use passkey::Passkey;
+
+/// What one method is tried on.
+enum Task {
+    Text(Window),
+    Passkey(Passkey),
+}
+
+pub fn run(args: &ReportArgs) -> Result<()> {
+    check(args)?;
+    let text = corpus::read(&args.text)?;
+    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options())?;
+    corpus::check_context(args.context, &checkpoint)?;
+    for length in &args.passkey {
+        corpus::check_context(*length, &checkpoint)?;
+    }
+    let tokens = checkpoint.encode(&text, false)?;
+    let tasks = tasks(&tokens, &checkpoint, args)?;
+    fs::create_dir_all(&args.out).with_context(|| format!("out {}", args.out.display()))?;
+    let model = checkpoint.load(calibrate::dense(checkpoint.config.layers)?)?;
+    let policies = policies(&model, &checkpoint, &tokens, args)?;
+    let methods = Method::all(&policies);
+    let settings = format!(
+        "{} {} {} {} {:?}",
+        model.fingerprint()?,
+        args.text.display(),
+        args.context,
+        args.windows,
+        args.compression.calibrated_config()
+    );
+    let mut ledger = Ledger::open(&args.out.join("progress.jsonl"), &settings)?;
+
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} runs  {msg}  {eta} left")?;
+    let bar = ProgressBar::new((methods.len() * tasks.len()) as u64).with_style(style);
+    for method in &methods {
+        for (name, task) in &tasks {
+            bar.set_message(format!("{} {name}", method.name()));
+            bar.tick();
+            let key = format!("{} {name}", method.name());
+            if ledger.get(&key).is_none() {
+                ledger.add(&key, measure(&model, method, &policies, task)?)?;
+            }
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+    let summary = summary::Summary::new(&args.model.model, &methods, &ledger)?;
+    summary.write(&args.out)?;
+    plots::draw(&args.out, &summary, &policies)?;
+    print!("{}", summary.markdown());
+    Ok(())
+}
+
+fn check(args: &ReportArgs) -> Result<()> {
+    ensure!(
+        !args.ratios.is_empty() && args.windows > 0,
+        "ratios and windows: expected at least one of each, got {:?} and {}; see --help",
+        args.ratios,
+        args.windows
+    );
+    Ok(())
+}
+
+/// Every text window, each also as a copy test, and pass keys at every length and depth.
+fn tasks(tokens: &[u32], checkpoint: &Checkpoint, args: &ReportArgs) -> Result<Vec<(String, Task)>> {
+    let windows = corpus::spread(tokens, args.context, args.windows, false)?;
+    let mut tasks = Vec::new();
+    for (index, window) in windows.iter().enumerate() {
+        tasks.push((format!("prose {index}"), Task::Text(Window::prose(window))));
+        tasks.push((format!("copy {index}"), Task::Text(Window::copy(window))));
+    }
+    for length in &args.passkey {
+        for (index, depth) in args.depths.iter().enumerate() {
+            let passkey = Passkey::new(checkpoint, tokens, *length, *depth, index)?;
+            tasks.push((format!("passkey {length} {depth}"), Task::Passkey(passkey)));
+        }
+    }
+    Ok(tasks)
+}
+
+/// A policy per ratio: those of an earlier run, or new ones.
+fn policies(model: &Llama, checkpoint: &Checkpoint, tokens: &[u32], args: &ReportArgs) -> Result<Vec<(f64, Policy)>> {
+    let file = |ratio: &f64| args.out.join(format!("policy-{ratio}.json"));
+    let mut measurement = None;
+    let mut policies = Vec::new();
+    for ratio in &args.ratios {
+        let policy = if file(ratio).is_file() {
+            Policy::from_json(&fs::read_to_string(file(ratio))?)?
+        } else {
+            if measurement.is_none() {
+                let windows = calibrate::windows(tokens, args.context, args.calibration, args.calibration)?;
+                let config = args.compression.calibrated_config();
+                let ratios = CalibrateArgs::RATIOS;
+                let calibrator = Calibrator::new(checkpoint.config.shape(), config, Default::default(), &ratios)?;
+                measurement = Some(calibrate::measure(model, calibrator, &windows, args.weights)?);
+            }
+            let measurement = measurement.as_ref().context("calibration")?;
+            let policy = measurement.policy(*ratio, &model.fingerprint()?)?;
+            fs::write(file(ratio), policy.to_json()? + "\n")?;
+            policy
+        };
+        policy.head_strategies(&checkpoint.config.shape())?;
+        policies.push((*ratio, policy));
+    }
+    Ok(policies)
+}
+
+/// Runs one task under one method.
+fn measure(model: &Llama, method: &Method, policies: &[(f64, Policy)], task: &Task) -> Result<Record> {
+    let tokens = match task {
+        Task::Text(window) => &window.tokens,
+        Task::Passkey(passkey) => &passkey.tokens,
+    };
+    let planner = method.planner(policies)?;
+    let mut kept = Kept::default();
+    let start = Instant::now();
+    let hidden = model.forward_planned(tokens, &mut HiddenCounts::default(), |call| {
+        let (plan, per_query_head) = planner.plan(call)?;
+        kept.add(call, &plan, per_query_head)?;
+        Ok(plan)
+    })?;
+    let seconds = start.elapsed().as_secs_f64();
+    let (score, predicted) = match task {
+        Task::Text(window) => (window.nll(model, &hidden)?, window.predicted()),
+        Task::Passkey(passkey) => (f64::from(u8::from(passkey.found(model, &hidden)?)), 1),
+    };
+    Ok(Record {
+        score,
+        predicted,
+        tokens: tokens.len(),
+        hidden_ratio: kept.hidden_ratio(),
+        bytes: kept.bytes,
+        bytes_dense: kept.bytes_dense,
+        seconds,
+    })
+}

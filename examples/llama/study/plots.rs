@@ -1,0 +1,135 @@
+//! A report's pictures, as SVG: what each method costs by what it keeps, and where the policies hide tokens.
+
+use std::path::Path;
+
+use anyhow::Result;
+use candle_sfattention::Policy;
+use plotters::prelude::*;
+
+use super::summary::{Row, Summary};
+
+const SIZE: (u32, u32) = (720, 400);
+const INK: RGBColor = RGBColor(60, 60, 60);
+const GRID: RGBColor = RGBColor(225, 225, 225);
+/// From Okabe and Ito's palette, whose colours everyone can tell apart.
+const FAMILIES: [(&str, RGBColor); 6] = [
+    ("dense", RGBColor(0, 0, 0)),
+    ("calibrated", RGBColor(0, 114, 178)),
+    ("random", RGBColor(230, 159, 0)),
+    ("streaming", RGBColor(213, 94, 0)),
+    ("pretrained", RGBColor(0, 158, 115)),
+    ("paper", RGBColor(204, 121, 167)),
+];
+
+pub fn draw(folder: &Path, summary: &Summary, policies: &[(f64, Policy)]) -> Result<()> {
+    let copy = |row: &Row| row.copy;
+    curves(&folder.join("perplexity.svg"), "Perplexity", 1.25, summary, |row| {
+        row.perplexity
+    })?;
+    curves(
+        &folder.join("copy.svg"),
+        "Perplexity of a repeated passage",
+        3.0,
+        summary,
+        copy,
+    )?;
+    for (ratio, policy) in policies {
+        heat_map(&folder.join(format!("heads-{ratio}.svg")), *ratio, policy)?;
+    }
+    Ok(())
+}
+
+/// One line per family. What is more than `limit` times dense is drawn at the top, with its number.
+fn curves(file: &Path, title: &str, limit: f64, summary: &Summary, value: impl Fn(&Row) -> f64) -> Result<()> {
+    let dense = summary
+        .rows
+        .iter()
+        .find(|row| row.family == "dense")
+        .map_or(1.0, &value);
+    let (bottom, top) = (dense - (limit - 1.0) * dense * 0.08, dense * limit);
+    let root = SVGBackend::new(file, SIZE).into_drawing_area();
+    root.fill(&WHITE)?;
+    let mut chart = ChartBuilder::on(&root)
+        .caption(title, ("sans-serif", 18).into_font().color(&INK))
+        .margin(12)
+        .margin_right(24)
+        .x_label_area_size(46)
+        .y_label_area_size(64)
+        .build_cartesian_2d(0.0..1.12, bottom..top + (top - bottom) * 0.06)?;
+    let text = ("sans-serif", 14).into_font().color(&INK);
+    chart
+        .configure_mesh()
+        .x_desc("KV cache at the window's end, of dense")
+        .axis_desc_style(text.clone())
+        .label_style(text)
+        .axis_style(INK)
+        .bold_line_style(GRID)
+        .light_line_style(TRANSPARENT)
+        .draw()?;
+    for (family, color) in FAMILIES {
+        let rows = summary.rows.iter().filter(|row| row.family == family);
+        let mut points: Vec<(f64, f64)> = rows.map(|row| (row.kv_bytes_of_dense.min(1.1), value(row))).collect();
+        points.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let shown: Vec<_> = points.iter().map(|(x, y)| (*x, y.min(top))).collect();
+        let style = ShapeStyle::from(color).filled().stroke_width(2);
+        chart
+            .draw_series(LineSeries::new(shown.clone(), style))?
+            .label(family)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], style));
+        chart.draw_series(shown.iter().map(|point| Circle::new(*point, 4, style)))?;
+        for (point, (_, y)) in shown.iter().zip(&points).filter(|(_, (_, y))| *y > top) {
+            let label = ("sans-serif", 13).into_font().color(&color);
+            chart.draw_series([EmptyElement::at(*point) + Text::new(format!("{y:.1}"), (6, -14), label)])?;
+        }
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
+        .label_font(("sans-serif", 13).into_font().color(&INK))
+        .background_style(WHITE.mix(0.8))
+        .draw()?;
+    root.present()?;
+    Ok(())
+}
+
+/// Layers from left to right, what decides as one from top to bottom; the darker, the more is hidden.
+fn heat_map(file: &Path, ratio: f64, policy: &Policy) -> Result<()> {
+    let layers = &policy.parts().layers;
+    let units = layers.first().map_or(1, |layer| layer.hidden_ratios.len());
+    let root = SVGBackend::new(file, (SIZE.0, 120 + 28 * units as u32)).into_drawing_area();
+    root.fill(&WHITE)?;
+    let title = format!("Hidden per layer and KV head, {ratio} in all");
+    let mut chart = ChartBuilder::on(&root)
+        .caption(title, ("sans-serif", 18).into_font().color(&INK))
+        .margin(12)
+        .x_label_area_size(40)
+        .y_label_area_size(48)
+        .build_cartesian_2d(0.0..layers.len() as f64, units as f64..0.0)?;
+    let text = ("sans-serif", 14).into_font().color(&INK);
+    chart
+        .configure_mesh()
+        .disable_mesh()
+        .x_desc("layer")
+        .y_desc("KV head")
+        .y_labels(units)
+        .axis_desc_style(text.clone())
+        .label_style(text)
+        .x_label_formatter(&|x| format!("{x:.0}"))
+        .y_label_formatter(&|y| format!("{y:.0}"))
+        .axis_style(INK)
+        .draw()?;
+    for (x, layer) in layers.iter().enumerate() {
+        for (y, hidden) in layer.hidden_ratios.iter().enumerate() {
+            let shade = |dark: f64| (255.0 - hidden.clamp(0.0, 1.0) * (255.0 - dark)) as u8;
+            let color = RGBColor(shade(0.0), shade(70.0), shade(120.0));
+            let corners = [(x as f64, y as f64), (x as f64 + 1.0, y as f64 + 1.0)];
+            chart.draw_series([Rectangle::new(corners, color.filled())])?;
+            let ink = if *hidden > 0.5 { WHITE } else { INK };
+            let label = ("sans-serif", 10).into_font().color(&ink);
+            let at = (x as f64 + 0.12, y as f64 + 0.35);
+            chart.draw_series([Text::new(format!("{:.0}", 100.0 * hidden), at, label)])?;
+        }
+    }
+    root.present()?;
+    Ok(())
+}

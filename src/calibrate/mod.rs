@@ -1,0 +1,392 @@
+//! Choosing each head's strategy and threshold from sample queries, keys and values: what hides a target share of the
+//! tokens at the least error of the layers' outputs.
+//!
+//! Samples are given twice, window by window and layer by layer, in any order. The first time, a [`Calibrator`] counts
+//! each head's scores, whose quantiles become candidate thresholds. The second time, a [`Measurement`] sums what each
+//! candidate hides and how far it moves the output. [`Measurement::policy`] then spends one global budget over all
+//! heads of all layers: it goes down the lower convex hulls of the heads' errors, always where the next hidden token
+//! costs least, which is the minimum of error + λ·entries kept for the λ that meets the target. Memory does not grow
+//! with the samples, and the result depends on nothing else.
+//!
+//! A policy's thresholds are fixed numbers, so attention stays causal: nothing is chosen at run time.
+
+mod choose;
+mod histogram;
+mod policy;
+
+pub use policy::{CalibrationFigures, LayerPolicy, ModelShape, Policy, PolicyOptions};
+
+use crate::config::{
+    AttentionOptions, CompressionConfig, Criterion, GroupRule, HeadStrategies, MergeRule, MergeStrategy,
+};
+use crate::observed::observed_mass;
+use crate::op::attend;
+use crate::plan::MergePlan;
+use candle_core::{bail, DType, Result, Tensor, D};
+use choose::Candidate;
+use histogram::Histogram;
+
+/// The first time through the samples: each head's scores.
+#[derive(Clone, Debug)]
+pub struct Calibrator {
+    settings: Settings,
+    ratios: Vec<f64>,
+    /// By layer, strategy and unit.
+    scores: Vec<Vec<Vec<Histogram>>>,
+}
+
+/// The second time: what each candidate hides and costs.
+#[derive(Clone, Debug)]
+pub struct Measurement {
+    settings: Settings,
+    /// By layer, strategy and ratio, then by unit.
+    candidates: Vec<Vec<Vec<Candidate>>>,
+    /// Tokens that could be hidden, and all pairs, over all layers and units.
+    eligible: usize,
+    pairs: usize,
+    windows: usize,
+    tokens: usize,
+}
+
+/// What both passes know. A unit is what decides as one: a KV head under [`GroupRule::Unanimous`], else a query head.
+#[derive(Clone, Debug)]
+struct Settings {
+    model: ModelShape,
+    config: CompressionConfig,
+    options: AttentionOptions,
+    strategies: Vec<MergeStrategy>,
+    /// Query heads in a unit.
+    heads_per_unit: usize,
+}
+
+impl Settings {
+    fn units(&self) -> usize {
+        self.model.heads / self.heads_per_unit
+    }
+
+    fn check(&self, layer: usize, q: &Tensor, k: &Tensor) -> Result<()> {
+        let ModelShape {
+            layers,
+            heads,
+            kv_heads,
+            head_dim,
+        } = self.model;
+        let fits = |x: &Tensor, heads: usize| matches!(*x.dims(), [1, h, _, d] if (h, d) == (heads, head_dim));
+        if layer >= layers || !fits(q, heads) || !fits(k, kv_heads) {
+            bail!(
+                "calibration: expected query (1, {heads}, N, {head_dim}) and key (1, {kv_heads}, N, {head_dim}) of a \
+                 layer below {layers}, got {:?} and {:?} of layer {layer}; give one window of one layer at a time",
+                q.dims(),
+                k.dims()
+            )
+        }
+        Ok(())
+    }
+
+    /// What is below the threshold of a hidden token, `(units, tokens)` in f32, of those tokens that may be hidden.
+    fn scores(&self, strategy: MergeStrategy, [q, k, v]: [&Tensor; 3]) -> Result<Vec<Vec<f32>>> {
+        let scores = match self.config.criterion {
+            Criterion::ObservedMass => observed_mass(q, k, v, &self.config, &self.options)?,
+            criterion => self.distances(strategy, criterion, q, k)?,
+        };
+        let scores = scores.squeeze(0)?.to_dtype(DType::F32)?;
+        let tokens = scores.dim(1)?;
+        let sinks = self.config.sinks.min(tokens);
+        let rows = scores.narrow(1, sinks, tokens - sinks)?;
+        (0..rows.dim(0)?).map(|unit| rows.get(unit)?.to_vec1()).collect()
+    }
+
+    /// `1 - cos` or `|cos|` of all pairs, the largest of each unit's heads, which must all agree.
+    fn distances(&self, strategy: MergeStrategy, criterion: Criterion, q: &Tensor, k: &Tensor) -> Result<Tensor> {
+        let unit_vectors = |x: &Tensor| -> Result<Tensor> {
+            let x = x.to_dtype(DType::F32)?;
+            x.broadcast_div(&x.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?.maximum(1e-12)?)
+        };
+        let (pairs, group) = (k.dim(2)? - 1, self.model.heads / self.model.kv_heads);
+        let (_, kv_heads, tokens, dim) = k.dims4()?;
+        let right = unit_vectors(k)?.unsqueeze(2)?;
+        let left = match criterion {
+            Criterion::QueryKey => unit_vectors(&q.contiguous()?)?.reshape((1, kv_heads, group, tokens, dim))?,
+            _ => right.clone(),
+        };
+        let cosines = left
+            .narrow(3, 1, pairs)?
+            .broadcast_mul(&right.narrow(3, 0, pairs)?)?
+            .sum(D::Minus1)?;
+        let distances = match strategy {
+            MergeStrategy::Similarity => cosines.affine(-1.0, 1.0)?,
+            _ => cosines.abs()?,
+        };
+        if self.heads_per_unit == group {
+            return distances.max(2);
+        }
+        let all = distances.broadcast_as((1, kv_heads, group, pairs))?;
+        all.contiguous()?.reshape((1, kv_heads * group, pairs))
+    }
+
+    /// One strategy for all heads, and a threshold per unit.
+    fn heads(
+        &self,
+        strategy: MergeStrategy,
+        thresholds: impl Iterator<Item = f64>,
+        like: &Tensor,
+    ) -> Result<HeadStrategies> {
+        let repeat = |threshold| std::iter::repeat_n(threshold, self.heads_per_unit);
+        let thresholds: Vec<f64> = thresholds.flat_map(repeat).collect();
+        HeadStrategies::uniform(strategy).with_thresholds(&Tensor::new(thresholds, like.device())?)
+    }
+}
+
+impl Calibrator {
+    /// For a model of that shape, its attention's settings and `options` (of which scale and bias count), and the shares
+    /// of hidden tokens to try, between 0 and 1; every head may also stay off. Under [`Criterion::ObservedMass`] a share
+    /// is one of the tokens that have left the window, else of all; sinks are never counted.
+    ///
+    /// # Errors
+    /// Settings that have no meaning, [`MergeRule::Reference`], whose decisions depend on one another, shapes of no
+    /// model, and ratios that are none.
+    pub fn new(
+        model: ModelShape,
+        config: CompressionConfig,
+        options: AttentionOptions,
+        ratios: &[f64],
+    ) -> Result<Self> {
+        config.check(options.causal)?;
+        options.check()?;
+        model.check()?;
+        if config.rule == MergeRule::Reference {
+            bail!("rule: expected MergeRule::Causal for calibration, got Reference; its heads decide together, use Causal")
+        }
+        let inside = |ratio: &f64| *ratio > 0.0 && *ratio < 1.0;
+        if ratios.is_empty() || !ratios.iter().all(inside) {
+            bail!("ratios: expected shares between 0 and 1, got {ratios:?}; give some as 0.25, 0.5 and 0.75")
+        }
+        let strategies = match config.criterion {
+            // It does not read the strategy.
+            Criterion::ObservedMass => vec![MergeStrategy::Similarity],
+            _ => vec![MergeStrategy::Similarity, MergeStrategy::Difference],
+        };
+        let settings = Settings {
+            model,
+            heads_per_unit: match config.group_rule {
+                GroupRule::Unanimous => model.heads / model.kv_heads,
+                GroupRule::PerQueryHead => 1,
+            },
+            strategies,
+            config,
+            options,
+        };
+        let per_layer = vec![vec![Histogram::new(); settings.units()]; settings.strategies.len()];
+        Ok(Self {
+            scores: vec![per_layer; model.layers],
+            ratios: ratios.to_vec(),
+            settings,
+        })
+    }
+
+    /// Counts the scores of one window in one layer: query (1, H, N, D), key and value (1, Hk, N, D), as they reach the
+    /// attention.
+    ///
+    /// # Errors
+    /// Tensors of another shape than the model's, or as [`MergePlan::new`].
+    pub fn observe(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+        self.settings.check(layer, q, k)?;
+        for (strategy, histograms) in self.settings.strategies.iter().zip(&mut self.scores[layer]) {
+            let scores = self.settings.scores(*strategy, [q, k, v])?;
+            for (histogram, scores) in histograms.iter_mut().zip(scores) {
+                histogram.extend(&scores);
+            }
+        }
+        Ok(())
+    }
+
+    /// Turns the shares to try into each head's thresholds.
+    ///
+    /// # Errors
+    /// A layer that no token was counted for: no window, or none long enough.
+    pub fn measure(&self) -> Result<Measurement> {
+        let candidates_of = |(layer, by_strategy): (usize, &Vec<Vec<Histogram>>)| {
+            let mut candidates = Vec::new();
+            for (strategy, units) in self.settings.strategies.iter().zip(by_strategy) {
+                for ratio in &self.ratios {
+                    let candidate = |unit: &Histogram| match unit.quantile(*ratio) {
+                        Some(threshold) => Ok(Candidate::new(*strategy, threshold)),
+                        None => bail!(
+                            "calibration: expected scores of layer {layer}, got none; observe windows of more tokens \
+                             than window and sinks"
+                        ),
+                    };
+                    candidates.push(units.iter().map(candidate).collect::<Result<Vec<_>>>()?);
+                }
+            }
+            Ok(candidates)
+        };
+        let layers = self.scores.iter().enumerate();
+        Ok(Measurement {
+            candidates: layers.map(candidates_of).collect::<Result<_>>()?,
+            settings: self.settings.clone(),
+            eligible: 0,
+            pairs: 0,
+            windows: 0,
+            tokens: 0,
+        })
+    }
+}
+
+impl Measurement {
+    /// Adds what every candidate hides in one window of one layer, and the squared error that it leaves in the layer's
+    /// output: after the output projection `projection` (hidden, H·D) where one is given, else per head. `weight` is a
+    /// factor on the error: errors of different layers are added up, and 1 over the mean square of the layer's own output
+    /// makes them comparable. Query (1, H, N, D), key and value (1, Hk, N, D).
+    ///
+    /// # Errors
+    /// As [`Calibrator::observe`], a projection of another shape, a weight that is not positive.
+    pub fn add(
+        &mut self,
+        layer: usize,
+        [q, k, v]: [&Tensor; 3],
+        projection: Option<&Tensor>,
+        weight: f64,
+    ) -> Result<()> {
+        let settings = &self.settings;
+        settings.check(layer, q, k)?;
+        if !(weight.is_finite() && weight > 0.0) {
+            bail!("weight: expected a positive number, got {weight}; 1 weighs all layers alike")
+        }
+        let errors = OutputError::new(settings, projection)?;
+        let off = HeadStrategies::uniform(MergeStrategy::Off);
+        let run = |strategies: &HeadStrategies| -> Result<(Tensor, MergePlan)> {
+            let plan = MergePlan::new(q, k, v, strategies, &settings.config, &settings.options)?;
+            Ok((attend(q, k, v, &plan, &settings.options)?, plan))
+        };
+        let (dense, _) = run(&off)?;
+        for candidates in &mut self.candidates[layer] {
+            let thresholds = candidates.iter().map(|candidate| candidate.threshold);
+            let strategy = candidates
+                .first()
+                .map_or(MergeStrategy::Off, |candidate| candidate.strategy);
+            let (output, plan) = run(&settings.heads(strategy, thresholds, q)?)?;
+            let hidden = plan.stats()?.per_head.concat();
+            let units = errors.per_unit(&(output - &dense)?)?;
+            for (unit, (candidate, error)) in candidates.iter_mut().zip(units).enumerate() {
+                candidate.hidden += hidden[unit * settings.heads_per_unit];
+                candidate.error += weight * error;
+            }
+        }
+        let tokens = q.dim(2)?;
+        let undecided = match settings.config.criterion {
+            Criterion::ObservedMass => settings.config.window,
+            _ => 0,
+        };
+        let eligible = (tokens - 1)
+            .saturating_sub(undecided)
+            .saturating_sub(settings.config.sinks);
+        self.eligible += eligible * settings.units();
+        self.pairs += (tokens - 1) * settings.units();
+        if layer == 0 {
+            self.windows += 1;
+            self.tokens += tokens;
+        }
+        Ok(())
+    }
+
+    /// The policy that hides the share `target` of the tokens that can be hidden, over all layers, at the least summed
+    /// error. `fingerprint` is the caller's name for the model. Under [`Criterion::ObservedMass`] the tokens that can be
+    /// hidden are those that have left the window, so that the share holds at any length.
+    ///
+    /// # Errors
+    /// No samples, errors that are not finite, or a target that no choice of candidates reaches.
+    pub fn policy(&self, target: f64, fingerprint: &str) -> Result<Policy> {
+        if !(0.0..=1.0).contains(&target) {
+            bail!("target: expected a share from 0 to 1, got {target}; 0.5 hides half of the tokens")
+        }
+        if self.eligible == 0 {
+            bail!("calibration: expected samples, got none; add each window's queries, keys and values")
+        }
+        let wanted = target * self.eligible as f64;
+        let units = self.settings.units();
+        // Layer-major, then by unit.
+        let mut table: Vec<Vec<Candidate>> = Vec::with_capacity(self.candidates.len() * units);
+        for layer in &self.candidates {
+            table.extend((0..units).map(|unit| layer.iter().map(|candidates| candidates[unit]).collect()));
+        }
+        let chosen = choose::choose(&table, wanted)?;
+        let hidden: usize = chosen.iter().map(|candidate| candidate.hidden).sum();
+        let per_unit = self.eligible as f64 / table.len() as f64;
+        let layers = chosen.chunks(units).map(|units| LayerPolicy {
+            strategies: units.iter().map(|unit| unit.strategy).collect(),
+            thresholds: units.iter().map(|unit| unit.threshold).collect(),
+            hidden_ratios: units.iter().map(|unit| unit.hidden as f64 / per_unit).collect(),
+            errors: units.iter().map(|unit| unit.error).collect(),
+        });
+        Policy::new(PolicyOptions {
+            fingerprint: fingerprint.to_string(),
+            model: self.settings.model,
+            config: self.settings.config.clone(),
+            layers: layers.collect(),
+            calibration: CalibrationFigures {
+                target,
+                hidden_ratio: hidden as f64 / self.eligible as f64,
+                hidden_ratio_of_all: hidden as f64 / self.pairs as f64,
+                error: chosen.iter().map(|candidate| candidate.error).sum(),
+                windows: self.windows,
+                tokens: self.tokens,
+            },
+        })
+    }
+}
+
+/// The squared error of a layer's output that each unit's heads cause alone.
+struct OutputError<'a> {
+    settings: &'a Settings,
+    /// WᵀW of each unit's columns of the projection.
+    grams: Option<Vec<Tensor>>,
+}
+
+impl<'a> OutputError<'a> {
+    fn new(settings: &'a Settings, projection: Option<&Tensor>) -> Result<Self> {
+        let Some(projection) = projection else {
+            return Ok(Self { settings, grams: None });
+        };
+        let (columns, width) = (
+            settings.model.heads * settings.model.head_dim,
+            settings.heads_per_unit * settings.model.head_dim,
+        );
+        if projection.rank() != 2 || projection.dim(1)? != columns {
+            bail!(
+                "projection: expected shape (hidden, {columns}), one column per head and dimension, got {:?}; give the \
+                 output projection's weight",
+                projection.dims()
+            )
+        }
+        let projection = projection.to_dtype(DType::F32)?;
+        let gram = |unit: usize| -> Result<Tensor> {
+            let part = projection.narrow(1, unit * width, width)?.contiguous()?;
+            part.t()?.matmul(&part)
+        };
+        let grams = (0..settings.units()).map(gram).collect::<Result<_>>()?;
+        Ok(Self {
+            settings,
+            grams: Some(grams),
+        })
+    }
+
+    /// Of a difference of outputs (1, H, N, D).
+    fn per_unit(&self, difference: &Tensor) -> Result<Vec<f64>> {
+        let (heads, width) = (
+            self.settings.heads_per_unit,
+            self.settings.heads_per_unit * self.settings.model.head_dim,
+        );
+        let one = |unit: usize| -> Result<f64> {
+            let part = difference.to_dtype(DType::F32)?.narrow(1, unit * heads, heads)?;
+            let rows = part.squeeze(0)?.transpose(0, 1)?.contiguous()?;
+            let rows = rows.reshape(((), width))?;
+            let squares = match &self.grams {
+                Some(grams) => (rows.matmul(&grams[unit])? * &rows)?,
+                None => rows.sqr()?,
+            };
+            squares.sum_all()?.to_dtype(DType::F64)?.to_scalar()
+        };
+        (0..self.settings.units()).map(one).collect()
+    }
+}

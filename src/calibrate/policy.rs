@@ -1,0 +1,211 @@
+//! [`Policy`]: what calibration chose, as JSON.
+
+use crate::config::{CompressionConfig, GroupRule, HeadStrategies, MergeStrategy};
+use candle_core::{bail, Device, Error, Result, Tensor};
+use serde::{Deserialize, Serialize};
+
+/// What a policy file says it is.
+const FORMAT: &str = "candle-sfattention policy 1";
+
+/// The sizes of a model's attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelShape {
+    /// Layers with attention.
+    pub layers: usize,
+    /// H: query heads.
+    pub heads: usize,
+    /// Hk: key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// D: size of one head's vectors.
+    pub head_dim: usize,
+}
+
+impl ModelShape {
+    /// Refuses sizes of 0, and heads that are no multiple of the KV heads.
+    pub(super) fn check(&self) -> Result<()> {
+        let sizes = [self.layers, self.heads, self.kv_heads, self.head_dim];
+        if sizes.contains(&0) || !self.heads.is_multiple_of(self.kv_heads) {
+            bail!(
+                "model: expected sizes of at least 1 and KV heads that divide the heads, got {self:?}; see its config"
+            )
+        }
+        Ok(())
+    }
+}
+
+/// One layer's choices. An entry is for what decides as one: a KV head under [`GroupRule::Unanimous`], else a query head.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LayerPolicy {
+    /// Under [`Criterion::ObservedMass`](crate::Criterion::ObservedMass) only whether it is off counts.
+    pub strategies: Vec<MergeStrategy>,
+    /// Not read where the strategy is off.
+    pub thresholds: Vec<f64>,
+    /// Hidden in the samples, of the tokens that could be.
+    pub hidden_ratios: Vec<f64>,
+    /// The squared error of the output, summed over the samples.
+    pub errors: Vec<f64>,
+}
+
+/// What calibration found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CalibrationFigures {
+    /// The share of tokens that was to be hidden, of those that could be.
+    pub target: f64,
+    /// What was hidden of them.
+    pub hidden_ratio: f64,
+    /// The same of all pairs of neighbours, as [`MergeStats::hidden_ratio`](crate::MergeStats::hidden_ratio) counts it.
+    pub hidden_ratio_of_all: f64,
+    /// The squared errors of all layers, summed.
+    pub error: f64,
+    /// Sample windows.
+    pub windows: usize,
+    /// Tokens in them.
+    pub tokens: usize,
+}
+
+/// The parts of a [`Policy`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PolicyOptions {
+    /// The caller's name for the model's weights.
+    pub fingerprint: String,
+    /// The shape that it fits.
+    pub model: ModelShape,
+    /// The settings that the thresholds are for.
+    pub config: CompressionConfig,
+    /// One per layer.
+    pub layers: Vec<LayerPolicy>,
+    /// How it came about.
+    pub calibration: CalibrationFigures,
+}
+
+/// Strategies and thresholds for every head of one model. Its JSON is checked as it is read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "PolicyFile", into = "PolicyFile")]
+pub struct Policy(PolicyOptions);
+
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PolicyFile {
+    format: String,
+    policy: PolicyOptions,
+}
+
+impl From<Policy> for PolicyFile {
+    fn from(policy: Policy) -> Self {
+        Self {
+            format: FORMAT.into(),
+            policy: policy.0,
+        }
+    }
+}
+
+impl TryFrom<PolicyFile> for Policy {
+    type Error = Error;
+
+    fn try_from(file: PolicyFile) -> Result<Self> {
+        if file.format != FORMAT {
+            bail!(
+                "format: expected {FORMAT:?}, got {:?}; calibrate with this version",
+                file.format
+            )
+        }
+        Self::new(file.policy)
+    }
+}
+
+impl Policy {
+    /// Checks that the parts fit together.
+    ///
+    /// # Errors
+    /// Settings that have no meaning, another number of layers or entries than the model has, thresholds that are not
+    /// finite.
+    pub fn new(parts: PolicyOptions) -> Result<Self> {
+        parts.model.check()?;
+        parts.config.check(true)?;
+        if parts.layers.len() != parts.model.layers {
+            bail!(
+                "layers: expected {}, got {}; give one per layer of the model",
+                parts.model.layers,
+                parts.layers.len()
+            )
+        }
+        let policy = Self(parts);
+        let units = policy.0.model.heads / policy.heads_per_entry();
+        for (index, layer) in policy.0.layers.iter().enumerate() {
+            let lens = [
+                layer.strategies.len(),
+                layer.thresholds.len(),
+                layer.hidden_ratios.len(),
+                layer.errors.len(),
+            ];
+            if lens != [units; 4] {
+                bail!(
+                    "layer {index}: expected {units} entries in each list, got {lens:?}; give one per head that decides"
+                )
+            }
+        }
+        policy.strategies()?;
+        Ok(policy)
+    }
+
+    fn heads_per_entry(&self) -> usize {
+        match self.0.config.group_rule {
+            GroupRule::Unanimous => self.0.model.heads / self.0.model.kv_heads,
+            GroupRule::PerQueryHead => 1,
+        }
+    }
+
+    /// Its parts.
+    pub fn parts(&self) -> &PolicyOptions {
+        &self.0
+    }
+
+    /// Each layer's strategies, for a model of this shape and [`Self::parts`]' settings.
+    ///
+    /// # Errors
+    /// A model of another shape.
+    pub fn head_strategies(&self, model: &ModelShape) -> Result<Vec<HeadStrategies>> {
+        if *model != self.0.model {
+            bail!(
+                "policy: expected a model of {model:?}, got a policy for {:?}; calibrate this model",
+                self.0.model
+            )
+        }
+        self.strategies()
+    }
+
+    fn strategies(&self) -> Result<Vec<HeadStrategies>> {
+        let repeats = self.heads_per_entry();
+        let layer = |layer: &LayerPolicy| -> Result<HeadStrategies> {
+            let strategies = layer.strategies.iter().flat_map(|s| std::iter::repeat_n(*s, repeats));
+            let thresholds = layer.thresholds.iter().flat_map(|t| std::iter::repeat_n(*t, repeats));
+            let thresholds: Vec<f64> = thresholds.collect();
+            HeadStrategies::per_head(strategies.collect()).with_thresholds(&Tensor::new(thresholds, &Device::Cpu)?)
+        };
+        self.0.layers.iter().map(layer).collect()
+    }
+
+    /// Reads JSON.
+    ///
+    /// # Errors
+    /// Text that is no policy, or one whose parts do not fit together.
+    pub fn from_json(text: &str) -> Result<Self> {
+        serde_json::from_str(text).map_err(|error| {
+            Error::msg(format!(
+                "policy: expected JSON that Policy::to_json wrote, got {error}; calibrate again"
+            ))
+        })
+    }
+
+    /// Writes JSON, which reads back as the same policy, to the last bit.
+    ///
+    /// # Errors
+    /// Figures that are not finite.
+    pub fn to_json(&self) -> Result<String> {
+        serde_json::to_string_pretty(self).map_err(Error::wrap)
+    }
+}

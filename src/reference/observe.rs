@@ -1,0 +1,119 @@
+//! Deciding by observed mass: what a token was given by the rows of its window.
+
+use candle_core::{bail, Result};
+
+use super::{dot, norm, Array4, Indicators, Sizes};
+use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies, MergeStrategy};
+
+/// L(i): the columns that row `row` looks at, `{t <= i : i - t < window or t < sinks}`.
+pub fn local_columns(row: usize, window: usize, sinks: usize) -> Vec<usize> {
+    (0..=row).filter(|t| row - t < window || *t < sinks).collect()
+}
+
+/// The rows whose weights count for `token`: those of the second half of its window, which may not have come yet.
+pub fn observing_rows(token: usize, window: usize) -> std::ops::Range<usize> {
+    token + window / 2..token.saturating_add(window)
+}
+
+/// p̂(i, t) for each t of `columns`: the softmax of `scale · q[i] · k[t]` over them, without bias and dropout.
+pub fn local_weights(query: &[f64], keys: &[&[f64]], scale: f64) -> Vec<f64> {
+    let logits: Vec<f64> = keys.iter().map(|key| scale * dot(query, key)).collect();
+    let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let weights: Vec<f64> = logits.iter().map(|logit| (logit - max).exp()).collect();
+    let sum: f64 = weights.iter().sum();
+    weights.into_iter().map(|weight| weight / sum).collect()
+}
+
+/// `score[t] = A[t] · ‖v[t]‖` of the tokens that can be decided, t + window + 1 <= N - 1, per batch row and KV head: `A[t]`
+/// is the sum of [`local_weights`] over the group's query heads and [`observing_rows`].
+///
+/// # Errors
+/// Shapes or settings that do not fit together, or another criterion than [`Criterion::ObservedMass`].
+pub fn observed_mass(
+    q: &Array4,
+    k: &Array4,
+    v: &Array4,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+) -> Result<Vec<Vec<Vec<f64>>>> {
+    let sizes = check(q, k, v, config, options)?;
+    let (window, scale) = (config.window, options.scale(q.dims[3]));
+    let decided = sizes.pairs().saturating_sub(window);
+    let group = sizes.heads / sizes.kv_heads;
+    let mut scores = vec![vec![vec![0.0; decided]; sizes.kv_heads]; sizes.batch];
+    for (batch, kv_head) in (0..sizes.batch).flat_map(|b| (0..sizes.kv_heads).map(move |h| (b, h))) {
+        let mass = &mut scores[batch][kv_head];
+        for row in 0..sizes.tokens {
+            let columns = local_columns(row, window, config.sinks);
+            let keys: Vec<&[f64]> = columns.iter().map(|&t| k.row(batch, kv_head, t)).collect();
+            for head in kv_head * group..(kv_head + 1) * group {
+                let weights = local_weights(q.row(batch, head, row), &keys, scale);
+                for (&token, weight) in columns.iter().zip(weights) {
+                    if token < decided && observing_rows(token, window).contains(&row) {
+                        mass[token] += weight;
+                    }
+                }
+            }
+        }
+        for (token, score) in mass.iter_mut().enumerate() {
+            *score *= norm(v.row(batch, kv_head, token));
+        }
+    }
+    Ok(scores)
+}
+
+/// Which tokens merge under [`Criterion::ObservedMass`], for q of shape (B, H, N, D), k and v of shape (B, Hk, N, D): all
+/// that can be decided, are no sinks, and score below the threshold of every query head of their group.
+///
+/// # Errors
+/// Shapes, strategies or settings that do not fit together, or another criterion.
+pub fn observed_indicators(
+    q: &Array4,
+    k: &Array4,
+    v: &Array4,
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+) -> Result<Indicators> {
+    let sizes = check(q, k, v, config, options)?;
+    config.check_strategies(strategies)?;
+    strategies.check(sizes.batch, sizes.heads)?;
+    let scores = observed_mass(q, k, v, config, options)?;
+    let group = sizes.heads / sizes.kv_heads;
+    let mut bits = Vec::new();
+    for (batch, head) in sizes.batch_heads() {
+        let kv_head = sizes.kv_head(head);
+        let voters = kv_head * group..(kv_head + 1) * group;
+        let below = |score: f64| {
+            voters.clone().all(|voter| {
+                let test = strategies.test(config, batch, voter);
+                test.strategy != MergeStrategy::Off && score < test.threshold
+            })
+        };
+        let scores = &scores[batch][kv_head];
+        bits.extend((0..sizes.pairs()).map(|t| t >= config.sinks && scores.get(t).is_some_and(|score| below(*score))));
+    }
+    Ok(Indicators {
+        dims: [sizes.batch, sizes.heads, sizes.pairs()],
+        bits,
+    })
+}
+
+fn check(q: &Array4, k: &Array4, v: &Array4, config: &CompressionConfig, options: &AttentionOptions) -> Result<Sizes> {
+    config.check(options.causal)?;
+    if config.criterion != Criterion::ObservedMass {
+        bail!(
+            "criterion: expected ObservedMass, got {:?}; reference::indicators decides by the others",
+            config.criterion
+        )
+    }
+    v.check("v")?;
+    if v.dims != k.dims {
+        bail!(
+            "v: expected the shape of k {:?}, got {:?}; give one row per token and KV head",
+            k.dims,
+            v.dims
+        )
+    }
+    Sizes::new(q, k)
+}

@@ -1,0 +1,261 @@
+//! Calibration: the target is met at less error than uniform thresholds leave, the same every time, and policies survive
+//! JSON and fit their model only.
+
+mod common;
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use candle_sfattention::calibrate::{CalibrationFigures, LayerPolicy, PolicyOptions};
+use candle_sfattention::{
+    attend, Calibrator, CompressionConfig, Criterion, Fold, GroupRule, HeadStrategies, Measurement, MergePlan,
+    MergeStrategy, ModelShape, Policy,
+};
+use common::inputs::{values, Shape};
+
+const MODEL: ModelShape = ModelShape {
+    layers: 2,
+    heads: 4,
+    kv_heads: 2,
+    head_dim: 16,
+};
+const RATIOS: [f64; 5] = [0.2, 0.4, 0.6, 0.8, 0.9];
+
+fn observing() -> CompressionConfig {
+    CompressionConfig {
+        criterion: Criterion::ObservedMass,
+        fold: Fold::Drop,
+        group_rule: GroupRule::Unanimous,
+        window: 8,
+        sinks: 2,
+        ..Default::default()
+    }
+}
+
+/// q, k and v of a window in a layer; one head's values are small, so that leaving its tokens out costs little.
+fn sample(layer: usize, window: usize) -> Result<[Tensor; 3]> {
+    let [q, k, v] = Shape(1, 4, 2, 130, 16).qkv((layer * 10 + window) as u64, DType::F32)?;
+    let factors = Tensor::new(&[[[[1f32]], [[if layer == 0 { 0.05 } else { 1.0 }]]]], &Device::Cpu)?;
+    Ok([(q * 3.0)?, k, v.broadcast_mul(&factors)?])
+}
+
+fn measured(config: &CompressionConfig, projection: Option<&Tensor>) -> Result<Measurement> {
+    let mut calibrator = Calibrator::new(MODEL, config.clone(), Default::default(), &RATIOS)?;
+    for (window, layer) in (0..3).flat_map(|window| (0..2).map(move |layer| (window, layer))) {
+        let [q, k, v] = sample(layer, window)?;
+        calibrator.observe(layer, &q, &k, &v)?;
+    }
+    let mut measurement = calibrator.measure()?;
+    for (window, layer) in (0..3).flat_map(|window| (0..2).map(move |layer| (window, layer))) {
+        let [q, k, v] = sample(layer, window)?;
+        measurement.add(layer, [&q, &k, &v], projection, 1.0)?;
+    }
+    Ok(measurement)
+}
+
+/// Hidden share of the tokens that could be, and squared error, over all samples.
+fn judge(config: &CompressionConfig, layers: &[HeadStrategies], eligible: usize) -> Result<(f64, f64)> {
+    let (mut hidden, mut error, mut windows) = (0, 0.0, 0);
+    for (layer, strategies) in layers.iter().enumerate() {
+        for window in 0..3 {
+            let [q, k, v] = sample(layer, window)?;
+            let run = |strategies: &HeadStrategies| -> Result<(Tensor, usize)> {
+                let plan = MergePlan::new(&q, &k, &v, strategies, config, &Default::default())?;
+                Ok((attend(&q, &k, &v, &plan, &Default::default())?, plan.stats()?.hidden))
+            };
+            let (dense, _) = run(&HeadStrategies::uniform(MergeStrategy::Off))?;
+            let (output, count) = run(strategies)?;
+            error += values(&(output - dense)?)?.iter().map(|x| x * x).sum::<f64>();
+            hidden += count;
+            windows += 1;
+        }
+    }
+    Ok((hidden as f64 / (windows * eligible * MODEL.heads) as f64, error))
+}
+
+#[test]
+fn the_target_is_met_at_less_error_than_uniform_ratios_leave() -> Result<()> {
+    let config = observing();
+    let measurement = measured(&config, None)?;
+    let eligible = 129 - 8 - 2;
+    for target in [0.2, 0.4, 0.6] {
+        let policy = measurement.policy(target, "test")?;
+        let (ratio, error) = judge(&config, &policy.head_strategies(&MODEL)?, eligible)?;
+        let figures = &policy.parts().calibration;
+        assert!((ratio - figures.hidden_ratio).abs() < 1e-9, "{ratio}, said {figures:?}");
+        // One unit's last step may overshoot: a twentieth of all.
+        assert!((target..target + 0.06).contains(&ratio), "{ratio} for {target}");
+        assert!((error / figures.error - 1.0).abs() < 1e-4, "{error}, said {figures:?}");
+        assert_eq!((figures.windows, figures.tokens), (3, 390));
+        // The same share of every head.
+        let uniform = uniform_at(target)?;
+        let (uniform_ratio, uniform_error) = judge(&config, &uniform, eligible)?;
+        assert!((uniform_ratio - target).abs() < 0.02, "{uniform_ratio}");
+        assert!(
+            error < 0.9 * uniform_error,
+            "{target}: {error}, uniform {uniform_error}"
+        );
+    }
+    Ok(())
+}
+
+/// Every head at the same ratio, from a calibration that knows no other.
+fn uniform_at(ratio: f64) -> Result<Vec<HeadStrategies>> {
+    let mut calibrator = Calibrator::new(MODEL, observing(), Default::default(), &[ratio])?;
+    for (window, layer) in (0..3).flat_map(|window| (0..2).map(move |layer| (window, layer))) {
+        let [q, k, v] = sample(layer, window)?;
+        calibrator.observe(layer, &q, &k, &v)?;
+    }
+    let mut measurement = calibrator.measure()?;
+    for layer in 0..2 {
+        let [q, k, v] = sample(layer, 0)?;
+        measurement.add(layer, [&q, &k, &v], None, 1.0)?;
+    }
+    // Whatever one window hides of it, all must be on.
+    let all = (0..100).map(|step| measurement.policy(1.0 - step as f64 / 100.0, ""));
+    let policy = all.flatten().next().expect("a policy");
+    assert!(policy
+        .parts()
+        .layers
+        .iter()
+        .all(|l| !l.strategies.contains(&MergeStrategy::Off)));
+    Ok(policy.head_strategies(&MODEL)?)
+}
+
+#[test]
+fn the_projection_decides_what_an_error_costs() -> Result<()> {
+    // Only the first KV head's output reaches the stream.
+    let mut weights = vec![0f32; 64 * 64];
+    for i in 0..32 {
+        weights[i * 64 + i] = 1.0;
+    }
+    let projection = Tensor::from_vec(weights, (64, 64), &Device::Cpu)?;
+    let policy = measured(&observing(), Some(&projection))?.policy(0.3, "")?;
+    for layer in &policy.parts().layers {
+        assert!(layer.hidden_ratios[1] > layer.hidden_ratios[0], "{layer:?}");
+        assert_eq!(layer.errors[1], 0.0);
+    }
+    Ok(())
+}
+
+#[test]
+fn neighbours_are_calibrated_too() -> Result<()> {
+    for (criterion, group_rule) in [
+        (Criterion::KeyKey, GroupRule::Unanimous),
+        (Criterion::QueryKey, GroupRule::Unanimous),
+        (Criterion::QueryKey, GroupRule::PerQueryHead),
+        (Criterion::KeyKey, GroupRule::PerQueryHead),
+    ] {
+        let config = CompressionConfig {
+            criterion,
+            group_rule,
+            fold: Fold::Mean,
+            sinks: 1,
+            ..Default::default()
+        };
+        let policy = measured(&config, None)?.policy(0.2, "")?;
+        let (ratio, error) = judge(&config, &policy.head_strategies(&MODEL)?, 128)?;
+        let figures = &policy.parts().calibration;
+        assert!(
+            (ratio - figures.hidden_ratio).abs() < 1e-9 && ratio >= 0.2,
+            "{ratio}, {figures:?}"
+        );
+        assert!((error / figures.error - 1.0).abs() < 1e-4, "{error}, {figures:?}");
+        assert_eq!(
+            policy.parts().layers[0].strategies.len(),
+            if group_rule == GroupRule::Unanimous { 2 } else { 4 }
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn policies_survive_json_and_fit_one_shape() -> Result<()> {
+    let policy = measured(&observing(), None)?.policy(0.5, "some model")?;
+    assert_eq!(
+        policy,
+        measured(&observing(), None)?.policy(0.5, "some model")?,
+        "not deterministic"
+    );
+    let json = policy.to_json()?;
+    let read = Policy::from_json(&json)?;
+    assert_eq!(read, policy);
+    assert_eq!(read.head_strategies(&MODEL)?, policy.head_strategies(&MODEL)?);
+    let other = ModelShape { layers: 3, ..MODEL };
+    let message = read.head_strategies(&other).unwrap_err().to_string();
+    for part in ["layers: 3", "got a policy for", "layers: 2", "calibrate this model"] {
+        assert!(message.contains(part), "no {part:?} in: {message}");
+    }
+    for (from, to, part) in [
+        ("policy 1", "policy 9", "candle-sfattention policy 9"),
+        ("\"layers\": 2", "\"layers\": 3", "layers: expected 3, got 2"),
+        ("\"heads\": 4", "\"heads\": 8", "divide"),
+        ("\"kv_heads\": 2", "\"kv_heads\": 4", "expected 4 entries"),
+        ("\"fold\": \"drop\"", "\"fold\": \"mean\"", "fold Drop"),
+        ("\"target\"", "\"targets\"", "unknown field"),
+    ] {
+        let damaged = json.replace(from, to);
+        assert_ne!(damaged, json, "{from}");
+        match Policy::from_json(&damaged) {
+            Err(error) => assert!(error.to_string().contains(part), "no {part:?} in: {error}"),
+            // Eight heads for two KV heads are a shape, if another one.
+            Ok(policy) => assert!(from == "\"heads\": 4" && policy.head_strategies(&MODEL).is_err()),
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn calibration_refuses_what_it_cannot_do() -> Result<()> {
+    let new = |config: CompressionConfig, ratios: &[f64]| Calibrator::new(MODEL, config, Default::default(), ratios);
+    let said =
+        |error: candle_core::Error, part: &str| assert!(error.to_string().contains(part), "no {part:?} in: {error}");
+    said(
+        new(CompressionConfig::reference(), &RATIOS).unwrap_err(),
+        "MergeRule::Causal",
+    );
+    for ratios in [&[][..], &[0.0], &[0.5, 1.0], &[f64::NAN]] {
+        said(new(observing(), ratios).unwrap_err(), "shares between 0 and 1");
+    }
+    let calibrator = new(observing(), &RATIOS)?;
+    said(calibrator.measure().unwrap_err(), "observe windows of more tokens");
+    let [q, k, v] = sample(0, 0)?;
+    said(calibrator.clone().observe(2, &q, &k, &v).unwrap_err(), "layer below 2");
+    said(
+        calibrator.clone().observe(0, &k, &k, &v).unwrap_err(),
+        "one window of one layer",
+    );
+    let mut measurement = measured(&observing(), None)?;
+    said(measurement.policy(0.99, "").unwrap_err(), "lower the target");
+    said(measurement.policy(1.5, "").unwrap_err(), "share from 0 to 1");
+    said(
+        measurement.add(0, [&q, &k, &v], Some(&v), 1.0).unwrap_err(),
+        "output projection",
+    );
+    said(
+        measurement.add(0, [&q, &k, &v], None, 0.0).unwrap_err(),
+        "positive number",
+    );
+    let layer = LayerPolicy {
+        strategies: vec![MergeStrategy::Similarity; 2],
+        thresholds: vec![f64::INFINITY; 2],
+        hidden_ratios: vec![0.0; 2],
+        errors: vec![0.0; 2],
+    };
+    let figures = CalibrationFigures {
+        target: 0.5,
+        hidden_ratio: 0.5,
+        hidden_ratio_of_all: 0.5,
+        error: 0.0,
+        windows: 1,
+        tokens: 1,
+    };
+    let parts = PolicyOptions {
+        fingerprint: String::new(),
+        model: MODEL,
+        config: observing(),
+        layers: vec![layer.clone(), layer],
+        calibration: figures,
+    };
+    said(Policy::new(parts).unwrap_err(), "finite numbers");
+    Ok(())
+}
