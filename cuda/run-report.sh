@@ -2,16 +2,17 @@
 # Runs a pack of cuda/pack.sh on a machine with an NVIDIA GPU and writes one report. Each part has a limit of its own, so
 # that one which hangs costs no other its turn.
 #
-#   run-report.sh FOLDER [PART...]     PART: tests memcheck racecheck bench; all of them by default
+#   run-report.sh FOLDER [PART...]     PART: tests memcheck racecheck synccheck initcheck llama bench;
+#                                      all of them by default
 #
 # Needs the driver, and CUDA 13's cudart, cublas and curand: PyTorch's own are found through python3, a toolkit's in
 # /usr/local/cuda.
 set -uo pipefail
-[ $# -ge 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 mkdir -p "$1"
 folder=$(realpath "$1")
 shift
-[ $# -gt 0 ] || set -- tests memcheck racecheck bench
+[ $# -gt 0 ] || set -- tests memcheck racecheck synccheck initcheck llama bench
 cd "$(dirname "$0")"
 libraries=$(python3 - <<'PYTHON' 2>/dev/null
 import glob, os, site, sysconfig
@@ -45,16 +46,26 @@ done
 for part in "$@"; do
   case $part in
     tests)
-      for binary in bin/cuda_*; do
+      for binary in bin/*cuda*; do
         limited 240 "$(basename "$binary")" "$binary" --nocapture
       done
       ;;
     memcheck | racecheck | synccheck | initcheck)
       # A handful of settings and short sequences: the sanitizer is some hundred times slower. SFA_CASE and SFA_TOKENS
       # choose others.
-      for binary in bin/cuda_*; do
+      for binary in bin/cuda_device*; do
         SFA_CASE=${SFA_CASE:-window} SFA_TOKENS=${SFA_TOKENS:-140} limited 120 "$part of $(basename "$binary")" \
           compute-sanitizer --tool "$part" --error-exitcode 9 --print-limit 20 "$binary" table --nocapture
+      done
+      ;;
+    llama)
+      model=(--model "${LLAMA_MODEL:-examples/llama/assets}")
+      for device in cpu cuda:0; do
+        limited 60 "llama generate on $device" bin/llama generate "${model[@]}" --device $device --fold drop --max-tokens 60
+        limited 60 "llama eval on $device" bin/llama eval "${model[@]}" --device $device --text "${LLAMA_TEXT:-README.md}" \
+          --context 256
+        limited 60 "llama bench on $device" bin/llama bench "${model[@]}" --device $device --fold drop \
+          --text "${LLAMA_TEXT:-README.md}" --prompts 100,200
       done
       ;;
     bench)

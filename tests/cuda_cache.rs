@@ -58,7 +58,7 @@ fn check(dtype: DType, memory: Memory) -> Result<()> {
             let options = (setting.options)(shape);
             let qkv = shape.qkv(seed as u64, dtype)?;
             let expected = Expected::new(&qkv, &qkv[0], &setting, &options)?;
-            let strategies = setting.strategies(&shape)?;
+            let strategies = setting.strategies(shape)?;
             let mut on_cpu = CompressedKvCache::new(strategies.clone(), setting.config.clone(), Default::default())?;
             on_cpu.append(&qkv[0], &qkv[1], &qkv[2])?;
             let qkv = laid_out(&qkv, memory)?;

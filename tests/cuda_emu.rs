@@ -117,7 +117,7 @@ fn decisions_agree_with_the_cpu() -> Result<()> {
                 let what = format!("{} {shape:?} {dtype:?}", setting.name);
                 let options = (setting.options)(shape);
                 let [q, k, v] = &laid_out(&shape.qkv(seed as u64, dtype)?, memory)?;
-                let strategies = setting.strategies(&shape)?;
+                let strategies = setting.strategies(shape)?;
                 let expected = MergePlan::new(q, k, v, &strategies, &setting.config, &options)?;
                 let bits = emulation::decide([q, k, v], &strategies, &setting.config, &options)
                     .with_context(|| what.clone())?;
@@ -177,7 +177,7 @@ fn attention_agrees(path: Path, dtypes: &[DType]) -> Result<()> {
                 let options = (setting.options)(shape);
                 let qkv = shape.qkv(seed as u64, *dtype)?;
                 let [q, k, v] = &laid_out(&qkv, Memory::TokenMajor)?;
-                let strategies = setting.strategies(&shape)?;
+                let strategies = setting.strategies(shape)?;
                 let bits = emulation::decide([q, k, v], &strategies, &setting.config, &options)
                     .with_context(|| what.clone())?;
                 let expected = reference(&qkv, &bits, &setting, &options)?;
