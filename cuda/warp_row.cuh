@@ -9,31 +9,36 @@
 // A lane holds this many numbers of a row: head_dim up to 256.
 constexpr unsigned PER_LANE = 8;
 
+// A vector of 16 bytes.
+template <class T> struct alignas(16) Part {
+  static constexpr unsigned COUNT = 16 / sizeof(T);
+  T x[COUNT];
+};
+
+// Eight numbers from `at` on.
+template <class View> __device__ __forceinline__ void load_eight(Global<View> from, size_t at, float (&x)[8]) {
+  typedef typename std::remove_const<View>::type T;
+  if (at % Part<T>::COUNT == 0) {
+#pragma unroll
+    for (unsigned i = 0; i < 8; i += Part<T>::COUNT) {
+      Part<T> part = load_vector<Part<T>>(from, at + i);
+#pragma unroll
+      for (unsigned j = 0; j < Part<T>::COUNT; j++) x[i + j] = widen(part.x[j]);
+    }
+  } else {
+#pragma unroll
+    for (unsigned i = 0; i < 8; i++) x[i] = widen(from[at + i]);
+  }
+}
+
 // One row, spread over a warp.
 struct WarpRow {
   float x[PER_LANE];
 
-  // A vector of 16 bytes.
-  template <class T> struct alignas(16) Part {
-    static constexpr unsigned COUNT = 16 / sizeof(T);
-    T x[COUNT];
-  };
-
   template <class View> __device__ __forceinline__ void load(Global<View> from, size_t at, unsigned dim) {
-    typedef typename std::remove_const<View>::type T;
     unsigned first = threadIdx.x % 32 * PER_LANE;
     if (first >= dim) return fill(0.0f);
-    if (at % Part<T>::COUNT == 0) {
-#pragma unroll
-      for (unsigned i = 0; i < PER_LANE; i += Part<T>::COUNT) {
-        Part<T> part = load_vector<Part<T>>(from, at + first + i);
-#pragma unroll
-        for (unsigned j = 0; j < Part<T>::COUNT; j++) x[i + j] = widen(part.x[j]);
-      }
-    } else {
-#pragma unroll
-      for (unsigned i = 0; i < PER_LANE; i++) x[i] = widen(from[at + first + i]);
-    }
+    load_eight(from, at + first, x);
   }
   template <class T> __device__ __forceinline__ void store(Global<T> to, size_t at, unsigned dim) const {
     unsigned first = threadIdx.x % 32 * PER_LANE;
