@@ -1,14 +1,18 @@
 //! Forward and backward attention on the CPU against candle's plain operations with autograd, in one run:
-//! `cargo bench --bench backward`.
+//! `cargo bench --bench backward`; with SFATTENTION_PYTHON=python3 (one that has torch) against PyTorch's SDPA too.
 
 mod common;
 
-use candle_core::{Result, Tensor, Var, D};
+use candle_core::{Result, Tensor, Var};
 use candle_sfattention::{attend, AttentionOptions, CompressionConfig, Fold, MergePlan};
-use common::{causal_mask, print_ratios, verify, Shape};
+use common::pytorch::PyTorch;
+use common::{causal_mask, plain_with_gradients, print_ratios, verify, Shape};
 use criterion::{Criterion, SamplingMode};
+use std::path::Path;
 
 const PLAIN: &str = "candle plain ops + autograd";
+const PYTORCH: &str = "PyTorch SDPA f32, forward + backward";
+const PYTORCH_BF16: &str = "PyTorch SDPA bf16, forward + backward";
 const FORWARD: &str = "ours, r = 0, forward with saved sums";
 const RATIOS: [(usize, &str); 3] = [
     (0, "ours, r = 0, forward + backward"),
@@ -16,13 +20,6 @@ const RATIOS: [(usize, &str); 3] = [
     (4, "ours, r = 0.8, forward + backward"),
 ];
 const SHAPES: [(usize, usize); 3] = [(1024, 64), (4096, 64), (4096, 128)];
-
-/// candle's fused softmax has no gradient: the plain one.
-fn plain([q, k, v]: &[Tensor; 3], mask: &Tensor) -> Result<Tensor> {
-    let scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
-    let scores = (q.matmul(&k.t()?)? * scale)?.broadcast_add(mask)?;
-    candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(v)
-}
 
 /// dq, dk, dv of sum(output * weights).
 fn gradients(output: Tensor, weights: &Tensor, vars: &[Var; 3]) -> Result<Vec<Tensor>> {
@@ -34,7 +31,7 @@ fn gradients(output: Tensor, weights: &Tensor, vars: &[Var; 3]) -> Result<Vec<Te
     vars.iter().map(get).collect()
 }
 
-fn bench_shape(criterion: &mut Criterion, shape: Shape) -> Result<()> {
+fn bench_shape(criterion: &mut Criterion, pytorch: &mut Option<PyTorch>, folder: &Path, shape: Shape) -> Result<()> {
     let qkv = shape.qkv()?;
     let vars = [
         Var::from_tensor(&qkv[0])?,
@@ -50,7 +47,7 @@ fn bench_shape(criterion: &mut Criterion, shape: Shape) -> Result<()> {
         gradients(output, &weights, &vars)
     };
     let nothing = shape.plan(0, &CompressionConfig::default())?;
-    let theirs = || gradients(plain(&tensors, &mask)?, &weights, &vars);
+    let theirs = || gradients(plain_with_gradients(&tensors, &mask)?, &weights, &vars);
     for (name, (ours, theirs)) in ["dq", "dk", "dv"].iter().zip(ours(&nothing)?.iter().zip(theirs()?)) {
         verify(name, ours, &theirs)?;
     }
@@ -67,6 +64,10 @@ fn bench_shape(criterion: &mut Criterion, shape: Shape) -> Result<()> {
         let plan = shape.plan(chain, &config)?;
         group.bench_function(name, |bencher| bencher.iter(|| ours(&plan)));
     }
+    if let Some(pytorch) = pytorch {
+        pytorch.record(folder, "time backward", PYTORCH, shape, "f32")?;
+        pytorch.record(folder, "time backward", PYTORCH_BF16, shape, "bf16")?;
+    }
     group.bench_function(PLAIN, |bencher| bencher.iter(theirs));
     group.finish();
     Ok(())
@@ -75,12 +76,19 @@ fn bench_shape(criterion: &mut Criterion, shape: Shape) -> Result<()> {
 fn main() -> Result<()> {
     let (mut criterion, folder) = common::criterion("backward");
     let shapes = SHAPES.map(|(tokens, dim)| Shape { heads: 8, tokens, dim });
+    let mut pytorch = PyTorch::start()?;
+    common::forget(&folder, &[PYTORCH, PYTORCH_BF16]);
     for shape in shapes {
-        bench_shape(&mut criterion, shape)?;
+        bench_shape(&mut criterion, &mut pytorch, &folder, shape)?;
     }
     criterion.final_summary();
     let mut rows: Vec<&str> = RATIOS.iter().map(|(_, name)| *name).collect();
     rows.push(FORWARD);
-    print_ratios(&folder, &shapes.map(|shape| shape.name()), &rows, &[PLAIN]);
+    print_ratios(
+        &folder,
+        &shapes.map(|shape| shape.name()),
+        &rows,
+        &[PLAIN, PYTORCH, PYTORCH_BF16],
+    );
     Ok(())
 }

@@ -1,18 +1,33 @@
-//! Forward attention on the CPU against candle's own, in one run: `cargo bench --bench forward`.
+//! Forward attention on the CPU against candle's own and PyTorch's, in one run: `cargo bench --bench forward`; with
+//! SFATTENTION_PYTHON=python3 (one that has torch) PyTorch's rows too. Leaves plots of time against tokens and against
+//! the hidden ratio next to criterion's results.
+//!
+//! What lost: a product of our own for the tiles in place of the gemm crate (4 by 6 AVX-512 registers, operands read in
+//! place, nothing packed) took 1.00 to 1.11 times as long at every shape here, forward and backward: packing is not what
+//! holds the tiles back.
 
 mod common;
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use candle_sfattention::{
     attend, AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, Fold, HeadStrategies, MergePlan,
     MergeStrategy,
 };
-use common::{candle_flash, candle_plain, causal_mask, print_ratios, token_major, verify, Shape};
+use common::plot::{plot, Line};
+use common::pytorch::PyTorch;
+use common::{candle_flash, candle_plain, causal_mask, median, print_ratios, token_major, verify, Shape};
 use criterion::{Criterion, SamplingMode};
+use std::path::Path;
 
 const FLASH: &str = "candle-nn CPU flash attention";
 const PLAIN: &str = "candle matmul + mask + softmax";
+const PYTORCH: &str = "PyTorch SDPA f32";
+const PYTORCH_BF16: &str = "PyTorch SDPA bf16";
 const SHAPES: [(usize, usize); 3] = [(1024, 64), (4096, 64), (4096, 128)];
+/// The tokens of the plot, at 8 heads of 64; those above are in `SHAPES`.
+const SWEEP: [usize; 3] = [256, 512, 2048];
+/// (heads, tokens) of small problems.
+const SMALL: [(usize, usize); 6] = [(1, 64), (8, 64), (64, 64), (1, 256), (8, 256), (64, 256)];
 /// Hidden tokens per kept one, and the name of our row.
 const RATIOS: [(usize, &str); 3] = [(0, "ours, r = 0"), (1, "ours, r = 0.5"), (4, "ours, r = 0.8")];
 const WINDOWED: [(usize, &str); 3] = [
@@ -22,82 +37,188 @@ const WINDOWED: [(usize, &str); 3] = [
 ];
 const CACHED: &str = "ours, r = 0, through the cache";
 const DECIDE: &str = "ours, deciding only (KeyKey)";
-const OBSERVE: &str = "ours, deciding only (ObservedMass)";
 const STRIDED: &str = "ours, r = 0, (B, N, H, D) views";
+const GROUPED: &str = "ours, r = 0, 4 heads a KV head";
+const BF16: &str = "ours, r = 0, bf16";
+const F16: &str = "ours, r = 0, f16";
+const ONE_THREAD: &str = "ours, r = 0, 1 thread";
 
-fn bench_shape(criterion: &mut Criterion, shape: Shape) -> Result<()> {
+struct Bench {
+    criterion: Criterion,
+    pytorch: Option<PyTorch>,
+}
+
+fn run([q, k, v]: &[Tensor; 3], plan: &MergePlan) -> Result<Tensor> {
+    attend(q, k, v, plan, &AttentionOptions::default())
+}
+
+/// Ours at three ratios, and the peers.
+fn bench_peers(bench: &mut Bench, folder: &Path, shape: Shape) -> Result<()> {
     let qkv = shape.qkv()?;
-    let [q, k, v] = &qkv;
     let mask = causal_mask(shape.tokens)?;
     let by_token = token_major(&qkv)?;
-    let views = [
-        by_token[0].transpose(1, 2)?,
-        by_token[1].transpose(1, 2)?,
-        by_token[2].transpose(1, 2)?,
-    ];
-    let options = AttentionOptions::default();
-    let windowed = CompressionConfig {
-        window: 32,
-        fold: Fold::Mean,
-        ..Default::default()
-    };
-
-    let nothing = shape.plan(0, &CompressionConfig::default())?;
     let plain = candle_plain(&qkv, &mask)?;
+    let config = CompressionConfig::default();
     verify(FLASH, &candle_flash(&by_token)?, &plain)?;
-    verify("ours", &attend(q, k, v, &nothing, &options)?, &plain)?;
-    verify(
-        STRIDED,
-        &attend(&views[0], &views[1], &views[2], &nothing, &options)?,
-        &plain,
-    )?;
+    verify("ours", &run(&qkv, &shape.plan(0, &config)?)?, &plain)?;
 
-    let mut group = criterion.benchmark_group(shape.name());
+    let mut group = bench.criterion.benchmark_group(shape.name());
     group.sampling_mode(SamplingMode::Flat);
-    let run = |plan: &MergePlan, [q, k, v]: &[Tensor; 3]| attend(q, k, v, plan, &options);
-    for (config, rows) in [(CompressionConfig::default(), RATIOS), (windowed, WINDOWED)] {
-        for (chain, name) in rows {
-            let plan = shape.plan(chain, &config)?;
-            group.bench_function(name, |bencher| bencher.iter(|| run(&plan, &qkv)));
-        }
+    for (chain, name) in RATIOS {
+        let plan = shape.plan(chain, &config)?;
+        group.bench_function(name, |bencher| bencher.iter(|| run(&qkv, &plan)));
     }
-    group.bench_function(STRIDED, |bencher| bencher.iter(|| run(&nothing, &views)));
-    let off = HeadStrategies::uniform(MergeStrategy::Off);
-    let cached = || {
-        let mut cache = CompressedKvCache::new(off.clone(), CompressionConfig::default(), CacheOptions::default())?;
-        cache.append_and_attend(q, k, v, &options)
-    };
-    verify(CACHED, &cached()?, &plain)?;
-    group.bench_function(CACHED, |bencher| bencher.iter(cached));
-    let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
-    let pretrained = CompressionConfig::pretrained();
-    group.bench_function(DECIDE, |bencher| {
-        bencher.iter(|| MergePlan::new(q, k, v, &strategies, &pretrained, &options))
-    });
-    let observing = CompressionConfig {
-        criterion: candle_sfattention::Criterion::ObservedMass,
-        fold: Fold::Drop,
-        ..pretrained
-    };
-    let thresholds = strategies.with_thresholds(&Tensor::full(4f32, shape.heads, q.device())?)?;
-    group.bench_function(OBSERVE, |bencher| {
-        bencher.iter(|| MergePlan::new(q, k, v, &thresholds, &observing, &options))
-    });
+    if let Some(pytorch) = &mut bench.pytorch {
+        pytorch.record(folder, "time forward", PYTORCH, shape, "f32")?;
+    }
     group.bench_function(PLAIN, |bencher| bencher.iter(|| candle_plain(&qkv, &mask)));
     group.bench_function(FLASH, |bencher| bencher.iter(|| candle_flash(&by_token)));
     group.finish();
     Ok(())
 }
 
-fn main() -> Result<()> {
-    let (mut criterion, folder) = common::criterion("forward");
-    let shapes = SHAPES.map(|(tokens, dim)| Shape { heads: 8, tokens, dim });
-    for shape in shapes {
-        bench_shape(&mut criterion, shape)?;
+/// What else there is of ours: windows, dtypes, layouts, the cache, one thread.
+fn bench_variants(bench: &mut Bench, folder: &Path, shape: Shape) -> Result<()> {
+    let qkv = shape.qkv()?;
+    let [q, k, v] = &qkv;
+    let windowed = CompressionConfig {
+        window: 32,
+        fold: Fold::Mean,
+        ..Default::default()
+    };
+    let nothing = shape.plan(0, &CompressionConfig::default())?;
+    let expected = run(&qkv, &nothing)?;
+    let mut group = bench.criterion.benchmark_group(shape.name());
+    group.sampling_mode(SamplingMode::Flat);
+    for (chain, name) in WINDOWED {
+        let plan = shape.plan(chain, &windowed)?;
+        group.bench_function(name, |bencher| bencher.iter(|| run(&qkv, &plan)));
     }
-    criterion.final_summary();
-    let mut rows: Vec<&str> = RATIOS.iter().chain(&WINDOWED).map(|(_, name)| *name).collect();
-    rows.extend([STRIDED, CACHED, DECIDE, OBSERVE, PLAIN]);
-    print_ratios(&folder, &shapes.map(|shape| shape.name()), &rows, &[FLASH, PLAIN]);
+    let by_token = token_major(&qkv)?;
+    let views = [
+        by_token[0].transpose(1, 2)?,
+        by_token[1].transpose(1, 2)?,
+        by_token[2].transpose(1, 2)?,
+    ];
+    verify(STRIDED, &run(&views, &nothing)?, &expected)?;
+    group.bench_function(STRIDED, |bencher| bencher.iter(|| run(&views, &nothing)));
+    let grouped = [
+        q.clone(),
+        k.narrow(1, 0, 2)?.contiguous()?,
+        v.narrow(1, 0, 2)?.contiguous()?,
+    ];
+    group.bench_function(GROUPED, |bencher| bencher.iter(|| run(&grouped, &nothing)));
+    for (name, dtype) in [(BF16, DType::BF16), (F16, DType::F16)] {
+        let half = [q.to_dtype(dtype)?, k.to_dtype(dtype)?, v.to_dtype(dtype)?];
+        let rounded = [
+            half[0].to_dtype(DType::F32)?,
+            half[1].to_dtype(DType::F32)?,
+            half[2].to_dtype(DType::F32)?,
+        ];
+        let wide = run(&rounded, &nothing)?;
+        common::verify_within(name, &run(&half, &nothing)?.to_dtype(DType::F32)?, &wide, 0.02)?;
+        group.bench_function(name, |bencher| bencher.iter(|| run(&half, &nothing)));
+    }
+    if let Some(pytorch) = &mut bench.pytorch {
+        pytorch.record(folder, "time forward", PYTORCH_BF16, shape, "bf16")?;
+    }
+    let single = rayon::ThreadPoolBuilder::new()
+        .num_threads(1)
+        .build()
+        .map_err(candle_core::Error::wrap)?;
+    group.bench_function(ONE_THREAD, |bencher| {
+        bencher.iter(|| single.install(|| run(&qkv, &nothing)))
+    });
+    let off = HeadStrategies::uniform(MergeStrategy::Off);
+    let cached = || {
+        let mut cache = CompressedKvCache::new(off.clone(), CompressionConfig::default(), CacheOptions::default())?;
+        cache.append_and_attend(q, k, v, &AttentionOptions::default())
+    };
+    verify(CACHED, &cached()?, &expected)?;
+    group.bench_function(CACHED, |bencher| bencher.iter(cached));
+    let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+    let pretrained = CompressionConfig::pretrained();
+    group.bench_function(DECIDE, |bencher| {
+        bencher.iter(|| MergePlan::new(q, k, v, &strategies, &pretrained, &AttentionOptions::default()))
+    });
+    group.finish();
     Ok(())
+}
+
+/// Time against tokens, and against the hidden ratio.
+fn plots(folder: &Path) -> Result<()> {
+    let at = |tokens: usize, name: &str| {
+        let shape = Shape {
+            heads: 8,
+            tokens,
+            dim: 64,
+        };
+        Some((tokens as f64, median(folder, &shape.name(), name)? * 1e3))
+    };
+    let tokens = [256, 512, 1024, 2048, 4096];
+    let names = [FLASH, PLAIN, PYTORCH, RATIOS[0].1, RATIOS[1].1, RATIOS[2].1];
+    let line = |name: &&str| Line {
+        name: name.to_string(),
+        points: tokens.iter().filter_map(|&n| at(n, name)).collect(),
+    };
+    let lines: Vec<Line> = names.iter().map(line).filter(|line| !line.points.is_empty()).collect();
+    plot(
+        &folder.join("time-by-tokens.svg"),
+        "causal forward, 8 heads of 64, f32",
+        "tokens",
+        "ms",
+        true,
+        &lines,
+    )?;
+
+    let lines = SHAPES.map(|(tokens, dim)| {
+        let group = Shape { heads: 8, tokens, dim }.name();
+        let base = median(folder, &group, RATIOS[0].1);
+        let relative = |(chain, name): &(usize, &str)| {
+            let ratio = *chain as f64 / (chain + 1) as f64;
+            Some((ratio, median(folder, &group, name)? / base?))
+        };
+        Line {
+            name: group.clone(),
+            points: RATIOS.iter().filter_map(relative).collect(),
+        }
+    });
+    let title = "time against what is hidden, nothing hidden = 1";
+    plot(
+        &folder.join("time-by-ratio.svg"),
+        title,
+        "hidden ratio",
+        "time",
+        false,
+        &lines,
+    )
+}
+
+fn main() -> Result<()> {
+    let (criterion, folder) = common::criterion("forward");
+    let mut bench = Bench {
+        criterion,
+        pytorch: PyTorch::start()?,
+    };
+    let shapes = SHAPES.map(|(tokens, dim)| Shape { heads: 8, tokens, dim });
+    let sweep = SWEEP.map(|tokens| Shape {
+        heads: 8,
+        tokens,
+        dim: 64,
+    });
+    let small = SMALL.map(|(heads, tokens)| Shape { heads, tokens, dim: 64 });
+    common::forget(&folder, &[PYTORCH, PYTORCH_BF16]);
+    for shape in shapes {
+        bench_peers(&mut bench, &folder, shape)?;
+        bench_variants(&mut bench, &folder, shape)?;
+    }
+    for shape in sweep.into_iter().chain(small) {
+        bench_peers(&mut bench, &folder, shape)?;
+    }
+    bench.criterion.final_summary();
+    let mut rows: Vec<&str> = RATIOS.iter().chain(&WINDOWED).map(|(_, name)| *name).collect();
+    rows.extend([STRIDED, GROUPED, BF16, F16, ONE_THREAD, CACHED, DECIDE, PLAIN]);
+    let names: Vec<String> = shapes.iter().chain(&sweep).chain(&small).map(Shape::name).collect();
+    print_ratios(&folder, &names, &rows, &[FLASH, PLAIN, PYTORCH, PYTORCH_BF16]);
+    plots(&folder)
 }

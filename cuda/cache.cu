@@ -86,6 +86,11 @@ template <class T> struct CacheList {
       write(state.far_k, state.far_v, state.far_ln, index * p.capacity + length);
       length++;
     }
+    step(merged, key, value);
+  }
+
+  // The open chain takes one more token, or becomes it.
+  __device__ void step(bool merged, const WarpRow& key, const WarpRow& value) {
     if (merged && p.fold == MEAN) {
       chain_key.running_mean(key, (float)size), chain_value.running_mean(value, (float)size);
       size++;
@@ -182,21 +187,113 @@ __device__ void append(Global<const T> q, Global<const T> k, Global<const T> v, 
   list.queries(q, queries, merged && p.sizes.tokens == 1);
 }
 
+#define CACHE_STATE(T)                                                                                            \
+  Global<T> far_k, Global<T> far_v, Global<float> far_ln, Global<uint32_t> lengths, Global<T> local_k,            \
+      Global<T> local_v, Global<float> local_ln, Global<uint32_t> local_lengths, Global<float> chain_k,           \
+      Global<float> chain_v, Global<uint32_t> chain_sizes, Global<T> previous_k, Global<T> previous_v,            \
+      Global<uint32_t> bits, Global<uint32_t> run_starts, Global<T> run_keys, Global<T> last_keys,                \
+      Global<T> last_queries
+#define STATE(T)                                                                                                  \
+  CacheState<T> {                                                                                                 \
+    far_k, far_v, far_ln, lengths, local_k, local_v, local_ln, local_lengths, chain_k, chain_v, chain_sizes,      \
+        previous_k, previous_v, bits, run_starts, run_keys, last_keys, last_queries                               \
+  }
+
 // One warp per list: grid (batch * lists).
-#define CACHE_APPEND(suffix, T)                                                                                        \
-  KERNEL cache_append_##suffix(                                                                                        \
-      Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests, Global<T> queries,           \
-      Global<T> far_k, Global<T> far_v, Global<float> far_ln, Global<uint32_t> lengths, Global<T> local_k,             \
-      Global<T> local_v, Global<float> local_ln, Global<uint32_t> local_lengths, Global<float> chain_k,                \
-      Global<float> chain_v, Global<uint32_t> chain_sizes, Global<T> previous_k, Global<T> previous_v,                 \
-      Global<uint32_t> bits, Global<uint32_t> run_starts, Global<T> run_keys, Global<T> last_keys,                     \
-      Global<T> last_queries, CacheParams p) {                                                                         \
-    append(q, k, v, tests, queries,                                                                                    \
-           CacheState<T>{far_k, far_v, far_ln, lengths, local_k, local_v, local_ln, local_lengths, chain_k, chain_v,   \
-                         chain_sizes, previous_k, previous_v, bits, run_starts, run_keys, last_keys, last_queries},    \
-           p);                                                                                                         \
+#define CACHE_APPEND(suffix, T)                                                                                   \
+  KERNEL cache_append_##suffix(Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests, \
+                               Global<T> queries, CACHE_STATE(T), CacheParams p) {                                \
+    append(q, k, v, tests, queries, STATE(T), p);                                                                 \
   }
 FOR_EACH_DTYPE(CACHE_APPEND)
+
+// --- A first chunk, whose decisions and folds are known ---------------------------------------------------------------
+
+// Of a list, what attention over a whole chunk had: see "Attention" in params.cuh; merge bits are (batch, heads, N - 1).
+template <class T> struct Chunk {
+  Global<const T> k, v;
+  Global<const uint8_t> all_bits;
+  Global<const uint32_t> far_before;
+  Global<const T> far_k, far_v;
+  Global<const float> far_ln;
+
+  __device__ bool hidden(const CacheParams& p, const List& list, unsigned t) const {
+    unsigned pairs = p.sizes.tokens - 1;
+    return t < pairs && all_bits[((size_t)list.batch * p.sizes.heads + list.first_head) * pairs + t];
+  }
+};
+
+// All that does not grow: the open chain, where runs stand, and how long the list is. One warp per list.
+template <class T>
+__device__ void adopt_state(Global<const T> q, const Chunk<T>& chunk, const CacheState<T>& state, const CacheParams& p) {
+  CacheList<T> to(p, state);
+  const List& list = to.list;
+  unsigned tokens = p.sizes.tokens, last = tokens - 1;
+  auto row = [&](Global<const T> x, const Rows& rows, unsigned t) {
+    WarpRow found;
+    found.load(x, rows.at(list.batch, list.kv_head, t), to.dim);
+    return found;
+  };
+  if (tokens > p.window) {
+    unsigned edge = last - p.window, start = edge;
+    to.length = chunk.far_before[to.index * (tokens + 1) + edge];
+    while (p.fold != DROP && start > 0 && chunk.hidden(p, list, start - 1)) {
+      start--;
+      // One left neighbour is all that a pair sum reads.
+      if (p.fold == PAIR_SUM) break;
+    }
+    for (unsigned t = start; t <= edge; t++) {
+      WarpRow key = row(chunk.k, p.k, t), value = row(chunk.v, p.v, t);
+      WarpRow::quarantine<T>(key, value);
+      to.step(t > start, key, value);
+    }
+  }
+  to.run_start = NO_RUN;
+  for (unsigned t = last; t > 0 && chunk.hidden(p, list, t - 1); t--) to.run_start = t - 1;
+  if (to.run_start != NO_RUN) row(chunk.k, p.k, to.run_start).store(state.run_keys, to.row, to.dim);
+  row(chunk.k, p.k, last).store(state.last_keys, to.row, to.dim);
+  to.finish();
+  to.queries(q, Global<T>{}, false);
+}
+
+// Closed chains, and what the window holds. One warp per token.
+template <class T>
+__device__ void adopt_rows(const Chunk<T>& chunk, const CacheState<T>& state, const CacheParams& p) {
+  unsigned t = blockIdx.x * 4 + threadIdx.x / 32, tokens = p.sizes.tokens, lane = threadIdx.x % 32, dim = p.sizes.head_dim;
+  if (t >= tokens) return;
+  List list(p.sizes, blockIdx.y);
+  size_t index = blockIdx.y, ring = index * (p.window + 1);
+  WarpRow key, value;
+  if (t + p.window < tokens - 1 && !chunk.hidden(p, list, t)) {
+    unsigned column = chunk.far_before[index * (tokens + 1) + t];
+    size_t from = index * tokens + column, to = index * p.capacity + column;
+    key.load(chunk.far_k, from * dim, dim), value.load(chunk.far_v, from * dim, dim);
+    key.store(state.far_k, to * dim, dim), value.store(state.far_v, to * dim, dim);
+    if (p.fold == MEAN && lane == 0) state.far_ln.set(to, chunk.far_ln[from]);
+  }
+  if (t + p.window >= tokens) {
+    size_t slot = ring + t % p.window;
+    key.load(chunk.k, p.k.at(list.batch, list.kv_head, t), dim);
+    value.load(chunk.v, p.v.at(list.batch, list.kv_head, t), dim);
+    WarpRow::quarantine<T>(key, value);
+    key.store(state.local_k, slot * dim, dim), value.store(state.local_v, slot * dim, dim);
+    if (p.fold == MEAN && lane == 0) state.local_ln.set(slot, 0.0f);
+  }
+  if (lane == 0 && t + p.window + 2 >= tokens && t + 1 < tokens)
+    state.bits.set(ring + t % (p.window + 1), chunk.hidden(p, list, t));
+}
+
+#define CACHE_CHUNK(T)                                                                                            \
+  Global<const T> k, Global<const T> v, Global<const uint8_t> all_bits, Global<const uint32_t> far_before,        \
+      Global<const T> from_k, Global<const T> from_v, Global<const float> from_ln
+#define CACHE_ADOPT(suffix, T)                                                                                    \
+  KERNEL cache_adopt_state_##suffix(Global<const T> q, CACHE_CHUNK(T), CACHE_STATE(T), CacheParams p) {           \
+    adopt_state(q, Chunk<T>{k, v, all_bits, far_before, from_k, from_v, from_ln}, STATE(T), p);                   \
+  }                                                                                                               \
+  KERNEL cache_adopt_rows_##suffix(CACHE_CHUNK(T), CACHE_STATE(T), CacheParams p) {                               \
+    adopt_rows(Chunk<T>{k, v, all_bits, far_before, from_k, from_v, from_ln}, STATE(T), p);                       \
+  }
+FOR_EACH_DTYPE(CACHE_ADOPT)
 
 // Copies `count` numbers of each list, or `unit` for each of its `lengths`, from list sources[i] (or i) to list i, between
 // buffers of other strides. Grid (count / 256, lists), 256 threads.
@@ -216,4 +313,4 @@ __device__ void copy(Global<const T> from, Global<const uint32_t> lengths, Globa
 FOR_EACH_DTYPE(CACHE_COPY)
 CACHE_COPY(u32, uint32_t)
 
-MODULE(cache, ENTRIES(cache_append) ENTRIES(cache_copy) ENTRY(cache_copy_u32))
+MODULE(cache, ENTRIES(cache_append) ENTRIES(cache_adopt_state) ENTRIES(cache_adopt_rows) ENTRIES(cache_copy) ENTRY(cache_copy_u32))

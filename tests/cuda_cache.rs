@@ -147,10 +147,13 @@ fn bad_numbers_stay_with_the_rows_that_see_them() -> Result<()> {
             let strategies = setting.strategies(&shape)?;
             let mut on_cpu = CompressedKvCache::new(strategies.clone(), setting.config.clone(), Default::default())?;
             let expected = on_cpu.append_and_attend(&qkv[0], &qkv[1], &qkv[2], &Default::default())?;
-            let mut cache = EmulatedCache::new(&qkv, &strategies, &setting.config)?;
-            let got = chunked(&mut cache, &qkv, &[1])?;
             let nan = |x: &Tensor| -> Result<Vec<bool>> { Ok(values(x)?.iter().map(|x| x.is_nan()).collect()) };
-            assert_eq!(nan(&got)?, nan(&expected)?, "{} part {part} {bad}", setting.name);
+            for chunks in [[1], [40]] {
+                let mut cache = EmulatedCache::new(&qkv, &strategies, &setting.config)?;
+                let got = chunked(&mut cache, &qkv, &chunks)?;
+                let what = format!("{} part {part} {bad} chunks {chunks:?}", setting.name);
+                assert_eq!(nan(&got)?, nan(&expected)?, "{what}");
+            }
         }
     }
     Ok(())

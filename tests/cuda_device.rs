@@ -90,7 +90,7 @@ fn check_table(dtype: DType, memory: Memory) -> Result<()> {
                 bias: options.bias.as_ref().map(|bias| bias.to_device(&device)).transpose()?,
                 ..options
             };
-            let strategies = setting.strategies(&shape)?;
+            let strategies = setting.strategies(shape)?;
             let plan = || MergePlan::new(&qkv[0], &qkv[1], &qkv[2], &strategies, &setting.config, &options);
             let run = || {
                 let plan = plan()?;
@@ -343,7 +343,7 @@ fn a_layer_trains_alike() -> Result<()> {
         let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
         let attention = CompressedAttention::new(strategies, config.clone(), Default::default())?;
         Ok(CompressedSelfAttention::new(
-            sizes.clone(),
+            sizes,
             attention,
             VarBuilder::from_varmap(map, DType::F32, device),
         )?)

@@ -74,7 +74,7 @@ fn check_table(dtype: DType, memory: Memory) -> Result<()> {
             let options = (setting.options)(shape);
             let qkv = shape.qkv(seed as u64, dtype)?;
             let expected = Expected::new(&qkv, &qkv[0], &setting, &options)?;
-            let strategies = setting.strategies(&shape)?;
+            let strategies = setting.strategies(shape)?;
             let new = || CompressedKvCache::new(strategies.clone(), setting.config.clone(), Default::default());
             let mut on_cpu = new()?;
             on_cpu.append(&qkv[0], &qkv[1], &qkv[2])?;
@@ -214,7 +214,7 @@ fn a_layer_decodes_alike() -> Result<()> {
         let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
         let attention = CompressedAttention::new(strategies, CompressionConfig::pretrained(), Default::default())?;
         let vb = VarBuilder::from_varmap(map, DType::F32, device);
-        Ok(CompressedSelfAttention::new(sizes.clone(), attention, vb)?)
+        Ok(CompressedSelfAttention::new(sizes, attention, vb)?)
     };
     let on_cpu = layer(&map, &Device::Cpu)?;
     let moved = VarMap::new();

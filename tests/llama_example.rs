@@ -395,7 +395,7 @@ fn bad_strategies_end_in_one_line() {
 #[test]
 fn wrong_usage_ends_in_claps_code() {
     for args in [
-        vec![],
+        vec!["--fold", "sum"],
         vec!["eval"],
         vec!["generate", "--model", "x", "--prompt", "y", "--fold", "sum"],
     ] {

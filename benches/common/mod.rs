@@ -3,6 +3,9 @@
 // Each bench is a crate of its own and uses a part of this.
 #![allow(dead_code)]
 
+pub mod plot;
+pub mod pytorch;
+
 use candle_core::{DType, Device, Result, Tensor, D};
 use candle_nn::attention::{flash_attn, AttnMask};
 use candle_sfattention::{CompressionConfig, MergePlan};
@@ -10,7 +13,7 @@ use criterion::Criterion;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// One causal attention problem, f32.
+/// One causal attention problem of batch 1.
 #[derive(Clone, Copy)]
 pub struct Shape {
     pub heads: usize,
@@ -45,6 +48,13 @@ pub fn candle_plain([q, k, v]: &[Tensor; 3], mask: &Tensor) -> Result<Tensor> {
     candle_nn::ops::softmax_last_dim(&scores)?.matmul(v)
 }
 
+/// [`candle_plain`] with gradients: candle's fused softmax has none.
+pub fn plain_with_gradients([q, k, v]: &[Tensor; 3], mask: &Tensor) -> Result<Tensor> {
+    let scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
+    let scores = (q.matmul(&k.t()?)? * scale)?.broadcast_add(mask)?;
+    candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(v)
+}
+
 /// 0 where a row sees a column, minus infinity elsewhere: (N, N).
 pub fn causal_mask(tokens: usize) -> Result<Tensor> {
     let mask = (0..tokens * tokens).map(|i| {
@@ -69,18 +79,33 @@ pub fn token_major(qkv: &[Tensor; 3]) -> Result<[Tensor; 3]> {
     Ok([one(&qkv[0])?, one(&qkv[1])?, one(&qkv[2])?])
 }
 
-/// Fails unless two results agree; NaN does not.
+/// Fails unless two results agree to f32 rounding; NaN does not.
 pub fn verify(what: &str, ours: &Tensor, peer: &Tensor) -> Result<()> {
+    verify_within(what, ours, peer, 1e-4)
+}
+
+/// Fails unless two results agree to `bound`; NaN does not.
+pub fn verify_within(what: &str, ours: &Tensor, peer: &Tensor, bound: f32) -> Result<()> {
     let difference = (ours - peer)?
         .abs()?
         .flatten_all()?
         .to_dtype(DType::F32)?
         .to_vec1::<f32>()?;
-    let wrong = difference.len() - difference.iter().filter(|x| **x <= 1e-4).count();
+    let wrong = difference.len() - difference.iter().filter(|x| **x <= bound).count();
     if wrong > 0 {
-        candle_core::bail!("{what}: expected the peer's result, got {wrong} elements that differ by more than 1e-4")
+        candle_core::bail!("{what}: expected the peer's result, got {wrong} elements that differ by more than {bound}")
     }
     Ok(())
+}
+
+/// Removes rows that an earlier run left and this one may not measure.
+pub fn forget(folder: &Path, functions: &[&str]) {
+    for group in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        for function in functions {
+            // It need not be there.
+            let _ = std::fs::remove_dir_all(group.path().join(function));
+        }
+    }
 }
 
 /// Criterion with its results in a folder of ours, so that the ratios can be read back.

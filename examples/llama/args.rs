@@ -217,6 +217,12 @@ pub struct ReportArgs {
     /// Where in the text the pass key stands, 0 to 1.
     #[arg(long, value_delimiter = ',', value_name = "X,X..", default_values_t = [0.1, 0.3, 0.5, 0.7, 0.9])]
     pub depths: Vec<f64>,
+    /// Pass keys at each length and depth.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub keys: usize,
+    /// Only these of dense, paper, pretrained, calibrated, random and streaming; dense is always among them.
+    #[arg(long, value_delimiter = ',', value_name = "NAME,NAME..")]
+    pub methods: Vec<String>,
     #[command(flatten)]
     pub weights: WeightArgs,
     #[command(flatten)]

@@ -224,7 +224,7 @@ fn step_as<T: GpuElement>(
     let [q, k, v] = [&held[0], &held[1], &held[2]].map(|(storage, layout)| source::<T>(stored(storage, layout)?));
     let sources = [q?, k?, v?];
     let Some(options) = options else {
-        return lists.append(gpu, sources, problem.tokens, None).map(|()| None);
+        return lists.append(gpu, sources, problem.tokens).map(|()| None);
     };
     let output = lists.append_and_attend(gpu, sources, problem.tokens, options)?;
     Ok(Some(tensor(output, qkv[0].dims(), device.as_cuda_device()?)))

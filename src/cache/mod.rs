@@ -34,8 +34,8 @@ pub struct CacheOptions {
 ///
 /// On a CUDA device, the first call's tensors decide, it takes f32, f16 and bf16, stored as they come, and neither bias nor
 /// dropout. Only the device knows how long its lists are: memory is rectangular, as much for every list as for the longest,
-/// and the host waits for the device only when that room is used up, and after chunks of 64 tokens and more. A first chunk
-/// is attended to at once; later ones row by row.
+/// and the host waits for the device only when that room is used up, and after chunks of 64 tokens and more, or a first
+/// one. A first chunk is attended to at once; later ones row by row.
 ///
 /// [`Self::save`] writes it to a file, and [`Self::load`] brings it back to go on bit for bit.
 ///

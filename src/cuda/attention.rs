@@ -30,8 +30,8 @@ pub(crate) fn lists(problem: &Problem, dense: bool, agree: bool) -> usize {
 
 /// What folding left; None where the raw tensors serve as they are.
 pub(crate) struct Folded<G: Gpu, T: GpuElement> {
-    queries: Option<G::Slice<T>>,
-    columns: Option<Columns<G, T>>,
+    pub queries: Option<G::Slice<T>>,
+    pub columns: Option<Columns<G, T>>,
 }
 
 /// Gradients of query (B, H, N, D), key and value (B, Hk, N, D).

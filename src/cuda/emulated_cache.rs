@@ -96,7 +96,7 @@ fn append<T: GpuElement + Element>(
     let (q, k, v) = (held(&qkv[0])?, held(&qkv[1])?, held(&qkv[2])?);
     let (sources, count) = ([(&q.0, q.1), (&k.0, k.1), (&v.0, v.1)], qkv[0].dim(2)?);
     let Some(options) = options else {
-        return lists.append(&Emulator, sources, count, None).map(|()| None);
+        return lists.append(&Emulator, sources, count).map(|()| None);
     };
     let output = lists.append_and_attend(&Emulator, sources, count, options)?;
     Tensor::from_vec(output.download()?, qkv[0].dims(), &Device::Cpu).map(Some)

@@ -25,6 +25,8 @@ pub enum Method {
 }
 
 impl Method {
+    pub const FAMILIES: [&str; 6] = ["dense", "paper", "pretrained", "calibrated", "random", "streaming"];
+
     pub fn all(policies: &[(f64, Policy)]) -> Vec<Self> {
         let families: [fn(f64) -> Self; 3] = [Self::Calibrated, Self::Random, Self::Streaming];
         let mut all = vec![Self::Dense, Self::Paper, Self::Pretrained];

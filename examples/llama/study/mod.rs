@@ -42,7 +42,10 @@ pub fn run(args: &ReportArgs) -> Result<()> {
     fs::create_dir_all(&args.out).with_context(|| format!("out {}", args.out.display()))?;
     let model = checkpoint.load(calibrate::dense(checkpoint.config.layers)?)?;
     let policies = policies(&model, &checkpoint, &tokens, args)?;
-    let methods = Method::all(&policies);
+    let mut methods = Method::all(&policies);
+    if !args.methods.is_empty() {
+        methods.retain(|method| *method == Method::Dense || args.methods.iter().any(|name| name == method.family()));
+    }
     let settings = format!(
         "{} {} {} {} {:?}",
         model.fingerprint()?,
@@ -76,11 +79,19 @@ pub fn run(args: &ReportArgs) -> Result<()> {
 
 fn check(args: &ReportArgs) -> Result<()> {
     ensure!(
-        !args.ratios.is_empty() && args.windows > 0,
-        "ratios and windows: expected at least one of each, got {:?} and {}; see --help",
+        !args.ratios.is_empty() && args.windows > 0 && args.keys > 0,
+        "ratios, windows and keys: expected at least one of each, got {:?}, {} and {}; see --help",
         args.ratios,
-        args.windows
+        args.windows,
+        args.keys
     );
+    for name in &args.methods {
+        ensure!(
+            Method::FAMILIES.contains(&name.as_str()),
+            "methods: expected some of {}, got {name}; see --help",
+            Method::FAMILIES.join(", ")
+        );
+    }
     Ok(())
 }
 
@@ -94,8 +105,12 @@ fn tasks(tokens: &[u32], checkpoint: &Checkpoint, args: &ReportArgs) -> Result<V
     }
     for length in &args.passkey {
         for (index, depth) in args.depths.iter().enumerate() {
-            let passkey = Passkey::new(checkpoint, tokens, *length, *depth, index)?;
-            tasks.push((format!("passkey {length} {depth}"), Task::Passkey(passkey)));
+            for key in 0..args.keys {
+                let number = index + key * args.depths.len();
+                let passkey = Passkey::new(checkpoint, tokens, *length, *depth, number)?;
+                let again = if key == 0 { String::new() } else { format!(" {key}") };
+                tasks.push((format!("passkey {length} {depth}{again}"), Task::Passkey(passkey)));
+            }
         }
     }
     Ok(tasks)

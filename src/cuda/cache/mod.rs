@@ -4,15 +4,19 @@
 //! reaches the room there is, and after a long chunk, the lengths are read back, which waits for the device; nothing else
 //! does.
 
-use super::attention::{lists, Attention};
-use super::decide::{self, DecideCall};
-use super::decode::{decode, DecodeCall, Store};
-use super::fold::{fold_code, FoldCall};
-use super::gpu::{Gpu, GpuElement, Kernel, Launch, Number, Source};
-use super::params::{CacheParams, CopyParams, Rows, Sizes};
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, Fold, GroupRule, HeadStrategies};
+use crate::cuda::attention::lists;
+use crate::cuda::decide;
+use crate::cuda::decode::{decode, DecodeCall, Store};
+use crate::cuda::fold::fold_code;
+use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
+use crate::cuda::params::{CacheParams, CopyParams, Rows, Sizes};
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};
+use moves::{copy, Mover};
+
+mod chunk;
+mod moves;
 
 const MODULE: &str = "cache";
 /// The widest window: a list holds so many raw tokens from the start.
@@ -35,7 +39,7 @@ struct Settings {
     strategies: HeadStrategies,
 }
 
-/// The lists of one layer; see `CacheState` in cuda/cache.cu.
+/// The lists of one layer.
 pub(crate) struct DeviceLists<G: Gpu, T: GpuElement> {
     settings: Settings,
     batch: usize,
@@ -44,6 +48,11 @@ pub(crate) struct DeviceLists<G: Gpu, T: GpuElement> {
     capacity: usize,
     bound: usize,
     tests: G::Slice<f32>,
+    state: State<G, T>,
+}
+
+/// The lists themselves: `CacheState` in cuda/cache.cu.
+struct State<G: Gpu, T: GpuElement> {
     far_k: G::Slice<T>,
     far_v: G::Slice<T>,
     far_ln: Option<G::Slice<f32>>,
@@ -63,6 +72,32 @@ pub(crate) struct DeviceLists<G: Gpu, T: GpuElement> {
     run_keys: G::Slice<T>,
     last_keys: G::Slice<T>,
     last_queries: Option<G::Slice<T>>,
+}
+
+impl<G: Gpu, T: GpuElement> State<G, T> {
+    /// `CACHE_STATE` in cuda/cache.cu.
+    fn args<'a>(&'a mut self, gpu: &'a G) -> Vec<G::Arg<'a>> {
+        vec![
+            gpu.write(&mut self.far_k),
+            gpu.write(&mut self.far_v),
+            gpu.write_some(self.far_ln.as_mut()),
+            gpu.write(&mut self.lengths),
+            gpu.write(&mut self.local_k),
+            gpu.write(&mut self.local_v),
+            gpu.write_some(self.local_ln.as_mut()),
+            gpu.write(&mut self.local_lengths),
+            gpu.write(&mut self.chain_k),
+            gpu.write(&mut self.chain_v),
+            gpu.write(&mut self.chain_sizes),
+            gpu.write_some(self.previous_k.as_mut()),
+            gpu.write_some(self.previous_v.as_mut()),
+            gpu.write(&mut self.bits),
+            gpu.write(&mut self.run_starts),
+            gpu.write(&mut self.run_keys),
+            gpu.write(&mut self.last_keys),
+            gpu.write_some(self.last_queries.as_mut()),
+        ]
+    }
 }
 
 fn room(entries: usize) -> usize {
@@ -120,24 +155,26 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             capacity: GROWTH,
             bound: 0,
             tests: decide::tests(gpu, problem, strategies, config)?,
-            far_k: gpu.zeros(all * GROWTH * dim)?,
-            far_v: gpu.zeros(all * GROWTH * dim)?,
-            far_ln: ln(all * GROWTH)?,
-            lengths: gpu.zeros(all)?,
-            local_k: gpu.zeros(local * dim)?,
-            local_v: gpu.zeros(local * dim)?,
-            local_ln: ln(local)?,
-            local_lengths: gpu.zeros(all)?,
-            chain_k: gpu.zeros(all * dim)?,
-            chain_v: gpu.zeros(all * dim)?,
-            chain_sizes: gpu.zeros(all)?,
-            previous_k: some(pair_sum, all * dim)?,
-            previous_v: some(pair_sum, all * dim)?,
-            bits: gpu.zeros(local)?,
-            run_starts: gpu.upload(&vec![NO_RUN; all])?,
-            run_keys: row()?,
-            last_keys: row()?,
-            last_queries: some(pair_sum, batch * problem.heads * dim)?,
+            state: State {
+                far_k: gpu.zeros(all * GROWTH * dim)?,
+                far_v: gpu.zeros(all * GROWTH * dim)?,
+                far_ln: ln(all * GROWTH)?,
+                lengths: gpu.zeros(all)?,
+                local_k: gpu.zeros(local * dim)?,
+                local_v: gpu.zeros(local * dim)?,
+                local_ln: ln(local)?,
+                local_lengths: gpu.zeros(all)?,
+                chain_k: gpu.zeros(all * dim)?,
+                chain_v: gpu.zeros(all * dim)?,
+                chain_sizes: gpu.zeros(all)?,
+                previous_k: some(pair_sum, all * dim)?,
+                previous_v: some(pair_sum, all * dim)?,
+                bits: gpu.zeros(local)?,
+                run_starts: gpu.upload(&vec![NO_RUN; all])?,
+                run_keys: row()?,
+                last_keys: row()?,
+                last_queries: some(pair_sum, batch * problem.heads * dim)?,
+            },
         })
     }
 
@@ -158,7 +195,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     pub fn entries(&self, gpu: &G) -> Result<Vec<Vec<usize>>> {
         let window = self.settings.config.window;
         let local = self.seq_len.min(window) + usize::from(self.seq_len > window);
-        let lengths = gpu.download(&self.lengths)?;
+        let lengths = gpu.download(&self.state.lengths)?;
         let entries: Vec<usize> = lengths.iter().map(|length| *length as usize + local).collect();
         Ok(entries.chunks(self.settings.lists).map(<[usize]>::to_vec).collect())
     }
@@ -166,9 +203,9 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// Bytes of `entries` closed chains over all lists, and of all that does not grow.
     fn bytes_of(&self, entries: usize) -> usize {
         let (dim, all, window) = (self.settings.problem.head_dim, self.all(), self.settings.config.window);
-        let ln = if self.far_ln.is_some() { 4 } else { 0 };
+        let ln = if self.state.far_ln.is_some() { 4 } else { 0 };
         let (row, local) = (2 * dim * size_of::<T>() + ln, all * (window + 1));
-        let pair_sums = match &self.last_queries {
+        let pair_sums = match &self.state.last_queries {
             Some(_) => (2 * all + self.batch * self.settings.problem.heads) * dim * size_of::<T>(),
             None => 0,
         };
@@ -181,7 +218,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// # Errors
     /// What the device reports.
     pub fn bytes(&self, gpu: &G) -> Result<usize> {
-        let lengths = gpu.download(&self.lengths)?;
+        let lengths = gpu.download(&self.state.lengths)?;
         Ok(self.bytes_of(lengths.iter().map(|length| *length as usize).sum()))
     }
 
@@ -204,26 +241,16 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         Ok(most(self.bound))
     }
 
-    /// Takes in `count` tokens; `queries` receives those of the last one as attention reads them, where `count` is 1.
-    ///
-    /// # Errors
-    /// What the device reports.
-    pub fn append(
-        &mut self,
-        gpu: &G,
-        [q, k, v]: [Source<'_, G, T>; 3],
-        count: usize,
-        queries: Option<&mut G::Slice<T>>,
-    ) -> Result<()> {
-        self.reserve(gpu, count)?;
-        let (config, problem) = (&self.settings.config, self.settings.problem);
+    /// What the kernels are told of `count` new tokens.
+    fn params(&self, [q, k, v]: &[Source<'_, G, T>; 3], count: usize) -> Result<CacheParams> {
+        let config = &self.settings.config;
         let limited = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
         let sizes = Problem {
             tokens: count,
             batch: self.batch,
-            ..problem
+            ..self.settings.problem
         };
-        let params = CacheParams {
+        Ok(CacheParams {
             q: Rows::new(&q.1),
             k: Rows::new(&k.1),
             v: Rows::new(&v.1),
@@ -236,38 +263,46 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             capacity: limited(self.capacity),
             first: limited(self.seq_len),
             reserved: 0,
-        };
+        })
+    }
+
+    /// Takes in `count` tokens without their rows.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn append(&mut self, gpu: &G, qkv: [Source<'_, G, T>; 3], count: usize) -> Result<()> {
+        if self.seq_len == 0 && count > 1 {
+            return self.first_chunk(gpu, qkv, count, None).map(|_| ());
+        }
+        self.stream(gpu, qkv, count, None)
+    }
+
+    /// Takes in `count` tokens, one after another; `queries` receives those of the last one as attention reads them,
+    /// where `count` is 1.
+    fn stream(
+        &mut self,
+        gpu: &G,
+        qkv: [Source<'_, G, T>; 3],
+        count: usize,
+        queries: Option<&mut G::Slice<T>>,
+    ) -> Result<()> {
+        self.reserve(gpu, count)?;
+        let params = self.params(&qkv, count)?;
         let launch = Launch {
             grid: [self.all(), 1, 1],
             threads: 32,
             shared_bytes: 0,
         };
-        let args = [
+        let [q, k, v] = qkv;
+        let mut args = vec![
             gpu.read(q.0),
             gpu.read(k.0),
             gpu.read(v.0),
             gpu.read(&self.tests),
             gpu.write_some(queries),
-            gpu.write(&mut self.far_k),
-            gpu.write(&mut self.far_v),
-            gpu.write_some(self.far_ln.as_mut()),
-            gpu.write(&mut self.lengths),
-            gpu.write(&mut self.local_k),
-            gpu.write(&mut self.local_v),
-            gpu.write_some(self.local_ln.as_mut()),
-            gpu.write(&mut self.local_lengths),
-            gpu.write(&mut self.chain_k),
-            gpu.write(&mut self.chain_v),
-            gpu.write(&mut self.chain_sizes),
-            gpu.write_some(self.previous_k.as_mut()),
-            gpu.write_some(self.previous_v.as_mut()),
-            gpu.write(&mut self.bits),
-            gpu.write(&mut self.run_starts),
-            gpu.write(&mut self.run_keys),
-            gpu.write(&mut self.last_keys),
-            gpu.write_some(self.last_queries.as_mut()),
-            gpu.value(&params),
         ];
+        args.extend(self.state.args(gpu));
+        args.push(gpu.value(&params));
         gpu.launch(&Kernel::of::<T>(MODULE, "cache_append"), launch, &args)?;
         drop(args);
         self.seq_len += count;
@@ -291,9 +326,9 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         options: &AttentionOptions,
     ) -> Result<G::Slice<T>> {
         if self.seq_len == 0 && count > 1 {
-            let output = self.prefill(gpu, qkv, count, options)?;
-            self.append(gpu, qkv, count, None)?;
-            return Ok(output);
+            if let Some(output) = self.first_chunk(gpu, qkv, count, Some(options))? {
+                return Ok(output);
+            }
         }
         if count == 1 {
             return self.one(gpu, qkv, options);
@@ -322,66 +357,27 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         Ok(output)
     }
 
-    /// The rows of a first chunk, as attention over a whole sequence gives them.
-    fn prefill(
-        &self,
-        gpu: &G,
-        [q, k, v]: [Source<'_, G, T>; 3],
-        count: usize,
-        options: &AttentionOptions,
-    ) -> Result<G::Slice<T>> {
-        let problem = Problem {
-            tokens: count,
-            ..self.settings.problem
-        };
-        let (config, strategies) = (&self.settings.config, &self.settings.strategies);
-        let call = DecideCall {
-            problem,
-            q,
-            k,
-            strategies,
-            config,
-        };
-        let bits = decide::indicators(gpu, &call)?;
-        let attention = Attention {
-            fold: FoldCall {
-                problem,
-                q,
-                k,
-                v,
-                bits: &bits,
-                fold: config.fold,
-                lists: self.settings.lists,
-            },
-            dense: self.settings.dense,
-            window: config.window,
-            bias: None,
-            options,
-        };
-        Ok(attention.forward(gpu, false)?.output)
-    }
-
     fn one(&mut self, gpu: &G, qkv: [Source<'_, G, T>; 3], options: &AttentionOptions) -> Result<G::Slice<T>> {
         let Problem { heads, head_dim, .. } = self.settings.problem;
         let mut queries = gpu.alloc::<T>(self.batch * heads * head_dim)?;
-        self.append(gpu, qkv, 1, Some(&mut queries))?;
+        self.stream(gpu, qkv, 1, Some(&mut queries))?;
         let call = DecodeCall {
             lists: self.all(),
             group: heads / self.settings.lists,
             head_dim,
             queries: &queries,
             far: Store {
-                keys: &self.far_k,
-                values: &self.far_v,
-                ln: self.far_ln.as_ref(),
-                lengths: &self.lengths,
+                keys: &self.state.far_k,
+                values: &self.state.far_v,
+                ln: self.state.far_ln.as_ref(),
+                lengths: &self.state.lengths,
                 capacity: self.capacity,
             },
             local: Some(Store {
-                keys: &self.local_k,
-                values: &self.local_v,
-                ln: self.local_ln.as_ref(),
-                lengths: &self.local_lengths,
+                keys: &self.state.local_k,
+                values: &self.state.local_v,
+                ln: self.state.local_ln.as_ref(),
+                lengths: &self.state.local_lengths,
                 capacity: self.settings.config.window + 1,
             }),
             scale: options.scale(head_dim),
@@ -406,7 +402,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     }
 
     fn read_bound(&mut self, gpu: &G) -> Result<()> {
-        let lengths = gpu.download(&self.lengths)?;
+        let lengths = gpu.download(&self.state.lengths)?;
         self.bound = lengths.into_iter().max().unwrap_or(0) as usize;
         Ok(())
     }
@@ -427,174 +423,13 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             lists: all,
             sources: None,
         };
-        let lengths = Some(&self.lengths);
-        self.far_k = mover.rows(T::SUFFIX, &self.far_k, lengths, [old, capacity], dim)?;
-        self.far_v = mover.rows(T::SUFFIX, &self.far_v, lengths, [old, capacity], dim)?;
-        if let Some(ln) = &self.far_ln {
-            self.far_ln = Some(mover.rows("f32", ln, lengths, [old, capacity], 1)?);
+        let lengths = Some(&self.state.lengths);
+        self.state.far_k = mover.rows(T::SUFFIX, &self.state.far_k, lengths, [old, capacity], dim)?;
+        self.state.far_v = mover.rows(T::SUFFIX, &self.state.far_v, lengths, [old, capacity], dim)?;
+        if let Some(ln) = &self.state.far_ln {
+            self.state.far_ln = Some(mover.rows("f32", ln, lengths, [old, capacity], 1)?);
         }
         self.capacity = capacity;
         Ok(())
     }
-
-    /// Lists whose batch row i is the old row `rows[i]`.
-    ///
-    /// # Errors
-    /// What the device reports.
-    pub fn select(&self, gpu: &G, rows: &[usize]) -> Result<Self> {
-        let (lists, heads) = (self.settings.lists, self.settings.problem.heads);
-        let (dim, window) = (self.settings.problem.head_dim, self.settings.config.window);
-        let of = |per_row: usize| -> Result<G::Slice<u32>> {
-            let all = rows.iter().flat_map(|row| row * per_row..(row + 1) * per_row);
-            gpu.upload(&all.map(|index| index as u32).collect::<Vec<_>>())
-        };
-        let (list_sources, head_sources) = (of(lists)?, of(heads)?);
-        let mover = |per_row: usize, sources| Mover {
-            gpu,
-            lists: rows.len() * per_row,
-            sources: Some(sources),
-        };
-        let (by_list, by_head) = (mover(lists, &list_sources), mover(heads, &head_sources));
-        let (suffix, capacity) = (T::SUFFIX, [self.capacity; 2]);
-        let far = |x| by_list.rows(suffix, x, Some(&self.lengths), capacity, dim);
-        let local = |x| by_list.all(suffix, x, (window + 1) * dim);
-        let row = |x: &G::Slice<T>| by_list.all(suffix, x, dim);
-        let words = |x| by_list.all("u32", x, 1);
-        let some = |x: &Option<G::Slice<T>>| x.as_ref().map(row).transpose();
-        Ok(Self {
-            settings: self.settings.clone(),
-            batch: rows.len(),
-            seq_len: self.seq_len,
-            capacity: self.capacity,
-            bound: self.bound,
-            tests: by_head.all("f32", &self.tests, 2)?,
-            far_k: far(&self.far_k)?,
-            far_v: far(&self.far_v)?,
-            far_ln: match &self.far_ln {
-                Some(ln) => Some(by_list.rows("f32", ln, Some(&self.lengths), capacity, 1)?),
-                None => None,
-            },
-            lengths: words(&self.lengths)?,
-            local_k: local(&self.local_k)?,
-            local_v: local(&self.local_v)?,
-            local_ln: match &self.local_ln {
-                Some(ln) => Some(by_list.all("f32", ln, window + 1)?),
-                None => None,
-            },
-            local_lengths: words(&self.local_lengths)?,
-            chain_k: by_list.all("f32", &self.chain_k, dim)?,
-            chain_v: by_list.all("f32", &self.chain_v, dim)?,
-            chain_sizes: words(&self.chain_sizes)?,
-            previous_k: some(&self.previous_k)?,
-            previous_v: some(&self.previous_v)?,
-            bits: by_list.all("u32", &self.bits, window + 1)?,
-            run_starts: words(&self.run_starts)?,
-            run_keys: row(&self.run_keys)?,
-            last_keys: row(&self.last_keys)?,
-            last_queries: match &self.last_queries {
-                Some(queries) => Some(by_head.all(suffix, queries, dim)?),
-                None => None,
-            },
-        })
-    }
-
-    /// A copy of all lists.
-    ///
-    /// # Errors
-    /// What the device reports.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    pub fn copy(&self, gpu: &G) -> Result<Self> {
-        self.select(gpu, &(0..self.batch).collect::<Vec<_>>())
-    }
-}
-
-/// Copies lists into new buffers.
-struct Mover<'a, G: Gpu> {
-    gpu: &'a G,
-    /// Of the new buffer.
-    lists: usize,
-    /// Where each comes from.
-    sources: Option<&'a G::Slice<u32>>,
-}
-
-impl<G: Gpu> Mover<'_, G> {
-    /// `count` numbers of each list.
-    fn all<T: Number>(&self, suffix: &str, from: &G::Slice<T>, count: usize) -> Result<G::Slice<T>> {
-        let mut to = self.gpu.alloc::<T>(self.lists * count)?;
-        let params = CopyParams {
-            from_stride: count as u32,
-            to_stride: count as u32,
-            to_offset: 0,
-            count: count as u32,
-            unit: 0,
-        };
-        copy(
-            self.gpu,
-            suffix,
-            from,
-            [None, self.sources],
-            &mut to,
-            self.lists,
-            &params,
-        )?;
-        Ok(to)
-    }
-
-    /// The first `lengths` entries, of `unit` numbers, of each list; room for another number of entries. What is past
-    /// the last one is 0.
-    fn rows<T: Number>(
-        &self,
-        suffix: &str,
-        from: &G::Slice<T>,
-        lengths: Option<&G::Slice<u32>>,
-        [old, new]: [usize; 2],
-        unit: usize,
-    ) -> Result<G::Slice<T>> {
-        let Ok(largest) = u32::try_from(old.max(new) * unit) else {
-            bail!("cache: expected lists of less than 2^32 numbers, got {new} entries of {unit}; reset() it")
-        };
-        let mut to = self.gpu.zeros::<T>(self.lists * new * unit)?;
-        let params = CopyParams {
-            from_stride: (old * unit) as u32,
-            to_stride: (new * unit) as u32,
-            to_offset: 0,
-            count: largest.min((old.min(new) * unit) as u32),
-            unit: unit as u32,
-        };
-        copy(
-            self.gpu,
-            suffix,
-            from,
-            [lengths, self.sources],
-            &mut to,
-            self.lists,
-            &params,
-        )?;
-        Ok(to)
-    }
-}
-
-/// `lengths`, where given, are the old lists', and say how much of each is copied.
-fn copy<G: Gpu, T: Number>(
-    gpu: &G,
-    suffix: &str,
-    from: &G::Slice<T>,
-    [lengths, sources]: [Option<&G::Slice<u32>>; 2],
-    to: &mut G::Slice<T>,
-    lists: usize,
-    params: &CopyParams,
-) -> Result<()> {
-    let launch = Launch {
-        grid: [(params.count as usize).div_ceil(256), lists, 1],
-        threads: 256,
-        shared_bytes: 0,
-    };
-    let args = [
-        gpu.read(from),
-        gpu.read_some(lengths),
-        gpu.read_some(sources),
-        gpu.write(to),
-        gpu.value(params),
-    ];
-    gpu.launch(&Kernel::plain(MODULE, &format!("cache_copy_{suffix}")), launch, &args)
 }

@@ -1,0 +1,139 @@
+//! Peak memory of attention beyond its inputs: ours, candle's and PyTorch's, `cargo bench --bench memory`; with
+//! SFATTENTION_PYTHON=python3 (one that has torch) PyTorch's column too. The allocator counts ours and candle's exactly;
+//! PyTorch's is the growth of its process (resolution 4 KiB, thread pools warmed up).
+
+mod common;
+
+use candle_core::{Result, Tensor, Var};
+use candle_sfattention::{attend, AttentionOptions, CompressionConfig, MergePlan};
+use common::pytorch::PyTorch;
+use common::{candle_flash, candle_plain, causal_mask, plain_with_gradients, token_major, Shape};
+use peak_alloc::PeakAlloc;
+
+#[global_allocator]
+static ALLOCATOR: PeakAlloc = PeakAlloc;
+
+const MIB: f64 = 1024.0 * 1024.0;
+/// N×N in f32 for 8 heads takes 8 GiB at 16384: candle's plain operations end below that.
+const LONGEST_PLAIN: usize = 8192;
+/// candle's flash takes minutes above this.
+const LONGEST_FLASH: usize = 8192;
+
+/// Bytes held at the peak of `call` beyond what was held before it; its result is included.
+fn peak<T>(call: impl FnOnce() -> Result<T>) -> Result<f64> {
+    let before = ALLOCATOR.current_usage();
+    ALLOCATOR.reset_peak_usage();
+    let result = call()?;
+    let peak = ALLOCATOR.peak_usage().saturating_sub(before);
+    drop(result);
+    Ok(peak as f64 / MIB)
+}
+
+fn cell(value: Option<f64>) -> String {
+    value.map_or_else(|| format!("{:>12}", "-"), |mib| format!("{mib:>12.1}"))
+}
+
+struct Row {
+    ours: f64,
+    half_hidden: f64,
+    plain: Option<f64>,
+    flash: Option<f64>,
+    pytorch: Option<f64>,
+}
+
+impl Row {
+    fn print(&self, shape: Shape) {
+        let output = (shape.heads * shape.tokens * shape.dim * 4) as f64 / MIB;
+        println!(
+            "{:<22}{output:>12.1}{}{}{}{}{}",
+            shape.name(),
+            cell(Some(self.ours)),
+            cell(Some(self.half_hidden)),
+            cell(self.plain),
+            cell(self.flash),
+            cell(self.pytorch)
+        );
+    }
+}
+
+fn title(what: &str) {
+    println!(
+        "\n{what}\n{:<22}{:>12}{:>12}{:>12}{:>12}{:>12}{:>12}",
+        "peak MiB beyond inputs", "one tensor", "ours, r=0", "ours, r=.5", "plain", "flash", "PyTorch"
+    );
+}
+
+fn asked(pytorch: &mut Option<PyTorch>, what: &str, shape: Shape) -> Result<Option<f64>> {
+    let bytes = pytorch.as_mut().map(|pytorch| pytorch.ask(what, shape, "f32"));
+    Ok(bytes.transpose()?.map(|bytes| bytes / MIB))
+}
+
+fn forward(pytorch: &mut Option<PyTorch>, shape: Shape) -> Result<Row> {
+    let qkv = shape.qkv()?;
+    let options = AttentionOptions::default();
+    let ours = |chain: usize| {
+        let plan = shape.plan(chain, &CompressionConfig::default())?;
+        peak(|| attend(&qkv[0], &qkv[1], &qkv[2], &plan, &options))
+    };
+    let (ours, half_hidden) = (ours(0)?, ours(1)?);
+    let plain = (shape.tokens <= LONGEST_PLAIN).then(|| peak(|| candle_plain(&qkv, &causal_mask(shape.tokens)?)));
+    let by_token = token_major(&qkv)?;
+    let flash = (shape.tokens <= LONGEST_FLASH).then(|| peak(|| candle_flash(&by_token)));
+    // The output, at most as much again for what is gathered, and a few MiB a thread.
+    let tensor = (shape.heads * shape.tokens * shape.dim * 4) as f64 / MIB;
+    let allowed = 2.0 * tensor + 4.0 * rayon::current_num_threads() as f64;
+    if ours > allowed || half_hidden > allowed {
+        candle_core::bail!(
+            "{}: expected at most {allowed:.1} MiB, got {ours:.1} and {half_hidden:.1}",
+            shape.name()
+        )
+    }
+    Ok(Row {
+        ours,
+        half_hidden,
+        plain: plain.transpose()?,
+        flash: flash.transpose()?,
+        pytorch: asked(pytorch, "memory forward", shape)?,
+    })
+}
+
+fn backward(pytorch: &mut Option<PyTorch>, shape: Shape) -> Result<Row> {
+    let qkv = shape.qkv()?;
+    let vars = [
+        Var::from_tensor(&qkv[0])?,
+        Var::from_tensor(&qkv[1])?,
+        Var::from_tensor(&qkv[2])?,
+    ];
+    let tensors = [&vars[0], &vars[1], &vars[2]].map(|var| var.as_tensor().clone());
+    let options = AttentionOptions::default();
+    let gradients = |output: Tensor| output.sum_all()?.backward();
+    let ours = |plan: MergePlan| peak(|| gradients(attend(&tensors[0], &tensors[1], &tensors[2], &plan, &options)?));
+    let plan = |chain: usize| shape.plan(chain, &CompressionConfig::default());
+    let plain = (shape.tokens < LONGEST_PLAIN)
+        .then(|| peak(|| gradients(plain_with_gradients(&tensors, &causal_mask(shape.tokens)?)?)));
+    Ok(Row {
+        ours: ours(plan(0)?)?,
+        half_hidden: ours(plan(1)?)?,
+        plain: plain.transpose()?,
+        flash: None,
+        pytorch: asked(pytorch, "memory backward", shape)?,
+    })
+}
+
+fn main() -> Result<()> {
+    let mut pytorch = PyTorch::start()?;
+    let shape = |tokens: usize| Shape {
+        heads: 8,
+        tokens,
+        dim: 64,
+    };
+    title("forward, f32, causal");
+    for tokens in [1024, 2048, 4096, 8192, 16384, 32768] {
+        forward(&mut pytorch, shape(tokens))?.print(shape(tokens));
+    }
+    title("forward + backward, f32, causal");
+    for tokens in [1024, 2048, 4096, 8192, 16384] {
+        backward(&mut pytorch, shape(tokens))?.print(shape(tokens));
+    }
+    Ok(())
+}
