@@ -10,6 +10,8 @@ pub mod cache;
 pub mod calibrate;
 pub mod config;
 mod cpu;
+#[cfg(any(feature = "cuda", feature = "cuda-emu"))]
+mod cuda;
 pub mod loss;
 mod observed;
 pub mod op;
@@ -31,3 +33,7 @@ pub use observed::observed_mass;
 pub use op::{attend, compressed_attention, CompressedAttentionOutput};
 pub use plan::{MergePlan, MergeStats};
 pub use problem::Problem;
+
+#[cfg(feature = "cuda-emu")]
+#[doc(hidden)]
+pub use cuda::emulation;

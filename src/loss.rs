@@ -4,8 +4,12 @@ use crate::config::{CompressionConfig, Criterion, HeadStrategies, LossNormalizer
 use crate::cpu::decide::DecideInput;
 use crate::cpu::loss::{loss_gradients, loss_sums};
 use crate::cpu::{Element, Rows};
+#[cfg(feature = "cuda")]
+use crate::cuda::tensors::LossCall;
 use crate::plan::{not_on_cpu, on_cpu, visit_storages, QueryKeyVisitor};
 use crate::problem::Problem;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{bail, CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 
 /// The sums S, M and P that the loss is made of, over the query heads that are not off. Ranks of a model whose heads or
@@ -78,7 +82,7 @@ pub fn compression_loss_terms(
     config.check(true)?;
     config.check_strategies(strategies)?;
     strategies.check(problem.batch, problem.heads)?;
-    if !q.device().is_cpu() {
+    if !(q.device().is_cpu() || cfg!(feature = "cuda") && q.device().is_cuda()) {
         return not_on_cpu(q.device());
     }
     if problem.tokens == 1 || config.criterion == Criterion::ObservedMass {
@@ -111,6 +115,15 @@ struct LossSumsOp {
 }
 
 impl LossSumsOp {
+    #[cfg(feature = "cuda")]
+    fn cuda_call(&self) -> LossCall<'_> {
+        LossCall {
+            problem: self.problem,
+            strategies: &self.strategies,
+            config: &self.config,
+        }
+    }
+
     fn input<'a, T: Element>(&'a self, q: Rows<'a, T>, k: Rows<'a, T>) -> DecideInput<'a, T> {
         DecideInput {
             q,
@@ -179,6 +192,17 @@ impl CustomOp2 for LossSumsOp {
         visit_storages(q, q_layout, k, k_layout, Forward(self))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        q_layout: &Layout,
+        k: &CudaStorage,
+        k_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        Ok((self.cuda_call().sums((q, q_layout), (k, k_layout))?, Shape::from(2)))
+    }
+
     fn bwd(
         &self,
         q: &Tensor,
@@ -186,6 +210,11 @@ impl CustomOp2 for LossSumsOp {
         _result: &Tensor,
         grad_result: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if q.device().is_cuda() {
+            let [dq, dk] = self.cuda_call().gradients(q, k, grad_result)?;
+            return Ok((Some(dq), Some(dk)));
+        }
         let [upstream, _] = grad_result.to_dtype(DType::F64)?.to_vec1::<f64>()?[..] else {
             bail!(
                 "compression-loss: expected a gradient of 2 elements, got {:?}; pass on one element for each of the two sums",

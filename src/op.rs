@@ -5,6 +5,8 @@ use crate::cpu::backward::{backward, BackwardInput, Gradients};
 use crate::cpu::block::BiasView;
 use crate::cpu::forward::{forward, ForwardInput};
 use crate::cpu::{Accumulator, Element, Rows};
+#[cfg(feature = "cuda")]
+use crate::cuda::tensors::TensorCall;
 use crate::loss::compression_loss;
 use crate::plan::{cpu_slice, not_on_cpu, MergePlan};
 use crate::problem::{Problem, RowLayout};
@@ -60,7 +62,7 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &At
     let problem = Problem::new(q, k, v)?;
     problem.check_options(options)?;
     plan.check(&problem, options.causal)?;
-    if !q.device().is_cpu() {
+    if !(q.device().is_cpu() || cfg!(feature = "cuda") && q.device().is_cuda()) {
         return not_on_cpu(q.device());
     }
     let accumulator = if problem.dtype == DType::F64 {
@@ -120,6 +122,16 @@ impl CompressedAttentionOp {
         ))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_call(&self) -> TensorCall<'_> {
+        TensorCall {
+            problem: self.problem,
+            plan: &self.plan,
+            options: &self.options,
+            bias: self.bias.as_ref(),
+        }
+    }
+
     fn with_input<T: Element, R>(
         &self,
         [q, k, v]: [(&[T], &Layout); 3],
@@ -146,15 +158,19 @@ impl CompressedAttentionOp {
         }))
     }
 
-    /// dq (B, H, N, D), dk and dv (B, Hk, N, D).
-    fn cpu_bwd<T: Element>(&self, qkv: [&Tensor; 3], output: &Tensor, grad_output: &Tensor) -> Result<[Tensor; 3]> {
-        let Some(log_sum_exp) = self.log_sum_exp.get() else {
-            bail!(
+    fn saved_log_sum_exp(&self) -> Result<&Tensor> {
+        match self.log_sum_exp.get() {
+            Some(saved) => Ok(saved),
+            None => bail!(
                 "compressed-attention: expected the forward pass's log-sum-exp, got none; \
                  this is a defect of the crate, please report it"
-            )
-        };
-        let log_sum_exp = log_sum_exp.storage_and_layout();
+            ),
+        }
+    }
+
+    /// dq (B, H, N, D), dk and dv (B, Hk, N, D).
+    fn cpu_bwd<T: Element>(&self, qkv: [&Tensor; 3], output: &Tensor, grad_output: &Tensor) -> Result<[Tensor; 3]> {
+        let log_sum_exp = self.saved_log_sum_exp()?.storage_and_layout();
         let tensors = [qkv[0], qkv[1], qkv[2], output, grad_output].map(Tensor::storage_and_layout);
         let mut slices = Vec::with_capacity(5);
         for (storage, layout) in &tensors {
@@ -236,6 +252,25 @@ impl CustomOp3 for CompressedAttentionOp {
         }
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        q_layout: &Layout,
+        k: &CudaStorage,
+        k_layout: &Layout,
+        v: &CudaStorage,
+        v_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let stored = [(q, q_layout), (k, k_layout), (v, v_layout)];
+        let (output, log_sum_exp) = self.cuda_call().forward(stored, self.tracked)?;
+        if let Some(saved) = log_sum_exp {
+            self.log_sum_exp.get_or_init(|| saved);
+        }
+        Ok((output, q_layout.shape().clone()))
+    }
+
+    #[cfg(not(feature = "cuda"))]
     fn cuda_fwd(
         &self,
         _: &CudaStorage,
@@ -246,7 +281,7 @@ impl CustomOp3 for CompressedAttentionOp {
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
         bail!(
-            "device: expected the CPU, got CUDA; compressed attention has no CUDA kernels in this version, \
+            "device: expected the CPU, got CUDA; this build has no CUDA kernels, enable the crate's feature `cuda` or \
              move the tensors with to_device(&Device::Cpu)"
         )
     }
@@ -260,6 +295,17 @@ impl CustomOp3 for CompressedAttentionOp {
         grad_output: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (qkv, grad_output) = ([q, k, v], &grad_output.contiguous()?);
+        #[cfg(feature = "cuda")]
+        if q.device().is_cuda() {
+            // A narrowed gradient is contiguous and yet not at the start of its buffer.
+            let grad_output = match grad_output.layout().start_offset() {
+                0 => grad_output.clone(),
+                _ => grad_output.copy()?,
+            };
+            let saved = [output, self.saved_log_sum_exp()?];
+            let [dq, dk, dv] = self.cuda_call().backward(qkv, saved, &grad_output)?;
+            return Ok((Some(dq), Some(dk), Some(dv)));
+        }
         let [dq, dk, dv] = match self.problem.dtype {
             DType::F64 => self.cpu_bwd::<f64>(qkv, output, grad_output),
             DType::F16 => self.cpu_bwd::<half::f16>(qkv, output, grad_output),

@@ -15,6 +15,12 @@ pub struct MergePlan {
     /// u8 (B, H, N-1), contiguous.
     indicators: Tensor,
     config: CompressionConfig,
+    /// Whether [`Self::new`] decided, so that under [`crate::GroupRule::Unanimous`] a KV head's query heads agree.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    decided: bool,
+    /// Whether it is known without reading the indicators that nothing is hidden.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    hides_nothing: bool,
 }
 
 /// How much a plan hides. A pair is two neighbouring tokens of one query head of one batch row.
@@ -53,41 +59,11 @@ impl MergePlan {
     ) -> Result<Self> {
         let problem = Problem::new(q, k, v)?;
         problem.check_settings(strategies, config, options)?;
-        if config.criterion == Criterion::ObservedMass {
-            return Self::observed(problem, [q, k, v], strategies, config, options);
-        }
-        let bits = on_cpu(
-            q,
-            k,
-            Decide {
-                problem,
-                strategies,
-                config,
-            },
-        )?;
-        let shape = (problem.batch, problem.heads, problem.pairs());
         Ok(Self {
-            indicators: Tensor::from_vec(bits, shape, q.device())?,
+            indicators: decide(&problem, [q, k, v], strategies, config, options)?,
             config: config.clone(),
-        })
-    }
-
-    fn observed(
-        problem: Problem,
-        tensors: [&Tensor; 3],
-        strategies: &HeadStrategies,
-        config: &CompressionConfig,
-        options: &AttentionOptions,
-    ) -> Result<Self> {
-        let device = tensors[0].device();
-        if !device.is_cpu() {
-            return not_on_cpu(device);
-        }
-        let bits = observed::indicators(problem, tensors, strategies, config, options)?;
-        let shape = (problem.batch, problem.heads, problem.pairs());
-        Ok(Self {
-            indicators: Tensor::from_vec(bits, shape, device)?,
-            config: config.clone(),
+            decided: true,
+            hides_nothing: strategies.all_off(),
         })
     }
 
@@ -110,12 +86,15 @@ impl MergePlan {
                 indicators.dims()
             )
         }
-        if let Some(bad) = indicators.flatten_all()?.to_vec1::<u8>()?.iter().find(|bit| **bit > 1) {
+        let bits = indicators.flatten_all()?.to_vec1::<u8>()?;
+        if let Some(bad) = bits.iter().find(|bit| **bit > 1) {
             bail!("indicators: expected 0 or 1, got {bad}; write 1 where a token is folded into the next one")
         }
         Ok(Self {
             indicators: indicators.detach().contiguous()?,
             config: config.clone(),
+            decided: false,
+            hides_nothing: bits.iter().all(|bit| *bit == 0),
         })
     }
 
@@ -144,6 +123,18 @@ impl MergePlan {
         })
     }
 
+    /// Whether nothing is known to be hidden; the indicators of a GPU are not read for it.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn hides_nothing(&self) -> bool {
+        self.hides_nothing
+    }
+
+    /// Whether the query heads of every KV head are known to agree.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn heads_agree(&self) -> bool {
+        self.decided && self.config.group_rule == crate::config::GroupRule::Unanimous
+    }
+
     /// Refuses a plan that was made for other shapes, or whose window has no meaning without causality.
     pub(crate) fn check(&self, problem: &Problem, causal: bool) -> Result<()> {
         let expected = [problem.batch, problem.heads, problem.pairs()];
@@ -156,6 +147,37 @@ impl MergePlan {
         }
         self.config.check(causal)
     }
+}
+
+/// The indicators (B, H, N-1) on the tensors' device.
+fn decide(
+    problem: &Problem,
+    [q, k, v]: [&Tensor; 3],
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return crate::cuda::tensors::decide(problem, [q, k, v], strategies, config, options);
+    }
+    if !q.device().is_cpu() {
+        return not_on_cpu(q.device());
+    }
+    let problem = *problem;
+    let bits = match config.criterion {
+        Criterion::ObservedMass => observed::indicators(problem, [q, k, v], strategies, config, options)?,
+        _ => on_cpu(
+            q,
+            k,
+            Decide {
+                problem,
+                strategies,
+                config,
+            },
+        )?,
+    };
+    Tensor::from_vec(bits, (problem.batch, problem.heads, problem.pairs()), q.device())
 }
 
 /// Something that reads a query and a key on the CPU, for any dtype.

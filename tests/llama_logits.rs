@@ -64,8 +64,12 @@ fn open(model: &str) -> anyhow::Result<Checkpoint> {
 }
 
 fn open_as(model: &str, dequantize: bool) -> anyhow::Result<Checkpoint> {
-    let dtype = DType::F32;
-    Checkpoint::open(model, LoadOptions { dtype, dequantize })
+    let options = LoadOptions {
+        dtype: DType::F32,
+        dequantize,
+        device: Device::Cpu,
+    };
+    Checkpoint::open(model, options)
 }
 
 fn attention_off(layers: usize) -> Vec<CompressedAttention> {

@@ -88,7 +88,7 @@ fn configurations(args: &BenchArgs) -> Result<Vec<Child>> {
         !args.prompts.contains(&0) && args.decode > 0,
         "prompts and decode: expected at least 1 token, got 0; leave that prompt out, or use --decode 1"
     );
-    let checkpoint = Checkpoint::open(&args.model.model, args.model.load_options())?;
+    let checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
     let context = checkpoint.config.context_length;
     ensure!(
         args.decode < context,
@@ -146,15 +146,22 @@ fn measure(args: &BenchArgs, compression: Compression, child: Child) -> Result<R
         true => compression.dense(),
         false => compression,
     };
-    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options())?;
+    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
     let tokens = tokens(args, &checkpoint, child.prompt + args.decode)?;
     let attention = compression.attention(&checkpoint.config.shape())?;
     let model = checkpoint.load(attention)?;
     compression.check_weights(&model.fingerprint()?);
     let loaded_rss_bytes = memory("VmRSS");
-    let mut session = Session::cached(&model, &args.cache.options(), args.cache.prefill_chunk)?;
-    let mut curve = vec![(0, 0)];
     let (prompt, rest) = tokens.split_at(child.prompt);
+    let new_session = || Session::cached(&model, &args.cache.options(), args.cache.prefill_chunk);
+    if !model.device().is_cpu() {
+        // Kernels are loaded when they are first used.
+        let mut warm_up = new_session()?;
+        warm_up.prefill(prompt, |_| ())?;
+        warm_up.step(rest[0])?;
+    }
+    let mut session = new_session()?;
+    let mut curve = vec![(0, 0)];
     session.prefill(prompt, |kv| curve.push((kv.kv_tokens, kv.kv_bytes)))?;
     for token in rest {
         session.step(*token)?;

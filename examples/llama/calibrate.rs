@@ -19,11 +19,12 @@ use crate::model::{HiddenCounts, LayerCall, Llama};
 use crate::report::check_path;
 
 pub fn run(args: &CalibrateArgs) -> Result<()> {
+    args.model.on_cpu("calibrate")?;
     let outs = outs(args)?;
     let config = args.compression.calibrated_config();
     config.check(true)?;
     let text = corpus::read(&args.text)?;
-    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options())?;
+    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
     corpus::check_context(args.context, &checkpoint)?;
     let shape = checkpoint.config.shape();
     let windows = windows(

@@ -34,7 +34,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     check_path("json", args.model.json.as_deref())?;
     let compression = Compression::from_args(&args.compression)?;
     let text = corpus::read(&args.text)?;
-    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options())?;
+    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
     corpus::check_context(args.context, &checkpoint)?;
     let attention = compression.attention(&checkpoint.config.shape())?;
     let tokens = checkpoint.encode(&text, false)?;

@@ -33,7 +33,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let mut sampler = sampler(args)?;
     let compression = Compression::from_args(&args.compression)?;
     let cached = keeps_cache(args, &compression)?;
-    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options())?;
+    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
     let prompt = encode_prompt(&checkpoint, args)?;
     let attention = compression.attention(&checkpoint.config.shape())?;
     let model = checkpoint.load(attention)?;

@@ -85,6 +85,10 @@ impl LlamaConfig {
 pub trait Weights {
     /// The dtype of activations.
     fn dtype(&self) -> DType;
+    /// Where they are.
+    fn device(&self) -> Device {
+        Device::Cpu
+    }
     /// The matrix `PATH.weight` of shape `(rows, columns)`, and `PATH.bias` of shape `(rows)` where asked for.
     fn linear(&mut self, path: &str, rows: usize, columns: usize, bias: bool) -> Result<Linear>;
     /// The vector `PATH.weight`.
@@ -290,8 +294,9 @@ impl Layer {
     }
 }
 
-/// The whole model, on the CPU.
+/// The whole model.
 pub struct Llama {
+    device: Device,
     embedding: Linear,
     layers: Vec<Layer>,
     norm: RmsNorm,
@@ -323,11 +328,12 @@ impl Llama {
             false => weights.linear("lm_head", config.vocab_size, config.hidden_size, false)?,
         };
         Ok(Self {
+            device: weights.device(),
             embedding,
             layers,
             norm: RmsNorm::new(weights.vector("model.norm", config.hidden_size)?, config.rms_norm_eps),
             head,
-            rope: Rope::new(config, weights.dtype())?,
+            rope: Rope::new(config, weights.dtype(), &weights.device())?,
         })
     }
 
@@ -402,7 +408,7 @@ impl Llama {
         tokens: &[u32],
         mut attend: impl FnMut(usize, &Layer, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let ids = Tensor::new(tokens, &Device::Cpu)?;
+        let ids = Tensor::new(tokens, &self.device)?;
         let mut xs = self.embedding.rows(&ids)?.unsqueeze(0)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let attended = attend(index, layer, &layer.attention_norm.forward(&xs)?, &xs)?;
@@ -413,14 +419,20 @@ impl Llama {
         Ok(self.norm.forward(&xs)?)
     }
 
-    /// Logits `(vocabulary)` in f32 of the last token of hidden states `(1, n, hidden)`.
+    /// Where it computes.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Logits `(vocabulary)` in f32, on the CPU, of the last token of hidden states `(1, n, hidden)`.
     pub fn last_logits(&self, hidden: &Tensor) -> Result<Tensor> {
         Ok(self.logits(hidden, hidden.dim(1)? - 1, 1)?.squeeze(0)?)
     }
 
-    /// Logits `(n, vocabulary)` in f32 of rows `first..first + n` of hidden states `(1, N, hidden)`.
+    /// Logits `(n, vocabulary)` in f32, on the CPU, of rows `first..first + n` of hidden states `(1, N, hidden)`.
     pub fn logits(&self, hidden: &Tensor, first: usize, n: usize) -> Result<Tensor> {
         let rows = hidden.narrow(1, first, n)?.contiguous()?;
-        Ok(self.head.forward(&rows)?.squeeze(0)?.to_dtype(DType::F32)?)
+        let logits = self.head.forward(&rows)?.squeeze(0)?.to_dtype(DType::F32)?;
+        Ok(logits.to_device(&Device::Cpu)?)
     }
 }

@@ -52,6 +52,7 @@ impl Llama3Scaling {
 pub struct Rope {
     pairing: Pairing,
     dtype: DType,
+    device: Device,
     /// `(D/2)` radians per position.
     frequencies: Vec<f64>,
     /// Cosines and sines `(positions, D/2)` from position 0 on: made once for all steps, twice as long when outgrown.
@@ -59,7 +60,7 @@ pub struct Rope {
 }
 
 impl Rope {
-    pub fn new(config: &LlamaConfig, dtype: DType) -> Result<Self> {
+    pub fn new(config: &LlamaConfig, dtype: DType, device: &Device) -> Result<Self> {
         let half = config.head_dim / 2;
         let plain = (0..half).map(|i| config.rope_theta.powf(-(i as f64) / half as f64));
         let frequencies = match &config.rope_scaling {
@@ -81,6 +82,7 @@ impl Rope {
         Ok(Self {
             pairing: config.rope_pairing,
             dtype,
+            device: device.clone(),
             frequencies,
             tables: Mutex::new(None),
         })
@@ -110,7 +112,7 @@ impl Rope {
         let angles = (0..positions).flat_map(|t| self.frequencies.iter().map(move |w| t as f64 * w));
         let values: Vec<f32> = angles.map(|angle| f(angle) as f32).collect();
         let table = Tensor::from_vec(values, (positions, self.frequencies.len()), &Device::Cpu)?;
-        Ok(table.to_dtype(self.dtype)?)
+        Ok(table.to_dtype(self.dtype)?.to_device(&self.device)?)
     }
 }
 

@@ -30,9 +30,11 @@ enum Sequence {
 }
 
 impl<'a> Session<'a> {
-    /// With caches; a prompt is run in chunks of `chunk` tokens, at least 1.
+    /// With caches; a prompt is run in chunks of `chunk` tokens, at least 1. On a GPU it is run at once: there a cache
+    /// takes later chunks in row by row.
     pub fn cached(model: &'a Llama, options: &CacheOptions, chunk: usize) -> Result<Self> {
         let caches = model.caches(options)?;
+        let chunk = if model.device().is_cpu() { chunk } else { usize::MAX };
         Ok(Self::new(model, Sequence::Cached { caches, chunk }))
     }
 

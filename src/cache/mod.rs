@@ -32,6 +32,11 @@ pub struct CacheOptions {
 /// or a group whose heads are all off. Otherwise every query head keeps a list of its own, and [`Self::bytes`] says so:
 /// such a cache can be larger than a dense one.
 ///
+/// On a CUDA device, the first call's tensors decide, it takes f32, f16 and bf16, stored as they come, and neither bias nor
+/// dropout. Only the device knows how long its lists are: memory is rectangular, as much for every list as for the longest,
+/// and the host waits for the device only when that room is used up, and after chunks of 64 tokens and more, or a first
+/// one. A first chunk is attended to at once; later ones row by row.
+///
 /// [`Self::save`] writes it to a file, and [`Self::load`] brings it back to go on bit for bit.
 ///
 /// ```
@@ -54,6 +59,9 @@ pub struct CompressedKvCache {
     config: CompressionConfig,
     options: CacheOptions,
     state: Option<State>,
+    /// In place of `state` once CUDA tensors were taken in.
+    #[cfg(feature = "cuda")]
+    on_gpu: Option<gpu::GpuState>,
 }
 
 /// Everything that the first call fixes or that later calls change.
@@ -107,6 +115,8 @@ macro_rules! each {
     };
 }
 
+#[cfg(feature = "cuda")]
+mod gpu;
 mod load;
 mod save;
 mod step;
@@ -160,6 +170,8 @@ impl CompressedKvCache {
             config,
             options,
             state: None,
+            #[cfg(feature = "cuda")]
+            on_gpu: None,
         })
     }
 
@@ -169,7 +181,8 @@ impl CompressedKvCache {
     ///
     /// # Errors
     /// Shapes or dtypes that do not fit together or the first call's, options that have no meaning or are not causal,
-    /// a device other than the CPU, or more entries than [`CacheOptions::max_entries`]. The cache is then unchanged.
+    /// a device without kernels or other than the first call's, or more entries than [`CacheOptions::max_entries`] (on a
+    /// GPU: than there would be if none of the new tokens merged). The cache is then unchanged.
     pub fn append_and_attend(
         &mut self,
         q: &Tensor,
@@ -202,6 +215,10 @@ impl CompressedKvCache {
     /// The output rows where there are options to attend with.
     fn take_in(&mut self, [q, k, v]: [&Tensor; 3], options: Option<&AttentionOptions>) -> Result<Option<Tensor>> {
         let problem = Problem::new(q, k, v)?;
+        #[cfg(feature = "cuda")]
+        if q.device().is_cuda() || self.on_gpu.is_some() {
+            return self.take_in_on_gpu(&problem, [q, k, v], options);
+        }
         if !q.device().is_cpu() {
             return not_on_cpu(q.device());
         }
@@ -287,11 +304,20 @@ impl CompressedKvCache {
 
     /// Tokens taken in so far.
     pub fn seq_len(&self) -> usize {
+        #[cfg(feature = "cuda")]
+        if let Some(state) = &self.on_gpu {
+            return state.seq_len();
+        }
         self.state.as_ref().map_or(0, |state| state.seq_len)
     }
 
-    /// Entries kept, per batch row and list: closed chains, the open one, and raw tokens of the window.
+    /// Entries kept, per batch row and list: closed chains, the open one, and raw tokens of the window. On a GPU this
+    /// waits for the device, and is empty should that fail.
     pub fn lens(&self) -> Vec<Vec<usize>> {
+        #[cfg(feature = "cuda")]
+        if let Some(state) = &self.on_gpu {
+            return state.lens().unwrap_or_default();
+        }
         let Some(state) = &self.state else { return Vec::new() };
         let mut lens = vec![Vec::new(); state.sizes.batch];
         each!(&state.lists, lists => {
@@ -300,40 +326,52 @@ impl CompressedKvCache {
         lens
     }
 
-    /// Bytes in use: keys, values, token indices, sizes, open chains, raw tokens and run state of all lists.
+    /// Bytes in use: keys, values, token indices, sizes, open chains, raw tokens and run state of all lists. On a GPU this
+    /// waits for the device; [`Self::bytes_allocated`] does not.
     pub fn bytes(&self) -> usize {
+        #[cfg(feature = "cuda")]
+        if let Some(state) = &self.on_gpu {
+            return state.bytes().unwrap_or_else(|_| state.bytes_allocated());
+        }
         let Some(state) = &self.state else { return 0 };
         each!(&state.lists, lists => lists.iter().map(|(_, list)| list.bytes()).sum())
     }
 
-    /// Bytes allocated: [`Self::bytes`] and what growth has reserved, an eighth of a list or 64 entries at most.
+    /// Bytes allocated: [`Self::bytes`] and what growth has reserved, an eighth of a list or 64 entries at most. On a GPU
+    /// every list has as much room as the longest one.
     pub fn bytes_allocated(&self) -> usize {
+        #[cfg(feature = "cuda")]
+        if let Some(state) = &self.on_gpu {
+            return state.bytes_allocated();
+        }
         let Some(state) = &self.state else { return 0 };
         each!(&state.lists, lists => lists.iter().map(|(_, list)| list.bytes_allocated()).sum())
     }
 
     /// Bytes that keys and values of all tokens would take in the same dtype, once per KV head.
     pub fn bytes_dense(&self) -> usize {
-        let Some(state) = &self.state else { return 0 };
-        let Sizes {
-            batch,
-            kv_heads,
-            head_dim,
-            ..
-        } = state.sizes;
-        2 * batch * kv_heads * state.seq_len * head_dim * state.lists.dtype().size_in_bytes()
+        let held = self.state.as_ref().map(|state| (state.sizes, state.lists.dtype()));
+        #[cfg(feature = "cuda")]
+        let held = held.or_else(|| self.on_gpu.as_ref().map(gpu::GpuState::sizes));
+        let Some((sizes, dtype)) = held else { return 0 };
+        2 * sizes.batch * sizes.kv_heads * self.seq_len() * sizes.head_dim * dtype.size_in_bytes()
     }
 
     /// Forgets everything, the shapes included, and frees the memory.
     pub fn reset(&mut self) {
         self.state = None;
+        #[cfg(feature = "cuda")]
+        {
+            self.on_gpu = None;
+        }
     }
 
     /// Back to the first `tokens` tokens, exactly: possible for all of them, for none, and where every head is
     /// [`MergeStrategy::Off`].
     ///
     /// # Errors
-    /// More tokens than were seen, or a cache that merges: what was folded cannot be taken apart.
+    /// More tokens than were seen, or a cache that merges: what was folded cannot be taken apart. On a GPU all or none are
+    /// possible.
     pub fn truncate(&mut self, tokens: usize) -> Result<()> {
         let seq_len = self.seq_len();
         if tokens > seq_len {
@@ -341,6 +379,13 @@ impl CompressedKvCache {
         }
         if tokens == 0 {
             self.reset();
+        }
+        #[cfg(feature = "cuda")]
+        if self.on_gpu.is_some() && tokens != seq_len {
+            bail!(
+                "truncate: expected 0 or all {seq_len} tokens for a cache on CUDA, got {tokens}; reset() and append \
+                 again, or keep a clone() from before"
+            )
         }
         let Some(state) = &mut self.state else { return Ok(()) };
         let exact =
@@ -371,15 +416,23 @@ impl CompressedKvCache {
             )
         }
         let rows = rows.to_dtype(DType::I64)?.to_vec1::<i64>()?;
-        let Some(state) = &mut self.state else {
+        let batch = self.state.as_ref().map(|state| state.sizes.batch);
+        #[cfg(feature = "cuda")]
+        let batch = batch.or_else(|| self.on_gpu.as_ref().map(|state| state.sizes().0.batch));
+        let Some(batch) = batch else {
             bail!("index_select: expected a cache that holds tokens, got an empty one; append first")
         };
-        let batch = state.sizes.batch;
         if let Some(bad) = rows.iter().find(|row| !(0..batch as i64).contains(*row)) {
             bail!("index_select: expected rows below the batch size {batch}, got {bad}; rows count from 0")
         }
-        each!(&mut state.lists, lists => *lists = select(lists, &rows));
-        state.sizes.batch = rows.len();
+        if let Some(state) = &mut self.state {
+            each!(&mut state.lists, lists => *lists = select(lists, &rows));
+            state.sizes.batch = rows.len();
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(state) = &mut self.on_gpu {
+            state.select(&rows.iter().map(|row| *row as usize).collect::<Vec<_>>())?;
+        }
         Ok(())
     }
 }

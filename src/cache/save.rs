@@ -241,8 +241,14 @@ impl CompressedKvCache {
     /// ```
     ///
     /// # Errors
-    /// A file that cannot be written.
+    /// A file that cannot be written, or a cache on a GPU.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if self.on_gpu.is_some() {
+            candle_core::bail!(
+                "save: expected a cache on the CPU, got one on CUDA; append the tokens to a cache on the CPU and save that"
+            )
+        }
         let path = path.as_ref();
         let header = serde_json::to_string(&self.header()).map_err(Error::wrap)?;
         let metadata = [("format", FORMAT), ("version", VERSION), ("cache", &header)];

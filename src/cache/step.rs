@@ -162,6 +162,23 @@ impl CustomOp3 for WithoutGradient {
         }
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        match &*self.0.storage_and_layout().0 {
+            Storage::Cuda(storage) => Ok((storage.try_clone(self.0.layout())?, self.0.shape().clone())),
+            other => not_on_cpu(&other.device()),
+        }
+    }
+
     fn bwd(
         &self,
         _: &Tensor,

@@ -93,7 +93,9 @@ pub fn all_cases() -> Result<Vec<Case>> {
 
 /// Every case of `tests/data/<file>`, in the order of their names: as many as the header lists.
 pub fn cases(file: &str) -> Result<Vec<Case>> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(file);
+    // The variable as it is now: a packed binary runs on another machine than it was built on.
+    let root = std::env::var("CARGO_MANIFEST_DIR").unwrap_or_else(|_| env!("CARGO_MANIFEST_DIR").to_string());
+    let path = Path::new(&root).join("tests/data").join(file);
     let bytes = std::fs::read(&path).with_context(|| path.display().to_string())?;
     let (_, header) = safetensors::SafeTensors::read_metadata(&bytes)?;
     let listed = header.metadata().as_ref().and_then(|m| m.get("cases"));

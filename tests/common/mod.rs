@@ -4,7 +4,10 @@
 #![allow(dead_code)]
 
 pub mod caches;
+pub mod device;
 pub mod files;
 pub mod golden;
 pub mod inputs;
+pub mod judge;
+pub mod plain;
 pub mod settings;

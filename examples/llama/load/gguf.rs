@@ -14,13 +14,13 @@ use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::Tokenizer;
 
-use super::Checkpoint;
+use super::{Checkpoint, LoadOptions};
 use crate::chat::ChatTemplate;
 use crate::model::{Linear, LlamaConfig, Weights};
 use crate::rope::{Pairing, RopeScaling};
 
-/// `dequantize` turns quantized matrices into f32 ones while loading.
-pub fn open(path: &Path, dequantize: bool) -> Result<Checkpoint> {
+/// The options are those of [`Checkpoint::open`].
+pub fn open(path: &Path, options: LoadOptions) -> Result<Checkpoint> {
     let name = path.display();
     let mut file = BufReader::new(File::open(path).with_context(|| format!("{name}"))?);
     let mut content = Content::read(&mut file).with_context(|| {
@@ -33,7 +33,7 @@ pub fn open(path: &Path, dequantize: bool) -> Result<Checkpoint> {
         path: path.into(),
         content,
         file,
-        dequantize,
+        options,
     };
     Ok(Checkpoint {
         config: config(&mut weights).with_context(|| format!("{name}"))?,
@@ -255,13 +255,19 @@ struct GgufWeights {
     path: PathBuf,
     content: Content,
     file: BufReader<File>,
-    dequantize: bool,
+    options: LoadOptions,
 }
 
 impl GgufWeights {
     fn tensor(&mut self, name: &str) -> Result<QTensor> {
         let tensor = self.content.tensor(&mut self.file, name, &Device::Cpu);
         tensor.with_context(|| format!("{}: {name}", self.path.display()))
+    }
+
+    /// On the device, in the dtype of the activations.
+    fn floats(&self, tensor: &QTensor) -> Result<Tensor> {
+        let floats = tensor.dequantize(&Device::Cpu)?.to_dtype(self.options.dtype)?;
+        Ok(floats.to_device(&self.options.device)?)
     }
 
     fn shaped(&mut self, name: &str, shape: &[usize]) -> Result<QTensor> {
@@ -278,29 +284,34 @@ impl GgufWeights {
 
 impl Weights for GgufWeights {
     fn dtype(&self) -> DType {
-        DType::F32
+        self.options.dtype
+    }
+
+    fn device(&self) -> Device {
+        self.options.device.clone()
     }
 
     fn linear(&mut self, path: &str, rows: usize, columns: usize, bias: bool) -> Result<Linear> {
         let name = gguf_name(path);
         let weight = self.shaped(&format!("{name}.weight"), &[rows, columns])?;
-        let weight = match self.dequantize {
-            true => QMatMul::Tensor(weight.dequantize(&Device::Cpu)?),
-            false => QMatMul::from_qtensor(weight)?,
-        };
         let bias = match bias {
-            true => Some(
-                self.shaped(&format!("{name}.bias"), &[rows])?
-                    .dequantize(&Device::Cpu)?,
-            ),
+            true => Some(self.shaped(&format!("{name}.bias"), &[rows])?),
             false => None,
+        };
+        let bias = bias.map(|bias| self.floats(&bias)).transpose()?;
+        if !self.options.device.is_cpu() {
+            return Ok(Linear::Float(candle_nn::Linear::new(self.floats(&weight)?, bias)));
+        }
+        let weight = match self.options.dequantize {
+            true => QMatMul::Tensor(self.floats(&weight)?),
+            false => QMatMul::from_qtensor(weight)?,
         };
         Ok(Linear::Quantized { weight, bias })
     }
 
     fn vector(&mut self, path: &str, len: usize) -> Result<Tensor> {
         let tensor = self.shaped(&format!("{}.weight", gguf_name(path)), &[len])?;
-        Ok(tensor.dequantize(&Device::Cpu)?)
+        self.floats(&tensor)
     }
 }
 

@@ -124,7 +124,7 @@ impl Files {
     }
 }
 
-pub fn open(files: &Files, dtype: DType) -> Result<Checkpoint> {
+pub fn open(files: &Files, dtype: DType, device: &Device) -> Result<Checkpoint> {
     let raw: RawConfig = read_json(&files.config)?;
     let mut end_tokens = raw.eos_token_id.clone().map_or_else(Vec::new, OneOrMany::into_vec);
     if let Some(path) = &files.generation_config {
@@ -135,7 +135,7 @@ pub fn open(files: &Files, dtype: DType) -> Result<Checkpoint> {
         .map_err(|error| anyhow!("{}: expected a tokenizer, got: {error}", files.tokenizer.display()))?;
     // SAFETY: the maps are only read, and live no longer than this process; a checkpoint that another process
     // rewrites meanwhile is outside what mapping a file can promise.
-    let tensors = unsafe { VarBuilder::from_mmaped_safetensors(&files.weights, dtype, &Device::Cpu) };
+    let tensors = unsafe { VarBuilder::from_mmaped_safetensors(&files.weights, dtype, device) };
     let tensors = tensors.with_context(|| {
         format!(
             "{}: expected whole safetensors files, got a damaged or truncated one; fetch it again",
@@ -177,6 +177,10 @@ impl HfWeights {
 impl Weights for HfWeights {
     fn dtype(&self) -> DType {
         self.tensors.dtype()
+    }
+
+    fn device(&self) -> Device {
+        self.tensors.device().clone()
     }
 
     fn linear(&mut self, path: &str, rows: usize, columns: usize, bias: bool) -> Result<Linear> {

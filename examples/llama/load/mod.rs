@@ -6,7 +6,7 @@ mod hf;
 use std::path::Path;
 
 use anyhow::{bail, ensure, Result};
-use candle_core::DType;
+use candle_core::{DType, Device};
 use candle_sfattention::CompressedAttention;
 use tokenizers::Tokenizer;
 
@@ -14,12 +14,13 @@ use crate::chat::ChatTemplate;
 use crate::model::{Llama, LlamaConfig, Weights};
 
 /// How weights are held.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct LoadOptions {
-    /// Of safetensors weights and activations; f32 for GGUF files.
+    /// Of weights and activations; f32 for GGUF files on the CPU.
     pub dtype: DType,
-    /// Whether a GGUF file's quantized matrices become f32.
+    /// Whether a GGUF file's quantized matrices become floats; on a GPU they do in any case.
     pub dequantize: bool,
+    pub device: Device,
 }
 
 /// A checkpoint whose header and tokenizer are read, but not its weights.
@@ -35,10 +36,10 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// `model` is an existing `.gguf` file, an existing folder, or else `OWNER/NAME` on the hub.
     pub fn open(model: &str, options: LoadOptions) -> Result<Self> {
-        let LoadOptions { dtype, dequantize } = options;
+        let LoadOptions { dtype, device, .. } = &options;
         let path = Path::new(model);
         let checkpoint = if path.is_dir() {
-            hf::open(&hf::Files::in_folder(path)?, dtype)?
+            hf::open(&hf::Files::in_folder(path)?, *dtype, device)?
         } else if path.exists() {
             ensure!(
                 has_gguf_extension(path),
@@ -46,13 +47,13 @@ impl Checkpoint {
                  for safetensors give the folder with config.json and tokenizer.json"
             );
             ensure!(
-                dtype == DType::F32,
-                "dtype: expected f32 for a GGUF file, whose weights stay quantized, got {}; leave --dtype out",
+                *dtype == DType::F32 || !device.is_cpu(),
+                "dtype: expected f32 for a GGUF file on the CPU, whose weights stay quantized, got {}; leave --dtype out",
                 dtype.as_str()
             );
-            gguf::open(path, dequantize)?
+            gguf::open(path, options)?
         } else if is_model_id(model) && !has_gguf_extension(path) {
-            hf::open(&hf::Files::from_hub(model)?, dtype)?
+            hf::open(&hf::Files::from_hub(model)?, *dtype, device)?
         } else {
             bail!(
                 "model: expected a .gguf file, a folder or a model id OWNER/NAME, got {model}, which does not exist; \

@@ -29,9 +29,10 @@ enum Task {
 }
 
 pub fn run(args: &ReportArgs) -> Result<()> {
+    args.model.on_cpu("report")?;
     check(args)?;
     let text = corpus::read(&args.text)?;
-    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options())?;
+    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
     corpus::check_context(args.context, &checkpoint)?;
     for length in &args.passkey {
         corpus::check_context(*length, &checkpoint)?;

@@ -1,0 +1,99 @@
+"""Times PyTorch's flash attention on the shapes of examples/bench_gpu.rs and prints the same lines.
+
+Run: python3 benches/pytorch_gpu.py [longest N]. Needs a CUDA device and PyTorch 2.5 or newer.
+"""
+
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def timed(call):
+    """Seconds of one call: the best of a few rounds, after a warm-up."""
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    repeats = int(min(max(0.05 / (time.perf_counter() - start), 2), 200))
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() - start) / repeats)
+    return best
+
+
+def ceilings():
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    product = 2 * 8192**3 / timed(lambda: a @ a) / 1e12
+    big = torch.zeros(1 << 30, device="cuda", dtype=torch.bfloat16)
+    copy = 4 * (1 << 30) / timed(big.clone) / 1e12
+    return product, copy
+
+
+def tensors(batch, heads, kv_heads, rows, tokens, dim, grad=False):
+    def one(heads, tokens):
+        return torch.randn(batch, heads, tokens, dim, device="cuda", dtype=torch.bfloat16, requires_grad=grad)
+
+    return one(heads, rows), one(kv_heads, tokens), one(kv_heads, tokens)
+
+
+def name(batch, heads, kv_heads, tokens, dim):
+    return f"B {batch} H {heads} Hk {kv_heads} N {tokens:>6} D {dim:>3}"
+
+
+def attention(batch, heads, kv_heads, tokens, dim, product):
+    tflop = 4 * batch * heads * tokens * tokens / 2 * dim / 1e12
+    grouped = heads != kv_heads
+
+    def line(what, seconds, tflop):
+        speed = tflop / seconds
+        shape = name(batch, heads, kv_heads, tokens, dim)
+        share = 100 * speed / product
+        print(f"{what:<17} {shape} r 0    {seconds * 1e3:>9.3f} ms {speed:>7.1f} TFLOP/s {share:>5.1f}% of a product")
+
+    q, k, v = tensors(batch, heads, kv_heads, tokens, tokens, dim)
+    forward = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    line("forward", timed(forward), tflop)
+    qg, kg, vg = tensors(batch, heads, kv_heads, tokens, tokens, dim, grad=True)
+    ones = torch.ones_like(qg)
+
+    def both():
+        out = F.scaled_dot_product_attention(qg, kg, vg, is_causal=True, enable_gqa=grouped)
+        torch.autograd.grad(out, (qg, kg, vg), ones)
+
+    line("forward+backward", timed(both), 3.5 * tflop)
+
+
+def decode(batch, heads, kv_heads, tokens, dim, copy):
+    q, k, v = tensors(batch, heads, kv_heads, 1, tokens, dim)
+    seconds = timed(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=heads != kv_heads))
+    speed = 4 * batch * kv_heads * tokens * dim / seconds / 1e12
+    shape = name(batch, heads, kv_heads, tokens, dim)
+    print(f"{'decode':<17} {shape}        {seconds * 1e3:>9.3f} ms {speed:>7.3f} TB/s {100 * speed / copy:>5.1f}% of a copy")
+
+
+def main():
+    longest = int(sys.argv[1]) if len(sys.argv) > 1 else 65536
+    print(f"PyTorch {torch.__version__} on {torch.cuda.get_device_name()}")
+    product, copy = ceilings()
+    print(f"ceilings: product {product:.0f} TFLOP/s, copy {copy:.2f} TB/s")
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        for tokens in (n for n in (1024, 4096, 16384, 65536) if n <= longest):
+            for dim, heads in ((64, 32), (128, 16)):
+                for kv_heads in (heads, heads // 4):
+                    attention(min(max(16384 // tokens, 1), 4), heads, kv_heads, tokens, dim, product)
+        for tokens in (n for n in (8192, 16384, 32768, 65536) if n <= longest):
+            for dim, heads in ((64, 32), (128, 16)):
+                for kv_heads in (heads, heads // 4):
+                    decode(4, heads, kv_heads, tokens, dim, copy)
+
+
+if __name__ == "__main__":
+    main()

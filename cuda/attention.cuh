@@ -1,0 +1,203 @@
+// What forward and backward share: swizzled tiles, their loads and products, columns and who sees them.
+#pragma once
+
+#include "hw.cuh"
+#include "params.cuh"
+#include "philox.cuh"
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+typedef Global<const uint16_t> Halves;
+typedef Global<const uint32_t> Words;
+typedef Global<const float> Floats;
+
+// Byte offsets in a tile of rows of D halves. 16-byte chunks are swizzled within 128 bytes (64 where a row is an odd
+// multiple of 64 bytes), so that eight rows' chunks of one index lie in different banks.
+template <int D>
+struct Layout {
+    static constexpr uint32_t ROW = D * 2, CHUNKS = D / 8, GROUP = ROW % 128 == 0 ? 128 : 64;
+
+    SFA_DEVICE static uint32_t swizzle(uint32_t row) { return (GROUP == 128 ? row & 7 : (row >> 1) & 3) * 16; }
+    SFA_DEVICE static uint32_t chunk(uint32_t row, uint32_t index) {
+        return row * ROW + ((index * 16) ^ swizzle(row));
+    }
+};
+
+// Starts the copy of `count` of `ROWS` rows; the others, and columns from `dim` on, become zeros. A row's elements are
+// `stride` apart. FULL: all rows are there. A thread keeps to one chunk of each swizzled group, so that its addresses
+// are one register and constants.
+template <int D, int ROWS, int THREADS, bool FULL>
+SFA_DEVICE void load_rows(const hw::Tile& tile, const Halves& source, int64_t first, int64_t stride, int count,
+                          uint32_t dim) {
+    constexpr uint32_t GROUP = Layout<D>::GROUP, CHUNKS = GROUP / 16, STEP = THREADS / CHUNKS;
+    static_assert(ROWS % STEP == 0 && STEP % 8 == 0, "every pass has the same swizzle");
+    uint32_t row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    hw::keep_in_place(stride);
+    uint32_t target = hw::lane_offset(Layout<D>::chunk(row, chunk));
+    int64_t index = first + row * stride + chunk * 8;
+#pragma unroll
+    for (uint32_t pass = 0; pass < ROWS / STEP; pass++) {
+#pragma unroll
+        for (uint32_t group = 0; group < Layout<D>::ROW / GROUP; group++) {
+            bool valid = (FULL || int(row + pass * STEP) < count) && (group * CHUNKS + chunk) * 8 < dim;
+            uint32_t offset = target + pass * STEP * Layout<D>::ROW + group * GROUP;
+            hw::copy_async(tile, offset, source, index + group * CHUNKS * 8, valid);
+        }
+        index += STEP * stride;
+    }
+}
+
+// The same for one word per row.
+template <int ROWS, class View>
+SFA_DEVICE void load_words(const hw::Tile& tile, const View& source, int64_t first, int count) {
+    if (threadIdx.x < ROWS) hw::copy_async_word(tile, threadIdx.x * 4, source, first + threadIdx.x, int(threadIdx.x) < count);
+}
+
+// This lane's part of the addresses of a tile's fragments: one offset per chunk pair of a swizzled group, to which the
+// other chunks and rows are constants.
+template <int D>
+struct Fragments {
+    static constexpr uint32_t PAIRS = Layout<D>::GROUP / 32;
+    uint32_t offset[PAIRS];
+
+    // TRANSPOSED: lane l has row l % 8 + l / 16 * 8 and chunk l / 8 % 2: B of a product over D. Otherwise row l % 16 and
+    // chunk l / 16: A, or B of a product over tile rows.
+    SFA_DEVICE Fragments(bool transposed, uint32_t first_row) {
+        uint32_t lane = threadIdx.x % 32, row = transposed ? lane % 8 + lane / 16 * 8 : lane % 16;
+        uint32_t chunk = transposed ? lane / 8 % 2 : lane / 16;
+        for (uint32_t pair = 0; pair < PAIRS; pair++)
+            offset[pair] = hw::lane_offset(first_row * Layout<D>::ROW + Layout<D>::chunk(row, 2 * pair + chunk));
+    }
+
+    // Chunks 2 * k and 2 * k + 1 of 16 rows from `row` on.
+    SFA_DEVICE uint32_t at(int row, int k) const {
+        return offset[k % PAIRS] + (row * Layout<D>::ROW + k / PAIRS * Layout<D>::GROUP);
+    }
+};
+
+// c[m][n] (16 rows, 8 columns) += left rows times right rows (transposed fragments), over D.
+template <class T, int D, int MT, int NT>
+SFA_DEVICE void multiply_rows(float (&c)[MT][NT][4], const Fragments<D>& left_at, const hw::Tile& left,
+                              const Fragments<D>& right_at, const hw::Tile& right) {
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+        uint32_t a[MT][4];
+#pragma unroll
+        for (int m = 0; m < MT; m++) hw::load_matrices(a[m], left, left_at.at(m * 16, k));
+#pragma unroll
+        for (int n = 0; n < NT / 2; n++) {
+            uint32_t b[4];
+            hw::load_matrices(b, right, right_at.at(n * 16, k));
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                hw::multiply_add(T(), c[m][2 * n], a[m], b[0], b[1]);
+                hw::multiply_add(T(), c[m][2 * n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// c[m][d] (16 rows, 8 of D) += weights (rows x tile rows), rounded to T, times the tile.
+template <class T, int D, int MT, int NT>
+SFA_DEVICE void multiply_weights(float (&c)[MT][D / 8][4], const Fragments<D>& at, const float (&weights)[MT][NT][4],
+                                 const hw::Tile& right) {
+#pragma unroll
+    for (int k = 0; k < NT / 2; k++) {
+        uint32_t a[MT][4];
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+            a[m][0] = T::pack(weights[m][2 * k][0], weights[m][2 * k][1]);
+            a[m][1] = T::pack(weights[m][2 * k][2], weights[m][2 * k][3]);
+            a[m][2] = T::pack(weights[m][2 * k + 1][0], weights[m][2 * k + 1][1]);
+            a[m][3] = T::pack(weights[m][2 * k + 1][2], weights[m][2 * k + 1][3]);
+        }
+#pragma unroll
+        for (int d = 0; d < D / 16; d++) {
+            uint32_t b[4];
+            hw::load_matrices_transposed(b, right, at.at(k * 16, d));
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                hw::multiply_add(T(), c[m][2 * d], a[m], b[0], b[1]);
+                hw::multiply_add(T(), c[m][2 * d + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// Replaces rows of which key or value is not finite by NaN keys and zero values, so that whoever sees the column becomes
+// NaN through its logit and nobody else is touched by 0 * NaN. `bad` has ROWS + 1 words, zero before and after; returns
+// the first such row, or ROWS. A meeting point of the block; both tiles have arrived.
+template <class T, int D, int ROWS, int THREADS>
+SFA_DEVICE int quarantine(const hw::Tile& keys, const hw::Tile& values, const hw::Tile& bad) {
+    constexpr uint32_t CHUNKS = Layout<D>::CHUNKS;
+    auto not_finite = [](uint4 x) {
+        return hw::any_not_finite<T>(x.x) || hw::any_not_finite<T>(x.y) || hw::any_not_finite<T>(x.z) ||
+               hw::any_not_finite<T>(x.w);
+    };
+    for (uint32_t i = 0; i < ROWS * CHUNKS / THREADS; i++) {
+        uint32_t index = threadIdx.x + i * THREADS, row = index / CHUNKS, at = Layout<D>::chunk(row, index % CHUNKS);
+        if (not_finite(hw::load<uint4>(keys, at)) || not_finite(hw::load<uint4>(values, at))) {
+            hw::store(bad, row * 4, 1u);
+            hw::store(bad, ROWS * 4, 1u);
+        }
+    }
+    __syncthreads();
+    int first = ROWS;
+    if (hw::load<uint32_t>(bad, ROWS * 4) == 0) return first;
+    for (uint32_t i = 0; i < ROWS * CHUNKS / THREADS; i++) {
+        uint32_t index = threadIdx.x + i * THREADS, row = index / CHUNKS, at = Layout<D>::chunk(row, index % CHUNKS);
+        if (hw::load<uint32_t>(bad, row * 4) == 0) continue;
+        hw::store(keys, at, uint4{0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu});
+        hw::store(values, at, uint4{0, 0, 0, 0});
+    }
+    for (int row = ROWS - 1; row >= 0; row--)
+        if (hw::load<uint32_t>(bad, row * 4) != 0) first = row;
+    __syncthreads();
+    if (threadIdx.x <= ROWS) hw::store(bad, threadIdx.x * 4, 0u);
+    if (threadIdx.x == 0) hw::store(bad, ROWS * 4, 0u);
+    __syncthreads();
+    return first;
+}
+
+// Where one (batch, query head) finds its things.
+struct HeadIndex {
+    uint32_t batch, head, kv_head;
+    int64_t list;        // batch * lists + list
+    int64_t batch_head;  // batch * heads + head
+
+    SFA_DEVICE HeadIndex(const AttentionParams& p, uint32_t index) {
+        batch = index / p.sizes.heads, head = index % p.sizes.heads;
+        kv_head = head / (p.sizes.heads / p.sizes.kv_heads);
+        list = int64_t(batch) * p.sizes.lists + (p.sizes.lists == p.sizes.heads ? head : kv_head);
+        batch_head = index;
+    }
+};
+
+// How many far columns a row sees. In the dense case these are raw tokens, the row's own among them.
+SFA_DEVICE int far_count(const AttentionParams& p, const Words& before, int64_t list, int row) {
+    if (p.dense) return p.causal ? row + 1 : int(p.sizes.tokens);
+    int64_t first = list * (p.sizes.tokens + 1);
+    if (!p.causal) return int(before[first + p.sizes.tokens]);
+    return row < int(p.window) ? 0 : int(before[first + row - p.window]);
+}
+
+// The edge column of a row, or -1: the token at the left border of the window, which without causality only a row that
+// is hidden itself needs.
+SFA_DEVICE int edge_token(const AttentionParams& p, const Words& before, int64_t list, int row) {
+    if (p.dense || row >= int(p.sizes.tokens)) return -1;
+    if (p.causal) return row - int(p.window) < 0 ? -1 : row - int(p.window);
+    int64_t at = list * (p.sizes.tokens + 1) + row;
+    return before[at] == before[at + 1] ? row : -1;
+}
+
+// The bias of a row and a token, in base 2.
+SFA_DEVICE float bias_at(const AttentionParams& p, const Floats& bias, const HeadIndex& at, int row, int token) {
+    return LOG2_E * bias[p.bias_offset + at.batch * p.bias_strides[0] + at.head * p.bias_strides[1] +
+                                      row * p.bias_strides[2] + token * p.bias_strides[3]];
+}
+
+// What dropout multiplies a weight by: 0 or 1 / (1 - p).
+SFA_DEVICE float dropout_factor(const AttentionParams& p, const HeadIndex& at, int row, int token) {
+    uint32_t word = philox_word(p.dropout_key, uint32_t(at.batch_head), uint32_t(row), uint32_t(token));
+    return word >= p.dropout_cut ? p.dropout_scale : 0.f;
+}

@@ -1,0 +1,133 @@
+// Attention backward: see backward_block.cuh. backward_delta, then backward_queries, and for keys and values
+// backward_edges (folded tokens at edges) and backward_columns (far columns; near ones). The fold's own kernels add these
+// up and take them home.
+#include "backward_block.cuh"
+
+#define INPUTS                                                                                                    \
+    Halves q, Halves k, Halves v, Halves far_k, Halves far_v, Floats far_ln, Words far_index, Words far_before,   \
+        Halves folded_k, Halves folded_v, Floats folded_ln, Floats bias, Halves grad_output, Floats log_sum_exp,  \
+        Floats delta
+#define TENSORS                                                                                                   \
+    BackwardTensors {                                                                                             \
+        q, k, v, far_k, far_v, far_ln, far_index, far_before, folded_k, folded_v, folded_ln, bias, grad_output,   \
+            log_sum_exp, delta                                                                                    \
+    }
+
+// delta = sum of output * grad_output, per row: (B, H, N). One warp per row.
+template <class T>
+__device__ __forceinline__ void row_products(Halves output, Halves grad_output, Global<float> delta,
+                                             const AttentionParams& p) {
+    int64_t row = int64_t(blockIdx.x) * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    bool exists = row < int64_t(p.sizes.batch) * p.sizes.heads * p.sizes.tokens;
+    float sum = 0;
+    if (exists && lane * 8 < p.sizes.head_dim) {
+        int64_t at = row * p.sizes.head_dim + lane * 8;
+        sum = hw::dot<T>(load_vector<uint4>(output, at), load_vector<uint4>(grad_output, at), 0.f);
+    }
+    for (int mask = 16; mask > 0; mask /= 2) sum += hw::shuffle_xor(sum, mask);
+    if (exists && lane == 0) delta.set(row, sum);
+}
+
+template <class T, int D>
+__device__ __forceinline__ void queries(const BackwardTensors& x, Global<float> dq, const AttentionParams& p) {
+    uint32_t blocks = (p.sizes.tokens + 63) / 64;
+    uint32_t head = blockIdx.x / blocks, block = blocks - 1 - blockIdx.x % blocks;
+    QueryGradients<T, D>(p, x, head, block * 64).run(dq);
+}
+
+// `near`, or far columns, which in the dense case are all.
+template <class T, int D, bool KEYS, bool VALUES>
+__device__ __forceinline__ void columns(const BackwardTensors& x, Global<float> dk, Global<float> dv,
+                                        const AttentionParams& p, bool near) {
+    uint32_t blocks = (p.sizes.tokens + 63) / 64;
+    ColumnGradients<T, D, KEYS, VALUES>(p, x, blockIdx.x / blocks, blockIdx.x % blocks * 64, near).run(dk, dv);
+}
+
+// The edge column of each row gets its share from that row alone, of every head of the list. One warp per folded token.
+template <class T>
+__device__ __forceinline__ void edges(const BackwardTensors& x, Global<float> dk, Global<float> dv,
+                                      const AttentionParams& p) {
+    uint32_t lane = threadIdx.x % 32, dim = p.sizes.head_dim, tokens = p.sizes.tokens;
+    int64_t index = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
+    if (index >= int64_t(p.sizes.batch) * p.sizes.lists * tokens) return;
+    int64_t list = index / tokens;
+    int token = int(index % tokens), row = p.causal ? token + int(p.window) : token;
+    bool seen = row < int(tokens) && edge_token(p, x.far_before, list, row) == token, mine = lane * 8 < dim;
+    float key_sum[8] = {}, value_sum[8] = {};
+    uint32_t heads = p.sizes.heads / p.sizes.lists;
+    uint32_t head = uint32_t(list / p.sizes.lists) * p.sizes.heads + uint32_t(list % p.sizes.lists) * heads;
+    for (uint32_t h = head; seen && h < head + heads; h++) {
+        HeadIndex at(p, h);
+        int64_t row_at = at.batch_head * tokens + row;
+        uint4 q{0, 0, 0, 0}, grad = q, key = q, value = q;
+        if (mine) {
+            q = load_vector<uint4>(x.q, p.q.at(at.batch, at.head, row) + lane * 8);
+            grad = load_vector<uint4>(x.grad_output, row_at * dim + lane * 8);
+            key = load_vector<uint4>(x.folded_k, index * dim + lane * 8);
+            value = load_vector<uint4>(x.folded_v, index * dim + lane * 8);
+        }
+        float logit = hw::dot<T>(q, key, 0.f), weight_grad = hw::dot<T>(grad, value, 0.f);
+        for (int mask = 16; mask > 0; mask /= 2) {
+            logit += hw::shuffle_xor(logit, mask);
+            weight_grad += hw::shuffle_xor(weight_grad, mask);
+        }
+        logit = scaled(p, logit);
+        if (x.folded_ln) logit += LOG2_E * x.folded_ln[index];
+        if (x.bias) logit += bias_at(p, x.bias, at, row, token);
+        float kept = p.dropout_cut != 0 ? dropout_factor(p, at, row, token) : 1.f;
+        float weight = hw::exp2(logit - x.log_sum_exp[row_at]);
+        float factor = weight * (weight_grad * kept - x.delta[row_at]) * p.scale * p.scale_sign * LN_2;
+        const uint32_t queries[4] = {q.x, q.y, q.z, q.w}, grads[4] = {grad.x, grad.y, grad.z, grad.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            key_sum[2 * i] += factor * hw::low<T>(queries[i]), key_sum[2 * i + 1] += factor * hw::high<T>(queries[i]);
+            value_sum[2 * i] += weight * kept * hw::low<T>(grads[i]);
+            value_sum[2 * i + 1] += weight * kept * hw::high<T>(grads[i]);
+        }
+    }
+    if (!mine) return;
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+        store_vector(dk, index * dim + lane * 8 + i, float4{key_sum[i], key_sum[i + 1], key_sum[i + 2], key_sum[i + 3]});
+        store_vector(dv, index * dim + lane * 8 + i, float4{value_sum[i], value_sum[i + 1], value_sum[i + 2], value_sum[i + 3]});
+    }
+}
+
+#define BACKWARD_DIM(dtype, T, D)                                                                                   \
+    KERNEL __launch_bounds__(128) backward_queries_##D##_##dtype(INPUTS, Global<float> dq, AttentionParams p) {     \
+        queries<T, D>(TENSORS, dq, p);                                                                              \
+    }
+#define BACKWARD_COLUMNS(name, T, D, KEYS, VALUES)                                                                  \
+    KERNEL __launch_bounds__(128) name##_far(INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {       \
+        columns<T, D, KEYS, VALUES>(TENSORS, dk, dv, p, false);                                                     \
+    }                                                                                                               \
+    KERNEL __launch_bounds__(128) name##_near(INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {      \
+        columns<T, D, KEYS, VALUES>(TENSORS, dk, dv, p, true);                                                      \
+    }
+#define BACKWARD_DTYPE(dtype, T)                                                                                    \
+    KERNEL backward_delta_##dtype(Halves output, Halves grad_output, Global<float> delta, AttentionParams p) {      \
+        row_products<T>(output, grad_output, delta, p);                                                             \
+    }                                                                                                               \
+    KERNEL backward_edges_##dtype(INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {                  \
+        edges<T>(TENSORS, dk, dv, p);                                                                               \
+    }                                                                                                               \
+    BACKWARD_DIM(dtype, T, 64)                                                                                      \
+    BACKWARD_DIM(dtype, T, 128)                                                                                     \
+    BACKWARD_DIM(dtype, T, 256)                                                                                     \
+    BACKWARD_COLUMNS(backward_columns_64_##dtype, T, 64, true, true)                                                \
+    BACKWARD_COLUMNS(backward_columns_128_##dtype, T, 128, true, true)                                              \
+    BACKWARD_COLUMNS(backward_keys_256_##dtype, T, 256, true, false)                                                \
+    BACKWARD_COLUMNS(backward_values_256_##dtype, T, 256, false, true)
+
+BACKWARD_DTYPE(f16, hw::F16)
+BACKWARD_DTYPE(bf16, hw::BF16)
+
+#define COLUMN_ENTRIES(name) ENTRY(name##_far) ENTRY(name##_near)
+#define DTYPE_ENTRIES(dtype)                                                                                         \
+    ENTRY(backward_delta_##dtype)                                                                                    \
+    ENTRY(backward_edges_##dtype)                                                                                    \
+    ENTRY(backward_queries_64_##dtype) ENTRY(backward_queries_128_##dtype) ENTRY(backward_queries_256_##dtype)       \
+    COLUMN_ENTRIES(backward_columns_64_##dtype) COLUMN_ENTRIES(backward_columns_128_##dtype)                         \
+    COLUMN_ENTRIES(backward_keys_256_##dtype) COLUMN_ENTRIES(backward_values_256_##dtype)
+
+MODULE(backward, DTYPE_ENTRIES(f16) DTYPE_ENTRIES(bf16))

@@ -1,0 +1,316 @@
+// A KV cache's lists on the device. Read as a stream: a token that leaves the window is folded into the open chain, or
+// closes it and starts a new one; closed chains are far columns for every later row. One warp per list takes tokens in,
+// one after another, and decides as decide.cu does, with the same sums.
+#include "cosine.cuh"
+#include "warp_row.cuh"
+
+constexpr unsigned NO_RUN = 0xffffffffu;
+
+// Per list (what it holds is written below); rows are of D numbers.
+template <class T> struct CacheState {
+  // Closed chains, (lists, capacity), and how many there are.
+  Global<T> far_k, far_v;
+  Global<float> far_ln;
+  Global<uint32_t> lengths;
+  // (lists, window + 1): raw token t at t % window, the open chain at `window`; how many of them exist, from the front.
+  Global<T> local_k, local_v;
+  Global<float> local_ln;
+  Global<uint32_t> local_lengths;
+  // The open chain in f32, its tokens, and its last raw token (pair sums).
+  Global<float> chain_k, chain_v;
+  Global<uint32_t> chain_sizes;
+  Global<T> previous_k, previous_v;
+  // (lists, window + 1): whether token t joins t + 1, at t % (window + 1).
+  Global<uint32_t> bits;
+  // Where the run that ends at the last token started, or NO_RUN; its first key and the last token's.
+  Global<uint32_t> run_starts;
+  Global<T> run_keys, last_keys;
+  // (batch * heads, D), pair sums only.
+  Global<T> last_queries;
+};
+
+// One list, as a warp holds it while tokens come in.
+template <class T> struct CacheList {
+  const CacheParams& p;
+  const CacheState<T>& state;
+  List list;
+  size_t index, row;
+  unsigned dim, length, size, run_start;
+  WarpRow chain_key, chain_value, previous_key, previous_value;
+
+  __device__ CacheList(const CacheParams& p, const CacheState<T>& state)
+      : p(p), state(state), list(p.sizes, blockIdx.x), index(blockIdx.x), row(index * p.sizes.head_dim),
+        dim(p.sizes.head_dim), length(state.lengths[index]), size(state.chain_sizes[index]),
+        run_start(state.run_starts[index]) {
+    chain_key.fill(0.0f), chain_value.fill(0.0f), previous_key.fill(0.0f), previous_value.fill(0.0f);
+    if (p.first > p.window) {
+      chain_key.load(state.chain_k, row, dim), chain_value.load(state.chain_v, row, dim);
+      if (p.fold == PAIR_SUM) previous_key.load(state.previous_k, row, dim), previous_value.load(state.previous_v, row, dim);
+    }
+  }
+
+  // Whether the token before `token`, which is number i of the chunk, is folded into it.
+  __device__ bool decide(Global<const T> q, Global<const T> k, Global<const float> tests, unsigned token, unsigned i) {
+    unsigned t = token - 1;
+    bool running = run_start != NO_RUN;
+    if (t < p.sinks || (running && t - run_start >= p.max_merge_level)) return false;
+    float beside = 0.0f, across = 0.0f;
+    for (unsigned head = list.first_head; head < list.first_head + list.group; head++) {
+      if (!p.key_key || head == list.first_head) {
+        Global<const T> x = p.key_key ? k : q;
+        size_t at = p.key_key ? p.k.at(list.batch, list.kv_head, i) : p.q.at(list.batch, head, i);
+        beside = products(x, at, state.last_keys, row, dim).cosine();
+        if (running) across = products(x, at, state.run_keys, row, dim).cosine();
+      }
+      HeadTest test(tests, (size_t)list.batch * p.sizes.heads + head);
+      if (!test.passes(beside) || (running && !test.passes(across))) return false;
+    }
+    return true;
+  }
+
+  __device__ void follow_run(bool merges, unsigned token, const WarpRow& key) {
+    if (!merges) run_start = NO_RUN;
+    if (merges && run_start == NO_RUN) {
+      run_start = token - 1;
+      WarpRow first;
+      first.load(state.last_keys, row, dim);
+      first.store(state.run_keys, row, dim);
+    }
+    key.store(state.last_keys, row, dim);
+  }
+
+  // Folds token `t`, whose raw rows these are, into the open chain, or closes that one and opens another.
+  __device__ void fold_in(unsigned t, const WarpRow& key, const WarpRow& value) {
+    bool merged = t > 0 && state.bits[index * (p.window + 1) + (t - 1) % (p.window + 1)];
+    if (t > 0 && !merged) {
+      write(state.far_k, state.far_v, state.far_ln, index * p.capacity + length);
+      length++;
+    }
+    step(merged, key, value);
+  }
+
+  // The open chain takes one more token, or becomes it.
+  __device__ void step(bool merged, const WarpRow& key, const WarpRow& value) {
+    if (merged && p.fold == MEAN) {
+      chain_key.running_mean(key, (float)size), chain_value.running_mean(value, (float)size);
+      size++;
+      return;
+    }
+    chain_key = key, chain_value = value, size = 1;
+    if (p.fold != PAIR_SUM) return;
+    if (merged) chain_key.add(previous_key), chain_value.add(previous_value);
+    previous_key = key, previous_value = value;
+  }
+
+  // The open chain as a column.
+  __device__ void write(Global<T> keys, Global<T> values, Global<float> ln, size_t column) const {
+    WarpRow key = chain_key, value = chain_value;
+    WarpRow::quarantine<T>(key, value);
+    key.store(keys, column * dim, dim);
+    value.store(values, column * dim, dim);
+    if (p.fold == MEAN && threadIdx.x == 0) ln.set(column, logf((float)size));
+  }
+
+  // Number i of the chunk; returns whether the token before is folded into it.
+  __device__ bool take(Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests, unsigned i) {
+    unsigned token = p.first + i, window = p.window;
+    WarpRow key, value;
+    key.load(k, p.k.at(list.batch, list.kv_head, i), dim);
+    value.load(v, p.v.at(list.batch, list.kv_head, i), dim);
+    bool merges = token > 0 && decide(q, k, tests, token, i);
+    // Lane 0 writes what every lane reads below, or when the next token comes.
+    if (token > 0 && threadIdx.x == 0) state.bits.set(index * (window + 1) + (token - 1) % (window + 1), merges);
+    follow_run(merges, token, key);
+    WarpRow::quarantine<T>(key, value);
+    __syncwarp();
+    if (window == 0) {
+      fold_in(token, key, value);
+    } else {
+      size_t slot = index * (window + 1) + token % window;
+      if (token >= window) {
+        WarpRow leaving_key, leaving_value;
+        leaving_key.load(state.local_k, slot * dim, dim);
+        leaving_value.load(state.local_v, slot * dim, dim);
+        fold_in(token - window, leaving_key, leaving_value);
+      }
+      key.store(state.local_k, slot * dim, dim);
+      value.store(state.local_v, slot * dim, dim);
+      if (p.fold == MEAN && threadIdx.x == 0) state.local_ln.set(slot, 0.0f);
+    }
+    __syncwarp();
+    return merges;
+  }
+
+  __device__ void finish() const {
+    unsigned seen = p.first + p.sizes.tokens, near = seen < p.window ? seen : p.window;
+    if (seen > p.window) {
+      write(state.local_k, state.local_v, state.local_ln, index * (p.window + 1) + p.window);
+      chain_key.store(state.chain_k, row, dim), chain_value.store(state.chain_v, row, dim);
+      if (p.fold == PAIR_SUM) {
+        previous_key.store(state.previous_k, row, dim), previous_value.store(state.previous_v, row, dim);
+      }
+    }
+    if (threadIdx.x != 0) return;
+    state.lengths.set(index, length);
+    state.chain_sizes.set(index, size);
+    state.run_starts.set(index, run_start);
+    state.local_lengths.set(index, near + (seen > p.window));
+  }
+
+  // The query rows of the last token of the chunk, as attention reads them, and as the next token's fold will.
+  __device__ void queries(Global<const T> q, Global<T> out, bool merged) const {
+    for (unsigned h = 0; h < list.group; h++) {
+      size_t to = (index * list.group + h) * dim;
+      WarpRow query, folded, before;
+      query.load(q, p.q.at(list.batch, list.first_head + h, p.sizes.tokens - 1), dim);
+      folded = query;
+      if (p.fold == PAIR_SUM) {
+        if (merged) {
+          before.load(state.last_queries, to, dim);
+          folded.add(before);
+        }
+        query.store(state.last_queries, to, dim);
+      }
+      if (out) folded.store(out, to, dim);
+    }
+  }
+};
+
+template <class T>
+__device__ void append(Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests,
+                       Global<T> queries, const CacheState<T>& state, const CacheParams& p) {
+  CacheList<T> list(p, state);
+  bool merged = false;
+  for (unsigned i = 0; i < p.sizes.tokens; i++) merged = list.take(q, k, v, tests, i);
+  list.finish();
+  // With several tokens the one before the last is not at hand, and nobody asks for queries.
+  list.queries(q, queries, merged && p.sizes.tokens == 1);
+}
+
+#define CACHE_STATE(T)                                                                                            \
+  Global<T> far_k, Global<T> far_v, Global<float> far_ln, Global<uint32_t> lengths, Global<T> local_k,            \
+      Global<T> local_v, Global<float> local_ln, Global<uint32_t> local_lengths, Global<float> chain_k,           \
+      Global<float> chain_v, Global<uint32_t> chain_sizes, Global<T> previous_k, Global<T> previous_v,            \
+      Global<uint32_t> bits, Global<uint32_t> run_starts, Global<T> run_keys, Global<T> last_keys,                \
+      Global<T> last_queries
+#define STATE(T)                                                                                                  \
+  CacheState<T> {                                                                                                 \
+    far_k, far_v, far_ln, lengths, local_k, local_v, local_ln, local_lengths, chain_k, chain_v, chain_sizes,      \
+        previous_k, previous_v, bits, run_starts, run_keys, last_keys, last_queries                               \
+  }
+
+// One warp per list: grid (batch * lists).
+#define CACHE_APPEND(suffix, T)                                                                                   \
+  KERNEL cache_append_##suffix(Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests, \
+                               Global<T> queries, CACHE_STATE(T), CacheParams p) {                                \
+    append(q, k, v, tests, queries, STATE(T), p);                                                                 \
+  }
+FOR_EACH_DTYPE(CACHE_APPEND)
+
+// --- A first chunk, whose decisions and folds are known ---------------------------------------------------------------
+
+// Of a list, what attention over a whole chunk had: see "Attention" in params.cuh; merge bits are (batch, heads, N - 1).
+template <class T> struct Chunk {
+  Global<const T> k, v;
+  Global<const uint8_t> all_bits;
+  Global<const uint32_t> far_before;
+  Global<const T> far_k, far_v;
+  Global<const float> far_ln;
+
+  __device__ bool hidden(const CacheParams& p, const List& list, unsigned t) const {
+    unsigned pairs = p.sizes.tokens - 1;
+    return t < pairs && all_bits[((size_t)list.batch * p.sizes.heads + list.first_head) * pairs + t];
+  }
+};
+
+// All that does not grow: the open chain, where runs stand, and how long the list is. One warp per list.
+template <class T>
+__device__ void adopt_state(Global<const T> q, const Chunk<T>& chunk, const CacheState<T>& state, const CacheParams& p) {
+  CacheList<T> to(p, state);
+  const List& list = to.list;
+  unsigned tokens = p.sizes.tokens, last = tokens - 1;
+  auto row = [&](Global<const T> x, const Rows& rows, unsigned t) {
+    WarpRow found;
+    found.load(x, rows.at(list.batch, list.kv_head, t), to.dim);
+    return found;
+  };
+  if (tokens > p.window) {
+    unsigned edge = last - p.window, start = edge;
+    to.length = chunk.far_before[to.index * (tokens + 1) + edge];
+    while (p.fold != DROP && start > 0 && chunk.hidden(p, list, start - 1)) {
+      start--;
+      // One left neighbour is all that a pair sum reads.
+      if (p.fold == PAIR_SUM) break;
+    }
+    for (unsigned t = start; t <= edge; t++) {
+      WarpRow key = row(chunk.k, p.k, t), value = row(chunk.v, p.v, t);
+      WarpRow::quarantine<T>(key, value);
+      to.step(t > start, key, value);
+    }
+  }
+  to.run_start = NO_RUN;
+  for (unsigned t = last; t > 0 && chunk.hidden(p, list, t - 1); t--) to.run_start = t - 1;
+  if (to.run_start != NO_RUN) row(chunk.k, p.k, to.run_start).store(state.run_keys, to.row, to.dim);
+  row(chunk.k, p.k, last).store(state.last_keys, to.row, to.dim);
+  to.finish();
+  to.queries(q, Global<T>{}, false);
+}
+
+// Closed chains, and what the window holds. One warp per token.
+template <class T>
+__device__ void adopt_rows(const Chunk<T>& chunk, const CacheState<T>& state, const CacheParams& p) {
+  unsigned t = blockIdx.x * 4 + threadIdx.x / 32, tokens = p.sizes.tokens, lane = threadIdx.x % 32, dim = p.sizes.head_dim;
+  if (t >= tokens) return;
+  List list(p.sizes, blockIdx.y);
+  size_t index = blockIdx.y, ring = index * (p.window + 1);
+  WarpRow key, value;
+  if (t + p.window < tokens - 1 && !chunk.hidden(p, list, t)) {
+    unsigned column = chunk.far_before[index * (tokens + 1) + t];
+    size_t from = index * tokens + column, to = index * p.capacity + column;
+    key.load(chunk.far_k, from * dim, dim), value.load(chunk.far_v, from * dim, dim);
+    key.store(state.far_k, to * dim, dim), value.store(state.far_v, to * dim, dim);
+    if (p.fold == MEAN && lane == 0) state.far_ln.set(to, chunk.far_ln[from]);
+  }
+  if (t + p.window >= tokens) {
+    size_t slot = ring + t % p.window;
+    key.load(chunk.k, p.k.at(list.batch, list.kv_head, t), dim);
+    value.load(chunk.v, p.v.at(list.batch, list.kv_head, t), dim);
+    WarpRow::quarantine<T>(key, value);
+    key.store(state.local_k, slot * dim, dim), value.store(state.local_v, slot * dim, dim);
+    if (p.fold == MEAN && lane == 0) state.local_ln.set(slot, 0.0f);
+  }
+  if (lane == 0 && t + p.window + 2 >= tokens && t + 1 < tokens)
+    state.bits.set(ring + t % (p.window + 1), chunk.hidden(p, list, t));
+}
+
+#define CACHE_CHUNK(T)                                                                                            \
+  Global<const T> k, Global<const T> v, Global<const uint8_t> all_bits, Global<const uint32_t> far_before,        \
+      Global<const T> from_k, Global<const T> from_v, Global<const float> from_ln
+#define CACHE_ADOPT(suffix, T)                                                                                    \
+  KERNEL cache_adopt_state_##suffix(Global<const T> q, CACHE_CHUNK(T), CACHE_STATE(T), CacheParams p) {           \
+    adopt_state(q, Chunk<T>{k, v, all_bits, far_before, from_k, from_v, from_ln}, STATE(T), p);                   \
+  }                                                                                                               \
+  KERNEL cache_adopt_rows_##suffix(CACHE_CHUNK(T), CACHE_STATE(T), CacheParams p) {                               \
+    adopt_rows(Chunk<T>{k, v, all_bits, far_before, from_k, from_v, from_ln}, STATE(T), p);                       \
+  }
+FOR_EACH_DTYPE(CACHE_ADOPT)
+
+// Copies `count` numbers of each list, or `unit` for each of its `lengths`, from list sources[i] (or i) to list i, between
+// buffers of other strides. Grid (count / 256, lists), 256 threads.
+template <class T>
+__device__ void copy(Global<const T> from, Global<const uint32_t> lengths, Global<const uint32_t> sources, Global<T> to,
+                     const CopyParams& p) {
+  unsigned i = blockIdx.x * 256 + threadIdx.x, source = sources ? sources[blockIdx.y] : blockIdx.y;
+  unsigned count = lengths ? lengths[source] * p.unit : p.count;
+  if (i < count) to.set((size_t)blockIdx.y * p.to_stride + p.to_offset + i, from[(size_t)source * p.from_stride + i]);
+}
+
+#define CACHE_COPY(suffix, T)                                                                                         \
+  KERNEL cache_copy_##suffix(Global<const T> from, Global<const uint32_t> lengths, Global<const uint32_t> sources,    \
+                             Global<T> to, CopyParams p) {                                                            \
+    copy(from, lengths, sources, to, p);                                                                              \
+  }
+FOR_EACH_DTYPE(CACHE_COPY)
+CACHE_COPY(u32, uint32_t)
+
+MODULE(cache, ENTRIES(cache_append) ENTRIES(cache_adopt_state) ENTRIES(cache_adopt_rows) ENTRIES(cache_copy) ENTRY(cache_copy_u32))

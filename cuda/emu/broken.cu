@@ -1,0 +1,88 @@
+// For the emulator's own tests: one kernel that is right, and one for each thing that the emulator must detect. All take
+// the same arguments: `in` and `out` of `n` floats each, 64 threads a block, 64 floats of shared memory.
+#include "kernel.cuh"
+
+struct BrokenParams {
+  unsigned n;
+};
+
+#define BROKEN(name) KERNEL name(Global<const float> in, Global<float> out, BrokenParams p)
+
+// Reverses each block's elements through shared memory and adds the sum of the warp's.
+BROKEN(broken_not) {
+  Shared<float> shared = shared_memory<float>(0, 64);
+  unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  float x = i < p.n ? in[i] : 0.0f;
+  shared.set(threadIdx.x, x);
+  __syncthreads();
+  float sum = shared[63 - threadIdx.x];
+  float warp = x;
+  for (int lanes = 16; lanes > 0; lanes /= 2) warp += __shfl_xor_sync(0xffffffffu, warp, lanes);
+  if (i < p.n) out.set(i, sum + warp);
+}
+
+BROKEN(broken_global_read) { out.set(threadIdx.x % p.n, in[blockIdx.x * blockDim.x + threadIdx.x]); }
+
+BROKEN(broken_global_write) { out.set(blockIdx.x * blockDim.x + threadIdx.x, 1.0f); }
+
+BROKEN(broken_before_buffer) { out.set(threadIdx.x % p.n, (in + threadIdx.x % p.n)[-1]); }
+
+BROKEN(broken_shared_bounds) {
+  Shared<float> shared = shared_memory<float>(0, 64);
+  shared.set(threadIdx.x + 1, 1.0f);
+}
+
+BROKEN(broken_shared_size) {
+  Shared<float> shared = shared_memory<float>(0, 65);
+  shared.set(threadIdx.x, 1.0f);
+}
+
+BROKEN(broken_shared_unwritten) {
+  Shared<float> shared = shared_memory<float>(0, 64);
+  if (threadIdx.x != 17) shared.set(threadIdx.x, 1.0f);
+  __syncthreads();
+  out.set(threadIdx.x % p.n, shared[63 - threadIdx.x]);
+}
+
+BROKEN(broken_global_unwritten) { out.set(threadIdx.x % p.n, out[(threadIdx.x + 1) % p.n]); }
+
+BROKEN(broken_misaligned) { out.set(threadIdx.x % p.n, load_vector<float4>(in, 1).x); }
+
+BROKEN(broken_early_return) {
+  if (threadIdx.x == 5) return;
+  __syncthreads();
+  out.set(threadIdx.x % p.n, 1.0f);
+}
+
+BROKEN(broken_two_barriers) {
+  if (threadIdx.x < 32)
+    __syncthreads();
+  else
+    __syncthreads();
+  out.set(threadIdx.x % p.n, 1.0f);
+}
+
+BROKEN(broken_half_warp) {
+  float x = 0.0f;
+  if (threadIdx.x < 16) x = __shfl_xor_sync(0xffffffffu, 1.0f, 1);
+  out.set(threadIdx.x % p.n, x);
+}
+
+BROKEN(broken_missing_barrier) {
+  Shared<float> shared = shared_memory<float>(0, 64);
+  shared.set(threadIdx.x, 1.0f);
+  out.set(threadIdx.x % p.n, shared[63 - threadIdx.x]);
+}
+
+BROKEN(broken_unwritten_output) {
+  unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i + 1 < p.n) out.set(i, 1.0f);
+}
+
+KERNEL broken_read_only(Global<float> in, Global<float> out, BrokenParams p) { in.set(0, 1.0f); }
+
+MODULE(broken,
+       ENTRY(broken_not) ENTRY(broken_global_read) ENTRY(broken_global_write) ENTRY(broken_before_buffer)
+       ENTRY(broken_shared_bounds) ENTRY(broken_shared_size) ENTRY(broken_shared_unwritten)
+       ENTRY(broken_global_unwritten) ENTRY(broken_misaligned) ENTRY(broken_early_return) ENTRY(broken_two_barriers)
+       ENTRY(broken_half_warp) ENTRY(broken_missing_barrier) ENTRY(broken_unwritten_output) ENTRY(broken_read_only))

@@ -1,0 +1,238 @@
+// What merging leaves of keys and values (see "Attention" in params.cuh for the buffers), and gradients taken home.
+// Warps are given tokens: grid (tokens / 4, batch * lists), 4 warps a block, except where it says otherwise.
+#include "cosine.cuh"
+#include "warp_row.cuh"
+
+__device__ __forceinline__ unsigned warp_token() { return blockIdx.x * 4 + threadIdx.x / 32; }
+
+// The merge bits of a list, which are those of its first query head.
+struct ListBits {
+  Global<const uint8_t> bits;
+  unsigned pairs;
+
+  __device__ __forceinline__ ListBits(Global<const uint8_t> all, const Sizes& sizes, const List& list)
+      : bits(all + ((size_t)list.batch * sizes.heads + list.first_head) * (sizes.tokens - 1)), pairs(sizes.tokens - 1) {}
+  __device__ __forceinline__ bool hidden(unsigned t) const { return t < pairs && bits[t]; }
+  // Whether the token before is folded into t.
+  __device__ __forceinline__ bool joined(unsigned t) const { return t > 0 && bits[t - 1]; }
+};
+
+// far_index and far_before: how many tokens before each one are not hidden. One block of SCAN_WARPS warps per list; a
+// thread takes SCAN_EACH tokens in a row.
+constexpr unsigned SCAN_WARPS = 32, SCAN_EACH = 8;
+
+KERNEL fold_scan(Global<const uint8_t> all_bits, Global<uint32_t> far_index, Global<uint32_t> far_before, FoldParams p) {
+  Shared<uint32_t> kept_in = shared_memory<uint32_t>(0, SCAN_WARPS);
+  List list(p.sizes, blockIdx.x);
+  ListBits bits(all_bits, p.sizes, list);
+  unsigned tokens = p.sizes.tokens, lane = threadIdx.x % 32, warp = threadIdx.x / 32, before = 0;
+  size_t index = (size_t)blockIdx.x * tokens;
+  for (unsigned base = 0; base < tokens; base += SCAN_WARPS * 32 * SCAN_EACH) {
+    unsigned first = base + threadIdx.x * SCAN_EACH, kept = 0;
+#pragma unroll
+    for (unsigned i = 0; i < SCAN_EACH; i++)
+      if (first + i < tokens && !bits.hidden(first + i)) kept |= 1u << i;
+    // The sum over the lanes up to this one.
+    unsigned sum = __popc(kept);
+    for (unsigned step = 1; step < 32; step *= 2) {
+      unsigned left = __shfl_up_sync(0xffffffffu, sum, step);
+      if (lane >= step) sum += left;
+    }
+    if (lane == 31) kept_in.set(warp, sum);
+    __syncthreads();
+    unsigned column = before + sum - __popc(kept);
+    for (unsigned w = 0; w < SCAN_WARPS; w++) {
+      unsigned count = kept_in[w];
+      if (w < warp) column += count;
+      before += count;
+    }
+    for (unsigned i = 0; i < SCAN_EACH && first + i < tokens; i++) {
+      far_before.set(index + blockIdx.x + first + i, column);
+      if (kept >> i & 1) far_index.set(index + column++, first + i);
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) far_before.set(index + blockIdx.x + tokens, before);
+  // What is past the last far column is never used, but is not left to chance either.
+  for (unsigned t = before + threadIdx.x; t < tokens; t += SCAN_WARPS * 32) far_index.set(index + t, 0);
+}
+
+template <class T> struct FoldOutputs {
+  Global<T> far_k, far_v, folded_k, folded_v;
+  Global<float> far_ln, folded_ln;
+};
+
+// Writes one folded token.
+template <class T>
+__device__ void write_folded(WarpRow key, WarpRow value, unsigned t, unsigned size, bool hidden,
+                             Global<const uint32_t> far_before, const FoldOutputs<T>& out, const FoldParams& p) {
+  WarpRow::quarantine<T>(key, value);
+  unsigned tokens = p.sizes.tokens, dim = p.sizes.head_dim;
+  size_t list = (size_t)blockIdx.y * tokens;
+  key.store(out.folded_k, (list + t) * dim, dim);
+  value.store(out.folded_v, (list + t) * dim, dim);
+  size_t column = list + far_before[list + blockIdx.y + t];
+  if (!hidden) {
+    key.store(out.far_k, column * dim, dim);
+    value.store(out.far_v, column * dim, dim);
+  }
+  if (p.fold == MEAN && threadIdx.x % 32 == 0) {
+    float ln = logf((float)size);
+    out.folded_ln.set(list + t, ln);
+    if (!hidden) out.far_ln.set(column, ln);
+  }
+}
+
+// Folds and gathers. The warp of a chain's first token walks along it where means run; else each token is on its own.
+template <class T>
+__device__ void gather(Global<const T> k, Global<const T> v, Global<const uint8_t> all_bits,
+                       Global<const uint32_t> far_before, const FoldOutputs<T>& out, const FoldParams& p) {
+  unsigned t = warp_token(), dim = p.sizes.head_dim;
+  if (t >= p.sizes.tokens) return;
+  List list(p.sizes, blockIdx.y);
+  ListBits bits(all_bits, p.sizes, list);
+  if (p.fold == MEAN && bits.joined(t)) return;
+  WarpRow key, value, other;
+  key.load(k, p.k.at(list.batch, list.kv_head, t), dim);
+  value.load(v, p.v.at(list.batch, list.kv_head, t), dim);
+  if (p.fold == PAIR_SUM && bits.joined(t)) {
+    other.load(k, p.k.at(list.batch, list.kv_head, t - 1), dim);
+    key.add(other);
+    other.load(v, p.v.at(list.batch, list.kv_head, t - 1), dim);
+    value.add(other);
+  }
+  for (unsigned size = 1;; size++, t++) {
+    bool hidden = bits.hidden(t);
+    write_folded(key, value, t, size, hidden, far_before, out, p);
+    if (p.fold != MEAN || !hidden) return;
+    other.load(k, p.k.at(list.batch, list.kv_head, t + 1), dim);
+    key.running_mean(other, (float)size);
+    other.load(v, p.v.at(list.batch, list.kv_head, t + 1), dim);
+    value.running_mean(other, (float)size);
+  }
+}
+
+// Queries (batch, heads, N, D) with the hidden one before added. Lists are query heads.
+template <class T>
+__device__ void fold_queries(Global<const T> q, Global<const uint8_t> all_bits, Global<T> out, const FoldParams& p) {
+  unsigned t = warp_token(), dim = p.sizes.head_dim;
+  if (t >= p.sizes.tokens) return;
+  List list(p.sizes, blockIdx.y);
+  ListBits bits(all_bits, p.sizes, list);
+  WarpRow row, left;
+  row.load(q, p.q.at(list.batch, list.first_head, t), dim);
+  if (bits.joined(t)) {
+    left.load(q, p.q.at(list.batch, list.first_head, t - 1), dim);
+    row.add(left);
+  }
+  row.store(out, ((size_t)blockIdx.y * p.sizes.tokens + t) * dim, dim);
+}
+
+// --- Gradients ------------------------------------------------------------------------------------------------------
+
+// The gradient of a folded token: of its edge column, and of its far column where it is not hidden.
+__device__ __forceinline__ void load_folded_gradient(WarpRow& row, unsigned t, bool hidden, Global<const float> far,
+                                                     Global<const float> folded, Global<const uint32_t> far_before,
+                                                     const FoldParams& p) {
+  unsigned dim = p.sizes.head_dim;
+  size_t list = (size_t)blockIdx.y * p.sizes.tokens;
+  row.load(folded, (list + t) * dim, dim);
+  if (hidden) return;
+  WarpRow column;
+  column.load(far, (list + far_before[list + blockIdx.y + t]) * dim, dim);
+  row.add(column);
+}
+
+// The transpose of the fold: gradients of far and folded columns (batch * lists, N, D) to those of raw tokens, of the
+// same shape. The warp of a chain's first token walks it from its end where means run.
+KERNEL fold_unfold(Global<const float> far, Global<const float> folded, Global<const uint8_t> all_bits,
+                   Global<const uint32_t> far_before, Global<float> out, FoldParams p) {
+  unsigned first = warp_token(), tokens = p.sizes.tokens, dim = p.sizes.head_dim;
+  if (first >= tokens) return;
+  List list(p.sizes, blockIdx.y);
+  ListBits bits(all_bits, p.sizes, list);
+  size_t start = (size_t)blockIdx.y * tokens;
+  WarpRow sum, row;
+  if (p.fold != MEAN) {
+    load_folded_gradient(sum, first, bits.hidden(first), far, folded, far_before, p);
+    if (p.fold == PAIR_SUM && bits.hidden(first)) {
+      load_folded_gradient(row, first + 1, bits.hidden(first + 1), far, folded, far_before, p);
+      sum.add(row);
+    }
+    return sum.store(out, (start + first) * dim, dim);
+  }
+  if (bits.joined(first)) return;
+  unsigned last = first;
+  while (bits.hidden(last)) last++;
+  // F[t] is the mean of the chain up to t: each token has 1/n[t] of every later F[t].
+  sum.fill(0.0f);
+  for (unsigned t = last + 1; t-- > first;) {
+    load_folded_gradient(row, t, bits.hidden(t), far, folded, far_before, p);
+    row.scale(1.0f / (float)(t - first + 1));
+    sum.add(row);
+    sum.store(out, (start + t) * dim, dim);
+  }
+}
+
+// Adds up the gradients of a KV head's lists, of columns taken home and of near tokens (batch * lists, N, D), either of
+// which may be absent, into (batch, kv_heads, N, D). Grid (tokens / 4, batch * kv_heads).
+template <class T>
+__device__ void reduce(Global<const float> unfolded, Global<const float> near, Global<T> out, const FoldParams& p) {
+  unsigned t = warp_token(), tokens = p.sizes.tokens, dim = p.sizes.head_dim;
+  if (t >= tokens) return;
+  unsigned lists = p.sizes.lists / p.sizes.kv_heads;
+  WarpRow sum, row;
+  sum.fill(0.0f);
+  for (unsigned i = 0; i < lists; i++) {
+    size_t at = (((size_t)blockIdx.y * lists + i) * tokens + t) * dim;
+    if (unfolded) {
+      row.load(unfolded, at, dim);
+      sum.add(row);
+    }
+    if (near) {
+      row.load(near, at, dim);
+      sum.add(row);
+    }
+  }
+  sum.store(out, ((size_t)blockIdx.y * tokens + t) * dim, dim);
+}
+
+// Gradients of folded queries, f32 (batch, heads, N, D), to those of queries. Lists are query heads; `all_bits` is
+// absent where queries are not folded.
+template <class T>
+__device__ void unfold_queries(Global<const float> folded, Global<const uint8_t> all_bits, Global<T> out,
+                               const FoldParams& p) {
+  unsigned t = warp_token(), dim = p.sizes.head_dim;
+  if (t >= p.sizes.tokens) return;
+  List list(p.sizes, blockIdx.y);
+  size_t at = ((size_t)blockIdx.y * p.sizes.tokens + t) * dim;
+  WarpRow sum, right;
+  sum.load(folded, at, dim);
+  if (all_bits && ListBits(all_bits, p.sizes, list).hidden(t)) {
+    right.load(folded, at + dim, dim);
+    sum.add(right);
+  }
+  sum.store(out, at, dim);
+}
+
+#define FOLD(suffix, T)                                                                                              \
+  KERNEL fold_gather_##suffix(Global<const T> k, Global<const T> v, Global<const uint8_t> bits,                      \
+                              Global<const uint32_t> far_before, Global<T> far_k, Global<T> far_v,                   \
+                              Global<float> far_ln, Global<T> folded_k, Global<T> folded_v, Global<float> folded_ln, \
+                              FoldParams p) {                                                                        \
+    gather(k, v, bits, far_before, FoldOutputs<T>{far_k, far_v, folded_k, folded_v, far_ln, folded_ln}, p);          \
+  }                                                                                                                  \
+  KERNEL fold_queries_##suffix(Global<const T> q, Global<const uint8_t> bits, Global<T> out, FoldParams p) {         \
+    fold_queries(q, bits, out, p);                                                                                   \
+  }                                                                                                                  \
+  KERNEL fold_reduce_##suffix(Global<const float> unfolded, Global<const float> near, Global<T> out, FoldParams p) { \
+    reduce(unfolded, near, out, p);                                                                                  \
+  }                                                                                                                  \
+  KERNEL fold_unfold_queries_##suffix(Global<const float> folded, Global<const uint8_t> bits, Global<T> out,         \
+                                      FoldParams p) {                                                                \
+    unfold_queries(folded, bits, out, p);                                                                            \
+  }
+FOR_EACH_DTYPE(FOLD)
+
+MODULE(fold, ENTRY(fold_scan) ENTRIES(fold_gather) ENTRIES(fold_queries) ENTRY(fold_unfold) ENTRIES(fold_reduce)
+                 ENTRIES(fold_unfold_queries))

@@ -1,0 +1,337 @@
+// One block of query rows against its columns, on tensor cores, after FlashAttention-2 (Dao 2023): tiles of logits go
+// through an online softmax and stay in registers as the weights of the values.
+//
+// A row's columns: the edge first, row by row; then near tiles of raw tokens, then far tiles, each from the last to the
+// first, so that the tiles that need a mask come first and the rest runs without one. While a tile's logits are
+// computed its values are on their way, and the next keys while its weights are.
+#pragma once
+
+#include "attention.cuh"
+#include "softmax.cuh"
+
+struct ForwardTensors {
+    Halves q, k, v;
+    Halves far_k, far_v;
+    Floats far_ln;
+    Words far_index, far_before;
+    Halves folded_k, folded_v;
+    Floats folded_ln, bias;
+    Global<uint16_t> output;
+    Global<float> log_sum_exp;
+    Global<uint32_t> first_bad;
+};
+
+// Four warps of 16 * MT rows, tiles of NB columns; EXTRAS: bias and dropout are possible.
+template <class T, int D, int MT, int NB, bool EXTRAS>
+struct ForwardBlock {
+    static constexpr int THREADS = 128, ROWS = 64 * MT, R = 2 * MT, NT = NB / 8;
+    static constexpr uint32_t Q_BYTES = ROWS * D * 2, K_BYTES = NB * D * 2;
+    static constexpr uint32_t BYTES = Q_BYTES + 2 * K_BYTES + NB * 4 + (NB + 4) * 4;
+
+    // A tile's columns: far columns or tokens from `first` on.
+    struct Columns {
+        bool near;
+        int first, count;
+    };
+
+    const AttentionParams& p;
+    const ForwardTensors& x;
+    HeadIndex at;
+    hw::Tile q, k, v, ln, bad;
+    Fragments<D> query_rows, key_rows, value_rows;
+    OnlineSoftmax<R> softmax;
+    float output[MT][D / 8][4];
+    int lane, warp_row, block_row, row_end;
+    int near_first, near_tiles, far_seen, far_tiles;
+    int first_bad;
+
+    SFA_DEVICE ForwardBlock(const AttentionParams& p, const ForwardTensors& x, uint32_t batch_head, int row)
+        : p(p), x(x), at(p, batch_head), query_rows(false, threadIdx.x / 32 * 16 * MT), key_rows(true, 0),
+          value_rows(false, 0), block_row(row) {
+        q = hw::tile(0, Q_BYTES);
+        k = hw::tile(Q_BYTES, K_BYTES);
+        v = hw::tile(Q_BYTES + K_BYTES, K_BYTES);
+        ln = hw::tile(Q_BYTES + 2 * K_BYTES, NB * 4);
+        bad = hw::tile(Q_BYTES + 2 * K_BYTES + NB * 4, (NB + 4) * 4);
+        lane = threadIdx.x % 32;
+        warp_row = threadIdx.x / 32 * 16 * MT;
+        row_end = min(int(p.sizes.tokens), row + ROWS);
+        near_first = max(0, row - int(p.window) + 1);
+        bool near = p.window > 0 && !p.dense;
+        near_tiles = near ? (row_end - near_first + NB - 1) / NB : 0;
+        far_seen = far_count(p, x.far_before, at.list, row_end - 1);
+        far_tiles = (far_seen + NB - 1) / NB;
+        first_bad = int(p.sizes.tokens);
+    }
+
+    // The token index of this lane's row r.
+    SFA_DEVICE int row_of(int r) const { return block_row + warp_row + r / 2 * 16 + r % 2 * 8 + lane / 4; }
+
+    SFA_DEVICE Columns columns(int step) const {
+        if (step < near_tiles) {
+            int first = near_first + (near_tiles - 1 - step) * NB;
+            return {true, first, min(NB, row_end - first)};
+        }
+        int first = (far_tiles - 1 - (step - near_tiles)) * NB;
+        return {false, first, min(NB, far_seen - first)};
+    }
+
+    template <bool FULL>
+    SFA_DEVICE void load_columns(const Columns& c, const hw::Tile& tile, const Halves& raw, const Rows& rows,
+                                 const Halves& far) {
+        bool from_raw = (!FULL && c.near) || p.dense;
+        int64_t first = from_raw ? rows.at(at.batch, at.kv_head, c.first)
+                                 : (at.list * p.capacity + c.first) * p.sizes.head_dim;
+        int64_t stride = from_raw ? rows.token_stride : p.sizes.head_dim;
+        load_rows<D, NB, THREADS, FULL>(tile, from_raw ? raw : far, first, stride, c.count, p.sizes.head_dim);
+    }
+
+    SFA_DEVICE bool has_sizes(const Columns& c) const { return !c.near && x.far_ln; }
+
+    template <bool FULL>
+    SFA_DEVICE void load_keys(const Columns& c) {
+        load_columns<FULL>(c, k, x.k, p.k, x.far_k);
+        hw::copy_commit();
+    }
+
+    template <bool FULL>
+    SFA_DEVICE void load_values(const Columns& c) {
+        load_columns<FULL>(c, v, x.v, p.v, x.far_v);
+        if (has_sizes(c)) load_words<NB>(ln, x.far_ln, at.list * p.capacity + c.first, c.count);
+        hw::copy_commit();
+    }
+
+    SFA_DEVICE void load_queries() {
+        int64_t first = p.q.at(at.batch, at.head, block_row);
+        load_rows<D, ROWS, THREADS, false>(q, x.q, first, p.q.token_stride, row_end - block_row, p.sizes.head_dim);
+        if (threadIdx.x < NB + 1) hw::store(bad, threadIdx.x * 4, 0u);
+        if (NB == THREADS && threadIdx.x == 0) hw::store(bad, NB * 4, 0u);
+        hw::copy_commit();
+    }
+
+    // A negative scale turns the queries around, so that logits only ever meet a scale of at least 0.
+    SFA_DEVICE void negate_queries() {
+        for (uint32_t i = threadIdx.x; i < Q_BYTES / 4; i += THREADS)
+            hw::store(q, i * 4, hw::load<uint32_t>(q, i * 4) ^ 0x80008000u);
+        __syncthreads();
+    }
+
+    // Rows start at their edge columns.
+    SFA_DEVICE void edges() {
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            int row = row_of(r), token = edge_token(p, x.far_before, at.list, row);
+            float logit = 0;
+            int64_t first = (at.list * p.sizes.tokens + token) * p.sizes.head_dim;
+            if (token >= 0) {
+                for (uint32_t chunk = lane % 4; chunk * 8 < p.sizes.head_dim; chunk += 4) {
+                    uint4 a = hw::load<uint4>(q, Layout<D>::chunk(row - block_row, chunk));
+                    uint4 b = load_vector<uint4>(x.folded_k, first + chunk * 8);
+                    logit = hw::dot<T>(a, b, logit);
+                }
+            }
+            logit += hw::shuffle_xor(logit, 1);
+            logit += hw::shuffle_xor(logit, 2);
+            float weight = 0;
+            if (token >= 0) {
+                logit *= p.scale;
+                if (x.folded_ln) logit += LOG2_E * x.folded_ln[at.list * p.sizes.tokens + token];
+                if (EXTRAS && x.bias) logit += bias_at(p, x.bias, at, row, token);
+                weight = softmax.start(r, logit, lane % 4 == 0);
+                if (EXTRAS && p.dropout_cut != 0) weight *= dropout_factor(p, at, row, token);
+            } else {
+                softmax.maximum[r] = -hw::infinity(), softmax.sum[r] = 0;
+            }
+#pragma unroll
+            for (int d = 0; d < D / 8; d++) {
+                uint32_t column = d * 8 + lane % 4 * 2, pair = 0;
+                if (token >= 0 && column < p.sizes.head_dim) pair = load_vector<uint32_t>(x.folded_v, first + column);
+                output[r / 2][d][r % 2 * 2] = weight * hw::low<T>(pair);
+                output[r / 2][d][r % 2 * 2 + 1] = weight * hw::high<T>(pair);
+            }
+        }
+    }
+
+    // Whether any row of this warp sees any of these columns.
+    SFA_DEVICE bool sees(const Columns& c) const {
+        int first = block_row + warp_row, last = min(first + 16 * MT, row_end) - 1;
+        if (last < first) return false;
+        if (c.near) return c.first <= last && c.first + c.count > first - int(p.window) + 1;
+        return c.first < far_count(p, x.far_before, at.list, last);
+    }
+
+    // Adds ln n and the bias; the logits are in base 2 then.
+    SFA_DEVICE void add_terms(float (&s)[MT][NT][4], const Columns& c) {
+        bool sizes = has_sizes(c);
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            float2 size = sizes ? hw::load<float2>(ln, (n * 8 + lane % 4 * 2) * 4) : float2{0, 0};
+#pragma unroll
+            for (int i = 0; i < 4 * MT; i++) {
+                float& logit = s[i / 4][n][i % 4];
+                logit = logit * p.scale + (i % 2 ? size.y : size.x) * LOG2_E;
+                if (EXTRAS && x.bias) {
+                    int row = row_of(i / 2), column = n * 8 + lane % 4 * 2 + i % 2;
+                    if (row < row_end && column < c.count) logit += bias_at(p, x.bias, at, row, token(c, column));
+                }
+            }
+        }
+    }
+
+    SFA_DEVICE int token(const Columns& c, int column) const {
+        return c.near || p.dense ? c.first + column : int(x.far_index[at.list * p.capacity + c.first + column]);
+    }
+
+    // Hides columns from the rows that do not see them.
+    SFA_DEVICE void mask(float (&s)[MT][NT][4], const Columns& c) {
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            int row = min(row_of(r), row_end - 1);
+            int begin = c.near ? row - int(p.window) + 1 : 0;
+            int end = c.near ? row + 1 : far_count(p, x.far_before, at.list, row);
+            begin -= c.first + lane % 4 * 2, end -= c.first + lane % 4 * 2;
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    int column = n * 8 + i;
+                    if (column < begin || column >= end) s[r / 2][n][r % 2 * 2 + i] = -hw::infinity();
+                }
+            }
+        }
+    }
+
+    // Logits to weights, in place; scales what was summed before.
+    SFA_DEVICE void weigh(float (&s)[MT][NT][4], float scale) {
+        float rescale[R];
+        bool any = false;
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            float largest = -hw::infinity();
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                largest = hw::max(largest, s[r / 2][n][r % 2 * 2]);
+                largest = hw::max(largest, s[r / 2][n][r % 2 * 2 + 1]);
+            }
+            rescale[r] = softmax.raise(r, largest * scale);
+            any |= rescale[r] != 1.f;
+        }
+        if (hw::warp_any(any)) {
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                softmax.sum[r] *= rescale[r];
+#pragma unroll
+                for (int i = 0; i < D / 4; i++) output[r / 2][i / 2][r % 2 * 2 + i % 2] *= rescale[r];
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            float base = softmax.base(r), sum = 0;
+#pragma unroll
+            for (int i = 0; i < 2 * NT; i++) {
+                float& weight = s[r / 2][i / 2][r % 2 * 2 + i % 2];
+                weight = hw::exp2(weight * scale - base);
+                sum += weight;
+            }
+            softmax.sum[r] += sum;
+        }
+    }
+
+    SFA_DEVICE void drop(float (&s)[MT][NT][4], const Columns& c) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int i = 0; i < 4 * MT; i++) {
+                int column = n * 8 + lane % 4 * 2 + i % 2;
+                if (column < c.count) s[i / 4][n][i % 4] *= dropout_factor(p, at, row_of(i / 2), token(c, column));
+            }
+        }
+    }
+
+    // One tile. Its keys are under way; MASKED: some rows do not see some of its columns, or it is checked for numbers
+    // that are not finite.
+    template <bool MASKED>
+    SFA_DEVICE void step(int index, int steps) {
+        Columns c = columns(index);
+        hw::copy_wait<0>();
+        __syncthreads();
+        load_values<!MASKED>(c);
+        if (MASKED && (c.near || p.dense)) {
+            hw::copy_wait<0>();
+            __syncthreads();
+            int row = quarantine<T, D, NB, THREADS>(k, v, bad);
+            if (row < NB) first_bad = min(first_bad, c.first + row);
+        }
+        bool active = !MASKED || sees(c);
+        float s[MT][NT][4];
+#pragma unroll
+        for (int i = 0; i < MT * NT * 4; i++) s[i / (NT * 4)][i / 4 % NT][i % 4] = 0;
+        if (active) multiply_rows<T, D, MT, NT>(s, query_rows, q, key_rows, k);
+        hw::copy_wait<0>();
+        __syncthreads();
+        if (index + 1 < steps) load_keys<!MASKED>(columns(index + 1));
+        if (!active) return;
+        float scale = p.scale;
+        if (has_sizes(c) || (EXTRAS && x.bias) || scale == 0.f) {
+            add_terms(s, c);
+            scale = 1;
+        }
+        if (MASKED) mask(s, c);
+        weigh(s, scale);
+        if (EXTRAS && p.dropout_cut != 0) drop(s, c);
+        multiply_weights<T, D, MT, NT>(output, value_rows, s, v);
+    }
+
+    // Divides by the sums and writes. A row that holds anything not finite, or saw nothing, becomes NaN throughout.
+    SFA_DEVICE void finish() {
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            float inverse = 1.f / softmax.finish(r), check = inverse * 0.f;
+#pragma unroll
+            for (int i = 0; i < D / 4; i++) {
+                float& x = output[r / 2][i / 2][r % 2 * 2 + i % 2];
+                x *= inverse;
+                check += x * 0.f;
+            }
+            check += hw::shuffle_xor(check, 1);
+            check += hw::shuffle_xor(check, 2);
+            int row = row_of(r);
+            if (x.log_sum_exp && row < row_end && lane % 4 == 0)
+                x.log_sum_exp.set(at.batch_head * p.sizes.tokens + row, softmax.log_sum_exp(r));
+#pragma unroll
+            for (int d = 0; d < D / 8; d++) {
+                float a = output[r / 2][d][r % 2 * 2], b = output[r / 2][d][r % 2 * 2 + 1];
+                uint32_t pair = check == 0.f ? T::pack(a, b) : 0x7fff7fffu;
+                hw::store(q, Layout<D>::chunk(row - block_row, d) + lane % 4 * 4, pair);
+            }
+        }
+        // A warp's rows of the query tile were read by itself alone.
+        __syncwarp();
+        for (uint32_t i = lane; i < 16 * MT * Layout<D>::CHUNKS; i += 32) {
+            uint32_t row = warp_row + i / Layout<D>::CHUNKS, chunk = i % Layout<D>::CHUNKS;
+            if (block_row + int(row) >= row_end || chunk * 8 >= p.sizes.head_dim) continue;
+            int64_t target = (at.batch_head * p.sizes.tokens + block_row + row) * p.sizes.head_dim + chunk * 8;
+            store_vector(x.output, target, hw::load<uint4>(q, Layout<D>::chunk(row, chunk)));
+        }
+    }
+
+    SFA_DEVICE void run() {
+        int steps = near_tiles + far_tiles;
+        load_queries();
+        if (steps > 0) load_keys<false>(columns(0));
+        if (steps > 0) hw::copy_wait<1>();
+        else hw::copy_wait<0>();
+        __syncthreads();
+        if (p.scale_sign < 0) negate_queries();
+        edges();
+        // Every row sees these far columns. Without causality all tiles are checked for bad numbers where they are raw.
+        bool unchecked = !p.dense || p.causal;
+        int full = unchecked ? far_count(p, x.far_before, at.list, block_row) / NB : 0;
+        int masked = steps - full;
+#pragma unroll 1
+        for (int i = 0; i < masked; i++) step<true>(i, steps);
+#pragma unroll 1
+        for (int i = masked; i < steps; i++) step<false>(i, steps);
+        finish();
+    }
+};

@@ -1,0 +1,288 @@
+// The one way from a kernel to the hardware: tensor cores, asynchronous copies, shuffles, conversions.
+//
+// Under nvcc these are inline PTX (sm_80 and up). Under emulation (SFA_EMULATION) they are plain C++ whose lanes meet through
+// emu::gather, so that a kernel's index arithmetic runs on a machine without a GPU. Fragment layouts are those of the
+// PTX manual (mma.m16n8k16, ldmatrix), sources: PTX ISA 8.0, sections 9.7.13 and 9.7.9.
+#pragma once
+
+#include "kernel.cuh"
+
+#include <stdint.h>
+#define SFA_DEVICE __device__ __forceinline__
+
+namespace hw {
+
+SFA_DEVICE float infinity() { return __uint_as_float(0x7f800000u); }
+SFA_DEVICE float nan() { return __uint_as_float(0x7fc00000u); }
+
+// NaN and infinity have all exponent bits set.
+SFA_DEVICE bool finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+
+// 2^x; 0 for minus infinity.
+SFA_DEVICE float exp2(float x) {
+#ifdef SFA_EMULATION
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+SFA_DEVICE float log2(float x) { return log2f(x); }
+
+// The larger one; a NaN loses against a number.
+SFA_DEVICE float max(float a, float b) { return fmaxf(a, b); }
+
+struct F16 {
+    static constexpr uint32_t EXPONENTS = 0x7c007c00u, LOWEST = 0x04000400u;
+    SFA_DEVICE static float to_float(uint16_t x) {
+#ifdef SFA_EMULATION
+        return __half2float(half_t{x});
+#else
+        float y;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+        return y;
+#endif
+    }
+    // Two floats, rounded to nearest even; `low` in the low bits.
+    SFA_DEVICE static uint32_t pack(float low, float high) {
+#ifdef SFA_EMULATION
+        return __float2half_rn(low).bits | uint32_t(__float2half_rn(high).bits) << 16;
+#else
+        uint32_t y;
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+        return y;
+#endif
+    }
+};
+
+struct BF16 {
+    static constexpr uint32_t EXPONENTS = 0x7f807f80u, LOWEST = 0x00800080u;
+    SFA_DEVICE static float to_float(uint16_t x) { return __uint_as_float(uint32_t(x) << 16); }
+    SFA_DEVICE static uint32_t pack(float low, float high) {
+#ifdef SFA_EMULATION
+        return __float2bfloat16_rn(low).bits | uint32_t(__float2bfloat16_rn(high).bits) << 16;
+#else
+        uint32_t y;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+        return y;
+#endif
+    }
+};
+
+template <class T>
+SFA_DEVICE float low(uint32_t pair) {
+    return T::to_float(uint16_t(pair & 0xffffu));
+}
+
+template <class T>
+SFA_DEVICE float high(uint32_t pair) {
+    return T::to_float(uint16_t(pair >> 16));
+}
+
+// Whether one of the two halves is NaN or infinite: adding the lowest exponent bit to a full exponent carries out.
+template <class T>
+SFA_DEVICE bool any_not_finite(uint32_t pair) {
+    return (((pair & T::EXPONENTS) + T::LOWEST) & 0x80008000u) != 0;
+}
+
+// The sum of products of eight halves, on top of `sum`.
+template <class T>
+SFA_DEVICE float dot(uint4 a, uint4 b, float sum) {
+    const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        sum += low<T>(left[i]) * low<T>(right[i]);
+        sum += high<T>(left[i]) * high<T>(right[i]);
+    }
+    return sum;
+}
+
+template <class X>
+SFA_DEVICE X shuffle_xor(X x, int mask) {
+    return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+
+SFA_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x) != 0; }
+
+// ---- shared memory by byte offsets
+
+// Part of a block's dynamic shared memory.
+struct Tile {
+#ifdef SFA_EMULATION
+    Shared<unsigned char> bytes;
+#else
+    uint32_t address;
+    unsigned char* bytes;
+#endif
+};
+
+SFA_DEVICE Tile tile(uint32_t byte_offset, uint32_t bytes) {
+#ifdef SFA_EMULATION
+    return {shared_memory<unsigned char>(byte_offset, bytes)};
+#else
+    unsigned char* data = shared_memory<unsigned char>(byte_offset, bytes).data;
+    return {uint32_t(__cvta_generic_to_shared(data)), data};
+#endif
+}
+
+template <class X>
+SFA_DEVICE X load(const Tile& tile, uint32_t offset) {
+#ifdef SFA_EMULATION
+    X x;
+    memcpy(&x, tile.bytes.check_read(offset, sizeof(X), sizeof(X)), sizeof(X));
+    return x;
+#else
+    return *reinterpret_cast<const X*>(tile.bytes + offset);
+#endif
+}
+
+template <class X>
+SFA_DEVICE void store(const Tile& tile, uint32_t offset, X x) {
+#ifdef SFA_EMULATION
+    memcpy(tile.bytes.check_write(offset, sizeof(X), sizeof(X)), &x, sizeof(X));
+#else
+    *reinterpret_cast<X*>(tile.bytes + offset) = x;
+#endif
+}
+
+// A byte offset that differs between lanes, to which constants are added: the compiler is kept from looking into it, or
+// it would hold every sum in a register of its own instead of using the constants as immediates.
+SFA_DEVICE uint32_t lane_offset(uint32_t offset) {
+#ifndef SFA_EMULATION
+    asm("" : "+r"(offset));
+#endif
+    return offset;
+}
+
+// Keeps what is computed from a stride where it is written: hoisted out of a loop, it would cost registers.
+SFA_DEVICE void keep_in_place(int64_t& stride) {
+#ifndef SFA_EMULATION
+    asm volatile("" : "+l"(stride));
+#endif
+}
+
+// Copies 16 bytes from element `index` of `source` on to shared memory, or writes zeros, without waiting.
+template <class View>
+SFA_DEVICE void copy_async(const Tile& tile, uint32_t offset, const View& source, int64_t index, bool valid) {
+#ifdef SFA_EMULATION
+    uint4 x = {0, 0, 0, 0};
+    if (valid) x = load_vector<uint4>(source, index);
+    store(tile, offset, x);
+#else
+    // Nothing is read from the address when no bytes are.
+    const void* address = source.data + index;
+    int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tile.address + offset), "l"(address), "r"(bytes)
+                 : "memory");
+#endif
+}
+
+// The same for one word of 4 bytes.
+template <class View>
+SFA_DEVICE void copy_async_word(const Tile& tile, uint32_t offset, const View& source, int64_t index, bool valid) {
+#ifdef SFA_EMULATION
+    uint32_t x = 0;
+    if (valid) x = load_vector<uint32_t>(source, index);
+    store(tile, offset, x);
+#else
+    const void* address = source.data + index;
+    int bytes = valid ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(tile.address + offset), "l"(address), "r"(bytes)
+                 : "memory");
+#endif
+}
+
+SFA_DEVICE void copy_commit() {
+#ifndef SFA_EMULATION
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most `PENDING` of this thread's committed groups are under way.
+template <int PENDING>
+SFA_DEVICE void copy_wait() {
+#ifndef SFA_EMULATION
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+// ---- tensor cores
+
+// Four 8x8 matrices of halves; lane l gives the byte offset of row l % 8 of matrix l / 8.
+SFA_DEVICE void load_matrices(uint32_t (&fragment)[4], const Tile& tile, uint32_t offset) {
+#ifdef SFA_EMULATION
+    const uint4* rows = emu::gather(load<uint4>(tile, offset), "ldmatrix", __builtin_LINE());
+    for (int m = 0; m < 4; m++) memcpy(&fragment[m], (const char*)&rows[m * 8 + emu::lane() / 4] + emu::lane() % 4 * 4, 4);
+#else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(tile.address + offset));
+#endif
+}
+
+// The same, each matrix transposed.
+SFA_DEVICE void load_matrices_transposed(uint32_t (&fragment)[4], const Tile& tile, uint32_t offset) {
+#ifdef SFA_EMULATION
+    const uint4* rows = emu::gather(load<uint4>(tile, offset), "ldmatrix.trans", __builtin_LINE());
+    for (int m = 0; m < 4; m++) {
+        uint16_t pair[2];
+        for (int i = 0; i < 2; i++)
+            memcpy(&pair[i], (const char*)&rows[m * 8 + emu::lane() % 4 * 2 + i] + emu::lane() / 4 * 2, 2);
+        memcpy(&fragment[m], pair, 4);
+    }
+#else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(tile.address + offset));
+#endif
+}
+
+#ifdef SFA_EMULATION
+struct MmaOperands {
+    float a[8], b[4];
+};
+
+template <class T>
+inline void emulated_multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    MmaOperands mine;
+    for (int i = 0; i < 4; i++) mine.a[2 * i] = low<T>(a[i]), mine.a[2 * i + 1] = high<T>(a[i]);
+    mine.b[0] = low<T>(b0), mine.b[1] = high<T>(b0), mine.b[2] = low<T>(b1), mine.b[3] = high<T>(b1);
+    const MmaOperands* all = emu::gather(mine, "mma", __builtin_LINE());
+    int row = emu::lane() / 4, column = emu::lane() % 4 * 2;
+    for (int i = 0; i < 4; i++) {
+        // Row row + 8 * (i / 2) of A (16x16), column column + i % 2 of B (16x8).
+        float sum = 0;
+        for (int lane = 0; lane < 4; lane++) {
+            const float* left = all[row * 4 + lane].a + i / 2 * 2;
+            const float* right = all[(column + i % 2) * 4 + lane].b;
+            sum += left[0] * right[0] + left[1] * right[1] + left[4] * right[2] + left[5] * right[3];
+        }
+        c[i] += sum;
+    }
+}
+#endif
+
+// c (16x8) += a (16x16) * b (16x8), f32 sums. Lane l holds rows l / 4 and l / 4 + 8, columns l % 4 * 2 and the next.
+SFA_DEVICE void multiply_add(F16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#ifdef SFA_EMULATION
+    emulated_multiply_add<F16>(c, a, b0, b1);
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+SFA_DEVICE void multiply_add(BF16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#ifdef SFA_EMULATION
+    emulated_multiply_add<BF16>(c, a, b0, b1);
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+}  // namespace hw

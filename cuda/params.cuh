@@ -1,0 +1,159 @@
+// The structs that kernels take by value: the same fields in the same order as in src/cuda/params.rs, which asserts the
+// same sizes. Only 4-byte and 8-byte fields, the 8-byte ones first: no padding.
+#pragma once
+
+#include "kernel.cuh"
+
+// Where row (batch, head, token) of q, k or v starts: offset + batch * batch_stride + head * head_stride +
+// token * token_stride, in elements. The last axis is contiguous.
+struct Rows {
+  uint64_t offset, batch_stride, head_stride, token_stride;
+
+  __device__ __forceinline__ size_t at(unsigned batch, unsigned head, unsigned token) const {
+    return offset + batch * batch_stride + head * head_stride + token * token_stride;
+  }
+};
+
+// The sizes of one call.
+struct Sizes {
+  unsigned batch, heads, kv_heads, tokens, head_dim;
+  // Lists of columns per batch row: heads or kv_heads.
+  unsigned lists;
+};
+
+static_assert(sizeof(Rows) == 32 && sizeof(Sizes) == 24, "as in src/cuda/params.rs");
+
+// --- Decisions ---
+
+// What decide.cu and loss.cu read: one decision per list, which takes every query head of the list to agree.
+struct DecideParams {
+  Rows q, k;
+  Sizes sizes;
+  // 1: cos(k[t+1], k[t]); 0: cos(q[t+1], k[t]).
+  unsigned key_key;
+  unsigned max_merge_level, sinks;
+  // Of the reference rule: how far its candidates reach.
+  unsigned levels;
+};
+
+static_assert(sizeof(DecideParams) == 104, "as in src/cuda/params.rs");
+
+// One sweep of the reference rule; `heads` over all batch rows.
+struct SweepParams {
+  unsigned heads, pairs, levels, sweep;
+};
+
+static_assert(sizeof(SweepParams) == 16, "as in src/cuda/params.rs");
+
+struct ObservedParams {
+  Rows q, k, v;
+  Sizes sizes;
+  unsigned window, sinks;
+  float scale;
+  unsigned reserved;
+};
+
+static_assert(sizeof(ObservedParams) == 136, "as in src/cuda/params.rs");
+
+// --- Fold ---
+
+enum FoldKind : unsigned { PAIR_SUM = 0, MEAN = 1, DROP = 2 };
+
+struct FoldParams {
+  Rows q, k, v;
+  Sizes sizes;
+  // A FoldKind.
+  unsigned fold;
+  unsigned reserved;
+};
+
+static_assert(sizeof(FoldParams) == 128, "as in src/cuda/params.rs");
+
+// --- Loss ---
+
+// Its other kernels take DecideParams.
+struct TotalParams {
+  unsigned blocks;
+};
+
+static_assert(sizeof(TotalParams) == 4, "as in src/cuda/params.rs");
+
+// --- Attention ---
+
+// A list is what shares far columns: a KV head where decisions are per KV head, else a query head. What the kernels read
+// of it, besides q (folded already where the fold folds queries), k and v:
+//
+//   far_k, far_v        (batch * lists, capacity, D)  folded columns that are not hidden, in token order
+//   far_ln              (batch * lists, capacity)     f32 ln n; absent where all are 0
+//   far_index           (batch * lists, capacity)     the token of each far column
+//   far_before          (batch * lists, N + 1)        how many far columns hold tokens before t
+//   folded_k, folded_v  (batch * lists, N, D)         every token folded, hidden or not: the edge columns
+//   folded_ln           (batch * lists, N)            f32 ln n; absent where all are 0
+//
+// A token of which key or value is not finite has a NaN key and a zero value in far_* and folded_*.
+struct AttentionParams {
+  Rows q, k, v;
+  // (B, H, N, N); a stride is 0 where the bias broadcasts.
+  uint64_t bias_offset, bias_strides[4];
+  // A Philox word below this is dropped; 0 without dropout.
+  uint64_t dropout_cut;
+  Sizes sizes;
+  // Far columns that a list has room for.
+  unsigned capacity;
+  unsigned window, causal;
+  // 1: nothing is hidden anywhere, so that raw keys and values are the columns and nothing else is read.
+  unsigned dense;
+  unsigned dropout_key[2];
+  // scale * log2(e), split into magnitude and sign: logits are in base 2.
+  float scale, scale_sign;
+  // 1 / (1 - p)
+  float dropout_scale;
+  unsigned reserved;
+};
+
+static_assert(sizeof(AttentionParams) == 208, "as in src/cuda/params.rs");
+
+// Of forward_spread_nan; `heads` over all batch rows.
+struct SpreadParams {
+  unsigned tokens, head_dim, block_rows, heads;
+};
+
+static_assert(sizeof(SpreadParams) == 16, "as in src/cuda/params.rs");
+
+// Of decode.cu. `rows`: query heads over all batch rows; `together`: how many of a list's share a block; `parts`: splits,
+// and one more where there are local columns.
+struct DecodeParams {
+  unsigned rows, together, parts, splits;
+  unsigned capacity, local_capacity;
+  unsigned head_dim;
+  // scale * log2(e)
+  float scale;
+};
+
+static_assert(sizeof(DecodeParams) == 32, "as in src/cuda/params.rs");
+
+// --- Cache ---
+
+// Of cache_append: sizes.tokens new tokens after `first` that were seen before.
+struct CacheParams {
+  Rows q, k, v;
+  Sizes sizes;
+  unsigned key_key, max_merge_level, sinks;
+  unsigned window;
+  // A FoldKind.
+  unsigned fold;
+  // Closed chains that a list has room for.
+  unsigned capacity;
+  unsigned first;
+  unsigned reserved;
+};
+
+static_assert(sizeof(CacheParams) == 152, "as in src/cuda/params.rs");
+
+// Of cache_copy, in numbers.
+struct CopyParams {
+  unsigned from_stride, to_stride, to_offset;
+  unsigned count, unit;
+};
+
+static_assert(sizeof(CopyParams) == 20, "as in src/cuda/params.rs");

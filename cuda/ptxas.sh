@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Prints a table of what ptxas makes of every kernel: registers, stack, spills.
+# Needs nvcc on the PATH (cuda/toolkit.sh sets one up).
+#
+#   cuda/ptxas.sh [80]     compute capability
+set -euo pipefail
+cd "$(dirname "$0")/.."
+arch=sm_${1:-80}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+echo "| kernel ($arch) | registers | stack | spill stores | spill loads |"
+echo "| --- | ---: | ---: | ---: | ---: |"
+for file in cuda/*.cu; do
+  nvcc -std=c++17 -O3 -Icuda --gpu-architecture="$arch" -Xptxas -v --cubin -o "$work/out.cubin" "$file" 2>&1 |
+    awk '
+      /Compiling entry function/ { split($0, part, "\x27"); name = part[2] }
+      /bytes stack frame/ { stack = $1; stores = $5; loads = $9 }
+      /Used [0-9]+ registers/ { match($0, /Used [0-9]+/); print name, substr($0, RSTART + 5, RLENGTH - 5), stack, stores, loads }' |
+    sort | awk '{ printf "| `%s` | %d | %d | %d | %d |\n", $1, $2, $3, $4, $5 }'
+done

@@ -1,0 +1,91 @@
+// One row of q, k or v, spread over a warp: lane l holds numbers 8 l to 8 l + 7, read and written 16 bytes at a time
+// where they are aligned.
+#pragma once
+
+#include <type_traits>
+
+#include "kernel.cuh"
+
+// A lane holds this many numbers of a row: head_dim up to 256.
+constexpr unsigned PER_LANE = 8;
+
+// A vector of 16 bytes.
+template <class T> struct alignas(16) Part {
+  static constexpr unsigned COUNT = 16 / sizeof(T);
+  T x[COUNT];
+};
+
+// Eight numbers from `at` on.
+template <class View> __device__ __forceinline__ void load_eight(Global<View> from, size_t at, float (&x)[8]) {
+  typedef typename std::remove_const<View>::type T;
+  if (at % Part<T>::COUNT == 0) {
+#pragma unroll
+    for (unsigned i = 0; i < 8; i += Part<T>::COUNT) {
+      Part<T> part = load_vector<Part<T>>(from, at + i);
+#pragma unroll
+      for (unsigned j = 0; j < Part<T>::COUNT; j++) x[i + j] = widen(part.x[j]);
+    }
+  } else {
+#pragma unroll
+    for (unsigned i = 0; i < 8; i++) x[i] = widen(from[at + i]);
+  }
+}
+
+// One row, spread over a warp.
+struct WarpRow {
+  float x[PER_LANE];
+
+  template <class View> __device__ __forceinline__ void load(Global<View> from, size_t at, unsigned dim) {
+    unsigned first = threadIdx.x % 32 * PER_LANE;
+    if (first >= dim) return fill(0.0f);
+    load_eight(from, at + first, x);
+  }
+  template <class T> __device__ __forceinline__ void store(Global<T> to, size_t at, unsigned dim) const {
+    unsigned first = threadIdx.x % 32 * PER_LANE;
+    if (first >= dim) return;
+    if (at % Part<T>::COUNT == 0) {
+#pragma unroll
+      for (unsigned i = 0; i < PER_LANE; i += Part<T>::COUNT) {
+        Part<T> part;
+#pragma unroll
+        for (unsigned j = 0; j < Part<T>::COUNT; j++) part.x[j] = narrow<T>(x[i + j]);
+        store_vector(to, at + first + i, part);
+      }
+    } else {
+#pragma unroll
+      for (unsigned i = 0; i < PER_LANE; i++) to.set(at + first + i, narrow<T>(x[i]));
+    }
+  }
+  __device__ __forceinline__ void add(const WarpRow& other) {
+#pragma unroll
+    for (unsigned i = 0; i < PER_LANE; i++) x[i] += other.x[i];
+  }
+  __device__ __forceinline__ void scale(float factor) {
+#pragma unroll
+    for (unsigned i = 0; i < PER_LANE; i++) x[i] *= factor;
+  }
+  __device__ __forceinline__ void fill(float value) {
+#pragma unroll
+    for (unsigned i = 0; i < PER_LANE; i++) x[i] = value;
+  }
+  // This becomes the mean of `size` tokens before and one more.
+  __device__ __forceinline__ void running_mean(const WarpRow& next, float size) {
+    float inverse = 1.0f / (size + 1.0f);
+#pragma unroll
+    for (unsigned i = 0; i < PER_LANE; i++) x[i] = (next.x[i] + size * x[i]) * inverse;
+  }
+  // Whether this lane's numbers are finite once they are stored as T.
+  template <class T> __device__ __forceinline__ bool finite() const {
+    bool all = true;
+#pragma unroll
+    for (unsigned i = 0; i < PER_LANE; i++) all = all && fabsf(widen(narrow<T>(x[i]))) <= 3.402823466e38f;
+    return all;
+  }
+  // A key or value that is not finite becomes a NaN key and a zero value: whoever sees the column is NaN through its
+  // logit, and nobody else is touched by 0 * NaN.
+  template <class T> __device__ __forceinline__ static void quarantine(WarpRow& key, WarpRow& value) {
+    if (!__any_sync(0xffffffffu, !(key.finite<T>() && value.finite<T>()))) return;
+    key.fill(NAN);
+    value.fill(0.0f);
+  }
+};

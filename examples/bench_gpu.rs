@@ -1,0 +1,276 @@
+//! Verifies, then times attention on a CUDA device: forward, forward and backward, and decoding, as TFLOP/s and TB/s and
+//! as a share of what this device does in a plain matrix product and a plain copy, both measured first.
+//!
+//! `cargo run --release --features cuda --example bench_gpu [LONGEST [SHORTEST]]` (N, all by default). The same lines for
+//! PyTorch's flash attention: `python3 benches/pytorch_gpu.py`.
+//!
+//! FLOPs count what ordinary causal attention would need (4·B·H·N²·D/2 forward, 2.5 times that backward), whatever is
+//! hidden, so that lines of one shape compare as times do.
+
+use anyhow::{ensure, Context, Result};
+use candle_core::{DType, Device, Tensor, Var, D};
+use candle_sfattention::{
+    attend, AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, Criterion, Fold, GroupRule,
+    HeadStrategies, MergePlan, MergeStrategy,
+};
+use std::time::Instant;
+
+/// What a plain kernel reaches here.
+struct Ceilings {
+    /// TFLOP/s of an 8192-cubed bf16 product.
+    product: f64,
+    /// TB/s of a copy, bytes read and written.
+    copy: f64,
+}
+
+#[derive(Clone, Copy)]
+struct Shape {
+    batch: usize,
+    heads: usize,
+    kv_heads: usize,
+    tokens: usize,
+    dim: usize,
+}
+
+/// The seconds of one call, the best of a few rounds, after a warm-up.
+fn time(device: &Device, mut call: impl FnMut() -> Result<()>) -> Result<f64> {
+    call()?;
+    device.synchronize()?;
+    let start = Instant::now();
+    call()?;
+    device.synchronize()?;
+    let repeats = (0.05 / start.elapsed().as_secs_f64()).clamp(2.0, 200.0) as usize;
+    let mut best = f64::INFINITY;
+    for _ in 0..4 {
+        let start = Instant::now();
+        (0..repeats).try_for_each(|_| call())?;
+        device.synchronize()?;
+        best = best.min(start.elapsed().as_secs_f64() / repeats as f64);
+    }
+    Ok(best)
+}
+
+fn ceilings(device: &Device) -> Result<Ceilings> {
+    let size = 8192;
+    let a = Tensor::randn(0f32, 1.0, (size, size), device)?.to_dtype(DType::BF16)?;
+    let product = time(device, || Ok(a.matmul(&a).map(drop)?))?;
+    let big = Tensor::zeros(1 << 30, DType::BF16, device)?;
+    let copy = time(device, || Ok(big.copy().map(drop)?))?;
+    Ok(Ceilings {
+        product: 2.0 * (size as f64).powi(3) / product / 1e12,
+        copy: 2.0 * 2.0 * (1u64 << 30) as f64 / copy / 1e12,
+    })
+}
+
+fn config() -> CompressionConfig {
+    CompressionConfig {
+        criterion: Criterion::KeyKey,
+        fold: Fold::Drop,
+        group_rule: GroupRule::Unanimous,
+        window: 32,
+        sinks: 4,
+        ..Default::default()
+    }
+}
+
+impl Shape {
+    fn qkv(&self, device: &Device, dtype: DType) -> Result<[Tensor; 3]> {
+        let one = |heads: usize| -> Result<Tensor> {
+            let shape = (self.batch, heads, self.tokens, self.dim);
+            Ok(Tensor::randn(0f32, 1.0, shape, device)?.to_dtype(dtype)?)
+        };
+        Ok([one(self.heads)?, one(self.kv_heads)?, one(self.kv_heads)?])
+    }
+
+    /// A plan that hides about a share of all tokens, the same for every head.
+    fn plan(&self, qkv: &[Tensor; 3], share: f64, options: &AttentionOptions) -> Result<MergePlan> {
+        let [q, k, v] = qkv;
+        if share == 0.0 {
+            let off = HeadStrategies::uniform(MergeStrategy::Off);
+            return Ok(MergePlan::new(q, k, v, &off, &config(), options)?);
+        }
+        let hides = |t: usize| ((t + 1) as f64 * share).floor() > (t as f64 * share).floor();
+        let bits: Vec<u8> = (0..self.tokens - 1).map(|t| hides(t).into()).collect();
+        let bits = Tensor::from_vec(bits, (1, 1, self.tokens - 1), q.device())?;
+        let bits = bits.broadcast_as((self.batch, self.heads, self.tokens - 1))?;
+        Ok(MergePlan::from_indicators(&bits.contiguous()?, &config())?)
+    }
+
+    fn forward_tflop(&self) -> f64 {
+        let pairs = (self.tokens * self.tokens) as f64 / 2.0;
+        4.0 * pairs * (self.batch * self.heads * self.dim) as f64 / 1e12
+    }
+
+    fn name(&self) -> String {
+        let &Shape {
+            batch,
+            heads,
+            kv_heads,
+            tokens,
+            dim,
+        } = self;
+        format!("B {batch} H {heads} Hk {kv_heads} N {tokens:>6} D {dim:>3}")
+    }
+}
+
+/// The device's bf16 result against the CPU's in f32, for every share hidden.
+fn verify(device: &Device) -> Result<()> {
+    let options = AttentionOptions::default();
+    for dim in [64, 128] {
+        let shape = Shape {
+            batch: 1,
+            heads: 4,
+            kv_heads: 2,
+            tokens: 777,
+            dim,
+        };
+        for share in [0.0, 0.25, 0.5, 0.8] {
+            let qkv = shape.qkv(device, DType::BF16)?;
+            let plan = shape.plan(&qkv, share, &options)?;
+            let [q, k, v] = &qkv;
+            let got = attend(q, k, v, &plan, &options)?.to_dtype(DType::F32)?;
+            let host = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F32);
+            let qkv = [host(q)?, host(k)?, host(v)?];
+            let plan = shape.plan(&qkv, share, &options)?;
+            let expected = attend(&qkv[0], &qkv[1], &qkv[2], &plan, &options)?;
+            let error = (host(&got)? - expected)?.abs()?.flatten_all()?.max(D::Minus1)?;
+            let error = error.to_scalar::<f32>()?;
+            ensure!(
+                error < 0.03,
+                "D {dim} r {share}: largest error {error}, expected less than 0.03"
+            );
+        }
+    }
+    println!("verified: bf16 on the device against f32 on the CPU, D 64 and 128, r 0 to 0.8");
+    Ok(())
+}
+
+/// Deciding alone, by both criteria of `pretrained()` and `calibrated()`.
+fn bench_decide(device: &Device, shape: Shape) -> Result<()> {
+    let [q, k, v] = &shape.qkv(device, DType::BF16)?;
+    let similar = HeadStrategies::uniform(MergeStrategy::Similarity);
+    // Scores of observed mass depend on the model: any threshold does here.
+    let thresholds = Tensor::full(0.01f64, shape.heads, &Device::Cpu)?;
+    let scored = similar.clone().with_thresholds(&thresholds)?;
+    let rules = [
+        ("decide, keys", similar, CompressionConfig::pretrained()),
+        ("decide, observed", scored, CompressionConfig::calibrated()),
+    ];
+    for (what, strategies, config) in rules {
+        let plan = || MergePlan::new(q, k, v, &strategies, &config, &AttentionOptions::default());
+        let seconds = time(device, || Ok(plan().map(drop)?))?;
+        println!("{what:<17} {}        {:>9.3} ms", shape.name(), seconds * 1e3);
+    }
+    Ok(())
+}
+
+fn bench_attention(device: &Device, ceilings: &Ceilings, shape: Shape) -> Result<()> {
+    let options = AttentionOptions::default();
+    for share in [0.0, 0.25, 0.5, 0.8] {
+        let qkv = shape.qkv(device, DType::BF16)?;
+        let plan = shape.plan(&qkv, share, &options)?;
+        let [q, k, v] = &qkv;
+        let seconds = time(device, || Ok(attend(q, k, v, &plan, &options).map(drop)?))?;
+        print_line("forward", &shape, share, seconds, shape.forward_tflop(), ceilings);
+        let vars = [Var::from_tensor(q)?, Var::from_tensor(k)?, Var::from_tensor(v)?];
+        let ones = q.ones_like()?;
+        let seconds = time(device, || {
+            let output = attend(&vars[0], &vars[1], &vars[2], &plan, &options)?;
+            // Its gradient is `ones`, without a reduction over the output.
+            (output * &ones)?.backward()?;
+            Ok(())
+        })?;
+        print_line(
+            "forward+backward",
+            &shape,
+            share,
+            seconds,
+            3.5 * shape.forward_tflop(),
+            ceilings,
+        );
+    }
+    Ok(())
+}
+
+fn print_line(what: &str, shape: &Shape, share: f64, seconds: f64, tflop: f64, ceilings: &Ceilings) {
+    let speed = tflop / seconds;
+    println!(
+        "{what:<17} {} r {share:<4} {:>9.3} ms {speed:>7.1} TFLOP/s {:>5.1}% of a product",
+        shape.name(),
+        seconds * 1e3,
+        100.0 * speed / ceilings.product
+    );
+}
+
+/// One token against a cache of `shape.tokens`, nothing hidden; bytes are those of keys and values.
+fn bench_decode(device: &Device, ceilings: &Ceilings, shape: Shape) -> Result<()> {
+    let strategies = HeadStrategies::uniform(MergeStrategy::Off);
+    let mut cache = CompressedKvCache::new(strategies, config(), CacheOptions::default())?;
+    let [q, k, v] = shape.qkv(device, DType::BF16)?;
+    let options = AttentionOptions::default();
+    cache.append_and_attend(&q, &k, &v, &options)?;
+    let one = Shape { tokens: 1, ..shape }.qkv(device, DType::BF16)?;
+    let seconds = time(device, || {
+        Ok(cache.append_and_attend(&one[0], &one[1], &one[2], &options).map(drop)?)
+    })?;
+    let bytes = 4.0 * (shape.batch * shape.kv_heads * shape.tokens * shape.dim) as f64;
+    let speed = bytes / seconds / 1e12;
+    println!(
+        "{:<17} {}        {:>9.3} ms {speed:>7.3} TB/s {:>5.1}% of a copy",
+        "decode",
+        shape.name(),
+        seconds * 1e3,
+        100.0 * speed / ceilings.copy
+    );
+    Ok(())
+}
+
+fn main() -> Result<()> {
+    let bound = |index: usize, default: usize| match std::env::args().nth(index) {
+        Some(text) => text
+            .parse()
+            .with_context(|| format!("N: expected a number, got {text}")),
+        None => Ok(default),
+    };
+    let wanted = bound(2, 0)?..=bound(1, 65536)?;
+    let device = Device::new_cuda(0)?;
+    verify(&device)?;
+    let ceilings = ceilings(&device)?;
+    println!(
+        "ceilings: product {:.0} TFLOP/s, copy {:.2} TB/s",
+        ceilings.product, ceilings.copy
+    );
+    for tokens in [1024, 4096, 16384, 65536].into_iter().filter(|n| wanted.contains(n)) {
+        for (dim, heads) in [(64, 32), (128, 16)] {
+            for kv_heads in [heads, heads / 4] {
+                let batch = (16384 / tokens).clamp(1, 4);
+                let shape = Shape {
+                    batch,
+                    heads,
+                    kv_heads,
+                    tokens,
+                    dim,
+                };
+                bench_decide(&device, shape)?;
+                bench_attention(&device, &ceilings, shape)?;
+            }
+        }
+    }
+    for tokens in [8192, 16384, 32768, 65536].into_iter().filter(|n| wanted.contains(n)) {
+        for (dim, heads) in [(64, 32), (128, 16)] {
+            for kv_heads in [heads, heads / 4] {
+                let shape = Shape {
+                    batch: 4,
+                    heads,
+                    kv_heads,
+                    tokens,
+                    dim,
+                };
+                if let Err(error) = bench_decode(&device, &ceilings, shape) {
+                    println!("{:<17} {} skipped: {error}", "decode", shape.name());
+                }
+            }
+        }
+    }
+    Ok(())
+}

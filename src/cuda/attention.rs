@@ -1,0 +1,115 @@
+//! Attention from q, k, v and merge bits: folds, attends, and takes gradients the same way home.
+
+use super::backward;
+use super::fold::{contiguous_rows, FoldCall};
+use super::forward::{self, Attended, AttentionCall, Bias, Columns};
+use super::gpu::{Gpu, GpuElement};
+use crate::config::AttentionOptions;
+use crate::problem::Problem;
+use candle_core::Result;
+
+/// One attention call.
+pub(crate) struct Attention<'a, G: Gpu, T: GpuElement> {
+    pub fold: FoldCall<'a, G, T>,
+    /// Whether nothing is known to be hidden anywhere: nothing is folded then.
+    pub dense: bool,
+    pub window: usize,
+    pub bias: Option<Bias<'a, G>>,
+    pub options: &'a AttentionOptions,
+}
+
+/// Lists of columns per batch row: one per KV head where nothing is hidden, or where the query heads of each are known to
+/// agree; else one per query head. Every kernel of a call is told the same.
+pub(crate) fn lists(problem: &Problem, dense: bool, agree: bool) -> usize {
+    if dense || agree {
+        problem.kv_heads
+    } else {
+        problem.heads
+    }
+}
+
+/// What folding left; None where the raw tensors serve as they are.
+pub(crate) struct Folded<G: Gpu, T: GpuElement> {
+    pub queries: Option<G::Slice<T>>,
+    pub columns: Option<Columns<G, T>>,
+}
+
+/// Gradients of query (B, H, N, D), key and value (B, Hk, N, D).
+pub(crate) struct Gradients<G: Gpu, T: GpuElement> {
+    pub dq: G::Slice<T>,
+    pub dk: G::Slice<T>,
+    pub dv: G::Slice<T>,
+}
+
+impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
+    /// # Errors
+    /// What the device reports.
+    pub fn folded(&self, gpu: &G) -> Result<Folded<G, T>> {
+        if self.dense {
+            return Ok(Folded {
+                queries: None,
+                columns: None,
+            });
+        }
+        Ok(Folded {
+            queries: self.fold.queries(gpu)?,
+            columns: Some(self.fold.columns(gpu)?),
+        })
+    }
+
+    /// What the attention kernels are given.
+    pub fn call<'b>(&'b self, folded: &'b Folded<G, T>) -> AttentionCall<'b, G, T> {
+        AttentionCall {
+            problem: self.fold.problem,
+            q: match &folded.queries {
+                Some(queries) => (queries, contiguous_rows(&self.fold.problem)),
+                None => self.fold.q,
+            },
+            k: self.fold.k,
+            v: self.fold.v,
+            columns: folded.columns.as_ref(),
+            window: self.window,
+            bias: self.bias.as_ref().map(|bias| Bias {
+                data: bias.data,
+                offset: bias.offset,
+                strides: bias.strides,
+            }),
+            options: self.options,
+        }
+    }
+
+    /// # Errors
+    /// As [`forward::forward`].
+    pub fn forward(&self, gpu: &G, keep_log_sum_exp: bool) -> Result<Attended<G, T>> {
+        let folded = self.folded(gpu)?;
+        forward::forward(gpu, &self.call(&folded), keep_log_sum_exp)
+    }
+
+    /// Folds again (O(N·D), which is less than keeping it would cost), and walks home.
+    ///
+    /// # Errors
+    /// As [`backward::backward`].
+    pub fn backward(
+        &self,
+        gpu: &G,
+        output: &G::Slice<T>,
+        log_sum_exp: &G::Slice<f32>,
+        grad_output: &G::Slice<T>,
+    ) -> Result<Gradients<G, T>> {
+        let folded = self.folded(gpu)?;
+        let gradients = backward::backward(gpu, &self.call(&folded), output, log_sum_exp, grad_output)?;
+        let far_before = folded.columns.as_ref().map(|columns| &columns.far_before);
+        let home = |pick: fn(&backward::KeysValues<G>) -> &G::Slice<f32>| {
+            let columns = match (far_before, &gradients.far, &gradients.folded) {
+                (Some(before), Some(far), Some(folded)) => Some((before, pick(far), pick(folded))),
+                _ => None,
+            };
+            self.fold.unfold(gpu, columns, gradients.near.as_ref().map(pick))
+        };
+        Ok(Gradients {
+            dq: self.fold.unfold_queries(gpu, &gradients.queries, !self.dense)?,
+            dk: home(|x| &x.keys)?,
+            dv: home(|x| &x.values)?,
+        })
+    }
+}

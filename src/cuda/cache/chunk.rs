@@ -1,0 +1,130 @@
+//! A cache's first chunk: attention over a whole sequence decides and folds it, and its columns become the cache's own.
+
+use super::{room, DeviceLists, MODULE};
+use crate::config::AttentionOptions;
+use crate::cuda::attention::Attention;
+use crate::cuda::decide::{self, DecideCall};
+use crate::cuda::fold::FoldCall;
+use crate::cuda::forward::{forward, Columns};
+use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
+use crate::problem::Problem;
+use candle_core::Result;
+
+impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
+    /// Takes in the first `count` tokens, 2 at least, with the decisions and folds of attention over a whole sequence;
+    /// returns its rows where there are options to attend with. Waits for the device, to know how much room is needed.
+    pub(super) fn first_chunk(
+        &mut self,
+        gpu: &G,
+        qkv: [Source<'_, G, T>; 3],
+        count: usize,
+        options: Option<&AttentionOptions>,
+    ) -> Result<Option<G::Slice<T>>> {
+        let [q, k, v] = qkv;
+        let settings = self.settings.clone();
+        let problem = Problem {
+            tokens: count,
+            batch: self.batch,
+            ..settings.problem
+        };
+        let (config, strategies) = (&settings.config, &settings.strategies);
+        let call = DecideCall {
+            problem,
+            q,
+            k,
+            strategies,
+            config,
+        };
+        let bits = decide::indicators(gpu, &call)?;
+        let (plain, default) = (options.is_none(), AttentionOptions::default());
+        let attention = Attention {
+            fold: FoldCall {
+                problem,
+                q,
+                k,
+                v,
+                bits: &bits,
+                fold: config.fold,
+                lists: settings.lists,
+            },
+            dense: settings.dense,
+            window: config.window,
+            bias: None,
+            options: options.unwrap_or(&default),
+        };
+        let (output, columns) = if plain {
+            (None, None)
+        } else {
+            let folded = attention.folded(gpu)?;
+            let output = forward(gpu, &attention.call(&folded), false)?.output;
+            (Some(output), folded.columns)
+        };
+        let columns = match columns {
+            Some(columns) => columns,
+            None => attention.fold.columns(gpu)?,
+        };
+        self.adopt(gpu, qkv, count, &bits, &columns)?;
+        Ok(output)
+    }
+
+    /// Makes a chunk's columns this empty cache's own.
+    fn adopt(
+        &mut self,
+        gpu: &G,
+        qkv: [Source<'_, G, T>; 3],
+        count: usize,
+        bits: &G::Slice<u8>,
+        columns: &Columns<G, T>,
+    ) -> Result<()> {
+        let (params, all) = (self.params(&qkv, count)?, self.all());
+        let launch = Launch {
+            grid: [all, 1, 1],
+            threads: 32,
+            shared_bytes: 0,
+        };
+        let mut args = vec![gpu.read(qkv[0].0)];
+        args.extend(chunk_args(gpu, &qkv, bits, columns));
+        args.extend(self.state.args(gpu));
+        args.push(gpu.value(&params));
+        gpu.launch(&Kernel::of::<T>(MODULE, "cache_adopt_state"), launch, &args)?;
+        drop(args);
+        self.read_bound(gpu)?;
+        // Nothing is in the old buffers yet.
+        self.capacity = room(self.bound);
+        let (rows, dim) = (all * self.capacity, self.settings.problem.head_dim);
+        (self.state.far_k, self.state.far_v) = (gpu.zeros(rows * dim)?, gpu.zeros(rows * dim)?);
+        if self.state.far_ln.is_some() {
+            self.state.far_ln = Some(gpu.zeros(rows)?);
+        }
+        let params = self.params(&qkv, count)?;
+        let mut args = chunk_args(gpu, &qkv, bits, columns);
+        args.extend(self.state.args(gpu));
+        args.push(gpu.value(&params));
+        gpu.launch(
+            &Kernel::of::<T>(MODULE, "cache_adopt_rows"),
+            Launch::warps(count, all),
+            &args,
+        )?;
+        drop(args);
+        self.seq_len = count;
+        Ok(())
+    }
+}
+
+/// `CACHE_CHUNK` in cuda/cache.cu.
+fn chunk_args<'a, G: Gpu, T: GpuElement>(
+    gpu: &'a G,
+    [_, k, v]: &[Source<'a, G, T>; 3],
+    bits: &'a G::Slice<u8>,
+    columns: &'a Columns<G, T>,
+) -> Vec<G::Arg<'a>> {
+    vec![
+        gpu.read(k.0),
+        gpu.read(v.0),
+        gpu.read(bits),
+        gpu.read(&columns.far_before),
+        gpu.read(&columns.far_k),
+        gpu.read(&columns.far_v),
+        gpu.read_some(columns.far_ln.as_ref()),
+    ]
+}

@@ -1,0 +1,171 @@
+//! Lists moved between buffers: when they outgrow them, when batch rows are reordered, and for a clone.
+
+use super::{DeviceLists, State, MODULE};
+use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch, Number};
+use crate::cuda::params::CopyParams;
+use candle_core::{bail, Result};
+
+impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
+    /// Lists whose batch row i is the old row `rows[i]`.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn select(&self, gpu: &G, rows: &[usize]) -> Result<Self> {
+        let (lists, heads) = (self.settings.lists, self.settings.problem.heads);
+        let (dim, window) = (self.settings.problem.head_dim, self.settings.config.window);
+        let of = |per_row: usize| -> Result<G::Slice<u32>> {
+            let all = rows.iter().flat_map(|row| row * per_row..(row + 1) * per_row);
+            gpu.upload(&all.map(|index| index as u32).collect::<Vec<_>>())
+        };
+        let (list_sources, head_sources) = (of(lists)?, of(heads)?);
+        let mover = |per_row: usize, sources| Mover {
+            gpu,
+            lists: rows.len() * per_row,
+            sources: Some(sources),
+        };
+        let (by_list, by_head) = (mover(lists, &list_sources), mover(heads, &head_sources));
+        let (suffix, capacity) = (T::SUFFIX, [self.capacity; 2]);
+        let far = |x| by_list.rows(suffix, x, Some(&self.state.lengths), capacity, dim);
+        let local = |x| by_list.all(suffix, x, (window + 1) * dim);
+        let row = |x: &G::Slice<T>| by_list.all(suffix, x, dim);
+        let words = |x| by_list.all("u32", x, 1);
+        let some = |x: &Option<G::Slice<T>>| x.as_ref().map(row).transpose();
+        Ok(Self {
+            settings: self.settings.clone(),
+            batch: rows.len(),
+            seq_len: self.seq_len,
+            capacity: self.capacity,
+            bound: self.bound,
+            tests: by_head.all("f32", &self.tests, 2)?,
+            state: State {
+                far_k: far(&self.state.far_k)?,
+                far_v: far(&self.state.far_v)?,
+                far_ln: match &self.state.far_ln {
+                    Some(ln) => Some(by_list.rows("f32", ln, Some(&self.state.lengths), capacity, 1)?),
+                    None => None,
+                },
+                lengths: words(&self.state.lengths)?,
+                local_k: local(&self.state.local_k)?,
+                local_v: local(&self.state.local_v)?,
+                local_ln: match &self.state.local_ln {
+                    Some(ln) => Some(by_list.all("f32", ln, window + 1)?),
+                    None => None,
+                },
+                local_lengths: words(&self.state.local_lengths)?,
+                chain_k: by_list.all("f32", &self.state.chain_k, dim)?,
+                chain_v: by_list.all("f32", &self.state.chain_v, dim)?,
+                chain_sizes: words(&self.state.chain_sizes)?,
+                previous_k: some(&self.state.previous_k)?,
+                previous_v: some(&self.state.previous_v)?,
+                bits: by_list.all("u32", &self.state.bits, window + 1)?,
+                run_starts: words(&self.state.run_starts)?,
+                run_keys: row(&self.state.run_keys)?,
+                last_keys: row(&self.state.last_keys)?,
+                last_queries: match &self.state.last_queries {
+                    Some(queries) => Some(by_head.all(suffix, queries, dim)?),
+                    None => None,
+                },
+            },
+        })
+    }
+
+    /// A copy of all lists.
+    ///
+    /// # Errors
+    /// What the device reports.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub fn copy(&self, gpu: &G) -> Result<Self> {
+        self.select(gpu, &(0..self.batch).collect::<Vec<_>>())
+    }
+}
+
+/// Copies lists into new buffers.
+pub(super) struct Mover<'a, G: Gpu> {
+    pub gpu: &'a G,
+    /// Of the new buffer.
+    pub lists: usize,
+    /// Where each comes from.
+    pub sources: Option<&'a G::Slice<u32>>,
+}
+
+impl<G: Gpu> Mover<'_, G> {
+    /// `count` numbers of each list.
+    pub fn all<T: Number>(&self, suffix: &str, from: &G::Slice<T>, count: usize) -> Result<G::Slice<T>> {
+        let mut to = self.gpu.alloc::<T>(self.lists * count)?;
+        let params = CopyParams {
+            from_stride: count as u32,
+            to_stride: count as u32,
+            to_offset: 0,
+            count: count as u32,
+            unit: 0,
+        };
+        copy(
+            self.gpu,
+            suffix,
+            from,
+            [None, self.sources],
+            &mut to,
+            self.lists,
+            &params,
+        )?;
+        Ok(to)
+    }
+
+    /// The first `lengths` entries, of `unit` numbers, of each list; room for another number of entries. What is past
+    /// the last one is 0.
+    pub fn rows<T: Number>(
+        &self,
+        suffix: &str,
+        from: &G::Slice<T>,
+        lengths: Option<&G::Slice<u32>>,
+        [old, new]: [usize; 2],
+        unit: usize,
+    ) -> Result<G::Slice<T>> {
+        let Ok(largest) = u32::try_from(old.max(new) * unit) else {
+            bail!("cache: expected lists of less than 2^32 numbers, got {new} entries of {unit}; reset() it")
+        };
+        let mut to = self.gpu.zeros::<T>(self.lists * new * unit)?;
+        let params = CopyParams {
+            from_stride: (old * unit) as u32,
+            to_stride: (new * unit) as u32,
+            to_offset: 0,
+            count: largest.min((old.min(new) * unit) as u32),
+            unit: unit as u32,
+        };
+        copy(
+            self.gpu,
+            suffix,
+            from,
+            [lengths, self.sources],
+            &mut to,
+            self.lists,
+            &params,
+        )?;
+        Ok(to)
+    }
+}
+
+/// `lengths`, where given, are the old lists', and say how much of each is copied.
+pub(super) fn copy<G: Gpu, T: Number>(
+    gpu: &G,
+    suffix: &str,
+    from: &G::Slice<T>,
+    [lengths, sources]: [Option<&G::Slice<u32>>; 2],
+    to: &mut G::Slice<T>,
+    lists: usize,
+    params: &CopyParams,
+) -> Result<()> {
+    let launch = Launch {
+        grid: [(params.count as usize).div_ceil(256), lists, 1],
+        threads: 256,
+        shared_bytes: 0,
+    };
+    let args = [
+        gpu.read(from),
+        gpu.read_some(lengths),
+        gpu.read_some(sources),
+        gpu.write(to),
+        gpu.value(params),
+    ];
+    gpu.launch(&Kernel::plain(MODULE, &format!("cache_copy_{suffix}")), launch, &args)
+}

@@ -1,0 +1,242 @@
+//! Launches of `cuda/decide.cu`: which pairs merge.
+
+use super::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
+use super::params::{DecideParams, ObservedParams, Rows, Sizes, SweepParams};
+use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, MergeRule, MergeStrategy};
+use crate::problem::Problem;
+use candle_core::Result;
+
+const MODULE: &str = "decide";
+/// Threads of a block where each has a pair of its own.
+const THREADS: usize = 128;
+
+/// What decisions and the compression loss read.
+pub(crate) struct DecideCall<'a, G: Gpu, T: GpuElement> {
+    pub problem: Problem,
+    pub q: Source<'a, G, T>,
+    pub k: Source<'a, G, T>,
+    pub strategies: &'a HeadStrategies,
+    pub config: &'a CompressionConfig,
+}
+
+impl<G: Gpu, T: GpuElement> DecideCall<'_, G, T> {
+    /// How far candidates of the reference rule reach.
+    fn levels(&self) -> usize {
+        self.config.max_merge_level.min(self.problem.pairs()).min(5)
+    }
+
+    /// What the kernels are told, for `lists` decisions per batch row.
+    ///
+    /// # Errors
+    /// As [`Sizes::new`].
+    pub fn params(&self, lists: usize) -> Result<DecideParams> {
+        let count = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+        Ok(DecideParams {
+            q: Rows::new(&self.q.1),
+            k: Rows::new(&self.k.1),
+            sizes: Sizes::new(&self.problem, lists)?,
+            key_key: u32::from(self.config.criterion == Criterion::KeyKey),
+            max_merge_level: count(self.config.max_merge_level),
+            sinks: count(self.config.sinks),
+            levels: self.levels() as u32,
+        })
+    }
+
+    /// [`tests`] of this call.
+    ///
+    /// # Errors
+    /// Those of the upload.
+    pub fn tests(&self, gpu: &G) -> Result<G::Slice<f32>> {
+        tests(gpu, &self.problem, self.strategies, self.config)
+    }
+}
+
+/// Strategy and threshold of every query head, (B, H, 2).
+///
+/// # Errors
+/// Those of the upload.
+pub(crate) fn tests<G: Gpu>(
+    gpu: &G,
+    problem: &Problem,
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+) -> Result<G::Slice<f32>> {
+    let Problem { batch, heads, .. } = *problem;
+    let mut table = Vec::with_capacity(2 * batch * heads);
+    for row in 0..batch * heads {
+        let test = strategies.test(config, row / heads, row % heads);
+        // A head that is off reads no threshold.
+        let threshold = if test.strategy == MergeStrategy::Off {
+            0.0
+        } else {
+            test.threshold
+        };
+        table.extend([test.strategy.code() as f32, threshold as f32]);
+    }
+    gpu.upload(&table)
+}
+
+/// The merge indicators (B, H, N-1), 0 or 1, by the cosine criteria. N is at least 2.
+///
+/// # Errors
+/// What the device reports.
+pub(crate) fn indicators<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>) -> Result<G::Slice<u8>> {
+    let Problem {
+        batch, heads, kv_heads, ..
+    } = call.problem;
+    let pairs = call.problem.pairs();
+    if call.strategies.all_off() {
+        return gpu.zeros(batch * heads * pairs);
+    }
+    let tests = call.tests(gpu)?;
+    if call.config.rule == MergeRule::Reference {
+        return reference_rule(gpu, call, &tests);
+    }
+    let lists = match call.config.group_rule {
+        GroupRule::PerQueryHead => heads,
+        GroupRule::Unanimous => kv_heads,
+    };
+    let params = call.params(lists)?;
+    // Four pairs a warp.
+    let launch = Launch::warps(pairs.div_ceil(4), batch * lists);
+    let mut candidates = gpu.alloc::<u8>(batch * lists * pairs)?;
+    let args = [
+        gpu.read(call.q.0),
+        gpu.read(call.k.0),
+        gpu.read(&tests),
+        gpu.write(&mut candidates),
+        gpu.value(&params),
+    ];
+    gpu.launch(&Kernel::of::<T>(MODULE, "decide_candidates"), launch, &args)?;
+    drop(args);
+    let launch = Launch::warps(pairs, batch * lists);
+    let mut bits = gpu.alloc::<u8>(batch * heads * pairs)?;
+    let args = [
+        gpu.read(call.q.0),
+        gpu.read(call.k.0),
+        gpu.read(&tests),
+        gpu.read(&candidates),
+        gpu.write(&mut bits),
+        gpu.value(&params),
+    ];
+    gpu.launch(&Kernel::of::<T>(MODULE, "decide_runs"), launch, &args)?;
+    drop(args);
+    Ok(bits)
+}
+
+/// Candidates, then as many sweeps as there can be: those that have nothing to do copy their input.
+fn reference_rule<G: Gpu, T: GpuElement>(
+    gpu: &G,
+    call: &DecideCall<G, T>,
+    tests: &G::Slice<f32>,
+) -> Result<G::Slice<u8>> {
+    let (pairs, rows) = (call.problem.pairs(), call.problem.batch * call.problem.heads);
+    let (params, sweeps) = (call.params(call.problem.heads)?, 2 * call.levels());
+    let mut levels = gpu.alloc::<u8>(rows * pairs)?;
+    let mut bits = gpu.alloc::<u8>(rows * pairs)?;
+    let args = [
+        gpu.read(call.q.0),
+        gpu.read(call.k.0),
+        gpu.read(tests),
+        gpu.write(&mut levels),
+        gpu.write(&mut bits),
+        gpu.value(&params),
+    ];
+    gpu.launch(
+        &Kernel::of::<T>(MODULE, "decide_levels"),
+        Launch::warps(pairs, rows),
+        &args,
+    )?;
+    drop(args);
+    let mut swept = gpu.alloc::<u8>(rows * pairs)?;
+    let mut flags = gpu.zeros::<u32>(2 * sweeps)?;
+    let launch = Launch {
+        grid: [pairs.div_ceil(THREADS), rows, 1],
+        threads: THREADS,
+        shared_bytes: 0,
+    };
+    for sweep in 0..sweeps {
+        let params = SweepParams {
+            heads: rows as u32,
+            pairs: pairs as u32,
+            levels: params.levels,
+            sweep: sweep as u32,
+        };
+        let args = [gpu.read(&bits), gpu.write(&mut flags), gpu.value(&params)];
+        gpu.launch(&Kernel::plain(MODULE, "decide_adjacent"), launch, &args)?;
+        drop(args);
+        let args = [
+            gpu.read(&levels),
+            gpu.read(&bits),
+            gpu.write(&mut swept),
+            gpu.write(&mut flags),
+            gpu.value(&params),
+        ];
+        gpu.launch(&Kernel::plain(MODULE, "decide_sweep"), launch, &args)?;
+        drop(args);
+        std::mem::swap(&mut bits, &mut swept);
+    }
+    Ok(bits)
+}
+
+/// The merge indicators (B, H, N-1) of [`Criterion::ObservedMass`], one decision per KV head. N is at least 2.
+///
+/// # Errors
+/// What the device reports.
+pub(crate) fn observed_indicators<G: Gpu, T: GpuElement>(
+    gpu: &G,
+    call: &DecideCall<G, T>,
+    v: Source<'_, G, T>,
+    scale: f64,
+) -> Result<G::Slice<u8>> {
+    let Problem {
+        batch,
+        heads,
+        kv_heads,
+        tokens,
+        ..
+    } = call.problem;
+    let pairs = call.problem.pairs();
+    if call.strategies.all_off() {
+        return gpu.zeros(batch * heads * pairs);
+    }
+    let tests = call.tests(gpu)?;
+    let params = |lists: usize| -> Result<ObservedParams> {
+        Ok(ObservedParams {
+            q: Rows::new(&call.q.1),
+            k: Rows::new(&call.k.1),
+            v: Rows::new(&v.1),
+            sizes: Sizes::new(&call.problem, lists)?,
+            // Beyond all tokens, more makes no difference.
+            window: call.config.window.min(tokens) as u32,
+            sinks: call.config.sinks.min(tokens) as u32,
+            scale: scale as f32,
+            reserved: 0,
+        })
+    };
+    let (per_head, per_kv_head) = (params(heads)?, params(kv_heads)?);
+    let mut log_sum_exp = gpu.alloc::<f32>(batch * heads * tokens)?;
+    let args = [
+        gpu.read(call.q.0),
+        gpu.read(call.k.0),
+        gpu.write(&mut log_sum_exp),
+        gpu.value(&per_head),
+    ];
+    let launch = Launch::warps(tokens, batch * heads);
+    gpu.launch(&Kernel::of::<T>(MODULE, "decide_observed_rows"), launch, &args)?;
+    drop(args);
+    let mut bits = gpu.alloc::<u8>(batch * heads * pairs)?;
+    let args = [
+        gpu.read(call.q.0),
+        gpu.read(call.k.0),
+        gpu.read(v.0),
+        gpu.read(&log_sum_exp),
+        gpu.read(&tests),
+        gpu.write(&mut bits),
+        gpu.value(&per_kv_head),
+    ];
+    let launch = Launch::warps(pairs, batch * kv_heads);
+    gpu.launch(&Kernel::of::<T>(MODULE, "decide_observed_bits"), launch, &args)?;
+    drop(args);
+    Ok(bits)
+}

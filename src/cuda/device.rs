@@ -1,0 +1,113 @@
+//! [`Gpu`] on a CUDA device, on candle's own stream.
+
+use super::gpu::{Gpu, Kernel, Launch, Number, Params};
+use candle_core::cuda_backend::cudarc::driver::{
+    sys::{CUdeviceptr, CUfunction_attribute_enum},
+    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, LaunchConfig, PushKernelArg, SyncOnDrop,
+};
+use candle_core::{bail, CudaDevice, Result};
+use std::sync::Arc;
+
+include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+/// More than this much shared memory must be asked for, kernel by kernel.
+const SHARED_BYTES_AS_IS: usize = 48 << 10;
+
+/// A device, with its stream held so that arguments can borrow it.
+pub(crate) struct Cuda {
+    device: CudaDevice,
+    stream: Arc<CudaStream>,
+}
+
+impl Cuda {
+    pub fn new(device: &CudaDevice) -> Self {
+        Self {
+            device: device.clone(),
+            stream: device.cuda_stream(),
+        }
+    }
+}
+
+/// One argument; the guard records the buffer's use on the stream when the launch is over.
+pub(crate) enum CudaArg<'a> {
+    // Nothing reads the guard: it works when it is dropped.
+    Buffer(CUdeviceptr, #[allow(dead_code)] Option<SyncOnDrop<'a>>),
+    /// The first byte of a struct.
+    Value(&'a u8),
+}
+
+impl Gpu for Cuda {
+    type Slice<T: Number> = CudaSlice<T>;
+    type Arg<'a> = CudaArg<'a>;
+
+    fn alloc<T: Number>(&self, len: usize) -> Result<CudaSlice<T>> {
+        // SAFETY: a Number may have any bits, and the kernel that comes next fills the buffer.
+        unsafe { self.device.alloc(len) }
+    }
+
+    fn zeros<T: Number>(&self, len: usize) -> Result<CudaSlice<T>> {
+        self.device.alloc_zeros(len)
+    }
+
+    fn upload<T: Number>(&self, data: &[T]) -> Result<CudaSlice<T>> {
+        self.device.clone_htod(data)
+    }
+
+    fn download<T: Number>(&self, slice: &CudaSlice<T>) -> Result<Vec<T>> {
+        self.device.clone_dtoh(slice)
+    }
+
+    fn read<'a, T: Number>(&'a self, slice: &'a CudaSlice<T>) -> CudaArg<'a> {
+        let (pointer, guard) = slice.device_ptr(&self.stream);
+        CudaArg::Buffer(pointer, Some(guard))
+    }
+
+    fn write<'a, T: Number>(&'a self, slice: &'a mut CudaSlice<T>) -> CudaArg<'a> {
+        let (pointer, guard) = slice.device_ptr_mut(&self.stream);
+        CudaArg::Buffer(pointer, Some(guard))
+    }
+
+    fn absent<'a>(&'a self) -> CudaArg<'a> {
+        CudaArg::Buffer(0, None)
+    }
+
+    fn value<'a, P: Params>(&'a self, params: &'a P) -> CudaArg<'a> {
+        // SAFETY: the first byte of a live struct without padding.
+        CudaArg::Value(unsafe { &*std::ptr::from_ref(params).cast::<u8>() })
+    }
+
+    fn launch(&self, kernel: &Kernel, launch: Launch, args: &[CudaArg<'_>]) -> Result<()> {
+        let Some(ptx) = ptx(kernel.module) else {
+            bail!(
+                "kernel {}: expected a file cuda/{}.cu; this is a defect of the crate, please report it",
+                kernel.name,
+                kernel.module
+            )
+        };
+        let module = format!("candle-sfattention-{}", kernel.module);
+        let function = self.device.get_or_load_custom_func(&kernel.name, &module, ptx)?;
+        let failed = |error| candle_core::Error::Msg(format!("kernel {}: {error} ({launch:?})", kernel.name));
+        let size = |value: usize| u32::try_from(value).map_err(candle_core::Error::wrap);
+        if launch.shared_bytes > SHARED_BYTES_AS_IS {
+            let attribute = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let granted = function.set_attribute(attribute, size(launch.shared_bytes)? as i32);
+            granted.map_err(failed)?;
+        }
+        let config = LaunchConfig {
+            grid_dim: (size(launch.grid[0])?, size(launch.grid[1])?, size(launch.grid[2])?),
+            block_dim: (size(launch.threads)?, 1, 1),
+            shared_mem_bytes: size(launch.shared_bytes)?,
+        };
+        let mut builder = function.builder();
+        for arg in args {
+            match arg {
+                CudaArg::Buffer(pointer, _) => builder.arg(pointer),
+                CudaArg::Value(first) => builder.arg(*first),
+            };
+        }
+        // SAFETY: the launcher passes what the kernel's signature asks for (the emulator checks that in tests: count,
+        // sizes, which buffers are written and every access), and `args` keeps all of it alive until it is enqueued.
+        unsafe { builder.launch(config) }.map_err(failed)?;
+        Ok(())
+    }
+}

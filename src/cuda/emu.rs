@@ -1,0 +1,184 @@
+//! [`Gpu`] on the CPU: kernels compiled by g++ run under the emulator of `cuda/emu`.
+
+use super::gpu::{Gpu, Kernel, Launch, Number, Params};
+use candle_core::{bail, Result};
+use std::ffi::{c_char, c_int, c_void, CStr, CString};
+use std::marker::PhantomData;
+
+/// The emulator. It has no state.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Emulator;
+
+/// A buffer as a device would hold it, and which of its bytes have been written.
+pub(crate) struct EmuSlice<T> {
+    /// As well aligned as vectors of a kernel need it.
+    data: Vec<u128>,
+    written: Vec<u8>,
+    len: usize,
+    holds: PhantomData<T>,
+}
+
+impl<T: Number> EmuSlice<T> {
+    fn new(len: usize, fill: u8) -> Self {
+        let bytes = len * size_of::<T>();
+        Self {
+            data: vec![u128::from_ne_bytes([fill; 16]); bytes.div_ceil(16)],
+            written: vec![0; bytes],
+            len,
+            holds: PhantomData,
+        }
+    }
+
+    /// What the kernels left in it.
+    ///
+    /// # Errors
+    /// An element that nothing has written.
+    pub fn download(&self) -> Result<Vec<T>> {
+        if let Some(byte) = self.written.iter().position(|written| *written == 0) {
+            bail!(
+                "output: expected every element to be written, got {} of {} left alone",
+                byte / size_of::<T>(),
+                self.len
+            )
+        }
+        // SAFETY: `data` holds at least `len` elements of T, aligned to 16 bytes; a Number may have any bits.
+        Ok(unsafe { std::slice::from_raw_parts(self.data.as_ptr().cast::<T>(), self.len) }.to_vec())
+    }
+}
+
+/// What the C side sees of an argument; the same as `emu::Argument`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RawArgument {
+    data: *const c_void,
+    bytes: usize,
+    written: *const u8,
+    kind: usize,
+}
+
+const VALUE: usize = 0;
+const READ: usize = 1;
+const WRITE: usize = 2;
+
+/// One argument, borrowed until the launch is over.
+pub(crate) struct EmuArg<'a> {
+    raw: RawArgument,
+    borrowed: PhantomData<&'a mut ()>,
+}
+
+impl EmuArg<'_> {
+    fn new(data: *const c_void, bytes: usize, written: *const u8, kind: usize) -> Self {
+        Self {
+            raw: RawArgument {
+                data,
+                bytes,
+                written,
+                kind,
+            },
+            borrowed: PhantomData,
+        }
+    }
+}
+
+extern "C" {
+    fn emu_launch(
+        name: *const c_char,
+        grid: *const u32,
+        block: *const u32,
+        shared_bytes: usize,
+        arguments: *const RawArgument,
+        count: usize,
+        message: *mut c_char,
+        capacity: usize,
+    ) -> c_int;
+}
+
+impl Gpu for Emulator {
+    type Slice<T: Number> = EmuSlice<T>;
+    type Arg<'a> = EmuArg<'a>;
+
+    fn alloc<T: Number>(&self, len: usize) -> Result<EmuSlice<T>> {
+        Ok(EmuSlice::new(len, 0xff))
+    }
+
+    fn zeros<T: Number>(&self, len: usize) -> Result<EmuSlice<T>> {
+        let mut slice = EmuSlice::new(len, 0);
+        slice.written.fill(1);
+        Ok(slice)
+    }
+
+    fn upload<T: Number>(&self, data: &[T]) -> Result<EmuSlice<T>> {
+        let mut slice = self.zeros(data.len())?;
+        // SAFETY: the new buffer holds as many bytes as `data`, which it does not overlap.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                data.as_ptr().cast::<u8>(),
+                slice.data.as_mut_ptr().cast::<u8>(),
+                size_of_val(data),
+            )
+        }
+        Ok(slice)
+    }
+
+    fn download<T: Number>(&self, slice: &EmuSlice<T>) -> Result<Vec<T>> {
+        slice.download()
+    }
+
+    fn read<'a, T: Number>(&'a self, slice: &'a EmuSlice<T>) -> EmuArg<'a> {
+        EmuArg::new(
+            slice.data.as_ptr().cast(),
+            slice.written.len(),
+            slice.written.as_ptr(),
+            READ,
+        )
+    }
+
+    fn write<'a, T: Number>(&'a self, slice: &'a mut EmuSlice<T>) -> EmuArg<'a> {
+        let (data, written) = (slice.data.as_mut_ptr(), slice.written.as_mut_ptr());
+        EmuArg::new(data.cast_const().cast(), slice.written.len(), written, WRITE)
+    }
+
+    fn absent<'a>(&'a self) -> EmuArg<'a> {
+        EmuArg::new(std::ptr::null(), 0, std::ptr::null(), WRITE)
+    }
+
+    fn value<'a, P: Params>(&'a self, params: &'a P) -> EmuArg<'a> {
+        EmuArg::new(
+            std::ptr::from_ref(params).cast(),
+            size_of::<P>(),
+            std::ptr::null(),
+            VALUE,
+        )
+    }
+
+    fn launch(&self, kernel: &Kernel, launch: Launch, args: &[EmuArg<'_>]) -> Result<()> {
+        let name = CString::new(kernel.name.as_str()).map_err(candle_core::Error::wrap)?;
+        let raw: Vec<RawArgument> = args.iter().map(|arg| arg.raw).collect();
+        let mut grid = [0u32; 3];
+        for (target, blocks) in grid.iter_mut().zip(launch.grid) {
+            *target = u32::try_from(blocks).map_err(candle_core::Error::wrap)?;
+        }
+        let block = [launch.threads as u32, 1, 1];
+        let mut message = [0 as c_char; 1024];
+        // SAFETY: every argument points to as many bytes as it says, for as long as the borrows in `args` last; the
+        // emulator checks each access of the kernel against that, and only writes to those of kind WRITE.
+        let failed = unsafe {
+            emu_launch(
+                name.as_ptr(),
+                grid.as_ptr(),
+                block.as_ptr(),
+                launch.shared_bytes,
+                raw.as_ptr(),
+                raw.len(),
+                message.as_mut_ptr(),
+                message.len(),
+            )
+        };
+        if failed != 0 {
+            // SAFETY: the emulator ends its message with a zero within the capacity.
+            let text = unsafe { CStr::from_ptr(message.as_ptr()) };
+            bail!("kernel {}: {}", kernel.name, text.to_string_lossy())
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,120 @@
+//! Attention forward and backward on CPU tensors under the emulator, from merge bits to gradients of q, k and v: for
+//! tests.
+
+use super::attention::{lists, Attention};
+use super::emu::{EmuSlice, Emulator};
+use super::fold::FoldCall;
+use super::forward::Bias;
+use super::gpu::{Gpu, GpuElement};
+use crate::config::{AttentionOptions, CompressionConfig, GroupRule};
+use crate::cpu::Element;
+use crate::plan::cpu_slice;
+use crate::problem::{Problem, RowLayout};
+use candle_core::{DType, Device, Result, Tensor};
+
+/// What one pass under the emulator gave.
+pub struct EmulatedPass {
+    /// (B, H, N, D)
+    pub output: Tensor,
+    /// (B, H, N), base 2.
+    pub log_sum_exp: Tensor,
+    /// Of q, k and v, where a gradient of the output was given.
+    pub gradients: Option<[Tensor; 3]>,
+}
+
+/// Attends under the emulator: query (B, H, N, D), key and value (B, Hk, N, D), indicators u8 (B, H, N-1), and the
+/// output's gradient (B, H, N, D) or none. `dense`: the kernels are told that nothing is hidden.
+///
+/// # Errors
+/// What the launchers and the emulator report.
+pub fn attend(
+    qkv: [&Tensor; 3],
+    indicators: &Tensor,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+    dense: bool,
+    grad_output: Option<&Tensor>,
+) -> Result<EmulatedPass> {
+    let pass = match qkv[0].dtype() {
+        DType::F16 => attend_as::<half::f16>,
+        DType::BF16 => attend_as::<half::bf16>,
+        _ => attend_as::<f32>,
+    };
+    pass(qkv, indicators, config, options, dense, grad_output)
+}
+
+type Held<T> = (EmuSlice<T>, RowLayout);
+
+fn held<T: GpuElement + Element>(tensor: &Tensor) -> Result<Held<T>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    Ok((Emulator.upload(cpu_slice::<T>(&storage)?)?, RowLayout::new(layout)))
+}
+
+fn attend_as<T: GpuElement + Element>(
+    [q, k, v]: [&Tensor; 3],
+    indicators: &Tensor,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+    dense: bool,
+    grad_output: Option<&Tensor>,
+) -> Result<EmulatedPass> {
+    let gpu = &Emulator;
+    let problem = Problem::new(q, k, v)?;
+    let dims = [q, k, v].map(|x| x.dims().to_vec());
+    let (q, k, v) = (held::<T>(q)?, held::<T>(k)?, held::<T>(v)?);
+    let bits = gpu.upload(&indicators.flatten_all()?.to_vec1::<u8>()?)?;
+    let fold = FoldCall {
+        problem,
+        q: (&q.0, q.1),
+        k: (&k.0, k.1),
+        v: (&v.0, v.1),
+        bits: &bits,
+        fold: config.fold,
+        lists: lists(&problem, dense, config.group_rule == GroupRule::Unanimous),
+    };
+    let bias = options.bias.as_ref().map(|bias| view(bias, &problem)).transpose()?;
+    let attention = Attention {
+        fold,
+        dense,
+        window: config.window,
+        bias: bias.as_ref().map(|(data, offset, strides)| Bias {
+            data,
+            offset: *offset,
+            strides: *strides,
+        }),
+        options,
+    };
+    let attended = attention.forward(gpu, true)?;
+    let gradients = match grad_output {
+        Some(grad_output) => {
+            let grad = gpu.upload(&grad_output.flatten_all()?.to_vec1::<T>()?)?;
+            let sums = attended.kept_log_sum_exp()?;
+            let found = attention.backward(gpu, &attended.output, sums, &grad)?;
+            let [q, k, v] = &dims;
+            let tensor = |data: &EmuSlice<T>, dims: &Vec<usize>| {
+                Tensor::from_vec(data.download()?, dims.as_slice(), &Device::Cpu)
+            };
+            Some([tensor(&found.dq, q)?, tensor(&found.dk, k)?, tensor(&found.dv, v)?])
+        }
+        None => None,
+    };
+    let [q_dims, ..] = dims;
+    let log_sum_exp = attended.kept_log_sum_exp()?.download()?;
+    Ok(EmulatedPass {
+        log_sum_exp: Tensor::from_vec(log_sum_exp, &q_dims[..3], &Device::Cpu)?,
+        output: Tensor::from_vec(attended.output.download()?, q_dims, &Device::Cpu)?,
+        gradients,
+    })
+}
+
+fn view(bias: &Tensor, problem: &Problem) -> Result<(EmuSlice<f32>, usize, [usize; 4])> {
+    let view = bias.to_dtype(DType::F32)?.broadcast_as(&problem.bias_dims())?;
+    let (storage, layout) = view.storage_and_layout();
+    let strides = layout.stride();
+    let strides = [strides[0], strides[1], strides[2], strides[3]];
+    Ok((
+        Emulator.upload(cpu_slice::<f32>(&storage)?)?,
+        layout.start_offset(),
+        strides,
+    ))
+}

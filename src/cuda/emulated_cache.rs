@@ -1,0 +1,103 @@
+//! A KV cache's lists under the emulator, on CPU tensors: for tests.
+
+use super::cache::DeviceLists;
+use super::emu::{EmuSlice, Emulator};
+use super::gpu::{Gpu, GpuElement};
+use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
+use crate::cpu::Element;
+use crate::plan::cpu_slice;
+use crate::problem::{Problem, RowLayout};
+use candle_core::{bail, DType, Device, Result, Tensor};
+
+enum Lists {
+    F32(DeviceLists<Emulator, f32>),
+    F16(DeviceLists<Emulator, half::f16>),
+    BF16(DeviceLists<Emulator, half::bf16>),
+}
+
+/// What [`crate::CompressedKvCache`] keeps on a CUDA device.
+pub struct EmulatedCache(Lists);
+
+macro_rules! each {
+    ($cache:expr, $lists:ident => $body:expr) => {
+        match $cache {
+            Lists::F32($lists) => $body,
+            Lists::F16($lists) => $body,
+            Lists::BF16($lists) => $body,
+        }
+    };
+}
+
+impl EmulatedCache {
+    /// Empty, for tensors like these.
+    ///
+    /// # Errors
+    /// As on a device.
+    pub fn new(qkv: &[Tensor; 3], strategies: &HeadStrategies, config: &CompressionConfig) -> Result<Self> {
+        let problem = Problem::new(&qkv[0], &qkv[1], &qkv[2])?;
+        Ok(Self(match problem.dtype {
+            DType::F32 => Lists::F32(DeviceLists::new(&Emulator, &problem, strategies, config)?),
+            DType::F16 => Lists::F16(DeviceLists::new(&Emulator, &problem, strategies, config)?),
+            DType::BF16 => Lists::BF16(DeviceLists::new(&Emulator, &problem, strategies, config)?),
+            other => bail!("dtype: expected f32, f16 or bf16 on CUDA, got {other:?}; convert with to_dtype"),
+        }))
+    }
+
+    /// The output rows of new tokens; none without options.
+    ///
+    /// # Errors
+    /// As on a device, or what the emulator detects.
+    pub fn append(&mut self, qkv: &[Tensor; 3], options: Option<&AttentionOptions>) -> Result<Option<Tensor>> {
+        match &mut self.0 {
+            Lists::F32(lists) => append(lists, qkv, options),
+            Lists::F16(lists) => append(lists, qkv, options),
+            Lists::BF16(lists) => append(lists, qkv, options),
+        }
+    }
+
+    /// Entries per batch row and list.
+    ///
+    /// # Errors
+    /// What the emulator detects.
+    pub fn lens(&self) -> Result<Vec<Vec<usize>>> {
+        each!(&self.0, lists => lists.entries(&Emulator))
+    }
+
+    /// Bytes in use and allocated.
+    ///
+    /// # Errors
+    /// What the emulator detects.
+    pub fn bytes(&self) -> Result<(usize, usize)> {
+        each!(&self.0, lists => Ok((lists.bytes(&Emulator)?, lists.bytes_allocated())))
+    }
+
+    /// Batch row i becomes the old row `rows[i]`.
+    ///
+    /// # Errors
+    /// What the emulator detects.
+    pub fn select(&self, rows: &[usize]) -> Result<Self> {
+        Ok(Self(match &self.0 {
+            Lists::F32(lists) => Lists::F32(lists.select(&Emulator, rows)?),
+            Lists::F16(lists) => Lists::F16(lists.select(&Emulator, rows)?),
+            Lists::BF16(lists) => Lists::BF16(lists.select(&Emulator, rows)?),
+        }))
+    }
+}
+
+fn append<T: GpuElement + Element>(
+    lists: &mut DeviceLists<Emulator, T>,
+    qkv: &[Tensor; 3],
+    options: Option<&AttentionOptions>,
+) -> Result<Option<Tensor>> {
+    let held = |x: &Tensor| -> Result<(EmuSlice<T>, RowLayout)> {
+        let (storage, layout) = x.storage_and_layout();
+        Ok((Emulator.upload(cpu_slice::<T>(&storage)?)?, RowLayout::new(layout)))
+    };
+    let (q, k, v) = (held(&qkv[0])?, held(&qkv[1])?, held(&qkv[2])?);
+    let (sources, count) = ([(&q.0, q.1), (&k.0, k.1), (&v.0, v.1)], qkv[0].dim(2)?);
+    let Some(options) = options else {
+        return lists.append(&Emulator, sources, count).map(|()| None);
+    };
+    let output = lists.append_and_attend(&Emulator, sources, count, options)?;
+    Tensor::from_vec(output.download()?, qkv[0].dims(), &Device::Cpu).map(Some)
+}

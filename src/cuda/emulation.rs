@@ -1,0 +1,351 @@
+//! The CUDA path on CPU tensors, for tests: the same launchers and kernels, under the emulator.
+
+pub use super::emulated_attention::*;
+pub use super::emulated_cache::*;
+pub use super::emulated_decode::*;
+
+use super::attention::{lists, Attention};
+use super::decide::{indicators, observed_indicators, DecideCall};
+use super::emu::{EmuSlice, Emulator};
+use super::fold::FoldCall;
+use super::forward::Bias;
+use super::gpu::{Gpu, GpuElement, Kernel, Launch};
+use super::params::BrokenParams;
+use super::{loss, spec};
+use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
+use crate::cpu::Element;
+use crate::plan::cpu_slice;
+use crate::problem::{Problem, RowLayout};
+use candle_core::{bail, DType, Device, Result, Tensor};
+
+/// Runs one of the kernels of `cuda/emu/broken.cu` over blocks of 64 threads; returns what it wrote.
+///
+/// # Errors
+/// What the emulator detects.
+pub fn run_broken(name: &str, input: &[f32], blocks: usize) -> Result<Vec<f32>> {
+    let gpu = Emulator;
+    let params = BrokenParams { n: input.len() as u32 };
+    let source = gpu.upload(input)?;
+    let mut target = gpu.alloc::<f32>(input.len())?;
+    let launch = Launch {
+        grid: [blocks, 1, 1],
+        threads: 64,
+        shared_bytes: 256,
+    };
+    gpu.launch(
+        &Kernel::plain("broken", name),
+        launch,
+        &[gpu.read(&source), gpu.write(&mut target), gpu.value(&params)],
+    )?;
+    target.download()
+}
+
+/// A tensor where the emulator finds it.
+type Held<T> = (EmuSlice<T>, RowLayout);
+
+fn held<T: GpuElement + Element>(tensor: &Tensor) -> Result<Held<T>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    Ok((Emulator.upload(cpu_slice::<T>(&storage)?)?, RowLayout::new(layout)))
+}
+
+fn borrow<T>(held: &Held<T>) -> (&EmuSlice<T>, RowLayout) {
+    (&held.0, held.1)
+}
+
+/// Calls `$function::<T>` for the dtype of a tensor.
+macro_rules! for_dtype {
+    ($tensor:expr, $function:ident($($arg:expr),* $(,)?)) => {
+        match $tensor.dtype() {
+            DType::F16 => $function::<half::f16>($($arg),*),
+            DType::BF16 => $function::<half::bf16>($($arg),*),
+            DType::F32 => $function::<f32>($($arg),*),
+            other => bail!("dtype: expected f32, f16 or bf16 on CUDA, got {other:?}; convert with to_dtype"),
+        }
+    };
+}
+
+/// The merge indicators (B, H, N-1) that the kernels decide on.
+///
+/// # Errors
+/// As [`crate::MergePlan::new`], or what the emulator detects.
+pub fn decide(
+    qkv: [&Tensor; 3],
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+) -> Result<Tensor> {
+    for_dtype!(qkv[0], decide_as(qkv, strategies, config, options))
+}
+
+fn decide_as<T: GpuElement + Element>(
+    [q, k, v]: [&Tensor; 3],
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+) -> Result<Tensor> {
+    let problem = Problem::new(q, k, v)?;
+    let shape = (problem.batch, problem.heads, problem.pairs());
+    if problem.pairs() == 0 {
+        return Tensor::zeros(shape, DType::U8, &Device::Cpu);
+    }
+    let (q, k, v) = (held::<T>(q)?, held::<T>(k)?, held::<T>(v)?);
+    let call = DecideCall {
+        problem,
+        q: borrow(&q),
+        k: borrow(&k),
+        strategies,
+        config,
+    };
+    let bits = match config.criterion {
+        Criterion::ObservedMass => observed_indicators(&Emulator, &call, borrow(&v), options.scale(problem.head_dim))?,
+        _ => indicators(&Emulator, &call)?,
+    };
+    Tensor::from_vec(bits.download()?, shape, &Device::Cpu)
+}
+
+/// Which attention kernel runs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Path {
+    /// One thread per row.
+    Spec,
+    /// What a CUDA device runs.
+    Fast,
+}
+
+/// Folds and attends: query (B, H, N, D), key and value (B, Hk, N, D), indicators u8 (B, H, N-1) of which those of one KV
+/// head's query heads agree where `shared`. Returns the output and each row's log-sum-exp in base 2, (B, H, N).
+///
+/// # Errors
+/// As [`crate::attend`], or what the emulator detects.
+pub fn fold_and_attend(
+    qkv: [&Tensor; 3],
+    bits: &Tensor,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+    shared: bool,
+    path: Path,
+) -> Result<(Tensor, Tensor)> {
+    for_dtype!(qkv[0], fold_and_attend_as(qkv, bits, config, options, shared, path))
+}
+
+fn fold_and_attend_as<T: GpuElement + Element>(
+    qkv: [&Tensor; 3],
+    bits: &Tensor,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+    shared: bool,
+    path: Path,
+) -> Result<(Tensor, Tensor)> {
+    let held = HeldCall::<T>::new(qkv, bits, options)?;
+    let (problem, attention) = (held.problem, held.attention(config, options, shared));
+    let attended = match path {
+        Path::Spec => spec::forward(&Emulator, &attention.call(&attention.folded(&Emulator)?))?,
+        Path::Fast => attention.forward(&Emulator, true)?,
+    };
+    let log_sum_exp = attended.log_sum_exp.map_or(Ok(Vec::new()), |x| x.download())?;
+    let shape = (problem.batch, problem.heads, problem.tokens);
+    Ok((
+        Tensor::from_vec(attended.output.download()?, qkv[0].dims(), &Device::Cpu)?,
+        Tensor::from_vec(log_sum_exp, shape, &Device::Cpu)?,
+    ))
+}
+
+/// The gradients of query, key and value for the sum of output · `grad_output`, as a CUDA device computes them.
+///
+/// # Errors
+/// As [`fold_and_attend`].
+pub fn attention_gradients(
+    qkv: [&Tensor; 3],
+    bits: &Tensor,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+    shared: bool,
+    grad_output: &Tensor,
+) -> Result<[Tensor; 3]> {
+    for_dtype!(
+        qkv[0],
+        attention_gradients_as(qkv, bits, config, options, shared, grad_output)
+    )
+}
+
+fn attention_gradients_as<T: GpuElement + Element>(
+    qkv: [&Tensor; 3],
+    bits: &Tensor,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+    shared: bool,
+    grad_output: &Tensor,
+) -> Result<[Tensor; 3]> {
+    let call = HeldCall::<T>::new(qkv, bits, options)?;
+    let attention = call.attention(config, options, shared);
+    let attended = attention.forward(&Emulator, true)?;
+    let (grad_output, _) = held::<T>(&grad_output.contiguous()?)?;
+    let gradients = attention.backward(&Emulator, &attended.output, attended.kept_log_sum_exp()?, &grad_output)?;
+    let like = |slice: EmuSlice<T>, tensor: &Tensor| Tensor::from_vec(slice.download()?, tensor.dims(), &Device::Cpu);
+    Ok([
+        like(gradients.dq, qkv[0])?,
+        like(gradients.dk, qkv[1])?,
+        like(gradients.dv, qkv[2])?,
+    ])
+}
+
+/// A call's tensors where the emulator finds them.
+struct HeldCall<T> {
+    problem: Problem,
+    q: Held<T>,
+    k: Held<T>,
+    v: Held<T>,
+    bits: EmuSlice<u8>,
+    bias: Option<(EmuSlice<f32>, usize, [usize; 4])>,
+}
+
+impl<T: GpuElement + Element> HeldCall<T> {
+    fn new([q, k, v]: [&Tensor; 3], bits: &Tensor, options: &AttentionOptions) -> Result<Self> {
+        let problem = Problem::new(q, k, v)?;
+        let bias = match &options.bias {
+            Some(bias) => {
+                let view = bias.to_dtype(DType::F32)?.broadcast_as(&problem.bias_dims())?;
+                let (storage, layout) = view.storage_and_layout();
+                let strides = layout.stride();
+                let strides = [strides[0], strides[1], strides[2], strides[3]];
+                let data = Emulator.upload(cpu_slice::<f32>(&storage)?)?;
+                Some((data, layout.start_offset(), strides))
+            }
+            None => None,
+        };
+        Ok(Self {
+            problem,
+            q: held(q)?,
+            k: held(k)?,
+            v: held(v)?,
+            bits: Emulator.upload(&bits.flatten_all()?.to_vec1::<u8>()?)?,
+            bias,
+        })
+    }
+
+    fn fold(&self, config: &CompressionConfig, shared: bool) -> FoldCall<'_, Emulator, T> {
+        FoldCall {
+            problem: self.problem,
+            q: borrow(&self.q),
+            k: borrow(&self.k),
+            v: borrow(&self.v),
+            bits: &self.bits,
+            fold: config.fold,
+            lists: lists(&self.problem, false, shared),
+        }
+    }
+
+    fn attention<'a>(
+        &'a self,
+        config: &CompressionConfig,
+        options: &'a AttentionOptions,
+        shared: bool,
+    ) -> Attention<'a, Emulator, T> {
+        Attention {
+            fold: self.fold(config, shared),
+            dense: false,
+            window: config.window,
+            bias: self.bias.as_ref().map(|(data, offset, strides)| Bias {
+                data,
+                offset: *offset,
+                strides: *strides,
+            }),
+            options,
+        }
+    }
+}
+
+/// The sums [S, M] of the compression loss, and the gradients of S for query and key.
+///
+/// # Errors
+/// As [`crate::compression_loss_terms`], or what the emulator detects.
+pub fn loss(
+    q: &Tensor,
+    k: &Tensor,
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+) -> Result<([f32; 2], [Tensor; 2])> {
+    for_dtype!(q, loss_as(q, k, strategies, config))
+}
+
+fn loss_as<T: GpuElement + Element>(
+    q: &Tensor,
+    k: &Tensor,
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+) -> Result<([f32; 2], [Tensor; 2])> {
+    let (problem, dims) = (Problem::of_pair(q, k)?, [q.dims().to_vec(), k.dims().to_vec()]);
+    let (q, k) = (held::<T>(q)?, held::<T>(k)?);
+    let call = DecideCall {
+        problem,
+        q: borrow(&q),
+        k: borrow(&k),
+        strategies,
+        config,
+    };
+    let [squared, merged] = loss::sums(&Emulator, &call)?.download()?[..] else {
+        bail!("loss: expected two sums; this is a defect of the crate, please report it")
+    };
+    let [dq, dk] = loss::gradients(&Emulator, &call, &Emulator.upload(&[1.0, 0.0])?)?;
+    let [q_dims, k_dims] = dims;
+    Ok((
+        [squared, merged],
+        [
+            Tensor::from_vec(dq.download()?, q_dims, &Device::Cpu)?,
+            Tensor::from_vec(dk.download()?, k_dims, &Device::Cpu)?,
+        ],
+    ))
+}
+
+/// What gradients of keys and queries are made of, all f32.
+pub struct ColumnGradients<'a> {
+    /// Of far columns, (B, lists, N, D); past the last one nothing is read.
+    pub far: &'a Tensor,
+    /// Of folded tokens, (B, lists, N, D).
+    pub folded: &'a Tensor,
+    /// Of raw tokens, (B, lists, N, D).
+    pub near: Option<&'a Tensor>,
+    /// Of folded queries, (B, H, N, D).
+    pub queries: &'a Tensor,
+}
+
+/// Takes gradients home: those of keys (B, Hk, N, D) and of queries (B, H, N, D), in the dtype of `qkv`.
+///
+/// # Errors
+/// What the emulator detects.
+pub fn unfold(
+    qkv: [&Tensor; 3],
+    bits: &Tensor,
+    config: &CompressionConfig,
+    shared: bool,
+    gradients: &ColumnGradients,
+) -> Result<[Tensor; 2]> {
+    for_dtype!(qkv[0], unfold_as(qkv, bits, config, shared, gradients))
+}
+
+fn unfold_as<T: GpuElement + Element>(
+    [q, k, v]: [&Tensor; 3],
+    bits: &Tensor,
+    config: &CompressionConfig,
+    shared: bool,
+    gradients: &ColumnGradients,
+) -> Result<[Tensor; 2]> {
+    let dims = [k.dims().to_vec(), q.dims().to_vec()];
+    let held = HeldCall::<T>::new([q, k, v], bits, &AttentionOptions::default())?;
+    let call = held.fold(config, shared);
+    let floats = |x: &Tensor| Emulator.upload(&x.flatten_all()?.to_vec1::<f32>()?);
+    let near = gradients.near.map(floats).transpose()?;
+    let (far, folded, queries) = (
+        floats(gradients.far)?,
+        floats(gradients.folded)?,
+        floats(gradients.queries)?,
+    );
+    let columns = call.columns(&Emulator)?;
+    let keys = call.unfold(&Emulator, Some((&columns.far_before, &far, &folded)), near.as_ref())?;
+    let queries = call.unfold_queries(&Emulator, &queries, true)?;
+    let [k_dims, q_dims] = dims;
+    Ok([
+        Tensor::from_vec(keys.download()?, k_dims, &Device::Cpu)?,
+        Tensor::from_vec(queries.download()?, q_dims, &Device::Cpu)?,
+    ])
+}

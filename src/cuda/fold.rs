@@ -1,0 +1,233 @@
+//! Launches of `cuda/fold.cu`: the columns that merging leaves, and gradients taken home from them.
+
+use super::forward::Columns;
+use super::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
+use super::params::{FoldParams, Rows, Sizes};
+use crate::config::Fold;
+use crate::problem::{Problem, RowLayout};
+use candle_core::Result;
+
+const MODULE: &str = "fold";
+/// `SCAN_WARPS` of `cuda/fold.cu`.
+const SCAN_THREADS: usize = 32 * 32;
+
+/// As `FoldKind` in cuda/params.cuh.
+pub(crate) fn fold_code(fold: Fold) -> u32 {
+    match fold {
+        Fold::PairSum => 0,
+        Fold::Mean => 1,
+        Fold::Drop => 2,
+    }
+}
+
+/// `far_before`, then the gradients of far columns and of folded tokens, (B·lists, N, D).
+pub(crate) type FoldedGradients<'a, G> = (
+    &'a <G as Gpu>::Slice<u32>,
+    &'a <G as Gpu>::Slice<f32>,
+    &'a <G as Gpu>::Slice<f32>,
+);
+
+/// What folding reads.
+pub(crate) struct FoldCall<'a, G: Gpu, T: GpuElement> {
+    pub problem: Problem,
+    pub q: Source<'a, G, T>,
+    pub k: Source<'a, G, T>,
+    pub v: Source<'a, G, T>,
+    /// Merge indicators (B, H, N-1).
+    pub bits: &'a G::Slice<u8>,
+    pub fold: Fold,
+    /// Per batch row: the KV heads where all query heads of each agree, else the query heads.
+    pub lists: usize,
+}
+
+impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
+    fn params(&self, lists: usize) -> Result<FoldParams> {
+        Ok(FoldParams {
+            q: Rows::new(&self.q.1),
+            k: Rows::new(&self.k.1),
+            v: Rows::new(&self.v.1),
+            sizes: Sizes::new(&self.problem, lists)?,
+            fold: fold_code(self.fold),
+            reserved: 0,
+        })
+    }
+
+    /// Folds keys and values and gathers the far columns.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn columns(&self, gpu: &G) -> Result<Columns<G, T>> {
+        let Problem {
+            batch,
+            tokens,
+            head_dim,
+            ..
+        } = self.problem;
+        let (lists, params) = (batch * self.lists, self.params(self.lists)?);
+        let rows = || gpu.alloc::<T>(lists * tokens * head_dim);
+        let sizes = || match self.fold {
+            // Past the last far column nothing is written, and nothing must be read.
+            Fold::Mean => gpu.alloc::<f32>(lists * tokens).map(Some),
+            _ => Ok(None),
+        };
+        let mut columns = Columns {
+            lists: self.lists,
+            capacity: tokens,
+            far_k: rows()?,
+            far_v: rows()?,
+            far_ln: sizes()?,
+            far_index: gpu.alloc(lists * tokens)?,
+            far_before: gpu.alloc(lists * (tokens + 1))?,
+            folded_k: rows()?,
+            folded_v: rows()?,
+            folded_ln: sizes()?,
+        };
+        let args = [
+            gpu.read(self.bits),
+            gpu.write(&mut columns.far_index),
+            gpu.write(&mut columns.far_before),
+            gpu.value(&params),
+        ];
+        let launch = Launch {
+            grid: [lists, 1, 1],
+            threads: SCAN_THREADS,
+            shared_bytes: SCAN_THREADS / 32 * 4,
+        };
+        gpu.launch(&Kernel::plain(MODULE, "fold_scan"), launch, &args)?;
+        drop(args);
+        let args = [
+            gpu.read(self.k.0),
+            gpu.read(self.v.0),
+            gpu.read(self.bits),
+            gpu.read(&columns.far_before),
+            gpu.write(&mut columns.far_k),
+            gpu.write(&mut columns.far_v),
+            gpu.write_some(columns.far_ln.as_mut()),
+            gpu.write(&mut columns.folded_k),
+            gpu.write(&mut columns.folded_v),
+            gpu.write_some(columns.folded_ln.as_mut()),
+            gpu.value(&params),
+        ];
+        gpu.launch(
+            &Kernel::of::<T>(MODULE, "fold_gather"),
+            Launch::warps(tokens, lists),
+            &args,
+        )?;
+        drop(args);
+        Ok(columns)
+    }
+
+    /// The folded queries (B, H, N, D); None where the fold leaves queries alone.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn queries(&self, gpu: &G) -> Result<Option<G::Slice<T>>> {
+        if self.fold != Fold::PairSum {
+            return Ok(None);
+        }
+        let (problem, params) = (self.problem, self.params(self.problem.heads)?);
+        let rows = problem.batch * problem.heads;
+        let mut out = gpu.alloc::<T>(rows * problem.tokens * problem.head_dim)?;
+        let args = [
+            gpu.read(self.q.0),
+            gpu.read(self.bits),
+            gpu.write(&mut out),
+            gpu.value(&params),
+        ];
+        gpu.launch(
+            &Kernel::of::<T>(MODULE, "fold_queries"),
+            Launch::warps(problem.tokens, rows),
+            &args,
+        )?;
+        drop(args);
+        Ok(Some(out))
+    }
+
+    /// Gradients of columns (`far_before`, then those of far columns and of folded tokens) and of near tokens, each
+    /// (B·lists, N, D), to those of raw keys or values (B, Hk, N, D). Either may be absent.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn unfold(
+        &self,
+        gpu: &G,
+        columns: Option<FoldedGradients<'_, G>>,
+        near: Option<&G::Slice<f32>>,
+    ) -> Result<G::Slice<T>> {
+        let Problem {
+            batch,
+            kv_heads,
+            tokens,
+            head_dim,
+            ..
+        } = self.problem;
+        let params = self.params(self.lists)?;
+        let mut unfolded = None;
+        if let Some((far_before, far, folded)) = columns {
+            let mut target = gpu.alloc::<f32>(batch * self.lists * tokens * head_dim)?;
+            let args = [
+                gpu.read(far),
+                gpu.read(folded),
+                gpu.read(self.bits),
+                gpu.read(far_before),
+                gpu.write(&mut target),
+                gpu.value(&params),
+            ];
+            let launch = Launch::warps(tokens, batch * self.lists);
+            gpu.launch(&Kernel::plain(MODULE, "fold_unfold"), launch, &args)?;
+            drop(args);
+            unfolded = Some(target);
+        }
+        let mut out = gpu.alloc::<T>(batch * kv_heads * tokens * head_dim)?;
+        let args = [
+            gpu.read_some(unfolded.as_ref()),
+            gpu.read_some(near),
+            gpu.write(&mut out),
+            gpu.value(&params),
+        ];
+        let launch = Launch::warps(tokens, batch * kv_heads);
+        gpu.launch(&Kernel::of::<T>(MODULE, "fold_reduce"), launch, &args)?;
+        drop(args);
+        Ok(out)
+    }
+
+    /// Gradients of queries as attention read them, f32 (B, H, N, D), to those of the queries; `were_folded` as far as
+    /// the fold folds queries.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn unfold_queries(&self, gpu: &G, folded: &G::Slice<f32>, were_folded: bool) -> Result<G::Slice<T>> {
+        let (problem, params) = (self.problem, self.params(self.problem.heads)?);
+        let rows = problem.batch * problem.heads;
+        let mut out = gpu.alloc::<T>(rows * problem.tokens * problem.head_dim)?;
+        let bits = (were_folded && self.fold == Fold::PairSum).then_some(self.bits);
+        let args = [
+            gpu.read(folded),
+            gpu.read_some(bits),
+            gpu.write(&mut out),
+            gpu.value(&params),
+        ];
+        gpu.launch(
+            &Kernel::of::<T>(MODULE, "fold_unfold_queries"),
+            Launch::warps(problem.tokens, rows),
+            &args,
+        )?;
+        drop(args);
+        Ok(out)
+    }
+}
+
+/// The layout of a contiguous (B, H, N, D) buffer.
+pub(crate) fn contiguous_rows(problem: &Problem) -> RowLayout {
+    let Problem {
+        heads,
+        tokens,
+        head_dim: dim,
+        ..
+    } = *problem;
+    RowLayout {
+        offset: 0,
+        strides: [heads * tokens * dim, tokens * dim, dim],
+        dim,
+    }
+}

@@ -1,0 +1,246 @@
+//! Launches of `cuda/forward.cu` and `cuda/forward_f32.cu`: attention over the columns that folding left.
+
+use super::gpu::{Gpu, GpuElement, Kernel, Launch};
+use super::params::{AttentionParams, Rows, Sizes};
+use crate::config::AttentionOptions;
+use crate::problem::{Problem, RowLayout};
+use candle_core::{bail, Result};
+
+/// The folded columns of one call; see `cuda/params.cuh` for the shapes.
+pub(crate) struct Columns<G: Gpu, T: GpuElement> {
+    /// Per batch row: the heads, or the KV heads.
+    pub lists: usize,
+    /// Far columns that a list has room for.
+    pub capacity: usize,
+    pub far_k: G::Slice<T>,
+    pub far_v: G::Slice<T>,
+    pub far_ln: Option<G::Slice<f32>>,
+    pub far_index: G::Slice<u32>,
+    pub far_before: G::Slice<u32>,
+    pub folded_k: G::Slice<T>,
+    pub folded_v: G::Slice<T>,
+    pub folded_ln: Option<G::Slice<f32>>,
+}
+
+/// An additive bias in f32 as a strided (B, H, N, N) view.
+pub(crate) struct Bias<'a, G: Gpu> {
+    pub data: &'a G::Slice<f32>,
+    pub offset: usize,
+    pub strides: [usize; 4],
+}
+
+/// What attention reads. Queries are folded already where the fold folds them.
+pub(crate) struct AttentionCall<'a, G: Gpu, T: GpuElement> {
+    pub problem: Problem,
+    pub q: (&'a G::Slice<T>, RowLayout),
+    pub k: (&'a G::Slice<T>, RowLayout),
+    pub v: (&'a G::Slice<T>, RowLayout),
+    /// None where nothing is hidden anywhere: the raw keys and values are the columns.
+    pub columns: Option<&'a Columns<G, T>>,
+    pub window: usize,
+    pub bias: Option<Bias<'a, G>>,
+    pub options: &'a AttentionOptions,
+}
+
+/// (B, H, N, D), and each row's log-sum-exp in base 2, (B, H, N), where it was wanted.
+pub(crate) struct Attended<G: Gpu, T: GpuElement> {
+    pub output: G::Slice<T>,
+    pub log_sum_exp: Option<G::Slice<f32>>,
+}
+
+impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
+    /// What the kernels are told of this call.
+    ///
+    /// # Errors
+    /// Sizes or strides that the kernels do not take.
+    pub fn params(&self) -> Result<AttentionParams> {
+        let Problem { head_dim, .. } = self.problem;
+        if head_dim % 8 != 0 || head_dim > 256 {
+            bail!(
+                "query: expected a head_dim that is a multiple of 8 and at most 256 on CUDA, got {head_dim}; \
+                 pad the head or move the tensors with to_device(&Device::Cpu)"
+            )
+        }
+        for (name, (_, layout)) in [("query", &self.q), ("key", &self.k), ("value", &self.v)] {
+            let aligned = layout
+                .strides
+                .iter()
+                .chain([&layout.offset])
+                .all(|stride| stride % 8 == 0);
+            if !aligned {
+                bail!(
+                    "{name}: expected rows that start at multiples of 8 elements on CUDA, got offset {} and strides \
+                     {:?}; call contiguous() on it first",
+                    layout.offset,
+                    layout.strides
+                )
+            }
+        }
+        let (options, lists) = (self.options, self.columns.map_or(self.problem.kv_heads, |c| c.lists));
+        let scale = options.scale(head_dim) * std::f64::consts::LOG2_E;
+        let (seed, p) = options.dropout.map_or((0, 0.0), |dropout| (dropout.seed, dropout.p));
+        let bias_strides = self.bias.as_ref().map_or([0; 4], |bias| bias.strides);
+        Ok(AttentionParams {
+            q: Rows::new(&self.q.1),
+            k: Rows::new(&self.k.1),
+            v: Rows::new(&self.v.1),
+            bias_offset: self.bias.as_ref().map_or(0, |bias| bias.offset as u64),
+            bias_strides: bias_strides.map(|stride| stride as u64),
+            dropout_cut: (p * 4_294_967_296.0).ceil() as u64,
+            sizes: Sizes::new(&self.problem, lists)?,
+            capacity: self.columns.map_or(0, |columns| columns.capacity as u32),
+            // A window beyond all tokens is one of all tokens.
+            window: self.window.min(self.problem.tokens) as u32,
+            causal: options.causal.into(),
+            dense: self.columns.is_none().into(),
+            dropout_key: [seed as u32, (seed >> 32) as u32],
+            scale: scale.abs() as f32,
+            scale_sign: if scale < 0.0 { -1.0 } else { 1.0 },
+            dropout_scale: (1.0 / (1.0 - p)) as f32,
+            reserved: 0,
+        })
+    }
+
+    /// Whether a bias or dropout is in the way of the lean kernels.
+    pub fn extras(&self) -> bool {
+        self.bias.is_some() || self.options.dropout.is_some()
+    }
+
+    /// q, k, v, then the columns in the order in which every attention kernel takes them, then the bias.
+    pub fn inputs<'a>(&'a self, gpu: &'a G) -> Vec<G::Arg<'a>> {
+        let columns = self.columns;
+        let rows = |pick: fn(&Columns<G, T>) -> &G::Slice<T>| gpu.read_some(columns.map(pick));
+        let words = |pick: fn(&Columns<G, T>) -> &G::Slice<u32>| gpu.read_some(columns.map(pick));
+        vec![
+            gpu.read(self.q.0),
+            gpu.read(self.k.0),
+            gpu.read(self.v.0),
+            rows(|c| &c.far_k),
+            rows(|c| &c.far_v),
+            gpu.read_some(columns.and_then(|c| c.far_ln.as_ref())),
+            words(|c| &c.far_index),
+            words(|c| &c.far_before),
+            rows(|c| &c.folded_k),
+            rows(|c| &c.folded_v),
+            gpu.read_some(columns.and_then(|c| c.folded_ln.as_ref())),
+            gpu.read_some(self.bias.as_ref().map(|bias| bias.data)),
+        ]
+    }
+}
+
+/// One instance of the tensor-core kernel.
+struct Instance {
+    name: &'static str,
+    /// Of the kernel's template: padded head size, rows of a block, columns of a tile.
+    dim: usize,
+    rows: usize,
+    columns: usize,
+}
+
+impl Instance {
+    /// The smallest that holds the head size; as `FORWARD_DTYPE` in cuda/forward.cu has them.
+    fn pick(head_dim: usize, extras: bool) -> Self {
+        let (name, dim, rows, columns) = match (head_dim, extras) {
+            (..=64, false) => ("forward_64", 64, 128, 128),
+            (..=96, false) => ("forward_96", 96, 128, 64),
+            (..=128, false) => ("forward_128", 128, 128, 64),
+            (_, false) => ("forward_256", 256, 64, 64),
+            (..=64, true) => ("forward_64_extras", 64, 128, 64),
+            (..=128, true) => ("forward_128_extras", 128, 64, 64),
+            (_, true) => ("forward_256_extras", 256, 64, 64),
+        };
+        Self {
+            name,
+            dim,
+            rows,
+            columns,
+        }
+    }
+
+    /// Queries, keys and values, ln n, and the marks of columns that are not finite.
+    fn shared_bytes(&self) -> usize {
+        2 * self.dim * (self.rows + 2 * self.columns) + 4 * self.columns + 4 * (self.columns + 4)
+    }
+}
+
+/// Threads of a block of every forward kernel.
+const THREADS: usize = 128;
+/// Rows of a block of the f32 kernel.
+const F32_ROWS: usize = 32;
+
+/// Attends; every launch goes to the device's own stream and nothing waits for it.
+///
+/// # Errors
+/// As [`AttentionCall::params`], or whatever the launches report.
+pub(crate) fn forward<G: Gpu, T: GpuElement>(
+    gpu: &G,
+    call: &AttentionCall<'_, G, T>,
+    keep_log_sum_exp: bool,
+) -> Result<Attended<G, T>> {
+    let Problem {
+        batch,
+        heads,
+        tokens,
+        head_dim,
+        ..
+    } = call.problem;
+    let params = call.params()?;
+    let rows = batch * heads;
+    let mut output = gpu.alloc::<T>(rows * tokens * head_dim)?;
+    let mut log_sum_exp = match keep_log_sum_exp {
+        true => Some(gpu.alloc::<f32>(rows * tokens)?),
+        false => None,
+    };
+    let half = T::SUFFIX != "f32";
+    let instance = Instance::pick(head_dim, call.extras());
+    let (module, name, block_rows, shared_bytes) = match half {
+        true => ("forward", instance.name, instance.rows, instance.shared_bytes()),
+        false => ("forward_f32", "forward", F32_ROWS, 0),
+    };
+    let blocks = tokens.div_ceil(block_rows);
+    // Only the dense causal path of the tensor-core kernels leaves this to a second kernel.
+    let mut first_bad = match half && params.dense == 1 && params.causal == 1 {
+        true => Some(gpu.alloc::<u32>(rows * blocks)?),
+        false => None,
+    };
+    let mut args = call.inputs(gpu);
+    args.push(gpu.write(&mut output));
+    args.push(gpu.write_some(log_sum_exp.as_mut()));
+    if half {
+        args.push(gpu.write_some(first_bad.as_mut()));
+    }
+    args.push(gpu.value(&params));
+    let launch = Launch {
+        grid: [rows * blocks, 1, 1],
+        threads: THREADS,
+        shared_bytes,
+    };
+    gpu.launch(&Kernel::of::<T>(module, name), launch, &args)?;
+    drop(args);
+    if let Some(first_bad) = first_bad.filter(|_| blocks > 1) {
+        spread_nan(gpu, &params, block_rows, &first_bad, &mut output)?;
+    }
+    Ok(Attended { output, log_sum_exp })
+}
+
+fn spread_nan<G: Gpu, T: GpuElement>(
+    gpu: &G,
+    params: &AttentionParams,
+    block_rows: usize,
+    first_bad: &G::Slice<u32>,
+    output: &mut G::Slice<T>,
+) -> Result<()> {
+    let params = super::params::SpreadParams {
+        tokens: params.sizes.tokens,
+        head_dim: params.sizes.head_dim,
+        block_rows: block_rows as u32,
+        heads: params.sizes.batch * params.sizes.heads,
+    };
+    let launch = Launch {
+        grid: [params.heads as usize, 1, 1],
+        threads: 256,
+        shared_bytes: 0,
+    };
+    let args = [gpu.read(first_bad), gpu.write(output), gpu.value(&params)];
+    gpu.launch(&Kernel::plain("forward", "forward_spread_nan"), launch, &args)
+}

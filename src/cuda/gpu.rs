@@ -1,0 +1,153 @@
+//! What launchers need of a GPU: buffers, and launches of kernels by name.
+
+use crate::problem::RowLayout;
+use candle_core::{Result, WithDType};
+use half::{bf16, f16};
+
+/// What a buffer holds: every bit pattern is a value.
+pub(crate) trait Number: WithDType + DeviceNumber {}
+
+#[cfg(feature = "cuda")]
+pub(crate) trait DeviceNumber:
+    candle_core::cuda_backend::CudaDType
+    + candle_core::cuda_backend::cudarc::driver::DeviceRepr
+    + candle_core::cuda_backend::cudarc::driver::ValidAsZeroBits
+{
+}
+#[cfg(not(feature = "cuda"))]
+pub(crate) trait DeviceNumber {}
+
+macro_rules! number {
+    ($($type:ty),*) => {
+        $(
+            impl DeviceNumber for $type {}
+            impl Number for $type {}
+        )*
+    };
+}
+number!(u8, u32, f32, f64, f16, bf16);
+
+/// A dtype that q, k and v may have on a GPU.
+pub(crate) trait GpuElement: Number {
+    /// What the kernels of this dtype end with.
+    const SUFFIX: &'static str;
+}
+
+impl GpuElement for f32 {
+    const SUFFIX: &'static str = "f32";
+}
+impl GpuElement for f16 {
+    const SUFFIX: &'static str = "f16";
+}
+impl GpuElement for bf16 {
+    const SUFFIX: &'static str = "bf16";
+}
+
+/// A tensor's buffer and where its rows start in it.
+pub(crate) type Source<'a, G, T> = (&'a <G as Gpu>::Slice<T>, RowLayout);
+
+/// One kernel: `name` in `cuda/<module>.cu`. Names are unique over all modules.
+#[derive(Clone, Debug)]
+pub(crate) struct Kernel {
+    // The emulator finds a kernel by its name alone.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub module: &'static str,
+    pub name: String,
+}
+
+impl Kernel {
+    /// A kernel that reads no q, k or v.
+    pub fn plain(module: &'static str, name: &str) -> Self {
+        Self {
+            module,
+            name: name.to_string(),
+        }
+    }
+
+    /// The instance of a kernel for one dtype.
+    pub fn of<T: GpuElement>(module: &'static str, name: &str) -> Self {
+        Self {
+            module,
+            name: format!("{name}_{}", T::SUFFIX),
+        }
+    }
+}
+
+/// The shape of one launch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Launch {
+    /// Blocks: up to 2^31 - 1, 65535 and 65535.
+    pub grid: [usize; 3],
+    /// Threads of a block, a multiple of 32.
+    pub threads: usize,
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: usize,
+}
+
+impl Launch {
+    /// A warp per token of every head or list, 4 warps a block: what most small kernels ask for.
+    pub fn warps(tokens: usize, lists: usize) -> Self {
+        Self {
+            grid: [tokens.div_ceil(4), lists, 1],
+            threads: 128,
+            shared_bytes: 0,
+        }
+    }
+}
+
+/// A struct that a kernel takes by value.
+///
+/// # Safety
+/// `#[repr(C)]`, without padding, and the same as the kernel's parameter in `cuda/params.cuh`.
+pub(crate) unsafe trait Params: Copy {}
+
+/// A device, or what stands in for one.
+pub(crate) trait Gpu {
+    /// An owned buffer.
+    type Slice<T: Number>;
+    /// One argument of a launch.
+    type Arg<'a>
+    where
+        Self: 'a;
+
+    /// A buffer that a kernel is about to fill; it holds anything until then.
+    fn alloc<T: Number>(&self, len: usize) -> Result<Self::Slice<T>>;
+    /// A buffer of zeros.
+    fn zeros<T: Number>(&self, len: usize) -> Result<Self::Slice<T>>;
+    /// A copy of host data.
+    fn upload<T: Number>(&self, data: &[T]) -> Result<Self::Slice<T>>;
+
+    /// What a buffer holds; waits for the device.
+    fn download<T: Number>(&self, slice: &Self::Slice<T>) -> Result<Vec<T>>;
+
+    /// A buffer that the kernel only reads.
+    fn read<'a, T: Number>(&'a self, slice: &'a Self::Slice<T>) -> Self::Arg<'a>;
+    /// A buffer that the kernel writes.
+    fn write<'a, T: Number>(&'a self, slice: &'a mut Self::Slice<T>) -> Self::Arg<'a>;
+    /// A null pointer, for a buffer that this launch does not need.
+    fn absent<'a>(&'a self) -> Self::Arg<'a>;
+    /// A struct by value.
+    fn value<'a, P: Params>(&'a self, params: &'a P) -> Self::Arg<'a>;
+
+    /// Starts a kernel; does not wait for it.
+    ///
+    /// # Errors
+    /// Whatever the driver or the emulator reports, with the kernel's name.
+    fn launch(&self, kernel: &Kernel, launch: Launch, args: &[Self::Arg<'_>]) -> Result<()>;
+
+    /// [`Self::read`] of a buffer that may be absent.
+    fn read_some<'a, T: Number>(&'a self, slice: Option<&'a Self::Slice<T>>) -> Self::Arg<'a> {
+        match slice {
+            Some(slice) => self.read(slice),
+            None => self.absent(),
+        }
+    }
+
+    /// [`Self::write`] of a buffer that may be absent.
+    fn write_some<'a, T: Number>(&'a self, slice: Option<&'a mut Self::Slice<T>>) -> Self::Arg<'a> {
+        match slice {
+            Some(slice) => self.write(slice),
+            None => self.absent(),
+        }
+    }
+}

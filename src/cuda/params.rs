@@ -1,0 +1,252 @@
+//! The structs that kernels take by value: the same fields in the same order as in `cuda/params.cuh`, which asserts the
+//! same sizes. Only 4-byte and 8-byte fields, the 8-byte ones first: no padding.
+
+use super::gpu::Params;
+use crate::problem::{Problem, RowLayout};
+use candle_core::{bail, Result};
+
+/// Declares that structs are such, and their size in bytes on both sides.
+macro_rules! params {
+    ($($name:ident: $size:literal),* $(,)?) => {
+        $(
+            // SAFETY: repr(C), and as large as the sum of its fields, as cuda/params.cuh has it.
+            unsafe impl Params for $name {}
+            const _: () = assert!(size_of::<$name>() == $size);
+        )*
+    };
+}
+
+params!(Rows: 32, Sizes: 24);
+
+/// Where the rows of q, k or v start, in elements.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rows {
+    pub offset: u64,
+    pub batch_stride: u64,
+    pub head_stride: u64,
+    pub token_stride: u64,
+}
+
+impl Rows {
+    pub fn new(layout: &RowLayout) -> Self {
+        let [batch, head, token] = layout.strides.map(|stride| stride as u64);
+        Self {
+            offset: layout.offset as u64,
+            batch_stride: batch,
+            head_stride: head,
+            token_stride: token,
+        }
+    }
+}
+
+/// The sizes of one call.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sizes {
+    pub batch: u32,
+    pub heads: u32,
+    pub kv_heads: u32,
+    pub tokens: u32,
+    pub head_dim: u32,
+    /// Lists of columns per batch row: `heads` or `kv_heads`.
+    pub lists: u32,
+}
+
+impl Sizes {
+    /// # Errors
+    /// More tokens, heads or rows than a kernel's 32-bit indices reach.
+    pub fn new(problem: &Problem, lists: usize) -> Result<Self> {
+        // A grid has the rows of a batch and the heads in its second axis.
+        let (rows, largest) = (problem.batch * problem.heads, (1 << 31) - 1);
+        if rows > 65535 || problem.tokens > largest / 2 || problem.head_dim > 65535 {
+            bail!(
+                "query: expected at most 65535 heads over all batch rows and {} tokens on CUDA, got {rows} and {}; \
+                 split the batch",
+                largest / 2,
+                problem.tokens
+            )
+        }
+        Ok(Self {
+            batch: problem.batch as u32,
+            heads: problem.heads as u32,
+            kv_heads: problem.kv_heads as u32,
+            tokens: problem.tokens as u32,
+            head_dim: problem.head_dim as u32,
+            lists: lists as u32,
+        })
+    }
+}
+
+/// Of the emulator's own tests.
+#[cfg(feature = "cuda-emu")]
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BrokenParams {
+    pub n: u32,
+}
+
+#[cfg(feature = "cuda-emu")]
+params!(BrokenParams: 4);
+
+// --- Decisions ---
+
+params!(DecideParams: 104, SweepParams: 16, ObservedParams: 136);
+
+/// What decide.cu and loss.cu read.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DecideParams {
+    pub q: Rows,
+    pub k: Rows,
+    pub sizes: Sizes,
+    pub key_key: u32,
+    pub max_merge_level: u32,
+    pub sinks: u32,
+    pub levels: u32,
+}
+
+/// One sweep of the reference rule.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SweepParams {
+    /// Batch rows times heads.
+    pub heads: u32,
+    pub pairs: u32,
+    pub levels: u32,
+    pub sweep: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ObservedParams {
+    pub q: Rows,
+    pub k: Rows,
+    pub v: Rows,
+    pub sizes: Sizes,
+    pub window: u32,
+    pub sinks: u32,
+    pub scale: f32,
+    pub reserved: u32,
+}
+
+// --- Fold ---
+
+params!(FoldParams: 128);
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FoldParams {
+    pub q: Rows,
+    pub k: Rows,
+    pub v: Rows,
+    pub sizes: Sizes,
+    /// 0 pair sum, 1 mean, 2 drop.
+    pub fold: u32,
+    pub reserved: u32,
+}
+
+// --- Loss ---
+
+params!(TotalParams: 4);
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TotalParams {
+    pub blocks: u32,
+}
+
+// --- Attention ---
+
+params!(AttentionParams: 208);
+
+/// What every attention kernel is told.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AttentionParams {
+    pub q: Rows,
+    pub k: Rows,
+    pub v: Rows,
+    pub bias_offset: u64,
+    pub bias_strides: [u64; 4],
+    pub dropout_cut: u64,
+    pub sizes: Sizes,
+    pub capacity: u32,
+    pub window: u32,
+    pub causal: u32,
+    pub dense: u32,
+    pub dropout_key: [u32; 2],
+    pub scale: f32,
+    pub scale_sign: f32,
+    pub dropout_scale: f32,
+    pub reserved: u32,
+}
+
+params!(SpreadParams: 16);
+
+/// Of `forward_spread_nan`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SpreadParams {
+    pub tokens: u32,
+    pub head_dim: u32,
+    pub block_rows: u32,
+    /// Batch rows times heads.
+    pub heads: u32,
+}
+
+params!(DecodeParams: 32);
+
+/// Of `cuda/decode.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DecodeParams {
+    /// Query heads over all batch rows.
+    pub rows: u32,
+    /// How many of a list's query heads share a block.
+    pub together: u32,
+    /// `splits`, and one more where there are local columns.
+    pub parts: u32,
+    pub splits: u32,
+    pub capacity: u32,
+    pub local_capacity: u32,
+    pub head_dim: u32,
+    /// scale * log2(e)
+    pub scale: f32,
+}
+
+// --- Cache ---
+
+params!(CacheParams: 152, CopyParams: 20);
+
+/// Of `cache_append`: `sizes.tokens` new tokens after `first` that were seen before.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CacheParams {
+    pub q: Rows,
+    pub k: Rows,
+    pub v: Rows,
+    pub sizes: Sizes,
+    pub key_key: u32,
+    pub max_merge_level: u32,
+    pub sinks: u32,
+    pub window: u32,
+    /// 0 pair sum, 1 mean, 2 drop.
+    pub fold: u32,
+    /// Closed chains that a list has room for.
+    pub capacity: u32,
+    pub first: u32,
+    pub reserved: u32,
+}
+
+/// Of `cache_copy`, in numbers.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CopyParams {
+    pub from_stride: u32,
+    pub to_stride: u32,
+    pub to_offset: u32,
+    pub count: u32,
+    /// Numbers for each of a list's `lengths`.
+    pub unit: u32,
+}

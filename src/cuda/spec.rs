@@ -1,0 +1,39 @@
+//! Launches of `cuda/spec.cu`: attention one thread per row, which the tests hold the fast kernels against.
+
+use super::forward::{Attended, AttentionCall};
+use super::gpu::{Gpu, GpuElement, Kernel, Launch};
+use crate::problem::Problem;
+use candle_core::Result;
+
+/// As [`super::forward::forward`].
+///
+/// # Errors
+/// As [`super::forward::forward`].
+pub(crate) fn forward<G: Gpu, T: GpuElement>(gpu: &G, call: &AttentionCall<'_, G, T>) -> Result<Attended<G, T>> {
+    let Problem {
+        batch,
+        heads,
+        tokens,
+        head_dim,
+        ..
+    } = call.problem;
+    let params = call.params()?;
+    let rows = batch * heads;
+    let mut output = gpu.alloc::<T>(rows * tokens * head_dim)?;
+    let mut log_sum_exp = gpu.alloc::<f32>(rows * tokens)?;
+    let mut args = call.inputs(gpu);
+    args.push(gpu.write(&mut output));
+    args.push(gpu.write(&mut log_sum_exp));
+    args.push(gpu.value(&params));
+    let launch = Launch {
+        grid: [tokens.div_ceil(64), rows, 1],
+        threads: 64,
+        shared_bytes: 0,
+    };
+    gpu.launch(&Kernel::of::<T>("spec", "spec_forward"), launch, &args)?;
+    drop(args);
+    Ok(Attended {
+        output,
+        log_sum_exp: Some(log_sum_exp),
+    })
+}

@@ -1,0 +1,272 @@
+//! The CUDA path on candle's tensors. Nothing here waits for the device.
+
+use super::attention::{lists, Attention};
+use super::decide::{indicators, observed_indicators, DecideCall};
+use super::device::Cuda;
+use super::fold::FoldCall;
+use super::forward::Bias;
+use super::gpu::{Gpu, GpuElement, Number};
+use super::loss;
+use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
+use crate::plan::MergePlan;
+use crate::problem::{Problem, RowLayout};
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
+use candle_core::op::BackpropOp;
+use candle_core::{bail, CudaDevice, CudaStorage, DType, Layout, Result, Shape, Storage, Tensor};
+
+/// A storage and how a tensor lies in it.
+pub(crate) type Stored<'a> = (&'a CudaStorage, &'a Layout);
+
+/// Calls `$function::<T>` for a dtype that the kernels take.
+macro_rules! for_dtype {
+    ($dtype:expr, $function:ident($($arg:expr),* $(,)?)) => {
+        match $dtype {
+            DType::F16 => $function::<half::f16>($($arg),*),
+            DType::BF16 => $function::<half::bf16>($($arg),*),
+            DType::F32 => $function::<f32>($($arg),*),
+            other => bail!(
+                "query: expected dtype f32, f16 or bf16 on CUDA, got {other:?}; convert it with to_dtype or move it with \
+                 to_device(&Device::Cpu)"
+            ),
+        }
+    };
+}
+
+pub(crate) fn source<T: GpuElement>((storage, layout): Stored<'_>) -> Result<(&CudaSlice<T>, RowLayout)> {
+    Ok((storage.as_cuda_slice::<T>()?, RowLayout::new(layout)))
+}
+
+/// The storage behind a tensor on a CUDA device.
+pub(crate) fn stored<'a>(storage: &'a Storage, layout: &'a Layout) -> Result<Stored<'a>> {
+    match storage {
+        Storage::Cuda(storage) => Ok((storage, layout)),
+        other => bail!(
+            "device: expected all tensors on one CUDA device, got {:?}; move them with to_device",
+            other.device().location()
+        ),
+    }
+}
+
+/// A new tensor without a graph.
+pub(crate) fn tensor<T: Number>(slice: CudaSlice<T>, shape: impl Into<Shape>, device: &CudaDevice) -> Tensor {
+    let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, device.clone()));
+    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+}
+
+/// The merge indicators (B, H, N-1), u8, on the tensors' device.
+///
+/// # Errors
+/// A dtype that the kernels do not take, or what the device reports.
+pub(crate) fn decide(
+    problem: &Problem,
+    qkv: [&Tensor; 3],
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+) -> Result<Tensor> {
+    if problem.pairs() == 0 {
+        return Tensor::zeros((problem.batch, problem.heads, 0), DType::U8, qkv[0].device());
+    }
+    for_dtype!(problem.dtype, decide_as(problem, qkv, strategies, config, options))
+}
+
+fn decide_as<T: GpuElement>(
+    problem: &Problem,
+    qkv: [&Tensor; 3],
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+) -> Result<Tensor> {
+    let held = qkv.map(Tensor::storage_and_layout);
+    let [q, k, v] = [&held[0], &held[1], &held[2]].map(|(storage, layout)| stored(storage, layout));
+    let (q, k, v) = (q?, k?, v?);
+    let device = q.0.device().clone();
+    let gpu = Cuda::new(&device);
+    let call = DecideCall {
+        problem: *problem,
+        q: source::<T>(q)?,
+        k: source::<T>(k)?,
+        strategies,
+        config,
+    };
+    let bits = match config.criterion {
+        Criterion::ObservedMass => observed_indicators(&gpu, &call, source::<T>(v)?, options.scale(problem.head_dim))?,
+        _ => indicators(&gpu, &call)?,
+    };
+    Ok(tensor(bits, (problem.batch, problem.heads, problem.pairs()), &device))
+}
+
+/// One attention call on candle's storages.
+pub(crate) struct TensorCall<'a> {
+    pub problem: Problem,
+    pub plan: &'a MergePlan,
+    pub options: &'a AttentionOptions,
+    /// f32, as a (B, H, N, N) view.
+    pub bias: Option<&'a Tensor>,
+}
+
+impl TensorCall<'_> {
+    /// The output (B, H, N, D), and the log-sum-exp (B, H, N) where `keep_log_sum_exp`.
+    ///
+    /// # Errors
+    /// A dtype, a size or strides that the kernels do not take, or what the device reports.
+    pub fn forward(&self, qkv: [Stored; 3], keep_log_sum_exp: bool) -> Result<(CudaStorage, Option<Tensor>)> {
+        for_dtype!(self.problem.dtype, forward_as(self, qkv, keep_log_sum_exp))
+    }
+
+    /// The gradients of query, key and value; `output` and `grad_output` are contiguous.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn backward(&self, qkv: [&Tensor; 3], saved: [&Tensor; 2], grad_output: &Tensor) -> Result<[Tensor; 3]> {
+        for_dtype!(self.problem.dtype, backward_as(self, qkv, saved, grad_output))
+    }
+
+    /// Calls `body` with the checked parts of this call.
+    fn with<T: GpuElement, R>(
+        &self,
+        [q, k, v]: [Stored; 3],
+        body: impl FnOnce(&Cuda, &Attention<Cuda, T>) -> Result<R>,
+    ) -> Result<R> {
+        let bits = self.plan.indicators().storage_and_layout();
+        let (bits, _) = stored(&bits.0, bits.1)?;
+        let bias_storage = self.bias.map(Tensor::storage_and_layout);
+        let bias = match &bias_storage {
+            Some((storage, layout)) => {
+                let (storage, layout) = stored(storage, layout)?;
+                let strides = layout.stride();
+                Some(Bias {
+                    data: storage.as_cuda_slice::<f32>()?,
+                    offset: layout.start_offset(),
+                    strides: [strides[0], strides[1], strides[2], strides[3]],
+                })
+            }
+            None => None,
+        };
+        let gpu = Cuda::new(q.0.device());
+        // Where there is no pair the indicators are empty, and nothing may be looked up in them.
+        let none = gpu.zeros::<u8>(1)?;
+        let attention = Attention {
+            fold: FoldCall {
+                problem: self.problem,
+                q: source::<T>(q)?,
+                k: source::<T>(k)?,
+                v: source::<T>(v)?,
+                bits: match self.problem.pairs() {
+                    0 => &none,
+                    _ => bits.as_cuda_slice::<u8>()?,
+                },
+                fold: self.plan.config().fold,
+                lists: lists(&self.problem, self.plan.hides_nothing(), self.plan.heads_agree()),
+            },
+            dense: self.plan.hides_nothing(),
+            window: self.plan.config().window,
+            bias,
+            options: self.options,
+        };
+        body(&gpu, &attention)
+    }
+}
+
+fn forward_as<T: GpuElement>(
+    call: &TensorCall,
+    qkv: [Stored; 3],
+    keep_log_sum_exp: bool,
+) -> Result<(CudaStorage, Option<Tensor>)> {
+    let device = qkv[0].0.device().clone();
+    call.with::<T, _>(qkv, |gpu, attention| {
+        let attended = attention.forward(gpu, keep_log_sum_exp)?;
+        let shape = (call.problem.batch, call.problem.heads, call.problem.tokens);
+        let log_sum_exp = attended.log_sum_exp.map(|slice| tensor(slice, shape, &device));
+        Ok((CudaStorage::wrap_cuda_slice(attended.output, device), log_sum_exp))
+    })
+}
+
+fn backward_as<T: GpuElement>(
+    call: &TensorCall,
+    qkv: [&Tensor; 3],
+    [output, log_sum_exp]: [&Tensor; 2],
+    grad_output: &Tensor,
+) -> Result<[Tensor; 3]> {
+    let held = [qkv[0], qkv[1], qkv[2], output, log_sum_exp, grad_output].map(Tensor::storage_and_layout);
+    let mut all = Vec::with_capacity(held.len());
+    for (storage, layout) in &held {
+        all.push(stored(storage, layout)?);
+    }
+    let [q, k, v, output, log_sum_exp, grad_output] = all[..] else {
+        bail!("compressed-attention: expected 6 tensors; this is a defect of the crate, please report it")
+    };
+    let device = q.0.device().clone();
+    call.with::<T, _>([q, k, v], |gpu, attention| {
+        let gradients = attention.backward(
+            gpu,
+            output.0.as_cuda_slice::<T>()?,
+            log_sum_exp.0.as_cuda_slice::<f32>()?,
+            grad_output.0.as_cuda_slice::<T>()?,
+        )?;
+        Ok([
+            tensor(gradients.dq, qkv[0].dims(), &device),
+            tensor(gradients.dk, qkv[1].dims(), &device),
+            tensor(gradients.dv, qkv[2].dims(), &device),
+        ])
+    })
+}
+
+/// What the compression loss reads.
+pub(crate) struct LossCall<'a> {
+    pub problem: Problem,
+    pub strategies: &'a HeadStrategies,
+    pub config: &'a CompressionConfig,
+}
+
+impl LossCall<'_> {
+    /// [S, M], f32.
+    ///
+    /// # Errors
+    /// A dtype that the kernels do not take, or what the device reports.
+    pub fn sums(&self, q: Stored, k: Stored) -> Result<CudaStorage> {
+        for_dtype!(self.problem.dtype, loss_sums_as(self, q, k))
+    }
+
+    /// The gradients of query and key from that of [S, M], f32 on the device.
+    ///
+    /// # Errors
+    /// As [`Self::sums`].
+    pub fn gradients(&self, q: &Tensor, k: &Tensor, upstream: &Tensor) -> Result<[Tensor; 2]> {
+        for_dtype!(self.problem.dtype, loss_gradients_as(self, q, k, upstream))
+    }
+
+    fn decide<'a, T: GpuElement>(&'a self, q: Stored<'a>, k: Stored<'a>) -> Result<DecideCall<'a, Cuda, T>> {
+        Ok(DecideCall {
+            problem: self.problem,
+            q: source(q)?,
+            k: source(k)?,
+            strategies: self.strategies,
+            config: self.config,
+        })
+    }
+}
+
+fn loss_sums_as<T: GpuElement>(call: &LossCall, q: Stored, k: Stored) -> Result<CudaStorage> {
+    let device = q.0.device().clone();
+    let sums = loss::sums(&Cuda::new(&device), &call.decide::<T>(q, k)?)?;
+    Ok(CudaStorage::wrap_cuda_slice(sums, device))
+}
+
+fn loss_gradients_as<T: GpuElement>(call: &LossCall, q: &Tensor, k: &Tensor, upstream: &Tensor) -> Result<[Tensor; 2]> {
+    let (dims, upstream) = ([q.dims(), k.dims()], upstream.to_dtype(DType::F32)?.contiguous()?);
+    let held = [q, k, &upstream].map(Tensor::storage_and_layout);
+    let [q, k, upstream] = [&held[0], &held[1], &held[2]].map(|(storage, layout)| stored(storage, layout));
+    let (q, k, (upstream, layout)) = (q?, k?, upstream?);
+    if layout.start_offset() != 0 {
+        bail!("compression-loss: expected a gradient at the start of its buffer; call copy() on it first")
+    }
+    let device = q.0.device().clone();
+    let [dq, dk] = loss::gradients(
+        &Cuda::new(&device),
+        &call.decide::<T>(q, k)?,
+        upstream.as_cuda_slice::<f32>()?,
+    )?;
+    Ok([tensor(dq, dims[0], &device), tensor(dk, dims[1], &device)])
+}

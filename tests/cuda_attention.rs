@@ -1,0 +1,158 @@
+//! The attention kernels under the emulator: the table of settings times odd shapes against the f64 reference.
+#![cfg(feature = "cuda-emu")]
+
+mod common;
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Device, Tensor};
+use candle_sfattention::{emulation, AttentionOptions, MergeStrategy};
+use common::golden::cases;
+use common::inputs::{assert_close, laid_out, values, Memory, Shape};
+use common::judge::Expected;
+use common::settings::{settings, Setting};
+
+/// Odd everything, with every padded head size; the emulator is slow, so blocks and tiles are passed by little.
+const SHAPES: [Shape; 10] = [
+    Shape(1, 1, 1, 1, 32),
+    Shape(2, 3, 1, 2, 8),
+    Shape(1, 2, 2, 59, 96),
+    Shape(1, 4, 2, 97, 24),
+    Shape(1, 2, 1, 97, 72),
+    Shape(1, 1, 1, 130, 64),
+    Shape(1, 2, 1, 70, 128),
+    Shape(1, 1, 1, 140, 128),
+    Shape(1, 1, 1, 67, 256),
+    Shape(1, 2, 1, 257, 16),
+];
+
+/// The part of the table that the environment asks for, or all of it: `SFA_CASE` is a part of a setting's name.
+fn wanted(setting: &Setting) -> bool {
+    std::env::var("SFA_CASE").map_or(true, |part| setting.name.contains(&part))
+}
+
+/// Output and gradients of the table, as the kernels compute them and as those for nothing hidden do.
+fn check(dtype: DType, memory: Memory) -> Result<()> {
+    let (mut worst, mut at) = (0.0, String::new());
+    for setting in settings().iter().filter(|setting| wanted(setting)) {
+        for (seed, shape) in SHAPES.iter().enumerate() {
+            let options = (setting.options)(shape);
+            let qkv = shape.qkv(seed as u64, dtype)?;
+            let &Shape(batch, heads, _, tokens, dim) = shape;
+            let grad_output = Shape(batch, heads, heads, tokens, dim).qkv(seed as u64 + 77, dtype)?[2].clone();
+            let expected = Expected::new(&qkv, &grad_output, setting, &options)?;
+            let [q, k, v] = &laid_out(&qkv, memory)?;
+            for dense in [false, true] {
+                if dense && setting.strategy != MergeStrategy::Off {
+                    continue;
+                }
+                let what = format!("{} {shape:?} {dtype:?} {memory:?} dense {dense}", setting.name);
+                let pass = emulation::attend(
+                    [q, k, v],
+                    &expected.bits,
+                    &setting.config,
+                    &options,
+                    dense,
+                    Some(&grad_output),
+                )
+                .with_context(|| what.clone())?;
+                let [dq, dk, dv] = &pass.gradients.context("gradients were asked for")?;
+                let share = expected.check(&what, [&pass.output, dq, dk, dv])?;
+                if share > worst {
+                    (worst, at) = (share, what);
+                }
+            }
+        }
+    }
+    println!("{dtype:?}: at most {worst:.2} of the error allowed: {at}");
+    Ok(())
+}
+
+#[test]
+fn f32_is_as_exact_as_the_cpu() -> Result<()> {
+    check(DType::F32, Memory::HeadMajor)
+}
+
+#[test]
+fn f16_errs_at_most_twice_as_much_as_candle() -> Result<()> {
+    check(DType::F16, Memory::TokenMajor)
+}
+
+#[test]
+fn bf16_errs_at_most_twice_as_much_as_candle() -> Result<()> {
+    check(DType::BF16, Memory::Fused)
+}
+
+#[test]
+fn golden_outputs_and_gradients_agree() -> Result<()> {
+    let mut checked = 0;
+    for case in cases("golden.safetensors")? {
+        let (Some(bits), dim) = (case.get("indicators"), case.tensor("q")?.dim(3)?) else {
+            continue;
+        };
+        if dim % 8 != 0 {
+            continue;
+        }
+        let inputs = [case.tensor("q")?, case.tensor("k")?, case.tensor("v")?];
+        let grad_output = case.tensor("grad_output")?;
+        let pass = emulation::attend(inputs, bits, &case.config, &case.options, false, Some(grad_output))
+            .map_err(|error| anyhow::anyhow!("{}: {error}", case.name))?;
+        assert_close(&case.name, &pass.output, case.tensor("output")?, 1.2e-5, 1.2e-5)?;
+        for (name, got) in ["dq", "dk", "dv"].iter().zip(pass.gradients.expect("asked for")) {
+            let expected = case.tensor(name)?;
+            let largest = values(expected)?.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+            let what = format!("{} {name}", case.name);
+            assert_close(&what, &got, expected, 2e-5 * largest.max(0.01), 2e-5)?;
+        }
+        checked += 1;
+    }
+    assert!(checked > 20, "{checked} golden cases");
+    Ok(())
+}
+
+/// A token that is not a number, or infinite, makes the rows that see it NaN throughout and touches no other row.
+#[test]
+fn bad_numbers_stay_where_they_are() -> Result<()> {
+    let shape = Shape(1, 2, 1, 300, 64);
+    let options = AttentionOptions::default();
+    for setting in settings()
+        .iter()
+        .filter(|setting| ["off", "off, window"].contains(&setting.name))
+    {
+        for dtype in [DType::F32, DType::BF16] {
+            for (part, bad) in [
+                (1, f64::NAN),
+                (1, f64::INFINITY),
+                (1, f64::NEG_INFINITY),
+                (2, f64::INFINITY),
+                (0, f64::NAN),
+            ] {
+                let (token, dim) = (77, shape.4);
+                let qkv = shape.qkv(3, dtype)?;
+                let mut data = values(&qkv[part])?;
+                data[token * dim + 5] = bad;
+                let mut broken = qkv.clone();
+                broken[part] = Tensor::from_vec(data, qkv[part].dims(), &Device::Cpu)?.to_dtype(dtype)?;
+                let bits = Tensor::zeros((1, 2, 299), DType::U8, &Device::Cpu)?;
+                for dense in [false, true] {
+                    let run = |qkv: &[Tensor; 3]| -> Result<Vec<f64>> {
+                        let inputs = [&qkv[0], &qkv[1], &qkv[2]];
+                        let pass = emulation::attend(inputs, &bits, &setting.config, &options, dense, None)?;
+                        Ok(values(&pass.output)?)
+                    };
+                    let (clean, got) = (run(&qkv)?, run(&broken)?);
+                    for (index, (clean, got)) in clean.iter().zip(&got).enumerate() {
+                        let (head, row) = (index / dim / 300, index / dim % 300);
+                        let sees = if part == 0 {
+                            head == 0 && row == token
+                        } else {
+                            row >= token
+                        };
+                        let what = format!("{} {dtype:?} part {part} {bad} dense {dense} row {row}", setting.name);
+                        assert!(if sees { got.is_nan() } else { got == clean }, "{what}: {got}");
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,451 @@
+//! The CUDA path on a GPU, through candle's tensors: the table of settings times odd shapes against the f64 reference, by
+//! the rules of `common::judge`; golden cases; repeats; large sizes against the CPU path; what is refused.
+//!
+//! Without a GPU each test says that it is skipped, unless `SFA_REQUIRE_GPU` is set: then it fails.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use anyhow::{ensure, Context, Result};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::{Module, VarBuilder, VarMap};
+use candle_sfattention::{
+    attend, compressed_attention, compression_loss, compression_loss_terms, AttentionOptions, CompressedAttention,
+    CompressedSelfAttention, CompressionConfig, Criterion, Fold, GroupRule, HeadStrategies, MergePlan, MergeStrategy,
+    RotaryConfig, RotaryLayout, SelfAttentionConfig,
+};
+use common::device::gpu;
+use common::golden::cases;
+use common::inputs::{assert_close, values, Memory, Shape};
+use common::judge::{differentiate, largest, largest_error, Expected, F32_TIMES};
+use common::settings::{settings, Setting};
+
+/// Odd everything, with every padded head size, and more tokens than a block or a tile has.
+const SHAPES: [Shape; 12] = [
+    Shape(1, 1, 1, 1, 32),
+    Shape(2, 3, 1, 2, 8),
+    Shape(1, 2, 2, 59, 96),
+    Shape(1, 4, 2, 97, 24),
+    Shape(1, 2, 1, 97, 72),
+    Shape(3, 1, 1, 130, 64),
+    Shape(1, 2, 1, 70, 128),
+    Shape(1, 6, 3, 140, 128),
+    Shape(1, 1, 1, 67, 256),
+    Shape(1, 2, 1, 257, 16),
+    Shape(1, 2, 2, 300, 160),
+    Shape(1, 1, 1, 513, 64),
+];
+
+/// The part of the table that the environment asks for: `SFA_CASE` is a part of a setting's name, `SFA_TOKENS` the most
+/// tokens.
+fn wanted(setting: &Setting, shape: &Shape) -> bool {
+    let tokens = std::env::var("SFA_TOKENS").ok().and_then(|most| most.parse().ok());
+    std::env::var("SFA_CASE").map_or(true, |part| setting.name.contains(&part))
+        && tokens.is_none_or(|most: usize| shape.3 <= most)
+}
+
+/// The same values in another memory layout, as part of the graph.
+fn laid_out(x: &Tensor, memory: Memory) -> Result<Tensor> {
+    Ok(match memory {
+        Memory::HeadMajor => x.clone(),
+        Memory::TokenMajor => x.transpose(1, 2)?.contiguous()?.transpose(1, 2)?,
+        // As a part of a fused projection: rows of more than the heads' own numbers.
+        Memory::Fused => {
+            let by_token = x.transpose(1, 2)?.contiguous()?;
+            let heads = x.dim(1)?;
+            Tensor::cat(&[&by_token, &by_token], 2)?
+                .narrow(2, heads, heads)?
+                .transpose(1, 2)?
+        }
+    })
+}
+
+fn on(device: &Device, qkv: &[Tensor; 3]) -> Result<[Tensor; 3]> {
+    let [q, k, v] = [&qkv[0], &qkv[1], &qkv[2]].map(|x| x.to_device(device));
+    Ok([q?, k?, v?])
+}
+
+fn random_like_output(shape: &Shape, seed: u64, dtype: DType) -> Result<Tensor> {
+    let &Shape(batch, heads, _, tokens, dim) = shape;
+    Ok(Shape(batch, heads, heads, tokens, dim).qkv(seed + 77, dtype)?[2].clone())
+}
+
+fn bits_of(x: &Tensor) -> Result<Vec<u64>> {
+    Ok(values(x)?.into_iter().map(f64::to_bits).collect())
+}
+
+/// Decisions, outputs and gradients; every tenth case ten times, bit for bit.
+fn check_table(dtype: DType, memory: Memory) -> Result<()> {
+    let Some(device) = gpu()? else { return Ok(()) };
+    let (mut worst, mut at, mut cases) = (0.0, String::new(), 0);
+    for setting in &settings() {
+        for (seed, shape) in SHAPES.iter().enumerate().filter(|(_, shape)| wanted(setting, shape)) {
+            let what = format!("{} {shape:?} {dtype:?} {memory:?}", setting.name);
+            let options = (setting.options)(shape);
+            let qkv = shape.qkv(seed as u64, dtype)?;
+            let grad_output = random_like_output(shape, seed as u64, dtype)?;
+            let expected = Expected::new(&qkv, &grad_output, setting, &options)?;
+            let (qkv, grad_output) = (on(&device, &qkv)?, grad_output.to_device(&device)?);
+            let options = AttentionOptions {
+                bias: options.bias.as_ref().map(|bias| bias.to_device(&device)).transpose()?,
+                ..options
+            };
+            let strategies = setting.strategies(shape)?;
+            let plan = || MergePlan::new(&qkv[0], &qkv[1], &qkv[2], &strategies, &setting.config, &options);
+            let run = || {
+                let plan = plan()?;
+                differentiate(&qkv, &grad_output, |q, k, v| {
+                    let [q, k, v] = [q, k, v].map(|x| laid_out(x, memory));
+                    Ok(attend(&q?, &k?, &v?, &plan, &options)?)
+                })
+            };
+            let decided = plan().with_context(|| what.clone())?.indicators().to_vec3::<u8>()?;
+            ensure!(decided == expected.bits.to_vec3::<u8>()?, "{what}: other decisions");
+            let got = run().with_context(|| what.clone())?;
+            let share = expected.check(&what, [&got[0], &got[1], &got[2], &got[3]])?;
+            if share > worst {
+                (worst, at) = (share, what.clone());
+            }
+            if cases % 10 == 0 {
+                let first = got.iter().map(bits_of).collect::<Result<Vec<_>>>()?;
+                for _ in 1..10 {
+                    let again = run()?.iter().map(bits_of).collect::<Result<Vec<_>>>()?;
+                    ensure!(again == first, "{what}: another run gave other bits");
+                }
+            }
+            cases += 1;
+        }
+    }
+    println!("{dtype:?} {memory:?}: {cases} cases, at most {worst:.2} of the error allowed: {at}");
+    Ok(())
+}
+
+#[test]
+fn table_f32() -> Result<()> {
+    check_table(DType::F32, Memory::TokenMajor)
+}
+
+#[test]
+fn table_f16() -> Result<()> {
+    check_table(DType::F16, Memory::HeadMajor)
+}
+
+#[test]
+fn table_bf16() -> Result<()> {
+    check_table(DType::BF16, Memory::Fused)
+}
+
+#[test]
+fn golden_cases() -> Result<()> {
+    let Some(device) = gpu()? else { return Ok(()) };
+    let mut checked = 0;
+    for case in cases("golden.safetensors")? {
+        if case.tensor("q")?.dim(3)? % 8 != 0 {
+            continue;
+        }
+        let one = |name: &str| -> Result<Tensor> { Ok(case.tensor(name)?.to_device(&device)?) };
+        let (qkv, grad_output) = ([one("q")?, one("k")?, one("v")?], one("grad_output")?);
+        let plan = MergePlan::new(&qkv[0], &qkv[1], &qkv[2], &case.strategies, &case.config, &case.options)?;
+        if let Some(expected) = case.get("indicators") {
+            let got = plan.indicators().to_vec3::<u8>()?;
+            ensure!(got == expected.to_vec3::<u8>()?, "{}: other decisions", case.name);
+        }
+        let run = |qkv: &[Tensor; 3], grad_output: &Tensor, plan: &MergePlan| {
+            differentiate(qkv, grad_output, |q, k, v| Ok(attend(q, k, v, plan, &case.options)?))
+        };
+        let got = run(&qkv, &grad_output, &plan)?;
+        let cpu_qkv = on(&Device::Cpu, &qkv)?;
+        let cpu_plan = MergePlan::from_indicators(&plan.indicators().to_device(&Device::Cpu)?, &case.config)?;
+        let cpu = run(&cpu_qkv, case.tensor("grad_output")?, &cpu_plan)?;
+        for (index, name) in ["output", "dq", "dk", "dv"].into_iter().enumerate() {
+            let exact = case.tensor(name)?;
+            let (error, cpu) = (largest_error(&got[index], exact)?, largest_error(&cpu[index], exact)?);
+            let allowed = F32_TIMES * cpu + 4.0 * 2f64.powi(-24) * largest(exact)?.max(1.0);
+            ensure!(
+                error <= allowed,
+                "{} {name}: {error:e}, the CPU's is {cpu:e}",
+                case.name
+            );
+        }
+        checked += 1;
+    }
+    println!("{checked} golden cases");
+    ensure!(checked > 20, "{checked} golden cases");
+    Ok(())
+}
+
+#[test]
+fn compression_losses() -> Result<()> {
+    let Some(device) = gpu()? else { return Ok(()) };
+    let mut checked = 0;
+    for case in cases("golden.safetensors")? {
+        let Some(expected) = case.get("loss") else { continue };
+        let (q, k) = (case.tensor("q")?, case.tensor("k")?);
+        let vars = [
+            Var::from_tensor(&q.to_device(&device)?)?,
+            Var::from_tensor(&k.to_device(&device)?)?,
+        ];
+        let loss = compression_loss(&vars[0], &vars[1], &case.strategies, &case.config)?.context("no loss")?;
+        assert_close(&case.name, &loss.reshape(expected.dims())?, expected, 1e-6, 2e-5)?;
+        let gradients = loss.backward()?;
+        for (var, name) in vars.iter().zip(["loss_dq", "loss_dk"]) {
+            let expected = case.tensor(name)?;
+            let got = gradients.get(var).cloned().map_or_else(|| var.zeros_like(), Ok)?;
+            let floor = 2e-5 * largest(expected)?.max(1e-3);
+            assert_close(&format!("{} {name}", case.name), &got, expected, floor, 2e-5)?;
+        }
+        checked += 1;
+    }
+    ensure!(checked > 40, "{checked} losses");
+    // Half inputs: the same sums in f32 as on the CPU, and gradients rounded once.
+    for dtype in [DType::F16, DType::BF16] {
+        let [q, k, _] = Shape(2, 6, 2, 301, 64).qkv(9, dtype)?;
+        let config = CompressionConfig {
+            similarity_threshold: 0.3,
+            ..Default::default()
+        };
+        let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+        let run = |device: &Device| -> Result<[Tensor; 4]> {
+            let (q, k) = (
+                Var::from_tensor(&q.to_device(device)?)?,
+                Var::from_tensor(&k.to_device(device)?)?,
+            );
+            let terms = compression_loss_terms(&q, &k, &strategies, &config)?.context("no loss")?;
+            let store = terms.squared.backward()?;
+            let gradient = |var: &Var| store.get(var).cloned().context("no gradient");
+            Ok([
+                terms.squared.detach(),
+                terms.merged.detach(),
+                gradient(&q)?,
+                gradient(&k)?,
+            ])
+        };
+        let (got, expected) = (run(&device)?, run(&Device::Cpu)?);
+        for (index, tolerance) in [2e-5, 0.0, 0.01, 0.01].into_iter().enumerate() {
+            assert_close("half loss", &got[index], &expected[index], tolerance * 1e-2, tolerance)?;
+        }
+    }
+    Ok(())
+}
+
+/// More than a wave of blocks, in both directions, against the CPU path on the same values.
+#[test]
+fn large_sizes_agree_with_the_cpu() -> Result<()> {
+    let Some(device) = gpu()? else { return Ok(()) };
+    for (shape, dtype, window) in [
+        (Shape(2, 8, 2, 2048, 128), DType::BF16, 32),
+        (Shape(1, 4, 4, 4096, 64), DType::F16, 0),
+        (Shape(1, 4, 1, 2500, 64), DType::F32, 16),
+        (Shape(1, 2, 1, 1537, 256), DType::BF16, 5),
+    ] {
+        let config = CompressionConfig {
+            similarity_threshold: 0.35,
+            window,
+            ..CompressionConfig::pretrained()
+        };
+        let (qkv, grad_output) = (shape.qkv(3, dtype)?, random_like_output(&shape, 3, dtype)?);
+        let (strategies, options) = (
+            HeadStrategies::uniform(MergeStrategy::Similarity),
+            AttentionOptions::default(),
+        );
+        let run = |qkv: &[Tensor; 3], grad_output: &Tensor| -> Result<(Tensor, [Tensor; 4])> {
+            let plan = MergePlan::new(&qkv[0], &qkv[1], &qkv[2], &strategies, &config, &options)?;
+            let found = differentiate(qkv, grad_output, |q, k, v| Ok(attend(q, k, v, &plan, &options)?))?;
+            Ok((plan.indicators().clone(), found))
+        };
+        // In f32 on the CPU: exact enough to judge halves by.
+        let single = |x: &Tensor| x.to_dtype(DType::F32);
+        let wide = [single(&qkv[0])?, single(&qkv[1])?, single(&qkv[2])?];
+        let (bits, expected) = run(&wide, &single(&grad_output)?)?;
+        let (got_bits, got) = run(&on(&device, &qkv)?, &grad_output.to_device(&device)?)?;
+        ensure!(
+            got_bits.to_vec3::<u8>()? == bits.to_vec3::<u8>()?,
+            "{shape:?} {dtype:?}: other decisions"
+        );
+        // A few roundings of the largest number, the terms being about 1.
+        let unit = match dtype {
+            DType::F16 => 2f64.powi(-10),
+            DType::BF16 => 2f64.powi(-7),
+            _ => 2f64.powi(-17),
+        };
+        for (name, got, expected) in [
+            ("output", &got[0], &expected[0]),
+            ("dq", &got[1], &expected[1]),
+            ("dk", &got[2], &expected[2]),
+            ("dv", &got[3], &expected[3]),
+        ] {
+            let (error, most) = (largest_error(got, expected)?, largest(expected)?);
+            println!("{shape:?} {dtype:?} {name}: error {error:.2e} of {most:.2e}");
+            ensure!(
+                error <= 4.0 * unit * most.max(1.0),
+                "{shape:?} {dtype:?} {name}: {error:e} of {most:e}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// A token that is not a number, or infinite, makes the rows that see it NaN, and no other.
+#[test]
+fn bad_numbers_stay_where_they_are() -> Result<()> {
+    let Some(device) = gpu()? else { return Ok(()) };
+    let shape = Shape(1, 2, 1, 300, 64);
+    for setting in settings().iter().filter(|setting| (setting.options)(&shape).causal) {
+        for dtype in [DType::F32, DType::BF16] {
+            for (part, bad) in [(0, f64::NAN), (1, f64::INFINITY), (2, f64::NEG_INFINITY), (1, f64::NAN)] {
+                let mut qkv = shape.qkv(3, dtype)?;
+                let mut data = values(&qkv[part])?;
+                data[77 * shape.4 + 5] = bad;
+                qkv[part] = Tensor::from_vec(data, qkv[part].dims(), &Device::Cpu)?.to_dtype(dtype)?;
+                let options = (setting.options)(&shape);
+                let strategies = setting.strategies(&shape)?;
+                let run = |qkv: &[Tensor; 3], options: &AttentionOptions| -> Result<Vec<bool>> {
+                    let [q, k, v] = qkv;
+                    let got = compressed_attention(q, k, v, &strategies, &setting.config, options)?.output;
+                    Ok(values(&got)?.iter().map(|x| x.is_nan()).collect())
+                };
+                let expected = run(&qkv, &options)?;
+                let options = AttentionOptions {
+                    bias: options.bias.as_ref().map(|bias| bias.to_device(&device)).transpose()?,
+                    ..options
+                };
+                let got = run(&on(&device, &qkv)?, &options)?;
+                ensure!(got == expected, "{} {dtype:?} part {part} {bad}", setting.name);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A whole layer, its loss and the gradients of its weights, on both devices.
+#[test]
+fn a_layer_trains_alike() -> Result<()> {
+    let Some(device) = gpu()? else { return Ok(()) };
+    let sizes = SelfAttentionConfig {
+        hidden_size: 128,
+        num_heads: 4,
+        num_kv_heads: 2,
+        head_dim: 32,
+        qkv_bias: true,
+        output_bias: false,
+        rotary: Some(RotaryConfig {
+            max_tokens: 200,
+            theta: 10_000.0,
+            layout: RotaryLayout::Half,
+        }),
+    };
+    let config = CompressionConfig {
+        similarity_threshold: 0.3,
+        ..CompressionConfig::default()
+    };
+    let map = VarMap::new();
+    let layer = |map: &VarMap, device: &Device| -> Result<CompressedSelfAttention> {
+        let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+        let attention = CompressedAttention::new(strategies, config.clone(), Default::default())?;
+        Ok(CompressedSelfAttention::new(
+            sizes,
+            attention,
+            VarBuilder::from_varmap(map, DType::F32, device),
+        )?)
+    };
+    let on_cpu = layer(&map, &Device::Cpu)?;
+    let moved = VarMap::new();
+    for (name, var) in map.data().lock().expect("poisoned").iter() {
+        let var = Var::from_tensor(&var.to_device(&device)?)?;
+        moved.data().lock().expect("poisoned").insert(name.clone(), var);
+    }
+    let on_gpu = layer(&moved, &device)?;
+    let xs = Shape(2, 1, 1, 150, 128).qkv(5, DType::F32)?[1].squeeze(1)?;
+    let run = |layer: &CompressedSelfAttention, map: &VarMap, xs: &Tensor| -> Result<Vec<(String, Tensor)>> {
+        let (output, loss) = layer.forward_with_loss(xs)?;
+        let loss = loss.context("no loss")?;
+        let store = (output.sqr()?.sum_all()? + &loss)?.backward()?;
+        let mut found = vec![("output".to_string(), layer.forward(xs)?), ("loss".to_string(), loss)];
+        for (name, var) in map.data().lock().expect("poisoned").iter() {
+            found.push((name.clone(), store.get(var).cloned().context("no gradient")?));
+        }
+        found.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(found)
+    };
+    let expected = run(&on_cpu, &map, &xs)?;
+    let got = run(&on_gpu, &moved, &xs.to_device(&device)?)?;
+    for ((name, expected), (_, got)) in expected.iter().zip(&got) {
+        let most = largest(expected)?;
+        // candle's own matrix products on the GPU differ from the CPU's by roundings, and weights add them up.
+        assert_close(name, got, expected, 2e-4 * most, 2e-4)?;
+    }
+    Ok(())
+}
+
+/// What the kernels do not take is refused with a remedy.
+#[test]
+fn refusals_say_what_to_do() -> Result<()> {
+    let Some(device) = gpu()? else { return Ok(()) };
+    let (strategies, options) = (
+        HeadStrategies::uniform(MergeStrategy::Similarity),
+        AttentionOptions::default(),
+    );
+    let run = |qkv: &[Tensor; 3]| {
+        let [q, k, v] = qkv;
+        compressed_attention(q, k, v, &strategies, &CompressionConfig::default(), &options)
+    };
+    let refused = |qkv: &[Tensor; 3], part: &str| match run(qkv) {
+        Ok(_) => panic!("expected an error with {part:?}"),
+        Err(error) => assert!(error.to_string().contains(part), "expected {part:?} in {error}"),
+    };
+    refused(
+        &on(&device, &Shape(1, 1, 1, 9, 16).qkv(0, DType::F64)?)?,
+        "expected dtype f32, f16 or bf16 on CUDA",
+    );
+    refused(
+        &on(&device, &Shape(1, 1, 1, 9, 20).qkv(0, DType::F32)?)?,
+        "a multiple of 8 and at most 256 on CUDA",
+    );
+    refused(
+        &on(&device, &Shape(1, 1, 1, 9, 264).qkv(0, DType::F32)?)?,
+        "a multiple of 8 and at most 256 on CUDA",
+    );
+    let mut mixed = on(&device, &Shape(1, 1, 1, 9, 16).qkv(0, DType::F32)?)?;
+    mixed[1] = mixed[1].to_device(&Device::Cpu)?;
+    refused(&mixed, "expected the query's device");
+    let odd = Tensor::zeros((1, 1, 9, 17), DType::F32, &device)?.narrow(3, 0, 16)?;
+    refused(&[odd.clone(), odd.clone(), odd], "start at multiples of 8 elements");
+    Ok(())
+}
+
+/// Decisions per query head and per group, for every criterion, on views, in all dtypes: as on the CPU.
+#[test]
+fn decisions_agree_with_the_cpu() -> Result<()> {
+    let Some(device) = gpu()? else { return Ok(()) };
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for (criterion, group_rule) in [
+            (Criterion::QueryKey, GroupRule::PerQueryHead),
+            (Criterion::QueryKey, GroupRule::Unanimous),
+            (Criterion::KeyKey, GroupRule::Unanimous),
+        ] {
+            for (seed, shape) in [Shape(2, 6, 2, 1025, 64), Shape(1, 4, 1, 777, 128)].iter().enumerate() {
+                let config = CompressionConfig {
+                    criterion,
+                    group_rule,
+                    fold: Fold::Mean,
+                    similarity_threshold: 0.3,
+                    sinks: 3,
+                    ..Default::default()
+                };
+                let qkv = shape.qkv(seed as u64, dtype)?;
+                let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+                let decide = |[q, k, v]: &[Tensor; 3]| {
+                    MergePlan::new(q, k, v, &strategies, &config, &AttentionOptions::default())
+                };
+                let (expected, got) = (decide(&qkv)?, decide(&on(&device, &qkv)?)?);
+                assert!(expected.stats()?.hidden > 0);
+                assert_eq!(got.stats()?, expected.stats()?, "{config:?} {shape:?} {dtype:?}");
+                assert_eq!(
+                    got.indicators().to_vec3::<u8>()?,
+                    expected.indicators().to_vec3::<u8>()?
+                );
+            }
+        }
+    }
+    Ok(())
+}

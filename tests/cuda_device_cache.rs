@@ -1,0 +1,304 @@
+//! The KV cache on a GPU: any chunking gives the rows of attention over the whole sequence, as long a memory as on the CPU,
+//! and what it refuses. Without a GPU each test says that it is skipped, as in `cuda_device`.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use anyhow::{ensure, Result};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::{VarBuilder, VarMap};
+use candle_sfattention::{
+    AttentionOptions, CacheOptions, CompressedAttention, CompressedKvCache, CompressedSelfAttention, CompressionConfig,
+    Criterion, Dropout, HeadStrategies, MergeRule, MergeStrategy, RotaryConfig, RotaryLayout, SelfAttentionConfig,
+};
+use common::caches::part;
+use common::device::gpu;
+use common::inputs::{assert_close, laid_out, values, Memory, Shape};
+use common::judge::{largest, largest_error, Expected};
+use common::settings::{settings, Setting};
+
+const SHAPES: [Shape; 5] = [
+    Shape(2, 3, 1, 59, 16),
+    Shape(1, 4, 2, 97, 72),
+    Shape(1, 2, 2, 140, 64),
+    Shape(1, 1, 1, 67, 256),
+    Shape(1, 8, 2, 300, 128),
+];
+
+/// A criterion that decides later than a cache on a GPU can.
+fn observed(setting: &Setting) -> bool {
+    setting.config.criterion == Criterion::ObservedMass
+}
+
+/// The settings of the table that a cache on a GPU takes.
+fn cached() -> Vec<Setting> {
+    let plain = |setting: &Setting| {
+        let options = (setting.options)(&SHAPES[0]);
+        options.causal && options.bias.is_none() && options.dropout.is_none()
+    };
+    let part = std::env::var("SFA_CASE").unwrap_or_default();
+    let all = settings().into_iter().filter(|setting| setting.name.contains(&part));
+    all.filter(|setting| plain(setting) && setting.config.rule == MergeRule::Causal && !observed(setting))
+        .collect()
+}
+
+fn on(device: &Device, qkv: &[Tensor; 3]) -> Result<[Tensor; 3]> {
+    let [q, k, v] = [&qkv[0], &qkv[1], &qkv[2]].map(|x| x.to_device(device));
+    Ok([q?, k?, v?])
+}
+
+/// Appends chunks of the given lengths, over and over, until all tokens are in.
+fn chunked(cache: &mut CompressedKvCache, qkv: &[Tensor; 3], chunks: &[usize]) -> Result<Tensor> {
+    let (tokens, mut start, mut outputs) = (qkv[0].dim(2)?, 0, Vec::new());
+    for chunk in chunks.iter().cycle() {
+        let count = (*chunk).min(tokens - start);
+        if count == 0 {
+            break;
+        }
+        let [q, k, v] = part(qkv, start, count)?;
+        outputs.push(cache.append_and_attend(&q, &k, &v, &Default::default())?);
+        start += count;
+    }
+    Ok(Tensor::cat(&outputs, 2)?)
+}
+
+fn check_table(dtype: DType, memory: Memory) -> Result<()> {
+    let Some(device) = gpu()? else { return Ok(()) };
+    let most = std::env::var("SFA_TOKENS").ok().and_then(|most| most.parse().ok());
+    let mut checked = 0;
+    for setting in cached() {
+        for (seed, shape) in SHAPES.iter().enumerate() {
+            if most.is_some_and(|most: usize| shape.3 > most) {
+                continue;
+            }
+            let options = (setting.options)(shape);
+            let qkv = shape.qkv(seed as u64, dtype)?;
+            let expected = Expected::new(&qkv, &qkv[0], &setting, &options)?;
+            let strategies = setting.strategies(shape)?;
+            let new = || CompressedKvCache::new(strategies.clone(), setting.config.clone(), Default::default());
+            let mut on_cpu = new()?;
+            on_cpu.append(&qkv[0], &qkv[1], &qkv[2])?;
+            let qkv = laid_out(&on(&device, &qkv)?, memory)?;
+            for chunks in [&[1][..], &[shape.3], &[40, 1, 7]] {
+                let what = format!("{} {shape:?} {dtype:?} chunks {chunks:?}", setting.name);
+                let mut cache = new()?;
+                let got = chunked(&mut cache, &qkv, chunks)?;
+                expected.check_output(&what, &got)?;
+                ensure!(cache.lens() == on_cpu.lens(), "{what}: other lengths than on the CPU");
+                ensure!(
+                    cache.seq_len() == shape.3 && cache.bytes() <= cache.bytes_allocated(),
+                    "{what}"
+                );
+                checked += 1;
+            }
+        }
+    }
+    println!("{dtype:?}: {checked} caches");
+    Ok(())
+}
+
+#[test]
+fn table_f32() -> Result<()> {
+    check_table(DType::F32, Memory::Fused)
+}
+
+#[test]
+fn table_f16() -> Result<()> {
+    check_table(DType::F16, Memory::HeadMajor)
+}
+
+#[test]
+fn table_bf16() -> Result<()> {
+    check_table(DType::BF16, Memory::TokenMajor)
+}
+
+/// Longer than a block's share, past several growths, against the CPU's cache on the same values in f32.
+#[test]
+fn long_decoding_agrees_with_the_cpu() -> Result<()> {
+    let Some(device) = gpu()? else { return Ok(()) };
+    for (shape, strategy) in [
+        (Shape(2, 8, 2, 3000, 128), MergeStrategy::Similarity),
+        (Shape(1, 8, 8, 2500, 64), MergeStrategy::Off),
+        (Shape(1, 16, 1, 1500, 64), MergeStrategy::Similarity),
+    ] {
+        for dtype in [DType::F32, DType::BF16] {
+            let config = CompressionConfig {
+                similarity_threshold: 0.35,
+                ..CompressionConfig::pretrained()
+            };
+            let qkv = shape.qkv(3, dtype)?;
+            let single = |x: &Tensor| x.to_dtype(DType::F32);
+            let wide = [single(&qkv[0])?, single(&qkv[1])?, single(&qkv[2])?];
+            let new = || CompressedKvCache::new(HeadStrategies::uniform(strategy), config.clone(), Default::default());
+            let (mut expected_cache, mut cache) = (new()?, new()?);
+            let chunks: Vec<usize> = [shape.3 - 200].into_iter().chain([1; 200]).collect();
+            let expected = chunked(&mut expected_cache, &wide, &chunks)?;
+            let on_gpu = on(&device, &qkv)?;
+            let got = chunked(&mut cache, &on_gpu, &chunks)?;
+            let again = chunked(&mut new()?, &on_gpu, &chunks)?;
+            ensure!(
+                values(&got)? == values(&again)?,
+                "{shape:?} {dtype:?}: another run gave other bits"
+            );
+            ensure!(
+                cache.lens() == expected_cache.lens(),
+                "{shape:?} {dtype:?}: other lengths"
+            );
+            let tail = |x: &Tensor| x.narrow(2, shape.3 - 200, 200)?.to_device(&Device::Cpu)?.contiguous();
+            let (got, expected) = (tail(&got)?, tail(&expected)?);
+            let (error, most) = (largest_error(&got, &expected)?, largest(&expected)?);
+            // Folded keys are rounded to the dtype, weights are not.
+            let allowed = if dtype == DType::F32 { 1e-5 } else { 2f64.powi(-6) };
+            println!(
+                "{shape:?} {dtype:?}: error {error:.2e} of {most:.2e}; {} bytes, {} allocated, {} dense",
+                cache.bytes(),
+                cache.bytes_allocated(),
+                cache.bytes_dense()
+            );
+            ensure!(error <= allowed * most.max(1.0), "{shape:?} {dtype:?}: error {error:e}");
+        }
+    }
+    Ok(())
+}
+
+/// Beams: rows are repeated and go their own ways; a clone does not see what the original takes in.
+#[test]
+fn rows_and_clones_go_their_own_ways() -> Result<()> {
+    let Some(device) = gpu()? else { return Ok(()) };
+    let shape = Shape(2, 4, 2, 120, 32);
+    for setting in cached() {
+        let qkv = shape.qkv(4, DType::F32)?;
+        let rows = Tensor::new(&[1u32, 0, 1], &Device::Cpu)?;
+        let run = |device: &Device| -> Result<[Tensor; 3]> {
+            let strategies = setting.strategies(&shape)?;
+            let mut cache = CompressedKvCache::new(strategies, setting.config.clone(), Default::default())?;
+            let qkv = on(device, &qkv)?;
+            let first = chunked(&mut cache, &part(&qkv, 0, 100)?, &[100])?;
+            let mut copy = cache.clone();
+            let second = chunked(&mut cache, &part(&qkv, 100, 20)?, &[1])?;
+            ensure!((copy.seq_len(), cache.seq_len()) == (100, 120));
+            copy.index_select(&rows)?;
+            let next = part(&qkv, 100, 20)?;
+            let rows = rows.to_device(device)?;
+            let picked = [&next[0], &next[1], &next[2]].map(|x| x.contiguous()?.index_select(&rows, 0));
+            let [q, k, v] = picked;
+            Ok([first, second, chunked(&mut copy, &[q?, k?, v?], &[1])?])
+        };
+        let (got, expected) = (run(&device)?, run(&Device::Cpu)?);
+        for (got, expected) in got.iter().zip(&expected) {
+            assert_close(setting.name, got, expected, 2e-5, 2e-5)?;
+        }
+    }
+    Ok(())
+}
+
+/// A whole layer, prompt and tokens, on both devices.
+#[test]
+fn a_layer_decodes_alike() -> Result<()> {
+    let Some(device) = gpu()? else { return Ok(()) };
+    let sizes = SelfAttentionConfig {
+        hidden_size: 128,
+        num_heads: 4,
+        num_kv_heads: 2,
+        head_dim: 32,
+        qkv_bias: false,
+        output_bias: false,
+        rotary: Some(RotaryConfig {
+            max_tokens: 200,
+            theta: 10_000.0,
+            layout: RotaryLayout::Half,
+        }),
+    };
+    let map = VarMap::new();
+    let layer = |map: &VarMap, device: &Device| -> Result<CompressedSelfAttention> {
+        let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+        let attention = CompressedAttention::new(strategies, CompressionConfig::pretrained(), Default::default())?;
+        let vb = VarBuilder::from_varmap(map, DType::F32, device);
+        Ok(CompressedSelfAttention::new(sizes, attention, vb)?)
+    };
+    let on_cpu = layer(&map, &Device::Cpu)?;
+    let moved = VarMap::new();
+    for (name, var) in map.data().lock().expect("poisoned").iter() {
+        let var = Var::from_tensor(&var.to_device(&device)?)?;
+        moved.data().lock().expect("poisoned").insert(name.clone(), var);
+    }
+    let on_gpu = layer(&moved, &device)?;
+    let xs = Shape(2, 1, 1, 150, 128).qkv(5, DType::F32)?[1].squeeze(1)?;
+    let run = |layer: &CompressedSelfAttention, xs: &Tensor| -> Result<Tensor> {
+        let mut cache = layer.attention().new_cache(Default::default())?;
+        let mut outputs = vec![layer.forward_cached(&xs.narrow(1, 0, 100)?, &mut cache)?];
+        for token in 100..150 {
+            outputs.push(layer.forward_cached(&xs.narrow(1, token, 1)?, &mut cache)?);
+        }
+        Ok(Tensor::cat(&outputs, 1)?)
+    };
+    let (got, expected) = (run(&on_gpu, &xs.to_device(&device)?)?, run(&on_cpu, &xs)?);
+    let most = largest(&expected)?;
+    Ok(assert_close("layer", &got, &expected, 2e-4 * most, 2e-4)?)
+}
+
+/// What it does not do is refused with a remedy, and changes nothing.
+#[test]
+fn refusals_say_what_to_do() -> Result<()> {
+    let Some(device) = gpu()? else { return Ok(()) };
+    let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+    let new =
+        |options: CacheOptions| CompressedKvCache::new(strategies.clone(), CompressionConfig::pretrained(), options);
+    let cpu = Shape(1, 2, 1, 90, 16).qkv(0, DType::F32)?;
+    let qkv = on(&device, &cpu)?;
+    let add = |cache: &mut CompressedKvCache, qkv: &[Tensor; 3], options: &AttentionOptions| {
+        cache.append_and_attend(&qkv[0], &qkv[1], &qkv[2], options)
+    };
+    let refused = |result: candle_core::Result<Tensor>, part: &str| match result {
+        Ok(_) => panic!("expected an error with {part:?}"),
+        Err(error) => assert!(error.to_string().contains(part), "expected {part:?} in {error}"),
+    };
+    let plain = AttentionOptions::default();
+    let mut cache = new(CacheOptions::default())?;
+    add(&mut cache, &qkv, &plain)?;
+    let bias = AttentionOptions {
+        bias: Some(Tensor::zeros((1, 1, 90, 180), DType::F32, &device)?),
+        ..Default::default()
+    };
+    refused(add(&mut cache, &qkv, &bias), "expected no bias and no dropout");
+    let dropout = AttentionOptions {
+        dropout: Some(Dropout { p: 0.1, seed: 1 }),
+        ..Default::default()
+    };
+    refused(add(&mut cache, &qkv, &dropout), "expected no bias and no dropout");
+    refused(add(&mut cache, &cpu, &plain), "device: expected the cache's");
+    let half = on(&device, &Shape(1, 2, 1, 90, 16).qkv(0, DType::F16)?)?;
+    refused(add(&mut cache, &half, &plain), "head_dim and dtype");
+    assert!(cache
+        .truncate(50)
+        .expect_err("truncated")
+        .to_string()
+        .contains("on CUDA"));
+    let path = std::env::temp_dir().join(format!("sfattention-{}.safetensors", std::process::id()));
+    assert!(cache.save(&path).expect_err("saved").to_string().contains("on the CPU"));
+    assert!(CompressedKvCache::load(&path, &device).is_err());
+    assert_eq!(cache.seq_len(), 90);
+    cache.reset();
+    add(&mut cache, &cpu, &plain)?;
+    refused(add(&mut cache, &qkv, &plain), "device: expected the cache's");
+    let storage = CacheOptions {
+        storage: Some(DType::F16),
+        max_entries: None,
+    };
+    refused(add(&mut new(storage)?, &qkv, &plain), "expected the dtype of the keys");
+    let few = CacheOptions {
+        storage: None,
+        max_entries: Some(60),
+    };
+    refused(add(&mut new(few)?, &qkv, &plain), "max_entries");
+    let double = on(&device, &Shape(1, 2, 1, 9, 16).qkv(0, DType::F64)?)?;
+    refused(
+        add(&mut new(CacheOptions::default())?, &double, &plain),
+        "f32, f16 or bf16 on CUDA",
+    );
+    // A result that a gradient is asked of, as on the CPU.
+    let var = Var::from_tensor(&qkv[0])?;
+    let output = new(CacheOptions::default())?.append_and_attend(&var, &qkv[1], &qkv[2], &plain)?;
+    assert!(output.sum_all()?.backward().is_err());
+    Ok(())
+}
