@@ -318,10 +318,10 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     ///
     /// # Errors
     /// Strides that the kernels do not take, or what the device reports.
-    pub fn append_and_attend(
+    pub fn append_and_attend<'a>(
         &mut self,
         gpu: &G,
-        qkv: [Source<'_, G, T>; 3],
+        qkv: [Source<'a, G, T>; 3],
         count: usize,
         options: &AttentionOptions,
     ) -> Result<G::Slice<T>> {
@@ -337,14 +337,11 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let rows = self.batch * heads;
         let mut output = gpu.zeros::<T>(rows * count * head_dim)?;
         for token in 0..count {
-            let at = |(slice, layout): Source<'_, G, T>| -> RowLayout {
-                let _ = slice;
-                RowLayout {
-                    offset: layout.offset + token * layout.strides[2],
-                    ..layout
-                }
+            let at = |(slice, layout): Source<'a, G, T>| {
+                let offset = layout.offset + token * layout.strides[2];
+                (slice, RowLayout { offset, ..layout })
             };
-            let row = self.one(gpu, qkv.map(|source| (source.0, at(source))), options)?;
+            let row = self.one(gpu, qkv.map(at), options)?;
             let params = CopyParams {
                 from_stride: head_dim as u32,
                 to_stride: (count * head_dim) as u32,
