@@ -25,17 +25,24 @@ pub fn plot(path: &Path, title: &str, x: &str, y: &str, log: bool, lines: &[Line
     }
     let drawn = if log {
         let (xs, ys) = (xs.start * 0.9..xs.end * 1.1, ys.start * 0.7..ys.end * 1.4);
-        draw(path, [title, x, y], xs.log_scale(), ys.log_scale(), lines)
+        let axes = (xs.log_scale(), ys.log_scale());
+        draw(path, [title, x, y], axes, SeriesLabelPosition::UpperLeft, lines)
     } else {
         let (xs, ys) = (xs.start.min(0.0)..xs.end * 1.05, 0.0..ys.end * 1.1);
-        draw(path, [title, x, y], xs, ys, lines)
+        draw(path, [title, x, y], (xs, ys), SeriesLabelPosition::LowerLeft, lines)
     };
     drawn.map_err(|error| Error::Msg(format!("{}: {error}", path.display())))?;
     println!("{}", path.display());
     Ok(())
 }
 
-fn draw<X, Y>(path: &Path, [title, x, y]: [&str; 3], xs: X, ys: Y, lines: &[Line]) -> DrawResult
+fn draw<X, Y>(
+    path: &Path,
+    [title, x, y]: [&str; 3],
+    (xs, ys): (X, Y),
+    legend: SeriesLabelPosition,
+    lines: &[Line],
+) -> DrawResult
 where
     X: plotters::coord::ranged1d::AsRangedCoord<Value = f64>,
     Y: plotters::coord::ranged1d::AsRangedCoord<Value = f64>,
@@ -68,7 +75,7 @@ where
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
+        .position(legend)
         .background_style(WHITE.mix(0.9))
         .border_style(BLACK.mix(0.3))
         .draw()?;
