@@ -1,6 +1,6 @@
 // A KV cache's lists on the device. Read as a stream: a token that leaves the window is folded into the open chain, or
 // closes it and starts a new one; closed chains are far columns for every later row. One warp per list takes tokens in,
-// one after another, and decides as decide.cu does, with the same sums.
+// one after another, and decides as decide.cu does, to the rounding of a cosine.
 #include "cosine.cuh"
 #include "warp_row.cuh"
 
