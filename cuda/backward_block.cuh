@@ -22,10 +22,13 @@ constexpr float LN_2 = 0.6931471805599453f;
 // A logit in base 2 from a product of a query and a key.
 SFA_DEVICE float scaled(const AttentionParams& p, float product) { return product * p.scale * p.scale_sign; }
 
+// Tiles on their way while one is computed, where shared memory has room for two pairs.
+constexpr int stages(int dim) { return dim <= 128 ? 2 : 1; }
+
 // The gradients of the queries of 64 rows: four warps of 16 rows, tiles of 64 columns.
 template <class T, int D>
 struct QueryGradients {
-    static constexpr int THREADS = 128, ROWS = 64, NB = 64, NT = NB / 8;
+    static constexpr int THREADS = 128, ROWS = 64, NB = 64, NT = NB / 8, STAGES = stages(D);
     static constexpr uint32_t TILE = 64 * D * 2;
 
     struct Columns {
@@ -36,21 +39,27 @@ struct QueryGradients {
     const AttentionParams& p;
     const BackwardTensors& x;
     HeadIndex at;
-    hw::Tile q, grad, k, v;
+    hw::Tile q, grad;
     Fragments<D> own_rows, column_rows, right_rows;
     float dq[1][D / 8][4];
     float log_sum_exp[2], delta[2];
     int lane, warp_row, block_row, row_end;
+    int far, far_tiles, near_first, near_tiles;
+    int far_end[2];  // how many far columns this lane's rows see
 
     SFA_DEVICE QueryGradients(const AttentionParams& p, const BackwardTensors& x, uint32_t batch_head, int row)
         : p(p), x(x), at(p, batch_head), own_rows(false, threadIdx.x / 32 * 16), column_rows(true, 0),
           right_rows(false, 0), block_row(row) {
-        q = hw::tile(0, TILE), grad = hw::tile(TILE, TILE), k = hw::tile(2 * TILE, TILE), v = hw::tile(3 * TILE, TILE);
+        q = hw::tile(0, TILE), grad = hw::tile(TILE, TILE);
         lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16;
         row_end = min(int(p.sizes.tokens), row + ROWS);
+        far = far_count(p, x.far_before, at.list, row_end - 1), far_tiles = (far + NB - 1) / NB;
+        near_first = p.window > 0 && !p.dense ? max(0, row - int(p.window) + 1) : row_end;
+        near_tiles = (row_end - near_first + NB - 1) / NB;
         for (int r = 0; r < 2; r++) {
             int64_t index = at.batch_head * p.sizes.tokens + min(row_of(r), row_end - 1);
             log_sum_exp[r] = x.log_sum_exp[index], delta[r] = x.delta[index];
+            far_end[r] = far_count(p, x.far_before, at.list, min(row_of(r), row_end - 1));
         }
 #pragma unroll
         for (int i = 0; i < D / 2; i++) dq[0][i / 4][i % 4] = 0;
@@ -62,19 +71,33 @@ struct QueryGradients {
         return c.near || p.dense ? c.first + column : int(x.far_index[at.list * p.capacity + c.first + column]);
     }
 
-    SFA_DEVICE void load(const Columns& c) {
+    SFA_DEVICE hw::Tile keys(int stage) const { return hw::tile((2 + 2 * stage) * TILE, TILE); }
+    SFA_DEVICE hw::Tile values(int stage) const { return hw::tile((3 + 2 * stage) * TILE, TILE); }
+
+    SFA_DEVICE Columns columns(int step) const {
+        bool is_near = step >= far_tiles;
+        int first = is_near ? near_first + (step - far_tiles) * NB : step * NB;
+        return {is_near, first, min(NB, (is_near ? row_end : far) - first)};
+    }
+
+    template <bool FULL>
+    SFA_DEVICE void load(const Columns& c, int stage) {
+        bool raw = c.near || p.dense;
         uint32_t dim = p.sizes.head_dim;
-        if (c.near || p.dense) {
-            load_rows<D, NB, THREADS, false>(k, x.k, p.k.at(at.batch, at.kv_head, c.first), p.k.token_stride, c.count, dim);
-            load_rows<D, NB, THREADS, false>(v, x.v, p.v.at(at.batch, at.kv_head, c.first), p.v.token_stride, c.count, dim);
-        } else {
-            int64_t first = (at.list * p.capacity + c.first) * dim;
-            load_rows<D, NB, THREADS, false>(k, x.far_k, first, dim, c.count, dim);
-            load_rows<D, NB, THREADS, false>(v, x.far_v, first, dim, c.count, dim);
-        }
+        int64_t first = (at.list * p.capacity + c.first) * dim;
+        int64_t key = raw ? p.k.at(at.batch, at.kv_head, c.first) : first;
+        int64_t value = raw ? p.v.at(at.batch, at.kv_head, c.first) : first;
+        int64_t key_stride = raw ? p.k.token_stride : dim, value_stride = raw ? p.v.token_stride : dim;
+        load_rows<D, NB, THREADS, FULL>(keys(stage), raw ? x.k : x.far_k, key, key_stride, c.count, dim);
+        load_rows<D, NB, THREADS, FULL>(values(stage), raw ? x.v : x.far_v, value, value_stride, c.count, dim);
         hw::copy_commit();
-        hw::copy_wait<0>();
-        __syncthreads();
+    }
+
+    // Whether every row sees every column of a tile, and a logit is a scaled product and ln n.
+    SFA_DEVICE bool full(const Columns& c) const {
+        if (x.bias || p.dropout_cut != 0 || c.count < NB || row_end - block_row < ROWS) return false;
+        if (c.near) return c.first + NB <= block_row + 1 && c.first > row_end - 1 - int(p.window);
+        return c.first + NB <= far_count(p, x.far_before, at.list, block_row);
     }
 
     // From a logit and the gradient of its weight, the gradient of the logit.
@@ -85,36 +108,69 @@ struct QueryGradients {
         return hw::exp2(logit - log_sum_exp[r]) * (weight_grad - delta[r]);
     }
 
-    SFA_DEVICE void tile(const Columns& c) {
-        __syncthreads();
-        load(c);
+    template <bool FULL>
+    SFA_DEVICE void tile(const Columns& c, int stage) {
+        hw::Tile k = keys(stage), v = values(stage);
         float s[1][NT][4], grads[1][NT][4];
 #pragma unroll
         for (int i = 0; i < NT * 4; i++) s[0][i / 4][i % 4] = 0, grads[0][i / 4][i % 4] = 0;
         multiply_rows<T, D, 1, NT>(s, own_rows, q, column_rows, k);
         multiply_rows<T, D, 1, NT>(grads, own_rows, grad, column_rows, v);
         bool sizes = !c.near && x.far_ln;
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            int row = row_of(r), last = min(row, row_end - 1);
-            int begin = c.near ? last - int(p.window) + 1 : 0;
-            int end = c.near ? last + 1 : far_count(p, x.far_before, at.list, last);
+        if (FULL) {
+            float scale = p.scale * p.scale_sign;
 #pragma unroll
             for (int i = 0; i < 2 * NT; i++) {
-                int column = i / 2 * 8 + lane % 4 * 2 + i % 2, index = c.first + column;
-                float& logit = s[0][i / 2][r * 2 + i % 2];
-                bool visible = row < row_end && column < c.count && index >= begin && index < end;
-                if (visible) {
-                    logit = scaled(p, logit);
-                    if (sizes) logit += LOG2_E * x.far_ln[at.list * p.capacity + index];
-                    logit = to_logit(r, logit, grads[0][i / 2][r * 2 + i % 2], x.bias || p.dropout_cut ? token(c, column) : 0);
-                } else {
-                    logit = 0;
+                int index = c.first + i / 2 * 8 + lane % 4 * 2 + i % 2;
+                float size = sizes ? LOG2_E * x.far_ln[at.list * p.capacity + index] : 0.f;
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    float& logit = s[0][i / 2][r * 2 + i % 2];
+                    float weight = hw::exp2(logit * scale + (size - log_sum_exp[r]));
+                    logit = weight * (grads[0][i / 2][r * 2 + i % 2] - delta[r]);
+                }
+            }
+        } else {
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                int row = row_of(r), last = min(row, row_end - 1);
+                int begin = c.near ? last - int(p.window) + 1 : 0, end = c.near ? last + 1 : far_end[r];
+#pragma unroll
+                for (int i = 0; i < 2 * NT; i++) {
+                    int column = i / 2 * 8 + lane % 4 * 2 + i % 2, index = c.first + column;
+                    float& logit = s[0][i / 2][r * 2 + i % 2];
+                    bool visible = row < row_end && column < c.count && index >= begin && index < end;
+                    if (visible) {
+                        logit = scaled(p, logit);
+                        if (sizes) logit += LOG2_E * x.far_ln[at.list * p.capacity + index];
+                        int id = x.bias || p.dropout_cut ? token(c, column) : 0;
+                        logit = to_logit(r, logit, grads[0][i / 2][r * 2 + i % 2], id);
+                    } else {
+                        logit = 0;
+                    }
                 }
             }
         }
         multiply_weights<T, D, 1, NT>(dq, right_rows, s, k);
     }
+
+    // The tile of a step, which is on its way; then the next one is.
+    SFA_DEVICE void step(int index, int steps) {
+        Columns c = columns(index);
+        int stage = index % STAGES;
+        hw::copy_wait<0>();
+        __syncthreads();
+        bool more = index + 1 < steps;
+        if (STAGES == 2 && more) load_next(index + 1);
+        if (full(c)) tile<true>(c, stage);
+        else tile<false>(c, stage);
+        if (STAGES == 1 && more) {
+            __syncthreads();
+            load_next(index + 1);
+        }
+    }
+
+    SFA_DEVICE void load_next(int index) { load<false>(columns(index), index % STAGES); }
 
     SFA_DEVICE void edge(int r) {
         int row = row_of(r), column = edge_token(p, x.far_before, at.list, row);
@@ -146,15 +202,15 @@ struct QueryGradients {
         uint32_t dim = p.sizes.head_dim;
         load_rows<D, ROWS, THREADS, false>(q, x.q, p.q.at(at.batch, at.head, block_row), p.q.token_stride, row_end - block_row, dim);
         load_rows<D, ROWS, THREADS, false>(grad, x.grad_output, (at.batch_head * p.sizes.tokens + block_row) * dim, dim, row_end - block_row, dim);
+        int steps = far_tiles + near_tiles;
+        if (steps > 0) load_next(0);
         hw::copy_commit();
         hw::copy_wait<0>();
         __syncthreads();
         edge(0);
         edge(1);
-        int far = far_count(p, x.far_before, at.list, row_end - 1);
-        for (int first = 0; first < far; first += NB) tile({false, first, min(NB, far - first)});
-        int near = p.window > 0 && !p.dense ? max(0, block_row - int(p.window) + 1) : row_end;
-        for (int first = near; first < row_end; first += NB) tile({true, first, min(NB, row_end - first)});
+#pragma unroll 1
+        for (int i = 0; i < steps; i++) step(i, steps);
         float factor = p.scale * p.scale_sign * LN_2;
 #pragma unroll
         for (int i = 0; i < D / 4; i++) {
@@ -191,8 +247,9 @@ struct ColumnRows {
 // The gradients of the keys (KEYS) and values (VALUES) of 64 columns: four warps of 16 columns, tiles of 64 rows.
 template <class T, int D, bool KEYS, bool VALUES>
 struct ColumnGradients {
-    static constexpr int THREADS = 128, NB = 64, NT = NB / 8;
-    static constexpr uint32_t TILE = 64 * D * 2;
+    static constexpr int THREADS = 128, NB = 64, NT = NB / 8, STAGES = stages(D);
+    // A stage has a tile of queries, one of output gradients, and two words per row.
+    static constexpr uint32_t TILE = 64 * D * 2, STAGE = 2 * TILE + 2 * NB * 4;
 
     const AttentionParams& p;
     const BackwardTensors& x;
@@ -200,7 +257,7 @@ struct ColumnGradients {
     uint32_t batch, kv_head;
     int64_t list;
     int first;
-    hw::Tile k, v, q, grad, log_sum_exp, delta;
+    hw::Tile k, v;
     Fragments<D> own_columns, row_rows, right_rows;
     float dk[1][KEYS ? D / 8 : 1][4], dv[1][VALUES ? D / 8 : 1][4];
     int lane, warp_column;
@@ -213,8 +270,7 @@ struct ColumnGradients {
           columns{rows_of(unit, column + warp_column + lane / 4), rows_of(unit, column + warp_column + lane / 4 + 8)} {
         batch = unit / p.sizes.lists, list = unit;
         kv_head = unit % p.sizes.lists / (p.sizes.lists / p.sizes.kv_heads);
-        k = hw::tile(0, TILE), v = hw::tile(TILE, TILE), q = hw::tile(2 * TILE, TILE), grad = hw::tile(3 * TILE, TILE);
-        log_sum_exp = hw::tile(4 * TILE, NB * 4), delta = hw::tile(4 * TILE + NB * 4, NB * 4);
+        k = hw::tile(0, TILE), v = hw::tile(TILE, TILE);
 #pragma unroll
         for (int i = 0; i < (KEYS ? D / 2 : 4); i++) dk[0][i / 4][i % 4] = 0;
 #pragma unroll
@@ -237,22 +293,34 @@ struct ColumnGradients {
         }
     }
 
-    SFA_DEVICE void tile(const HeadIndex& at, int row, int count) {
+    // One tile of a stage: queries, output gradients, log-sum-exps, deltas.
+    SFA_DEVICE hw::Tile part(int stage, int index) const {
+        uint32_t first = 2 * TILE + stage * STAGE;
+        return index < 2 ? hw::tile(first + index * TILE, TILE) : hw::tile(first + 2 * TILE + (index - 2) * NB * 4, NB * 4);
+    }
+
+    SFA_DEVICE void load_tile(const HeadIndex& at, int row, int stage) {
         uint32_t dim = p.sizes.head_dim;
+        int count = min(NB, int(p.sizes.tokens) - row);
         int64_t index = at.batch_head * p.sizes.tokens + row;
-        __syncthreads();
-        load_rows<D, NB, THREADS, false>(q, x.q, p.q.at(at.batch, at.head, row), p.q.token_stride, count, dim);
-        load_rows<D, NB, THREADS, false>(grad, x.grad_output, index * dim, dim, count, dim);
-        load_words<NB>(log_sum_exp, x.log_sum_exp, index, count);
-        load_words<NB>(delta, x.delta, index, count);
+        load_rows<D, NB, THREADS, false>(part(stage, 0), x.q, p.q.at(at.batch, at.head, row), p.q.token_stride, count, dim);
+        load_rows<D, NB, THREADS, false>(part(stage, 1), x.grad_output, index * dim, dim, count, dim);
+        load_words<NB>(part(stage, 2), x.log_sum_exp, index, count);
+        load_words<NB>(part(stage, 3), x.delta, index, count);
         hw::copy_commit();
-        hw::copy_wait<0>();
-        __syncthreads();
+    }
+
+    // FULL: every row sees every column, and there is neither bias nor dropout.
+    template <bool FULL>
+    SFA_DEVICE void tile(const HeadIndex& at, int row, int stage) {
+        hw::Tile q = part(stage, 0), grad = part(stage, 1), log_sum_exp = part(stage, 2), delta = part(stage, 3);
+        int count = min(NB, int(p.sizes.tokens) - row);
         float s[1][NT][4], grads[1][NT][4];
 #pragma unroll
         for (int i = 0; i < NT * 4; i++) s[0][i / 4][i % 4] = 0, grads[0][i / 4][i % 4] = 0;
         multiply_rows<T, D, 1, NT>(s, own_columns, k, row_rows, q);
         if (KEYS) multiply_rows<T, D, 1, NT>(grads, own_columns, v, row_rows, grad);
+        float scale = p.scale * p.scale_sign;
 #pragma unroll
         for (int n = 0; n < NT; n++) {
             float2 sums = hw::load<float2>(log_sum_exp, (n * 8 + lane % 4 * 2) * 4);
@@ -260,6 +328,13 @@ struct ColumnGradients {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const ColumnRows& column = columns[i / 2];
+                float sum = i % 2 ? sums.y : sums.x, mean = i % 2 ? deltas.y : deltas.x;
+                if (FULL) {
+                    float weight = hw::exp2(s[0][n][i] * scale + (column.addend - sum));
+                    s[0][n][i] = weight;
+                    grads[0][n][i] = weight * (grads[0][n][i] - mean);
+                    continue;
+                }
                 int r = row + n * 8 + lane % 4 * 2 + i % 2;
                 float weight = 0, kept = 1;
                 bool visible = r >= column.begin && r < column.end && r < row + count;
@@ -267,10 +342,10 @@ struct ColumnGradients {
                     float logit = scaled(p, s[0][n][i]) + column.addend;
                     if (x.bias) logit += bias_at(p, x.bias, at, r, column.token);
                     if (p.dropout_cut != 0) kept = dropout_factor(p, at, r, column.token);
-                    weight = hw::exp2(logit - (i % 2 ? sums.y : sums.x));
+                    weight = hw::exp2(logit - sum);
                 }
                 s[0][n][i] = weight * kept;
-                grads[0][n][i] = visible ? weight * (grads[0][n][i] * kept - (i % 2 ? deltas.y : deltas.x)) : 0.f;
+                grads[0][n][i] = visible ? weight * (grads[0][n][i] * kept - mean) : 0.f;
             }
         }
         if constexpr (VALUES) multiply_weights<T, D, 1, NT>(dv, right_rows, s, grad);
@@ -298,16 +373,31 @@ struct ColumnGradients {
         int count = min(64, far_columns() - first);
         if (count <= 0) return;
         load_columns(count);
-        int begin = rows_of(uint32_t(list), first).begin, end = rows_of(uint32_t(list), first + count - 1).end;
-        begin = begin / NB * NB;
+        hw::copy_commit();
+        ColumnRows last = rows_of(uint32_t(list), first + count - 1);
+        int begin = rows_of(uint32_t(list), first).begin / NB * NB, end = last.end;
+        int full_end = rows_of(uint32_t(list), first).end - NB;
+        bool plain = count == 64 && !x.bias && p.dropout_cut == 0;
         uint32_t heads = p.sizes.heads / p.sizes.lists;
         uint32_t head = batch * p.sizes.heads + uint32_t(list) % p.sizes.lists * heads;
-        for (uint32_t h = head; h < head + heads; h++) {
-            HeadIndex at(p, h);
-            for (int row = begin; row < end; row += NB) tile(at, row, min(NB, int(p.sizes.tokens) - row));
+        int tiles = max(0, end - begin + NB - 1) / NB, steps = tiles * int(heads);
+        if (steps > 0) load_tile(HeadIndex(p, head), begin, 0);
+#pragma unroll 1
+        for (int i = 0; i < steps; i++) {
+            HeadIndex at(p, head + i / tiles);
+            int row = begin + i % tiles * NB, stage = i % STAGES, next = i + 1;
+            hw::copy_wait<0>();
+            __syncthreads();
+            if (STAGES == 2 && next < steps)
+                load_tile(HeadIndex(p, head + next / tiles), begin + next % tiles * NB, next % STAGES);
+            if (plain && row >= last.begin && row <= full_end) tile<true>(at, row, stage);
+            else tile<false>(at, row, stage);
+            if (STAGES == 1 && next < steps) {
+                __syncthreads();
+                load_tile(HeadIndex(p, head + next / tiles), begin + next % tiles * NB, 0);
+            }
         }
         // Where no row sees these columns their copies are still under way.
-        hw::copy_commit();
         hw::copy_wait<0>();
         if constexpr (KEYS) store(keys, dk, p.scale * p.scale_sign * LN_2, count);
         if constexpr (VALUES) store(values, dv, 1.f, count);

@@ -1,19 +1,50 @@
 // Which pairs merge. Warps are given pairs: grid (pairs / 4, batch * lists), 4 warps a block, except where it says
 // otherwise.
 #include "cosine.cuh"
+#include "warp_row.cuh"
 
 __device__ __forceinline__ unsigned warp_pair() { return blockIdx.x * 4 + threadIdx.x / 32; }
 
 // candidates[list][t]: whether the pair t passes by itself. Everything else that the causal rule asks of a token happens
-// within a stretch of candidates.
+// within a stretch of candidates. Grid (pairs / 16, batch * lists): a warp takes four pairs.
 template <class T>
 __device__ void candidates(Global<const T> q, Global<const T> k, Global<const float> tests, Global<uint8_t> out,
                            const DecideParams& p) {
-  unsigned t = warp_pair(), pairs = p.sizes.tokens - 1;
-  if (t >= pairs) return;
+  unsigned first = warp_pair() * 4, pairs = p.sizes.tokens - 1, dim = p.sizes.head_dim;
+  if (first >= pairs) return;
   List list(p.sizes, blockIdx.y);
-  bool pass = t >= p.sinks && passes(q, k, tests, p, list, t + 1, t);
-  if (threadIdx.x % 32 == 0) out.set((size_t)blockIdx.y * pairs + t, pass);
+  if (!p.key_key || dim > 128) {
+    for (unsigned t = first; t < first + 4 && t < pairs; t++) {
+      bool pass = t >= p.sinks && passes(q, k, tests, p, list, t + 1, t);
+      if (threadIdx.x % 32 == 0) out.set((size_t)blockIdx.y * pairs + t, pass);
+    }
+    return;
+  }
+  // Eight lanes a pair, each with every eighth stretch of eight numbers: the four pairs' sums run side by side.
+  unsigned lane = threadIdx.x % 8, t = first + threadIdx.x % 32 / 8;
+  float dot = 0.0f, aa = 0.0f, bb = 0.0f;
+  if (t < pairs) {
+    size_t at_a = p.k.at(list.batch, list.kv_head, t + 1), at_b = p.k.at(list.batch, list.kv_head, t);
+    for (unsigned d = lane * 8; d < dim; d += 64) {
+      float x[8], y[8];
+      load_eight(k, at_a + d, x);
+      load_eight(k, at_b + d, y);
+#pragma unroll
+      for (unsigned i = 0; i < 8; i++) dot += x[i] * y[i], aa += x[i] * x[i], bb += y[i] * y[i];
+    }
+  }
+#pragma unroll
+  for (unsigned lanes = 4; lanes > 0; lanes /= 2) {
+    dot += __shfl_xor_sync(0xffffffffu, dot, lanes);
+    aa += __shfl_xor_sync(0xffffffffu, aa, lanes);
+    bb += __shfl_xor_sync(0xffffffffu, bb, lanes);
+  }
+  if (t >= pairs || lane != 0) return;
+  float cosine = Products{dot, sqrtf(aa), sqrtf(bb)}.cosine();
+  bool pass = t >= p.sinks;
+  for (unsigned head = list.first_head; pass && head < list.first_head + list.group; head++)
+    pass = HeadTest(tests, list.batch * p.sizes.heads + head).passes(cosine);
+  out.set((size_t)blockIdx.y * pairs + t, pass);
 }
 
 // The causal rule: the warp of a stretch's first pair walks along it. Bits are (batch, heads, pairs).

@@ -17,32 +17,44 @@ struct ListBits {
   __device__ __forceinline__ bool joined(unsigned t) const { return t > 0 && bits[t - 1]; }
 };
 
-// far_index and far_before: how many tokens before each one are not hidden. One block of 256 threads per list.
+// far_index and far_before: how many tokens before each one are not hidden. One block of SCAN_WARPS warps per list; a
+// thread takes SCAN_EACH tokens in a row.
+constexpr unsigned SCAN_WARPS = 32, SCAN_EACH = 8;
+
 KERNEL fold_scan(Global<const uint8_t> all_bits, Global<uint32_t> far_index, Global<uint32_t> far_before, FoldParams p) {
-  Shared<uint32_t> kept_in = shared_memory<uint32_t>(0, 8);
+  Shared<uint32_t> kept_in = shared_memory<uint32_t>(0, SCAN_WARPS);
   List list(p.sizes, blockIdx.x);
   ListBits bits(all_bits, p.sizes, list);
   unsigned tokens = p.sizes.tokens, lane = threadIdx.x % 32, warp = threadIdx.x / 32, before = 0;
   size_t index = (size_t)blockIdx.x * tokens;
-  for (unsigned base = 0; base < tokens; base += 256) {
-    unsigned t = base + threadIdx.x;
-    bool kept = t < tokens && !bits.hidden(t);
-    unsigned lanes = __ballot_sync(0xffffffffu, kept);
-    if (lane == 0) kept_in.set(warp, __popc(lanes));
+  for (unsigned base = 0; base < tokens; base += SCAN_WARPS * 32 * SCAN_EACH) {
+    unsigned first = base + threadIdx.x * SCAN_EACH, kept = 0;
+#pragma unroll
+    for (unsigned i = 0; i < SCAN_EACH; i++)
+      if (first + i < tokens && !bits.hidden(first + i)) kept |= 1u << i;
+    // The sum over the lanes up to this one.
+    unsigned sum = __popc(kept);
+    for (unsigned step = 1; step < 32; step *= 2) {
+      unsigned left = __shfl_up_sync(0xffffffffu, sum, step);
+      if (lane >= step) sum += left;
+    }
+    if (lane == 31) kept_in.set(warp, sum);
     __syncthreads();
-    unsigned column = before + __popc(lanes & ((1u << lane) - 1));
-    for (unsigned w = 0; w < 8; w++) {
+    unsigned column = before + sum - __popc(kept);
+    for (unsigned w = 0; w < SCAN_WARPS; w++) {
       unsigned count = kept_in[w];
       if (w < warp) column += count;
       before += count;
     }
-    if (t < tokens) far_before.set(index + blockIdx.x + t, column);
-    if (kept) far_index.set(index + column, t);
+    for (unsigned i = 0; i < SCAN_EACH && first + i < tokens; i++) {
+      far_before.set(index + blockIdx.x + first + i, column);
+      if (kept >> i & 1) far_index.set(index + column++, first + i);
+    }
     __syncthreads();
   }
   if (threadIdx.x == 0) far_before.set(index + blockIdx.x + tokens, before);
   // What is past the last far column is never used, but is not left to chance either.
-  for (unsigned t = before + threadIdx.x; t < tokens; t += 256) far_index.set(index + t, 0);
+  for (unsigned t = before + threadIdx.x; t < tokens; t += SCAN_WARPS * 32) far_index.set(index + t, 0);
 }
 
 template <class T> struct FoldOutputs {

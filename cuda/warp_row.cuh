@@ -1,27 +1,59 @@
-// One row of q, k or v, spread over a warp: lane l holds numbers l, l + 32 ...
+// One row of q, k or v, spread over a warp: lane l holds numbers 8 l to 8 l + 7, read and written 16 bytes at a time
+// where they are aligned.
 #pragma once
+
+#include <type_traits>
 
 #include "kernel.cuh"
 
 // A lane holds this many numbers of a row: head_dim up to 256.
 constexpr unsigned PER_LANE = 8;
 
+// A vector of 16 bytes.
+template <class T> struct alignas(16) Part {
+  static constexpr unsigned COUNT = 16 / sizeof(T);
+  T x[COUNT];
+};
+
+// Eight numbers from `at` on.
+template <class View> __device__ __forceinline__ void load_eight(Global<View> from, size_t at, float (&x)[8]) {
+  typedef typename std::remove_const<View>::type T;
+  if (at % Part<T>::COUNT == 0) {
+#pragma unroll
+    for (unsigned i = 0; i < 8; i += Part<T>::COUNT) {
+      Part<T> part = load_vector<Part<T>>(from, at + i);
+#pragma unroll
+      for (unsigned j = 0; j < Part<T>::COUNT; j++) x[i + j] = widen(part.x[j]);
+    }
+  } else {
+#pragma unroll
+    for (unsigned i = 0; i < 8; i++) x[i] = widen(from[at + i]);
+  }
+}
+
 // One row, spread over a warp.
 struct WarpRow {
   float x[PER_LANE];
 
-  template <class View> __device__ __forceinline__ void load(View from, size_t at, unsigned dim) {
-#pragma unroll
-    for (unsigned i = 0; i < PER_LANE; i++) {
-      unsigned d = i * 32 + threadIdx.x % 32;
-      x[i] = d < dim ? widen(from[at + d]) : 0.0f;
-    }
+  template <class View> __device__ __forceinline__ void load(Global<View> from, size_t at, unsigned dim) {
+    unsigned first = threadIdx.x % 32 * PER_LANE;
+    if (first >= dim) return fill(0.0f);
+    load_eight(from, at + first, x);
   }
   template <class T> __device__ __forceinline__ void store(Global<T> to, size_t at, unsigned dim) const {
+    unsigned first = threadIdx.x % 32 * PER_LANE;
+    if (first >= dim) return;
+    if (at % Part<T>::COUNT == 0) {
 #pragma unroll
-    for (unsigned i = 0; i < PER_LANE; i++) {
-      unsigned d = i * 32 + threadIdx.x % 32;
-      if (d < dim) to.set(at + d, narrow<T>(x[i]));
+      for (unsigned i = 0; i < PER_LANE; i += Part<T>::COUNT) {
+        Part<T> part;
+#pragma unroll
+        for (unsigned j = 0; j < Part<T>::COUNT; j++) part.x[j] = narrow<T>(x[i + j]);
+        store_vector(to, at + first + i, part);
+      }
+    } else {
+#pragma unroll
+      for (unsigned i = 0; i < PER_LANE; i++) to.set(at + first + i, narrow<T>(x[i]));
     }
   }
   __device__ __forceinline__ void add(const WarpRow& other) {

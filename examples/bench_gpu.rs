@@ -1,7 +1,7 @@
 //! Verifies, then times attention on a CUDA device: forward, forward and backward, and decoding, as TFLOP/s and TB/s and
 //! as a share of what this device does in a plain matrix product and a plain copy, both measured first.
 //!
-//! `cargo run --release --features cuda --example bench_gpu`; the last argument may be the longest N. The same lines for
+//! `cargo run --release --features cuda --example bench_gpu [LONGEST [SHORTEST]]` (N, all by default). The same lines for
 //! PyTorch's flash attention: `python3 benches/pytorch_gpu.py`.
 //!
 //! FLOPs count what ordinary causal attention would need (4·B·H·N²·D/2 forward, 2.5 times that backward), whatever is
@@ -145,6 +145,25 @@ fn verify(device: &Device) -> Result<()> {
     Ok(())
 }
 
+/// Deciding alone, by both criteria of `pretrained()` and `calibrated()`.
+fn bench_decide(device: &Device, shape: Shape) -> Result<()> {
+    let [q, k, v] = &shape.qkv(device, DType::BF16)?;
+    let similar = HeadStrategies::uniform(MergeStrategy::Similarity);
+    // Scores of observed mass depend on the model: any threshold does here.
+    let thresholds = Tensor::full(0.01f64, shape.heads, &Device::Cpu)?;
+    let scored = similar.clone().with_thresholds(&thresholds)?;
+    let rules = [
+        ("decide, keys", similar, CompressionConfig::pretrained()),
+        ("decide, observed", scored, CompressionConfig::calibrated()),
+    ];
+    for (what, strategies, config) in rules {
+        let plan = || MergePlan::new(q, k, v, &strategies, &config, &AttentionOptions::default());
+        let seconds = time(device, || Ok(plan().map(drop)?))?;
+        println!("{what:<17} {}        {:>9.3} ms", shape.name(), seconds * 1e3);
+    }
+    Ok(())
+}
+
 fn bench_attention(device: &Device, ceilings: &Ceilings, shape: Shape) -> Result<()> {
     let options = AttentionOptions::default();
     for share in [0.0, 0.25, 0.5, 0.8] {
@@ -207,12 +226,13 @@ fn bench_decode(device: &Device, ceilings: &Ceilings, shape: Shape) -> Result<()
 }
 
 fn main() -> Result<()> {
-    let longest = match std::env::args().nth(1) {
+    let bound = |index: usize, default: usize| match std::env::args().nth(index) {
         Some(text) => text
             .parse()
-            .with_context(|| format!("longest N: expected a number, got {text}"))?,
-        None => 65536,
+            .with_context(|| format!("N: expected a number, got {text}")),
+        None => Ok(default),
     };
+    let wanted = bound(2, 0)?..=bound(1, 65536)?;
     let device = Device::new_cuda(0)?;
     verify(&device)?;
     let ceilings = ceilings(&device)?;
@@ -220,7 +240,7 @@ fn main() -> Result<()> {
         "ceilings: product {:.0} TFLOP/s, copy {:.2} TB/s",
         ceilings.product, ceilings.copy
     );
-    for tokens in [1024, 4096, 16384, 65536].into_iter().filter(|n| *n <= longest) {
+    for tokens in [1024, 4096, 16384, 65536].into_iter().filter(|n| wanted.contains(n)) {
         for (dim, heads) in [(64, 32), (128, 16)] {
             for kv_heads in [heads, heads / 4] {
                 let batch = (16384 / tokens).clamp(1, 4);
@@ -231,11 +251,12 @@ fn main() -> Result<()> {
                     tokens,
                     dim,
                 };
+                bench_decide(&device, shape)?;
                 bench_attention(&device, &ceilings, shape)?;
             }
         }
     }
-    for tokens in [8192, 16384, 32768, 65536].into_iter().filter(|n| *n <= longest) {
+    for tokens in [8192, 16384, 32768, 65536].into_iter().filter(|n| wanted.contains(n)) {
         for (dim, heads) in [(64, 32), (128, 16)] {
             for kv_heads in [heads, heads / 4] {
                 let shape = Shape {

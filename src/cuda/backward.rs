@@ -116,10 +116,13 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         T::SUFFIX != "f32"
     }
 
-    /// Four tiles of 64 rows, and two words per row.
+    /// A pair of tiles of 64 rows, and one or two stages of another pair with two words per row: `stages` in
+    /// `cuda/backward_block.cuh`.
     fn shared_bytes(&self) -> usize {
+        let dim = padded(self.call.problem.head_dim);
+        let (pair, stages) = (2 * BLOCK * 2 * dim, if dim <= 128 { 2 } else { 1 });
         match self.half() {
-            true => 4 * BLOCK * 2 * padded(self.call.problem.head_dim) + 2 * 4 * BLOCK,
+            true => pair + stages * (pair + 2 * 4 * BLOCK),
             false => 0,
         }
     }

@@ -97,7 +97,8 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>
         GroupRule::Unanimous => kv_heads,
     };
     let params = call.params(lists)?;
-    let launch = Launch::warps(pairs, batch * lists);
+    // Four pairs a warp.
+    let launch = Launch::warps(pairs.div_ceil(4), batch * lists);
     let mut candidates = gpu.alloc::<u8>(batch * lists * pairs)?;
     let args = [
         gpu.read(call.q.0),
@@ -108,6 +109,7 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>
     ];
     gpu.launch(&Kernel::of::<T>(MODULE, "decide_candidates"), launch, &args)?;
     drop(args);
+    let launch = Launch::warps(pairs, batch * lists);
     let mut bits = gpu.alloc::<u8>(batch * heads * pairs)?;
     let args = [
         gpu.read(call.q.0),

@@ -8,6 +8,8 @@ use crate::problem::{Problem, RowLayout};
 use candle_core::Result;
 
 const MODULE: &str = "fold";
+/// `SCAN_WARPS` of `cuda/fold.cu`.
+const SCAN_THREADS: usize = 32 * 32;
 
 /// As `FoldKind` in cuda/params.cuh.
 pub(crate) fn fold_code(fold: Fold) -> u32 {
@@ -88,8 +90,8 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         ];
         let launch = Launch {
             grid: [lists, 1, 1],
-            threads: 256,
-            shared_bytes: 32,
+            threads: SCAN_THREADS,
+            shared_bytes: SCAN_THREADS / 32 * 4,
         };
         gpu.launch(&Kernel::plain(MODULE, "fold_scan"), launch, &args)?;
         drop(args);
