@@ -3,6 +3,7 @@
 Run: python3 benches/pytorch_gpu.py [longest N]. Needs a CUDA device and PyTorch 2.5 or newer.
 """
 
+import statistics
 import sys
 import time
 
@@ -12,21 +13,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def timed(call):
-    """Seconds of one call: the best of a few rounds, after a warm-up."""
+    """Seconds of one call: the median of five rounds, after a warm-up."""
     call()
     torch.cuda.synchronize()
     start = time.perf_counter()
     call()
     torch.cuda.synchronize()
     repeats = int(min(max(0.05 / (time.perf_counter() - start), 2), 200))
-    best = float("inf")
-    for _ in range(4):
+    rounds = []
+    for _ in range(5):
         start = time.perf_counter()
         for _ in range(repeats):
             call()
         torch.cuda.synchronize()
-        best = min(best, (time.perf_counter() - start) / repeats)
-    return best
+        rounds.append((time.perf_counter() - start) / repeats)
+    return statistics.median(rounds)
 
 
 def ceilings():

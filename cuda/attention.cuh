@@ -53,32 +53,39 @@ SFA_DEVICE void load_words(const hw::Tile& tile, const View& source, int64_t fir
     if (threadIdx.x < ROWS) hw::copy_async_word(tile, threadIdx.x * 4, source, first + threadIdx.x, int(threadIdx.x) < count);
 }
 
-// This lane's part of the addresses of a tile's fragments: one offset per chunk pair of a swizzled group, to which the
-// other chunks and rows are constants.
+// This lane's part of the addresses of a tile's fragments. Chunk pairs of a swizzled group differ in bits that no row
+// touches: one register, and the rest is made from it where it is used.
 template <int D>
 struct Fragments {
     static constexpr uint32_t PAIRS = Layout<D>::GROUP / 32;
-    uint32_t offset[PAIRS];
+    uint32_t first;
 
     // TRANSPOSED: lane l has row l % 8 + l / 16 * 8 and chunk l / 8 % 2: B of a product over D. Otherwise row l % 16 and
     // chunk l / 16: A, or B of a product over tile rows.
     SFA_DEVICE Fragments(bool transposed, uint32_t first_row) {
         uint32_t lane = threadIdx.x % 32, row = transposed ? lane % 8 + lane / 16 * 8 : lane % 16;
-        uint32_t chunk = transposed ? lane / 8 % 2 : lane / 16;
-        for (uint32_t pair = 0; pair < PAIRS; pair++)
-            offset[pair] = hw::lane_offset(first_row * Layout<D>::ROW + Layout<D>::chunk(row, 2 * pair + chunk));
+        first = first_row * Layout<D>::ROW + Layout<D>::chunk(row, transposed ? lane / 8 % 2 : lane / 16);
+    }
+
+    // The same, whose sums the compiler does not hoist out of a loop around this.
+    SFA_DEVICE Fragments here() const {
+        Fragments copy = *this;
+        hw::keep_in_place(copy.first);
+        return copy;
     }
 
     // Chunks 2 * k and 2 * k + 1 of 16 rows from `row` on.
     SFA_DEVICE uint32_t at(int row, int k) const {
-        return offset[k % PAIRS] + (row * Layout<D>::ROW + k / PAIRS * Layout<D>::GROUP);
+        return (first ^ (k % PAIRS * 32)) + (row * Layout<D>::ROW + k / PAIRS * Layout<D>::GROUP);
     }
 };
 
-// c[m][n] (16 rows, 8 columns) += left rows times right rows (transposed fragments), over D.
-template <class T, int D, int MT, int NT>
-SFA_DEVICE void multiply_rows(float (&c)[MT][NT][4], const Fragments<D>& left_at, const hw::Tile& left,
-                              const Fragments<D>& right_at, const hw::Tile& right) {
+// c[m][n] (16 rows, 8 columns) += left rows times right rows (transposed fragments), over D. LIMITED: of the right rows
+// only the first `count` are wanted.
+template <class T, int D, int MT, int NT, bool LIMITED = false>
+SFA_DEVICE void multiply_rows(float (&c)[MT][NT][4], const Fragments<D>& left_rows, const hw::Tile& left,
+                              const Fragments<D>& right_rows, const hw::Tile& right, int count = 0) {
+    const Fragments<D> left_at = left_rows.here(), right_at = right_rows.here();
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
         uint32_t a[MT][4];
@@ -86,6 +93,7 @@ SFA_DEVICE void multiply_rows(float (&c)[MT][NT][4], const Fragments<D>& left_at
         for (int m = 0; m < MT; m++) hw::load_matrices(a[m], left, left_at.at(m * 16, k));
 #pragma unroll
         for (int n = 0; n < NT / 2; n++) {
+            if (LIMITED && n * 16 >= count) break;
             uint32_t b[4];
             hw::load_matrices(b, right, right_at.at(n * 16, k));
 #pragma unroll
@@ -97,12 +105,15 @@ SFA_DEVICE void multiply_rows(float (&c)[MT][NT][4], const Fragments<D>& left_at
     }
 }
 
-// c[m][d] (16 rows, 8 of D) += weights (rows x tile rows), rounded to T, times the tile.
-template <class T, int D, int MT, int NT>
-SFA_DEVICE void multiply_weights(float (&c)[MT][D / 8][4], const Fragments<D>& at, const float (&weights)[MT][NT][4],
-                                 const hw::Tile& right) {
+// c[m][d] (16 rows, 8 of D) += weights (rows x tile rows), rounded to T, times the tile. LIMITED: weights from `count` on
+// are 0.
+template <class T, int D, int MT, int NT, bool LIMITED = false>
+SFA_DEVICE void multiply_weights(float (&c)[MT][D / 8][4], const Fragments<D>& rows, const float (&weights)[MT][NT][4],
+                                 const hw::Tile& right, int count = 0) {
+    const Fragments<D> at = rows.here();
 #pragma unroll
     for (int k = 0; k < NT / 2; k++) {
+        if (LIMITED && k * 16 >= count) break;
         uint32_t a[MT][4];
 #pragma unroll
         for (int m = 0; m < MT; m++) {

@@ -12,8 +12,8 @@ __device__ __forceinline__ void forward(const ForwardTensors& x, const Attention
     if (p.dense && p.causal && threadIdx.x == 0) x.first_bad.set(head * blocks + block, uint32_t(rows.first_bad));
 }
 
-#define FORWARD(name, T, D, MT, NB, EXTRAS)                                                                          \
-    KERNEL __launch_bounds__(128, 2)                                                                                 \
+#define FORWARD(name, T, D, MT, NB, BLOCKS, EXTRAS)                                                                  \
+    KERNEL __launch_bounds__(128, BLOCKS)                                                                            \
         name(Halves q, Halves k, Halves v, Halves far_k, Halves far_v, Floats far_ln, Words far_index,               \
              Words far_before, Halves folded_k, Halves folded_v, Floats folded_ln, Floats bias,                      \
              Global<uint16_t> output, Global<float> log_sum_exp, Global<uint32_t> first_bad, AttentionParams p) {    \
@@ -23,15 +23,15 @@ __device__ __forceinline__ void forward(const ForwardTensors& x, const Attention
             p);                                                                                                      \
     }
 
-// (dtype, padded head size) x (plain, with bias or dropout).
-#define FORWARD_DTYPE(dtype, T)                        \
-    FORWARD(forward_64_##dtype, T, 64, 2, 128, false)  \
-    FORWARD(forward_96_##dtype, T, 96, 2, 64, false)   \
-    FORWARD(forward_128_##dtype, T, 128, 2, 64, false) \
-    FORWARD(forward_256_##dtype, T, 256, 1, 64, false) \
-    FORWARD(forward_64_extras_##dtype, T, 64, 2, 64, true)   \
-    FORWARD(forward_128_extras_##dtype, T, 128, 1, 64, true) \
-    FORWARD(forward_256_extras_##dtype, T, 256, 1, 64, true)
+// (dtype, padded head size) x (plain, with bias or dropout); BLOCKS of one multiprocessor at a time.
+#define FORWARD_DTYPE(dtype, T)                                 \
+    FORWARD(forward_64_##dtype, T, 64, 2, 64, 3, false)         \
+    FORWARD(forward_96_##dtype, T, 96, 2, 32, 2, false)         \
+    FORWARD(forward_128_##dtype, T, 128, 2, 32, 2, false)       \
+    FORWARD(forward_256_##dtype, T, 256, 1, 32, 2, false)       \
+    FORWARD(forward_64_extras_##dtype, T, 64, 2, 32, 2, true)   \
+    FORWARD(forward_128_extras_##dtype, T, 128, 1, 32, 2, true) \
+    FORWARD(forward_256_extras_##dtype, T, 256, 1, 32, 2, true)
 
 FORWARD_DTYPE(f16, hw::F16)
 FORWARD_DTYPE(bf16, hw::BF16)

@@ -2,8 +2,8 @@
 // through an online softmax and stay in registers as the weights of the values.
 //
 // A row's columns: the edge first, row by row; then near tiles of raw tokens, then far tiles, each from the last to the
-// first, so that the tiles that need a mask come first and the rest runs without one. While a tile's logits are
-// computed its values are on their way, and the next keys while its weights are.
+// first, so that the tiles that need a mask come first and the rest runs without one. There are two buffers of keys and
+// values: while one tile is computed the next is on its way, and warps meet once per tile.
 #pragma once
 
 #include "attention.cuh"
@@ -25,8 +25,9 @@ struct ForwardTensors {
 template <class T, int D, int MT, int NB, bool EXTRAS>
 struct ForwardBlock {
     static constexpr int THREADS = 128, ROWS = 64 * MT, R = 2 * MT, NT = NB / 8;
-    static constexpr uint32_t Q_BYTES = ROWS * D * 2, K_BYTES = NB * D * 2;
-    static constexpr uint32_t BYTES = Q_BYTES + 2 * K_BYTES + NB * 4 + (NB + 4) * 4;
+    static constexpr uint32_t Q_BYTES = ROWS * D * 2, K_BYTES = NB * D * 2, LN_BYTES = NB * 4;
+    static constexpr uint32_t BYTES = Q_BYTES + 4 * K_BYTES + 2 * LN_BYTES + (NB + 4) * 4;
+    static_assert(NB <= THREADS, "a thread per column");
 
     // A tile's columns: far columns or tokens from `first` on.
     struct Columns {
@@ -49,10 +50,7 @@ struct ForwardBlock {
         : p(p), x(x), at(p, batch_head), query_rows(false, threadIdx.x / 32 * 16 * MT), key_rows(true, 0),
           value_rows(false, 0), block_row(row) {
         q = hw::tile(0, Q_BYTES);
-        k = hw::tile(Q_BYTES, K_BYTES);
-        v = hw::tile(Q_BYTES + K_BYTES, K_BYTES);
-        ln = hw::tile(Q_BYTES + 2 * K_BYTES, NB * 4);
-        bad = hw::tile(Q_BYTES + 2 * K_BYTES + NB * 4, (NB + 4) * 4);
+        bad = hw::tile(Q_BYTES + 4 * K_BYTES + 2 * LN_BYTES, (NB + 4) * 4);
         lane = threadIdx.x % 32;
         warp_row = threadIdx.x / 32 * 16 * MT;
         row_end = min(int(p.sizes.tokens), row + ROWS);
@@ -62,6 +60,14 @@ struct ForwardBlock {
         far_seen = far_count(p, x.far_before, at.list, row_end - 1);
         far_tiles = (far_seen + NB - 1) / NB;
         first_bad = int(p.sizes.tokens);
+    }
+
+    // The buffers of a step.
+    SFA_DEVICE void turn(int step) {
+        uint32_t odd = step % 2;
+        k = hw::tile(Q_BYTES + odd * 2 * K_BYTES, K_BYTES);
+        v = hw::tile(Q_BYTES + odd * 2 * K_BYTES + K_BYTES, K_BYTES);
+        ln = hw::tile(Q_BYTES + 4 * K_BYTES + odd * LN_BYTES, LN_BYTES);
     }
 
     // The token index of this lane's row r.
@@ -88,14 +94,12 @@ struct ForwardBlock {
 
     SFA_DEVICE bool has_sizes(const Columns& c) const { return !c.near && x.far_ln; }
 
+    // Starts on its way what a step reads.
     template <bool FULL>
-    SFA_DEVICE void load_keys(const Columns& c) {
+    SFA_DEVICE void load(int step) {
+        Columns c = columns(step);
+        turn(step);
         load_columns<FULL>(c, k, x.k, p.k, x.far_k);
-        hw::copy_commit();
-    }
-
-    template <bool FULL>
-    SFA_DEVICE void load_values(const Columns& c) {
         load_columns<FULL>(c, v, x.v, p.v, x.far_v);
         if (has_sizes(c)) load_words<NB>(ln, x.far_ln, at.list * p.capacity + c.first, c.count);
         hw::copy_commit();
@@ -104,8 +108,8 @@ struct ForwardBlock {
     SFA_DEVICE void load_queries() {
         int64_t first = p.q.at(at.batch, at.head, block_row);
         load_rows<D, ROWS, THREADS, false>(q, x.q, first, p.q.token_stride, row_end - block_row, p.sizes.head_dim);
-        if (threadIdx.x < NB + 1) hw::store(bad, threadIdx.x * 4, 0u);
-        if (NB == THREADS && threadIdx.x == 0) hw::store(bad, NB * 4, 0u);
+        if (threadIdx.x < NB) hw::store(bad, threadIdx.x * 4, 0u);
+        if (threadIdx.x == 0) hw::store(bad, NB * 4, 0u);
         hw::copy_commit();
     }
 
@@ -152,12 +156,11 @@ struct ForwardBlock {
         }
     }
 
-    // Whether any row of this warp sees any of these columns.
-    SFA_DEVICE bool sees(const Columns& c) const {
+    // How many columns, counted from the tile's first, the rows of this warp reach.
+    SFA_DEVICE int reach(const Columns& c) const {
         int first = block_row + warp_row, last = min(first + 16 * MT, row_end) - 1;
-        if (last < first) return false;
-        if (c.near) return c.first <= last && c.first + c.count > first - int(p.window) + 1;
-        return c.first < far_count(p, x.far_before, at.list, last);
+        if (last < first || (c.near && c.first + c.count <= first - int(p.window) + 1)) return 0;
+        return min(c.count, (c.near ? last + 1 : far_count(p, x.far_before, at.list, last)) - c.first);
     }
 
     // Adds ln n and the bias; the logits are in base 2 then.
@@ -248,29 +251,25 @@ struct ForwardBlock {
         }
     }
 
-    // One tile. Its keys are under way; MASKED: some rows do not see some of its columns, or it is checked for numbers
-    // that are not finite.
+    // One tile, which is under way. MASKED: some rows do not see some of its columns, or it is checked for numbers that
+    // are not finite.
     template <bool MASKED>
     SFA_DEVICE void step(int index, int steps) {
-        Columns c = columns(index);
         hw::copy_wait<0>();
         __syncthreads();
-        load_values<!MASKED>(c);
+        if (index + 1 < steps) load<!MASKED>(index + 1);
+        turn(index);
+        Columns c = columns(index);
         if (MASKED && (c.near || p.dense)) {
-            hw::copy_wait<0>();
-            __syncthreads();
             int row = quarantine<T, D, NB, THREADS>(k, v, bad);
             if (row < NB) first_bad = min(first_bad, c.first + row);
         }
-        bool active = !MASKED || sees(c);
+        int count = MASKED ? reach(c) : NB;
+        if (MASKED && count <= 0) return;
         float s[MT][NT][4];
 #pragma unroll
         for (int i = 0; i < MT * NT * 4; i++) s[i / (NT * 4)][i / 4 % NT][i % 4] = 0;
-        if (active) multiply_rows<T, D, MT, NT>(s, query_rows, q, key_rows, k);
-        hw::copy_wait<0>();
-        __syncthreads();
-        if (index + 1 < steps) load_keys<!MASKED>(columns(index + 1));
-        if (!active) return;
+        multiply_rows<T, D, MT, NT, MASKED>(s, query_rows, q, key_rows, k, count);
         float scale = p.scale;
         if (has_sizes(c) || (EXTRAS && x.bias) || scale == 0.f) {
             add_terms(s, c);
@@ -279,7 +278,7 @@ struct ForwardBlock {
         if (MASKED) mask(s, c);
         weigh(s, scale);
         if (EXTRAS && p.dropout_cut != 0) drop(s, c);
-        multiply_weights<T, D, MT, NT>(output, value_rows, s, v);
+        multiply_weights<T, D, MT, NT, MASKED>(output, value_rows, s, v, count);
     }
 
     // Divides by the sums and writes. A row that holds anything not finite, or saw nothing, becomes NaN throughout.
@@ -318,7 +317,7 @@ struct ForwardBlock {
     SFA_DEVICE void run() {
         int steps = near_tiles + far_tiles;
         load_queries();
-        if (steps > 0) load_keys<false>(columns(0));
+        if (steps > 0) load<false>(0);
         if (steps > 0) hw::copy_wait<1>();
         else hw::copy_wait<0>();
         __syncthreads();

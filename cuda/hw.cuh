@@ -156,10 +156,16 @@ SFA_DEVICE uint32_t lane_offset(uint32_t offset) {
     return offset;
 }
 
-// Keeps what is computed from a stride where it is written: hoisted out of a loop, it would cost registers.
+// Keeps what is computed from a number where it is written: hoisted out of a loop, it would cost registers.
 SFA_DEVICE void keep_in_place(int64_t& stride) {
 #ifndef SFA_EMULATION
     asm volatile("" : "+l"(stride));
+#endif
+}
+
+SFA_DEVICE void keep_in_place(uint32_t& offset) {
+#ifndef SFA_EMULATION
+    asm volatile("" : "+r"(offset));
 #endif
 }
 

@@ -32,7 +32,7 @@ struct Shape {
     dim: usize,
 }
 
-/// The seconds of one call, the best of a few rounds, after a warm-up.
+/// The seconds of one call, the median of five rounds, after a warm-up.
 fn time(device: &Device, mut call: impl FnMut() -> Result<()>) -> Result<f64> {
     call()?;
     device.synchronize()?;
@@ -40,14 +40,15 @@ fn time(device: &Device, mut call: impl FnMut() -> Result<()>) -> Result<f64> {
     call()?;
     device.synchronize()?;
     let repeats = (0.05 / start.elapsed().as_secs_f64()).clamp(2.0, 200.0) as usize;
-    let mut best = f64::INFINITY;
-    for _ in 0..4 {
+    let mut rounds = [0.0; 5];
+    for round in &mut rounds {
         let start = Instant::now();
         (0..repeats).try_for_each(|_| call())?;
         device.synchronize()?;
-        best = best.min(start.elapsed().as_secs_f64() / repeats as f64);
+        *round = start.elapsed().as_secs_f64() / repeats as f64;
     }
-    Ok(best)
+    rounds.sort_by(f64::total_cmp);
+    Ok(rounds[2])
 }
 
 fn ceilings(device: &Device) -> Result<Ceilings> {

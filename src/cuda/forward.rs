@@ -141,13 +141,13 @@ impl Instance {
     /// The smallest that holds the head size; as `FORWARD_DTYPE` in cuda/forward.cu has them.
     fn pick(head_dim: usize, extras: bool) -> Self {
         let (name, dim, rows, columns) = match (head_dim, extras) {
-            (..=64, false) => ("forward_64", 64, 128, 128),
-            (..=96, false) => ("forward_96", 96, 128, 64),
-            (..=128, false) => ("forward_128", 128, 128, 64),
-            (_, false) => ("forward_256", 256, 64, 64),
-            (..=64, true) => ("forward_64_extras", 64, 128, 64),
-            (..=128, true) => ("forward_128_extras", 128, 64, 64),
-            (_, true) => ("forward_256_extras", 256, 64, 64),
+            (..=64, false) => ("forward_64", 64, 128, 64),
+            (..=96, false) => ("forward_96", 96, 128, 32),
+            (..=128, false) => ("forward_128", 128, 128, 32),
+            (_, false) => ("forward_256", 256, 64, 32),
+            (..=64, true) => ("forward_64_extras", 64, 128, 32),
+            (..=128, true) => ("forward_128_extras", 128, 64, 32),
+            (_, true) => ("forward_256_extras", 256, 64, 32),
         };
         Self {
             name,
@@ -157,9 +157,9 @@ impl Instance {
         }
     }
 
-    /// Queries, keys and values, ln n, and the marks of columns that are not finite.
+    /// Queries, two buffers of keys, values and ln n, and the marks of columns that are not finite.
     fn shared_bytes(&self) -> usize {
-        2 * self.dim * (self.rows + 2 * self.columns) + 4 * self.columns + 4 * (self.columns + 4)
+        2 * self.dim * (self.rows + 4 * self.columns) + 2 * 4 * self.columns + 4 * (self.columns + 4)
     }
 }
 
