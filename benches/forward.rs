@@ -37,6 +37,7 @@ const WINDOWED: [(usize, &str); 3] = [
 ];
 const CACHED: &str = "ours, r = 0, through the cache";
 const DECIDE: &str = "ours, deciding only (KeyKey)";
+const OBSERVED: &str = "ours, deciding only (observed)";
 const STRIDED: &str = "ours, r = 0, (B, N, H, D) views";
 const GROUPED: &str = "ours, r = 0, 4 heads a KV head";
 const BF16: &str = "ours, r = 0, bf16";
@@ -141,6 +142,15 @@ fn bench_variants(bench: &mut Bench, folder: &Path, shape: Shape) -> Result<()> 
     group.bench_function(DECIDE, |bencher| {
         bencher.iter(|| MergePlan::new(q, k, v, &strategies, &pretrained, &AttentionOptions::default()))
     });
+    // Its thresholds depend on the model; its time does not depend on them.
+    let thresholds = Tensor::full(0.01f64, shape.heads, q.device())?;
+    let (scored, calibrated) = (
+        strategies.with_thresholds(&thresholds)?,
+        CompressionConfig::calibrated(),
+    );
+    group.bench_function(OBSERVED, |bencher| {
+        bencher.iter(|| MergePlan::new(q, k, v, &scored, &calibrated, &AttentionOptions::default()))
+    });
     group.finish();
     Ok(())
 }
@@ -217,7 +227,7 @@ fn main() -> Result<()> {
     }
     bench.criterion.final_summary();
     let mut rows: Vec<&str> = RATIOS.iter().chain(&WINDOWED).map(|(_, name)| *name).collect();
-    rows.extend([STRIDED, GROUPED, BF16, F16, ONE_THREAD, CACHED, DECIDE, PLAIN]);
+    rows.extend([STRIDED, GROUPED, BF16, F16, ONE_THREAD, CACHED, DECIDE, OBSERVED, PLAIN]);
     let names: Vec<String> = shapes.iter().chain(&sweep).chain(&small).map(Shape::name).collect();
     print_ratios(&folder, &names, &rows, &[FLASH, PLAIN, PYTORCH, PYTORCH_BF16]);
     plots(&folder)
