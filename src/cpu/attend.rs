@@ -43,8 +43,14 @@ impl<'a, Q: Element> Worker<'a, Q> {
         rows.softmax.reset();
         rows.output.fill(Q::Acc::ZERO);
         reader.edges(block, |reader, token, row| rows.start(reader, block, token, row));
+        if let Some((products, _)) = &mut reader.products {
+            products.load_output(Q::Acc::singles(&rows.output), dim);
+        }
         reader.far_tiles(block, |reader, columns| rows.push(reader, block, columns));
         reader.near_tiles(block, |reader, columns| rows.push(reader, block, columns));
+        if let Some((products, _)) = &mut reader.products {
+            products.store_output(Q::Acc::singles_mut(&mut rows.output), dim);
+        }
         if let Some(log_sum_exp) = log_sum_exp {
             for (row, target) in log_sum_exp.iter_mut().enumerate() {
                 *target = rows.softmax.log_sum_exp(row);
@@ -90,6 +96,11 @@ impl<A: Accumulator> WeightedRows<A> {
     ) {
         reader.logits(block, &columns);
         let mut tile = columns.tile(&mut reader.tile, reader.leading);
+        if let Some((products, near)) = &mut reader.products {
+            let (max, sum) = self.softmax.state();
+            products.softmax(A::singles(tile.data), columns.count, A::singles_mut(max), A::singles_mut(sum));
+            return products.accumulate(columns.packed(block.far, near), columns.count);
+        }
         self.softmax.push(&mut tile, &mut self.output);
         if let Some(mask) = block.dropout {
             drop_weights(&mut tile, mask, block.rows.start, |index| {

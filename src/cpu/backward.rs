@@ -80,7 +80,7 @@ pub(crate) fn backward<T: Element>(input: &BackwardInput<T>) -> Gradients<T> {
 
 /// The row blocks of a head.
 fn blocks<T: Element>(input: &BackwardInput<T>) -> Vec<Range<usize>> {
-    let (tokens, rows) = (input.forward.problem.tokens, input.forward.settings().block_rows);
+    let (tokens, rows) = (input.forward.problem.tokens, input.forward.settings_with(None).block_rows);
     let block = |start: usize| start..tokens.min(start + rows);
     (0..tokens).step_by(rows).map(block).collect()
 }
@@ -123,7 +123,7 @@ fn head_gradients<T: Element>(
     let (heads, tokens, dim) = (forward.problem.heads, forward.problem.tokens, forward.problem.head_dim);
     let (batch, head) = (batch_head / heads, batch_head % heads);
     let far = Gathered::new(forward, batch, head);
-    let mut reader = BlockReader::new(forward.settings(), tokens);
+    let mut reader = BlockReader::new(forward.settings_with(None), tokens);
     let mut sums = Sums::new(forward, reader.leading, far.columns());
     let mut dq = Vec::new();
     // Neighbouring blocks go to different shares: under a causal mask later ones cost more.

@@ -5,6 +5,7 @@
 
 use super::fold::{all_finite, quarantine, raw_rows, ChainFold};
 use super::gemm_tile::{scores, Tile};
+use super::pairs::{Packed, PackedTile, PairTiles, Pairs, PAD};
 use super::philox::DropoutMask;
 use super::softmax::LANES;
 use super::{dot, Accumulator, Element, HeadRows};
@@ -19,8 +20,16 @@ const FAR_COLUMNS: usize = 512;
 /// Columns of a tile that only some rows see (the causal diagonal, the window's band): small, since the rest is wasted.
 const EDGE_COLUMNS: usize = 32;
 
+/// The same where products are made in bf16 pairs: several times faster, they are held back by the caches, and a tile
+/// of 32 KiB stays in the first one.
+const PAIR_ROWS: usize = 32;
+const PAIR_COLUMNS: usize = 256;
+
 /// Fewer rows for short inputs: more tasks, and less of the causal diagonal is computed in vain.
-pub(crate) fn block_rows(tokens: usize) -> usize {
+pub(crate) fn block_rows(tokens: usize, pairs: Option<Pairs>) -> usize {
+    if pairs.is_some() {
+        return PAIR_ROWS;
+    }
     let wanted = if tokens >= 8 * BLOCK_ROWS {
         BLOCK_ROWS
     } else {
@@ -50,6 +59,18 @@ pub(crate) struct Settings<'a, A> {
     pub causal: bool,
     pub scale: f64,
     pub bias: Option<BiasView<'a, A>>,
+    /// Where products are made in bf16 pairs.
+    pub pairs: Option<Pairs>,
+}
+
+impl<A> Settings<'_, A> {
+    /// Columns of a tile that every row sees.
+    fn far_columns(&self) -> usize {
+        match self.pairs {
+            Some(_) => PAIR_COLUMNS,
+            None => FAR_COLUMNS,
+        }
+    }
 }
 
 /// Where a block finds its far columns, which are in token order.
@@ -63,6 +84,10 @@ pub(crate) trait FarSource<A>: Sync {
     fn log2_sizes(&self, columns: Range<usize>) -> Option<&[A]>;
     /// Keys and values of some columns, through `scratch` where they are stored in another dtype.
     fn rows<'s>(&'s self, columns: Range<usize>, scratch: &'s mut RowScratch<A>) -> KeysValues<'s, A>;
+    /// All columns as bf16 pairs, where [`Settings::pairs`] wants them; then `rows` is not asked.
+    fn packed(&self) -> Option<&Packed> {
+        None
+    }
 }
 
 /// Keys and values of the same columns.
@@ -157,6 +182,8 @@ pub(crate) struct BlockReader<'a, Q: Element> {
     /// Logits in base 2 of one tile.
     pub tile: Vec<Q::Acc>,
     scratch: RowScratch<Q::Acc>,
+    /// Products in bf16 pairs, and raw columns for them.
+    pub products: Option<(PairTiles, Packed)>,
     /// Stands on the token of the edge that is looked at.
     pub chain: ChainFold<Q::Acc>,
 }
@@ -166,13 +193,19 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
     pub fn new(settings: Settings<'a, Q::Acc>, columns: usize) -> Self {
         let dim = settings.head_dim;
         let leading = settings.block_rows.next_multiple_of(LANES);
-        let tile_columns = columns.next_multiple_of(EDGE_COLUMNS).clamp(EDGE_COLUMNS, FAR_COLUMNS);
+        let tile_columns = columns.next_multiple_of(EDGE_COLUMNS).clamp(EDGE_COLUMNS, settings.far_columns());
         let zeros = |count: usize| vec![Q::Acc::ZERO; count];
         Self {
             settings,
             leading,
             query_rows: zeros(leading * dim),
-            queries: zeros(leading * dim),
+            queries: zeros(if settings.pairs.is_none() { leading * dim } else { 0 }),
+            products: settings.pairs.map(|pairs| {
+                (
+                    PairTiles::new(pairs, leading, tile_columns, dim),
+                    Packed::new(pairs, dim, EDGE_COLUMNS),
+                )
+            }),
             tile: zeros(leading * tile_columns),
             scratch: Default::default(),
             chain: ChainFold::new(settings.fold, dim),
@@ -202,9 +235,14 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             if !all_finite(target) {
                 target.fill(Q::Acc::NAN);
             }
-            target.iter_mut().for_each(|x| *x *= factor);
         }
-        transpose(&self.query_rows, dim, self.leading, &mut self.queries);
+        if let Some((products, _)) = &mut self.products {
+            products.load_queries(Q::Acc::singles(&self.query_rows), dim);
+        }
+        self.query_rows.iter_mut().for_each(|x| *x *= factor);
+        if self.products.is_none() {
+            transpose(&self.query_rows, dim, self.leading, &mut self.queries);
+        }
     }
 
     /// Calls `visit` with every edge column of the block that a row sees: the folded token `row - window`, on which
@@ -272,19 +310,28 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             (far.columns(), far.columns())
         };
         let padded = rows.len().next_multiple_of(LANES);
+        let packed = self.products.is_some();
+        // Pairs are packed by so many columns, and a tile begins with them.
+        let seen_by_all = match packed && seen_by_all < seen {
+            true => seen_by_all / PAD * PAD,
+            false => seen_by_all,
+        };
         let mut scratch = std::mem::take(&mut self.scratch);
         let mut start = 0;
         while start < seen {
             let (kind, end) = if start < seen_by_all {
-                (ColumnKind::FarForAll, seen_by_all.min(start + FAR_COLUMNS))
+                (ColumnKind::FarForAll, seen_by_all.min(start + self.settings.far_columns()))
             } else {
                 (ColumnKind::FarForSome, seen.min(start + EDGE_COLUMNS))
             };
             let first_row = match kind {
-                ColumnKind::FarForAll => 0,
+                _ if packed || kind == ColumnKind::FarForAll => 0,
                 _ => (far.token(start) + window + 1).saturating_sub(rows.start) / LANES * LANES,
             };
-            let (keys, values) = far.rows(start..end, &mut scratch);
+            let (keys, values) = match packed {
+                true => Default::default(),
+                false => far.rows(start..end, &mut scratch),
+            };
             let columns = Columns {
                 keys,
                 values,
@@ -313,8 +360,13 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         for start in tokens.step_by(EDGE_COLUMNS) {
             let end = rows.end.min(start + EDGE_COLUMNS);
             let (keys, values) = near_rows(&block.raw, start..end, &mut scratch);
-            let first_row = start.max(rows.start) - rows.start;
-            let last_row = (end - 1 + window).min(rows.end) - rows.start;
+            let (first_row, last_row) = match self.products {
+                Some(_) => (0, rows.len()),
+                None => (
+                    start.max(rows.start) - rows.start,
+                    (end - 1 + window).min(rows.end) - rows.start,
+                ),
+            };
             let columns = Columns {
                 keys,
                 values,
@@ -333,7 +385,14 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
     pub fn logits<R: Element<Acc = Q::Acc>>(&mut self, block: &Block<Q, R>, columns: &Columns<Q::Acc>) {
         let mut data = std::mem::take(&mut self.tile);
         let mut tile = columns.tile(&mut data, self.leading);
-        scores(&mut tile, &self.queries, &columns.keys);
+        match &mut self.products {
+            Some((products, near)) => {
+                columns.pack_raw(near);
+                let packed = columns.packed(block.far, near);
+                products.scores(Q::Acc::singles_mut(tile.data), packed, columns.count);
+            }
+            None => scores(&mut tile, &self.queries, &columns.keys),
+        }
         let masked = columns.kind != ColumnKind::FarForAll;
         if self.settings.bias.is_some() || columns.log2_sizes.is_some() || masked {
             for (index, column) in tile.data.chunks_exact_mut(self.leading).take(columns.count).enumerate() {
@@ -351,14 +410,17 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         index: usize,
         column: &mut [Q::Acc],
     ) {
+        // From base 2 to what the tile holds.
+        let unit = self.settings.pairs.map(|pairs| Q::Acc::of(1.0 / f64::from(pairs.factor)));
+        let unit = unit.unwrap_or(Q::Acc::ONE);
         if let Some(sizes) = columns.log2_sizes {
-            let size = sizes[index];
+            let size = sizes[index] * unit;
             column[columns.rows.clone()].iter_mut().for_each(|x| *x += size);
         }
         let token = columns.token(block.far, index);
         // Rows past the block's end are computed with the others and never stored.
         if let Some(bias) = self.bias(block, token, block.rows.clone()) {
-            column.iter_mut().zip(bias).for_each(|(x, bias)| *x += bias);
+            column.iter_mut().zip(bias).for_each(|(x, bias)| *x += bias * unit);
         }
         let (window, rows) = (self.settings.window, &block.rows);
         let visible = match columns.kind {
@@ -379,6 +441,27 @@ impl<A> Columns<'_, A> {
         match self.kind {
             ColumnKind::Near => self.first + index,
             _ => far.token(self.first + index),
+        }
+    }
+
+    /// The columns as bf16 pairs: far ones where they were gathered, raw ones in `near` after [`Self::pack_raw`].
+    pub fn packed<'p>(&self, far: &'p dyn FarSource<A>, near: &'p Packed) -> PackedTile<'p> {
+        match (self.kind, far.packed()) {
+            (ColumnKind::Near, _) | (_, None) => near.tile(0),
+            (_, Some(packed)) => packed.tile(self.first),
+        }
+    }
+
+    fn pack_raw(&self, near: &mut Packed)
+    where
+        A: Accumulator,
+    {
+        if self.kind == ColumnKind::Near {
+            near.clear();
+            for column in 0..self.count {
+                near.push(A::singles(self.keys.row(column)), A::singles(self.values.row(column)));
+            }
+            near.finish();
         }
     }
 

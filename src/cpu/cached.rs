@@ -99,7 +99,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
     }
 
     fn attend(&self, lists: &[(ListHeads, List<S>)], chains: &[Option<ChainFold<S::Acc>>], output: &mut [Q]) {
-        let block_rows = block_rows(self.count);
+        let block_rows = block_rows(self.count, None);
         let longest = lists.iter().map(|(_, list)| list.tokens.len()).max().unwrap_or(0);
         let mut tasks = Vec::new();
         let mut outputs = output.chunks_mut(self.count * self.head_dim);
@@ -140,6 +140,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             causal: true,
             scale: self.scale,
             bias: self.bias,
+            pairs: None,
         }
     }
 

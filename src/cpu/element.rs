@@ -1,6 +1,7 @@
 //! Stored dtypes and the dtype their sums are kept in: f64 for f64, f32 for everything else.
 
 use candle_core::WithDType;
+use super::pairs::Split;
 use half::slice::HalfFloatSliceExt;
 use pulp::Simd;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Sub};
@@ -9,6 +10,8 @@ use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Sub};
 pub(crate) trait Element: WithDType {
     /// What sums, softmax and folds are computed in.
     type Acc: Accumulator;
+    /// Its numbers as sums of bf16 parts, where they are such sums.
+    const SPLIT: Option<Split>;
 
     fn widen(source: &[Self], target: &mut [Self::Acc]);
     fn narrow(source: &[Self::Acc], target: &mut [Self]);
@@ -36,6 +39,9 @@ pub(crate) trait Accumulator:
 
     fn of(value: f64) -> Self;
     fn double(self) -> f64;
+    /// The slices themselves in f32; empty ones in f64, whose products are never split.
+    fn singles(slice: &[Self]) -> &[f32];
+    fn singles_mut(slice: &mut [Self]) -> &mut [f32];
     fn root(self) -> Self;
     fn absolute(self) -> Self;
     /// The dot product of two rows, with this instruction set's registers and fused multiply-adds.
@@ -75,9 +81,10 @@ pub(crate) trait Accumulator:
 }
 
 macro_rules! accumulator {
-    ($float:ident, $bits:ident, $ibits:ident, simd ($as:ident, $as_mut:ident, $splat:ident, $fma:ident, $add:ident, $sum:ident, $greater:ident, $select:ident), magic $magic:expr, bias $bias:expr, mantissa $mantissa:expr, min $min:expr, $poly:expr) => {
+    ($float:ident, $bits:ident, $ibits:ident, split $split:expr, singles ($slice:ident) $singles:expr, simd ($as:ident, $as_mut:ident, $splat:ident, $fma:ident, $add:ident, $sum:ident, $greater:ident, $select:ident), magic $magic:expr, bias $bias:expr, mantissa $mantissa:expr, min $min:expr, $poly:expr) => {
         impl Element for $float {
             type Acc = $float;
+            const SPLIT: Option<Split> = $split;
 
             fn widen(source: &[Self], target: &mut [Self]) {
                 target.copy_from_slice(source)
@@ -103,6 +110,12 @@ macro_rules! accumulator {
             #[inline(always)]
             fn double(self) -> f64 {
                 self as f64
+            }
+            fn singles($slice: &[Self]) -> &[f32] {
+                $singles
+            }
+            fn singles_mut($slice: &mut [Self]) -> &mut [f32] {
+                $singles
             }
             #[inline(always)]
             fn root(self) -> Self {
@@ -208,19 +221,20 @@ macro_rules! accumulator {
 }
 
 // Minimax polynomials for 2^x on [-1/2, 1/2] (Remez, relative error), highest power first.
-accumulator!(f32, u32, i32, simd (as_simd_f32s, as_mut_simd_f32s, splat_f32s, mul_add_e_f32s, add_f32s, reduce_sum_f32s, greater_than_f32s, select_f32s), magic 12_582_912.0, bias 127, mantissa 23, min -126.0, [
+accumulator!(f32, u32, i32, split Some(Split::Three), singles (slice) slice, simd (as_simd_f32s, as_mut_simd_f32s, splat_f32s, mul_add_e_f32s, add_f32s, reduce_sum_f32s, greater_than_f32s, select_f32s), magic 12_582_912.0, bias 127, mantissa 23, min -126.0, [
     1.534_581_2e-4, 1.339_993_1e-3, 9.618_489e-3, 5.550_328_8e-2, 2.402_264_7e-1, 6.931_472e-1, 1.0,
 ]);
-accumulator!(f64, u64, i64, simd (as_simd_f64s, as_mut_simd_f64s, splat_f64s, mul_add_e_f64s, add_f64s, reduce_sum_f64s, greater_than_f64s, select_f64s), magic 6_755_399_441_055_744.0, bias 1023, mantissa 52, min -1022.0, [
+accumulator!(f64, u64, i64, split None, singles (_slice) Default::default(), simd (as_simd_f64s, as_mut_simd_f64s, splat_f64s, mul_add_e_f64s, add_f64s, reduce_sum_f64s, greater_than_f64s, select_f64s), magic 6_755_399_441_055_744.0, bias 1023, mantissa 52, min -1022.0, [
     4.435_282_706_957_277e-10, 7.074_105_613_508_143e-9, 1.017_819_802_167_193e-7, 1.321_543_308_967_64e-6,
     1.525_273_348_998_852_6e-5, 1.540_353_046_251_443_2e-4, 1.333_355_814_678_992_2e-3, 9.618_129_107_588_335e-3,
     5.550_410_866_481_992e-2, 2.402_265_069_591_015_6e-1, std::f64::consts::LN_2, 1.0,
 ]);
 
 macro_rules! half_element {
-    ($half:ty) => {
+    ($half:ty, $split:expr) => {
         impl Element for $half {
             type Acc = f32;
+            const SPLIT: Option<Split> = Some($split);
 
             fn widen(source: &[Self], target: &mut [f32]) {
                 source.convert_to_f32_slice(target)
@@ -235,8 +249,8 @@ macro_rules! half_element {
     };
 }
 
-half_element!(half::f16);
-half_element!(half::bf16);
+half_element!(half::f16, Split::Two);
+half_element!(half::bf16, Split::One);
 
 #[cfg(test)]
 mod tests {

@@ -1,6 +1,7 @@
 //! What merging leaves of one head's keys and values: compact far columns, and the folded token at a window's edge.
 
 use super::block::{Bits, RawRows};
+use super::pairs::{Packed, Pairs};
 use super::{Accumulator, Element, HeadRows};
 use crate::config::Fold;
 
@@ -160,6 +161,8 @@ pub(crate) struct FarColumns<A> {
     /// The token index of each column; None where nothing is hidden.
     pub tokens: Option<Vec<u32>>,
     pub columns: usize,
+    /// Keys and values as bf16 pairs, in place of `keys` and `values`.
+    pub packed: Option<Packed>,
     /// Whether no raw key or value row of the head is NaN or infinite.
     pub clean: bool,
 }
@@ -172,6 +175,7 @@ impl<A: Accumulator> FarColumns<A> {
         bits: &[u8],
         tokens: usize,
         fold: Fold,
+        pairs: Option<Pairs>,
     ) -> Self {
         let hidden = bits.iter().filter(|bit| **bit == 1).count();
         let columns = tokens - hidden;
@@ -179,13 +183,14 @@ impl<A: Accumulator> FarColumns<A> {
             #[inline(always)]
             || rows_finite(keys, tokens) && rows_finite(values, tokens),
         );
-        let in_place = hidden == 0 && clean && T::as_acc(keys.data).is_some();
+        let in_place = pairs.is_none() && hidden == 0 && clean && T::as_acc(keys.data).is_some();
         let mut far = Self {
             keys: None,
             values: None,
             log2_sizes: None,
             tokens: None,
             columns,
+            packed: pairs.map(|pairs| Packed::new(pairs, keys.dim, columns)),
             clean,
         };
         if !in_place {
@@ -206,8 +211,10 @@ impl<A: Accumulator> FarColumns<A> {
         tokens: usize,
         fold: Fold,
     ) {
-        let mut far_keys = Vec::with_capacity(self.columns * keys.dim);
-        let mut far_values = Vec::with_capacity(self.columns * values.dim);
+        // A packed column passes through as the only one.
+        let room = if self.packed.is_none() { self.columns } else { 1 };
+        let mut far_keys = Vec::with_capacity(room * keys.dim);
+        let mut far_values = Vec::with_capacity(room * values.dim);
         let mut sizes = Vec::new();
         let mut chain = ChainFold::new(fold, keys.dim);
         let mut merged = false;
@@ -219,16 +226,25 @@ impl<A: Accumulator> FarColumns<A> {
                 if fold == Fold::Mean {
                     sizes.push(A::of((chain.size as f64).log2()));
                 }
+                if self.packed.is_some() {
+                    far_keys.clear();
+                    far_values.clear();
+                }
                 let (start, value_start) = (far_keys.len(), far_values.len());
                 far_keys.extend_from_slice(&chain.key);
                 far_values.extend_from_slice(&chain.value);
                 if !self.clean {
                     quarantine(&mut far_keys[start..], &mut far_values[value_start..]);
                 }
+                if let Some(packed) = &mut self.packed {
+                    packed.push(A::singles(&far_keys), A::singles(&far_values));
+                }
             }
         }
-        self.keys = Some(far_keys);
-        self.values = Some(far_values);
+        match &mut self.packed {
+            Some(packed) => packed.finish(),
+            None => (self.keys, self.values) = (Some(far_keys), Some(far_values)),
+        }
         self.log2_sizes = sizes.iter().any(|size| *size != A::ZERO).then_some(sizes);
     }
 

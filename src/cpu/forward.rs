@@ -6,6 +6,7 @@
 use super::attend::Worker;
 use super::block::{block_rows, BiasView, Bits, Block, FarSource, KeysValues, RawRows, RowScratch, Settings};
 use super::fold::FarColumns;
+use super::pairs::{Packed, Pairs};
 use super::philox::DropoutMask;
 use super::{Accumulator, Element, HeadRows, Rows};
 use crate::config::{Dropout, Fold};
@@ -31,16 +32,30 @@ pub(crate) struct ForwardInput<'a, T: Element> {
 }
 
 impl<'a, T: Element> ForwardInput<'a, T> {
+    /// With products in bf16 pairs where they serve.
     pub fn settings(&self) -> Settings<'a, T::Acc> {
+        self.settings_with(self.pairs())
+    }
+
+    pub fn settings_with(&self, pairs: Option<Pairs>) -> Settings<'a, T::Acc> {
         Settings {
             head_dim: self.problem.head_dim,
-            block_rows: block_rows(self.problem.tokens),
+            block_rows: block_rows(self.problem.tokens, pairs),
             first_row: 0,
             fold: self.fold,
             window: self.window,
             causal: self.causal,
             scale: self.scale,
             bias: self.bias,
+            pairs,
+        }
+    }
+
+    /// Products in bf16 pairs, where they serve: dropout takes single weights.
+    fn pairs(&self) -> Option<Pairs> {
+        match self.dropout {
+            Some(_) => None,
+            None => Pairs::new(T::SPLIT?, self.scale),
         }
     }
 
@@ -178,6 +193,7 @@ impl<'a, T: Element> Gathered<'a, T> {
                 bits,
                 input.problem.tokens,
                 input.fold,
+                None,
             )),
             keys,
             values,
@@ -204,6 +220,10 @@ impl<T: Element> FarSource<T::Acc> for Gathered<'_, T> {
 
     fn rows<'s>(&'s self, columns: Range<usize>, _: &'s mut RowScratch<T::Acc>) -> KeysValues<'s, T::Acc> {
         self.columns.rows(columns.start, (&self.keys, &self.values))
+    }
+
+    fn packed(&self) -> Option<&Packed> {
+        self.columns.packed.as_ref()
     }
 }
 
@@ -283,6 +303,7 @@ impl<A: Accumulator> HeadList<A> {
                 bits,
                 input.problem.tokens,
                 input.fold,
+                input.pairs(),
             ))
         };
         Arc::clone(lease.columns.get_or_insert_with(gather))

@@ -14,6 +14,7 @@ pub(crate) mod list;
 mod list_decide;
 pub(crate) mod loss;
 pub(crate) mod observe;
+mod pairs;
 mod philox;
 mod softmax;
 
@@ -82,6 +83,16 @@ pub(crate) struct HeadRows<'a, T> {
     pub data: &'a [T],
     pub stride: usize,
     pub dim: usize,
+}
+
+impl<T> Default for HeadRows<'_, T> {
+    fn default() -> Self {
+        Self {
+            data: &[],
+            stride: 0,
+            dim: 0,
+        }
+    }
 }
 
 impl<'a, T> HeadRows<'a, T> {

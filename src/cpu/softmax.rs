@@ -77,6 +77,11 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         }
     }
 
+    /// The running maximum (base 2) and sum of all rows, for a tile that is pushed elsewhere.
+    pub fn state(&mut self) -> (&mut [A], &mut [A]) {
+        (&mut self.max, &mut self.sum)
+    }
+
     /// log2 of the sum of 2^logit over the row's columns; minus infinity where it saw none.
     pub fn log_sum_exp(&self, row: usize) -> A {
         self.max[row] + A::of(self.sum[row].double().log2())

@@ -1,0 +1,256 @@
+//! Matrix products of bf16 pairs, where the CPU has instructions for them: Intel's AMX, or AVX512-BF16.
+//!
+//! They multiply bf16 exactly and sum in f32. A bf16 number is one part; an f16 number is exactly the sum of two bf16
+//! parts, and an f32 number of three, so that a product of two such numbers is the sum of products of parts. Products
+//! of parts that are smaller than the dtype's own rounding are left out: 3 are kept of f16's 4, and 6 of f32's 9.
+//!
+//! One shape of product serves all: `C (M, N) = A (M, K) · B (K, N)` with A by rows, B in pairs (K / 2, N, 2), and N the
+//! rows of a block of queries, so that tiles lie as they do everywhere else: a column of the tile is one key.
+
+mod pack;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+#[cfg(target_arch = "x86_64")]
+mod x86_amx;
+#[cfg(not(target_arch = "x86_64"))]
+#[path = "none.rs"]
+mod x86;
+
+pub(crate) use pack::{Packed, PackedTile};
+use pack::Aligned;
+
+use super::block::transpose;
+use super::softmax::LANES;
+
+/// What all of A's dimensions and the number of columns are padded to: two tiles of 16 rows, or 16 pairs.
+pub(crate) const PAD: usize = 32;
+
+/// Which instructions multiply.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Kernel {
+    Amx,
+    Avx512Bf16,
+}
+
+/// How a dtype's numbers are split.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Split {
+    /// bf16
+    One,
+    /// f16
+    Two,
+    /// f32
+    Three,
+}
+
+impl Split {
+    pub fn parts(self) -> usize {
+        match self {
+            Self::One => 1,
+            Self::Two => 2,
+            Self::Three => 3,
+        }
+    }
+
+    /// The products of parts that are summed, (A's part, B's part), small ones first.
+    pub fn terms(self) -> &'static [(usize, usize)] {
+        match self {
+            Self::One => &[(0, 0)],
+            Self::Two => &[(0, 1), (1, 0), (0, 0)],
+            Self::Three => &[(1, 1), (0, 2), (2, 0), (0, 1), (1, 0), (0, 0)],
+        }
+    }
+}
+
+/// How the products of one call are made.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pairs {
+    kernel: Kernel,
+    pub split: Split,
+    /// On a product of a query and a key, to give a logit in base 2: scale · log2(e).
+    pub factor: f32,
+}
+
+impl Pairs {
+    /// None where the CPU has no such instructions or they do not pay: AVX512-BF16 is at most twice as fast as f32, so
+    /// it serves bf16 alone.
+    pub fn new(split: Split, scale: f64) -> Option<Self> {
+        let factor = (scale * std::f64::consts::LOG2_E) as f32;
+        let kernel = x86::kernel()?;
+        let pays = kernel == Kernel::Amx || split == Split::One;
+        // The softmax compares products before they are multiplied, which needs a positive factor.
+        (pays && factor.is_normal() && factor > 0.0).then_some(Self { kernel, split, factor })
+    }
+}
+
+/// One product: `c[m * ldc + n] = sum over steps, pairs and both of a pair of a · b`, or added to what is there.
+struct Product<'a> {
+    /// Multiples of 32.
+    m: usize,
+    n: usize,
+    c: &'a mut [f32],
+    ldc: usize,
+    /// Row m of step s is `a[m * lda + steps[s].a..][..32]`.
+    a: &'a [u16],
+    lda: usize,
+    /// Pair p of column n of step s is `b[steps[s].b + p * ldb + 2 * n..][..2]`, 16 pairs.
+    b: &'a [u16],
+    ldb: usize,
+    steps: &'a [Step],
+    accumulate: bool,
+}
+
+/// Where 32 of the summed dimension begin, counted in numbers.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Step {
+    a: usize,
+    b: usize,
+}
+
+impl Product<'_> {
+    /// Panics where an index would leave its slice: what the kernels rely on.
+    fn check(&self) {
+        assert!(self.m > 0 && self.m.is_multiple_of(PAD) && self.n > 0 && self.n.is_multiple_of(PAD));
+        assert!((self.m - 1) * self.ldc + self.n <= self.c.len() && self.n <= self.ldc);
+        for step in self.steps {
+            assert!(step.a + (self.m - 1) * self.lda + 32 <= self.a.len());
+            assert!(step.b + 15 * self.ldb + 2 * self.n <= self.b.len());
+        }
+    }
+}
+
+/// One tile of logits and weights, and the weighted values of its rows: buffers of one thread.
+pub(crate) struct PairTiles {
+    pairs: Pairs,
+    leading: usize,
+    dim: usize,
+    /// The queries, (parts, D / 2, leading, 2).
+    queries: Aligned<u16>,
+    /// Weights of one tile, (parts, columns / 2, leading, 2).
+    weights: Aligned<u16>,
+    capacity: usize,
+    steps: Vec<Step>,
+    /// Weighted values (D, leading).
+    output: Aligned<f32>,
+}
+
+impl PairTiles {
+    /// For blocks of `leading` rows and tiles of up to `columns` columns.
+    pub fn new(pairs: Pairs, leading: usize, columns: usize, head_dim: usize) -> Self {
+        let (dim, capacity) = (head_dim.next_multiple_of(PAD), columns.next_multiple_of(PAD));
+        let parts = pairs.split.parts();
+        Self {
+            pairs,
+            leading,
+            dim,
+            queries: Aligned::zeroed(parts * dim * leading),
+            weights: Aligned::zeroed(parts * capacity * leading),
+            capacity,
+            steps: Vec::new(),
+            output: Aligned::zeroed(dim * leading),
+        }
+    }
+
+    /// Takes in the block's queries, (leading, D), not scaled.
+    pub fn load_queries(&mut self, rows: &[f32], head_dim: usize) {
+        pack::interleave(self.pairs.split, rows, head_dim, self.leading, self.dim, self.queries.as_mut());
+    }
+
+    /// `tile[c * leading + r] = query[r] . key[c]` for `count` keys.
+    pub fn scores(&mut self, tile: &mut [f32], columns: PackedTile, count: usize) {
+        let PackedTile { packed, first } = columns;
+        let (dim, leading) = (self.dim, self.leading);
+        let plane = dim * leading;
+        self.steps.clear();
+        for (part, query_part) in self.pairs.split.terms() {
+            for d in (0..dim).step_by(32) {
+                self.steps.push(Step {
+                    a: part * dim + d,
+                    b: query_part * plane + d * leading,
+                });
+            }
+        }
+        let lda = self.pairs.split.parts() * dim;
+        x86::product(
+            self.pairs.kernel,
+            Product {
+                m: count.next_multiple_of(PAD),
+                n: leading,
+                c: tile,
+                ldc: leading,
+                a: &packed.keys.as_ref()[first * lda..],
+                lda,
+                b: self.queries.as_ref(),
+                ldb: 2 * leading,
+                steps: &self.steps,
+                accumulate: false,
+            },
+        )
+    }
+
+    /// Turns a tile of products into weights; raises `max` (base 2), adds to `sum`, and scales the output so far.
+    pub fn softmax(&mut self, tile: &[f32], count: usize, max: &mut [f32], sum: &mut [f32]) {
+        let leading = self.leading;
+        assert!(max.len() >= leading && sum.len() >= leading && leading.is_multiple_of(LANES));
+        for first in (0..leading).step_by(LANES) {
+            let strip = x86::Strip {
+                tile,
+                leading,
+                first,
+                count,
+                factor: self.pairs.factor,
+                split: self.pairs.split,
+                weights: self.weights.as_mut(),
+                plane: self.capacity * leading,
+                output: self.output.as_mut(),
+            };
+            x86::softmax(strip, &mut max[first..][..LANES], &mut sum[first..][..LANES]);
+        }
+    }
+
+    /// `output[d, r] += sum_c weight[r, c] * value[c, d]` for the columns of the last [`Self::softmax`].
+    pub fn accumulate(&mut self, columns: PackedTile, count: usize) {
+        let PackedTile { packed, first } = columns;
+        let (dim, leading) = (self.dim, self.leading);
+        let parts = self.pairs.split.parts();
+        let plane = self.capacity * leading;
+        self.steps.clear();
+        for block in 0..count.div_ceil(32) {
+            for (part, weight_part) in self.pairs.split.terms() {
+                self.steps.push(Step {
+                    a: ((first / 32 + block) * parts + part) * dim * 32,
+                    b: weight_part * plane + block * 32 * leading,
+                });
+            }
+        }
+        x86::product(
+            self.pairs.kernel,
+            Product {
+                m: dim,
+                n: leading,
+                c: self.output.as_mut(),
+                ldc: leading,
+                a: packed.values.as_ref(),
+                lda: 32,
+                b: self.weights.as_ref(),
+                ldb: 2 * leading,
+                steps: &self.steps,
+                accumulate: true,
+            },
+        )
+    }
+
+    /// Starts from weighted values (leading, D).
+    pub fn load_output(&mut self, rows: &[f32], head_dim: usize) {
+        transpose(rows, head_dim, self.leading, self.output.as_mut());
+    }
+
+    /// The weighted values as (leading, D).
+    pub fn store_output(&self, rows: &mut [f32], head_dim: usize) {
+        for (row, target) in rows.chunks_exact_mut(head_dim).enumerate() {
+            let column = self.output.as_ref()[row..].iter().step_by(self.leading);
+            target.iter_mut().zip(column).for_each(|(x, y)| *x = *y);
+        }
+    }
+}

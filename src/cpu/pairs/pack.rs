@@ -1,0 +1,181 @@
+//! Rows of f32 as parts in bf16, in the orders that the products read.
+
+use super::{Pairs, Split, PAD};
+use crate::cpu::vectorized;
+
+/// The largest finite bf16 number.
+const MAX: f32 = 3.389_531_4e38;
+
+/// A buffer that begins at a cache line, so that no row of a tile lies in two.
+pub(crate) struct Aligned<T> {
+    data: Vec<T>,
+    start: usize,
+    len: usize,
+}
+
+impl<T: Copy + Default> Aligned<T> {
+    pub fn zeroed(len: usize) -> Self {
+        let data = vec![T::default(); len + 64 / size_of::<T>()];
+        let start = data.as_ptr().align_offset(64).min(64 / size_of::<T>());
+        Self { data, start, len }
+    }
+
+    pub fn as_ref(&self) -> &[T] {
+        &self.data[self.start..][..self.len]
+    }
+
+    pub fn as_mut(&mut self) -> &mut [T] {
+        &mut self.data[self.start..][..self.len]
+    }
+}
+
+/// Rounds to bf16, ties to even; a NaN stays one.
+#[inline(always)]
+fn bf16_bits(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    (if x.is_nan() { 0x7fc0 } else { rounded }) as u16
+}
+
+/// The parts of 32 numbers, each part `plane` apart: what a part leaves is the next one's.
+#[inline(always)]
+fn store_parts(parts: usize, numbers: &[f32; 32], plane: usize, stride: usize, target: &mut [u16]) {
+    let mut rest = *numbers;
+    for part in 0..parts {
+        let target = &mut target[part * plane..];
+        let mut bits = [0u16; 32];
+        for (bits, x) in bits.iter_mut().zip(&mut rest) {
+            // Numbers near the largest would round to infinity.
+            *bits = bf16_bits(x.clamp(-MAX, MAX));
+            *x -= f32::from_bits(u32::from(*bits) << 16);
+        }
+        match stride {
+            1 => target[..32].copy_from_slice(&bits),
+            _ => bits
+                .iter()
+                .zip(target.iter_mut().step_by(stride))
+                .for_each(|(bits, target)| *target = *bits),
+        }
+    }
+}
+
+/// Rows (leading, `head_dim`) to (parts, dim / 2, leading, 2): pairs of a row's neighbouring numbers.
+pub(super) fn interleave(
+    split: Split,
+    rows: &[f32],
+    head_dim: usize,
+    leading: usize,
+    dim: usize,
+    target: &mut [u16],
+) {
+    let (parts, plane) = (split.parts(), dim * leading);
+    vectorized(
+        #[inline(always)]
+        || {
+            for d in 0..head_dim {
+                for first in (0..leading).step_by(32) {
+                    let mut numbers = [0f32; 32];
+                    for (r, x) in numbers.iter_mut().enumerate() {
+                        *x = rows[(first + r) * head_dim + d];
+                    }
+                    let at = (d / 2 * leading + first) * 2 + d % 2;
+                    store_parts(parts, &numbers, plane, 2, &mut target[at..]);
+                }
+            }
+        },
+    )
+}
+
+/// Keys and values of columns in token order, taken in one by one.
+pub(crate) struct Packed {
+    /// (columns, parts, D)
+    pub keys: Aligned<u16>,
+    /// (columns / 32, parts, D, 32): each 32 columns' values by dimension.
+    pub values: Aligned<u16>,
+    parts: usize,
+    dim: usize,
+    columns: usize,
+    /// The values of the columns since the last multiple of 32, (32, D).
+    staged: Vec<f32>,
+    row: Vec<f32>,
+}
+
+/// Columns from a multiple of [`PAD`] on.
+#[derive(Clone, Copy)]
+pub(crate) struct PackedTile<'p> {
+    pub packed: &'p Packed,
+    pub first: usize,
+}
+
+impl Packed {
+    pub fn tile(&self, first: usize) -> PackedTile<'_> {
+        PackedTile { packed: self, first }
+    }
+
+    /// Room for `columns` columns; those that never come count as zeros.
+    pub fn new(pairs: Pairs, head_dim: usize, columns: usize) -> Self {
+        let (parts, dim) = (pairs.split.parts(), head_dim.next_multiple_of(PAD));
+        let padded = columns.next_multiple_of(PAD);
+        Self {
+            keys: Aligned::zeroed(padded * parts * dim),
+            values: Aligned::zeroed(padded * parts * dim),
+            parts,
+            dim,
+            columns: 0,
+            staged: vec![0.0; 32 * dim],
+            row: vec![0.0; dim],
+        }
+    }
+
+    /// Starts again, keeping the room. What was there is overwritten up to the next multiple of 32.
+    pub fn clear(&mut self) {
+        self.columns = 0;
+    }
+
+    pub fn push(&mut self, key: &[f32], value: &[f32]) {
+        let (parts, dim, column) = (self.parts, self.dim, self.columns);
+        self.row[..key.len()].copy_from_slice(key);
+        let target = &mut self.keys.as_mut()[column * parts * dim..][..parts * dim];
+        let row = &self.row;
+        vectorized(
+            #[inline(always)]
+            || {
+                for (d, numbers) in row.as_chunks::<32>().0.iter().enumerate() {
+                    store_parts(parts, numbers, dim, 1, &mut target[d * 32..]);
+                }
+            },
+        );
+        self.staged[column % 32 * dim..][..value.len()].copy_from_slice(value);
+        self.columns += 1;
+        if self.columns.is_multiple_of(32) {
+            self.flush();
+        }
+    }
+
+    /// To be called after the last column.
+    pub fn finish(&mut self) {
+        if !self.columns.is_multiple_of(32) {
+            self.staged[self.columns % 32 * self.dim..].fill(0.0);
+            self.flush();
+        }
+    }
+
+    fn flush(&mut self) {
+        let (parts, dim) = (self.parts, self.dim);
+        let block = (self.columns - 1) / 32;
+        let target = &mut self.values.as_mut()[block * parts * dim * 32..][..parts * dim * 32];
+        let staged = &self.staged;
+        vectorized(
+            #[inline(always)]
+            || {
+                for d in 0..dim {
+                    let mut numbers = [0f32; 32];
+                    for (c, x) in numbers.iter_mut().enumerate() {
+                        *x = staged[c * dim + d];
+                    }
+                    store_parts(parts, &numbers, dim * 32, 1, &mut target[d * 32..]);
+                }
+            },
+        )
+    }
+}

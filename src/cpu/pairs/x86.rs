@@ -1,0 +1,225 @@
+//! The instructions of x86-64: which there are, the products by AVX512-BF16, and the softmax between two products.
+
+use super::super::softmax::LANES;
+use super::{x86_amx, Kernel, Product, Split, PAD};
+use std::arch::x86_64::*;
+use std::sync::LazyLock;
+
+/// What this CPU multiplies with; both need AVX-512 for the softmax.
+pub(super) fn kernel() -> Option<Kernel> {
+    static KERNEL: LazyLock<Option<Kernel>> = LazyLock::new(|| {
+        let vectors = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+        if !vectors {
+            None
+        } else if x86_amx::usable() {
+            Some(Kernel::Amx)
+        } else {
+            is_x86_feature_detected!("avx512bf16").then_some(Kernel::Avx512Bf16)
+        }
+    });
+    *KERNEL
+}
+
+pub(super) fn product(kernel: Kernel, product: Product) {
+    match kernel {
+        // SAFETY: `kernel` has found the instructions.
+        Kernel::Amx => unsafe { x86_amx::product(product) },
+        // SAFETY: as above.
+        Kernel::Avx512Bf16 => unsafe { product_avx512(product) },
+    }
+}
+
+/// Rows of C that are summed at once: with 32 columns 16 registers, which hide the latency of the products.
+const ROWS: usize = 8;
+
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn product_avx512(product: Product) {
+    product.check();
+    let Product { m, n, c, ldc, a, lda, b, ldb, steps, accumulate } = product;
+    for row in (0..m).step_by(ROWS) {
+        for column in (0..n).step_by(PAD) {
+            // SAFETY: `check` bounds all of what is read and written: rows row..row + 8 (m is a multiple of 32) of A and
+            // C, 16 pairs of columns column..column + 32 of B, in every step. Nothing else borrows C.
+            unsafe {
+                let c = c.as_mut_ptr().add(row * ldc + column);
+                let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
+                if accumulate {
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        sums[0] = _mm512_loadu_ps(c.add(r * ldc));
+                        sums[1] = _mm512_loadu_ps(c.add(r * ldc + 16));
+                    }
+                }
+                for step in steps {
+                    let a = a.as_ptr().add(row * lda + step.a);
+                    let b = b.as_ptr().add(step.b + 2 * column);
+                    for pair in 0..16 {
+                        let b = b.add(pair * ldb);
+                        let columns = [load_pairs(b), load_pairs(b.add(32))];
+                        for (r, sums) in sums.iter_mut().enumerate() {
+                            let one = a.add(r * lda + 2 * pair).cast::<i32>().read_unaligned();
+                            let one = into_pairs(_mm512_set1_epi32(one));
+                            sums[0] = _mm512_dpbf16_ps(sums[0], one, columns[0]);
+                            sums[1] = _mm512_dpbf16_ps(sums[1], one, columns[1]);
+                        }
+                    }
+                }
+                for (r, sums) in sums.iter().enumerate() {
+                    _mm512_storeu_ps(c.add(r * ldc), sums[0]);
+                    _mm512_storeu_ps(c.add(r * ldc + 16), sums[1]);
+                }
+            }
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn load_pairs(source: *const u16) -> __m512bh {
+    // SAFETY: the caller vouches for 64 bytes.
+    into_pairs(unsafe { _mm512_loadu_si512(source.cast()) })
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn into_pairs(bits: __m512i) -> __m512bh {
+    // SAFETY: both are 512 bits without invalid patterns.
+    unsafe { std::mem::transmute(bits) }
+}
+
+/// [`LANES`] rows of a tile of products, and where their weights go.
+pub(super) struct Strip<'a> {
+    /// (columns, leading)
+    pub tile: &'a [f32],
+    pub leading: usize,
+    /// The strip's first row.
+    pub first: usize,
+    pub count: usize,
+    /// From products to logits in base 2.
+    pub factor: f32,
+    pub split: Split,
+    /// (parts, columns / 2, leading, 2), parts `plane` apart.
+    pub weights: &'a mut [u16],
+    pub plane: usize,
+    /// (D, leading), scaled from the old maximum to the new one.
+    pub output: &'a mut [f32],
+}
+
+/// Turns a strip's products into weights, relative to the new maximum; raises `max`, adds to `sum`.
+pub(super) fn softmax(strip: Strip, max: &mut [f32], sum: &mut [f32]) {
+    // SAFETY: a `Strip` is only made where `kernel` has found AVX-512.
+    unsafe {
+        match strip.split {
+            Split::One => softmax_parts::<1>(strip, max, sum),
+            Split::Two => softmax_parts::<2>(strip, max, sum),
+            Split::Three => softmax_parts::<3>(strip, max, sum),
+        }
+    }
+}
+
+/// 16 numbers from `at` on.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load(slice: &[f32], at: usize) -> __m512 {
+    let numbers = &slice[at..][..16];
+    // SAFETY: 16 numbers were checked to be there.
+    unsafe { _mm512_loadu_ps(numbers.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store(slice: &mut [f32], at: usize, x: __m512) {
+    let numbers = &mut slice[at..][..16];
+    // SAFETY: 16 numbers were checked to be there.
+    unsafe { _mm512_storeu_ps(numbers.as_mut_ptr(), x) }
+}
+
+#[target_feature(enable = "avx512f,avx512bw")]
+fn softmax_parts<const PARTS: usize>(strip: Strip, max: &mut [f32], sum: &mut [f32]) {
+    let Strip { tile, leading, first, count, factor, weights, plane, output, .. } = strip;
+    assert!(tile.len() >= count.saturating_sub(1) * leading + first + LANES);
+    let padded = count.next_multiple_of(PAD);
+    assert!(weights.len() >= (PARTS - 1) * plane + padded * leading && first + LANES <= leading);
+    let factor = _mm512_set1_ps(factor);
+    let empty = _mm512_set1_ps(f32::NEG_INFINITY);
+    for half in 0..LANES / 16 {
+        let lane = half * 16;
+        let row = first + lane;
+        let mut tops = [empty; 2];
+        for column in 0..count {
+            // The second operand wins where one is NaN: a NaN product is passed over, to be caught in the sum.
+            let x = load(tile, column * leading + row);
+            tops[column % 2] = _mm512_max_ps(x, tops[column % 2]);
+        }
+        let old = load(max, lane);
+        let new = _mm512_max_ps(_mm512_mul_ps(_mm512_max_ps(tops[0], tops[1]), factor), old);
+        // A row that saw only minus infinities keeps weight 0: nothing is subtracted from them.
+        let unseen = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(new, empty);
+        let base = _mm512_mask_mov_ps(new, unseen, _mm512_setzero_ps());
+        let mut sums = [_mm512_setzero_ps(); 2];
+        for pair in 0..padded / 2 {
+            let mut both = [_mm512_setzero_ps(); 2];
+            for (i, weight) in both.iter_mut().enumerate() {
+                let column = 2 * pair + i;
+                if column < count {
+                    let x = load(tile, column * leading + row);
+                    *weight = exp2::<PARTS>(_mm512_fmsub_ps(x, factor, base));
+                    sums[i] = _mm512_add_ps(sums[i], *weight);
+                }
+            }
+            for part in 0..PARTS {
+                let at = part * plane + (pair * leading + row) * 2;
+                let target = &mut weights[at..][..32];
+                let packed = take_part(&mut both);
+                // SAFETY: 32 numbers of 16 bits were checked to be there.
+                unsafe { _mm512_storeu_si512(target.as_mut_ptr().cast(), packed) };
+            }
+        }
+        let rescale = exp2::<3>(_mm512_sub_ps(old, base));
+        let total = _mm512_fmadd_ps(load(sum, lane), rescale, _mm512_add_ps(sums[0], sums[1]));
+        store(max, lane, new);
+        store(sum, lane, total);
+        if _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(rescale, _mm512_set1_ps(1.0)) != 0 {
+            for at in (row..output.len()).step_by(leading) {
+                let scaled = _mm512_mul_ps(load(output, at), rescale);
+                store(output, at, scaled);
+            }
+        }
+    }
+}
+
+/// Two columns' weights as pairs of bf16, ties away from zero; what is left of them stays.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn take_part(both: &mut [__m512; 2]) -> __m512i {
+    let half = _mm512_set1_epi32(0x8000);
+    let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+    let even = _mm512_add_epi32(_mm512_castps_si512(both[0]), half);
+    let odd = _mm512_add_epi32(_mm512_castps_si512(both[1]), half);
+    let (even_part, odd_part) = (_mm512_and_si512(even, high), _mm512_and_si512(odd, high));
+    both[0] = _mm512_sub_ps(both[0], _mm512_castsi512_ps(even_part));
+    both[1] = _mm512_sub_ps(both[1], _mm512_castsi512_ps(odd_part));
+    _mm512_or_si512(_mm512_srli_epi32::<16>(even), odd_part)
+}
+
+// Minimax polynomials for 2^x on [-1/2, 1/2] (relative error), highest power first: good to 3e-6 where the weight is
+// rounded to bf16, and to 2e-9 elsewhere.
+const SHORT: [f32; 5] = [9.570_102e-3, 5.591_786e-2, 2.402_474_4e-1, 6.931_218e-1, 9.999_993e-1];
+const LONG: [f32; 7] = [1.534_581_2e-4, 1.339_993_1e-3, 9.618_489e-3, 5.550_328_8e-2, 2.402_264_7e-1, 6.931_472e-1, 1.0];
+
+/// 2^x for x <= 0 or nearly so, 0 below the smallest normal number, NaN for NaN.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn exp2<const PARTS: usize>(x: __m512) -> __m512 {
+    let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, _mm512_set1_ps(-126.0));
+    let whole = _mm512_roundscale_ps::<0>(x);
+    let fraction = _mm512_sub_ps(x, whole);
+    let polynomial = |coefficients: &[f32]| {
+        let mut power = _mm512_set1_ps(coefficients[0]);
+        for coefficient in &coefficients[1..] {
+            power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(*coefficient));
+        }
+        power
+    };
+    let power = if PARTS == 1 { polynomial(&SHORT) } else { polynomial(&LONG) };
+    _mm512_maskz_scalef_ps(normal, power, whole)
+}
