@@ -5,9 +5,11 @@ mod common;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, D};
 use candle_sfattention::reference::{self, Array4};
-use candle_sfattention::{compressed_attention, AttentionOptions, HeadStrategies};
+use candle_sfattention::{attend, compressed_attention, AttentionOptions, HeadStrategies, MergePlan};
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
+use common::judge::Expected;
 use common::settings::{reference_bits, settings, Setting};
+use std::process::Command;
 
 /// Odd everything: one token, one past a lane, a block and a tile, head sizes that fill no register, GQA and MQA.
 const SHAPES: [Shape; 12] = [
@@ -99,15 +101,75 @@ fn f64_agrees_with_the_reference() -> Result<()> {
     })
 }
 
-/// Half types: sums in f32 and one rounding at the end, so the error is that of one rounding of the exact result.
+/// Names the instructions that multiply halves.
+const KERNEL: &str = "SFATTENTION_BF16";
+
+/// Where halves are multiplied in f32: sums in f32 and one rounding at the end, so the error is that of one rounding of
+/// the exact result. Where they are multiplied in bf16 pairs, weights and folded rows are rounded too: to 16 bits in f16,
+/// and to 8 in bf16.
 #[test]
 fn half_types_round_once() -> Result<()> {
-    // Half a unit in the last place, and a little for the f32 sums before it.
-    for (dtype, unit) in [(DType::F16, 2f64.powi(-11)), (DType::BF16, 2f64.powi(-8))] {
+    let off = std::env::var_os(KERNEL).is_some_and(|kernel| kernel == "off");
+    // Half a unit in the last place, a little for the f32 sums before it, and for the roundings of weights and rows: of
+    // sums of values to 4, where a logit to 20 changes by what its rows are rounded by.
+    for (dtype, unit, parts) in [
+        (DType::F16, 2f64.powi(-11), 2f64.powi(-16)),
+        (DType::BF16, 2f64.powi(-8), 2f64.powi(-8)),
+    ] {
+        let rows = if off { 0.0 } else { 4.0 * parts };
         check(dtype, Memory::TokenMajor, &SHAPES[..8], |what, got, expected| {
-            Ok(assert_close(what, got, expected, 4e-6, unit * 1.01)?)
+            Ok(assert_close(what, got, expected, 4e-6 + rows, unit * 1.01)?)
         })?;
     }
+    Ok(())
+}
+
+/// In every setting, whatever is rounded on the way: at most twice the error of candle's operations in the same dtype.
+#[test]
+fn half_types_err_at_most_twice_as_much_in_every_setting() -> Result<()> {
+    for dtype in [DType::F16, DType::BF16] {
+        for setting in settings() {
+            for (seed, shape) in SHAPES[..7].iter().enumerate() {
+                let qkv = shape.qkv(seed as u64, dtype)?;
+                let options = (setting.options)(shape);
+                let allowed = Expected::new(&qkv, &qkv[0], &setting, &options)?;
+                let plan = MergePlan::from_indicators(&allowed.bits, &setting.config)?;
+                let output = attend(&qkv[0], &qkv[1], &qkv[2], &plan, &options)?;
+                allowed.check_output(&format!("{} {shape:?} {dtype:?}", setting.name), &output)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The tests of halves again, with each kind of instructions that this CPU has, and with none.
+#[test]
+fn half_types_agree_on_every_kernel() -> Result<()> {
+    for kernel in ["amx", "avx512", "off"] {
+        let output = Command::new(std::env::current_exe()?)
+            .env(KERNEL, kernel)
+            .args(["--exact", "half_types_round_once"])
+            .args(["half_types_err_at_most_twice_as_much_as_candle"])
+            .args(["half_types_err_at_most_twice_as_much_in_every_setting"])
+            .output()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        if text.contains("which this CPU has") && kernel != "off" {
+            println!("skipped: this CPU has no {kernel}");
+            continue;
+        }
+        assert!(output.status.success() && text.contains("3 passed"), "{kernel}: {text}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_kernel_that_is_not_there_is_refused() -> Result<()> {
+    let output = Command::new(std::env::current_exe()?)
+        .env(KERNEL, "fast")
+        .args(["--exact", "half_types_round_once"])
+        .output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(!output.status.success() && text.contains("expected one of"), "{text}");
     Ok(())
 }
 

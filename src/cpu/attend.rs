@@ -98,7 +98,12 @@ impl<A: Accumulator> WeightedRows<A> {
         let mut tile = columns.tile(&mut reader.tile, reader.leading);
         if let Some((products, near)) = &mut reader.products {
             let (max, sum) = self.softmax.state();
-            products.softmax(A::singles(tile.data), columns.count, A::singles_mut(max), A::singles_mut(sum));
+            products.softmax(
+                A::singles(tile.data),
+                columns.count,
+                A::singles_mut(max),
+                A::singles_mut(sum),
+            );
             return products.accumulate(columns.packed(block.far, near), columns.count);
         }
         self.softmax.push(&mut tile, &mut self.output);

@@ -80,7 +80,10 @@ pub(crate) fn backward<T: Element>(input: &BackwardInput<T>) -> Gradients<T> {
 
 /// The row blocks of a head.
 fn blocks<T: Element>(input: &BackwardInput<T>) -> Vec<Range<usize>> {
-    let (tokens, rows) = (input.forward.problem.tokens, input.forward.settings_with(None).block_rows);
+    let (tokens, rows) = (
+        input.forward.problem.tokens,
+        input.forward.settings_with(None).block_rows,
+    );
     let block = |start: usize| start..tokens.min(start + rows);
     (0..tokens).step_by(rows).map(block).collect()
 }

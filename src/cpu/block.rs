@@ -22,7 +22,7 @@ const EDGE_COLUMNS: usize = 32;
 
 /// The same where products are made in bf16 pairs: several times faster, they are held back by the caches, and a tile
 /// of 32 KiB stays in the first one.
-const PAIR_ROWS: usize = 32;
+const PAIR_ROWS: usize = 64;
 const PAIR_COLUMNS: usize = 256;
 
 /// Fewer rows for short inputs: more tasks, and less of the causal diagonal is computed in vain.
@@ -193,7 +193,9 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
     pub fn new(settings: Settings<'a, Q::Acc>, columns: usize) -> Self {
         let dim = settings.head_dim;
         let leading = settings.block_rows.next_multiple_of(LANES);
-        let tile_columns = columns.next_multiple_of(EDGE_COLUMNS).clamp(EDGE_COLUMNS, settings.far_columns());
+        let tile_columns = columns
+            .next_multiple_of(EDGE_COLUMNS)
+            .clamp(EDGE_COLUMNS, settings.far_columns());
         let zeros = |count: usize| vec![Q::Acc::ZERO; count];
         Self {
             settings,
@@ -320,7 +322,10 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         let mut start = 0;
         while start < seen {
             let (kind, end) = if start < seen_by_all {
-                (ColumnKind::FarForAll, seen_by_all.min(start + self.settings.far_columns()))
+                (
+                    ColumnKind::FarForAll,
+                    seen_by_all.min(start + self.settings.far_columns()),
+                )
             } else {
                 (ColumnKind::FarForSome, seen.min(start + EDGE_COLUMNS))
             };
@@ -411,7 +416,10 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         column: &mut [Q::Acc],
     ) {
         // From base 2 to what the tile holds.
-        let unit = self.settings.pairs.map(|pairs| Q::Acc::of(1.0 / f64::from(pairs.factor)));
+        let unit = self
+            .settings
+            .pairs
+            .map(|pairs| Q::Acc::of(1.0 / f64::from(pairs.factor)));
         let unit = unit.unwrap_or(Q::Acc::ONE);
         if let Some(sizes) = columns.log2_sizes {
             let size = sizes[index] * unit;

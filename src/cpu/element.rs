@@ -1,7 +1,7 @@
 //! Stored dtypes and the dtype their sums are kept in: f64 for f64, f32 for everything else.
 
-use candle_core::WithDType;
 use super::pairs::Split;
+use candle_core::WithDType;
 use half::slice::HalfFloatSliceExt;
 use pulp::Simd;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Sub};
@@ -17,6 +17,8 @@ pub(crate) trait Element: WithDType {
     fn narrow(source: &[Self::Acc], target: &mut [Self]);
     /// The slice itself where nothing needs widening.
     fn as_acc(source: &[Self]) -> Option<&[Self::Acc]>;
+    /// Whether no number of the row is NaN or infinite.
+    fn finite_row(row: &[Self]) -> bool;
 }
 
 /// f32 or f64 arithmetic, written so that loops over it vectorise.
@@ -94,6 +96,10 @@ macro_rules! accumulator {
             }
             fn as_acc(source: &[Self]) -> Option<&[Self]> {
                 Some(source)
+            }
+            #[inline(always)]
+            fn finite_row(row: &[Self]) -> bool {
+                super::fold::all_finite(row)
             }
         }
 
@@ -221,7 +227,7 @@ macro_rules! accumulator {
 }
 
 // Minimax polynomials for 2^x on [-1/2, 1/2] (Remez, relative error), highest power first.
-accumulator!(f32, u32, i32, split Some(Split::Three), singles (slice) slice, simd (as_simd_f32s, as_mut_simd_f32s, splat_f32s, mul_add_e_f32s, add_f32s, reduce_sum_f32s, greater_than_f32s, select_f32s), magic 12_582_912.0, bias 127, mantissa 23, min -126.0, [
+accumulator!(f32, u32, i32, split None, singles (slice) slice, simd (as_simd_f32s, as_mut_simd_f32s, splat_f32s, mul_add_e_f32s, add_f32s, reduce_sum_f32s, greater_than_f32s, select_f32s), magic 12_582_912.0, bias 127, mantissa 23, min -126.0, [
     1.534_581_2e-4, 1.339_993_1e-3, 9.618_489e-3, 5.550_328_8e-2, 2.402_264_7e-1, 6.931_472e-1, 1.0,
 ]);
 accumulator!(f64, u64, i64, split None, singles (_slice) Default::default(), simd (as_simd_f64s, as_mut_simd_f64s, splat_f64s, mul_add_e_f64s, add_f64s, reduce_sum_f64s, greater_than_f64s, select_f64s), magic 6_755_399_441_055_744.0, bias 1023, mantissa 52, min -1022.0, [
@@ -230,31 +236,93 @@ accumulator!(f64, u64, i64, split None, singles (_slice) Default::default(), sim
     5.550_410_866_481_992e-2, 2.402_265_069_591_015_6e-1, std::f64::consts::LN_2, 1.0,
 ]);
 
-macro_rules! half_element {
-    ($half:ty, $split:expr) => {
-        impl Element for $half {
-            type Acc = f32;
-            const SPLIT: Option<Split> = Some($split);
+impl Element for half::f16 {
+    type Acc = f32;
+    const SPLIT: Option<Split> = Some(Split::Two);
 
-            fn widen(source: &[Self], target: &mut [f32]) {
-                source.convert_to_f32_slice(target)
-            }
-            fn narrow(source: &[f32], target: &mut [Self]) {
-                target.convert_from_f32_slice(source)
-            }
-            fn as_acc(_: &[Self]) -> Option<&[f32]> {
-                None
-            }
-        }
-    };
+    fn widen(source: &[Self], target: &mut [f32]) {
+        source.convert_to_f32_slice(target)
+    }
+    fn narrow(source: &[f32], target: &mut [Self]) {
+        target.convert_from_f32_slice(source)
+    }
+    fn as_acc(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
+    #[inline(always)]
+    fn finite_row(row: &[Self]) -> bool {
+        const EXPONENT: u16 = 0x7c00;
+        !row.iter()
+            .fold(false, |bad, x| bad | (x.to_bits() & EXPONENT == EXPONENT))
+    }
 }
 
-half_element!(half::f16, Split::Two);
-half_element!(half::bf16, Split::One);
+impl Element for half::bf16 {
+    type Acc = f32;
+    const SPLIT: Option<Split> = Some(Split::One);
+
+    // half's own conversion goes number by number; these two loops vectorise.
+    #[inline(always)]
+    fn widen(source: &[Self], target: &mut [f32]) {
+        for (x, target) in source.iter().zip(target) {
+            *target = f32::from_bits(u32::from(x.to_bits()) << 16);
+        }
+    }
+    #[inline(always)]
+    fn narrow(source: &[f32], target: &mut [Self]) {
+        for (x, target) in source.iter().zip(target) {
+            *target = Self::from_bits(bf16_bits(*x));
+        }
+    }
+    fn as_acc(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
+    #[inline(always)]
+    fn finite_row(row: &[Self]) -> bool {
+        const EXPONENT: u16 = 0x7f80;
+        !row.iter()
+            .fold(false, |bad, x| bad | (x.to_bits() & EXPONENT == EXPONENT))
+    }
+}
+
+/// Rounds to bf16, ties to even; a NaN stays one.
+#[inline(always)]
+pub(crate) fn bf16_bits(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    (if x.is_nan() { 0x7fc0 } else { rounded }) as u16
+}
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use half::{bf16, f16};
+
+    #[test]
+    fn bf16_converts_as_half_does() {
+        let mut wide = [0f32];
+        for bits in 0..=u16::MAX {
+            let x = bf16::from_bits(bits);
+            bf16::widen(&[x], &mut wide);
+            assert!(wide[0] == x.to_f32() || (wide[0].is_nan() && x.is_nan()), "{bits:#x}");
+            assert_eq!(bf16::finite_row(&[x]), x.is_finite());
+            assert_eq!(
+                f16::finite_row(&[f16::from_bits(bits)]),
+                f16::from_bits(bits).is_finite()
+            );
+            // Halfway to the next number, on it, and just beside it.
+            for low in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let x = f32::from_bits(u32::from(bits) << 16 | low);
+                let mut narrow = [bf16::ZERO];
+                bf16::narrow(&[x], &mut narrow);
+                let expected = bf16::from_f32(x);
+                assert!(
+                    narrow[0] == expected || (narrow[0].is_nan() && expected.is_nan()),
+                    "{x}"
+                );
+            }
+        }
+    }
 
     #[test]
     fn exp2_is_exact_enough_over_its_whole_range() {

@@ -322,17 +322,5 @@ pub(crate) fn raw_rows<'a, T: Element>(raw: &HeadRows<'a, T>) -> HeadRows<'a, T:
 
 #[inline(always)]
 fn rows_finite<T: Element>(rows: &HeadRows<T>, tokens: usize) -> bool {
-    match T::as_acc(rows.data) {
-        Some(data) => {
-            let rows = HeadRows { data, ..raw_rows(rows) };
-            (0..tokens).all(|t| all_finite(rows.row(t)))
-        }
-        None => {
-            let mut row = vec![T::Acc::ZERO; rows.dim];
-            (0..tokens).all(|t| {
-                T::widen(rows.row(t), &mut row);
-                all_finite(&row)
-            })
-        }
-    }
+    (0..tokens).all(|t| T::finite_row(rows.row(t)))
 }

@@ -19,6 +19,7 @@ mod philox;
 mod softmax;
 
 pub(crate) use element::{Accumulator, Element};
+pub(crate) use pairs::check_environment;
 
 use crate::problem::RowLayout;
 use pulp::{Arch, Simd, WithSimd};

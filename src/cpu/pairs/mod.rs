@@ -1,8 +1,9 @@
 //! Matrix products of bf16 pairs, where the CPU has instructions for them: Intel's AMX, or AVX512-BF16.
 //!
 //! They multiply bf16 exactly and sum in f32. A bf16 number is one part; an f16 number is exactly the sum of two bf16
-//! parts, and an f32 number of three, so that a product of two such numbers is the sum of products of parts. Products
-//! of parts that are smaller than the dtype's own rounding are left out: 3 are kept of f16's 4, and 6 of f32's 9.
+//! parts, so that a product of two is the sum of products of parts, of which the smallest is left out. Folded rows and
+//! weights are rounded to as many parts. f32 as three parts and six products has f32's precision, and took 0.97 to 1.1
+//! times as long as the gemm crate: it stays with that.
 //!
 //! One shape of product serves all: `C (M, N) = A (M, K) · B (K, N)` with A by rows, B in pairs (K / 2, N, 2), and N the
 //! rows of a block of queries, so that tiles lie as they do everywhere else: a column of the tile is one key.
@@ -10,17 +11,19 @@
 mod pack;
 #[cfg(target_arch = "x86_64")]
 mod x86;
-#[cfg(target_arch = "x86_64")]
-mod x86_amx;
 #[cfg(not(target_arch = "x86_64"))]
 #[path = "none.rs"]
 mod x86;
+#[cfg(target_arch = "x86_64")]
+mod x86_amx;
 
-pub(crate) use pack::{Packed, PackedTile};
 use pack::Aligned;
+pub(crate) use pack::{Packed, PackedTile};
 
 use super::block::transpose;
 use super::softmax::LANES;
+use candle_core::Result;
+use std::sync::LazyLock;
 
 /// What all of A's dimensions and the number of columns are padded to: two tiles of 16 rows, or 16 pairs.
 pub(crate) const PAD: usize = 32;
@@ -32,6 +35,44 @@ pub(crate) enum Kernel {
     Avx512Bf16,
 }
 
+impl Kernel {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Amx => "amx",
+            Self::Avx512Bf16 => "avx512",
+        }
+    }
+}
+
+/// Names the kernel to use in place of the best one, or "off".
+const VARIABLE: &str = "SFATTENTION_BF16";
+
+/// The kernel of this process, chosen once.
+fn kernel() -> &'static std::result::Result<Option<Kernel>, String> {
+    static KERNEL: LazyLock<std::result::Result<Option<Kernel>, String>> = LazyLock::new(|| {
+        let kernels = x86::kernels();
+        let Some(wanted) = std::env::var_os(VARIABLE) else {
+            return Ok(kernels.first().copied());
+        };
+        if wanted == "off" {
+            return Ok(None);
+        }
+        let found = kernels.iter().copied().find(|kernel| wanted == kernel.name());
+        let names: Vec<&str> = kernels.into_iter().map(Kernel::name).chain(["off"]).collect();
+        let error = || format!("{VARIABLE}: expected one of {names:?}, which this CPU has, got {wanted:?}; unset it");
+        found.map(Some).ok_or_else(error)
+    });
+    &KERNEL
+}
+
+/// An error where the environment asks for a kernel that is not there.
+pub(crate) fn check_environment() -> Result<()> {
+    match kernel() {
+        Ok(_) => Ok(()),
+        Err(message) => candle_core::bail!("{message}"),
+    }
+}
+
 /// How a dtype's numbers are split.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Split {
@@ -39,8 +80,6 @@ pub(crate) enum Split {
     One,
     /// f16
     Two,
-    /// f32
-    Three,
 }
 
 impl Split {
@@ -48,7 +87,6 @@ impl Split {
         match self {
             Self::One => 1,
             Self::Two => 2,
-            Self::Three => 3,
         }
     }
 
@@ -57,7 +95,6 @@ impl Split {
         match self {
             Self::One => &[(0, 0)],
             Self::Two => &[(0, 1), (1, 0), (0, 0)],
-            Self::Three => &[(1, 1), (0, 2), (2, 0), (0, 1), (1, 0), (0, 0)],
         }
     }
 }
@@ -76,7 +113,7 @@ impl Pairs {
     /// it serves bf16 alone.
     pub fn new(split: Split, scale: f64) -> Option<Self> {
         let factor = (scale * std::f64::consts::LOG2_E) as f32;
-        let kernel = x86::kernel()?;
+        let kernel = (*kernel().as_ref().ok()?)?;
         let pays = kernel == Kernel::Amx || split == Split::One;
         // The softmax compares products before they are multiplied, which needs a positive factor.
         (pays && factor.is_normal() && factor > 0.0).then_some(Self { kernel, split, factor })
@@ -154,7 +191,14 @@ impl PairTiles {
 
     /// Takes in the block's queries, (leading, D), not scaled.
     pub fn load_queries(&mut self, rows: &[f32], head_dim: usize) {
-        pack::interleave(self.pairs.split, rows, head_dim, self.leading, self.dim, self.queries.as_mut());
+        pack::interleave(
+            self.pairs.split,
+            rows,
+            head_dim,
+            self.leading,
+            self.dim,
+            self.queries.as_mut(),
+        );
     }
 
     /// `tile[c * leading + r] = query[r] . key[c]` for `count` keys.
@@ -251,6 +295,140 @@ impl PairTiles {
         for (row, target) in rows.chunks_exact_mut(head_dim).enumerate() {
             let column = self.output.as_ref()[row..].iter().step_by(self.leading);
             target.iter_mut().zip(column).for_each(|(x, y)| *x = *y);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+
+    fn rows(rng: &mut StdRng, count: usize, dim: usize) -> Vec<f32> {
+        (0..count * dim).map(|_| rng.random_range(-2.0..2.0)).collect()
+    }
+
+    /// Scores, softmax and weighted values of two tiles against f64, in each kernel and split.
+    #[test]
+    fn tiles_agree_with_f64_on_every_kernel() {
+        let kernels = x86::kernels();
+        if kernels.is_empty() {
+            println!("skipped: this CPU multiplies no bf16 pairs");
+        }
+        for kernel in kernels {
+            for (split, unit) in [(Split::One, 2f64.powi(-8)), (Split::Two, 2f64.powi(-16))] {
+                for (leading, dim, counts) in [(32, 59, [64, 1]), (64, 64, [32, 33]), (96, 128, [256, 31])] {
+                    let pairs = Pairs {
+                        kernel,
+                        split,
+                        factor: 0.25,
+                    };
+                    tiles_agree(pairs, leading, dim, counts, unit);
+                }
+            }
+        }
+    }
+
+    fn tiles_agree(pairs: Pairs, leading: usize, dim: usize, counts: [usize; 2], unit: f64) {
+        let what = format!("{pairs:?} {leading} {dim} {counts:?}");
+        let mut rng = StdRng::seed_from_u64(dim as u64);
+        let columns = counts[0] + counts[1];
+        let queries = rows(&mut rng, leading, dim);
+        let (keys, values) = (rows(&mut rng, columns, dim), rows(&mut rng, columns, dim));
+        let mut packed = Packed::new(pairs, dim, columns);
+        for (key, value) in keys.chunks(dim).zip(values.chunks(dim)) {
+            packed.push(key, value);
+        }
+        packed.finish();
+
+        let mut tiles = PairTiles::new(pairs, leading, counts[0].max(counts[1]), dim);
+        tiles.load_queries(&queries, dim);
+        let (mut max, mut sum) = (vec![f32::NEG_INFINITY; leading], vec![0f32; leading]);
+        let mut tile = vec![0f32; counts[0].max(counts[1]).next_multiple_of(PAD) * leading];
+        tiles.load_output(&vec![0.0; leading * dim], dim);
+        let mut first = 0;
+        for count in counts {
+            tiles.scores(&mut tile, packed.tile(first), count);
+            // The last row sees nothing but the second tile's first column.
+            for column in 0..count {
+                if first == 0 || column > 0 {
+                    tile[column * leading + leading - 1] = f32::NEG_INFINITY;
+                }
+            }
+            tiles.softmax(&tile, count, &mut max, &mut sum);
+            tiles.accumulate(packed.tile(first), count);
+            first += count;
+        }
+        let mut output = vec![0f32; leading * dim];
+        tiles.store_output(&mut output, dim);
+
+        for (r, (query, got)) in queries.chunks(dim).zip(output.chunks(dim)).enumerate() {
+            let seen = if r + 1 == leading {
+                counts[0]..counts[0] + 1
+            } else {
+                0..columns
+            };
+            let logit = |c: usize| {
+                let pairs = query.iter().zip(&keys[c * dim..][..dim]);
+                0.25 * pairs.map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>()
+            };
+            let top = seen.clone().map(logit).fold(f64::NEG_INFINITY, f64::max);
+            // Rows are rounded: a logit's error is that of its D products, each of up to 4.
+            let off = unit * (dim as f64).sqrt() * 2.0;
+            assert!(
+                (f64::from(max[r]) - top).abs() <= off,
+                "{what}: row {r}, max {} {top}",
+                max[r]
+            );
+            let weights: Vec<f64> = (0..columns)
+                .map(|c| {
+                    if seen.contains(&c) {
+                        (logit(c) - top).exp2()
+                    } else {
+                        0.0
+                    }
+                })
+                .collect();
+            let total: f64 = weights.iter().sum();
+            for (d, got) in got.iter().enumerate() {
+                let expected: f64 = (0..columns).map(|c| weights[c] * f64::from(values[c * dim + d])).sum();
+                let (got, expected) = (f64::from(*got) / f64::from(sum[r]), expected / total);
+                assert!(
+                    (got - expected).abs() <= 2.0 * off + 2.0 * unit,
+                    "{what}: {r}, {d}: {got} {expected}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_in_its_row() {
+        for kernel in x86::kernels() {
+            let pairs = Pairs {
+                kernel,
+                split: Split::One,
+                factor: 1.0,
+            };
+            let mut packed = Packed::new(pairs, 8, 2);
+            packed.push(&[f32::NAN; 8], &[0.0; 8]);
+            packed.push(&[1.0; 8], &[3.0; 8]);
+            packed.finish();
+            let mut tiles = PairTiles::new(pairs, 32, 2, 8);
+            tiles.load_queries(&[0.5; 32 * 8], 8);
+            let mut tile = vec![0f32; 32 * 32];
+            tiles.scores(&mut tile, packed.tile(0), 2);
+            assert!(tile[..32].iter().all(|x| x.is_nan()) && tile[32..64].iter().all(|x| *x == 4.0));
+            // Only row 0 sees the first column.
+            tile[1..32].fill(f32::NEG_INFINITY);
+            let (mut max, mut sum) = (vec![f32::NEG_INFINITY; 32], vec![0f32; 32]);
+            tiles.load_output(&[0.0; 32 * 8], 8);
+            tiles.softmax(&tile, 2, &mut max, &mut sum);
+            tiles.accumulate(packed.tile(0), 2);
+            assert!(sum[0].is_nan() && sum[1..].iter().all(|sum| (sum - 1.0).abs() < 1e-5));
+            let mut output = vec![0f32; 32 * 8];
+            tiles.store_output(&mut output, 8);
+            assert!(output[8..].iter().all(|x| *x == 3.0));
         }
     }
 }

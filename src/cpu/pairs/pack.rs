@@ -1,6 +1,7 @@
 //! Rows of f32 as parts in bf16, in the orders that the products read.
 
 use super::{Pairs, Split, PAD};
+use crate::cpu::element::bf16_bits;
 use crate::cpu::vectorized;
 
 /// The largest finite bf16 number.
@@ -29,14 +30,6 @@ impl<T: Copy + Default> Aligned<T> {
     }
 }
 
-/// Rounds to bf16, ties to even; a NaN stays one.
-#[inline(always)]
-fn bf16_bits(x: f32) -> u16 {
-    let bits = x.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-    (if x.is_nan() { 0x7fc0 } else { rounded }) as u16
-}
-
 /// The parts of 32 numbers, each part `plane` apart: what a part leaves is the next one's.
 #[inline(always)]
 fn store_parts(parts: usize, numbers: &[f32; 32], plane: usize, stride: usize, target: &mut [u16]) {
@@ -60,14 +53,7 @@ fn store_parts(parts: usize, numbers: &[f32; 32], plane: usize, stride: usize, t
 }
 
 /// Rows (leading, `head_dim`) to (parts, dim / 2, leading, 2): pairs of a row's neighbouring numbers.
-pub(super) fn interleave(
-    split: Split,
-    rows: &[f32],
-    head_dim: usize,
-    leading: usize,
-    dim: usize,
-    target: &mut [u16],
-) {
+pub(super) fn interleave(split: Split, rows: &[f32], head_dim: usize, leading: usize, dim: usize, target: &mut [u16]) {
     let (parts, plane) = (split.parts(), dim * leading);
     vectorized(
         #[inline(always)]

@@ -3,26 +3,24 @@
 use super::super::softmax::LANES;
 use super::{x86_amx, Kernel, Product, Split, PAD};
 use std::arch::x86_64::*;
-use std::sync::LazyLock;
 
-/// What this CPU multiplies with; both need AVX-512 for the softmax.
-pub(super) fn kernel() -> Option<Kernel> {
-    static KERNEL: LazyLock<Option<Kernel>> = LazyLock::new(|| {
-        let vectors = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
-        if !vectors {
-            None
-        } else if x86_amx::usable() {
-            Some(Kernel::Amx)
-        } else {
-            is_x86_feature_detected!("avx512bf16").then_some(Kernel::Avx512Bf16)
+/// What this CPU multiplies with, the best first; the softmax needs AVX-512 beside them.
+pub(super) fn kernels() -> Vec<Kernel> {
+    let mut kernels = Vec::new();
+    if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+        if x86_amx::usable() {
+            kernels.push(Kernel::Amx);
         }
-    });
-    *KERNEL
+        if is_x86_feature_detected!("avx512bf16") {
+            kernels.push(Kernel::Avx512Bf16);
+        }
+    }
+    kernels
 }
 
 pub(super) fn product(kernel: Kernel, product: Product) {
     match kernel {
-        // SAFETY: `kernel` has found the instructions.
+        // SAFETY: `kernels` has found the instructions.
         Kernel::Amx => unsafe { x86_amx::product(product) },
         // SAFETY: as above.
         Kernel::Avx512Bf16 => unsafe { product_avx512(product) },
@@ -35,7 +33,18 @@ const ROWS: usize = 8;
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn product_avx512(product: Product) {
     product.check();
-    let Product { m, n, c, ldc, a, lda, b, ldb, steps, accumulate } = product;
+    let Product {
+        m,
+        n,
+        c,
+        ldc,
+        a,
+        lda,
+        b,
+        ldb,
+        steps,
+        accumulate,
+    } = product;
     for row in (0..m).step_by(ROWS) {
         for column in (0..n).step_by(PAD) {
             // SAFETY: `check` bounds all of what is read and written: rows row..row + 8 (m is a multiple of 32) of A and
@@ -106,12 +115,11 @@ pub(super) struct Strip<'a> {
 
 /// Turns a strip's products into weights, relative to the new maximum; raises `max`, adds to `sum`.
 pub(super) fn softmax(strip: Strip, max: &mut [f32], sum: &mut [f32]) {
-    // SAFETY: a `Strip` is only made where `kernel` has found AVX-512.
+    // SAFETY: a `Strip` is only made where `kernels` has found AVX-512.
     unsafe {
         match strip.split {
             Split::One => softmax_parts::<1>(strip, max, sum),
             Split::Two => softmax_parts::<2>(strip, max, sum),
-            Split::Three => softmax_parts::<3>(strip, max, sum),
         }
     }
 }
@@ -135,7 +143,17 @@ fn store(slice: &mut [f32], at: usize, x: __m512) {
 
 #[target_feature(enable = "avx512f,avx512bw")]
 fn softmax_parts<const PARTS: usize>(strip: Strip, max: &mut [f32], sum: &mut [f32]) {
-    let Strip { tile, leading, first, count, factor, weights, plane, output, .. } = strip;
+    let Strip {
+        tile,
+        leading,
+        first,
+        count,
+        factor,
+        weights,
+        plane,
+        output,
+        ..
+    } = strip;
     assert!(tile.len() >= count.saturating_sub(1) * leading + first + LANES);
     let padded = count.next_multiple_of(PAD);
     assert!(weights.len() >= (PARTS - 1) * plane + padded * leading && first + LANES <= leading);
@@ -144,11 +162,12 @@ fn softmax_parts<const PARTS: usize>(strip: Strip, max: &mut [f32], sum: &mut [f
     for half in 0..LANES / 16 {
         let lane = half * 16;
         let row = first + lane;
+        // The second operand wins where one is NaN: a NaN product is passed over, to be caught in the sum.
         let mut tops = [empty; 2];
-        for column in 0..count {
-            // The second operand wins where one is NaN: a NaN product is passed over, to be caught in the sum.
-            let x = load(tile, column * leading + row);
-            tops[column % 2] = _mm512_max_ps(x, tops[column % 2]);
+        for column in (0..count).step_by(2) {
+            tops[0] = _mm512_max_ps(load(tile, column * leading + row), tops[0]);
+            let next = (column + 1).min(count - 1);
+            tops[1] = _mm512_max_ps(load(tile, next * leading + row), tops[1]);
         }
         let old = load(max, lane);
         let new = _mm512_max_ps(_mm512_mul_ps(_mm512_max_ps(tops[0], tops[1]), factor), old);
@@ -158,13 +177,16 @@ fn softmax_parts<const PARTS: usize>(strip: Strip, max: &mut [f32], sum: &mut [f
         let mut sums = [_mm512_setzero_ps(); 2];
         for pair in 0..padded / 2 {
             let mut both = [_mm512_setzero_ps(); 2];
-            for (i, weight) in both.iter_mut().enumerate() {
-                let column = 2 * pair + i;
-                if column < count {
-                    let x = load(tile, column * leading + row);
-                    *weight = exp2::<PARTS>(_mm512_fmsub_ps(x, factor, base));
-                    sums[i] = _mm512_add_ps(sums[i], *weight);
-                }
+            let column = 2 * pair;
+            if column < count {
+                let x = load(tile, column * leading + row);
+                both[0] = exp2::<PARTS>(_mm512_fmsub_ps(x, factor, base));
+                sums[0] = _mm512_add_ps(sums[0], both[0]);
+            }
+            if column + 1 < count {
+                let x = load(tile, (column + 1) * leading + row);
+                both[1] = exp2::<PARTS>(_mm512_fmsub_ps(x, factor, base));
+                sums[1] = _mm512_add_ps(sums[1], both[1]);
             }
             for part in 0..PARTS {
                 let at = part * plane + (pair * leading + row) * 2;
@@ -174,7 +196,7 @@ fn softmax_parts<const PARTS: usize>(strip: Strip, max: &mut [f32], sum: &mut [f
                 unsafe { _mm512_storeu_si512(target.as_mut_ptr().cast(), packed) };
             }
         }
-        let rescale = exp2::<3>(_mm512_sub_ps(old, base));
+        let rescale = exp2::<2>(_mm512_sub_ps(old, base));
         let total = _mm512_fmadd_ps(load(sum, lane), rescale, _mm512_add_ps(sums[0], sums[1]));
         store(max, lane, new);
         store(sum, lane, total);
@@ -204,7 +226,15 @@ fn take_part(both: &mut [__m512; 2]) -> __m512i {
 // Minimax polynomials for 2^x on [-1/2, 1/2] (relative error), highest power first: good to 3e-6 where the weight is
 // rounded to bf16, and to 2e-9 elsewhere.
 const SHORT: [f32; 5] = [9.570_102e-3, 5.591_786e-2, 2.402_474_4e-1, 6.931_218e-1, 9.999_993e-1];
-const LONG: [f32; 7] = [1.534_581_2e-4, 1.339_993_1e-3, 9.618_489e-3, 5.550_328_8e-2, 2.402_264_7e-1, 6.931_472e-1, 1.0];
+const LONG: [f32; 7] = [
+    1.534_581_2e-4,
+    1.339_993_1e-3,
+    9.618_489e-3,
+    5.550_328_8e-2,
+    2.402_264_7e-1,
+    6.931_472e-1,
+    1.0,
+];
 
 /// 2^x for x <= 0 or nearly so, 0 below the smallest normal number, NaN for NaN.
 #[inline]
@@ -220,6 +250,10 @@ fn exp2<const PARTS: usize>(x: __m512) -> __m512 {
         }
         power
     };
-    let power = if PARTS == 1 { polynomial(&SHORT) } else { polynomial(&LONG) };
+    let power = if PARTS == 1 {
+        polynomial(&SHORT)
+    } else {
+        polynomial(&LONG)
+    };
     _mm512_maskz_scalef_ps(normal, power, whole)
 }

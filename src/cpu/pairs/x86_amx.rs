@@ -64,7 +64,18 @@ const CONFIGURATION: Configuration = Configuration {
 /// [`usable`] must have returned true.
 pub(super) unsafe fn product(product: Product) {
     product.check();
-    let Product { m, n, c, ldc, a, lda, b, ldb, steps, accumulate } = product;
+    let Product {
+        m,
+        n,
+        c,
+        ldc,
+        a,
+        lda,
+        b,
+        ldb,
+        steps,
+        accumulate,
+    } = product;
     if steps.is_empty() {
         return;
     }
