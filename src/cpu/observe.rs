@@ -17,6 +17,9 @@ const LANES: usize = 16;
 /// Dimensions that are multiplied at once.
 const DIMS: usize = 4;
 
+/// Rows whose logits are summed at once: each register of keys is read for all of them.
+const TOGETHER: usize = 4;
+
 /// Tokens that one task scores at the least: with a window of 32, a sixteenth of the rows is seen twice.
 const BLOCK: usize = 256;
 
@@ -77,29 +80,41 @@ impl<A: Accumulator> Keys<A> {
         // Every window can be read to the end of its last register.
         self.stride = tokens + LANES;
         self.data.clear();
-        let mut row_buffer = Vec::new();
-        for (column, row) in rows.take(tokens).enumerate() {
-            self.data
-                .resize(row.len().next_multiple_of(DIMS) * self.stride, A::ZERO);
-            row_buffer.resize(row.len(), A::ZERO);
-            T::widen(row, &mut row_buffer);
-            for (target, x) in self.data[column..].iter_mut().step_by(self.stride).zip(&row_buffer) {
-                *target = *x;
+        // A register of tokens at a time, so that stores do not go to another cache line each.
+        let mut some: Vec<A> = Vec::new();
+        let mut rows = rows.take(tokens).peekable();
+        let mut column = 0;
+        while let Some(dim) = rows.peek().map(|row| row.len()) {
+            self.data.resize(dim.next_multiple_of(DIMS) * self.stride, A::ZERO);
+            some.resize(dim * LANES, A::ZERO);
+            for (row, target) in rows.by_ref().take(LANES).zip(some.chunks_exact_mut(dim)) {
+                T::widen(row, target);
             }
+            let count = LANES.min(tokens - column);
+            for (d, target) in self.data.chunks_exact_mut(self.stride).take(dim).enumerate() {
+                for (x, row) in target[column..][..count].iter_mut().zip(some.chunks_exact(dim)) {
+                    *x = row[d];
+                }
+            }
+            column += LANES;
         }
     }
 
-    /// `query . key` of `logits.len()` tokens from `token` on, a multiple of [`LANES`]; what lies beyond the last token
-    /// means nothing. The query is padded like the keys.
+    /// `query . key` of G queries, (G, D) padded like the keys, and the `columns` tokens from `token` on, a multiple of
+    /// [`LANES`]; what lies beyond the last token means nothing. Each logit is summed dimension by dimension.
     #[inline(always)]
-    fn dot<S: Simd>(&self, simd: S, query: &[A], token: usize, logits: &mut [A]) {
+    fn dots<S: Simd, const G: usize>(&self, simd: S, queries: &[A], token: usize, columns: usize, logits: &mut [A]) {
         logits.fill(A::ZERO);
-        let start = token - self.first;
+        let (start, dim) = (token - self.first, queries.len() / G);
         let rows = self.data.chunks_exact(DIMS * self.stride);
-        for (rows, weights) in rows.zip(query.chunks_exact(DIMS)) {
-            let row = |dim: usize| &rows[dim * self.stride + start..][..logits.len()];
+        for (index, rows) in rows.take(dim / DIMS).enumerate() {
+            let row = |d: usize| &rows[d * self.stride + start..][..columns];
             let rows = [row(0), row(1), row(2), row(3)];
-            A::add_weighted(simd, logits, rows, [[weights[0], weights[1], weights[2], weights[3]]]);
+            let mut weights = [[A::ZERO; DIMS]; G];
+            for (g, weights) in weights.iter_mut().enumerate() {
+                weights.copy_from_slice(&queries[g * dim + index * DIMS..][..DIMS]);
+            }
+            A::add_weighted(simd, logits, rows, weights);
         }
     }
 }
@@ -115,10 +130,15 @@ pub(crate) struct Observation<'a, Q: Element> {
     pub sink_keys: &'a Keys<Q::Acc>,
 }
 
-/// Buffers of one row.
+/// Buffers of the rows that are seen to together.
 #[derive(Default)]
 pub(crate) struct Scratch<A> {
-    query: Vec<A>,
+    queries: Vec<A>,
+    /// Logits of the sinks and of the tokens in any of the rows' windows.
+    sinks: Vec<A>,
+    window: Vec<A>,
+    /// One row's weights, its sinks' and its own window's, each from a register's start: so its sum is the same
+    /// whichever rows it is seen to with.
     weights: Vec<A>,
 }
 
@@ -134,48 +154,94 @@ impl<Q: Element> Observation<'_, Q> {
         })
     }
 
+    /// Adds the weights of G rows from `first` on.
     #[inline(always)]
-    fn add_row<S: Simd>(
+    fn add_rows<S: Simd, const G: usize>(
         &self,
         simd: S,
-        row: usize,
+        first: usize,
         (base, masses): (usize, &mut [Q::Acc]),
         scratch: &mut Scratch<Q::Acc>,
     ) {
-        let Local { window, sinks, scale } = self.local;
-        let start = self.local.start(row);
-        let sinks = sinks.min(start);
-        // Token t counts the rows from t + window / 2 on.
-        let counted = start.max(base)..(row + 1).saturating_sub(window / 2).min(base + masses.len());
-        if counted.is_empty() {
+        let last = first + G - 1;
+        let (start, sinks) = (self.local.start(first), self.local.sinks.min(self.local.start(last)));
+        if (first..=last).all(|row| self.counted(row, base, masses.len()).is_empty()) {
             return;
         }
-        // Sinks and window each begin at a register.
-        let window_at = sinks.next_multiple_of(LANES);
-        let columns = window_at + (row + 1 - start);
-        let Scratch { query, weights } = scratch;
-        weights.resize(columns.next_multiple_of(LANES), Q::Acc::ZERO);
-        let factor = Q::Acc::of(scale * std::f64::consts::LOG2_E);
+        let columns = (last + 1 - start).next_multiple_of(LANES);
+        let sink_columns = sinks.next_multiple_of(LANES);
+        scratch.window.resize(G * columns, Q::Acc::ZERO);
+        scratch.sinks.resize(G * sink_columns, Q::Acc::ZERO);
         for queries in self.queries {
-            let source = queries.row(row - self.first_query);
-            query.clear();
-            query.resize(source.len().next_multiple_of(DIMS), Q::Acc::ZERO);
-            Q::widen(source, &mut query[..source.len()]);
-            query.iter_mut().for_each(|x| *x *= factor);
-            let (sink_logits, logits) = weights.split_at_mut(window_at);
+            let Scratch {
+                queries: rows,
+                sinks: sink_logits,
+                window,
+                weights,
+            } = &mut *scratch;
+            self.load(queries, first..first + G, rows);
             if sinks > 0 {
-                self.sink_keys.dot(simd, query, 0, sink_logits);
-                sink_logits[sinks..].fill(Q::Acc::NEG_INFINITY);
+                self.sink_keys.dots::<S, G>(simd, rows, 0, sink_columns, sink_logits);
             }
-            self.keys.dot(simd, query, start, logits);
-            logits[row + 1 - start..].fill(Q::Acc::NEG_INFINITY);
-            let inverse = Q::Acc::ONE / exponentials(simd, weights);
-            let weights = &weights[window_at + counted.start - start..];
-            for (mass, weight) in masses[counted.start - base..counted.end - base].iter_mut().zip(weights) {
-                *mass += *weight * inverse;
+            self.keys.dots::<S, G>(simd, rows, start, columns, window);
+            for (g, (logits, sink_logits)) in window
+                .chunks_exact(columns)
+                .zip(
+                    sink_logits
+                        .chunks_exact(sink_columns.max(1))
+                        .chain(std::iter::repeat(&[][..])),
+                )
+                .enumerate()
+            {
+                let own = self.local.start(first + g) - start..first + g + 1 - start;
+                let at = gather(
+                    weights,
+                    sink_logits,
+                    self.local.sinks.min(start + own.start),
+                    &logits[own.clone()],
+                );
+                let inverse = Q::Acc::ONE / exponentials(simd, weights);
+                let counted = self.counted(first + g, base, masses.len());
+                if !counted.is_empty() {
+                    let weights = &weights[at + counted.start - start - own.start..];
+                    for (mass, weight) in masses[counted.start - base..counted.end - base].iter_mut().zip(weights) {
+                        *mass += *weight * inverse;
+                    }
+                }
             }
         }
     }
+
+    /// The tokens of `base..base + count` that count row `row`: t does from t + window / 2 on.
+    fn counted(&self, row: usize, base: usize, count: usize) -> Range<usize> {
+        let Local { window, .. } = self.local;
+        self.local.start(row).max(base)..(row + 1).saturating_sub(window / 2).min(base + count)
+    }
+
+    /// Queries of `rows`, padded like keys and multiplied by scale * log2(e).
+    #[inline(always)]
+    fn load(&self, queries: &HeadRows<Q>, rows: Range<usize>, target: &mut Vec<Q::Acc>) {
+        let factor = Q::Acc::of(self.local.scale * std::f64::consts::LOG2_E);
+        let dim = queries.dim.next_multiple_of(DIMS);
+        target.clear();
+        target.resize(rows.len() * dim, Q::Acc::ZERO);
+        for (row, target) in rows.zip(target.chunks_exact_mut(dim)) {
+            Q::widen(queries.row(row - self.first_query), &mut target[..queries.dim]);
+            target.iter_mut().for_each(|x| *x *= factor);
+        }
+    }
+}
+
+/// One row's logits: the first `sinks` of `sink_logits`, then its window's, each padded to a register with minus
+/// infinity. Returns where the window begins.
+#[inline(always)]
+fn gather<A: Accumulator>(weights: &mut Vec<A>, sink_logits: &[A], sinks: usize, window: &[A]) -> usize {
+    let at = sinks.next_multiple_of(LANES);
+    weights.clear();
+    weights.resize((at + window.len()).next_multiple_of(LANES), A::NEG_INFINITY);
+    weights[..sinks].copy_from_slice(&sink_logits[..sinks]);
+    weights[at..][..window.len()].copy_from_slice(window);
+    at
 }
 
 /// Turns logits (base 2) into weights relative to their maximum and returns their sum; a NaN makes the sum NaN.
@@ -210,9 +276,14 @@ impl<Q: Element> WithSimd for Add<'_, '_, Q> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        for row in self.rows {
-            self.observation
-                .add_row(simd, row, (self.base, self.masses), self.scratch);
+        let (observation, target) = (self.observation, (self.base, self.masses));
+        let mut row = self.rows.start;
+        while row + TOGETHER <= self.rows.end {
+            observation.add_rows::<S, TOGETHER>(simd, row, (target.0, &mut *target.1), self.scratch);
+            row += TOGETHER;
+        }
+        for row in row..self.rows.end {
+            observation.add_rows::<S, 1>(simd, row, (target.0, &mut *target.1), self.scratch);
         }
     }
 }
