@@ -13,8 +13,11 @@ template <class T>
 struct Stored {
     typedef Global<const uint16_t> View;
     typedef Global<uint16_t> Target;
-    SFA_DEVICE static void load(float (&x)[8], const View& view, int64_t at) {
-        uint4 words = load_vector<uint4>(view, at);
+    typedef uint4 Raw;
+    SFA_DEVICE static Raw zero() { return uint4{0, 0, 0, 0}; }
+    SFA_DEVICE static Raw raw(const View& view, int64_t at) { return load_vector<uint4>(view, at); }
+    SFA_DEVICE static void load(float (&x)[8], const View& view, int64_t at) { widen(x, raw(view, at)); }
+    SFA_DEVICE static void widen(float (&x)[8], const Raw& words) {
         const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
         for (int i = 0; i < 4; i++) x[2 * i] = hw::low<T>(pairs[i]), x[2 * i + 1] = hw::high<T>(pairs[i]);
@@ -28,8 +31,16 @@ template <>
 struct Stored<Single> {
     typedef Global<const float> View;
     typedef Global<float> Target;
-    SFA_DEVICE static void load(float (&x)[8], const View& view, int64_t at) {
-        float4 a = load_vector<float4>(view, at), b = load_vector<float4>(view, at + 4);
+    struct Raw {
+        float4 low, high;
+    };
+    SFA_DEVICE static Raw zero() { return Raw{float4{0, 0, 0, 0}, float4{0, 0, 0, 0}}; }
+    SFA_DEVICE static Raw raw(const View& view, int64_t at) {
+        return Raw{load_vector<float4>(view, at), load_vector<float4>(view, at + 4)};
+    }
+    SFA_DEVICE static void load(float (&x)[8], const View& view, int64_t at) { widen(x, raw(view, at)); }
+    SFA_DEVICE static void widen(float (&x)[8], const Raw& words) {
+        float4 a = words.low, b = words.high;
         x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
     }
     SFA_DEVICE static void store(const Target& view, int64_t at, const float (&x)[8]) {
@@ -98,25 +109,44 @@ struct Decoder {
         }
     }
 
-    // Columns [begin, end) of one list.
+    // What is read at once, as it is stored.
+    struct Stage {
+        typename Stored<T>::Raw keys[DECODE_UNROLL], values[DECODE_UNROLL];
+        float added[DECODE_UNROLL];
+    };
+
+    SFA_DEVICE void read(Stage& stage, const Store<T>& store, int64_t first, int column, int end) {
+#pragma unroll
+        for (int u = 0; u < DECODE_UNROLL; u++) {
+            int at = column + u * STEP + sub;
+            stage.keys[u] = stage.values[u] = Stored<T>::zero();
+            stage.added[u] = at < end ? 0.f : -hw::infinity();
+            if (at >= end) continue;
+            if (store.ln) stage.added[u] = 1.4426950408889634f * store.ln[first + at];
+            if (!mine) continue;
+            stage.keys[u] = Stored<T>::raw(store.keys, (first + at) * dim + lane * 8);
+            stage.values[u] = Stored<T>::raw(store.values, (first + at) * dim + lane * 8);
+        }
+    }
+
+    // Columns [begin, end) of one list; the next ones are on their way while these are weighed.
     SFA_DEVICE void columns(const Store<T>& store, int64_t list, int begin, int end) {
         int64_t first = list * store.capacity;
+        if (begin >= end) return;
+        Stage stage;
+        read(stage, store, first, begin, end);
         for (int column = begin; column < end; column += STEP * DECODE_UNROLL) {
-            float keys[DECODE_UNROLL][8], values[DECODE_UNROLL][8], added[DECODE_UNROLL];
+            Stage next;
+            read(next, store, first, column + STEP * DECODE_UNROLL, end);
+            float keys[DECODE_UNROLL][8], values[DECODE_UNROLL][8];
 #pragma unroll
             for (int u = 0; u < DECODE_UNROLL; u++) {
-                int at = column + u * STEP + sub;
-#pragma unroll
-                for (int i = 0; i < 8; i++) keys[u][i] = 0, values[u][i] = 0;
-                added[u] = at < end ? 0.f : -hw::infinity();
-                if (at >= end) continue;
-                if (store.ln) added[u] = 1.4426950408889634f * store.ln[first + at];
-                if (!mine) continue;
-                Stored<T>::load(keys[u], store.keys, (first + at) * dim + lane * 8);
-                Stored<T>::load(values[u], store.values, (first + at) * dim + lane * 8);
+                Stored<T>::widen(keys[u], stage.keys[u]);
+                Stored<T>::widen(values[u], stage.values[u]);
             }
 #pragma unroll
-            for (int g = 0; g < G; g++) weigh(g, keys, values, added);
+            for (int g = 0; g < G; g++) weigh(g, keys, values, stage.added);
+            stage = next;
         }
     }
 
