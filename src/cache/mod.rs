@@ -17,7 +17,8 @@ pub struct CacheOptions {
     /// as they come in, and folded ones once more when their chain is closed; sums stay in f32. `None` is the dtype of
     /// the first keys.
     pub storage: Option<DType>,
-    /// The most entries that one list may keep; a call that would exceed it is refused and changes nothing.
+    /// The most entries that one list may keep; a call that would exceed it is refused and changes nothing. On a GPU a call
+    /// that comes near it works on a copy of the cache first, and waits for the device.
     pub max_entries: Option<usize>,
 }
 
@@ -32,8 +33,8 @@ pub struct CacheOptions {
 /// or a group whose heads are all off. Otherwise every query head keeps a list of its own, and [`Self::bytes`] says so:
 /// such a cache can be larger than a dense one.
 ///
-/// On a CUDA device, the first call's tensors decide, it takes f32, f16 and bf16, stored as they come, and neither bias nor
-/// dropout. Only the device knows how long its lists are: memory is rectangular, as much for every list as for the longest,
+/// On a CUDA device, the first call's tensors decide, it takes f32, f16 and bf16, computes in the storage dtype, to which
+/// queries and results are rounded too, and cannot be saved. Only the device knows how long its lists are: memory is rectangular, as much for every list as for the longest,
 /// and the host waits for the device only when that room is used up, and after chunks of 64 tokens and more, or a first
 /// one. A first chunk is attended to at once; later ones row by row.
 ///
@@ -181,8 +182,8 @@ impl CompressedKvCache {
     ///
     /// # Errors
     /// Shapes or dtypes that do not fit together or the first call's, options that have no meaning or are not causal,
-    /// a device without kernels or other than the first call's, or more entries than [`CacheOptions::max_entries`] (on a
-    /// GPU: than there would be if none of the new tokens merged). The cache is then unchanged.
+    /// a device without kernels or other than the first call's, or more entries than [`CacheOptions::max_entries`]. The
+    /// cache is then unchanged.
     pub fn append_and_attend(
         &mut self,
         q: &Tensor,
@@ -235,10 +236,10 @@ impl CompressedKvCache {
     }
 
     fn storage_for(&self, dtype: DType) -> Result<DType> {
-        let storage = match (&self.state, self.options.storage) {
-            (Some(state), _) => state.lists.dtype(),
-            (None, storage) => storage.unwrap_or(dtype),
-        };
+        let held = self.state.as_ref().map(|state| state.lists.dtype());
+        #[cfg(feature = "cuda")]
+        let held = held.or_else(|| self.on_gpu.as_ref().map(|state| state.sizes().1));
+        let storage = held.or(self.options.storage).unwrap_or(dtype);
         if (storage == DType::F64) != (dtype == DType::F64) {
             bail!(
                 "storage: expected f64 for f64 inputs and f32, f16 or bf16 for others, got {storage:?} for {dtype:?}; \

@@ -182,7 +182,8 @@ impl HeadStrategies {
 
     /// Refuses tables that do not have one column per query head, where the batch is not known yet.
     pub(crate) fn check_heads(&self, heads: usize) -> Result<()> {
-        let rows = |columns: usize, len: usize| if columns == heads { len / heads } else { 1 };
+        // A table of other columns is refused with the rows that it has.
+        let rows = |columns: usize, len: usize| len / columns.max(1);
         let batch = match (&self.strategies, &self.thresholds) {
             (Table::PerBatchHead { heads, values }, _) => rows(*heads, values.len()),
             (_, Some(Table::PerBatchHead { heads, values })) => rows(*heads, values.len()),
