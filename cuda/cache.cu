@@ -2,6 +2,7 @@
 // closes it and starts a new one; closed chains are far columns for every later row. One warp per list takes tokens in,
 // one after another, and decides as decide.cu does, to the rounding of a cosine.
 #include "cosine.cuh"
+#include "observe_row.cuh"
 #include "warp_row.cuh"
 
 constexpr unsigned NO_RUN = 0xffffffffu;
@@ -11,6 +12,8 @@ template <class T> struct CacheState {
   // Closed chains, (lists, capacity), and how many there are.
   Global<T> far_k, far_v;
   Global<float> far_ln;
+  // The last token of each.
+  Global<uint32_t> far_tokens;
   Global<uint32_t> lengths;
   // (lists, window + 1): raw token t at t % window, the open chain at `window`; how many of them exist, from the front.
   Global<T> local_k, local_v;
@@ -27,6 +30,8 @@ template <class T> struct CacheState {
   Global<T> run_keys, last_keys;
   // (batch * heads, D), pair sums only.
   Global<T> last_queries;
+  // Observed mass only.
+  Observed<T> observed;
 };
 
 // One list, as a warp holds it while tokens come in.
@@ -83,7 +88,9 @@ template <class T> struct CacheList {
   __device__ void fold_in(unsigned t, const WarpRow& key, const WarpRow& value) {
     bool merged = t > 0 && state.bits[index * (p.window + 1) + (t - 1) % (p.window + 1)];
     if (t > 0 && !merged) {
-      write(state.far_k, state.far_v, state.far_ln, index * p.capacity + length);
+      size_t column = index * p.capacity + length;
+      write(state.far_k, state.far_v, state.far_ln, column);
+      if (threadIdx.x == 0) state.far_tokens.set(column, t - 1);
       length++;
     }
     step(merged, key, value);
@@ -117,10 +124,11 @@ template <class T> struct CacheList {
     WarpRow key, value;
     key.load(k, p.k.at(list.batch, list.kv_head, i), dim);
     value.load(v, p.v.at(list.batch, list.kv_head, i), dim);
-    bool merges = token > 0 && decide(q, k, tests, token, i);
+    bool merges = token > 0 && !p.observes && decide(q, k, tests, token, i);
     // Lane 0 writes what every lane reads below, or when the next token comes.
     if (token > 0 && threadIdx.x == 0) state.bits.set(index * (window + 1) + (token - 1) % (window + 1), merges);
     follow_run(merges, token, key);
+    WarpRow raw_key = key, raw_value = value;
     WarpRow::quarantine<T>(key, value);
     __syncwarp();
     if (window == 0) {
@@ -138,7 +146,50 @@ template <class T> struct CacheList {
       if (p.fold == MEAN && threadIdx.x == 0) state.local_ln.set(slot, 0.0f);
     }
     __syncwarp();
+    if (p.observes) observe(q, tests, i, raw_key, raw_value);
     return merges;
+  }
+
+  // Where the list's part of what it observed begins.
+  __device__ Observed<T> observed() const {
+    size_t ring = index * p.window, all = index * (p.sinks + p.window);
+    return {state.observed.keys + all * dim, state.observed.masses + ring, state.observed.norms + ring,
+            state.observed.logits + all};
+  }
+
+  // The row of number i of the chunk gives its window's tokens their mass; the one whose window it completes is decided.
+  __device__ void observe(Global<const T> q, Global<const float> tests, unsigned i, const WarpRow& key,
+                          const WarpRow& value) {
+    unsigned token = p.first + i, window = p.window;
+    Observed<T> mine = observed();
+    remember(mine, token, key, value);
+    __syncwarp();
+    for (unsigned head = list.first_head; head < list.first_head + list.group; head++) {
+      size_t query = p.q.at(list.batch, head, i);
+      observe_row(token, p, mine.logits, mine.masses, [&](unsigned t) {
+        size_t at = t + window <= token ? t : p.sinks + t % window;
+        return lane_dot(q, query, mine.keys, at * dim, dim);
+      });
+    }
+    __syncwarp();
+    if (token + 1 >= window) settle(mine, tests, token + 1 - window, mine.norms[(token + 1) % window]);
+    __syncwarp();
+  }
+
+  __device__ void remember(const Observed<T>& mine, unsigned token, const WarpRow& key, const WarpRow& value) const {
+    if (token < p.sinks) key.store(mine.keys, (size_t)token * dim, dim);
+    key.store(mine.keys, (size_t)(p.sinks + token % p.window) * dim, dim);
+    float norm = value.norm();
+    if (threadIdx.x != 0) return;
+    mine.masses.set(token % p.window, 0.0f);
+    mine.norms.set(token % p.window, norm);
+  }
+
+  // Strict, and false for NaN.
+  __device__ void settle(const Observed<T>& mine, Global<const float> tests, unsigned t, float norm) const {
+    float threshold = observed_threshold(tests, (size_t)list.batch * p.sizes.heads + list.first_head, list.group);
+    bool hidden = t >= p.sinks && mine.masses[t % p.window] * norm < threshold;
+    if (threadIdx.x == 0) state.bits.set(index * (p.window + 1) + t % (p.window + 1), hidden);
   }
 
   __device__ void finish() const {
@@ -188,15 +239,17 @@ __device__ void append(Global<const T> q, Global<const T> k, Global<const T> v, 
 }
 
 #define CACHE_STATE(T)                                                                                            \
-  Global<T> far_k, Global<T> far_v, Global<float> far_ln, Global<uint32_t> lengths, Global<T> local_k,            \
+  Global<T> far_k, Global<T> far_v, Global<float> far_ln, Global<uint32_t> far_tokens, Global<uint32_t> lengths,  \
+      Global<T> local_k,                                                                                          \
       Global<T> local_v, Global<float> local_ln, Global<uint32_t> local_lengths, Global<float> chain_k,           \
       Global<float> chain_v, Global<uint32_t> chain_sizes, Global<T> previous_k, Global<T> previous_v,            \
       Global<uint32_t> bits, Global<uint32_t> run_starts, Global<T> run_keys, Global<T> last_keys,                \
-      Global<T> last_queries
+      Global<T> last_queries, Global<T> seen_keys, Global<float> masses, Global<float> norms, Global<float> logits
 #define STATE(T)                                                                                                  \
   CacheState<T> {                                                                                                 \
-    far_k, far_v, far_ln, lengths, local_k, local_v, local_ln, local_lengths, chain_k, chain_v, chain_sizes,      \
-        previous_k, previous_v, bits, run_starts, run_keys, last_keys, last_queries                               \
+    far_k, far_v, far_ln, far_tokens, lengths, local_k, local_v, local_ln, local_lengths, chain_k, chain_v,       \
+        chain_sizes, previous_k, previous_v, bits, run_starts, run_keys, last_keys, last_queries,                 \
+        {seen_keys, masses, norms, logits}                                                                        \
   }
 
 // One warp per list: grid (batch * lists).
@@ -269,6 +322,7 @@ __device__ void adopt_rows(const Chunk<T>& chunk, const CacheState<T>& state, co
     size_t from = index * tokens + column, to = index * p.capacity + column;
     key.load(chunk.far_k, from * dim, dim), value.load(chunk.far_v, from * dim, dim);
     key.store(state.far_k, to * dim, dim), value.store(state.far_v, to * dim, dim);
+    if (lane == 0) state.far_tokens.set(to, t);
     if (p.fold == MEAN && lane == 0) state.far_ln.set(to, chunk.far_ln[from]);
   }
   if (t + p.window >= tokens) {
@@ -283,6 +337,42 @@ __device__ void adopt_rows(const Chunk<T>& chunk, const CacheState<T>& state, co
     state.bits.set(ring + t % (p.window + 1), chunk.hidden(p, list, t));
 }
 
+// What the chunk's last rows gave the tokens of their windows, and the bits that its own rows could not tell yet. One warp
+// per list; after adopt_rows.
+template <class T>
+__device__ void adopt_observed(Global<const T> q, const Chunk<T>& chunk, Global<const float> tests,
+                               const CacheState<T>& state, const CacheParams& p) {
+  CacheList<T> to(p, state);
+  const List& list = to.list;
+  Observed<T> mine = to.observed();
+  unsigned tokens = p.sizes.tokens, window = p.window, dim = to.dim;
+  auto key_of = [&](unsigned t) { return p.k.at(list.batch, list.kv_head, t); };
+  auto value_of = [&](unsigned t) { return p.v.at(list.batch, list.kv_head, t); };
+  for (unsigned t = 0; t < tokens; t++) {
+    if (t >= p.sinks && t + window < tokens) t = tokens - window;
+    WarpRow key, value;
+    key.load(chunk.k, key_of(t), dim), value.load(chunk.v, value_of(t), dim);
+    to.remember(mine, t, key, value);
+  }
+  // The oldest token to be decided is the one that the last row has just left behind.
+  unsigned since = tokens - 1 + window / 2, first = since > window ? since - window : 0;
+  for (unsigned row = first; row < tokens; row++) {
+    __syncwarp();
+    if (threadIdx.x == 0) mine.masses.set(row % window, 0.0f);
+    __syncwarp();
+    for (unsigned head = list.first_head; head < list.first_head + list.group; head++) {
+      size_t query = p.q.at(list.batch, head, row);
+      observe_row(row, p, mine.logits, mine.masses, [&](unsigned t) { return lane_dot(q, query, chunk.k, key_of(t), dim); });
+    }
+    __syncwarp();
+    if (row + 2 < tokens || row + 1 < window) continue;
+    unsigned t = row + 1 - window;
+    WarpRow value;
+    value.load(chunk.v, value_of(t), dim);
+    to.settle(mine, tests, t, value.norm());
+  }
+}
+
 #define CACHE_CHUNK(T)                                                                                            \
   Global<const T> k, Global<const T> v, Global<const uint8_t> all_bits, Global<const uint32_t> far_before,        \
       Global<const T> from_k, Global<const T> from_v, Global<const float> from_ln
@@ -292,6 +382,10 @@ __device__ void adopt_rows(const Chunk<T>& chunk, const CacheState<T>& state, co
   }                                                                                                               \
   KERNEL cache_adopt_rows_##suffix(CACHE_CHUNK(T), CACHE_STATE(T), CacheParams p) {                               \
     adopt_rows(Chunk<T>{k, v, all_bits, far_before, from_k, from_v, from_ln}, STATE(T), p);                       \
+  }                                                                                                               \
+  KERNEL cache_adopt_observed_##suffix(Global<const T> q, CACHE_CHUNK(T), Global<const float> tests,              \
+                                       CACHE_STATE(T), CacheParams p) {                                           \
+    adopt_observed(q, Chunk<T>{k, v, all_bits, far_before, from_k, from_v, from_ln}, tests, STATE(T), p);         \
   }
 FOR_EACH_DTYPE(CACHE_ADOPT)
 
@@ -313,4 +407,5 @@ __device__ void copy(Global<const T> from, Global<const uint32_t> lengths, Globa
 FOR_EACH_DTYPE(CACHE_COPY)
 CACHE_COPY(u32, uint32_t)
 
-MODULE(cache, ENTRIES(cache_append) ENTRIES(cache_adopt_state) ENTRIES(cache_adopt_rows) ENTRIES(cache_copy) ENTRY(cache_copy_u32))
+MODULE(cache, ENTRIES(cache_append) ENTRIES(cache_adopt_state) ENTRIES(cache_adopt_rows)
+           ENTRIES(cache_adopt_observed) ENTRIES(cache_copy) ENTRY(cache_copy_u32))

@@ -145,10 +145,30 @@ struct CacheParams {
   // Closed chains that a list has room for.
   unsigned capacity;
   unsigned first;
+  // 1: observed mass decides, with this softmax scale.
+  unsigned observes;
+  float scale;
   unsigned reserved;
 };
 
-static_assert(sizeof(CacheParams) == 152, "as in src/cuda/params.rs");
+static_assert(sizeof(CacheParams) == 160, "as in src/cuda/params.rs");
+
+// Of cache_attend: the row of token `last` over all that the cache holds.
+struct CacheAttendParams {
+  // (B, H, rows, tokens); a stride is 0 where the bias broadcasts, and the offset is that of the row.
+  uint64_t bias_offset, bias_strides[3];
+  // A Philox word below this is dropped; 0 without dropout.
+  uint64_t dropout_cut;
+  unsigned heads, lists, head_dim;
+  unsigned capacity, window, last;
+  unsigned dropout_key[2];
+  // scale * log2(e)
+  float scale;
+  // 1 / (1 - p)
+  float dropout_scale;
+};
+
+static_assert(sizeof(CacheAttendParams) == 80, "as in src/cuda/params.rs");
 
 // Of cache_copy, in numbers.
 struct CopyParams {

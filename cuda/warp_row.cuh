@@ -74,6 +74,15 @@ struct WarpRow {
 #pragma unroll
     for (unsigned i = 0; i < PER_LANE; i++) x[i] = (next.x[i] + size * x[i]) * inverse;
   }
+  // The row's Euclidean norm, in every lane.
+  __device__ __forceinline__ float norm() const {
+    float sum = 0.0f;
+#pragma unroll
+    for (unsigned i = 0; i < PER_LANE; i++) sum += x[i] * x[i];
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+    return sqrtf(sum);
+  }
   // Whether this lane's numbers are finite once they are stored as T.
   template <class T> __device__ __forceinline__ bool finite() const {
     bool all = true;

@@ -7,8 +7,11 @@ mod common;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_sfattention::emulation::EmulatedCache;
-use candle_sfattention::{CompressedKvCache, CompressionConfig, Criterion, HeadStrategies, MergeRule, MergeStrategy};
-use common::caches::part;
+use candle_sfattention::{
+    AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, Criterion, HeadStrategies, MergeRule,
+    MergeStrategy,
+};
+use common::caches::{part, part_options, with_thresholds};
 use common::inputs::{laid_out, values, Memory, Shape};
 use common::judge::Expected;
 use common::settings::{settings, Setting};
@@ -20,31 +23,29 @@ const SHAPES: [Shape; 4] = [
     Shape(1, 1, 1, 67, 256),
 ];
 
-/// A criterion that decides later than a cache on a GPU can.
-fn observed(setting: &Setting) -> bool {
-    setting.config.criterion == Criterion::ObservedMass
-}
-
 /// The settings of the table that a cache takes.
 fn cached() -> Vec<Setting> {
-    let plain = |setting: &Setting| {
-        let options = (setting.options)(&SHAPES[0]);
-        options.causal && options.bias.is_none() && options.dropout.is_none()
-    };
+    let causal = |setting: &Setting| (setting.options)(&SHAPES[0]).causal;
     let all = settings().into_iter();
-    all.filter(|setting| plain(setting) && setting.config.rule == MergeRule::Causal && !observed(setting))
+    all.filter(|setting| causal(setting) && setting.config.rule == MergeRule::Causal)
         .collect()
 }
 
-/// Appends chunks of the given lengths, over and over, until all tokens are in.
-fn chunked(cache: &mut EmulatedCache, qkv: &[Tensor; 3], chunks: &[usize]) -> Result<Tensor> {
+/// Appends chunks of the given lengths, over and over, until all tokens are in; `options` are those of all of them.
+fn chunked(
+    cache: &mut EmulatedCache,
+    qkv: &[Tensor; 3],
+    options: &AttentionOptions,
+    chunks: &[usize],
+) -> Result<Tensor> {
     let (tokens, mut start, mut outputs) = (qkv[0].dim(2)?, 0, Vec::new());
     for chunk in chunks.iter().cycle() {
         let count = (*chunk).min(tokens - start);
         if count == 0 {
             break;
         }
-        let output = cache.append(&part(qkv, start, count)?, Some(&Default::default()))?;
+        let options = part_options(options, start, count)?;
+        let output = cache.append(&part(qkv, start, count)?, Some(&options))?;
         outputs.push(output.context("options were given")?);
         start += count;
     }
@@ -60,12 +61,12 @@ fn check(dtype: DType, memory: Memory) -> Result<()> {
             let expected = Expected::new(&qkv, &qkv[0], &setting, &options)?;
             let strategies = setting.strategies(shape)?;
             let mut on_cpu = CompressedKvCache::new(strategies.clone(), setting.config.clone(), Default::default())?;
-            on_cpu.append(&qkv[0], &qkv[1], &qkv[2])?;
+            on_cpu.append_and_attend(&qkv[0], &qkv[1], &qkv[2], &options)?;
             let qkv = laid_out(&qkv, memory)?;
             for chunks in [&[1][..], &[shape.3], &[40, 1, 7]] {
                 let what = format!("{} {shape:?} {dtype:?} chunks {chunks:?}", setting.name);
-                let mut cache = EmulatedCache::new(&qkv, &strategies, &setting.config)?;
-                let got = chunked(&mut cache, &qkv, chunks).with_context(|| what.clone())?;
+                let mut cache = EmulatedCache::new(&qkv, &strategies, &setting.config, &Default::default())?;
+                let got = chunked(&mut cache, &qkv, &options, chunks).with_context(|| what.clone())?;
                 expected.check_output(&what, &got)?;
                 assert_eq!(cache.lens()?, on_cpu.lens(), "{what}");
                 let (used, allocated) = cache.bytes()?;
@@ -99,11 +100,17 @@ fn rows_move_with_all_that_they_need() -> Result<()> {
     let shape = Shape(3, 4, 2, 90, 32);
     let codes = Tensor::new(&[[0u32, 1, 2, 0], [1, 1, 0, 0], [0, 0, 2, 2]], &Device::Cpu)?;
     let strategies = HeadStrategies::from_tensor(&codes)?;
+    let plain = AttentionOptions::default();
     for setting in cached().iter().filter(|setting| setting.strategy != MergeStrategy::Off) {
+        let criterion = match setting.config.criterion {
+            Criterion::ObservedMass => Criterion::ObservedMass,
+            _ => Criterion::KeyKey,
+        };
         let config = CompressionConfig {
-            criterion: Criterion::KeyKey,
+            criterion,
             ..setting.config.clone()
         };
+        let strategies = with_thresholds(strategies.clone(), &shape, &config)?;
         let qkv = shape.qkv(5, DType::F32)?;
         let rows = [2usize, 0, 0, 1];
         let moved: Vec<Tensor> = qkv
@@ -111,10 +118,10 @@ fn rows_move_with_all_that_they_need() -> Result<()> {
             .map(|x| x.index_select(&Tensor::new(&[2u32, 0, 0, 1], &Device::Cpu)?, 0))
             .collect::<candle_core::Result<_>>()?;
         let moved: [Tensor; 3] = moved.try_into().expect("three tensors");
-        let mut cache = EmulatedCache::new(&qkv, &strategies, &config)?;
+        let mut cache = EmulatedCache::new(&qkv, &strategies, &config, &Default::default())?;
         assert!(cache.append(&part(&qkv, 0, 77)?, None)?.is_none());
         let mut cache = cache.select(&rows)?;
-        let got = chunked(&mut cache, &part(&moved, 77, 13)?, &[1])?;
+        let got = chunked(&mut cache, &part(&moved, 77, 13)?, &plain, &[1])?;
         let mut on_cpu = CompressedKvCache::new(strategies.clone(), config, Default::default())?;
         let [q, k, v] = part(&qkv, 0, 77)?;
         on_cpu.append(&q, &k, &v)?;
@@ -146,14 +153,89 @@ fn bad_numbers_stay_with_the_rows_that_see_them() -> Result<()> {
             qkv[part] = Tensor::from_vec(data, qkv[part].dims(), &Device::Cpu)?;
             let strategies = setting.strategies(&shape)?;
             let mut on_cpu = CompressedKvCache::new(strategies.clone(), setting.config.clone(), Default::default())?;
-            let expected = on_cpu.append_and_attend(&qkv[0], &qkv[1], &qkv[2], &Default::default())?;
+            let options = (setting.options)(&shape);
+            let expected = on_cpu.append_and_attend(&qkv[0], &qkv[1], &qkv[2], &options)?;
             let nan = |x: &Tensor| -> Result<Vec<bool>> { Ok(values(x)?.iter().map(|x| x.is_nan()).collect()) };
             for chunks in [[1], [40]] {
-                let mut cache = EmulatedCache::new(&qkv, &strategies, &setting.config)?;
-                let got = chunked(&mut cache, &qkv, &chunks)?;
+                let mut cache = EmulatedCache::new(&qkv, &strategies, &setting.config, &Default::default())?;
+                let got = chunked(&mut cache, &qkv, &options, &chunks)?;
                 let what = format!("{} part {part} {bad} chunks {chunks:?}", setting.name);
                 assert_eq!(nan(&got)?, nan(&expected)?, "{what}");
             }
+        }
+    }
+    Ok(())
+}
+
+/// Keys and values in another dtype than they come in: rounded as the CPU rounds them, queries and results too.
+#[test]
+fn storage_in_another_dtype() -> Result<()> {
+    let shape = Shape(1, 4, 2, 97, 32);
+    for setting in cached() {
+        for (dtype, storage, allowed) in [
+            (DType::BF16, DType::F32, 2f64.powi(-7)),
+            (DType::F32, DType::F16, 2f64.powi(-8)),
+            (DType::F16, DType::BF16, 2f64.powi(-5)),
+        ] {
+            let (qkv, options) = (shape.qkv(3, dtype)?, (setting.options)(&shape));
+            let (strategies, stored) = (
+                setting.strategies(&shape)?,
+                CacheOptions {
+                    storage: Some(storage),
+                    max_entries: None,
+                },
+            );
+            let mut on_cpu = CompressedKvCache::new(strategies.clone(), setting.config.clone(), stored.clone())?;
+            let mut cache = EmulatedCache::new(&qkv, &strategies, &setting.config, &stored)?;
+            // Queries are rounded first, so that both decide alike.
+            let rounded = qkv[0].to_dtype(storage)?.to_dtype(dtype)?;
+            let expected = on_cpu.append_and_attend(&rounded, &qkv[1], &qkv[2], &options)?;
+            let got = chunked(&mut cache, &qkv, &options, &[30, 1])?;
+            let what = format!("{} {dtype:?} in {storage:?}", setting.name);
+            assert_eq!(got.dtype(), dtype, "{what}");
+            assert_eq!(cache.lens()?, on_cpu.lens(), "{what}");
+            for (got, expected) in values(&got)?.into_iter().zip(values(&expected)?) {
+                let error = (got - expected).abs();
+                assert!(error <= allowed * expected.abs().max(1.0), "{what}: {got} {expected}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The limit counts entries that are really there, as on the CPU, and a refused call changes nothing.
+#[test]
+fn a_limit_is_reached_where_the_cpu_reaches_it() -> Result<()> {
+    let shape = Shape(2, 4, 2, 120, 16);
+    for setting in cached().iter().filter(|setting| setting.hides) {
+        let (qkv, options) = (shape.qkv(8, DType::F32)?, (setting.options)(&shape));
+        let strategies = setting.strategies(&shape)?;
+        let limit = CacheOptions {
+            storage: None,
+            max_entries: Some(70),
+        };
+        let mut on_cpu = CompressedKvCache::new(strategies.clone(), setting.config.clone(), limit.clone())?;
+        let mut cache = EmulatedCache::new(&qkv, &strategies, &setting.config, &limit)?;
+        for (start, count) in [
+            (0, 60),
+            (60, 8),
+            (68, 1),
+            (69, 1),
+            (70, 1),
+            (71, 20),
+            (71, 3),
+            (74, 30),
+            (74, 1),
+        ] {
+            let ([q, k, v], options) = (part(&qkv, start, count)?, part_options(&options, start, count)?);
+            if on_cpu.seq_len() != start {
+                continue;
+            }
+            let expected = on_cpu.append_and_attend(&q, &k, &v, &options);
+            let got = cache.append(&[q, k, v], Some(&options));
+            let what = format!("{} {count} tokens at {start}", setting.name);
+            assert_eq!(got.is_ok(), expected.is_ok(), "{what}");
+            assert_eq!(cache.lens()?, on_cpu.lens(), "{what}");
         }
     }
     Ok(())

@@ -9,9 +9,9 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use candle_sfattention::{
     AttentionOptions, CacheOptions, CompressedAttention, CompressedKvCache, CompressedSelfAttention, CompressionConfig,
-    Criterion, Dropout, HeadStrategies, MergeRule, MergeStrategy, RotaryConfig, RotaryLayout, SelfAttentionConfig,
+    HeadStrategies, MergeRule, MergeStrategy, RotaryConfig, RotaryLayout, SelfAttentionConfig,
 };
-use common::caches::part;
+use common::caches::{part, part_options};
 use common::device::gpu;
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
 use common::judge::{largest, largest_error, Expected};
@@ -25,20 +25,12 @@ const SHAPES: [Shape; 5] = [
     Shape(1, 8, 2, 300, 128),
 ];
 
-/// A criterion that decides later than a cache on a GPU can.
-fn observed(setting: &Setting) -> bool {
-    setting.config.criterion == Criterion::ObservedMass
-}
-
-/// The settings of the table that a cache on a GPU takes.
+/// The settings of the table that a cache takes.
 fn cached() -> Vec<Setting> {
-    let plain = |setting: &Setting| {
-        let options = (setting.options)(&SHAPES[0]);
-        options.causal && options.bias.is_none() && options.dropout.is_none()
-    };
+    let causal = |setting: &Setting| (setting.options)(&SHAPES[0]).causal;
     let part = std::env::var("SFA_CASE").unwrap_or_default();
     let all = settings().into_iter().filter(|setting| setting.name.contains(&part));
-    all.filter(|setting| plain(setting) && setting.config.rule == MergeRule::Causal && !observed(setting))
+    all.filter(|setting| causal(setting) && setting.config.rule == MergeRule::Causal)
         .collect()
 }
 
@@ -49,6 +41,16 @@ fn on(device: &Device, qkv: &[Tensor; 3]) -> Result<[Tensor; 3]> {
 
 /// Appends chunks of the given lengths, over and over, until all tokens are in.
 fn chunked(cache: &mut CompressedKvCache, qkv: &[Tensor; 3], chunks: &[usize]) -> Result<Tensor> {
+    chunked_with(cache, qkv, &AttentionOptions::default(), chunks)
+}
+
+/// The same with options, which are those of all tokens.
+fn chunked_with(
+    cache: &mut CompressedKvCache,
+    qkv: &[Tensor; 3],
+    options: &AttentionOptions,
+    chunks: &[usize],
+) -> Result<Tensor> {
     let (tokens, mut start, mut outputs) = (qkv[0].dim(2)?, 0, Vec::new());
     for chunk in chunks.iter().cycle() {
         let count = (*chunk).min(tokens - start);
@@ -56,7 +58,8 @@ fn chunked(cache: &mut CompressedKvCache, qkv: &[Tensor; 3], chunks: &[usize]) -
             break;
         }
         let [q, k, v] = part(qkv, start, count)?;
-        outputs.push(cache.append_and_attend(&q, &k, &v, &Default::default())?);
+        let options = part_options(options, start, count)?;
+        outputs.push(cache.append_and_attend(&q, &k, &v, &options)?);
         start += count;
     }
     Ok(Tensor::cat(&outputs, 2)?)
@@ -77,12 +80,17 @@ fn check_table(dtype: DType, memory: Memory) -> Result<()> {
             let strategies = setting.strategies(shape)?;
             let new = || CompressedKvCache::new(strategies.clone(), setting.config.clone(), Default::default());
             let mut on_cpu = new()?;
-            on_cpu.append(&qkv[0], &qkv[1], &qkv[2])?;
+            on_cpu.append_and_attend(&qkv[0], &qkv[1], &qkv[2], &options)?;
+            let bias = options.bias.as_ref().map(|bias| bias.to_device(&device));
+            let options = AttentionOptions {
+                bias: bias.transpose()?,
+                ..options
+            };
             let qkv = laid_out(&on(&device, &qkv)?, memory)?;
             for chunks in [&[1][..], &[shape.3], &[40, 1, 7]] {
                 let what = format!("{} {shape:?} {dtype:?} chunks {chunks:?}", setting.name);
                 let mut cache = new()?;
-                let got = chunked(&mut cache, &qkv, chunks)?;
+                let got = chunked_with(&mut cache, &qkv, &options, chunks)?;
                 expected.check_output(&what, &got)?;
                 ensure!(cache.lens() == on_cpu.lens(), "{what}: other lengths than on the CPU");
                 ensure!(
@@ -257,18 +265,15 @@ fn refusals_say_what_to_do() -> Result<()> {
     let mut cache = new(CacheOptions::default())?;
     add(&mut cache, &qkv, &plain)?;
     let bias = AttentionOptions {
-        bias: Some(Tensor::zeros((1, 1, 90, 180), DType::F32, &device)?),
+        bias: Some(Tensor::zeros((1, 1, 90, 179), DType::F32, &device)?),
         ..Default::default()
     };
-    refused(add(&mut cache, &qkv, &bias), "expected no bias and no dropout");
-    let dropout = AttentionOptions {
-        dropout: Some(Dropout { p: 0.1, seed: 1 }),
-        ..Default::default()
-    };
-    refused(add(&mut cache, &qkv, &dropout), "expected no bias and no dropout");
+    refused(add(&mut cache, &qkv, &bias), "bias: expected a shape");
     refused(add(&mut cache, &cpu, &plain), "device: expected the cache's");
-    let half = on(&device, &Shape(1, 2, 1, 90, 16).qkv(0, DType::F16)?)?;
-    refused(add(&mut cache, &half, &plain), "head_dim and dtype");
+    let narrow = on(&device, &Shape(1, 2, 1, 90, 8).qkv(0, DType::F32)?)?;
+    refused(add(&mut cache, &narrow, &plain), "KV heads and head_dim");
+    let double = on(&device, &Shape(1, 2, 1, 9, 16).qkv(0, DType::F64)?)?;
+    refused(add(&mut cache, &double, &plain), "storage: expected f64");
     assert!(cache
         .truncate(50)
         .expect_err("truncated")
@@ -281,17 +286,11 @@ fn refusals_say_what_to_do() -> Result<()> {
     cache.reset();
     add(&mut cache, &cpu, &plain)?;
     refused(add(&mut cache, &qkv, &plain), "device: expected the cache's");
-    let storage = CacheOptions {
-        storage: Some(DType::F16),
-        max_entries: None,
-    };
-    refused(add(&mut new(storage)?, &qkv, &plain), "expected the dtype of the keys");
     let few = CacheOptions {
         storage: None,
-        max_entries: Some(60),
+        max_entries: Some(20),
     };
     refused(add(&mut new(few)?, &qkv, &plain), "max_entries");
-    let double = on(&device, &Shape(1, 2, 1, 9, 16).qkv(0, DType::F64)?)?;
     refused(
         add(&mut new(CacheOptions::default())?, &double, &plain),
         "f32, f16 or bf16 on CUDA",

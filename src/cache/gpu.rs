@@ -1,9 +1,11 @@
 //! A cache on a CUDA device: the calls of [`CompressedKvCache`] that reach it.
 
+use super::step::bias_view;
 use super::{CompressedKvCache, Sizes};
 use crate::config::AttentionOptions;
 use crate::cuda::cache::DeviceLists;
 use crate::cuda::device::Cuda;
+use crate::cuda::forward::Bias;
 use crate::cuda::gpu::GpuElement;
 use crate::cuda::tensors::{source, stored, tensor};
 use crate::problem::Problem;
@@ -33,6 +35,7 @@ macro_rules! each {
 pub(super) struct GpuState {
     device: Device,
     sizes: Sizes,
+    /// Of what is stored.
     dtype: DType,
     lists: Arc<Lists>,
 }
@@ -63,7 +66,8 @@ impl GpuState {
     fn new(cache: &CompressedKvCache, problem: &Problem, device: &Device) -> Result<Self> {
         let (gpu, strategies, config) = (cuda(device)?, &cache.strategies, &cache.config);
         strategies.check(problem.batch, problem.heads)?;
-        let lists = match problem.dtype {
+        let dtype = cache.options.storage.unwrap_or(problem.dtype);
+        let lists = match dtype {
             DType::F32 => Lists::F32(DeviceLists::new(&gpu, problem, strategies, config)?),
             DType::F16 => Lists::F16(DeviceLists::new(&gpu, problem, strategies, config)?),
             DType::BF16 => Lists::BF16(DeviceLists::new(&gpu, problem, strategies, config)?),
@@ -75,7 +79,7 @@ impl GpuState {
         Ok(Self {
             device: device.clone(),
             sizes: Sizes::of(problem),
-            dtype: problem.dtype,
+            dtype,
             lists: Arc::new(lists),
         })
     }
@@ -155,77 +159,99 @@ impl CompressedKvCache {
                 q.device().location()
             )
         }
-        if let Some(storage) = self.options.storage.filter(|storage| *storage != problem.dtype) {
-            bail!(
-                "storage: expected the dtype of the keys for a cache on CUDA, {:?}, got {storage:?}; leave it None, or \
-                 convert the inputs with to_dtype",
-                problem.dtype
-            )
-        }
+        self.storage_for(problem.dtype)?;
         if let Some(state) = &self.on_gpu {
-            if state.sizes() != (Sizes::of(problem), problem.dtype) {
+            if state.sizes != Sizes::of(problem) {
                 bail!(
-                    "query and key: expected the cache's batch, heads, KV heads, head_dim and dtype {:?}, got {:?}; \
-                     reset() the cache for others",
-                    state.sizes(),
-                    (Sizes::of(problem), problem.dtype)
+                    "query and key: expected the cache's batch, heads, KV heads and head_dim {:?}, got {:?}; reset() the \
+                     cache for other shapes",
+                    state.sizes,
+                    Sizes::of(problem)
                 )
             }
         }
-        let Some(options) = options else { return Ok(()) };
-        options.check()?;
-        if options.bias.is_some() || options.dropout.is_some() {
-            bail!(
-                "options: expected no bias and no dropout for a cache on CUDA, got {}; leave it out, or move cache and \
-                 tensors to the CPU",
-                if options.bias.is_some() { "a bias" } else { "dropout" }
-            )
-        }
-        Ok(())
+        options.map_or(Ok(()), AttentionOptions::check)
     }
 }
 
-/// One call on checked tensors; only a device's own failure leaves `state` half changed.
+/// One call on checked tensors; only a device's own failure leaves `state` half changed. Everything is computed in the
+/// storage dtype.
 fn step(
     state: &mut GpuState,
     problem: &Problem,
-    qkv: [&Tensor; 3],
+    [q, k, v]: [&Tensor; 3],
     options: Option<&AttentionOptions>,
     limit: Option<usize>,
 ) -> Result<Option<Tensor>> {
-    let (device, gpu) = (state.device.clone(), cuda(&state.device)?);
-    match state.lists_mut(&gpu)? {
-        Lists::F32(lists) => step_as(lists, &gpu, problem, qkv, &device, options, limit),
-        Lists::F16(lists) => step_as(lists, &gpu, problem, qkv, &device, options, limit),
-        Lists::BF16(lists) => step_as(lists, &gpu, problem, qkv, &device, options, limit),
-    }
+    let (device, gpu, storage) = (state.device.clone(), cuda(&state.device)?, state.dtype);
+    let full = [
+        problem.batch,
+        problem.heads,
+        problem.tokens,
+        state.seq_len() + problem.tokens,
+    ];
+    let bias = bias_view(options.and_then(|options| options.bias.as_ref()), full, DType::F32)?;
+    let (q, k, v) = (q.to_dtype(storage)?, k.to_dtype(storage)?, v.to_dtype(storage)?);
+    let call = Call {
+        gpu: &gpu,
+        device: &device,
+        tensors: [&q, &k, &v],
+        count: problem.tokens,
+        options,
+        bias: bias.as_ref(),
+        limit,
+    };
+    let output = match state.lists_mut(&gpu)? {
+        Lists::F32(lists) => call.run(lists),
+        Lists::F16(lists) => call.run(lists),
+        Lists::BF16(lists) => call.run(lists),
+    }?;
+    output.map(|output| output.to_dtype(problem.dtype)).transpose()
 }
 
-fn step_as<T: GpuElement>(
-    lists: &mut DeviceLists<Cuda, T>,
-    gpu: &Cuda,
-    problem: &Problem,
-    qkv: [&Tensor; 3],
-    device: &Device,
-    options: Option<&AttentionOptions>,
+/// One checked call, its tensors in the storage dtype.
+struct Call<'a> {
+    gpu: &'a Cuda,
+    device: &'a Device,
+    tensors: [&'a Tensor; 3],
+    count: usize,
+    /// None to take the tokens in without attending.
+    options: Option<&'a AttentionOptions>,
+    /// f32, as a (B, H, count, all tokens) view.
+    bias: Option<&'a Tensor>,
     limit: Option<usize>,
-) -> Result<Option<Tensor>> {
-    if let Some(limit) = limit {
-        let needed = lists.most_entries(gpu, problem.tokens, limit)?;
-        if needed > limit {
-            bail!(
-                "max_entries: expected at most {limit} entries in a list, got up to {needed} with the {} new tokens; \
-                 raise the limit, append fewer at once, or reset()",
-                problem.tokens
-            )
-        }
+}
+
+impl Call<'_> {
+    fn run<T: GpuElement>(&self, lists: &mut DeviceLists<Cuda, T>) -> Result<Option<Tensor>> {
+        let (gpu, count) = (self.gpu, self.count);
+        let held = self.tensors.map(Tensor::storage_and_layout);
+        let [q, k, v] = [&held[0], &held[1], &held[2]].map(|(storage, layout)| source::<T>(stored(storage, layout)?));
+        let sources = [q?, k?, v?];
+        let Some(options) = self.options else {
+            return lists.within(gpu, count, self.limit, |lists| {
+                lists.append(gpu, sources, count).map(|()| None)
+            });
+        };
+        let held_bias = self.bias.map(Tensor::storage_and_layout);
+        let bias = match &held_bias {
+            Some((storage, layout)) => {
+                let (storage, layout) = stored(storage, layout)?;
+                Some(Bias {
+                    data: storage.as_cuda_slice::<f32>()?,
+                    offset: layout.start_offset(),
+                    strides: [0, 1, 2, 3].map(|axis| layout.stride()[axis]),
+                })
+            }
+            None => None,
+        };
+        let output = lists.within(gpu, count, self.limit, |lists| {
+            lists.append_and_attend(gpu, sources, count, options, bias)
+        })?;
+        Ok(Some(tensor(
+            output,
+            self.tensors[0].dims(),
+            self.device.as_cuda_device()?,
+        )))
     }
-    let held = qkv.map(Tensor::storage_and_layout);
-    let [q, k, v] = [&held[0], &held[1], &held[2]].map(|(storage, layout)| source::<T>(stored(storage, layout)?));
-    let sources = [q?, k?, v?];
-    let Some(options) = options else {
-        return lists.append(gpu, sources, problem.tokens).map(|()| None);
-    };
-    let output = lists.append_and_attend(gpu, sources, problem.tokens, options)?;
-    Ok(Some(tensor(output, qkv[0].dims(), device.as_cuda_device()?)))
 }

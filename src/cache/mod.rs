@@ -1,13 +1,10 @@
 //! [`CompressedKvCache`]: decoding with a KV cache that really shrinks, per head.
 
-use crate::config::{AttentionOptions, CompressionConfig, GroupRule, HeadStrategies, MergeRule, MergeStrategy};
-use crate::cpu::cached::ListHeads;
-use crate::cpu::list::{List, ListSettings};
-use crate::cpu::Element;
+use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies, MergeRule};
 use crate::plan::not_on_cpu;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Result, Tensor};
-use serde::{Deserialize, Serialize};
+use state::{select, Lists, ListsOf, Sizes, State};
 use step::{step, WithoutGradient};
 
 /// How a cache stores what it keeps.
@@ -17,7 +14,8 @@ pub struct CacheOptions {
     /// as they come in, and folded ones once more when their chain is closed; sums stay in f32. `None` is the dtype of
     /// the first keys.
     pub storage: Option<DType>,
-    /// The most entries that one list may keep; a call that would exceed it is refused and changes nothing.
+    /// The most entries that one list may keep; a call that would exceed it is refused and changes nothing. On a GPU a call
+    /// that comes near it works on a copy of the cache first, and waits for the device.
     pub max_entries: Option<usize>,
 }
 
@@ -28,12 +26,12 @@ pub struct CacheOptions {
 /// One call takes one token or a chunk of any length; any chunking gives what [`crate::attend`] gives on the whole
 /// sequence, to f32 rounding (with f16 or bf16 storage, folded keys and values are rounded once more when stored).
 ///
-/// Lists are kept per KV head where a group decides as one: [`GroupRule::Unanimous`], as many KV heads as query heads,
+/// Lists are kept per KV head where a group decides as one: [`GroupRule::Unanimous`](crate::GroupRule), as many KV heads as query heads,
 /// or a group whose heads are all off. Otherwise every query head keeps a list of its own, and [`Self::bytes`] says so:
 /// such a cache can be larger than a dense one.
 ///
-/// On a CUDA device, the first call's tensors decide, it takes f32, f16 and bf16, stored as they come, and neither bias nor
-/// dropout. Only the device knows how long its lists are: memory is rectangular, as much for every list as for the longest,
+/// On a CUDA device, the first call's tensors decide, it takes f32, f16 and bf16, computes in the storage dtype, to which
+/// queries and results are rounded too, and cannot be saved. Only the device knows how long its lists are: memory is rectangular, as much for every list as for the longest,
 /// and the host waits for the device only when that room is used up, and after chunks of 64 tokens and more, or a first
 /// one. A first chunk is attended to at once; later ones row by row.
 ///
@@ -64,45 +62,6 @@ pub struct CompressedKvCache {
     on_gpu: Option<gpu::GpuState>,
 }
 
-/// Everything that the first call fixes or that later calls change.
-#[derive(Clone)]
-struct State {
-    sizes: Sizes,
-    seq_len: usize,
-    lists: Lists,
-}
-
-/// The shapes that the first call fixed.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-struct Sizes {
-    batch: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-}
-
-impl Sizes {
-    fn of(problem: &Problem) -> Self {
-        Self {
-            batch: problem.batch,
-            heads: problem.heads,
-            kv_heads: problem.kv_heads,
-            head_dim: problem.head_dim,
-        }
-    }
-}
-
-type ListsOf<S> = Vec<(ListHeads, List<S>)>;
-
-/// All lists, batch-major, by storage dtype.
-#[derive(Clone)]
-enum Lists {
-    F64(ListsOf<f64>),
-    F32(ListsOf<f32>),
-    F16(ListsOf<half::f16>),
-    BF16(ListsOf<half::bf16>),
-}
-
 /// Runs one expression on the lists of any dtype.
 macro_rules! each {
     ($lists:expr, $name:ident => $body:expr) => {
@@ -119,18 +78,8 @@ macro_rules! each {
 mod gpu;
 mod load;
 mod save;
+mod state;
 mod step;
-
-impl Lists {
-    fn dtype(&self) -> DType {
-        match self {
-            Self::F64(_) => DType::F64,
-            Self::F32(_) => DType::F32,
-            Self::F16(_) => DType::F16,
-            Self::BF16(_) => DType::BF16,
-        }
-    }
-}
 
 impl std::fmt::Debug for CompressedKvCache {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
@@ -181,8 +130,8 @@ impl CompressedKvCache {
     ///
     /// # Errors
     /// Shapes or dtypes that do not fit together or the first call's, options that have no meaning or are not causal,
-    /// a device without kernels or other than the first call's, or more entries than [`CacheOptions::max_entries`] (on a
-    /// GPU: than there would be if none of the new tokens merged). The cache is then unchanged.
+    /// a device without kernels or other than the first call's, or more entries than [`CacheOptions::max_entries`]. The
+    /// cache is then unchanged.
     pub fn append_and_attend(
         &mut self,
         q: &Tensor,
@@ -235,10 +184,10 @@ impl CompressedKvCache {
     }
 
     fn storage_for(&self, dtype: DType) -> Result<DType> {
-        let storage = match (&self.state, self.options.storage) {
-            (Some(state), _) => state.lists.dtype(),
-            (None, storage) => storage.unwrap_or(dtype),
-        };
+        let held = self.state.as_ref().map(|state| state.lists.dtype());
+        #[cfg(feature = "cuda")]
+        let held = held.or_else(|| self.on_gpu.as_ref().map(|state| state.sizes().1));
+        let storage = held.or(self.options.storage).unwrap_or(dtype);
         if (storage == DType::F64) != (dtype == DType::F64) {
             bail!(
                 "storage: expected f64 for f64 inputs and f32, f16 or bf16 for others, got {storage:?} for {dtype:?}; \
@@ -246,50 +195,6 @@ impl CompressedKvCache {
             )
         }
         Ok(storage)
-    }
-
-    fn first_state(&self, problem: &Problem, storage: DType) -> Result<State> {
-        self.strategies.check(problem.batch, problem.heads)?;
-        Ok(State {
-            sizes: Sizes::of(problem),
-            seq_len: 0,
-            lists: match storage {
-                DType::F64 => Lists::F64(self.new_lists(problem)),
-                DType::F16 => Lists::F16(self.new_lists(problem)),
-                DType::BF16 => Lists::BF16(self.new_lists(problem)),
-                _ => Lists::F32(self.new_lists(problem)),
-            },
-        })
-    }
-
-    fn new_lists<S: Element>(&self, problem: &Problem) -> ListsOf<S> {
-        let group = problem.group();
-        let mut lists = Vec::new();
-        for batch in 0..problem.batch {
-            for kv_head in 0..problem.kv_heads {
-                let heads = kv_head * group..(kv_head + 1) * group;
-                let tests = |heads: std::ops::Range<usize>| -> Vec<_> {
-                    heads
-                        .map(|head| self.strategies.test(&self.config, batch, head))
-                        .collect()
-                };
-                let all_off = tests(heads.clone())
-                    .iter()
-                    .all(|test| test.strategy == MergeStrategy::Off);
-                let shared = self.config.group_rule == GroupRule::Unanimous || all_off;
-                let parts = if shared {
-                    vec![heads]
-                } else {
-                    heads.map(|head| head..head + 1).collect()
-                };
-                for heads in parts {
-                    let settings = ListSettings::new(tests(heads.clone()), &self.config);
-                    let at = ListHeads { batch, kv_head, heads };
-                    lists.push((at, List::new(settings, problem.head_dim)));
-                }
-            }
-        }
-        lists
     }
 
     /// Each head's strategy.
@@ -367,7 +272,7 @@ impl CompressedKvCache {
     }
 
     /// Back to the first `tokens` tokens, exactly: possible for all of them, for none, and where every head is
-    /// [`MergeStrategy::Off`].
+    /// [`MergeStrategy::Off`](crate::MergeStrategy).
     ///
     /// # Errors
     /// More tokens than were seen, or a cache that merges: what was folded cannot be taken apart. On a GPU all or none are
@@ -435,21 +340,4 @@ impl CompressedKvCache {
         }
         Ok(())
     }
-}
-
-fn select<S: Element>(lists: &ListsOf<S>, rows: &[i64]) -> ListsOf<S> {
-    let of_row = |(new, old): (usize, &i64)| {
-        let old = *old as usize;
-        let mine = lists.iter().filter(move |(at, _)| at.batch == old);
-        mine.map(move |(at, list)| {
-            (
-                ListHeads {
-                    batch: new,
-                    ..at.clone()
-                },
-                list.clone(),
-            )
-        })
-    };
-    rows.iter().enumerate().flat_map(of_row).collect()
 }

@@ -64,7 +64,7 @@ pub(super) fn step(
     Ok(output)
 }
 
-fn bias_view(bias: Option<&Tensor>, full: [usize; 4], dtype: DType) -> Result<Option<Tensor>> {
+pub(super) fn bias_view(bias: Option<&Tensor>, full: [usize; 4], dtype: DType) -> Result<Option<Tensor>> {
     let Some(bias) = bias else { return Ok(None) };
     if bias.broadcast_as(&full).is_err() {
         bail!(

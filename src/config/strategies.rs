@@ -76,14 +76,17 @@ impl<T: Copy> Table<T> {
         }
     }
 
-    fn check(&self, what: &str, batch: usize, heads: usize) -> Result<()> {
+    /// `batch` where it is known.
+    fn check(&self, what: &str, batch: Option<usize>, heads: usize) -> Result<()> {
+        let rows_fit = |len: usize| batch.is_none_or(|batch| len == batch * heads);
         let got = match self {
             Self::Uniform(_) => return Ok(()),
             Self::PerHead(values) if values.len() == heads => return Ok(()),
-            Self::PerBatchHead { heads: h, values } if *h == heads && values.len() == batch * heads => return Ok(()),
+            Self::PerBatchHead { heads: h, values } if *h == heads && rows_fit(values.len()) => return Ok(()),
             Self::PerHead(values) => format!("({})", values.len()),
             Self::PerBatchHead { heads: h, values } => format!("({}, {h})", values.len() / (*h).max(1)),
         };
+        let batch = batch.map_or("batch".to_string(), |batch| batch.to_string());
         bail!("{what}: expected shape ({heads}) or ({batch}, {heads}), got {got}; give one entry per query head")
     }
 
@@ -173,22 +176,25 @@ impl HeadStrategies {
     /// # Errors
     /// A strategy or threshold table of another shape.
     pub fn check(&self, batch: usize, heads: usize) -> Result<()> {
-        self.strategies.check("strategies", batch, heads)?;
-        match &self.thresholds {
-            Some(table) => table.check("thresholds", batch, heads),
-            None => Ok(()),
-        }
+        self.check_tables(Some(batch), heads)
     }
 
     /// Refuses tables that do not have one column per query head, where the batch is not known yet.
     pub(crate) fn check_heads(&self, heads: usize) -> Result<()> {
-        let rows = |columns: usize, len: usize| if columns == heads { len / heads } else { 1 };
-        let batch = match (&self.strategies, &self.thresholds) {
-            (Table::PerBatchHead { heads, values }, _) => rows(*heads, values.len()),
-            (_, Some(Table::PerBatchHead { heads, values })) => rows(*heads, values.len()),
-            _ => 1,
+        self.check_tables(None, heads)
+    }
+
+    fn check_tables(&self, batch: Option<usize>, heads: usize) -> Result<()> {
+        self.strategies.check("strategies", batch, heads)?;
+        // Two tables with batch rows have as many of them.
+        let batch = match &self.strategies {
+            Table::PerBatchHead { heads, values } => batch.or(Some(values.len() / (*heads).max(1))),
+            _ => batch,
         };
-        self.check(batch, heads)
+        match &self.thresholds {
+            Some(table) => table.check("thresholds", batch, heads),
+            None => Ok(()),
+        }
     }
 
     /// The test of one query head, after [`Self::check`].

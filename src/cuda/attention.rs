@@ -69,11 +69,7 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
             v: self.fold.v,
             columns: folded.columns.as_ref(),
             window: self.window,
-            bias: self.bias.as_ref().map(|bias| Bias {
-                data: bias.data,
-                offset: bias.offset,
-                strides: bias.strides,
-            }),
+            bias: self.bias,
             options: self.options,
         }
     }

@@ -2,7 +2,9 @@
 
 use super::cache::DeviceLists;
 use super::emu::{EmuSlice, Emulator};
+use super::forward::Bias;
 use super::gpu::{Gpu, GpuElement};
+use crate::cache::CacheOptions;
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 use crate::cpu::Element;
 use crate::plan::cpu_slice;
@@ -16,7 +18,11 @@ enum Lists {
 }
 
 /// What [`crate::CompressedKvCache`] keeps on a CUDA device.
-pub struct EmulatedCache(Lists);
+pub struct EmulatedCache {
+    lists: Lists,
+    /// As [`crate::CacheOptions::max_entries`].
+    max_entries: Option<usize>,
+}
 
 macro_rules! each {
     ($cache:expr, $lists:ident => $body:expr) => {
@@ -33,14 +39,23 @@ impl EmulatedCache {
     ///
     /// # Errors
     /// As on a device.
-    pub fn new(qkv: &[Tensor; 3], strategies: &HeadStrategies, config: &CompressionConfig) -> Result<Self> {
+    pub fn new(
+        qkv: &[Tensor; 3],
+        strategies: &HeadStrategies,
+        config: &CompressionConfig,
+        options: &CacheOptions,
+    ) -> Result<Self> {
         let problem = Problem::new(&qkv[0], &qkv[1], &qkv[2])?;
-        Ok(Self(match problem.dtype {
+        let lists = match options.storage.unwrap_or(problem.dtype) {
             DType::F32 => Lists::F32(DeviceLists::new(&Emulator, &problem, strategies, config)?),
             DType::F16 => Lists::F16(DeviceLists::new(&Emulator, &problem, strategies, config)?),
             DType::BF16 => Lists::BF16(DeviceLists::new(&Emulator, &problem, strategies, config)?),
             other => bail!("dtype: expected f32, f16 or bf16 on CUDA, got {other:?}; convert with to_dtype"),
-        }))
+        };
+        Ok(Self {
+            lists,
+            max_entries: options.max_entries,
+        })
     }
 
     /// The output rows of new tokens; none without options.
@@ -48,10 +63,11 @@ impl EmulatedCache {
     /// # Errors
     /// As on a device, or what the emulator detects.
     pub fn append(&mut self, qkv: &[Tensor; 3], options: Option<&AttentionOptions>) -> Result<Option<Tensor>> {
-        match &mut self.0 {
-            Lists::F32(lists) => append(lists, qkv, options),
-            Lists::F16(lists) => append(lists, qkv, options),
-            Lists::BF16(lists) => append(lists, qkv, options),
+        let limit = self.max_entries;
+        match &mut self.lists {
+            Lists::F32(lists) => append(lists, qkv, options, limit),
+            Lists::F16(lists) => append(lists, qkv, options, limit),
+            Lists::BF16(lists) => append(lists, qkv, options, limit),
         }
     }
 
@@ -60,7 +76,7 @@ impl EmulatedCache {
     /// # Errors
     /// What the emulator detects.
     pub fn lens(&self) -> Result<Vec<Vec<usize>>> {
-        each!(&self.0, lists => lists.entries(&Emulator))
+        each!(&self.lists, lists => lists.entries(&Emulator))
     }
 
     /// Bytes in use and allocated.
@@ -68,7 +84,7 @@ impl EmulatedCache {
     /// # Errors
     /// What the emulator detects.
     pub fn bytes(&self) -> Result<(usize, usize)> {
-        each!(&self.0, lists => Ok((lists.bytes(&Emulator)?, lists.bytes_allocated())))
+        each!(&self.lists, lists => Ok((lists.bytes(&Emulator)?, lists.bytes_allocated())))
     }
 
     /// Batch row i becomes the old row `rows[i]`.
@@ -76,11 +92,14 @@ impl EmulatedCache {
     /// # Errors
     /// What the emulator detects.
     pub fn select(&self, rows: &[usize]) -> Result<Self> {
-        Ok(Self(match &self.0 {
-            Lists::F32(lists) => Lists::F32(lists.select(&Emulator, rows)?),
-            Lists::F16(lists) => Lists::F16(lists.select(&Emulator, rows)?),
-            Lists::BF16(lists) => Lists::BF16(lists.select(&Emulator, rows)?),
-        }))
+        Ok(Self {
+            lists: match &self.lists {
+                Lists::F32(lists) => Lists::F32(lists.select(&Emulator, rows)?),
+                Lists::F16(lists) => Lists::F16(lists.select(&Emulator, rows)?),
+                Lists::BF16(lists) => Lists::BF16(lists.select(&Emulator, rows)?),
+            },
+            max_entries: self.max_entries,
+        })
     }
 }
 
@@ -88,16 +107,42 @@ fn append<T: GpuElement + Element>(
     lists: &mut DeviceLists<Emulator, T>,
     qkv: &[Tensor; 3],
     options: Option<&AttentionOptions>,
+    limit: Option<usize>,
 ) -> Result<Option<Tensor>> {
     let held = |x: &Tensor| -> Result<(EmuSlice<T>, RowLayout)> {
+        let x = x.to_dtype(T::DTYPE)?;
         let (storage, layout) = x.storage_and_layout();
         Ok((Emulator.upload(cpu_slice::<T>(&storage)?)?, RowLayout::new(layout)))
     };
     let (q, k, v) = (held(&qkv[0])?, held(&qkv[1])?, held(&qkv[2])?);
     let (sources, count) = ([(&q.0, q.1), (&k.0, k.1), (&v.0, v.1)], qkv[0].dim(2)?);
     let Some(options) = options else {
-        return lists.append(&Emulator, sources, count).map(|()| None);
+        return lists.within(&Emulator, count, limit, |lists| {
+            lists.append(&Emulator, sources, count).map(|()| None)
+        });
     };
-    let output = lists.append_and_attend(&Emulator, sources, count, options)?;
-    Tensor::from_vec(output.download()?, qkv[0].dims(), &Device::Cpu).map(Some)
+    let full = (qkv[0].dim(0)?, qkv[0].dim(1)?, count, lists.seq_len() + count);
+    let bias = match &options.bias {
+        Some(bias) => {
+            let bias = bias.to_dtype(DType::F32)?.broadcast_as(full)?;
+            let (storage, layout) = bias.storage_and_layout();
+            let strides = [0, 1, 2, 3].map(|axis| layout.stride()[axis]);
+            Some((
+                Emulator.upload(cpu_slice::<f32>(&storage)?)?,
+                layout.start_offset(),
+                strides,
+            ))
+        }
+        None => None,
+    };
+    let bias = bias.as_ref().map(|(data, offset, strides)| Bias {
+        data,
+        offset: *offset,
+        strides: *strides,
+    });
+    let output = lists.within(&Emulator, count, limit, |lists| {
+        lists.append_and_attend(&Emulator, sources, count, options, bias)
+    })?;
+    let output = Tensor::from_vec(output.download()?, qkv[0].dims(), &Device::Cpu)?;
+    output.to_dtype(qkv[0].dtype()).map(Some)
 }

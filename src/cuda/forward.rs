@@ -29,6 +29,14 @@ pub(crate) struct Bias<'a, G: Gpu> {
     pub strides: [usize; 4],
 }
 
+impl<G: Gpu> Clone for Bias<'_, G> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<G: Gpu> Copy for Bias<'_, G> {}
+
 /// What attention reads. Queries are folded already where the fold folds them.
 pub(crate) struct AttentionCall<'a, G: Gpu, T: GpuElement> {
     pub problem: Problem,

@@ -217,7 +217,7 @@ pub(crate) struct DecodeParams {
 
 // --- Cache ---
 
-params!(CacheParams: 152, CopyParams: 20);
+params!(CacheParams: 160, CacheAttendParams: 80, CopyParams: 20);
 
 /// Of `cache_append`: `sizes.tokens` new tokens after `first` that were seen before.
 #[repr(C)]
@@ -236,7 +236,32 @@ pub(crate) struct CacheParams {
     /// Closed chains that a list has room for.
     pub capacity: u32,
     pub first: u32,
+    /// 1: observed mass decides, with this softmax scale.
+    pub observes: u32,
+    pub scale: f32,
     pub reserved: u32,
+}
+
+/// Of `cache_attend`: a row that sees the whole cache.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CacheAttendParams {
+    pub bias_offset: u64,
+    /// Of batch rows, heads and tokens.
+    pub bias_strides: [u64; 3],
+    pub dropout_cut: u64,
+    /// Of one batch row, as `lists`.
+    pub heads: u32,
+    pub lists: u32,
+    pub head_dim: u32,
+    pub capacity: u32,
+    pub window: u32,
+    /// The row's own token.
+    pub last: u32,
+    pub dropout_key: [u32; 2],
+    /// scale * log2(e)
+    pub scale: f32,
+    pub dropout_scale: f32,
 }
 
 /// Of `cache_copy`, in numbers.

@@ -2,7 +2,9 @@
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_sfattention::{CompressionConfig, Criterion, Fold, GroupRule, HeadStrategies, MergeStrategy};
+use candle_sfattention::{
+    AttentionOptions, CompressionConfig, Criterion, Fold, GroupRule, HeadStrategies, MergeStrategy,
+};
 use proptest::prelude::*;
 
 use super::inputs::Shape;
@@ -88,4 +90,17 @@ pub fn with_thresholds(
 pub fn part(qkv: &[Tensor; 3], start: usize, count: usize) -> Result<[Tensor; 3]> {
     let one = |x: &Tensor| x.narrow(2, start, count);
     Ok([one(&qkv[0])?, one(&qkv[1])?, one(&qkv[2])?])
+}
+
+/// The options of a whole sequence for its tokens `start..start + count`: the bias of their rows and of what they see.
+pub fn part_options(options: &AttentionOptions, start: usize, count: usize) -> Result<AttentionOptions> {
+    let bias = options.bias.as_ref();
+    let rows = bias.map(|bias| {
+        let axis = bias.rank() - 2;
+        bias.narrow(axis, start, count)?.narrow(axis + 1, 0, start + count)
+    });
+    Ok(AttentionOptions {
+        bias: rows.transpose()?,
+        ..options.clone()
+    })
 }

@@ -118,19 +118,19 @@ fn rotary_embeddings_of_no_use() -> Result<()> {
 #[test]
 fn strategies_for_another_layer() -> Result<()> {
     for (what, batch, got, table) in [
-        ("strategies", 1, "(2)", codes(&[2])),
-        ("strategies", 1, "(3, 2)", codes(&[3, 2])),
-        ("strategies", 1, "(4, 2)", codes(&[4, 2])),
+        ("strategies", "batch", "(2)", codes(&[2])),
+        ("strategies", "batch", "(3, 2)", codes(&[3, 2])),
+        ("strategies", "batch", "(4, 2)", codes(&[4, 2])),
         (
             "thresholds",
-            1,
+            "batch",
             "(2, 3)",
             similarity().with_thresholds(&zeros(&[2, 3]))?,
         ),
         // Rows that differ can fit no batch.
         (
             "thresholds",
-            2,
+            "2",
             "(3, 4)",
             codes(&[2, 4]).with_thresholds(&zeros(&[3, 4]))?,
         ),

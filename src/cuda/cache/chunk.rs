@@ -1,11 +1,11 @@
 //! A cache's first chunk: attention over a whole sequence decides and folds it, and its columns become the cache's own.
 
 use super::{room, DeviceLists, MODULE};
-use crate::config::AttentionOptions;
+use crate::config::{AttentionOptions, Criterion};
 use crate::cuda::attention::Attention;
 use crate::cuda::decide::{self, DecideCall};
 use crate::cuda::fold::FoldCall;
-use crate::cuda::forward::{forward, Columns};
+use crate::cuda::forward::{forward, Bias, Columns};
 use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use crate::problem::Problem;
 use candle_core::Result;
@@ -19,6 +19,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         qkv: [Source<'_, G, T>; 3],
         count: usize,
         options: Option<&AttentionOptions>,
+        bias: Option<Bias<'_, G>>,
     ) -> Result<Option<G::Slice<T>>> {
         let [q, k, v] = qkv;
         let settings = self.settings.clone();
@@ -35,8 +36,13 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             strategies,
             config,
         };
-        let bits = decide::indicators(gpu, &call)?;
         let (plain, default) = (options.is_none(), AttentionOptions::default());
+        let options = options.unwrap_or(&default);
+        let scale = options.scale(problem.head_dim);
+        let bits = match config.criterion {
+            Criterion::ObservedMass => decide::observed_indicators(gpu, &call, v, scale)?,
+            _ => decide::indicators(gpu, &call)?,
+        };
         let attention = Attention {
             fold: FoldCall {
                 problem,
@@ -49,8 +55,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             },
             dense: settings.dense,
             window: config.window,
-            bias: None,
-            options: options.unwrap_or(&default),
+            bias,
+            options,
         };
         let (output, columns) = if plain {
             (None, None)
@@ -63,7 +69,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             Some(columns) => columns,
             None => attention.fold.columns(gpu)?,
         };
-        self.adopt(gpu, qkv, count, &bits, &columns)?;
+        self.adopt(gpu, qkv, count, scale, &bits, &columns)?;
         Ok(output)
     }
 
@@ -73,10 +79,11 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         gpu: &G,
         qkv: [Source<'_, G, T>; 3],
         count: usize,
+        scale: f64,
         bits: &G::Slice<u8>,
         columns: &Columns<G, T>,
     ) -> Result<()> {
-        let (params, all) = (self.params(&qkv, count)?, self.all());
+        let (params, all) = (self.params(&qkv, count, scale)?, self.all());
         let launch = Launch {
             grid: [all, 1, 1],
             threads: 32,
@@ -96,7 +103,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         if self.state.far_ln.is_some() {
             self.state.far_ln = Some(gpu.zeros(rows)?);
         }
-        let params = self.params(&qkv, count)?;
+        self.state.far_tokens = gpu.zeros(rows)?;
+        let params = self.params(&qkv, count, scale)?;
         let mut args = chunk_args(gpu, &qkv, bits, columns);
         args.extend(self.state.args(gpu));
         args.push(gpu.value(&params));
@@ -106,6 +114,15 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             &args,
         )?;
         drop(args);
+        if self.state.observed.is_some() {
+            let mut args = vec![gpu.read(qkv[0].0)];
+            args.extend(chunk_args(gpu, &qkv, bits, columns));
+            args.push(gpu.read(&self.tests));
+            args.extend(self.state.args(gpu));
+            args.push(gpu.value(&params));
+            gpu.launch(&Kernel::of::<T>(MODULE, "cache_adopt_observed"), launch, &args)?;
+            drop(args);
+        }
         self.seq_len = count;
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! Lists moved between buffers: when they outgrow them, when batch rows are reordered, and for a clone.
 
-use super::{DeviceLists, State, MODULE};
+use super::state::{Observed, State};
+use super::{DeviceLists, MODULE};
 use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch, Number};
 use crate::cuda::params::CopyParams;
 use candle_core::{bail, Result};
@@ -44,6 +45,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                     Some(ln) => Some(by_list.rows("f32", ln, Some(&self.state.lengths), capacity, 1)?),
                     None => None,
                 },
+                far_tokens: by_list.rows("u32", &self.state.far_tokens, Some(&self.state.lengths), capacity, 1)?,
                 lengths: words(&self.state.lengths)?,
                 local_k: local(&self.state.local_k)?,
                 local_v: local(&self.state.local_v)?,
@@ -65,6 +67,15 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                     Some(queries) => Some(by_head.all(suffix, queries, dim)?),
                     None => None,
                 },
+                observed: match &self.state.observed {
+                    Some(observed) => Some(Observed {
+                        keys: by_list.all(suffix, &observed.keys, self.settings.seen_keys() * dim)?,
+                        masses: by_list.all("f32", &observed.masses, window)?,
+                        norms: by_list.all("f32", &observed.norms, window)?,
+                        logits: gpu.zeros(rows.len() * lists * self.settings.seen_keys())?,
+                    }),
+                    None => None,
+                },
             },
         })
     }
@@ -73,7 +84,6 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     ///
     /// # Errors
     /// What the device reports.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub fn copy(&self, gpu: &G) -> Result<Self> {
         self.select(gpu, &(0..self.batch).collect::<Vec<_>>())
     }

@@ -1,0 +1,124 @@
+//! What a cache on the CPU holds, and how its first call makes it.
+
+use super::CompressedKvCache;
+use crate::config::{GroupRule, MergeStrategy};
+use crate::cpu::cached::ListHeads;
+use crate::cpu::list::{List, ListSettings};
+use crate::cpu::Element;
+use crate::problem::Problem;
+use candle_core::{DType, Result};
+use serde::{Deserialize, Serialize};
+
+/// Everything that the first call fixes or that later calls change.
+#[derive(Clone)]
+pub(super) struct State {
+    pub sizes: Sizes,
+    pub seq_len: usize,
+    pub lists: Lists,
+}
+
+/// The shapes that the first call fixed.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Sizes {
+    pub batch: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+}
+
+impl Sizes {
+    pub fn of(problem: &Problem) -> Self {
+        Self {
+            batch: problem.batch,
+            heads: problem.heads,
+            kv_heads: problem.kv_heads,
+            head_dim: problem.head_dim,
+        }
+    }
+}
+
+pub(super) type ListsOf<S> = Vec<(ListHeads, List<S>)>;
+
+/// All lists, batch-major, by storage dtype.
+#[derive(Clone)]
+pub(super) enum Lists {
+    F64(ListsOf<f64>),
+    F32(ListsOf<f32>),
+    F16(ListsOf<half::f16>),
+    BF16(ListsOf<half::bf16>),
+}
+
+impl Lists {
+    pub fn dtype(&self) -> DType {
+        match self {
+            Self::F64(_) => DType::F64,
+            Self::F32(_) => DType::F32,
+            Self::F16(_) => DType::F16,
+            Self::BF16(_) => DType::BF16,
+        }
+    }
+}
+
+impl CompressedKvCache {
+    pub(super) fn first_state(&self, problem: &Problem, storage: DType) -> Result<State> {
+        self.strategies.check(problem.batch, problem.heads)?;
+        Ok(State {
+            sizes: Sizes::of(problem),
+            seq_len: 0,
+            lists: match storage {
+                DType::F64 => Lists::F64(self.new_lists(problem)),
+                DType::F16 => Lists::F16(self.new_lists(problem)),
+                DType::BF16 => Lists::BF16(self.new_lists(problem)),
+                _ => Lists::F32(self.new_lists(problem)),
+            },
+        })
+    }
+
+    fn new_lists<S: Element>(&self, problem: &Problem) -> ListsOf<S> {
+        let group = problem.group();
+        let mut lists = Vec::new();
+        for batch in 0..problem.batch {
+            for kv_head in 0..problem.kv_heads {
+                let heads = kv_head * group..(kv_head + 1) * group;
+                let tests = |heads: std::ops::Range<usize>| -> Vec<_> {
+                    heads
+                        .map(|head| self.strategies.test(&self.config, batch, head))
+                        .collect()
+                };
+                let all_off = tests(heads.clone())
+                    .iter()
+                    .all(|test| test.strategy == MergeStrategy::Off);
+                let shared = self.config.group_rule == GroupRule::Unanimous || all_off;
+                let parts = if shared {
+                    vec![heads]
+                } else {
+                    heads.map(|head| head..head + 1).collect()
+                };
+                for heads in parts {
+                    let settings = ListSettings::new(tests(heads.clone()), &self.config);
+                    let at = ListHeads { batch, kv_head, heads };
+                    lists.push((at, List::new(settings, problem.head_dim)));
+                }
+            }
+        }
+        lists
+    }
+}
+
+/// Batch row i of the result is row `rows[i]`.
+pub(super) fn select<S: Element>(lists: &ListsOf<S>, rows: &[i64]) -> ListsOf<S> {
+    let of_row = |(new, old): (usize, &i64)| {
+        let old = *old as usize;
+        let mine = lists.iter().filter(move |(at, _)| at.batch == old);
+        mine.map(move |(at, list)| {
+            (
+                ListHeads {
+                    batch: new,
+                    ..at.clone()
+                },
+                list.clone(),
+            )
+        })
+    };
+    rows.iter().enumerate().flat_map(of_row).collect()
+}

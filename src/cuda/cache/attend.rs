@@ -1,0 +1,67 @@
+//! Launches of `cuda/cache_attend.cu`: the newest row over the whole cache, with a bias or dropout.
+
+use super::DeviceLists;
+use crate::config::AttentionOptions;
+use crate::cuda::forward::Bias;
+use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch};
+use crate::cuda::params::CacheAttendParams;
+use candle_core::Result;
+
+/// `WARPS` in cuda/cache_attend.cu.
+const WARPS: usize = 8;
+
+impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
+    /// The output rows (B * H, D) of the last token; the bias is a view whose row axis is already at it.
+    pub(super) fn attend(
+        &self,
+        gpu: &G,
+        queries: &G::Slice<T>,
+        options: &AttentionOptions,
+        bias: Option<Bias<'_, G>>,
+    ) -> Result<G::Slice<T>> {
+        let (heads, head_dim) = (self.settings.problem.heads, self.settings.problem.head_dim);
+        let rows = self.batch * heads;
+        let (seed, p) = options.dropout.map_or((0, 0.0), |dropout| (dropout.seed, dropout.p));
+        let strides = bias.map_or([0; 4], |bias| bias.strides);
+        let params = CacheAttendParams {
+            bias_offset: bias.map_or(0, |bias| bias.offset as u64),
+            bias_strides: [strides[0], strides[1], strides[3]].map(|stride| stride as u64),
+            dropout_cut: (p * 4_294_967_296.0).ceil() as u64,
+            heads: heads as u32,
+            lists: self.settings.lists as u32,
+            head_dim: head_dim as u32,
+            capacity: self.capacity as u32,
+            window: self.settings.config.window as u32,
+            last: (self.seq_len - 1) as u32,
+            dropout_key: [seed as u32, (seed >> 32) as u32],
+            scale: (options.scale(head_dim) * std::f64::consts::LOG2_E) as f32,
+            dropout_scale: (1.0 / (1.0 - p)) as f32,
+        };
+        let mut output = gpu.alloc::<T>(rows * head_dim)?;
+        let state = &self.state;
+        let args = [
+            gpu.read(queries),
+            gpu.read(&state.far_k),
+            gpu.read(&state.far_v),
+            gpu.read_some(state.far_ln.as_ref()),
+            gpu.read(&state.far_tokens),
+            gpu.read(&state.lengths),
+            gpu.read(&state.local_k),
+            gpu.read(&state.local_v),
+            gpu.read_some(state.local_ln.as_ref()),
+            gpu.read(&state.local_lengths),
+            gpu.read_some(bias.map(|bias| bias.data)),
+            gpu.write(&mut output),
+            gpu.value(&params),
+        ];
+        let launch = Launch {
+            grid: [rows, 1, 1],
+            threads: 32 * WARPS,
+            // A warp's maximum and sum, and its part of the output.
+            shared_bytes: WARPS * (2 + head_dim) * size_of::<f32>(),
+        };
+        gpu.launch(&Kernel::of::<T>("cache_attend", "cache_attend"), launch, &args)?;
+        drop(args);
+        Ok(output)
+    }
+}

@@ -1,0 +1,131 @@
+//! What a cache keeps on the device: `CacheState` in cuda/cache.cu.
+
+use super::{Settings, GROWTH, NO_RUN};
+use crate::config::{Criterion, Fold};
+use crate::cuda::gpu::{Gpu, GpuElement};
+use candle_core::Result;
+
+/// The lists themselves.
+pub(super) struct State<G: Gpu, T: GpuElement> {
+    pub far_k: G::Slice<T>,
+    pub far_v: G::Slice<T>,
+    pub far_ln: Option<G::Slice<f32>>,
+    pub far_tokens: G::Slice<u32>,
+    pub lengths: G::Slice<u32>,
+    pub local_k: G::Slice<T>,
+    pub local_v: G::Slice<T>,
+    pub local_ln: Option<G::Slice<f32>>,
+    pub local_lengths: G::Slice<u32>,
+    pub chain_k: G::Slice<f32>,
+    pub chain_v: G::Slice<f32>,
+    pub chain_sizes: G::Slice<u32>,
+    /// `previous` and `last_queries` under [`Fold::PairSum`] alone.
+    pub previous_k: Option<G::Slice<T>>,
+    pub previous_v: Option<G::Slice<T>>,
+    pub bits: G::Slice<u32>,
+    pub run_starts: G::Slice<u32>,
+    pub run_keys: G::Slice<T>,
+    pub last_keys: G::Slice<T>,
+    pub last_queries: Option<G::Slice<T>>,
+    /// Under [`Criterion::ObservedMass`].
+    pub observed: Option<Observed<G, T>>,
+}
+
+/// `Observed` in cuda/observe_row.cuh.
+pub(super) struct Observed<G: Gpu, T: GpuElement> {
+    pub keys: G::Slice<T>,
+    pub masses: G::Slice<f32>,
+    pub norms: G::Slice<f32>,
+    /// Means nothing between launches.
+    pub logits: G::Slice<f32>,
+}
+
+impl<G: Gpu, T: GpuElement> State<G, T> {
+    /// Of `batch` rows, empty, with room for [`GROWTH`] entries.
+    pub fn new(gpu: &G, settings: &Settings, batch: usize) -> Result<Self> {
+        let (all, dim, config) = (batch * settings.lists, settings.problem.head_dim, &settings.config);
+        let local = all * (config.window + 1);
+        let (mean, pair_sum) = (config.fold == Fold::Mean, config.fold == Fold::PairSum);
+        let some = |len: usize| -> Result<Option<G::Slice<T>>> {
+            if pair_sum {
+                gpu.zeros(len).map(Some)
+            } else {
+                Ok(None)
+            }
+        };
+        let ln = |len: usize| if mean { gpu.zeros(len).map(Some) } else { Ok(None) };
+        let observed = match config.criterion {
+            Criterion::ObservedMass => Some(Observed::new(gpu, settings, all)?),
+            _ => None,
+        };
+        Ok(Self {
+            far_k: gpu.zeros(all * GROWTH * dim)?,
+            far_v: gpu.zeros(all * GROWTH * dim)?,
+            far_ln: ln(all * GROWTH)?,
+            far_tokens: gpu.zeros(all * GROWTH)?,
+            lengths: gpu.zeros(all)?,
+            local_k: gpu.zeros(local * dim)?,
+            local_v: gpu.zeros(local * dim)?,
+            local_ln: ln(local)?,
+            local_lengths: gpu.zeros(all)?,
+            chain_k: gpu.zeros(all * dim)?,
+            chain_v: gpu.zeros(all * dim)?,
+            chain_sizes: gpu.zeros(all)?,
+            previous_k: some(all * dim)?,
+            previous_v: some(all * dim)?,
+            bits: gpu.zeros(local)?,
+            run_starts: gpu.upload(&vec![NO_RUN; all])?,
+            run_keys: gpu.zeros(all * dim)?,
+            last_keys: gpu.zeros(all * dim)?,
+            last_queries: some(batch * settings.problem.heads * dim)?,
+            observed,
+        })
+    }
+
+    /// `CACHE_STATE` in cuda/cache.cu.
+    pub fn args<'a>(&'a mut self, gpu: &'a G) -> Vec<G::Arg<'a>> {
+        let mut args = vec![
+            gpu.write(&mut self.far_k),
+            gpu.write(&mut self.far_v),
+            gpu.write_some(self.far_ln.as_mut()),
+            gpu.write(&mut self.far_tokens),
+            gpu.write(&mut self.lengths),
+            gpu.write(&mut self.local_k),
+            gpu.write(&mut self.local_v),
+            gpu.write_some(self.local_ln.as_mut()),
+            gpu.write(&mut self.local_lengths),
+            gpu.write(&mut self.chain_k),
+            gpu.write(&mut self.chain_v),
+            gpu.write(&mut self.chain_sizes),
+            gpu.write_some(self.previous_k.as_mut()),
+            gpu.write_some(self.previous_v.as_mut()),
+            gpu.write(&mut self.bits),
+            gpu.write(&mut self.run_starts),
+            gpu.write(&mut self.run_keys),
+            gpu.write(&mut self.last_keys),
+            gpu.write_some(self.last_queries.as_mut()),
+        ];
+        match &mut self.observed {
+            Some(observed) => args.extend([
+                gpu.write(&mut observed.keys),
+                gpu.write(&mut observed.masses),
+                gpu.write(&mut observed.norms),
+                gpu.write(&mut observed.logits),
+            ]),
+            None => args.extend([gpu.absent(), gpu.absent(), gpu.absent(), gpu.absent()]),
+        }
+        args
+    }
+}
+
+impl<G: Gpu, T: GpuElement> Observed<G, T> {
+    fn new(gpu: &G, settings: &Settings, all: usize) -> Result<Self> {
+        let (window, seen) = (settings.config.window, settings.seen_keys());
+        Ok(Self {
+            keys: gpu.zeros(all * seen * settings.problem.head_dim)?,
+            masses: gpu.zeros(all * window)?,
+            norms: gpu.zeros(all * window)?,
+            logits: gpu.zeros(all * seen)?,
+        })
+    }
+}

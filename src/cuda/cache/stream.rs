@@ -1,0 +1,224 @@
+//! Tokens taken in one after another, and the rooms that lists need.
+
+use super::moves::{copy, Mover};
+use super::{room, DeviceLists, GROWTH, MODULE};
+use crate::config::AttentionOptions;
+use crate::cuda::decode::{decode, DecodeCall, Store};
+use crate::cuda::forward::Bias;
+use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
+use crate::cuda::params::CopyParams;
+use crate::problem::{Problem, RowLayout};
+use candle_core::{bail, Result};
+
+impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
+    /// Runs `step`, which takes in `count` tokens, unless a list would have more than `limit` entries then. How many there
+    /// will be only the device can say, so that near the limit a copy of the lists goes first, and waits for it.
+    ///
+    /// # Errors
+    /// More entries than the limit, and those of `step`; the lists are unchanged then.
+    pub fn within<R>(
+        &mut self,
+        gpu: &G,
+        count: usize,
+        limit: Option<usize>,
+        step: impl FnOnce(&mut Self) -> Result<R>,
+    ) -> Result<R> {
+        let most = self.bound + count + self.settings.config.window + 1;
+        let Some(limit) = limit.filter(|limit| most > *limit) else {
+            return step(self);
+        };
+        let mut next = self.copy(gpu)?;
+        let result = step(&mut next)?;
+        let needed = next.entries(gpu)?.into_iter().flatten().max().unwrap_or(0);
+        if needed > limit {
+            bail!(
+                "max_entries: expected at most {limit} entries in a list, got {needed} with the {count} new tokens; raise \
+                 the limit, merge more, or reset()"
+            )
+        }
+        *self = next;
+        Ok(result)
+    }
+
+    /// Takes in `count` tokens without their rows.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn append(&mut self, gpu: &G, qkv: [Source<'_, G, T>; 3], count: usize) -> Result<()> {
+        if self.seq_len == 0 && count > 1 {
+            return self.first_chunk(gpu, qkv, count, None, None).map(|_| ());
+        }
+        let scale = AttentionOptions::default().scale(self.settings.problem.head_dim);
+        self.stream(gpu, qkv, count, scale, None)
+    }
+
+    /// Takes in `count` tokens, one after another; `queries` receives those of the last one as attention reads them,
+    /// where `count` is 1.
+    fn stream(
+        &mut self,
+        gpu: &G,
+        qkv: [Source<'_, G, T>; 3],
+        count: usize,
+        scale: f64,
+        queries: Option<&mut G::Slice<T>>,
+    ) -> Result<()> {
+        self.reserve(gpu, count)?;
+        let params = self.params(&qkv, count, scale)?;
+        let launch = Launch {
+            grid: [self.all(), 1, 1],
+            threads: 32,
+            shared_bytes: 0,
+        };
+        let [q, k, v] = qkv;
+        let mut args = vec![
+            gpu.read(q.0),
+            gpu.read(k.0),
+            gpu.read(v.0),
+            gpu.read(&self.tests),
+            gpu.write_some(queries),
+        ];
+        args.extend(self.state.args(gpu));
+        args.push(gpu.value(&params));
+        gpu.launch(&Kernel::of::<T>(MODULE, "cache_append"), launch, &args)?;
+        drop(args);
+        self.seq_len += count;
+        self.bound += count;
+        // A long chunk that merged well leaves more room than is needed.
+        if count >= GROWTH {
+            self.fit(gpu)?;
+        }
+        Ok(())
+    }
+
+    /// Takes in `count` tokens and returns their output rows (B, H, count, D). The bias is that of `options`, as a view of
+    /// (B, H, count, all tokens).
+    ///
+    /// # Errors
+    /// Strides that the kernels do not take, or what the device reports.
+    pub fn append_and_attend<'a>(
+        &mut self,
+        gpu: &G,
+        qkv: [Source<'a, G, T>; 3],
+        count: usize,
+        options: &AttentionOptions,
+        bias: Option<Bias<'a, G>>,
+    ) -> Result<G::Slice<T>> {
+        if self.seq_len == 0 && count > 1 {
+            if let Some(output) = self.first_chunk(gpu, qkv, count, Some(options), bias)? {
+                return Ok(output);
+            }
+        }
+        if count == 1 {
+            return self.one(gpu, qkv, options, bias);
+        }
+        let Problem { heads, head_dim, .. } = self.settings.problem;
+        let rows = self.batch * heads;
+        let mut output = gpu.zeros::<T>(rows * count * head_dim)?;
+        for token in 0..count {
+            let at = |(slice, layout): Source<'a, G, T>| {
+                let offset = layout.offset + token * layout.strides[2];
+                (slice, RowLayout { offset, ..layout })
+            };
+            let bias = bias.map(|bias| Bias {
+                offset: bias.offset + token * bias.strides[2],
+                ..bias
+            });
+            let row = self.one(gpu, qkv.map(at), options, bias)?;
+            let params = CopyParams {
+                from_stride: head_dim as u32,
+                to_stride: (count * head_dim) as u32,
+                to_offset: (token * head_dim) as u32,
+                count: head_dim as u32,
+                unit: 0,
+            };
+            copy(gpu, T::SUFFIX, &row, [None, None], &mut output, rows, &params)?;
+        }
+        Ok(output)
+    }
+
+    fn one(
+        &mut self,
+        gpu: &G,
+        qkv: [Source<'_, G, T>; 3],
+        options: &AttentionOptions,
+        bias: Option<Bias<'_, G>>,
+    ) -> Result<G::Slice<T>> {
+        let Problem { heads, head_dim, .. } = self.settings.problem;
+        let mut queries = gpu.alloc::<T>(self.batch * heads * head_dim)?;
+        self.stream(gpu, qkv, 1, options.scale(head_dim), Some(&mut queries))?;
+        if bias.is_some() || options.dropout.is_some() {
+            return self.attend(gpu, &queries, options, bias);
+        }
+        let call = DecodeCall {
+            lists: self.all(),
+            group: heads / self.settings.lists,
+            head_dim,
+            queries: &queries,
+            far: Store {
+                keys: &self.state.far_k,
+                values: &self.state.far_v,
+                ln: self.state.far_ln.as_ref(),
+                lengths: &self.state.lengths,
+                capacity: self.capacity,
+            },
+            local: Some(Store {
+                keys: &self.state.local_k,
+                values: &self.state.local_v,
+                ln: self.state.local_ln.as_ref(),
+                lengths: &self.state.local_lengths,
+                capacity: self.settings.config.window + 1,
+            }),
+            scale: options.scale(head_dim),
+        };
+        decode(gpu, &call)
+    }
+
+    /// Room for `count` more closed chains in every list.
+    pub(super) fn reserve(&mut self, gpu: &G, count: usize) -> Result<()> {
+        let most = self.seq_len + count;
+        if u32::try_from(most).is_err() {
+            bail!("cache: expected at most 2^32 - 1 tokens, got {most}; reset() it")
+        }
+        if self.bound + count <= self.capacity {
+            return Ok(());
+        }
+        self.read_bound(gpu)?;
+        if self.bound + count > self.capacity {
+            self.resize(gpu, room(self.bound + count))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn read_bound(&mut self, gpu: &G) -> Result<()> {
+        let lengths = gpu.download(&self.state.lengths)?;
+        self.bound = lengths.into_iter().max().unwrap_or(0) as usize;
+        Ok(())
+    }
+
+    /// Gives back what a chunk needed at most and did not use.
+    fn fit(&mut self, gpu: &G) -> Result<()> {
+        self.read_bound(gpu)?;
+        if self.capacity > room(self.bound) {
+            self.resize(gpu, room(self.bound))?;
+        }
+        Ok(())
+    }
+
+    fn resize(&mut self, gpu: &G, capacity: usize) -> Result<()> {
+        let (all, dim, old) = (self.all(), self.settings.problem.head_dim, self.capacity);
+        let mover = Mover {
+            gpu,
+            lists: all,
+            sources: None,
+        };
+        let lengths = Some(&self.state.lengths);
+        self.state.far_k = mover.rows(T::SUFFIX, &self.state.far_k, lengths, [old, capacity], dim)?;
+        self.state.far_v = mover.rows(T::SUFFIX, &self.state.far_v, lengths, [old, capacity], dim)?;
+        if let Some(ln) = &self.state.far_ln {
+            self.state.far_ln = Some(mover.rows("f32", ln, lengths, [old, capacity], 1)?);
+        }
+        self.state.far_tokens = mover.rows("u32", &self.state.far_tokens, lengths, [old, capacity], 1)?;
+        self.capacity = capacity;
+        Ok(())
+    }
+}
