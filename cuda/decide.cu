@@ -119,67 +119,6 @@ KERNEL decide_sweep(Global<const uint8_t> levels, Global<const uint8_t> bits, Gl
   swept.set((size_t)blockIdx.y * p.pairs + t, bit);
 }
 
-// --- ObservedMass: scores from the local softmax of the rows that see a token in their window -----------------------
-
-// Calls visit(column, logit) for every local column of a row, in all lanes.
-template <class T, class Visit>
-__device__ void local_columns(Global<const T> q, Global<const T> k, const ObservedParams& p, const List& list,
-                              unsigned head, unsigned row, Visit visit) {
-  unsigned first = row + 1 > p.window ? row + 1 - p.window : 0, sinks = p.sinks < first ? p.sinks : first;
-  for (unsigned i = 0; i < sinks + (row + 1 - first); i++) {
-    unsigned t = i < sinks ? i : first + (i - sinks);
-    Products both = products(q, p.q.at(list.batch, head, row), k, p.k.at(list.batch, list.kv_head, t), p.sizes.head_dim);
-    visit(t, both.dot * p.scale);
-  }
-}
-
-// The log-sum-exp of each row's local softmax, (batch, heads, tokens). Grid (tokens / 4, batch * heads): lists are
-// query heads.
-template <class T>
-__device__ void observed_rows(Global<const T> q, Global<const T> k, Global<float> log_sum_exp, const ObservedParams& p) {
-  unsigned row = warp_pair();
-  if (row >= p.sizes.tokens) return;
-  List list(p.sizes, blockIdx.y);
-  float maximum = -INFINITY, sum = 0.0f;
-  local_columns(q, k, p, list, list.first_head, row, [&](unsigned, float logit) {
-    // A NaN stays: it wins no comparison and spoils the sum.
-    float larger = logit > maximum ? logit : maximum;
-    sum = sum * expf(maximum - larger) + expf(logit - larger);
-    maximum = larger;
-  });
-  if (threadIdx.x % 32 == 0) log_sum_exp.set((size_t)blockIdx.y * p.sizes.tokens + row, maximum + logf(sum));
-}
-
-// Bits of every head of a KV head: the mass that rows t + W/2 .. t + W - 1 gave token t, times its value's norm, against
-// the group's thresholds. Lists are KV heads.
-template <class T>
-__device__ void observed_bits(Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> log_sum_exp,
-                              Global<const float> tests, Global<uint8_t> bits, const ObservedParams& p) {
-  unsigned t = warp_pair(), pairs = p.sizes.tokens - 1, dim = p.sizes.head_dim;
-  if (t >= pairs) return;
-  List list(p.sizes, blockIdx.y);
-  size_t first = (size_t)list.batch * p.sizes.heads + list.first_head;
-  bool bit = false;
-  if (t >= p.sinks && (size_t)t + p.window + 1 <= pairs) {
-    // All heads of the group must agree: the least of their thresholds decides.
-    float mass = 0.0f, least = INFINITY;
-    bool on = true;
-    for (unsigned head = 0; head < list.group; head++) {
-      HeadTest test(tests, first + head);
-      on = on && test.strategy != OFF;
-      least = fminf(least, test.threshold);
-      for (unsigned row = t + p.window / 2; row < t + p.window; row++) {
-        size_t query = p.q.at(list.batch, list.first_head + head, row), key = p.k.at(list.batch, list.kv_head, t);
-        float logit = products(q, query, k, key, dim).dot * p.scale;
-        mass += expf(logit - log_sum_exp[(first + head) * p.sizes.tokens + row]);
-      }
-    }
-    size_t value = p.v.at(list.batch, list.kv_head, t);
-    bit = on && mass * products(v, value, v, value, dim).norm_a < least;
-  }
-  for (unsigned head = threadIdx.x % 32; head < list.group; head += 32) bits.set((first + head) * pairs + t, bit);
-}
-
 #define DECIDE(suffix, T)                                                                                             \
   KERNEL decide_candidates_##suffix(Global<const T> q, Global<const T> k, Global<const float> tests,                  \
                                     Global<uint8_t> out, DecideParams p) {                                            \
@@ -192,17 +131,8 @@ __device__ void observed_bits(Global<const T> q, Global<const T> k, Global<const
   KERNEL decide_levels_##suffix(Global<const T> q, Global<const T> k, Global<const float> tests, Global<uint8_t> out, \
                                 Global<uint8_t> bits, DecideParams p) {                                               \
     levels(q, k, tests, out, bits, p);                                                                                \
-  }                                                                                                                   \
-  KERNEL decide_observed_rows_##suffix(Global<const T> q, Global<const T> k, Global<float> log_sum_exp,               \
-                                       ObservedParams p) {                                                            \
-    observed_rows(q, k, log_sum_exp, p);                                                                              \
-  }                                                                                                                   \
-  KERNEL decide_observed_bits_##suffix(Global<const T> q, Global<const T> k, Global<const T> v,                       \
-                                       Global<const float> log_sum_exp, Global<const float> tests,                    \
-                                       Global<uint8_t> bits, ObservedParams p) {                                      \
-    observed_bits(q, k, v, log_sum_exp, tests, bits, p);                                                              \
   }
 FOR_EACH_DTYPE(DECIDE)
 
 MODULE(decide, ENTRIES(decide_candidates) ENTRIES(decide_runs) ENTRIES(decide_levels) ENTRY(decide_adjacent)
-                   ENTRY(decide_sweep) ENTRIES(decide_observed_rows) ENTRIES(decide_observed_bits))
+                   ENTRY(decide_sweep))

@@ -1,7 +1,7 @@
 //! Launches of `cuda/decide.cu`: which pairs merge.
 
 use super::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
-use super::params::{DecideParams, ObservedParams, Rows, Sizes, SweepParams};
+use super::params::{DecideParams, Rows, Sizes, SweepParams};
 use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, MergeRule, MergeStrategy};
 use crate::problem::Problem;
 use candle_core::Result;
@@ -176,67 +176,5 @@ fn reference_rule<G: Gpu, T: GpuElement>(
         drop(args);
         std::mem::swap(&mut bits, &mut swept);
     }
-    Ok(bits)
-}
-
-/// The merge indicators (B, H, N-1) of [`Criterion::ObservedMass`], one decision per KV head. N is at least 2.
-///
-/// # Errors
-/// What the device reports.
-pub(crate) fn observed_indicators<G: Gpu, T: GpuElement>(
-    gpu: &G,
-    call: &DecideCall<G, T>,
-    v: Source<'_, G, T>,
-    scale: f64,
-) -> Result<G::Slice<u8>> {
-    let Problem {
-        batch,
-        heads,
-        kv_heads,
-        tokens,
-        ..
-    } = call.problem;
-    let pairs = call.problem.pairs();
-    if call.strategies.all_off() {
-        return gpu.zeros(batch * heads * pairs);
-    }
-    let tests = call.tests(gpu)?;
-    let params = |lists: usize| -> Result<ObservedParams> {
-        Ok(ObservedParams {
-            q: Rows::new(&call.q.1),
-            k: Rows::new(&call.k.1),
-            v: Rows::new(&v.1),
-            sizes: Sizes::new(&call.problem, lists)?,
-            // Beyond all tokens, more makes no difference.
-            window: call.config.window.min(tokens) as u32,
-            sinks: call.config.sinks.min(tokens) as u32,
-            scale: scale as f32,
-            reserved: 0,
-        })
-    };
-    let (per_head, per_kv_head) = (params(heads)?, params(kv_heads)?);
-    let mut log_sum_exp = gpu.alloc::<f32>(batch * heads * tokens)?;
-    let args = [
-        gpu.read(call.q.0),
-        gpu.read(call.k.0),
-        gpu.write(&mut log_sum_exp),
-        gpu.value(&per_head),
-    ];
-    let launch = Launch::warps(tokens, batch * heads);
-    gpu.launch(&Kernel::of::<T>(MODULE, "decide_observed_rows"), launch, &args)?;
-    drop(args);
-    let mut bits = gpu.alloc::<u8>(batch * heads * pairs)?;
-    let args = [
-        gpu.read(call.q.0),
-        gpu.read(call.k.0),
-        gpu.read(v.0),
-        gpu.read(&log_sum_exp),
-        gpu.read(&tests),
-        gpu.write(&mut bits),
-        gpu.value(&per_kv_head),
-    ];
-    let launch = Launch::warps(pairs, batch * kv_heads);
-    gpu.launch(&Kernel::of::<T>(MODULE, "decide_observed_bits"), launch, &args)?;
-    drop(args);
     Ok(bits)
 }

@@ -5,13 +5,13 @@ pub use super::emulated_cache::*;
 pub use super::emulated_decode::*;
 
 use super::attention::{lists, Attention};
-use super::decide::{indicators, observed_indicators, DecideCall};
+use super::decide::{indicators, DecideCall};
 use super::emu::{EmuSlice, Emulator};
 use super::fold::FoldCall;
 use super::forward::Bias;
 use super::gpu::{Gpu, GpuElement, Kernel, Launch};
 use super::params::BrokenParams;
-use super::{loss, spec};
+use super::{loss, observe, spec};
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
 use crate::cpu::Element;
 use crate::plan::cpu_slice;
@@ -97,7 +97,7 @@ fn decide_as<T: GpuElement + Element>(
         config,
     };
     let bits = match config.criterion {
-        Criterion::ObservedMass => observed_indicators(&Emulator, &call, borrow(&v), options.scale(problem.head_dim))?,
+        Criterion::ObservedMass => observe::indicators(&Emulator, &call, borrow(&v), options.scale(problem.head_dim))?,
         _ => indicators(&Emulator, &call)?,
     };
     Tensor::from_vec(bits.download()?, shape, &Device::Cpu)

@@ -22,6 +22,7 @@ pub(crate) mod fold;
 pub(crate) mod forward;
 pub(crate) mod gpu;
 pub(crate) mod loss;
+pub(crate) mod observe;
 mod params;
 #[cfg(feature = "cuda-emu")]
 mod spec;

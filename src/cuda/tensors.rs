@@ -1,12 +1,12 @@
 //! The CUDA path on candle's tensors. Nothing here waits for the device.
 
 use super::attention::{lists, Attention};
-use super::decide::{indicators, observed_indicators, DecideCall};
+use super::decide::{indicators, DecideCall};
 use super::device::Cuda;
 use super::fold::FoldCall;
 use super::forward::Bias;
 use super::gpu::{Gpu, GpuElement, Number};
-use super::loss;
+use super::{loss, observe};
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
 use crate::plan::MergePlan;
 use crate::problem::{Problem, RowLayout};
@@ -91,7 +91,7 @@ fn decide_as<T: GpuElement>(
         config,
     };
     let bits = match config.criterion {
-        Criterion::ObservedMass => observed_indicators(&gpu, &call, source::<T>(v)?, options.scale(problem.head_dim))?,
+        Criterion::ObservedMass => observe::indicators(&gpu, &call, source::<T>(v)?, options.scale(problem.head_dim))?,
         _ => indicators(&gpu, &call)?,
     };
     Ok(tensor(bits, (problem.batch, problem.heads, problem.pairs()), &device))

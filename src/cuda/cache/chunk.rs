@@ -7,6 +7,7 @@ use crate::cuda::decide::{self, DecideCall};
 use crate::cuda::fold::FoldCall;
 use crate::cuda::forward::{forward, Bias, Columns};
 use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
+use crate::cuda::observe;
 use crate::problem::Problem;
 use candle_core::Result;
 
@@ -40,7 +41,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let options = options.unwrap_or(&default);
         let scale = options.scale(problem.head_dim);
         let bits = match config.criterion {
-            Criterion::ObservedMass => decide::observed_indicators(gpu, &call, v, scale)?,
+            Criterion::ObservedMass => observe::indicators(gpu, &call, v, scale)?,
             _ => decide::indicators(gpu, &call)?,
         };
         let attention = Attention {
