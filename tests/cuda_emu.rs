@@ -8,8 +8,8 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_sfattention::emulation::{self, Path};
 use candle_sfattention::reference::{self, Array4};
 use candle_sfattention::{
-    attend, compressed_attention, compression_loss_terms, AttentionOptions, CompressionConfig, Criterion, GroupRule,
-    HeadStrategies, MergePlan, MergeRule, MergeStrategy,
+    attend, compressed_attention, compression_loss_terms, observed_mass, AttentionOptions, CompressionConfig,
+    Criterion, GroupRule, HeadStrategies, MergePlan, MergeRule, MergeStrategy,
 };
 use common::golden::cases;
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
@@ -124,6 +124,59 @@ fn decisions_agree_with_the_cpu() -> Result<()> {
                 let expected = expected.indicators().to_vec3::<u8>()?;
                 assert_eq!(bits.to_vec3::<u8>()?, expected, "{what}");
             }
+        }
+    }
+    Ok(())
+}
+
+/// Observed mass where bands, sinks and groups take several tiles, aligned (tensor cores) and not (a warp per row). A
+/// score as near to its threshold as sums in another order go may fall on either side.
+#[test]
+fn observed_mass_decides_as_the_cpu_does_over_many_tiles() -> Result<()> {
+    for (shape, window, sinks) in [
+        (Shape(2, 4, 1, 333, 24), 32, 4),
+        (Shape(1, 4, 2, 300, 64), 131, 70),
+        (Shape(1, 2, 2, 150, 72), 5, 0),
+        (Shape(1, 1, 1, 200, 136), 150, 2),
+    ] {
+        let config = CompressionConfig {
+            window,
+            sinks,
+            ..CompressionConfig::calibrated()
+        };
+        for (dtype, shift) in [(DType::F16, 0), (DType::BF16, 0), (DType::F32, 0), (DType::BF16, 1)] {
+            let what = format!("{shape:?} {dtype:?} window {window} sinks {sinks} shift {shift}");
+            let Shape(batch, heads, kv_heads, tokens, dim) = shape;
+            let wider = Shape(batch, heads, kv_heads, tokens, dim + 8);
+            let qkv = wider.qkv(11, dtype)?;
+            let [q, k, v] = &[&qkv[0], &qkv[1], &qkv[2]]
+                .map(|x| x.narrow(3, shift, dim))
+                .map(Result::unwrap);
+            let options = AttentionOptions::default();
+            let scores = observed_mass(q, k, v, &config, &options)?.to_vec3::<f32>()?;
+            let mut sorted = scores.concat().concat();
+            sorted.sort_by(f32::total_cmp);
+            let threshold = sorted[sorted.len() / 2];
+            let thresholds = Tensor::full(f64::from(threshold), heads, &Device::Cpu)?;
+            let strategies = HeadStrategies::uniform(MergeStrategy::Similarity).with_thresholds(&thresholds)?;
+            let bits = emulation::decide([q, k, v], &strategies, &config, &options)
+                .with_context(|| what.clone())?
+                .to_vec3::<u8>()?;
+            let mut hidden = 0u32;
+            for (row, bits) in bits.concat().iter().enumerate() {
+                let scores = &scores.concat()[row / (heads / kv_heads)];
+                assert!(bits[scores.len()..].iter().all(|bit| *bit == 0), "{what}");
+                for (token, (bit, score)) in bits.iter().zip(scores).enumerate() {
+                    let expected = u8::from(token >= sinks && *score < threshold);
+                    let near = (score / threshold - 1.0).abs() < 1e-4;
+                    assert!(
+                        near || *bit == expected,
+                        "{what}: head {row} token {token} {score} {threshold}"
+                    );
+                    hidden += u32::from(*bit);
+                }
+            }
+            assert!(hidden > 0, "{what}");
         }
     }
     Ok(())
