@@ -81,10 +81,10 @@ struct Fragments {
 };
 
 // c[m][n] (16 rows, 8 columns) += left rows times right rows (transposed fragments), over D. LIMITED: of the right rows
-// only those from `begin` to `count` are wanted.
+// only the first `count` are wanted.
 template <class T, int D, int MT, int NT, bool LIMITED = false>
 SFA_DEVICE void multiply_rows(float (&c)[MT][NT][4], const Fragments<D>& left_rows, const hw::Tile& left,
-                              const Fragments<D>& right_rows, const hw::Tile& right, int count = 0, int begin = 0) {
+                              const Fragments<D>& right_rows, const hw::Tile& right, int count = 0) {
     const Fragments<D> left_at = left_rows.here(), right_at = right_rows.here();
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
@@ -94,7 +94,6 @@ SFA_DEVICE void multiply_rows(float (&c)[MT][NT][4], const Fragments<D>& left_ro
 #pragma unroll
         for (int n = 0; n < NT / 2; n++) {
             if (LIMITED && n * 16 >= count) break;
-            if (LIMITED && n * 16 + 16 <= begin) continue;
             uint32_t b[4];
             hw::load_matrices(b, right, right_at.at(n * 16, k));
 #pragma unroll

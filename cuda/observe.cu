@@ -101,11 +101,11 @@ struct ObserveBlock {
         load_rows<D, ROWS, THREADS, false>(tile, source, rows.at(batch, head, first), rows.token_stride, count, dim);
     }
 
-    // Own rows times the others from `begin` to `end`.
-    SFA_DEVICE void products(float (&s)[1][NT][4], int step, int begin, int end) const {
+    // Own rows times the first `count` of the others.
+    SFA_DEVICE void products(float (&s)[1][NT][4], int step, int count) const {
 #pragma unroll
         for (int i = 0; i < NT * 4; i++) s[0][i / 4][i % 4] = 0;
-        multiply_rows<T, D, 1, NT, true>(s, own_rows, own, other_rows, other(step), end, begin);
+        multiply_rows<T, D, 1, NT, true>(s, own_rows, own, other_rows, other(step), count);
     }
 };
 
@@ -138,19 +138,14 @@ __device__ __forceinline__ void observe_row_tiles(const Halves& q, const Halves&
         hw::copy_wait<0>();
         __syncthreads();
         if (tile + 1 < tiles) load(tile + 1);
-        // What this warp's sixteen rows see of the tile.
-        int own_first = first_row + threadIdx.x / 32 * 16 - first(tile), end = min(count(tile), own_first + 16);
-        int begin = first(tile) < int(p.sinks) ? 0 : own_first - window + 1;
-        if (end <= begin) continue;
         float s[1][Block::NT][4];
-        block.products(s, tile, begin, end);
+        block.products(s, tile, count(tile));
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int row = first_row + block.row(r);
             float largest = -hw::infinity();
 #pragma unroll
             for (int i = 0; i < 2 * Block::NT; i++) {
-                if (i / 2 * 8 >= end || i / 2 * 8 + 8 <= begin) continue;
                 float& logit = s[0][i / 2][r * 2 + i % 2];
                 int column = block.column(i / 2, i % 2), token = first(tile) + column;
                 bool seen = column < count(tile) && token <= row && (row - token < window || token < int(p.sinks));
@@ -160,10 +155,7 @@ __device__ __forceinline__ void observe_row_tiles(const Halves& q, const Halves&
             softmax.sum[r] *= softmax.raise(r, largest);
             float base = softmax.base(r);
 #pragma unroll
-            for (int i = 0; i < 2 * Block::NT; i++) {
-                if (i / 2 * 8 >= end || i / 2 * 8 + 8 <= begin) continue;
-                softmax.sum[r] += hw::exp2(s[0][i / 2][r * 2 + i % 2] - base);
-            }
+            for (int i = 0; i < 2 * Block::NT; i++) softmax.sum[r] += hw::exp2(s[0][i / 2][r * 2 + i % 2] - base);
         }
     }
 #pragma unroll
@@ -208,16 +200,11 @@ __device__ __forceinline__ void observe_bit_tiles(const Halves& q, const Halves&
         hw::copy_wait<0>();
         __syncthreads();
         if (step + 1 < steps) load(step + 1);
-        // The rows that count this warp's sixteen keys.
-        int own_first = first_token + threadIdx.x / 32 * 16 - first(step);
-        int begin = own_first + window / 2, end = min(count(step), own_first + 15 + window);
-        if (end <= begin) continue;
         float s[1][Block::NT][4];
-        block.products(s, step, begin, end);
+        block.products(s, step, count(step));
         hw::Tile sums = Block::words(step);
 #pragma unroll
         for (int n = 0; n < Block::NT; n++) {
-            if (n * 8 >= end || n * 8 + 8 <= begin) continue;
             float2 sum = hw::load<float2>(sums, block.column(n, 0) * 4);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
