@@ -1,4 +1,6 @@
-"""Times PyTorch's flash attention on the shapes of examples/bench_gpu.rs and prints the same lines.
+"""Times PyTorch's flash attention on the shapes of examples/bench_gpu.rs and prints the same lines; and the published
+SFAttention algorithm as it is formulated there: tests of all levels, sweeps, folded tensors and an N x N softmax, forward
+only, up to N = 4096 (its matrices would not fit beyond).
 
 Run: python3 benches/pytorch_gpu.py [longest N]. Needs a CUDA device and PyTorch 2.5 or newer.
 """
@@ -62,6 +64,8 @@ def attention(batch, heads, kv_heads, tokens, dim, product):
     q, k, v = tensors(batch, heads, kv_heads, tokens, tokens, dim)
     forward = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     line("forward", timed(forward), tflop)
+    if tokens <= 4096:
+        line("published dense", timed(lambda: published(q, k, v)), tflop)
     qg, kg, vg = tensors(batch, heads, kv_heads, tokens, tokens, dim, grad=True)
     ones = torch.ones_like(qg)
 
@@ -70,6 +74,43 @@ def attention(batch, heads, kv_heads, tokens, dim, product):
         torch.autograd.grad(out, (qg, kg, vg), ones)
 
     line("forward+backward", timed(both), 3.5 * tflop)
+
+
+def merge_indicators(q, k, threshold=0.0175, levels=5):
+    """The published rule with the difference strategy: candidates of every level, then sweeps that clear bits."""
+    tokens = q.shape[2]
+    q, k = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
+    candidates = torch.zeros(*q.shape[:2], tokens - 1, levels, dtype=torch.bool, device=q.device)
+    for level in range(levels):
+        cosine = (q[:, :, level + 1 :] * k[:, :, : tokens - level - 1]).sum(-1)
+        candidates[:, :, : tokens - level - 1, level] = cosine.abs() < threshold
+    bits = candidates[..., 0].clone()
+    index = torch.arange(tokens - 1, device=q.device)
+    for _ in range(2 * levels):
+        if not (bits[..., 1:] & bits[..., :-1]).any():
+            break
+        gap = torch.where(bits, -1, index).cummax(-1).values
+        # From 0 in a run, from 1 in the run at the very start.
+        number = index - gap - 1 + (gap < 0)
+        reached = candidates.gather(-1, number.clamp(0, levels - 1).unsqueeze(-1)).squeeze(-1)
+        invalid = bits & ((number > levels) | ((number >= 1) & (number < levels) & ~reached))
+        if not invalid.any():
+            break
+        bits &= ~invalid
+    return bits
+
+
+def published(q, k, v):
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    bits = merge_indicators(q, k)
+    left = F.pad(bits, (1, 0)).unsqueeze(-1)
+    q, k, v = (x + left * F.pad(x, (0, 0, 1, -1)) for x in (q, k, v))
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    tokens = q.shape[2]
+    hidden = F.pad(bits, (0, 1)).unsqueeze(-2) & ~torch.eye(tokens, dtype=torch.bool, device=q.device)
+    future = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
+    return logits.masked_fill(hidden | future, float("-inf")).softmax(-1) @ v
 
 
 def decode(batch, heads, kv_heads, tokens, dim, copy):

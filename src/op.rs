@@ -4,7 +4,7 @@ use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 use crate::cpu::backward::{backward, BackwardInput, Gradients};
 use crate::cpu::block::BiasView;
 use crate::cpu::forward::{forward, ForwardInput};
-use crate::cpu::{check_environment, Accumulator, Element, Rows};
+use crate::cpu::{Accumulator, Element, Rows};
 #[cfg(feature = "cuda")]
 use crate::cuda::tensors::TensorCall;
 use crate::loss::compression_loss;
@@ -104,7 +104,6 @@ struct CompressedAttentionOp {
 
 impl CompressedAttentionOp {
     fn cpu<T: Element>(&self, qkv: [(&[T], &Layout); 3]) -> Result<(CpuStorage, Shape)> {
-        check_environment()?;
         let Problem {
             batch,
             heads,

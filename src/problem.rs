@@ -1,6 +1,7 @@
 //! Every check of shapes, dtypes, devices and strides, once, and the names of the axes.
 
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
+use crate::cpu::check_environment;
 use candle_core::{bail, DType, Layout, Result, Tensor};
 
 /// The sizes of one attention call, checked. Query head `h` reads KV head `h / group`.
@@ -25,7 +26,7 @@ impl Problem {
     ///
     /// # Errors
     /// Another rank, sizes that do not fit, an unsupported or mixed dtype, mixed devices, a last axis that is not
-    /// contiguous.
+    /// contiguous; or an environment variable that asks for instructions that this CPU does not have.
     pub fn new(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
         let problem = Self::of_pair(q, k)?;
         if v.dims() != k.dims() {
@@ -44,6 +45,7 @@ impl Problem {
     /// # Errors
     /// As [`Self::new`].
     pub fn of_pair(q: &Tensor, k: &Tensor) -> Result<Self> {
+        check_environment()?;
         let (batch, heads, tokens, head_dim) = four_axes("query", "(batch, heads, tokens, head_dim)", q)?;
         let (k_batch, kv_heads, k_tokens, k_dim) = four_axes("key", "(batch, kv_heads, tokens, head_dim)", k)?;
         if (k_batch, k_tokens, k_dim) != (batch, tokens, head_dim) {

@@ -142,23 +142,48 @@ fn half_types_err_at_most_twice_as_much_in_every_setting() -> Result<()> {
     Ok(())
 }
 
+/// Runs tests of this file again with an environment variable set; false where this CPU has no such instructions.
+fn again(variable: &str, value: &str, tests: &[&str]) -> Result<bool> {
+    let output = Command::new(std::env::current_exe()?)
+        .env(variable, value)
+        .arg("--exact")
+        .args(tests)
+        .output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    if text.contains("which this CPU has") {
+        println!("skipped: this CPU has no {value}");
+        return Ok(false);
+    }
+    let passed = format!("{} passed", tests.len());
+    assert!(output.status.success() && text.contains(&passed), "{value}: {text}");
+    Ok(true)
+}
+
 /// The tests of halves again, with each kind of instructions that this CPU has, and with none.
 #[test]
 fn half_types_agree_on_every_kernel() -> Result<()> {
-    for kernel in ["amx", "avx512", "off"] {
-        let output = Command::new(std::env::current_exe()?)
-            .env(KERNEL, kernel)
-            .args(["--exact", "half_types_round_once"])
-            .args(["half_types_err_at_most_twice_as_much_as_candle"])
-            .args(["half_types_err_at_most_twice_as_much_in_every_setting"])
-            .output()?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        if text.contains("which this CPU has") && kernel != "off" {
-            println!("skipped: this CPU has no {kernel}");
-            continue;
-        }
-        assert!(output.status.success() && text.contains("3 passed"), "{kernel}: {text}");
+    let tests = [
+        "half_types_round_once",
+        "half_types_err_at_most_twice_as_much_as_candle",
+        "half_types_err_at_most_twice_as_much_in_every_setting",
+    ];
+    for kernel in ["amx", "avx512"] {
+        again(KERNEL, kernel, &tests)?;
     }
+    assert!(again(KERNEL, "off", &tests)?, "every CPU can do without");
+    Ok(())
+}
+
+/// The whole table in f32 again, with loops compiled for each instruction set.
+#[test]
+fn every_instruction_set_agrees() -> Result<()> {
+    for set in ["avx512", "avx2", "neon"] {
+        again("SFATTENTION_SIMD", set, &["f32_agrees_with_the_reference"])?;
+    }
+    assert!(
+        again("SFATTENTION_SIMD", "scalar", &["f32_agrees_with_the_reference"])?,
+        "every CPU can do without"
+    );
     Ok(())
 }
 

@@ -4,8 +4,8 @@
 use super::fold::{all_finite, quarantine};
 use super::list::List;
 use super::softmax::finish_row;
-use super::{Accumulator, Element, HeadRows};
-use pulp::{Arch, Simd, WithSimd};
+use super::{arch, Accumulator, Element, HeadRows};
+use pulp::{Simd, WithSimd};
 use std::ops::Range;
 
 /// Entries of one task: at D = 64 in f32, 1 MiB of keys and values.
@@ -69,7 +69,7 @@ impl<A: Accumulator> Decoder<'_, A> {
     /// Far columns `range` of a list; the first split also takes the open chain and the window.
     pub fn split<S: Element<Acc = A>>(&self, list: &List<S>, range: Range<usize>) -> Partial<A> {
         let partial = Partial::new(self.queries.len() / self.dim, self.dim);
-        Arch::new().dispatch(Split {
+        arch().dispatch(Split {
             decoder: self,
             list,
             range,

@@ -6,6 +6,7 @@ pub(crate) mod block;
 pub(crate) mod cached;
 pub(crate) mod decide;
 mod decode;
+mod dispatch;
 mod element;
 pub(crate) mod fold;
 pub(crate) mod forward;
@@ -18,11 +19,11 @@ mod pairs;
 mod philox;
 mod softmax;
 
+pub(crate) use dispatch::{arch, check_environment};
 pub(crate) use element::{Accumulator, Element};
-pub(crate) use pairs::check_environment;
 
 use crate::problem::RowLayout;
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
 
 /// Runs `body` compiled for the best instruction set of this machine. The closure must be `#[inline(always)]`; it is
 /// called through `FnMut`, since the shim around a borrowed closure's `FnOnce` would not be inlined.
@@ -35,7 +36,7 @@ pub(crate) fn vectorized<R>(body: impl FnMut() -> R) -> R {
             (self.0)()
         }
     }
-    Arch::new().dispatch(Body(body))
+    arch().dispatch(Body(body))
 }
 
 /// The dot product of two rows; always this one, so that a decision falls the same way wherever it is taken.
@@ -48,7 +49,7 @@ pub(crate) fn dot<A: Accumulator>(a: &[A], b: &[A]) -> A {
             A::dot(simd, self.0, self.1)
         }
     }
-    Arch::new().dispatch(Dot(a, b))
+    arch().dispatch(Dot(a, b))
 }
 
 /// A (batch, head, token) grid of contiguous rows in somebody else's buffer: any strides but the last.

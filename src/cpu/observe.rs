@@ -5,10 +5,10 @@
 //! done, so that any split into blocks, chunks or single tokens decides alike, to the last bit.
 
 use super::forward::for_each_task;
-use super::{dot, Accumulator, Element, HeadRows, Rows};
+use super::{arch, dot, Accumulator, Element, HeadRows, Rows};
 use crate::config::{HeadTest, MergeStrategy};
 use crate::problem::Problem;
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
 use std::ops::Range;
 
 /// Columns are padded to a multiple of this: one AVX-512 or two AVX2 registers of f32.
@@ -145,7 +145,7 @@ pub(crate) struct Scratch<A> {
 impl<Q: Element> Observation<'_, Q> {
     /// Adds the weights of `rows` to the masses of the tokens from `base` on, where they count.
     pub fn add(&self, rows: Range<usize>, base: usize, masses: &mut [Q::Acc], scratch: &mut Scratch<Q::Acc>) {
-        Arch::new().dispatch(Add {
+        arch().dispatch(Add {
             observation: self,
             rows,
             base,

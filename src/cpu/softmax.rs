@@ -1,8 +1,8 @@
 //! The online softmax of a block of rows, in base 2: logits arrive multiplied by log2(e).
 
 use super::gemm_tile::Tile;
-use super::Accumulator;
-use pulp::{Arch, Simd, WithSimd};
+use super::{arch, Accumulator};
+use pulp::{Simd, WithSimd};
 
 /// Rows are handled this many at a time: two AVX-512 or four AVX2 registers of f32, so that the running maximum and
 /// sum of a pass over the columns stay in registers.
@@ -42,7 +42,7 @@ impl<A: Accumulator> OnlineSoftmax<A> {
     /// `output` (rows, D) from the old maximum to the new one. The tile's rows are multiples of [`LANES`].
     pub fn push(&mut self, tile: &mut Tile<A>, output: &mut [A]) {
         debug_assert!(tile.rows.start.is_multiple_of(LANES) && tile.rows.end.is_multiple_of(LANES));
-        Arch::new().dispatch(Push {
+        arch().dispatch(Push {
             softmax: self,
             tile,
             output,

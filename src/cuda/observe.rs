@@ -31,8 +31,14 @@ impl Instance {
                 shared_bytes: [tiles, tiles + 2 * 4 * TILE],
             }
         };
-        let aligned = |layout: &RowLayout| layout.strides.iter().chain([&layout.offset]).all(|at| at % 8 == 0);
-        let tiles = T::SUFFIX != "f32" && head_dim % 8 == 0 && layouts.into_iter().all(aligned);
+        let aligned = |layout: &RowLayout| {
+            layout
+                .strides
+                .iter()
+                .chain([&layout.offset])
+                .all(|at| at.is_multiple_of(8))
+        };
+        let tiles = T::SUFFIX != "f32" && head_dim.is_multiple_of(8) && layouts.into_iter().all(aligned);
         match head_dim {
             ..=64 if tiles => tiled("_64", 64),
             ..=128 if tiles => tiled("_128", 128),

@@ -22,7 +22,8 @@ pub(crate) use pack::{Packed, PackedTile};
 
 use super::block::transpose;
 use super::softmax::LANES;
-use candle_core::Result;
+
+use super::dispatch::{choose, Choice};
 use std::sync::LazyLock;
 
 /// What all of A's dimensions and the number of columns are padded to: two tiles of 16 rows, or 16 pairs.
@@ -48,29 +49,17 @@ impl Kernel {
 const VARIABLE: &str = "SFATTENTION_BF16";
 
 /// The kernel of this process, chosen once.
-fn kernel() -> &'static std::result::Result<Option<Kernel>, String> {
-    static KERNEL: LazyLock<std::result::Result<Option<Kernel>, String>> = LazyLock::new(|| {
-        let kernels = x86::kernels();
-        let Some(wanted) = std::env::var_os(VARIABLE) else {
-            return Ok(kernels.first().copied());
-        };
-        if wanted == "off" {
-            return Ok(None);
-        }
-        let found = kernels.iter().copied().find(|kernel| wanted == kernel.name());
-        let names: Vec<&str> = kernels.into_iter().map(Kernel::name).chain(["off"]).collect();
-        let error = || format!("{VARIABLE}: expected one of {names:?}, which this CPU has, got {wanted:?}; unset it");
-        found.map(Some).ok_or_else(error)
+fn kernel() -> &'static Choice<Option<Kernel>> {
+    static KERNEL: LazyLock<Choice<Option<Kernel>>> = LazyLock::new(|| {
+        let kernels = x86::kernels().into_iter().map(|kernel| (kernel.name(), Some(kernel)));
+        choose(VARIABLE, &kernels.chain([("off", None)]).collect::<Vec<_>>(), None)
     });
     &KERNEL
 }
 
-/// An error where the environment asks for a kernel that is not there.
-pub(crate) fn check_environment() -> Result<()> {
-    match kernel() {
-        Ok(_) => Ok(()),
-        Err(message) => candle_core::bail!("{message}"),
-    }
+/// What is wrong with the variable.
+pub(crate) fn refused() -> Option<&'static String> {
+    kernel().as_ref().err()
 }
 
 /// How a dtype's numbers are split.
