@@ -8,7 +8,7 @@
 
 mod common;
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use candle_sfattention::{
     attend, AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, Fold, HeadStrategies, MergePlan,
     MergeStrategy,
@@ -42,6 +42,9 @@ const STRIDED: &str = "ours, r = 0, (B, N, H, D) views";
 const GROUPED: &str = "ours, r = 0, 4 heads a KV head";
 const BF16: &str = "ours, r = 0, bf16";
 const F16: &str = "ours, r = 0, f16";
+/// What the gemm crate reaches at its best, through candle.
+const GEMM: &str = "gemm alone, 2048 cubed";
+const GEMM_SIZE: usize = 2048;
 const ONE_THREAD: &str = "ours, r = 0, 1 thread";
 
 struct Bench {
@@ -72,6 +75,8 @@ fn bench_peers(bench: &mut Bench, folder: &Path, shape: Shape) -> Result<()> {
     if let Some(pytorch) = &mut bench.pytorch {
         pytorch.record(folder, "time forward", PYTORCH, shape, "f32")?;
     }
+    let square = Tensor::randn(0f32, 1.0, (GEMM_SIZE, GEMM_SIZE), &Device::Cpu)?;
+    group.bench_function(GEMM, |bencher| bencher.iter(|| square.matmul(&square)));
     group.bench_function(PLAIN, |bencher| bencher.iter(|| candle_plain(&qkv, &mask)));
     group.bench_function(FLASH, |bencher| bencher.iter(|| candle_flash(&by_token)));
     group.finish();
@@ -204,6 +209,23 @@ fn plots(folder: &Path) -> Result<()> {
     )
 }
 
+/// Nothing hidden, in GFLOP/s of causal attention, against the gemm crate's own in the same group.
+fn print_gemm_shares(folder: &Path, shapes: &[Shape]) {
+    for shape in shapes {
+        let group = shape.name();
+        let (ours, gemm) = (median(folder, &group, RATIOS[0].1), median(folder, &group, GEMM));
+        if let (Some(ours), Some(gemm)) = (ours, gemm) {
+            let pairs = (shape.tokens * (shape.tokens + 1) / 2) as f64;
+            let ours = 4.0 * pairs * (shape.heads * shape.dim) as f64 / ours / 1e9;
+            let gemm = 2.0 * (GEMM_SIZE as f64).powi(3) / gemm / 1e9;
+            println!(
+                "{group}: ours {ours:.0} GFLOP/s, gemm alone {gemm:.0}: {:.0} %",
+                100.0 * ours / gemm
+            );
+        }
+    }
+}
+
 fn main() -> Result<()> {
     let (criterion, folder) = common::criterion("forward");
     let mut bench = Bench {
@@ -230,5 +252,6 @@ fn main() -> Result<()> {
     rows.extend([STRIDED, GROUPED, BF16, F16, ONE_THREAD, CACHED, DECIDE, OBSERVED, PLAIN]);
     let names: Vec<String> = shapes.iter().chain(&sweep).chain(&small).map(Shape::name).collect();
     print_ratios(&folder, &names, &rows, &[FLASH, PLAIN, PYTORCH, PYTORCH_BF16]);
+    print_gemm_shares(&folder, &shapes);
     plots(&folder)
 }

@@ -242,6 +242,9 @@ pub struct BenchArgs {
     /// Tokens to decode one at a time after each prompt: those that follow in the text.
     #[arg(long, default_value_t = 32)]
     pub decode: usize,
+    /// Run candle-transformers' own quantized llama too, where the model is a GGUF file.
+    #[arg(long)]
+    pub peer: bool,
     /// Draw cache bytes against tokens of the longest prompt into this file.
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
@@ -260,12 +263,33 @@ pub struct BenchArgs {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Child {
     pub prompt: usize,
-    pub dense: bool,
+    pub attention: Contender,
+}
+
+/// Whose attention `bench` measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Contender {
+    Dense,
+    Compressed,
+    /// candle-transformers' quantized llama.
+    Candle,
+}
+
+impl Contender {
+    const ALL: [Self; 3] = [Self::Dense, Self::Compressed, Self::Candle];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Dense => "dense",
+            Self::Compressed => "compressed",
+            Self::Candle => "candle",
+        }
+    }
 }
 
 impl fmt::Display for Child {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "{}:{}", self.prompt, if self.dense { "dense" } else { "compressed" })
+        write!(f, "{}:{}", self.prompt, self.attention.name())
     }
 }
 
@@ -273,12 +297,13 @@ impl FromStr for Child {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match text.split_once(':') {
-            Some((prompt, name @ ("dense" | "compressed"))) => Ok(Self {
+        let known = |name| Contender::ALL.into_iter().find(|contender| contender.name() == name);
+        match text.split_once(':').map(|(prompt, name)| (prompt, known(name))) {
+            Some((prompt, Some(attention))) => Ok(Self {
                 prompt: prompt.parse().map_err(|error| format!("{prompt}: {error}"))?,
-                dense: name == "dense",
+                attention,
             }),
-            _ => Err("expected TOKENS:dense or TOKENS:compressed".into()),
+            _ => Err("expected TOKENS:dense, TOKENS:compressed or TOKENS:candle".into()),
         }
     }
 }

@@ -11,13 +11,17 @@ use candle_sfattention::{CompressionConfig, MergeRule};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 
-use crate::args::{BenchArgs, Child};
+use crate::args::{BenchArgs, Child, Contender};
 use crate::compression::Compression;
 use crate::load::Checkpoint;
+use crate::peer;
 use crate::plot;
 use crate::report::{check_path, write_json};
 use crate::session::Session;
-use crate::stats::{memory, mib, Stats};
+use crate::stats::{memory, mib, KvUse, Stats};
+
+/// The name of candle-transformers' rows.
+const CANDLE: &str = "candle";
 
 /// Bytes of text that hold a token at the least, with room to spare: what is cut off need not be tokenized.
 const BYTES_PER_TOKEN: usize = 16;
@@ -34,7 +38,7 @@ struct BenchReport {
 /// One configuration, measured in a process of its own.
 #[derive(Serialize)]
 struct Row {
-    /// `off` for dense attention, else the strategy.
+    /// `off` for dense attention, `candle` for candle-transformers' own model, else the strategy.
     strategy: String,
     #[serde(flatten)]
     run: Run,
@@ -111,11 +115,24 @@ fn configurations(args: &BenchArgs) -> Result<Vec<Child>> {
             prompts.push(prompt.min(longest));
         }
     }
-    let both = [true, false]
-        .into_iter()
-        .filter(|dense| *dense || !args.compression.dense);
-    let each = |prompt| both.clone().map(move |dense| Child { prompt, dense });
-    Ok(prompts.into_iter().flat_map(each).collect())
+    let mut all = Vec::new();
+    for prompt in prompts {
+        let mut add = |attention| all.push(Child { prompt, attention });
+        add(Contender::Dense);
+        if !args.compression.dense {
+            add(Contender::Compressed);
+        }
+        if args.peer && peer::fits(prompt + args.decode) {
+            add(Contender::Candle);
+        } else if args.peer {
+            writeln!(
+                stderr(),
+                "note: candle's quantized llama holds {} tokens: not run with a prompt of {prompt}",
+                peer::CONTEXT
+            )?;
+        }
+    }
+    Ok(all)
 }
 
 /// The first `count` tokens of the text.
@@ -142,12 +159,21 @@ fn tokens(args: &BenchArgs, checkpoint: &Checkpoint, count: usize) -> Result<Vec
 
 /// Runs one configuration in this process.
 fn measure(args: &BenchArgs, compression: Compression, child: Child) -> Result<Run> {
-    let compression = match child.dense {
-        true => compression.dense(),
-        false => compression,
-    };
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
     let tokens = tokens(args, &checkpoint, child.prompt + args.decode)?;
+    let compression = match child.attention {
+        Contender::Dense => compression.dense(),
+        Contender::Compressed => compression,
+        Contender::Candle => {
+            drop(checkpoint);
+            let (loaded_rss_bytes, stats) = peer::measure(&args.model.model, &tokens, child.prompt)?;
+            return Ok(Run {
+                stats,
+                loaded_rss_bytes,
+                curve: Vec::new(),
+            });
+        }
+    };
     let attention = compression.attention(&checkpoint.config.shape())?;
     let model = checkpoint.load(attention)?;
     compression.check_weights(&model.fingerprint()?);
@@ -202,12 +228,26 @@ fn measure_all(configurations: &[Child], label: &str) -> Result<Vec<Row>> {
             )
         }
         let run = serde_json::from_slice(&output.stdout).with_context(|| format!("{child}: its report"))?;
-        let strategy = if child.dense { "off" } else { label }.into();
+        let strategy = match child.attention {
+            Contender::Dense => "off",
+            Contender::Compressed => label,
+            Contender::Candle => CANDLE,
+        };
+        let strategy = strategy.into();
         rows.push(Row { strategy, run });
         bar.inc(1);
     }
     bar.finish_and_clear();
     Ok(rows)
+}
+
+/// What a row is called in tables and plots.
+fn shown(strategy: &str) -> &str {
+    match strategy {
+        "off" => "dense",
+        CANDLE => CANDLE,
+        _ => "compressed",
+    }
 }
 
 impl BenchReport {
@@ -219,18 +259,19 @@ impl BenchReport {
         )?;
         for Row { strategy, run } in &self.rows {
             let stats = &run.stats;
-            let kv = stats.kv.as_ref().context("the child's report has no cache")?;
             let number = |number: Option<f64>| number.map_or("-".into(), |number| format!("{number:.1}"));
+            let ratio = |number: Option<f64>| number.map_or("-".into(), |number| format!("{number:.3}"));
+            let kv = stats.kv.as_ref();
             writeln!(
                 out,
-                "{:>6}  {:<10}  {:>13}  {:>12}  {:>6.1}  {:>8.3}  {:>6.3}  {:>12}",
+                "{:>6}  {:<10}  {:>13}  {:>12}  {:>6}  {:>8}  {:>6}  {:>12}",
                 stats.prompt_tokens,
-                if strategy == "off" { "dense" } else { "compressed" },
+                shown(strategy),
                 number(stats.prefill_tokens_per_second),
                 number(stats.decode_tokens_per_second),
-                mib(kv.kv_bytes as u64),
-                kv.ratio(),
-                stats.hidden.hidden_ratio,
+                number(kv.map(|kv| mib(kv.kv_bytes as u64))),
+                ratio(kv.map(KvUse::ratio)),
+                ratio(kv.map(|_| stats.hidden.hidden_ratio)),
                 stats
                     .peak_rss_bytes
                     .map_or("-".into(), |bytes| format!("{:.0}", mib(bytes))),
@@ -248,13 +289,15 @@ impl BenchReport {
         let longest = self.rows.iter().map(tokens).max().unwrap_or(0);
         let curve = |row: &Row| {
             let end = row.run.curve.last().map_or(0, |end| end.1);
-            let name = if row.strategy == "off" { "dense" } else { "compressed" };
             plot::Curve {
-                label: format!("{name}: {:.0} MiB", mib(end as u64)),
+                label: format!("{}: {:.0} MiB", shown(&row.strategy), mib(end as u64)),
                 points: row.run.curve.clone(),
             }
         };
-        let rows = self.rows.iter().filter(|row| tokens(row) == longest);
+        let rows = self
+            .rows
+            .iter()
+            .filter(|row| tokens(row) == longest && row.strategy != CANDLE);
         let curves: Vec<_> = rows.map(curve).collect();
         let name = |path: &str| {
             Path::new(path)

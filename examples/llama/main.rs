@@ -11,6 +11,7 @@ mod eval;
 mod generate;
 mod load;
 mod model;
+mod peer;
 mod plot;
 mod report;
 mod rope;

@@ -1,0 +1,53 @@
+//! candle-transformers' own quantized llama, as `bench` measures it beside ours.
+
+use std::fs::File;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use candle_core::quantized::gguf_file::Content;
+use candle_core::{Device, Tensor};
+use candle_transformers::models::quantized_llama::{ModelWeights, MAX_SEQ_LEN};
+
+use crate::stats::{memory, Hidden, Stats};
+
+/// Tokens that it holds, whatever the file says.
+pub const CONTEXT: usize = MAX_SEQ_LEN;
+
+pub fn fits(tokens: usize) -> bool {
+    tokens <= CONTEXT
+}
+
+/// Runs the first `prompt` tokens at once, as its callers do (it has no mask for a later chunk), then one at a time.
+/// Also the memory held once the weights were loaded.
+pub fn measure(model: &str, tokens: &[u32], prompt: usize) -> Result<(Option<u64>, Stats)> {
+    let mut file = File::open(model).with_context(|| format!("peer: {model}"))?;
+    let content = Content::read(&mut file).with_context(|| {
+        format!("peer: expected a GGUF file for candle's quantized llama, got {model}; leave --peer out")
+    })?;
+    let mut weights = ModelWeights::from_gguf(content, &mut file, &Device::Cpu)?;
+    let loaded = memory("VmRSS");
+    let mut forward = |tokens: &[u32], position: usize| -> Result<f64> {
+        let start = Instant::now();
+        weights.forward(&Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)?, position)?;
+        Ok(start.elapsed().as_secs_f64())
+    };
+    let prefill = forward(&tokens[..prompt], 0)?;
+    let mut decode = 0.0;
+    for position in prompt..tokens.len() {
+        decode += forward(&tokens[position..position + 1], position)?;
+    }
+    let rest = tokens.len() - prompt;
+    let stats = Stats {
+        prompt_tokens: prompt,
+        generated_tokens: rest,
+        prefill_tokens_per_second: Some(prompt as f64 / prefill),
+        decode_tokens_per_second: (rest > 0).then(|| rest as f64 / decode),
+        kv: None,
+        hidden: Hidden {
+            hidden_ratio: 0.0,
+            hidden_ratio_per_layer: Vec::new(),
+        },
+        peak_rss_bytes: memory("VmHWM"),
+    };
+    Ok((loaded, stats))
+}
