@@ -1,9 +1,18 @@
 // What merging leaves of keys and values (see "Attention" in params.cuh for the buffers), and gradients taken home.
-// Warps are given tokens: grid (tokens / 4, batch * lists), 4 warps a block, except where it says otherwise.
+// Tokens are given lanes: 4 warps a block, grid (tokens / (128 / lanes), batch * lists), except where it says otherwise. A
+// warp walks along a chain of means; else rows are on their own and as many share a warp as fit.
 #include "cosine.cuh"
 #include "warp_row.cuh"
 
-__device__ __forceinline__ unsigned warp_token() { return blockIdx.x * 4 + threadIdx.x / 32; }
+// A token and its lanes.
+struct TokenLanes {
+  Lanes lanes;
+  unsigned token;
+
+  __device__ __forceinline__ TokenLanes(const FoldParams& p, bool chains)
+      : lanes(chains && p.fold == MEAN ? Lanes() : Lanes(p.sizes.head_dim)),
+        token((blockIdx.x * blockDim.x + threadIdx.x) / lanes.count) {}
+};
 
 // The merge bits of a list, which are those of its first query head.
 struct ListBits {
@@ -64,50 +73,57 @@ template <class T> struct FoldOutputs {
 
 // Writes one folded token.
 template <class T>
-__device__ void write_folded(WarpRow key, WarpRow value, unsigned t, unsigned size, bool hidden,
+__device__ void write_folded(WarpRow key, WarpRow value, unsigned t, unsigned size, bool hidden, Lanes lanes,
                              Global<const uint32_t> far_before, const FoldOutputs<T>& out, const FoldParams& p) {
-  WarpRow::quarantine<T>(key, value);
+  WarpRow::quarantine<T>(key, value, lanes);
+  if (t >= p.sizes.tokens) return;
   unsigned tokens = p.sizes.tokens, dim = p.sizes.head_dim;
   size_t list = (size_t)blockIdx.y * tokens;
-  key.store(out.folded_k, (list + t) * dim, dim);
-  value.store(out.folded_v, (list + t) * dim, dim);
+  key.store(out.folded_k, (list + t) * dim, dim, lanes);
+  value.store(out.folded_v, (list + t) * dim, dim, lanes);
   size_t column = list + far_before[list + blockIdx.y + t];
   if (!hidden) {
-    key.store(out.far_k, column * dim, dim);
-    value.store(out.far_v, column * dim, dim);
+    key.store(out.far_k, column * dim, dim, lanes);
+    value.store(out.far_v, column * dim, dim, lanes);
   }
-  if (p.fold == MEAN && threadIdx.x % 32 == 0) {
+  if (p.fold == MEAN && lanes.lane == 0) {
     float ln = logf((float)size);
     out.folded_ln.set(list + t, ln);
     if (!hidden) out.far_ln.set(column, ln);
   }
 }
 
-// Folds and gathers. The warp of a chain's first token walks along it where means run; else each token is on its own.
+// Folds and gathers. The warp of a chain's first token walks along it where means run; else each token is on its own,
+// and lanes past the last token go along to the meeting point.
 template <class T>
 __device__ void gather(Global<const T> k, Global<const T> v, Global<const uint8_t> all_bits,
                        Global<const uint32_t> far_before, const FoldOutputs<T>& out, const FoldParams& p) {
-  unsigned t = warp_token(), dim = p.sizes.head_dim;
-  if (t >= p.sizes.tokens) return;
+  TokenLanes own(p, true);
+  Lanes lanes = own.lanes;
+  unsigned t = own.token, dim = p.sizes.head_dim, tokens = p.sizes.tokens;
   List list(p.sizes, blockIdx.y);
   ListBits bits(all_bits, p.sizes, list);
-  if (p.fold == MEAN && bits.joined(t)) return;
+  if (p.fold == MEAN && (t >= tokens || bits.joined(t))) return;
   WarpRow key, value, other;
-  key.load(k, p.k.at(list.batch, list.kv_head, t), dim);
-  value.load(v, p.v.at(list.batch, list.kv_head, t), dim);
-  if (p.fold == PAIR_SUM && bits.joined(t)) {
-    other.load(k, p.k.at(list.batch, list.kv_head, t - 1), dim);
+  auto read = [&](WarpRow& row, Global<const T> from, const Rows& rows, unsigned t) {
+    row.load(from, rows.at(list.batch, list.kv_head, t), dim, lanes);
+  };
+  unsigned there = t < tokens ? t : tokens - 1;
+  read(key, k, p.k, there);
+  read(value, v, p.v, there);
+  if (p.fold == PAIR_SUM && bits.joined(there)) {
+    read(other, k, p.k, there - 1);
     key.add(other);
-    other.load(v, p.v.at(list.batch, list.kv_head, t - 1), dim);
+    read(other, v, p.v, there - 1);
     value.add(other);
   }
   for (unsigned size = 1;; size++, t++) {
     bool hidden = bits.hidden(t);
-    write_folded(key, value, t, size, hidden, far_before, out, p);
+    write_folded(key, value, t, size, hidden, lanes, far_before, out, p);
     if (p.fold != MEAN || !hidden) return;
-    other.load(k, p.k.at(list.batch, list.kv_head, t + 1), dim);
+    read(other, k, p.k, t + 1);
     key.running_mean(other, (float)size);
-    other.load(v, p.v.at(list.batch, list.kv_head, t + 1), dim);
+    read(other, v, p.v, t + 1);
     value.running_mean(other, (float)size);
   }
 }
@@ -115,31 +131,32 @@ __device__ void gather(Global<const T> k, Global<const T> v, Global<const uint8_
 // Queries (batch, heads, N, D) with the hidden one before added. Lists are query heads.
 template <class T>
 __device__ void fold_queries(Global<const T> q, Global<const uint8_t> all_bits, Global<T> out, const FoldParams& p) {
-  unsigned t = warp_token(), dim = p.sizes.head_dim;
+  TokenLanes own(p, false);
+  unsigned t = own.token, dim = p.sizes.head_dim;
   if (t >= p.sizes.tokens) return;
   List list(p.sizes, blockIdx.y);
   ListBits bits(all_bits, p.sizes, list);
   WarpRow row, left;
-  row.load(q, p.q.at(list.batch, list.first_head, t), dim);
+  row.load(q, p.q.at(list.batch, list.first_head, t), dim, own.lanes);
   if (bits.joined(t)) {
-    left.load(q, p.q.at(list.batch, list.first_head, t - 1), dim);
+    left.load(q, p.q.at(list.batch, list.first_head, t - 1), dim, own.lanes);
     row.add(left);
   }
-  row.store(out, ((size_t)blockIdx.y * p.sizes.tokens + t) * dim, dim);
+  row.store(out, ((size_t)blockIdx.y * p.sizes.tokens + t) * dim, dim, own.lanes);
 }
 
 // --- Gradients ------------------------------------------------------------------------------------------------------
 
 // The gradient of a folded token: of its edge column, and of its far column where it is not hidden.
-__device__ __forceinline__ void load_folded_gradient(WarpRow& row, unsigned t, bool hidden, Global<const float> far,
-                                                     Global<const float> folded, Global<const uint32_t> far_before,
-                                                     const FoldParams& p) {
+__device__ __forceinline__ void load_folded_gradient(WarpRow& row, unsigned t, bool hidden, Lanes lanes,
+                                                     Global<const float> far, Global<const float> folded,
+                                                     Global<const uint32_t> far_before, const FoldParams& p) {
   unsigned dim = p.sizes.head_dim;
   size_t list = (size_t)blockIdx.y * p.sizes.tokens;
-  row.load(folded, (list + t) * dim, dim);
+  row.load(folded, (list + t) * dim, dim, lanes);
   if (hidden) return;
   WarpRow column;
-  column.load(far, (list + far_before[list + blockIdx.y + t]) * dim, dim);
+  column.load(far, (list + far_before[list + blockIdx.y + t]) * dim, dim, lanes);
   row.add(column);
 }
 
@@ -147,19 +164,21 @@ __device__ __forceinline__ void load_folded_gradient(WarpRow& row, unsigned t, b
 // same shape. The warp of a chain's first token walks it from its end where means run.
 KERNEL fold_unfold(Global<const float> far, Global<const float> folded, Global<const uint8_t> all_bits,
                    Global<const uint32_t> far_before, Global<float> out, FoldParams p) {
-  unsigned first = warp_token(), tokens = p.sizes.tokens, dim = p.sizes.head_dim;
+  TokenLanes own(p, true);
+  Lanes lanes = own.lanes;
+  unsigned first = own.token, tokens = p.sizes.tokens, dim = p.sizes.head_dim;
   if (first >= tokens) return;
   List list(p.sizes, blockIdx.y);
   ListBits bits(all_bits, p.sizes, list);
   size_t start = (size_t)blockIdx.y * tokens;
   WarpRow sum, row;
   if (p.fold != MEAN) {
-    load_folded_gradient(sum, first, bits.hidden(first), far, folded, far_before, p);
+    load_folded_gradient(sum, first, bits.hidden(first), lanes, far, folded, far_before, p);
     if (p.fold == PAIR_SUM && bits.hidden(first)) {
-      load_folded_gradient(row, first + 1, bits.hidden(first + 1), far, folded, far_before, p);
+      load_folded_gradient(row, first + 1, bits.hidden(first + 1), lanes, far, folded, far_before, p);
       sum.add(row);
     }
-    return sum.store(out, (start + first) * dim, dim);
+    return sum.store(out, (start + first) * dim, dim, lanes);
   }
   if (bits.joined(first)) return;
   unsigned last = first;
@@ -167,18 +186,19 @@ KERNEL fold_unfold(Global<const float> far, Global<const float> folded, Global<c
   // F[t] is the mean of the chain up to t: each token has 1/n[t] of every later F[t].
   sum.fill(0.0f);
   for (unsigned t = last + 1; t-- > first;) {
-    load_folded_gradient(row, t, bits.hidden(t), far, folded, far_before, p);
+    load_folded_gradient(row, t, bits.hidden(t), lanes, far, folded, far_before, p);
     row.scale(1.0f / (float)(t - first + 1));
     sum.add(row);
-    sum.store(out, (start + t) * dim, dim);
+    sum.store(out, (start + t) * dim, dim, lanes);
   }
 }
 
 // Adds up the gradients of a KV head's lists, of columns taken home and of near tokens (batch * lists, N, D), either of
-// which may be absent, into (batch, kv_heads, N, D). Grid (tokens / 4, batch * kv_heads).
+// which may be absent, into (batch, kv_heads, N, D); its grid has batch * kv_heads in place of the lists.
 template <class T>
 __device__ void reduce(Global<const float> unfolded, Global<const float> near, Global<T> out, const FoldParams& p) {
-  unsigned t = warp_token(), tokens = p.sizes.tokens, dim = p.sizes.head_dim;
+  TokenLanes own(p, false);
+  unsigned t = own.token, tokens = p.sizes.tokens, dim = p.sizes.head_dim;
   if (t >= tokens) return;
   unsigned lists = p.sizes.lists / p.sizes.kv_heads;
   WarpRow sum, row;
@@ -186,15 +206,15 @@ __device__ void reduce(Global<const float> unfolded, Global<const float> near, G
   for (unsigned i = 0; i < lists; i++) {
     size_t at = (((size_t)blockIdx.y * lists + i) * tokens + t) * dim;
     if (unfolded) {
-      row.load(unfolded, at, dim);
+      row.load(unfolded, at, dim, own.lanes);
       sum.add(row);
     }
     if (near) {
-      row.load(near, at, dim);
+      row.load(near, at, dim, own.lanes);
       sum.add(row);
     }
   }
-  sum.store(out, ((size_t)blockIdx.y * tokens + t) * dim, dim);
+  sum.store(out, ((size_t)blockIdx.y * tokens + t) * dim, dim, own.lanes);
 }
 
 // Gradients of folded queries, f32 (batch, heads, N, D), to those of queries. Lists are query heads; `all_bits` is
@@ -202,17 +222,18 @@ __device__ void reduce(Global<const float> unfolded, Global<const float> near, G
 template <class T>
 __device__ void unfold_queries(Global<const float> folded, Global<const uint8_t> all_bits, Global<T> out,
                                const FoldParams& p) {
-  unsigned t = warp_token(), dim = p.sizes.head_dim;
+  TokenLanes own(p, false);
+  unsigned t = own.token, dim = p.sizes.head_dim;
   if (t >= p.sizes.tokens) return;
   List list(p.sizes, blockIdx.y);
   size_t at = ((size_t)blockIdx.y * p.sizes.tokens + t) * dim;
   WarpRow sum, right;
-  sum.load(folded, at, dim);
+  sum.load(folded, at, dim, own.lanes);
   if (all_bits && ListBits(all_bits, p.sizes, list).hidden(t)) {
-    right.load(folded, at + dim, dim);
+    right.load(folded, at + dim, dim, own.lanes);
     sum.add(right);
   }
-  sum.store(out, at, dim);
+  sum.store(out, at, dim, own.lanes);
 }
 
 #define FOLD(suffix, T)                                                                                              \

@@ -31,17 +31,34 @@ template <class View> __device__ __forceinline__ void load_eight(Global<View> fr
   }
 }
 
-// One row, spread over a warp.
+// The lanes that share a row: a warp, or a part of one where rows are short and each is on its own.
+struct Lanes {
+  unsigned count, lane;
+
+  __device__ __forceinline__ Lanes() : count(32), lane(threadIdx.x % 32) {}
+  // As few as hold `dim` numbers: `rows_of_warp` in src/cuda/fold.rs.
+  __device__ __forceinline__ explicit Lanes(unsigned dim) : count(dim <= 64 ? 8 : dim <= 128 ? 16 : 32) {
+    lane = threadIdx.x % count;
+  }
+  // Their bits in a ballot.
+  __device__ __forceinline__ unsigned mask() const {
+    return count == 32 ? 0xffffffffu : ((1u << count) - 1) << (threadIdx.x % 32 - lane);
+  }
+};
+
+// One row, spread over a warp or a part of it.
 struct WarpRow {
   float x[PER_LANE];
 
-  template <class View> __device__ __forceinline__ void load(Global<View> from, size_t at, unsigned dim) {
-    unsigned first = threadIdx.x % 32 * PER_LANE;
+  template <class View>
+  __device__ __forceinline__ void load(Global<View> from, size_t at, unsigned dim, Lanes lanes = Lanes()) {
+    unsigned first = lanes.lane * PER_LANE;
     if (first >= dim) return fill(0.0f);
     load_eight(from, at + first, x);
   }
-  template <class T> __device__ __forceinline__ void store(Global<T> to, size_t at, unsigned dim) const {
-    unsigned first = threadIdx.x % 32 * PER_LANE;
+  template <class T>
+  __device__ __forceinline__ void store(Global<T> to, size_t at, unsigned dim, Lanes lanes = Lanes()) const {
+    unsigned first = lanes.lane * PER_LANE;
     if (first >= dim) return;
     if (at % Part<T>::COUNT == 0) {
 #pragma unroll
@@ -91,9 +108,11 @@ struct WarpRow {
     return all;
   }
   // A key or value that is not finite becomes a NaN key and a zero value: whoever sees the column is NaN through its
-  // logit, and nobody else is touched by 0 * NaN.
-  template <class T> __device__ __forceinline__ static void quarantine(WarpRow& key, WarpRow& value) {
-    if (!__any_sync(0xffffffffu, !(key.finite<T>() && value.finite<T>()))) return;
+  // logit, and nobody else is touched by 0 * NaN. A meeting point of the whole warp.
+  template <class T>
+  __device__ __forceinline__ static void quarantine(WarpRow& key, WarpRow& value, Lanes lanes = Lanes()) {
+    unsigned bad = __ballot_sync(0xffffffffu, !(key.finite<T>() && value.finite<T>()));
+    if ((bad & lanes.mask()) == 0) return;
     key.fill(NAN);
     value.fill(0.0f);
   }

@@ -11,6 +11,15 @@ const MODULE: &str = "fold";
 /// `SCAN_WARPS` of `cuda/fold.cu`.
 const SCAN_THREADS: usize = 32 * 32;
 
+/// Rows that share a warp: `Lanes` in cuda/warp_row.cuh.
+fn rows_of_warp(head_dim: usize) -> usize {
+    match head_dim {
+        ..=64 => 4,
+        ..=128 => 2,
+        _ => 1,
+    }
+}
+
 /// As `FoldKind` in cuda/params.cuh.
 pub(crate) fn fold_code(fold: Fold) -> u32 {
     match fold {
@@ -41,6 +50,15 @@ pub(crate) struct FoldCall<'a, G: Gpu, T: GpuElement> {
 }
 
 impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
+    /// Rows of tokens in `lists` lists; `chains`: where means run, a warp walks along each chain.
+    fn launch(&self, lists: usize, chains: bool) -> Launch {
+        let rows = match chains && self.fold == Fold::Mean {
+            true => 1,
+            false => rows_of_warp(self.problem.head_dim),
+        };
+        Launch::warps(self.problem.tokens.div_ceil(rows), lists)
+    }
+
     fn params(&self, lists: usize) -> Result<FoldParams> {
         Ok(FoldParams {
             q: Rows::new(&self.q.1),
@@ -110,7 +128,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         ];
         gpu.launch(
             &Kernel::of::<T>(MODULE, "fold_gather"),
-            Launch::warps(tokens, lists),
+            self.launch(lists, true),
             &args,
         )?;
         drop(args);
@@ -136,7 +154,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         ];
         gpu.launch(
             &Kernel::of::<T>(MODULE, "fold_queries"),
-            Launch::warps(problem.tokens, rows),
+            self.launch(rows, false),
             &args,
         )?;
         drop(args);
@@ -173,7 +191,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
                 gpu.write(&mut target),
                 gpu.value(&params),
             ];
-            let launch = Launch::warps(tokens, batch * self.lists);
+            let launch = self.launch(batch * self.lists, true);
             gpu.launch(&Kernel::plain(MODULE, "fold_unfold"), launch, &args)?;
             drop(args);
             unfolded = Some(target);
@@ -185,7 +203,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
             gpu.write(&mut out),
             gpu.value(&params),
         ];
-        let launch = Launch::warps(tokens, batch * kv_heads);
+        let launch = self.launch(batch * kv_heads, false);
         gpu.launch(&Kernel::of::<T>(MODULE, "fold_reduce"), launch, &args)?;
         drop(args);
         Ok(out)
@@ -209,7 +227,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         ];
         gpu.launch(
             &Kernel::of::<T>(MODULE, "fold_unfold_queries"),
-            Launch::warps(problem.tokens, rows),
+            self.launch(rows, false),
             &args,
         )?;
         drop(args);
