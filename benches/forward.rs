@@ -75,8 +75,6 @@ fn bench_peers(bench: &mut Bench, folder: &Path, shape: Shape) -> Result<()> {
     if let Some(pytorch) = &mut bench.pytorch {
         pytorch.record(folder, "time forward", PYTORCH, shape, "f32")?;
     }
-    let square = Tensor::randn(0f32, 1.0, (GEMM_SIZE, GEMM_SIZE), &Device::Cpu)?;
-    group.bench_function(GEMM, |bencher| bencher.iter(|| square.matmul(&square)));
     group.bench_function(PLAIN, |bencher| bencher.iter(|| candle_plain(&qkv, &mask)));
     group.bench_function(FLASH, |bencher| bencher.iter(|| candle_flash(&by_token)));
     group.finish();
@@ -128,6 +126,8 @@ fn bench_variants(bench: &mut Bench, folder: &Path, shape: Shape) -> Result<()> 
     if let Some(pytorch) = &mut bench.pytorch {
         pytorch.record(folder, "time forward", PYTORCH_BF16, shape, "bf16")?;
     }
+    let square = Tensor::randn(0f32, 1.0, (GEMM_SIZE, GEMM_SIZE), &Device::Cpu)?;
+    group.bench_function(GEMM, |bencher| bencher.iter(|| square.matmul(&square)));
     let single = rayon::ThreadPoolBuilder::new()
         .num_threads(1)
         .build()

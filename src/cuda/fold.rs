@@ -14,8 +14,8 @@ const SCAN_THREADS: usize = 32 * 32;
 /// Rows that share a warp: `Lanes` in cuda/warp_row.cuh.
 fn rows_of_warp(head_dim: usize) -> usize {
     match head_dim {
-        ..=64 => 4,
-        ..=128 => 2,
+        0..=64 => 4,
+        65..=128 => 2,
         _ => 1,
     }
 }
@@ -126,11 +126,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
             gpu.write_some(columns.folded_ln.as_mut()),
             gpu.value(&params),
         ];
-        gpu.launch(
-            &Kernel::of::<T>(MODULE, "fold_gather"),
-            self.launch(lists, true),
-            &args,
-        )?;
+        gpu.launch(&Kernel::of::<T>(MODULE, "fold_gather"), self.launch(lists, true), &args)?;
         drop(args);
         Ok(columns)
     }
