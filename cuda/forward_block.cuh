@@ -283,6 +283,8 @@ struct ForwardBlock {
 
     // Divides by the sums and writes. A row that holds anything not finite, or saw nothing, becomes NaN throughout.
     SFA_DEVICE void finish() {
+        // The warp's rows of the query tile, which its lanes have read for one another, are about to hold the output.
+        __syncwarp();
 #pragma unroll
         for (int r = 0; r < R; r++) {
             float inverse = 1.f / softmax.finish(r), check = inverse * 0.f;
