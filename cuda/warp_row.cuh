@@ -48,7 +48,7 @@ struct Lanes {
 
 // One row, spread over a warp or a part of it.
 struct WarpRow {
-  float x[PER_LANE];
+  float x[PER_LANE] = {};
 
   template <class View>
   __device__ __forceinline__ void load(Global<View> from, size_t at, unsigned dim, Lanes lanes = Lanes()) {

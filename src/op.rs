@@ -2,7 +2,7 @@
 
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 use crate::cpu::backward::{backward, BackwardInput, Gradients};
-use crate::cpu::block::BiasView;
+use crate::cpu::columns::BiasView;
 use crate::cpu::forward::{forward, ForwardInput};
 use crate::cpu::{Accumulator, Element, Rows};
 #[cfg(feature = "cuda")]

@@ -2,8 +2,8 @@
 
 use super::{Lists, ListsOf, Sizes, State};
 use crate::config::AttentionOptions;
-use crate::cpu::block::BiasView;
 use crate::cpu::cached::Step;
+use crate::cpu::columns::BiasView;
 use crate::cpu::{Element, Rows};
 use crate::plan::{cpu_slice, not_on_cpu};
 use crate::problem::{Problem, RowLayout};

@@ -1,6 +1,7 @@
 //! Attention of blocks of rows: tiles of logits through an online softmax into weighted values.
 
-use super::block::{Block, BlockReader, Columns, Settings};
+use super::block::BlockReader;
+use super::columns::{Block, Columns, Settings};
 use super::gemm_tile::{accumulate, Tile};
 use super::philox::DropoutMask;
 use super::softmax::OnlineSoftmax;

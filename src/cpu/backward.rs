@@ -5,7 +5,8 @@
 //! blocks) by the shapes alone, so that any number of threads gives the same bits. Memory O(N·D).
 
 use super::attend::drop_weights;
-use super::block::{transpose, Block, BlockReader, ColumnKind, Columns, FarSource};
+use super::block::{transpose, BlockReader};
+use super::columns::{Block, ColumnKind, Columns, FarSource};
 use super::fold::unfold;
 use super::forward::{ForwardInput, Gathered};
 use super::gemm_tile::{accumulate, accumulate_columns, scores};

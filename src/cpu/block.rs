@@ -1,174 +1,15 @@
 //! One block of rows and its columns: {far: compact; edge; near}, and the tiles of logits between them.
 //!
-//! Where far columns come from is a trait, so that one call's gathered columns and a cache's store take the same way;
-//! forward and backward walk the same tiles.
+//! Forward and backward walk the same tiles.
 
-use super::fold::{all_finite, quarantine, raw_rows, ChainFold};
-use super::gemm_tile::{scores, Tile};
-use super::pairs::{Packed, PackedTile, PairTiles, Pairs, PAD};
-use super::philox::DropoutMask;
+use super::columns::{near_rows, BiasView, Block, ColumnKind, Columns, RowScratch, Settings, EDGE_COLUMNS};
+use super::fold::{all_finite, ChainFold};
+use super::gemm_tile::scores;
+use super::pairs::{Packed, PairTiles, PAD};
 use super::softmax::LANES;
-use super::{dot, Accumulator, Element, HeadRows};
+use super::{dot, Accumulator, Element};
 use crate::config::Fold;
 use std::ops::Range;
-
-/// Rows of a block: with [`FAR_COLUMNS`] of f32 the tile of scores is 256 KiB, a quarter of a 1 MiB L2, beside 32 KiB
-/// of queries and as much output at D = 64.
-const BLOCK_ROWS: usize = 128;
-/// Columns of a tile that every row sees.
-const FAR_COLUMNS: usize = 512;
-/// Columns of a tile that only some rows see (the causal diagonal, the window's band): small, since the rest is wasted.
-const EDGE_COLUMNS: usize = 32;
-
-/// The same where products are made in bf16 pairs: several times faster, they are held back by the caches, and a tile
-/// of 32 KiB stays in the first one.
-const PAIR_ROWS: usize = 64;
-const PAIR_COLUMNS: usize = 256;
-
-/// Fewer rows for short inputs: more tasks, and less of the causal diagonal is computed in vain.
-pub(crate) fn block_rows(tokens: usize, pairs: Option<Pairs>) -> usize {
-    if pairs.is_some() {
-        return PAIR_ROWS;
-    }
-    let wanted = if tokens >= 8 * BLOCK_ROWS {
-        BLOCK_ROWS
-    } else {
-        BLOCK_ROWS / 2
-    };
-    wanted.min(tokens.next_multiple_of(LANES))
-}
-
-/// An additive bias as a strided (B, H, rows, N) view; its first row is the call's first row.
-#[derive(Clone, Copy)]
-pub(crate) struct BiasView<'a, A> {
-    pub data: &'a [A],
-    pub offset: usize,
-    pub strides: [usize; 4],
-}
-
-/// What is the same for all blocks of a call.
-#[derive(Clone, Copy)]
-pub(crate) struct Settings<'a, A> {
-    pub head_dim: usize,
-    /// The largest block, see [`block_rows`].
-    pub block_rows: usize,
-    /// The token index of the call's first row.
-    pub first_row: usize,
-    pub fold: Fold,
-    pub window: usize,
-    pub causal: bool,
-    pub scale: f64,
-    pub bias: Option<BiasView<'a, A>>,
-    /// Where products are made in bf16 pairs.
-    pub pairs: Option<Pairs>,
-}
-
-impl<A> Settings<'_, A> {
-    /// Columns of a tile that every row sees.
-    fn far_columns(&self) -> usize {
-        match self.pairs {
-            Some(_) => PAIR_COLUMNS,
-            None => FAR_COLUMNS,
-        }
-    }
-}
-
-/// Where a block finds its far columns, which are in token order.
-pub(crate) trait FarSource<A>: Sync {
-    fn columns(&self) -> usize;
-    /// How many columns hold tokens before `token`.
-    fn before(&self, token: usize) -> usize;
-    /// The token index of a column.
-    fn token(&self, column: usize) -> usize;
-    /// log2 n of some columns; None where all are 0.
-    fn log2_sizes(&self, columns: Range<usize>) -> Option<&[A]>;
-    /// Keys and values of some columns, through `scratch` where they are stored in another dtype.
-    fn rows<'s>(&'s self, columns: Range<usize>, scratch: &'s mut RowScratch<A>) -> KeysValues<'s, A>;
-    /// All columns as bf16 pairs, where [`Settings::pairs`] wants them; then `rows` is not asked.
-    fn packed(&self) -> Option<&Packed> {
-        None
-    }
-}
-
-/// Keys and values of the same columns.
-pub(crate) type KeysValues<'s, A> = (HeadRows<'s, A>, HeadRows<'s, A>);
-/// Buffers for keys and values that need widening.
-pub(crate) type RowScratch<A> = (Vec<A>, Vec<A>);
-
-/// Merge bits of one head, from token `base` on.
-#[derive(Clone, Copy)]
-pub(crate) struct Bits<'b> {
-    pub bits: &'b [u8],
-    pub base: usize,
-}
-
-impl Bits<'_> {
-    pub fn hidden(&self, token: usize) -> bool {
-        token >= self.base && self.bits.get(token - self.base) == Some(&1)
-    }
-}
-
-/// Raw keys and values of one head, from token `base` on.
-#[derive(Clone, Copy)]
-pub(crate) struct RawRows<'b, R> {
-    pub keys: HeadRows<'b, R>,
-    pub values: HeadRows<'b, R>,
-    pub base: usize,
-    /// Whether none of them is NaN or infinite.
-    pub clean: bool,
-}
-
-impl<'b, R> RawRows<'b, R> {
-    pub fn key(&self, token: usize) -> &'b [R] {
-        self.keys.row(token - self.base)
-    }
-
-    pub fn value(&self, token: usize) -> &'b [R] {
-        self.values.row(token - self.base)
-    }
-}
-
-/// One block of rows: queries in Q, raw keys and values in R.
-pub(crate) struct Block<'b, Q: Element, R: Element<Acc = Q::Acc>> {
-    pub batch: usize,
-    /// Query head.
-    pub head: usize,
-    /// Token indices.
-    pub rows: Range<usize>,
-    /// The call's queries; row 0 is token `Settings::first_row`.
-    pub queries: HeadRows<'b, Q>,
-    /// The query before them, for [`Fold::PairSum`]; None where there is none.
-    pub previous_query: Option<&'b [Q::Acc]>,
-    pub bits: Bits<'b>,
-    pub raw: RawRows<'b, R>,
-    /// The chain as it stood on the last token that was folded before this call, with that token.
-    pub chain: Option<(usize, &'b ChainFold<Q::Acc>)>,
-    pub far: &'b dyn FarSource<Q::Acc>,
-    pub dropout: Option<DropoutMask>,
-}
-
-/// A tile's columns and who sees them.
-pub(crate) struct Columns<'c, A> {
-    pub keys: HeadRows<'c, A>,
-    pub values: HeadRows<'c, A>,
-    pub kind: ColumnKind,
-    /// The first far column, or the first near token.
-    pub first: usize,
-    pub count: usize,
-    log2_sizes: Option<&'c [A]>,
-    /// Rows of the block (relative, multiples of LANES) that are computed.
-    pub rows: Range<usize>,
-}
-
-#[derive(Clone, Copy, PartialEq)]
-pub(crate) enum ColumnKind {
-    /// Far columns that every row sees.
-    FarForAll,
-    /// Far columns that only later rows see.
-    FarForSome,
-    /// Raw tokens.
-    Near,
-}
 
 /// Reads blocks: one thread's buffers, reused from block to block.
 pub(crate) struct BlockReader<'a, Q: Element> {
@@ -443,47 +284,6 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
     }
 }
 
-impl<A> Columns<'_, A> {
-    /// The token index of a column.
-    pub fn token(&self, far: &dyn FarSource<A>, index: usize) -> usize {
-        match self.kind {
-            ColumnKind::Near => self.first + index,
-            _ => far.token(self.first + index),
-        }
-    }
-
-    /// The columns as bf16 pairs: far ones where they were gathered, raw ones in `near` after [`Self::pack_raw`].
-    pub fn packed<'p>(&self, far: &'p dyn FarSource<A>, near: &'p Packed) -> PackedTile<'p> {
-        match (self.kind, far.packed()) {
-            (ColumnKind::Near, _) | (_, None) => near.tile(0),
-            (_, Some(packed)) => packed.tile(self.first),
-        }
-    }
-
-    fn pack_raw(&self, near: &mut Packed)
-    where
-        A: Accumulator,
-    {
-        if self.kind == ColumnKind::Near {
-            near.clear();
-            for column in 0..self.count {
-                near.push(A::singles(self.keys.row(column)), A::singles(self.values.row(column)));
-            }
-            near.finish();
-        }
-    }
-
-    /// A view of a buffer as this tile.
-    pub fn tile<'t>(&self, data: &'t mut [A], leading: usize) -> Tile<'t, A> {
-        Tile {
-            data,
-            leading,
-            columns: self.count,
-            rows: self.rows.clone(),
-        }
-    }
-}
-
 /// (rows, D) to (D, leading).
 pub(crate) fn transpose<A: Copy>(rows: &[A], dim: usize, leading: usize, target: &mut [A]) {
     for (row, source) in rows.chunks_exact(dim).enumerate() {
@@ -491,28 +291,4 @@ pub(crate) fn transpose<A: Copy>(rows: &[A], dim: usize, leading: usize, target:
             target[d * leading + row] = *x;
         }
     }
-}
-
-/// Raw rows as accumulators: the caller's own, or widened and quarantined copies in `scratch`.
-fn near_rows<'b, R: Element>(
-    raw: &RawRows<'b, R>,
-    tokens: Range<usize>,
-    scratch: &'b mut RowScratch<R::Acc>,
-) -> KeysValues<'b, R::Acc> {
-    if raw.clean && R::as_acc(raw.keys.data).is_some() {
-        let start = tokens.start - raw.base;
-        return (raw_rows(&raw.keys).skip(start), raw_rows(&raw.values).skip(start));
-    }
-    let dim = raw.keys.dim;
-    scratch.0.resize(tokens.len() * dim, R::Acc::ZERO);
-    scratch.1.resize(tokens.len() * dim, R::Acc::ZERO);
-    let rows = scratch.0.chunks_exact_mut(dim).zip(scratch.1.chunks_exact_mut(dim));
-    for (token, (key, value)) in tokens.zip(rows) {
-        R::widen(raw.key(token), key);
-        R::widen(raw.value(token), value);
-        if !raw.clean {
-            quarantine(key, value);
-        }
-    }
-    (HeadRows::compact(&scratch.0, dim), HeadRows::compact(&scratch.1, dim))
 }

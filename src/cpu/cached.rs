@@ -1,7 +1,7 @@
 //! One step of a KV cache: decide, take the new tokens in, attend.
 
 use super::attend::Worker;
-use super::block::{block_rows, BiasView, Block, Settings};
+use super::columns::{block_rows, BiasView, Block, Settings};
 use super::decode::{load_query, Decoder, SPLIT};
 use super::fold::ChainFold;
 use super::forward::for_each_task;

@@ -1,6 +1,6 @@
 //! What merging leaves of one head's keys and values: compact far columns, and the folded token at a window's edge.
 
-use super::block::{Bits, RawRows};
+use super::columns::{Bits, RawRows};
 use super::pairs::{Packed, Pairs};
 use super::{Accumulator, Element, HeadRows};
 use crate::config::Fold;

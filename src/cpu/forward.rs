@@ -4,7 +4,7 @@
 //! and dropped by the last, so that about one head per thread is held at a time: memory O(N·D) beyond the output.
 
 use super::attend::Worker;
-use super::block::{block_rows, BiasView, Bits, Block, FarSource, KeysValues, RawRows, RowScratch, Settings};
+use super::columns::{block_rows, BiasView, Bits, Block, FarSource, KeysValues, RawRows, RowScratch, Settings};
 use super::fold::FarColumns;
 use super::pairs::{Packed, Pairs};
 use super::philox::DropoutMask;

@@ -3,7 +3,7 @@
 //! Read as a stream: a token that leaves the window is folded into the open chain, or closes it and starts a new one.
 //! Closed chains are far columns for every later row; the open one is the next row's edge.
 
-use super::block::{Bits, FarSource, KeysValues, RawRows, RowScratch};
+use super::columns::{Bits, FarSource, KeysValues, RawRows, RowScratch};
 use super::fold::{all_finite, quarantine, raw_rows, ChainFold};
 use super::list_decide::Decided;
 use super::observe::Observed;

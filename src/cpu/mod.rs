@@ -2,8 +2,9 @@
 
 mod attend;
 pub(crate) mod backward;
-pub(crate) mod block;
+mod block;
 pub(crate) mod cached;
+pub(crate) mod columns;
 pub(crate) mod decide;
 mod decode;
 mod dispatch;
