@@ -5,8 +5,6 @@
 #include "params.cuh"
 #include "philox.cuh"
 
-constexpr float LOG2_E = 1.4426950408889634f;
-
 typedef Global<const uint16_t> Halves;
 typedef Global<const uint32_t> Words;
 typedef Global<const float> Floats;

@@ -3,7 +3,6 @@
 #include "philox.cuh"
 #include "warp_row.cuh"
 
-constexpr float LOG2_E = 1.4426950408889634f;
 constexpr unsigned WARPS = 8;
 
 // An unfinished softmax, in base 2. A NaN raises no maximum, and spoils the sum.

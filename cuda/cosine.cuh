@@ -8,6 +8,9 @@ constexpr float MIN_NORM = 1e-12f;
 
 enum Strategy : unsigned { SIMILARITY = 0, DIFFERENCE = 1, OFF = 2 };
 
+// The pair, or row, of this warp: 4 warps a block.
+__device__ __forceinline__ unsigned warp_pair() { return blockIdx.x * 4 + threadIdx.x / 32; }
+
 // Every lane gets the sum over the warp.
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll

@@ -3,8 +3,6 @@
 #include "cosine.cuh"
 #include "warp_row.cuh"
 
-__device__ __forceinline__ unsigned warp_pair() { return blockIdx.x * 4 + threadIdx.x / 32; }
-
 // candidates[list][t]: whether the pair t passes by itself. Everything else that the causal rule asks of a token happens
 // within a stretch of candidates. Grid (pairs / 16, batch * lists): a warp takes four pairs.
 template <class T>

@@ -122,7 +122,7 @@ struct Decoder {
             stage.keys[u] = stage.values[u] = Stored<T>::zero();
             stage.added[u] = at < end ? 0.f : -hw::infinity();
             if (at >= end) continue;
-            if (store.ln) stage.added[u] = 1.4426950408889634f * store.ln[first + at];
+            if (store.ln) stage.added[u] = LOG2_E * store.ln[first + at];
             if (!mine) continue;
             stage.keys[u] = Stored<T>::raw(store.keys, (first + at) * dim + lane * 8);
             stage.values[u] = Stored<T>::raw(store.values, (first + at) * dim + lane * 8);

@@ -25,6 +25,9 @@ typedef __nv_bfloat16 bfloat16_t;
 
 #include "memory.cuh"
 
+// Logits are in base 2.
+constexpr float LOG2_E = 1.4426950408889634f;
+
 #define FOR_EACH_DTYPE(M) M(f32, float) M(f16, half_t) M(bf16, bfloat16_t)
 #define ENTRIES(name) ENTRY(name##_f32) ENTRY(name##_f16) ENTRY(name##_bf16)
 

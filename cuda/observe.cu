@@ -6,8 +6,6 @@
 
 // ---- a warp per row or token
 
-__device__ __forceinline__ unsigned warp_pair() { return blockIdx.x * 4 + threadIdx.x / 32; }
-
 // Calls visit(column, logit) for every local column of a row, in all lanes.
 template <class T, class Visit>
 __device__ void local_columns(Global<const T> q, Global<const T> k, const ObservedParams& p, const List& list,

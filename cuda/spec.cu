@@ -6,7 +6,6 @@
 #include "philox.cuh"
 
 constexpr unsigned MAX_DIM = 256;
-constexpr float LOG2_E = 1.4426950408889634f;
 
 template <class T> struct SpecTensors {
   Global<const T> q, k, v;

@@ -183,6 +183,13 @@ pub(crate) struct RowLayout {
 }
 
 impl RowLayout {
+    /// Whether every row starts at a multiple of `elements`.
+    #[cfg(any(feature = "cuda", feature = "cuda-emu"))]
+    pub fn is_aligned(&self, elements: usize) -> bool {
+        let all = self.strides.iter().chain([&self.offset]);
+        all.into_iter().all(|at| at.is_multiple_of(elements))
+    }
+
     pub fn new(layout: &Layout) -> Self {
         let strides = layout.stride();
         Self {

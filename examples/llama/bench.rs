@@ -122,7 +122,7 @@ fn configurations(args: &BenchArgs) -> Result<Vec<Child>> {
         if !args.compression.dense {
             add(Contender::Compressed);
         }
-        if args.peer && peer::fits(prompt + args.decode) {
+        if args.peer && prompt + args.decode <= peer::CONTEXT {
             add(Contender::Candle);
         } else if args.peer {
             writeln!(

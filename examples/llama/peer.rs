@@ -13,10 +13,6 @@ use crate::stats::{memory, Hidden, Stats};
 /// Tokens that it holds, whatever the file says.
 pub const CONTEXT: usize = MAX_SEQ_LEN;
 
-pub fn fits(tokens: usize) -> bool {
-    tokens <= CONTEXT
-}
-
 /// Runs the first `prompt` tokens at once, as its callers do (it has no mask for a later chunk), then one at a time.
 /// Also the memory held once the weights were loaded.
 pub fn measure(model: &str, tokens: &[u32], prompt: usize) -> Result<(Option<u64>, Stats)> {

@@ -5,9 +5,8 @@ use super::{CompressedKvCache, Sizes};
 use crate::config::AttentionOptions;
 use crate::cuda::cache::DeviceLists;
 use crate::cuda::device::Cuda;
-use crate::cuda::forward::Bias;
 use crate::cuda::gpu::GpuElement;
-use crate::cuda::tensors::{source, stored, tensor};
+use crate::cuda::tensors::{self, source, stored, tensor};
 use crate::problem::Problem;
 use candle_core::{bail, DType, Device, Result, Tensor};
 use std::sync::Arc;
@@ -235,14 +234,7 @@ impl Call<'_> {
         };
         let held_bias = self.bias.map(Tensor::storage_and_layout);
         let bias = match &held_bias {
-            Some((storage, layout)) => {
-                let (storage, layout) = stored(storage, layout)?;
-                Some(Bias {
-                    data: storage.as_cuda_slice::<f32>()?,
-                    offset: layout.start_offset(),
-                    strides: [0, 1, 2, 3].map(|axis| layout.stride()[axis]),
-                })
-            }
+            Some((storage, layout)) => Some(tensors::bias_view(stored(storage, layout)?)?),
             None => None,
         };
         let output = lists.within(gpu, count, self.limit, |lists| {

@@ -26,13 +26,13 @@ pub struct CacheOptions {
 /// One call takes one token or a chunk of any length; any chunking gives what [`crate::attend`] gives on the whole
 /// sequence, to f32 rounding (with f16 or bf16 storage, folded keys and values are rounded once more when stored).
 ///
-/// Lists are kept per KV head where a group decides as one: [`GroupRule::Unanimous`](crate::GroupRule), as many KV heads as query heads,
-/// or a group whose heads are all off. Otherwise every query head keeps a list of its own, and [`Self::bytes`] says so:
+/// Lists are kept per KV head where a group decides as one: [`GroupRule::Unanimous`](crate::GroupRule), as many KV heads
+/// as query heads, or a group whose heads are all off. Otherwise every query head keeps a list of its own, and [`Self::bytes`] says so:
 /// such a cache can be larger than a dense one.
 ///
 /// On a CUDA device, the first call's tensors decide, it takes f32, f16 and bf16, computes in the storage dtype, to which
-/// queries and results are rounded too, and cannot be saved. Only the device knows how long its lists are: memory is rectangular, as much for every list as for the longest,
-/// and the host waits for the device only when that room is used up, and after chunks of 64 tokens and more, or a first
+/// queries and results are rounded too, and cannot be saved. Only the device knows how long its lists are: memory is
+/// rectangular, as much for every list as for the longest, and the host waits for the device only when that room is used up, and after chunks of 64 tokens and more, or a first
 /// one. A first chunk is attended to at once; later ones row by row.
 ///
 /// [`Self::save`] writes it to a file, and [`Self::load`] brings it back to go on bit for bit.

@@ -226,10 +226,19 @@ macro_rules! accumulator {
     };
 }
 
-// Minimax polynomials for 2^x on [-1/2, 1/2] (Remez, relative error), highest power first.
-accumulator!(f32, u32, i32, split None, singles (slice) slice, simd (as_simd_f32s, as_mut_simd_f32s, splat_f32s, mul_add_e_f32s, add_f32s, reduce_sum_f32s, greater_than_f32s, select_f32s), magic 12_582_912.0, bias 127, mantissa 23, min -126.0, [
-    1.534_581_2e-4, 1.339_993_1e-3, 9.618_489e-3, 5.550_328_8e-2, 2.402_264_7e-1, 6.931_472e-1, 1.0,
-]);
+/// A minimax polynomial for 2^x on [-1/2, 1/2] (Remez, relative error), highest power first.
+pub(crate) const EXP2_F32: [f32; 7] = [
+    1.534_581_2e-4,
+    1.339_993_1e-3,
+    9.618_489e-3,
+    5.550_328_8e-2,
+    2.402_264_7e-1,
+    6.931_472e-1,
+    1.0,
+];
+
+accumulator!(f32, u32, i32, split None, singles (slice) slice, simd (as_simd_f32s, as_mut_simd_f32s, splat_f32s, mul_add_e_f32s, add_f32s, reduce_sum_f32s, greater_than_f32s, select_f32s), magic 12_582_912.0, bias 127, mantissa 23, min -126.0, EXP2_F32);
+// The same kind of polynomial for f64.
 accumulator!(f64, u64, i64, split None, singles (_slice) Default::default(), simd (as_simd_f64s, as_mut_simd_f64s, splat_f64s, mul_add_e_f64s, add_f64s, reduce_sum_f64s, greater_than_f64s, select_f64s), magic 6_755_399_441_055_744.0, bias 1023, mantissa 52, min -1022.0, [
     4.435_282_706_957_277e-10, 7.074_105_613_508_143e-9, 1.017_819_802_167_193e-7, 1.321_543_308_967_64e-6,
     1.525_273_348_998_852_6e-5, 1.540_353_046_251_443_2e-4, 1.333_355_814_678_992_2e-3, 9.618_129_107_588_335e-3,

@@ -29,7 +29,7 @@ const BLOCK: usize = 64;
 const THREADS: usize = 128;
 
 /// The kernels' template for a head size: its padded size.
-fn padded(head_dim: usize) -> usize {
+pub(super) fn padded(head_dim: usize) -> usize {
     match head_dim {
         0..=64 => 64,
         65..=128 => 128,
@@ -89,10 +89,10 @@ pub(crate) fn backward<G: Gpu, T: GpuElement>(
 }
 
 fn module<T: GpuElement>() -> &'static str {
-    if T::SUFFIX == "f32" {
-        "backward_f32"
-    } else {
+    if T::HALF {
         "backward"
+    } else {
+        "backward_f32"
     }
 }
 
@@ -112,16 +112,12 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         })
     }
 
-    fn half(&self) -> bool {
-        T::SUFFIX != "f32"
-    }
-
     /// A pair of tiles of 64 rows, and one or two stages of another pair with two words per row: `stages` in
     /// `cuda/backward_block.cuh`.
     fn shared_bytes(&self) -> usize {
         let dim = padded(self.call.problem.head_dim);
         let (pair, stages) = (2 * BLOCK * 2 * dim, if dim <= 128 { 2 } else { 1 });
-        match self.half() {
+        match T::HALF {
             true => pair + stages * (pair + 2 * 4 * BLOCK),
             false => 0,
         }
@@ -156,7 +152,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         let mut args = self.inputs();
         args.push(self.gpu.write(&mut target));
         args.push(self.gpu.value(&self.params));
-        let (name, rows) = match self.half() {
+        let (name, rows) = match T::HALF {
             true => (format!("backward_queries_{}_{}", padded(head_dim), T::SUFFIX), BLOCK),
             false => ("backward_queries_f32".to_string(), 32),
         };
@@ -192,7 +188,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         let (lists, mut target) = self.lists()?;
         let (head_dim, tokens) = (self.call.problem.head_dim, self.call.problem.tokens);
         let dtype = T::SUFFIX;
-        if !self.half() {
+        if !T::HALF {
             let blocks = lists * tokens.div_ceil(32);
             self.both(&format!("backward_columns_f32_{kind}"), blocks, &mut target)?;
             return Ok(target);

@@ -3,13 +3,12 @@
 
 use super::attention::{lists, Attention};
 use super::emu::{EmuSlice, Emulator};
+use super::emulation::{held, HeldBias};
 use super::fold::FoldCall;
-use super::forward::Bias;
 use super::gpu::{Gpu, GpuElement};
 use crate::config::{AttentionOptions, CompressionConfig, GroupRule};
 use crate::cpu::Element;
-use crate::plan::cpu_slice;
-use crate::problem::{Problem, RowLayout};
+use crate::problem::Problem;
 use candle_core::{DType, Device, Result, Tensor};
 
 /// What one pass under the emulator gave.
@@ -43,13 +42,6 @@ pub fn attend(
     pass(qkv, indicators, config, options, dense, grad_output)
 }
 
-type Held<T> = (EmuSlice<T>, RowLayout);
-
-fn held<T: GpuElement + Element>(tensor: &Tensor) -> Result<Held<T>> {
-    let (storage, layout) = tensor.storage_and_layout();
-    Ok((Emulator.upload(cpu_slice::<T>(&storage)?)?, RowLayout::new(layout)))
-}
-
 fn attend_as<T: GpuElement + Element>(
     [q, k, v]: [&Tensor; 3],
     indicators: &Tensor,
@@ -72,16 +64,13 @@ fn attend_as<T: GpuElement + Element>(
         fold: config.fold,
         lists: lists(&problem, dense, config.group_rule == GroupRule::Unanimous),
     };
-    let bias = options.bias.as_ref().map(|bias| view(bias, &problem)).transpose()?;
+    let bias = options.bias.as_ref();
+    let bias = bias.map(|bias| HeldBias::new(bias, &problem.bias_dims())).transpose()?;
     let attention = Attention {
         fold,
         dense,
         window: config.window,
-        bias: bias.as_ref().map(|(data, offset, strides)| Bias {
-            data,
-            offset: *offset,
-            strides: *strides,
-        }),
+        bias: bias.as_ref().map(HeldBias::view),
         options,
     };
     let attended = attention.forward(gpu, true)?;
@@ -105,16 +94,4 @@ fn attend_as<T: GpuElement + Element>(
         output: Tensor::from_vec(attended.output.download()?, q_dims, &Device::Cpu)?,
         gradients,
     })
-}
-
-fn view(bias: &Tensor, problem: &Problem) -> Result<(EmuSlice<f32>, usize, [usize; 4])> {
-    let view = bias.to_dtype(DType::F32)?.broadcast_as(&problem.bias_dims())?;
-    let (storage, layout) = view.storage_and_layout();
-    let strides = layout.stride();
-    let strides = [strides[0], strides[1], strides[2], strides[3]];
-    Ok((
-        Emulator.upload(cpu_slice::<f32>(&storage)?)?,
-        layout.start_offset(),
-        strides,
-    ))
 }

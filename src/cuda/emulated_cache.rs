@@ -1,14 +1,13 @@
 //! A KV cache's lists under the emulator, on CPU tensors: for tests.
 
 use super::cache::DeviceLists;
-use super::emu::{EmuSlice, Emulator};
-use super::forward::Bias;
-use super::gpu::{Gpu, GpuElement};
+use super::emu::Emulator;
+use super::emulation::{borrow, held, HeldBias};
+use super::gpu::GpuElement;
 use crate::cache::CacheOptions;
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 use crate::cpu::Element;
-use crate::plan::cpu_slice;
-use crate::problem::{Problem, RowLayout};
+use crate::problem::Problem;
 use candle_core::{bail, DType, Device, Result, Tensor};
 
 enum Lists {
@@ -109,37 +108,21 @@ fn append<T: GpuElement + Element>(
     options: Option<&AttentionOptions>,
     limit: Option<usize>,
 ) -> Result<Option<Tensor>> {
-    let held = |x: &Tensor| -> Result<(EmuSlice<T>, RowLayout)> {
-        let x = x.to_dtype(T::DTYPE)?;
-        let (storage, layout) = x.storage_and_layout();
-        Ok((Emulator.upload(cpu_slice::<T>(&storage)?)?, RowLayout::new(layout)))
-    };
+    let held = |x: &Tensor| held::<T>(&x.to_dtype(T::DTYPE)?);
     let (q, k, v) = (held(&qkv[0])?, held(&qkv[1])?, held(&qkv[2])?);
-    let (sources, count) = ([(&q.0, q.1), (&k.0, k.1), (&v.0, v.1)], qkv[0].dim(2)?);
+    let (sources, count) = ([borrow(&q), borrow(&k), borrow(&v)], qkv[0].dim(2)?);
     let Some(options) = options else {
         return lists.within(&Emulator, count, limit, |lists| {
             lists.append(&Emulator, sources, count).map(|()| None)
         });
     };
     let full = (qkv[0].dim(0)?, qkv[0].dim(1)?, count, lists.seq_len() + count);
-    let bias = match &options.bias {
-        Some(bias) => {
-            let bias = bias.to_dtype(DType::F32)?.broadcast_as(full)?;
-            let (storage, layout) = bias.storage_and_layout();
-            let strides = [0, 1, 2, 3].map(|axis| layout.stride()[axis]);
-            Some((
-                Emulator.upload(cpu_slice::<f32>(&storage)?)?,
-                layout.start_offset(),
-                strides,
-            ))
-        }
-        None => None,
-    };
-    let bias = bias.as_ref().map(|(data, offset, strides)| Bias {
-        data,
-        offset: *offset,
-        strides: *strides,
-    });
+    let bias = options
+        .bias
+        .as_ref()
+        .map(|bias| HeldBias::new(bias, full))
+        .transpose()?;
+    let bias = bias.as_ref().map(HeldBias::view);
     let output = lists.within(&Emulator, count, limit, |lists| {
         lists.append_and_attend(&Emulator, sources, count, options, bias)
     })?;

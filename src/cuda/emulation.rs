@@ -16,7 +16,7 @@ use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategi
 use crate::cpu::Element;
 use crate::plan::cpu_slice;
 use crate::problem::{Problem, RowLayout};
-use candle_core::{bail, DType, Device, Result, Tensor};
+use candle_core::{bail, DType, Device, Result, Shape, Tensor};
 
 /// Runs one of the kernels of `cuda/emu/broken.cu` over blocks of 64 threads; returns what it wrote.
 ///
@@ -41,14 +41,14 @@ pub fn run_broken(name: &str, input: &[f32], blocks: usize) -> Result<Vec<f32>> 
 }
 
 /// A tensor where the emulator finds it.
-type Held<T> = (EmuSlice<T>, RowLayout);
+pub(super) type Held<T> = (EmuSlice<T>, RowLayout);
 
-fn held<T: GpuElement + Element>(tensor: &Tensor) -> Result<Held<T>> {
+pub(super) fn held<T: GpuElement + Element>(tensor: &Tensor) -> Result<Held<T>> {
     let (storage, layout) = tensor.storage_and_layout();
     Ok((Emulator.upload(cpu_slice::<T>(&storage)?)?, RowLayout::new(layout)))
 }
 
-fn borrow<T>(held: &Held<T>) -> (&EmuSlice<T>, RowLayout) {
+pub(super) fn borrow<T>(held: &Held<T>) -> (&EmuSlice<T>, RowLayout) {
     (&held.0, held.1)
 }
 
@@ -189,6 +189,27 @@ fn attention_gradients_as<T: GpuElement + Element>(
     ])
 }
 
+/// A bias where the emulator finds it, in f32 as a view of four axes.
+pub(super) struct HeldBias(EmuSlice<f32>, usize, [usize; 4]);
+
+impl HeldBias {
+    pub(super) fn new(bias: &Tensor, dims: impl Into<Shape>) -> Result<Self> {
+        let view = bias.to_dtype(DType::F32)?.broadcast_as(dims)?;
+        let (storage, layout) = view.storage_and_layout();
+        let strides = [0, 1, 2, 3].map(|axis| layout.stride()[axis]);
+        let data = Emulator.upload(cpu_slice::<f32>(&storage)?)?;
+        Ok(Self(data, layout.start_offset(), strides))
+    }
+
+    pub(super) fn view(&self) -> Bias<'_, Emulator> {
+        Bias {
+            data: &self.0,
+            offset: self.1,
+            strides: self.2,
+        }
+    }
+}
+
 /// A call's tensors where the emulator finds them.
 struct HeldCall<T> {
     problem: Problem,
@@ -196,30 +217,21 @@ struct HeldCall<T> {
     k: Held<T>,
     v: Held<T>,
     bits: EmuSlice<u8>,
-    bias: Option<(EmuSlice<f32>, usize, [usize; 4])>,
+    bias: Option<HeldBias>,
 }
 
 impl<T: GpuElement + Element> HeldCall<T> {
     fn new([q, k, v]: [&Tensor; 3], bits: &Tensor, options: &AttentionOptions) -> Result<Self> {
         let problem = Problem::new(q, k, v)?;
-        let bias = match &options.bias {
-            Some(bias) => {
-                let view = bias.to_dtype(DType::F32)?.broadcast_as(&problem.bias_dims())?;
-                let (storage, layout) = view.storage_and_layout();
-                let strides = layout.stride();
-                let strides = [strides[0], strides[1], strides[2], strides[3]];
-                let data = Emulator.upload(cpu_slice::<f32>(&storage)?)?;
-                Some((data, layout.start_offset(), strides))
-            }
-            None => None,
-        };
+        let bias = options.bias.as_ref();
+        let bias = bias.map(|bias| HeldBias::new(bias, &problem.bias_dims()));
         Ok(Self {
             problem,
             q: held(q)?,
             k: held(k)?,
             v: held(v)?,
             bits: Emulator.upload(&bits.flatten_all()?.to_vec1::<u8>()?)?,
-            bias,
+            bias: bias.transpose()?,
         })
     }
 
@@ -245,11 +257,7 @@ impl<T: GpuElement + Element> HeldCall<T> {
             fold: self.fold(config, shared),
             dense: false,
             window: config.window,
-            bias: self.bias.as_ref().map(|(data, offset, strides)| Bias {
-                data,
-                offset: *offset,
-                strides: *strides,
-            }),
+            bias: self.bias.as_ref().map(HeldBias::view),
             options,
         }
     }

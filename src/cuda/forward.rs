@@ -1,7 +1,7 @@
 //! Launches of `cuda/forward.cu` and `cuda/forward_f32.cu`: attention over the columns that folding left.
 
 use super::gpu::{Gpu, GpuElement, Kernel, Launch};
-use super::params::{AttentionParams, Rows, Sizes};
+use super::params::{AttentionParams, DropoutParams, Rows, Sizes};
 use crate::config::AttentionOptions;
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};
@@ -70,12 +70,7 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
             )
         }
         for (name, (_, layout)) in [("query", &self.q), ("key", &self.k), ("value", &self.v)] {
-            let aligned = layout
-                .strides
-                .iter()
-                .chain([&layout.offset])
-                .all(|stride| stride % 8 == 0);
-            if !aligned {
+            if !layout.is_aligned(8) {
                 bail!(
                     "{name}: expected rows that start at multiples of 8 elements on CUDA, got offset {} and strides \
                      {:?}; call contiguous() on it first",
@@ -86,7 +81,7 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
         }
         let (options, lists) = (self.options, self.columns.map_or(self.problem.kv_heads, |c| c.lists));
         let scale = options.scale(head_dim) * std::f64::consts::LOG2_E;
-        let (seed, p) = options.dropout.map_or((0, 0.0), |dropout| (dropout.seed, dropout.p));
+        let dropout = DropoutParams::new(options);
         let bias_strides = self.bias.as_ref().map_or([0; 4], |bias| bias.strides);
         Ok(AttentionParams {
             q: Rows::new(&self.q.1),
@@ -94,17 +89,17 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
             v: Rows::new(&self.v.1),
             bias_offset: self.bias.as_ref().map_or(0, |bias| bias.offset as u64),
             bias_strides: bias_strides.map(|stride| stride as u64),
-            dropout_cut: (p * 4_294_967_296.0).ceil() as u64,
+            dropout_cut: dropout.cut,
             sizes: Sizes::new(&self.problem, lists)?,
             capacity: self.columns.map_or(0, |columns| columns.capacity as u32),
             // A window beyond all tokens is one of all tokens.
             window: self.window.min(self.problem.tokens) as u32,
             causal: options.causal.into(),
             dense: self.columns.is_none().into(),
-            dropout_key: [seed as u32, (seed >> 32) as u32],
+            dropout_key: dropout.key,
             scale: scale.abs() as f32,
             scale_sign: if scale < 0.0 { -1.0 } else { 1.0 },
-            dropout_scale: (1.0 / (1.0 - p)) as f32,
+            dropout_scale: dropout.scale,
             reserved: 0,
         })
     }
@@ -199,22 +194,21 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
         true => Some(gpu.alloc::<f32>(rows * tokens)?),
         false => None,
     };
-    let half = T::SUFFIX != "f32";
     let instance = Instance::pick(head_dim, call.extras());
-    let (module, name, block_rows, shared_bytes) = match half {
+    let (module, name, block_rows, shared_bytes) = match T::HALF {
         true => ("forward", instance.name, instance.rows, instance.shared_bytes()),
         false => ("forward_f32", "forward", F32_ROWS, 0),
     };
     let blocks = tokens.div_ceil(block_rows);
     // Only the dense causal path of the tensor-core kernels leaves this to a second kernel.
-    let mut first_bad = match half && params.dense == 1 && params.causal == 1 {
+    let mut first_bad = match T::HALF && params.dense == 1 && params.causal == 1 {
         true => Some(gpu.alloc::<u32>(rows * blocks)?),
         false => None,
     };
     let mut args = call.inputs(gpu);
     args.push(gpu.write(&mut output));
     args.push(gpu.write_some(log_sum_exp.as_mut()));
-    if half {
+    if T::HALF {
         args.push(gpu.write_some(first_bad.as_mut()));
     }
     args.push(gpu.value(&params));

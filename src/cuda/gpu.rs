@@ -31,10 +31,13 @@ number!(u8, u32, f32, f64, f16, bf16);
 pub(crate) trait GpuElement: Number {
     /// What the kernels of this dtype end with.
     const SUFFIX: &'static str;
+    /// Whether tensor cores multiply it.
+    const HALF: bool = true;
 }
 
 impl GpuElement for f32 {
     const SUFFIX: &'static str = "f32";
+    const HALF: bool = false;
 }
 impl GpuElement for f16 {
     const SUFFIX: &'static str = "f16";

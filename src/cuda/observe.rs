@@ -1,5 +1,6 @@
 //! Launches of `cuda/observe.cu`: the decisions of [`Criterion::ObservedMass`](crate::Criterion).
 
+use super::backward::padded;
 use super::decide::DecideCall;
 use super::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use super::params::{ObservedParams, Rows, Sizes};
@@ -13,53 +14,37 @@ const THREADS: usize = 128;
 
 /// How the two kernels of one call are launched.
 struct Instance {
-    /// Between a kernel's name and its dtype.
-    infix: &'static str,
-    /// Tokens of a block, and its shared memory.
-    tokens: usize,
-    shared_bytes: [usize; 2],
+    /// The padded head size of the tensor cores' kernels; None for a warp per row.
+    dim: Option<usize>,
 }
 
 impl Instance {
     /// Tensor cores where the dtype and the rows' addresses allow it.
     fn pick<T: GpuElement>(head_dim: usize, layouts: [&RowLayout; 3]) -> Self {
-        let tiled = |infix, dim: usize| {
-            let tiles = 3 * TILE * dim * 2;
-            Self {
-                infix,
-                tokens: TILE,
-                shared_bytes: [tiles, tiles + 2 * 4 * TILE],
-            }
-        };
-        let aligned = |layout: &RowLayout| {
-            layout
-                .strides
-                .iter()
-                .chain([&layout.offset])
-                .all(|at| at.is_multiple_of(8))
-        };
-        let tiles = T::SUFFIX != "f32" && head_dim.is_multiple_of(8) && layouts.into_iter().all(aligned);
-        match head_dim {
-            ..=64 if tiles => tiled("_64", 64),
-            ..=128 if tiles => tiled("_128", 128),
-            ..=256 if tiles => tiled("_256", 256),
-            _ => Self {
-                infix: "",
-                tokens: 4,
-                shared_bytes: [0, 0],
-            },
+        let fits = head_dim.is_multiple_of(8) && head_dim <= 256;
+        let tiles = T::HALF && fits && layouts.into_iter().all(|layout| layout.is_aligned(8));
+        Self {
+            dim: tiles.then(|| padded(head_dim)),
         }
     }
 
     fn kernel<T: GpuElement>(&self, name: &str) -> Kernel {
-        Kernel::of::<T>(MODULE, &format!("{name}{}", self.infix))
+        match self.dim {
+            Some(dim) => Kernel::of::<T>(MODULE, &format!("{name}_{dim}")),
+            None => Kernel::of::<T>(MODULE, name),
+        }
     }
 
-    fn launch(&self, tokens: usize, lists: usize, shared_bytes: usize) -> Launch {
+    /// `words`: numbers of 4 bytes for each row of a streamed tile.
+    fn launch(&self, tokens: usize, lists: usize, words: usize) -> Launch {
+        let Some(dim) = self.dim else {
+            return Launch::warps(tokens, lists);
+        };
         Launch {
-            grid: [tokens.div_ceil(self.tokens), lists, 1],
+            grid: [tokens.div_ceil(TILE), lists, 1],
             threads: THREADS,
-            shared_bytes,
+            // A tile that stays, and two that are streamed.
+            shared_bytes: 3 * TILE * dim * 2 + 2 * TILE * words * 4,
         }
     }
 }
@@ -109,7 +94,7 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(
         gpu.write(&mut log_sum_exp),
         gpu.value(&per_head),
     ];
-    let launch = instance.launch(tokens, batch * heads, instance.shared_bytes[0]);
+    let launch = instance.launch(tokens, batch * heads, 0);
     gpu.launch(&instance.kernel::<T>("observe_rows"), launch, &args)?;
     drop(args);
     let mut bits = gpu.alloc::<u8>(batch * heads * pairs)?;
@@ -122,7 +107,7 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(
         gpu.write(&mut bits),
         gpu.value(&per_kv_head),
     ];
-    let launch = instance.launch(pairs, batch * kv_heads, instance.shared_bytes[1]);
+    let launch = instance.launch(pairs, batch * kv_heads, 1);
     gpu.launch(&instance.kernel::<T>("observe_bits"), launch, &args)?;
     drop(args);
     Ok(bits)

@@ -2,6 +2,7 @@
 //! same sizes. Only 4-byte and 8-byte fields, the 8-byte ones first: no padding.
 
 use super::gpu::Params;
+use crate::config::AttentionOptions;
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};
 
@@ -274,4 +275,24 @@ pub(crate) struct CopyParams {
     pub count: u32,
     /// Numbers for each of a list's `lengths`.
     pub unit: u32,
+}
+
+/// What every attention kernel is told of dropout, field by field.
+pub(crate) struct DropoutParams {
+    /// A Philox word below this is dropped; 0 without dropout.
+    pub cut: u64,
+    pub key: [u32; 2],
+    /// 1 / (1 - p)
+    pub scale: f32,
+}
+
+impl DropoutParams {
+    pub fn new(options: &AttentionOptions) -> Self {
+        let (seed, p) = options.dropout.map_or((0, 0.0), |dropout| (dropout.seed, dropout.p));
+        Self {
+            cut: (p * 4_294_967_296.0).ceil() as u64,
+            key: [seed as u32, (seed >> 32) as u32],
+            scale: (1.0 / (1.0 - p)) as f32,
+        }
+    }
 }

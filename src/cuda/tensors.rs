@@ -37,6 +37,15 @@ pub(crate) fn source<T: GpuElement>((storage, layout): Stored<'_>) -> Result<(&C
     Ok((storage.as_cuda_slice::<T>()?, RowLayout::new(layout)))
 }
 
+/// An f32 bias of four axes.
+pub(crate) fn bias_view((storage, layout): Stored<'_>) -> Result<Bias<'_, Cuda>> {
+    Ok(Bias {
+        data: storage.as_cuda_slice::<f32>()?,
+        offset: layout.start_offset(),
+        strides: [0, 1, 2, 3].map(|axis| layout.stride()[axis]),
+    })
+}
+
 /// The storage behind a tensor on a CUDA device.
 pub(crate) fn stored<'a>(storage: &'a Storage, layout: &'a Layout) -> Result<Stored<'a>> {
     match storage {
@@ -133,15 +142,7 @@ impl TensorCall<'_> {
         let (bits, _) = stored(&bits.0, bits.1)?;
         let bias_storage = self.bias.map(Tensor::storage_and_layout);
         let bias = match &bias_storage {
-            Some((storage, layout)) => {
-                let (storage, layout) = stored(storage, layout)?;
-                let strides = layout.stride();
-                Some(Bias {
-                    data: storage.as_cuda_slice::<f32>()?,
-                    offset: layout.start_offset(),
-                    strides: [strides[0], strides[1], strides[2], strides[3]],
-                })
-            }
+            Some((storage, layout)) => Some(bias_view(stored(storage, layout)?)?),
             None => None,
         };
         let gpu = Cuda::new(q.0.device());

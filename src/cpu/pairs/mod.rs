@@ -146,6 +146,24 @@ impl Product<'_> {
     }
 }
 
+/// [`LANES`] rows of a tile of products, and where their weights go.
+struct Strip<'a> {
+    /// (columns, leading)
+    tile: &'a [f32],
+    leading: usize,
+    /// The strip's first row.
+    first: usize,
+    count: usize,
+    /// From products to logits in base 2.
+    factor: f32,
+    split: Split,
+    /// (parts, columns / 2, leading, 2), parts `plane` apart.
+    weights: &'a mut [u16],
+    plane: usize,
+    /// (D, leading), scaled from the old maximum to the new one.
+    output: &'a mut [f32],
+}
+
 /// One tile of logits and weights, and the weighted values of its rows: buffers of one thread.
 pub(crate) struct PairTiles {
     pairs: Pairs,
@@ -227,7 +245,7 @@ impl PairTiles {
         let leading = self.leading;
         assert!(max.len() >= leading && sum.len() >= leading && leading.is_multiple_of(LANES));
         for first in (0..leading).step_by(LANES) {
-            let strip = x86::Strip {
+            let strip = Strip {
                 tile,
                 leading,
                 first,

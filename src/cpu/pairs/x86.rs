@@ -1,7 +1,8 @@
 //! The instructions of x86-64: which there are, the products by AVX512-BF16, and the softmax between two products.
 
 use super::super::softmax::LANES;
-use super::{x86_amx, Kernel, Product, Split, PAD};
+use super::{x86_amx, Kernel, Product, Split, Strip, PAD};
+use crate::cpu::element::EXP2_F32;
 use std::arch::x86_64::*;
 
 /// What this CPU multiplies with, the best first; the softmax needs AVX-512 beside them.
@@ -93,24 +94,6 @@ unsafe fn load_pairs(source: *const u16) -> __m512bh {
 fn into_pairs(bits: __m512i) -> __m512bh {
     // SAFETY: both are 512 bits without invalid patterns.
     unsafe { std::mem::transmute(bits) }
-}
-
-/// [`LANES`] rows of a tile of products, and where their weights go.
-pub(super) struct Strip<'a> {
-    /// (columns, leading)
-    pub tile: &'a [f32],
-    pub leading: usize,
-    /// The strip's first row.
-    pub first: usize,
-    pub count: usize,
-    /// From products to logits in base 2.
-    pub factor: f32,
-    pub split: Split,
-    /// (parts, columns / 2, leading, 2), parts `plane` apart.
-    pub weights: &'a mut [u16],
-    pub plane: usize,
-    /// (D, leading), scaled from the old maximum to the new one.
-    pub output: &'a mut [f32],
 }
 
 /// Turns a strip's products into weights, relative to the new maximum; raises `max`, adds to `sum`.
@@ -223,18 +206,8 @@ fn take_part(both: &mut [__m512; 2]) -> __m512i {
     _mm512_or_si512(_mm512_srli_epi32::<16>(even), odd_part)
 }
 
-// Minimax polynomials for 2^x on [-1/2, 1/2] (relative error), highest power first: good to 3e-6 where the weight is
-// rounded to bf16, and to 2e-9 elsewhere.
+/// A minimax polynomial for 2^x as [`EXP2_F32`] is one, shorter: good to 3e-6, where the weight is rounded to bf16.
 const SHORT: [f32; 5] = [9.570_102e-3, 5.591_786e-2, 2.402_474_4e-1, 6.931_218e-1, 9.999_993e-1];
-const LONG: [f32; 7] = [
-    1.534_581_2e-4,
-    1.339_993_1e-3,
-    9.618_489e-3,
-    5.550_328_8e-2,
-    2.402_264_7e-1,
-    6.931_472e-1,
-    1.0,
-];
 
 /// 2^x for x <= 0 or nearly so, 0 below the smallest normal number, NaN for NaN.
 #[inline]
@@ -253,7 +226,7 @@ fn exp2<const PARTS: usize>(x: __m512) -> __m512 {
     let power = if PARTS == 1 {
         polynomial(&SHORT)
     } else {
-        polynomial(&LONG)
+        polynomial(&EXP2_F32)
     };
     _mm512_maskz_scalef_ps(normal, power, whole)
 }

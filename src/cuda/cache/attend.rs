@@ -4,7 +4,7 @@ use super::DeviceLists;
 use crate::config::AttentionOptions;
 use crate::cuda::forward::Bias;
 use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch};
-use crate::cuda::params::CacheAttendParams;
+use crate::cuda::params::{CacheAttendParams, DropoutParams};
 use candle_core::Result;
 
 /// `WARPS` in cuda/cache_attend.cu.
@@ -21,21 +21,21 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     ) -> Result<G::Slice<T>> {
         let (heads, head_dim) = (self.settings.problem.heads, self.settings.problem.head_dim);
         let rows = self.batch * heads;
-        let (seed, p) = options.dropout.map_or((0, 0.0), |dropout| (dropout.seed, dropout.p));
+        let dropout = DropoutParams::new(options);
         let strides = bias.map_or([0; 4], |bias| bias.strides);
         let params = CacheAttendParams {
             bias_offset: bias.map_or(0, |bias| bias.offset as u64),
             bias_strides: [strides[0], strides[1], strides[3]].map(|stride| stride as u64),
-            dropout_cut: (p * 4_294_967_296.0).ceil() as u64,
+            dropout_cut: dropout.cut,
             heads: heads as u32,
             lists: self.settings.lists as u32,
             head_dim: head_dim as u32,
             capacity: self.capacity as u32,
             window: self.settings.config.window as u32,
             last: (self.seq_len - 1) as u32,
-            dropout_key: [seed as u32, (seed >> 32) as u32],
+            dropout_key: dropout.key,
             scale: (options.scale(head_dim) * std::f64::consts::LOG2_E) as f32,
-            dropout_scale: (1.0 / (1.0 - p)) as f32,
+            dropout_scale: dropout.scale,
         };
         let mut output = gpu.alloc::<T>(rows * head_dim)?;
         let state = &self.state;
