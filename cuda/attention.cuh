@@ -133,19 +133,21 @@ SFA_DEVICE void multiply_weights(float (&c)[MT][D / 8][4], const Fragments<D>& r
     }
 }
 
+template <class T>
+SFA_DEVICE bool any_not_finite(uint4 x) {
+    return hw::any_not_finite<T>(x.x) || hw::any_not_finite<T>(x.y) || hw::any_not_finite<T>(x.z) ||
+           hw::any_not_finite<T>(x.w);
+}
+
 // Replaces rows of which key or value is not finite by NaN keys and zero values, so that whoever sees the column becomes
 // NaN through its logit and nobody else is touched by 0 * NaN. `bad` has ROWS + 1 words, zero before and after; returns
 // the first such row, or ROWS. A meeting point of the block; both tiles have arrived.
 template <class T, int D, int ROWS, int THREADS>
 SFA_DEVICE int quarantine(const hw::Tile& keys, const hw::Tile& values, const hw::Tile& bad) {
     constexpr uint32_t CHUNKS = Layout<D>::CHUNKS;
-    auto not_finite = [](uint4 x) {
-        return hw::any_not_finite<T>(x.x) || hw::any_not_finite<T>(x.y) || hw::any_not_finite<T>(x.z) ||
-               hw::any_not_finite<T>(x.w);
-    };
     for (uint32_t i = 0; i < ROWS * CHUNKS / THREADS; i++) {
         uint32_t index = threadIdx.x + i * THREADS, row = index / CHUNKS, at = Layout<D>::chunk(row, index % CHUNKS);
-        if (not_finite(hw::load<uint4>(keys, at)) || not_finite(hw::load<uint4>(values, at))) {
+        if (any_not_finite<T>(hw::load<uint4>(keys, at)) || any_not_finite<T>(hw::load<uint4>(values, at))) {
             hw::store(bad, row * 4, 1u);
             hw::store(bad, ROWS * 4, 1u);
         }
@@ -197,6 +199,13 @@ SFA_DEVICE int edge_token(const AttentionParams& p, const Words& before, int64_t
     if (p.causal) return row - int(p.window) < 0 ? -1 : row - int(p.window);
     int64_t at = list * (p.sizes.tokens + 1) + row;
     return before[at] == before[at + 1] ? row : -1;
+}
+
+// An edge column's key or value: a row of the folded tokens, or of the raw ones where folding changes none.
+template <class View>
+SFA_DEVICE View edge_row(const AttentionParams& p, View folded, View raw, const Rows& rows, const HeadIndex& at, int token) {
+    if (!folded) return raw + rows.at(at.batch, at.kv_head, token);
+    return folded + (at.list * p.sizes.tokens + token) * p.sizes.head_dim;
 }
 
 // The bias of a row and a token, in base 2.

@@ -63,8 +63,8 @@ __device__ __forceinline__ void edges(const BackwardTensors& x, Global<float> dk
         if (mine) {
             q = load_vector<uint4>(x.q, p.q.at(at.batch, at.head, row) + lane * 8);
             grad = load_vector<uint4>(x.grad_output, row_at * dim + lane * 8);
-            key = load_vector<uint4>(x.folded_k, index * dim + lane * 8);
-            value = load_vector<uint4>(x.folded_v, index * dim + lane * 8);
+            key = load_vector<uint4>(edge_row(p, x.folded_k, x.k, p.k, at, token), lane * 8);
+            value = load_vector<uint4>(edge_row(p, x.folded_v, x.v, p.v, at, token), lane * 8);
         }
         float logit = hw::dot<T>(q, key, 0.f), weight_grad = hw::dot<T>(grad, value, 0.f);
         for (int mask = 16; mask > 0; mask /= 2) {

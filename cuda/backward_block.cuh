@@ -174,12 +174,13 @@ struct QueryGradients {
 
     SFA_DEVICE void edge(int r) {
         int row = row_of(r), column = edge_token(p, x.far_before, at.list, row);
-        int64_t first = (at.list * p.sizes.tokens + column) * p.sizes.head_dim;
+        Halves key = edge_row(p, x.folded_k, x.k, p.k, at, max(column, 0));
+        Halves value = edge_row(p, x.folded_v, x.v, p.v, at, max(column, 0));
         float logit = 0, weight_grad = 0;
         for (uint32_t chunk = lane % 4; column >= 0 && chunk * 8 < p.sizes.head_dim; chunk += 4) {
             uint32_t offset = Layout<D>::chunk(row - block_row, chunk);
-            logit = hw::dot<T>(hw::load<uint4>(q, offset), load_vector<uint4>(x.folded_k, first + chunk * 8), logit);
-            weight_grad = hw::dot<T>(hw::load<uint4>(grad, offset), load_vector<uint4>(x.folded_v, first + chunk * 8), weight_grad);
+            logit = hw::dot<T>(hw::load<uint4>(q, offset), load_vector<uint4>(key, chunk * 8), logit);
+            weight_grad = hw::dot<T>(hw::load<uint4>(grad, offset), load_vector<uint4>(value, chunk * 8), weight_grad);
         }
         logit += hw::shuffle_xor(logit, 1);
         logit += hw::shuffle_xor(logit, 2);
@@ -192,7 +193,7 @@ struct QueryGradients {
 #pragma unroll
         for (int d = 0; d < D / 8; d++) {
             uint32_t element = d * 8 + lane % 4 * 2;
-            uint32_t pair = element < p.sizes.head_dim ? load_vector<uint32_t>(x.folded_k, first + element) : 0u;
+            uint32_t pair = element < p.sizes.head_dim ? load_vector<uint32_t>(key, element) : 0u;
             dq[0][d][r * 2] += factor * hw::low<T>(pair);
             dq[0][d][r * 2 + 1] += factor * hw::high<T>(pair);
         }

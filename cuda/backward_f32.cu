@@ -22,27 +22,29 @@ KERNEL backward_delta_f32(Floats output, Floats grad_output, Global<float> delta
     if (exists && threadIdx.x % 32 == 0) delta.set(row, sum);
 }
 
-KERNEL __launch_bounds__(128) backward_queries_f32(INPUTS, Global<float> dq, AttentionParams p) {
-    if (p.sizes.head_dim <= 64) query_gradients<64>(TENSORS, dq, p);
-    else if (p.sizes.head_dim <= 128) query_gradients<128>(TENSORS, dq, p);
-    else query_gradients<256>(TENSORS, dq, p);
-}
-
-#define COLUMNS(name, KIND)                                                                                     \
-    KERNEL __launch_bounds__(128) name(INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {         \
-        if (p.sizes.head_dim <= 64) column_gradients<64>(TENSORS, dk, dv, p, KIND);                             \
-        else if (p.sizes.head_dim <= 128) column_gradients<128>(TENSORS, dk, dv, p, KIND);                      \
-        else column_gradients<256>(TENSORS, dk, dv, p, KIND);                                                   \
+// By padded head size. Edges get a block per four tokens, as their sisters do, of which every eighth works: 32 tokens a block.
+#define BACKWARD(D)                                                                                                   \
+    KERNEL __launch_bounds__(128) backward_queries_##D##_f32(INPUTS, Global<float> dq, AttentionParams p) {           \
+        query_gradients<D>(TENSORS, dq, p);                                                                           \
+    }                                                                                                                 \
+    KERNEL __launch_bounds__(128)                                                                                     \
+        backward_columns_##D##_f32_far(INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {               \
+        column_gradients<D>(TENSORS, dk, dv, p, false);                                                               \
+    }                                                                                                                 \
+    KERNEL __launch_bounds__(128)                                                                                     \
+        backward_columns_##D##_f32_near(INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {              \
+        column_gradients<D>(TENSORS, dk, dv, p, true);                                                                \
+    }                                                                                                                 \
+    KERNEL __launch_bounds__(128) backward_edges_##D##_f32(INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) { \
+        edge_gradients<D>(TENSORS, dk, dv, p);                                                                        \
     }
-COLUMNS(backward_columns_f32_far, 0)
-COLUMNS(backward_columns_f32_near, 1)
 
-// As its sisters it gets a block per four tokens, of which every eighth works: 32 tokens a block.
-KERNEL __launch_bounds__(128) backward_edges_f32(INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {
-    if (p.sizes.head_dim <= 64) edge_gradients<64>(TENSORS, dk, dv, p);
-    else if (p.sizes.head_dim <= 128) edge_gradients<128>(TENSORS, dk, dv, p);
-    else edge_gradients<256>(TENSORS, dk, dv, p);
-}
+BACKWARD(64)
+BACKWARD(128)
+BACKWARD(256)
 
-MODULE(backward_f32, ENTRY(backward_delta_f32) ENTRY(backward_queries_f32) ENTRY(backward_columns_f32_far)
-                         ENTRY(backward_columns_f32_near) ENTRY(backward_edges_f32))
+#define DIM_ENTRIES(D)                                                               \
+    ENTRY(backward_queries_##D##_f32) ENTRY(backward_columns_##D##_f32_far)      \
+    ENTRY(backward_columns_##D##_f32_near) ENTRY(backward_edges_##D##_f32)
+
+MODULE(backward_f32, ENTRY(backward_delta_f32) DIM_ENTRIES(64) DIM_ENTRIES(128) DIM_ENTRIES(256))

@@ -127,9 +127,10 @@ SFA_DEVICE void edge_gradients(const BackwardF32& x, const Global<float>& dk, co
     int token = int(safe % tokens), row = p.causal ? token + int(p.window) : token;
     bool seen = row < int(tokens) && edge_token(p, c.far_before, list, row) == token;
     ColumnF32Sums<D> sums(x, p);
-    sums.load(c.folded_k, safe * p.sizes.head_dim, c.folded_v, safe * p.sizes.head_dim);
-    float addend = c.folded_ln ? LOG2_E * c.folded_ln[safe] : 0.f;
     uint32_t head = first_head(p, list), heads = p.sizes.heads / p.sizes.lists;
+    HeadIndex at_first(p, head);
+    sums.load(edge_row(p, c.folded_k, c.k, p.k, at_first, token), 0, edge_row(p, c.folded_v, c.v, p.v, at_first, token), 0);
+    float addend = c.folded_ln ? LOG2_E * c.folded_ln[safe] : 0.f;
     for (uint32_t h = head; h < head + heads; h++) sums.row(HeadIndex(p, h), seen ? row : 0, token, addend, seen);
     if (index < all) sums.store(dk, dv, index);
 }

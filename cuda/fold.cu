@@ -79,8 +79,10 @@ __device__ void write_folded(WarpRow key, WarpRow value, unsigned t, unsigned si
   if (t >= p.sizes.tokens) return;
   unsigned tokens = p.sizes.tokens, dim = p.sizes.head_dim;
   size_t list = (size_t)blockIdx.y * tokens;
-  key.store(out.folded_k, (list + t) * dim, dim, lanes);
-  value.store(out.folded_v, (list + t) * dim, dim, lanes);
+  if (p.fold != DROP) {
+    key.store(out.folded_k, (list + t) * dim, dim, lanes);
+    value.store(out.folded_v, (list + t) * dim, dim, lanes);
+  }
   size_t column = list + far_before[list + blockIdx.y + t];
   if (!hidden) {
     key.store(out.far_k, column * dim, dim, lanes);
@@ -109,8 +111,10 @@ __device__ void gather(Global<const T> k, Global<const T> v, Global<const uint8_
     row.load(from, rows.at(list.batch, list.kv_head, t), dim, lanes);
   };
   unsigned there = t < tokens ? t : tokens - 1;
-  read(key, k, p.k, there);
-  read(value, v, p.v, there);
+  if (p.fold != DROP || !bits.hidden(there)) {
+    read(key, k, p.k, there);
+    read(value, v, p.v, there);
+  }
   if (p.fold == PAIR_SUM && bits.joined(there)) {
     read(other, k, p.k, there - 1);
     key.add(other);

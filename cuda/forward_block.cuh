@@ -70,8 +70,12 @@ struct ForwardBlock {
         ln = hw::tile(Q_BYTES + 4 * K_BYTES + odd * LN_BYTES, LN_BYTES);
     }
 
-    // The token index of this lane's row r.
-    SFA_DEVICE int row_of(int r) const { return block_row + warp_row + r / 2 * 16 + r % 2 * 8 + lane / 4; }
+    // The token index of this lane's row r; kept in place, or addresses made from it would be held throughout.
+    SFA_DEVICE int row_of(int r) const {
+        uint32_t first = block_row + warp_row + lane / 4;
+        hw::keep_in_place(first);
+        return int(first) + r / 2 * 16 + r % 2 * 8;
+    }
 
     SFA_DEVICE Columns columns(int step) const {
         if (step < near_tiles) {
@@ -83,8 +87,7 @@ struct ForwardBlock {
     }
 
     template <bool FULL>
-    SFA_DEVICE void load_columns(const Columns& c, const hw::Tile& tile, const Halves& raw, const Rows& rows,
-                                 const Halves& far) {
+    SFA_DEVICE void load_columns(const Columns& c, const hw::Tile& tile, Halves raw, const Rows& rows, Halves far) {
         bool from_raw = (!FULL && c.near) || p.dense;
         int64_t first = from_raw ? rows.at(at.batch, at.kv_head, c.first)
                                  : (at.list * p.capacity + c.first) * p.sizes.head_dim;
@@ -126,12 +129,15 @@ struct ForwardBlock {
         for (int r = 0; r < R; r++) {
             int row = row_of(r), token = edge_token(p, x.far_before, at.list, row);
             float logit = 0;
-            int64_t first = (at.list * p.sizes.tokens + token) * p.sizes.head_dim;
+            Halves key = edge_row(p, x.folded_k, x.k, p.k, at, max(token, 0));
+            Halves value = edge_row(p, x.folded_v, x.v, p.v, at, max(token, 0));
             if (token >= 0) {
                 for (uint32_t chunk = lane % 4; chunk * 8 < p.sizes.head_dim; chunk += 4) {
                     uint4 a = hw::load<uint4>(q, Layout<D>::chunk(row - block_row, chunk));
-                    uint4 b = load_vector<uint4>(x.folded_k, first + chunk * 8);
+                    uint4 b = load_vector<uint4>(key, chunk * 8);
                     logit = hw::dot<T>(a, b, logit);
+                    // Such a value makes the row NaN by itself; a key might only hide the column.
+                    if (any_not_finite<T>(b)) logit = hw::nan();
                 }
             }
             logit += hw::shuffle_xor(logit, 1);
@@ -149,7 +155,7 @@ struct ForwardBlock {
 #pragma unroll
             for (int d = 0; d < D / 8; d++) {
                 uint32_t column = d * 8 + lane % 4 * 2, pair = 0;
-                if (token >= 0 && column < p.sizes.head_dim) pair = load_vector<uint32_t>(x.folded_v, first + column);
+                if (token >= 0 && column < p.sizes.head_dim) pair = load_vector<uint32_t>(value, column);
                 output[r / 2][d][r % 2 * 2] = weight * hw::low<T>(pair);
                 output[r / 2][d][r % 2 * 2 + 1] = weight * hw::high<T>(pair);
             }

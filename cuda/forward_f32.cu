@@ -16,31 +16,31 @@ __device__ __forceinline__ void forward_f32_rows(const ColumnsF32& x, Global<flo
     float maximum = -hw::infinity(), sum = 0;
     bool bad = false;
     row.for_each_column([&](const ColumnF32& c) {
-        float key[PART], value[PART];
+        float key[PART], value[PART], logit = 0, check = 0;
         row.load_part(key, c.keys, c.key_at);
-        row.load_part(value, c.values, c.value_at);
-        float check = 0, logit = 0;
 #pragma unroll
-        for (int i = 0; i < PART; i++) logit += query[i] * key[i], check += key[i] * 0.f + value[i] * 0.f;
-        logit = row.quad_sum(logit);
-        check = row.quad_sum(check);
+        for (int i = 0; i < PART; i++) logit += query[i] * key[i], check += key[i] * 0.f;
+        logit = row.quad_sum(logit) + c.addend;
         if (!c.visible) return;
-        bad |= check != 0.f;
-        logit = logit + c.addend;
         float raised = hw::max(maximum, logit), base = raised == -hw::infinity() ? 0.f : raised;
         float rescale = exp2f(maximum - base), weight = exp2f(logit - base);
         maximum = raised;
         sum = sum * rescale + weight;
         weight *= c.kept;
+        row.load_part(value, c.values, c.value_at);
 #pragma unroll
-        for (int i = 0; i < PART; i++) sums[i] = sums[i] * rescale + (weight == 0.f ? 0.f : weight * value[i]);
+        for (int i = 0; i < PART; i++) {
+            check += value[i] * 0.f;
+            sums[i] = sums[i] * rescale + (weight == 0.f ? 0.f : weight * value[i]);
+        }
+        bad |= check != 0.f;
     });
-    float inverse = 1.f / sum, check = inverse * 0.f;
+    float inverse = 1.f / sum, check = bad ? hw::nan() : inverse * 0.f;
 #pragma unroll
     for (int i = 0; i < PART; i++) sums[i] *= inverse, check += sums[i] * 0.f;
     check = row.quad_sum(check);
     if (!row.exists) return;
-    if (check != 0.f || bad) {
+    if (check != 0.f) {
 #pragma unroll
         for (int i = 0; i < PART; i++) sums[i] = hw::nan();
     }
@@ -49,14 +49,18 @@ __device__ __forceinline__ void forward_f32_rows(const ColumnsF32& x, Global<flo
         log_sum_exp.set(row.at.batch_head * p.sizes.tokens + row.token, maximum + log2f(sum));
 }
 
-KERNEL __launch_bounds__(128)
-    forward_f32(Floats q, Floats k, Floats v, Floats far_k, Floats far_v, Floats far_ln, Words far_index, Words far_before,
-                Floats folded_k, Floats folded_v, Floats folded_ln, Floats bias, Global<float> output,
-                Global<float> log_sum_exp, AttentionParams p) {
-    ColumnsF32 x{q, k, v, far_k, far_v, far_ln, far_index, far_before, folded_k, folded_v, folded_ln, bias};
-    if (p.sizes.head_dim <= 64) forward_f32_rows<64>(x, output, log_sum_exp, p);
-    else if (p.sizes.head_dim <= 128) forward_f32_rows<128>(x, output, log_sum_exp, p);
-    else forward_f32_rows<256>(x, output, log_sum_exp, p);
-}
+#define FORWARD(D)                                                                                                     \
+    KERNEL __launch_bounds__(128)                                                                                      \
+        forward_##D##_f32(Floats q, Floats k, Floats v, Floats far_k, Floats far_v, Floats far_ln, Words far_index,      \
+                        Words far_before, Floats folded_k, Floats folded_v, Floats folded_ln, Floats bias,             \
+                        Global<float> output, Global<float> log_sum_exp, AttentionParams p) {                          \
+        ColumnsF32 x{q, k, v, far_k, far_v, far_ln, far_index, far_before, folded_k, folded_v, folded_ln, bias};       \
+        forward_f32_rows<D>(x, output, log_sum_exp, p);                                                                \
+    }
 
-MODULE(forward_f32, ENTRY(forward_f32))
+// By padded head size.
+FORWARD(64)
+FORWARD(128)
+FORWARD(256)
+
+MODULE(forward_f32, ENTRY(forward_64_f32) ENTRY(forward_128_f32) ENTRY(forward_256_f32))

@@ -87,7 +87,8 @@ static_assert(sizeof(TotalParams) == 4, "as in src/cuda/params.rs");
 //   far_ln              (batch * lists, capacity)     f32 ln n; absent where all are 0
 //   far_index           (batch * lists, capacity)     the token of each far column
 //   far_before          (batch * lists, N + 1)        how many far columns hold tokens before t
-//   folded_k, folded_v  (batch * lists, N, D)         every token folded, hidden or not: the edge columns
+//   folded_k, folded_v  (batch * lists, N, D)         every token folded, hidden or not: the edge columns; absent
+//                                                     where folding changes no token, so that raw ones are
 //   folded_ln           (batch * lists, N)            f32 ln n; absent where all are 0
 //
 // A token of which key or value is not finite has a NaN key and a zero value in far_* and folded_*.

@@ -98,11 +98,11 @@ struct RowF32 {
 
     SFA_DEVICE ColumnF32 edge() const {
         int column = edge_token(p, x.far_before, at.list, token);
-        ColumnF32 c{column >= 0, x.folded_k, x.folded_v, 0, 0, 0, 1};
+        bool visible = column >= 0;
         column = max(column, 0);
-        int64_t index = at.list * p.sizes.tokens + column;
-        c.key_at = c.value_at = index * p.sizes.head_dim;
-        if (x.folded_ln) c.addend = LOG2_E * x.folded_ln[index];
+        ColumnF32 c{visible, edge_row(p, x.folded_k, x.k, p.k, at, column), edge_row(p, x.folded_v, x.v, p.v, at, column),
+                    0, 0, 0, 1};
+        if (x.folded_ln) c.addend = LOG2_E * x.folded_ln[at.list * p.sizes.tokens + column];
         return adjust(c, column);
     }
 

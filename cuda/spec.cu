@@ -97,7 +97,8 @@ __device__ void spec_forward(const SpecTensors<T>& x, Global<T> out, Global<floa
   if (p.causal ? row >= p.window : hidden) {
     unsigned t = row - p.window;
     size_t folded = list * tokens + t;
-    state.see(x.folded_k, folded * dim, x.folded_v, folded * dim, t, x.folded_ln ? x.folded_ln[folded] : 0.0f);
+    if (!x.folded_k) raw(t);
+    else state.see(x.folded_k, folded * dim, x.folded_v, folded * dim, t, x.folded_ln ? x.folded_ln[folded] : 0.0f);
   }
   // Near: raw tokens.
   if (p.window > 0)

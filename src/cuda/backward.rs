@@ -26,6 +26,8 @@ pub(crate) struct Gradients<G: Gpu> {
 
 /// Rows, or columns, of a block.
 const BLOCK: usize = 64;
+/// The same in f32.
+const F32_BLOCK: usize = 32;
 const THREADS: usize = 128;
 
 /// The kernels' template for a head size: its padded size.
@@ -152,10 +154,8 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         let mut args = self.inputs();
         args.push(self.gpu.write(&mut target));
         args.push(self.gpu.value(&self.params));
-        let (name, rows) = match T::HALF {
-            true => (format!("backward_queries_{}_{}", padded(head_dim), T::SUFFIX), BLOCK),
-            false => ("backward_queries_f32".to_string(), 32),
-        };
+        let name = format!("backward_queries_{}_{}", padded(head_dim), T::SUFFIX);
+        let rows = if T::HALF { BLOCK } else { F32_BLOCK };
         let blocks = batch * heads * tokens.div_ceil(rows);
         self.launch(&name, blocks, self.shared_bytes(), &args)?;
         drop(args);
@@ -175,11 +175,12 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
 
     fn edges(&self) -> Result<KeysValues<G>> {
         let (lists, mut target) = self.lists()?;
-        self.both(
-            &format!("backward_edges_{}", T::SUFFIX),
-            (lists * self.call.problem.tokens).div_ceil(4),
-            &mut target,
-        )?;
+        let Problem { tokens, head_dim, .. } = self.call.problem;
+        let name = match T::HALF {
+            true => format!("backward_edges_{}", T::SUFFIX),
+            false => format!("backward_edges_{}_f32", padded(head_dim)),
+        };
+        self.both(&name, (lists * tokens).div_ceil(4), &mut target)?;
         Ok(target)
     }
 
@@ -188,15 +189,10 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         let (lists, mut target) = self.lists()?;
         let (head_dim, tokens) = (self.call.problem.head_dim, self.call.problem.tokens);
         let dtype = T::SUFFIX;
-        if !T::HALF {
-            let blocks = lists * tokens.div_ceil(32);
-            self.both(&format!("backward_columns_f32_{kind}"), blocks, &mut target)?;
-            return Ok(target);
-        }
-        let blocks = lists * tokens.div_ceil(BLOCK);
+        let blocks = lists * tokens.div_ceil(if T::HALF { BLOCK } else { F32_BLOCK });
         match padded(head_dim) {
             // Accumulators for keys and values of 256 do not fit into the registers together.
-            256 => {
+            256 if T::HALF => {
                 self.both(&format!("backward_keys_256_{dtype}_{kind}"), blocks, &mut target)?;
                 self.both(&format!("backward_values_256_{dtype}_{kind}"), blocks, &mut target)?;
             }

@@ -88,6 +88,11 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
             Fold::Mean => gpu.alloc::<f32>(lists * tokens).map(Some),
             _ => Ok(None),
         };
+        // Where tokens are dropped none changes: edges read the raw ones.
+        let folded = || match self.fold {
+            Fold::Drop => Ok(None),
+            _ => rows().map(Some),
+        };
         let mut columns = Columns {
             lists: self.lists,
             capacity: tokens,
@@ -96,8 +101,8 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
             far_ln: sizes()?,
             far_index: gpu.alloc(lists * tokens)?,
             far_before: gpu.alloc(lists * (tokens + 1))?,
-            folded_k: rows()?,
-            folded_v: rows()?,
+            folded_k: folded()?,
+            folded_v: folded()?,
             folded_ln: sizes()?,
         };
         let args = [
@@ -121,8 +126,8 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
             gpu.write(&mut columns.far_k),
             gpu.write(&mut columns.far_v),
             gpu.write_some(columns.far_ln.as_mut()),
-            gpu.write(&mut columns.folded_k),
-            gpu.write(&mut columns.folded_v),
+            gpu.write_some(columns.folded_k.as_mut()),
+            gpu.write_some(columns.folded_v.as_mut()),
             gpu.write_some(columns.folded_ln.as_mut()),
             gpu.value(&params),
         ];

@@ -1,5 +1,6 @@
 //! Launches of `cuda/forward.cu` and `cuda/forward_f32.cu`: attention over the columns that folding left.
 
+use super::backward::padded;
 use super::gpu::{Gpu, GpuElement, Kernel, Launch};
 use super::params::{AttentionParams, DropoutParams, Rows, Sizes};
 use crate::config::AttentionOptions;
@@ -17,8 +18,9 @@ pub(crate) struct Columns<G: Gpu, T: GpuElement> {
     pub far_ln: Option<G::Slice<f32>>,
     pub far_index: G::Slice<u32>,
     pub far_before: G::Slice<u32>,
-    pub folded_k: G::Slice<T>,
-    pub folded_v: G::Slice<T>,
+    /// None where folding changes no token.
+    pub folded_k: Option<G::Slice<T>>,
+    pub folded_v: Option<G::Slice<T>>,
     pub folded_ln: Option<G::Slice<f32>>,
 }
 
@@ -123,8 +125,8 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
             gpu.read_some(columns.and_then(|c| c.far_ln.as_ref())),
             words(|c| &c.far_index),
             words(|c| &c.far_before),
-            rows(|c| &c.folded_k),
-            rows(|c| &c.folded_v),
+            gpu.read_some(columns.and_then(|c| c.folded_k.as_ref())),
+            gpu.read_some(columns.and_then(|c| c.folded_v.as_ref())),
             gpu.read_some(columns.and_then(|c| c.folded_ln.as_ref())),
             gpu.read_some(self.bias.as_ref().map(|bias| bias.data)),
         ]
@@ -144,7 +146,7 @@ impl Instance {
     /// The smallest that holds the head size; as `FORWARD_DTYPE` in cuda/forward.cu has them.
     fn pick(head_dim: usize, extras: bool) -> Self {
         let (name, dim, rows, columns) = match (head_dim, extras) {
-            (..=64, false) => ("forward_64", 64, 128, 64),
+            (..=64, false) => ("forward_64", 64, 128, 32),
             (..=96, false) => ("forward_96", 96, 128, 32),
             (..=128, false) => ("forward_128", 128, 128, 32),
             (_, false) => ("forward_256", 256, 64, 32),
@@ -168,7 +170,7 @@ impl Instance {
 
 /// Threads of a block of every forward kernel.
 const THREADS: usize = 128;
-/// Rows of a block of the f32 kernel.
+/// Rows of a block of the f32 kernels.
 const F32_ROWS: usize = 32;
 
 /// Attends; every launch goes to the device's own stream and nothing waits for it.
@@ -194,10 +196,13 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
         true => Some(gpu.alloc::<f32>(rows * tokens)?),
         false => None,
     };
-    let instance = Instance::pick(head_dim, call.extras());
     let (module, name, block_rows, shared_bytes) = match T::HALF {
-        true => ("forward", instance.name, instance.rows, instance.shared_bytes()),
-        false => ("forward_f32", "forward", F32_ROWS, 0),
+        true => {
+            let instance = Instance::pick(head_dim, call.extras());
+            let shared_bytes = instance.shared_bytes();
+            ("forward", instance.name.to_string(), instance.rows, shared_bytes)
+        }
+        false => ("forward_f32", format!("forward_{}", padded(head_dim)), F32_ROWS, 0),
     };
     let blocks = tokens.div_ceil(block_rows);
     // Only the dense causal path of the tensor-core kernels leaves this to a second kernel.
@@ -217,7 +222,7 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
         threads: THREADS,
         shared_bytes,
     };
-    gpu.launch(&Kernel::of::<T>(module, name), launch, &args)?;
+    gpu.launch(&Kernel::of::<T>(module, &name), launch, &args)?;
     drop(args);
     if let Some(first_bad) = first_bad.filter(|_| blocks > 1) {
         spread_nan(gpu, &params, block_rows, &first_bad, &mut output)?;
