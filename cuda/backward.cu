@@ -3,16 +3,6 @@
 // up and take them home.
 #include "backward_block.cuh"
 
-#define INPUTS                                                                                                    \
-    Halves q, Halves k, Halves v, Halves far_k, Halves far_v, Floats far_ln, Words far_index, Words far_before,   \
-        Halves folded_k, Halves folded_v, Floats folded_ln, Floats bias, Halves grad_output, Floats log_sum_exp,  \
-        Floats delta
-#define TENSORS                                                                                                   \
-    BackwardTensors {                                                                                             \
-        q, k, v, far_k, far_v, far_ln, far_index, far_before, folded_k, folded_v, folded_ln, bias, grad_output,   \
-            log_sum_exp, delta                                                                                    \
-    }
-
 // delta = sum of output * grad_output, per row: (B, H, N). One warp per row.
 template <class T>
 __device__ __forceinline__ void row_products(Halves output, Halves grad_output, Global<float> delta,
@@ -44,8 +34,9 @@ __device__ __forceinline__ void columns(const BackwardTensors& x, Global<float> 
 }
 
 // The edge column of each row gets its share from that row alone, of every head of the list. One warp per folded token.
+// The queries' share is added to `dq` where it is given.
 template <class T>
-__device__ __forceinline__ void edges(const BackwardTensors& x, Global<float> dk, Global<float> dv,
+__device__ __forceinline__ void edges(const BackwardTensors& x, Global<float> dq, Global<float> dk, Global<float> dv,
                                       const AttentionParams& p) {
     uint32_t lane = threadIdx.x % 32, dim = p.sizes.head_dim, tokens = p.sizes.tokens;
     int64_t index = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
@@ -77,6 +68,10 @@ __device__ __forceinline__ void edges(const BackwardTensors& x, Global<float> dk
         float kept = p.dropout_cut != 0 ? dropout_factor(p, at, row, token) : 1.f;
         float weight = hw::exp2(logit - x.log_sum_exp[row_at]);
         float factor = weight * (weight_grad * kept - x.delta[row_at]) * p.scale * p.scale_sign * LN_2;
+        const uint32_t keys[4] = {key.x, key.y, key.z, key.w};
+#pragma unroll
+        for (int i = 0; dq && mine && i < 4; i++)
+            hw::add_pair(dq, row_at * dim + lane * 8 + 2 * i, factor * hw::low<T>(keys[i]), factor * hw::high<T>(keys[i]));
         const uint32_t queries[4] = {q.x, q.y, q.z, q.w}, grads[4] = {grad.x, grad.y, grad.z, grad.w};
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -94,22 +89,23 @@ __device__ __forceinline__ void edges(const BackwardTensors& x, Global<float> dk
 }
 
 #define BACKWARD_DIM(dtype, T, D)                                                                                   \
-    KERNEL __launch_bounds__(128) backward_queries_##D##_##dtype(INPUTS, Global<float> dq, AttentionParams p) {     \
-        queries<T, D>(TENSORS, dq, p);                                                                              \
+    KERNEL __launch_bounds__(128) backward_queries_##D##_##dtype(BACKWARD_INPUTS, Global<float> dq, AttentionParams p) {     \
+        queries<T, D>(BACKWARD_TENSORS, dq, p);                                                                              \
     }
 #define BACKWARD_COLUMNS(name, T, D, KEYS, VALUES)                                                                  \
-    KERNEL __launch_bounds__(128) name##_far(INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {       \
-        columns<T, D, KEYS, VALUES>(TENSORS, dk, dv, p, false);                                                     \
+    KERNEL __launch_bounds__(128) name##_far(BACKWARD_INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {       \
+        columns<T, D, KEYS, VALUES>(BACKWARD_TENSORS, dk, dv, p, false);                                                     \
     }                                                                                                               \
-    KERNEL __launch_bounds__(128) name##_near(INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {      \
-        columns<T, D, KEYS, VALUES>(TENSORS, dk, dv, p, true);                                                      \
+    KERNEL __launch_bounds__(128) name##_near(BACKWARD_INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {      \
+        columns<T, D, KEYS, VALUES>(BACKWARD_TENSORS, dk, dv, p, true);                                                      \
     }
 #define BACKWARD_DTYPE(dtype, T)                                                                                    \
     KERNEL backward_delta_##dtype(Halves output, Halves grad_output, Global<float> delta, AttentionParams p) {      \
         row_products<T>(output, grad_output, delta, p);                                                             \
     }                                                                                                               \
-    KERNEL backward_edges_##dtype(INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {                  \
-        edges<T>(TENSORS, dk, dv, p);                                                                               \
+    KERNEL backward_edges_##dtype(BACKWARD_INPUTS, Global<float> dq, Global<float> dk, Global<float> dv,             \
+                                  AttentionParams p) {                                                              \
+        edges<T>(BACKWARD_TENSORS, dq, dk, dv, p);                                                                  \
     }                                                                                                               \
     BACKWARD_DIM(dtype, T, 64)                                                                                      \
     BACKWARD_DIM(dtype, T, 128)                                                                                     \

@@ -16,6 +16,17 @@ struct BackwardTensors {
     Floats log_sum_exp, delta;  // (B, H, N)
 };
 
+// What every kernel of gradients is given, and how it holds it.
+#define BACKWARD_INPUTS                                                                                                    \
+    Halves q, Halves k, Halves v, Halves far_k, Halves far_v, Floats far_ln, Words far_index, Words far_before,   \
+        Halves folded_k, Halves folded_v, Floats folded_ln, Floats bias, Halves grad_output, Floats log_sum_exp,  \
+        Floats delta
+#define BACKWARD_TENSORS                                                                                                   \
+    BackwardTensors {                                                                                             \
+        q, k, v, far_k, far_v, far_ln, far_index, far_before, folded_k, folded_v, folded_ln, bias, grad_output,   \
+            log_sum_exp, delta                                                                                    \
+    }
+
 // ln 2 times this is the scale of the gradients.
 constexpr float LN_2 = 0.6931471805599453f;
 

@@ -200,6 +200,16 @@ SFA_DEVICE void copy_async_word(const Tile& tile, uint32_t offset, const View& s
 #endif
 }
 
+// Adds to two neighbours in memory, whatever the order of others that do; `index` is even.
+SFA_DEVICE void add_pair(const Global<float>& target, int64_t index, float a, float b) {
+#if defined(SFA_EMULATION) || __CUDA_ARCH__ < 900
+    target.add(index, a);
+    target.add(index + 1, b);
+#else
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(target.data + index), "f"(a), "f"(b) : "memory");
+#endif
+}
+
 SFA_DEVICE void copy_commit() {
 #ifndef SFA_EMULATION
     asm volatile("cp.async.commit_group;" ::: "memory");

@@ -3,6 +3,7 @@
 use super::forward::{Attended, AttentionCall};
 use super::gpu::{Gpu, GpuElement, Kernel, Launch};
 use super::params::AttentionParams;
+use crate::config::AttentionOptions;
 use crate::problem::Problem;
 use candle_core::{bail, Result};
 
@@ -39,6 +40,36 @@ pub(super) fn padded(head_dim: usize) -> usize {
     }
 }
 
+/// One instance of the fused kernels: as `FUSED_DTYPE` in `cuda/backward_fused.cu`.
+struct Fused {
+    dim: usize,
+    columns: usize,
+    threads: usize,
+}
+
+impl Fused {
+    /// None where every sum must have one owner, and where no fused kernel is.
+    fn pick<T: GpuElement>(problem: &Problem, options: &AttentionOptions) -> Option<Self> {
+        let (dim, threads) = match problem.head_dim {
+            _ if options.deterministic || !T::HALF => return None,
+            0..=64 => (64, 128),
+            65..=128 => (128, 256),
+            _ => return None,
+        };
+        Some(Self {
+            dim,
+            columns: 128,
+            threads,
+        })
+    }
+
+    /// `WORDS_AT` in `cuda/backward_fused.cuh`, and the words.
+    fn shared_bytes(&self) -> usize {
+        let stage = 2 * 32 * 2 * self.dim + 2 * 4 * 32;
+        self.columns * (2 * 2 * self.dim + 2 * 32 + 16) + 2 * stage
+    }
+}
+
 struct Pass<'a, G: Gpu, T: GpuElement> {
     gpu: &'a G,
     call: &'a AttentionCall<'a, G, T>,
@@ -48,7 +79,8 @@ struct Pass<'a, G: Gpu, T: GpuElement> {
     delta: G::Slice<f32>,
 }
 
-/// Gradients of the sum of `attended.output * grad_output`, which are contiguous (B, H, N, D). Every sum has one owner:
+/// Gradients of the sum of `attended.output * grad_output`, which are contiguous (B, H, N, D). Where
+/// [`AttentionOptions::deterministic`] asks for it, and in f32 and above a head size of 128 always, every sum has one owner:
 /// the same bits every time. Nothing waits for the device.
 ///
 /// # Errors
@@ -101,17 +133,63 @@ fn module<T: GpuElement>() -> &'static str {
 impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
     fn gradients(&self) -> Result<Gradients<G>> {
         let dense = self.params.dense == 1;
-        let near = dense || self.params.window > 0;
+        let fused = Fused::pick::<T>(&self.call.problem, self.call.options);
+        let mut queries = match &fused {
+            Some(_) => self.query_sums()?,
+            None => self.queries()?,
+        };
+        let mut columns = |kind| match &fused {
+            Some(fused) => self.fused(fused, kind, &mut queries),
+            None => self.columns(kind),
+        };
+        let all = columns("far")?;
+        let (far, near) = match (dense, self.params.window) {
+            (true, _) => (None, Some(all)),
+            (false, 0) => (Some(all), None),
+            (false, _) => (Some(all), Some(columns("near")?)),
+        };
+        let folded = match dense {
+            true => None,
+            false => Some(self.edges(fused.is_some().then_some(&mut queries))?),
+        };
         Ok(Gradients {
-            queries: self.queries()?,
-            far: if dense { None } else { Some(self.columns("far")?) },
-            folded: if dense { None } else { Some(self.edges()?) },
-            near: match (near, dense) {
-                (true, true) => Some(self.columns("far")?),
-                (true, false) => Some(self.columns("near")?),
-                _ => None,
-            },
+            queries,
+            far,
+            folded,
+            near,
         })
+    }
+
+    /// Where fused kernels add the gradients of the queries up.
+    fn query_sums(&self) -> Result<G::Slice<f32>> {
+        let Problem {
+            batch,
+            heads,
+            tokens,
+            head_dim,
+            ..
+        } = self.call.problem;
+        self.gpu.zeros(batch * heads * tokens * head_dim)
+    }
+
+    /// As [`Self::columns`]; what the queries get from these columns is added to `queries`.
+    fn fused(&self, fused: &Fused, kind: &str, queries: &mut G::Slice<f32>) -> Result<KeysValues<G>> {
+        let (lists, mut target) = self.lists()?;
+        let mut args = self.inputs();
+        args.push(self.gpu.write(queries));
+        args.push(self.gpu.write(&mut target.keys));
+        args.push(self.gpu.write(&mut target.values));
+        args.push(self.gpu.value(&self.params));
+        let launch = Launch {
+            grid: [lists * self.call.problem.tokens.div_ceil(fused.columns), 1, 1],
+            threads: fused.threads,
+            shared_bytes: fused.shared_bytes(),
+        };
+        let name = format!("backward_fused_{}_{}_{kind}", fused.dim, T::SUFFIX);
+        self.gpu
+            .launch(&Kernel::plain("backward_fused", &name), launch, &args)?;
+        drop(args);
+        Ok(target)
     }
 
     /// A pair of tiles of 64 rows, and one or two stages of another pair with two words per row: `stages` in
@@ -173,14 +251,23 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         Ok((lists, target))
     }
 
-    fn edges(&self) -> Result<KeysValues<G>> {
+    /// What the queries get is added to `queries`, if that is given.
+    fn edges(&self, queries: Option<&mut G::Slice<f32>>) -> Result<KeysValues<G>> {
         let (lists, mut target) = self.lists()?;
         let Problem { tokens, head_dim, .. } = self.call.problem;
+        let mut args = self.inputs();
         let name = match T::HALF {
-            true => format!("backward_edges_{}", T::SUFFIX),
+            true => {
+                args.push(self.gpu.write_some(queries));
+                format!("backward_edges_{}", T::SUFFIX)
+            }
             false => format!("backward_edges_{}_f32", padded(head_dim)),
         };
-        self.both(&name, (lists * tokens).div_ceil(4), &mut target)?;
+        args.push(self.gpu.write(&mut target.keys));
+        args.push(self.gpu.write(&mut target.values));
+        args.push(self.gpu.value(&self.params));
+        self.launch(&name, (lists * tokens).div_ceil(4), 0, &args)?;
+        drop(args);
         Ok(target)
     }
 

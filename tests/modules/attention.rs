@@ -24,6 +24,7 @@ fn the_module_is_the_function() -> Result<()> {
             causal: false,
             bias,
             dropout: None,
+            deterministic: true,
         },
     ] {
         let config = CompressionConfig {

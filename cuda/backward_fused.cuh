@@ -1,0 +1,231 @@
+// Gradients of queries, keys and values in one pass over columns: five products a tile where rows and columns apart need
+// seven, after FlashAttention-2's backward pass (Dao 2023). A block owns the gradients of its columns; what the
+// queries get from them is added to memory as it comes, so that the last bits of theirs differ from run to run.
+#pragma once
+
+#include "backward_block.cuh"
+
+// WARPS warps of 16 * MT columns; tiles of 32 rows.
+template <class T, int D, int MT, int WARPS>
+struct FusedGradients {
+    static constexpr int THREADS = 32 * WARPS, COLUMNS = 16 * MT * WARPS, NB = 32, NT = NB / 8, R = 2 * MT;
+    // Keys, values; two stages of queries, output gradients, log-sum-exps and deltas; gradients of logits; four words
+    // per column.
+    static constexpr uint32_t OWN = COLUMNS * D * 2, TILE = NB * D * 2, STAGE = 2 * TILE + 2 * NB * 4;
+    static constexpr uint32_t LOGITS = COLUMNS * NB * 2, LOGITS_AT = 2 * OWN + 2 * STAGE, WORDS_AT = LOGITS_AT + LOGITS;
+    // A warp's part of the queries' gradients: 16 rows, PART of D.
+    static constexpr int PART = D * 2 / WARPS;
+    static_assert(NB == 32 && PART % 16 == 0, "half of the warps per 16 rows");
+
+    const AttentionParams& p;
+    const BackwardTensors& x;
+    bool near;
+    uint32_t batch, kv_head;
+    int64_t list;
+    int first;
+    hw::Tile k, v, logits, words;
+    Fragments<D> own_columns, row_rows, right_rows;
+    Fragments<NB> logit_rows;
+    float dk[MT][D / 8][4], dv[MT][D / 8][4];
+    int lane, warp;
+
+    // `unit`: batch * lists + list.
+    SFA_DEVICE FusedGradients(const AttentionParams& p, const BackwardTensors& x, uint32_t unit, int column, bool near)
+        : p(p), x(x), near(near), first(column), own_columns(false, threadIdx.x / 32 * 16 * MT), row_rows(true, 0),
+          right_rows(false, 0), logit_rows(true, 0), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {
+        batch = unit / p.sizes.lists, list = unit;
+        kv_head = unit % p.sizes.lists / (p.sizes.lists / p.sizes.kv_heads);
+        k = hw::tile(0, OWN), v = hw::tile(OWN, OWN);
+        logits = hw::tile(LOGITS_AT, LOGITS), words = hw::tile(WORDS_AT, COLUMNS * 16);
+#pragma unroll
+        for (int i = 0; i < MT * D / 2; i++)
+            dk[i / (D / 2)][i / 4 % (D / 8)][i % 4] = 0, dv[i / (D / 2)][i / 4 % (D / 8)][i % 4] = 0;
+    }
+
+    SFA_DEVICE ColumnRows rows_of(int column) const {
+        return ColumnRows(p, x.far_before, x.far_index, x.far_ln, list, column, near);
+    }
+
+    SFA_DEVICE void load_columns(int count) {
+        uint32_t dim = p.sizes.head_dim;
+        bool raw = near || p.dense;
+        int64_t index = (list * p.capacity + first) * dim;
+        int64_t key = raw ? p.k.at(batch, kv_head, first) : index, value = raw ? p.v.at(batch, kv_head, first) : index;
+        int64_t key_stride = raw ? p.k.token_stride : dim, value_stride = raw ? p.v.token_stride : dim;
+        load_rows<D, COLUMNS, THREADS, false>(k, raw ? x.k : x.far_k, key, key_stride, count, dim);
+        load_rows<D, COLUMNS, THREADS, false>(v, raw ? x.v : x.far_v, value, value_stride, count, dim);
+        if (threadIdx.x < COLUMNS) {
+            ColumnRows mine = rows_of(first + threadIdx.x);
+            uint4 word{uint32_t(mine.token), uint32_t(mine.begin), uint32_t(mine.end), __float_as_uint(mine.addend)};
+            hw::store(words, threadIdx.x * 16, word);
+        }
+    }
+
+    // One tile of a stage: queries, output gradients, log-sum-exps, deltas.
+    SFA_DEVICE hw::Tile part(int stage, int index) const {
+        uint32_t at = 2 * OWN + stage * STAGE;
+        return index < 2 ? hw::tile(at + index * TILE, TILE) : hw::tile(at + 2 * TILE + (index - 2) * NB * 4, NB * 4);
+    }
+
+    SFA_DEVICE void load_tile(const HeadIndex& at, int row, int stage) {
+        uint32_t dim = p.sizes.head_dim;
+        int count = min(NB, int(p.sizes.tokens) - row);
+        int64_t index = at.batch_head * p.sizes.tokens + row;
+        load_rows<D, NB, THREADS, false>(part(stage, 0), x.q, p.q.at(at.batch, at.head, row), p.q.token_stride, count, dim);
+        load_rows<D, NB, THREADS, false>(part(stage, 1), x.grad_output, index * dim, dim, count, dim);
+        load_words<NB>(part(stage, 2), x.log_sum_exp, index, count);
+        load_words<NB>(part(stage, 3), x.delta, index, count);
+        hw::copy_commit();
+    }
+
+    // Products of queries and keys to weights, and those of gradients to gradients of logits, in place. FULL: every row
+    // sees every column, and there is neither bias nor dropout.
+    template <bool FULL>
+    SFA_DEVICE void weigh(float (&s)[MT][NT][4], float (&grads)[MT][NT][4], const HeadIndex& at, int row, int stage) {
+        hw::Tile log_sum_exp = part(stage, 2), delta = part(stage, 3);
+        int rows = min(row + NB, int(p.sizes.tokens));
+        float scale = p.scale * p.scale_sign;
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            uint32_t at_column = warp * 16 * MT + r * 8 + lane / 4;
+            uint4 word = hw::load<uint4>(words, at_column * 16);
+            int begin = int(word.y), end = int(word.z);
+            float addend = __uint_as_float(word.w);
+#pragma unroll
+            for (int i = 0; i < 2 * NT; i++) {
+                int in_tile = i / 2 * 8 + lane % 4 * 2 + i % 2, token = row + in_tile;
+                float sum = hw::load<float>(log_sum_exp, in_tile * 4), mean = hw::load<float>(delta, in_tile * 4);
+                float& logit = s[r / 2][i / 2][r % 2 * 2 + i % 2];
+                float& grad = grads[r / 2][i / 2][r % 2 * 2 + i % 2];
+                if (FULL) {
+                    logit = hw::exp2(logit * scale + (addend - sum));
+                    grad = logit * (grad - mean);
+                    continue;
+                }
+                float weight = 0, kept = 1;
+                bool visible = token >= begin && token < end && token < rows;
+                if (visible) {
+                    float full = logit * scale + addend;
+                    if (x.bias) full += bias_at(p, x.bias, at, token, int(word.x));
+                    if (p.dropout_cut != 0) kept = dropout_factor(p, at, token, int(word.x));
+                    weight = hw::exp2(full - sum);
+                }
+                logit = weight * kept;
+                grad = visible ? weight * (grad * kept - mean) : 0.f;
+            }
+        }
+    }
+
+    // The gradients of the logits, for all warps: a row of the tile per column.
+    SFA_DEVICE void share(const float (&grads)[MT][NT][4]) const {
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            uint32_t column = warp * 16 * MT + r * 8 + lane / 4;
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                const float* pair = &grads[r / 2][n][r % 2 * 2];
+                hw::store(logits, Layout<NB>::chunk(column, n) + lane % 4 * 4, T::pack(pair[0], pair[1]));
+            }
+        }
+    }
+
+    // This warp's part of the gradients of the tile's queries, added to memory.
+    SFA_DEVICE void add_queries(const Global<float>& dq, const HeadIndex& at, int row) const {
+        float sums[PART / 8][4];
+#pragma unroll
+        for (int i = 0; i < PART / 2; i++) sums[i / 4][i % 4] = 0;
+        int half = warp % 2, part = warp / 2 * PART;
+        const Fragments<NB> left = logit_rows.here();
+        Fragments<D> right = right_rows.here();
+        right.first ^= part / 16 % Fragments<D>::PAIRS * 32;
+        right.first += part / 16 / Fragments<D>::PAIRS * Layout<D>::GROUP;
+#pragma unroll
+        for (int c = 0; c < COLUMNS / 16; c++) {
+            uint32_t a[4];
+            hw::load_matrices_transposed(a, logits, (left.first ^ (half * 32)) + c * 16 * Layout<NB>::ROW);
+#pragma unroll
+            for (int d = 0; d < PART / 16; d++) {
+                uint32_t b[4];
+                hw::load_matrices_transposed(b, k, right.at(c * 16, d));
+                hw::multiply_add(T(), sums[2 * d], a, b[0], b[1]);
+                hw::multiply_add(T(), sums[2 * d + 1], a, b[2], b[3]);
+            }
+        }
+        float factor = p.scale * p.scale_sign * LN_2;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int token = row + half * 16 + r * 8 + lane / 4;
+            if (token >= int(p.sizes.tokens)) continue;
+            int64_t target = (at.batch_head * p.sizes.tokens + token) * p.sizes.head_dim;
+#pragma unroll
+            for (int d = 0; d < PART / 8; d++) {
+                uint32_t element = part + d * 8 + lane % 4 * 2;
+                if (element < p.sizes.head_dim)
+                    hw::add_pair(dq, target + element, sums[d][r * 2] * factor, sums[d][r * 2 + 1] * factor);
+            }
+        }
+    }
+
+    template <bool FULL>
+    SFA_DEVICE void tile(const Global<float>& dq, const HeadIndex& at, int row, int stage) {
+        hw::Tile q = part(stage, 0), grad = part(stage, 1);
+        float s[MT][NT][4], grads[MT][NT][4];
+#pragma unroll
+        for (int i = 0; i < MT * NT * 4; i++)
+            s[i / (NT * 4)][i / 4 % NT][i % 4] = 0, grads[i / (NT * 4)][i / 4 % NT][i % 4] = 0;
+        multiply_rows<T, D, MT, NT>(s, own_columns, k, row_rows, q);
+        multiply_rows<T, D, MT, NT>(grads, own_columns, v, row_rows, grad);
+        weigh<FULL>(s, grads, at, row, stage);
+        share(grads);
+        multiply_weights<T, D, MT, NT>(dv, right_rows, s, grad);
+        multiply_weights<T, D, MT, NT>(dk, right_rows, grads, q);
+        __syncthreads();
+        add_queries(dq, at, row);
+    }
+
+    SFA_DEVICE void store(const Global<float>& target, const float (&sums)[MT][D / 8][4], float factor, int count) const {
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            int column = warp * 16 * MT + r * 8 + lane / 4;
+            if (column >= count) continue;
+            int64_t at = (list * p.sizes.tokens + first + column) * p.sizes.head_dim;
+#pragma unroll
+            for (int d = 0; d < D / 8; d++) {
+                uint32_t element = d * 8 + lane % 4 * 2;
+                if (element < p.sizes.head_dim)
+                    store_vector(target, at + element,
+                                 float2{sums[r / 2][d][r % 2 * 2] * factor, sums[r / 2][d][r % 2 * 2 + 1] * factor});
+            }
+        }
+    }
+
+    SFA_DEVICE void run(const Global<float>& dq, const Global<float>& keys, const Global<float>& values) {
+        int64_t tokens = p.sizes.tokens;
+        int columns = near || p.dense ? int(tokens) : int(x.far_before[list * (tokens + 1) + tokens]);
+        int count = min(COLUMNS, columns - first);
+        if (count <= 0) return;
+        load_columns(count);
+        hw::copy_commit();
+        ColumnRows head_column = rows_of(first), last = rows_of(first + count - 1);
+        int begin = head_column.begin / NB * NB, end = last.end, full_end = head_column.end - NB;
+        bool plain = count == COLUMNS && !x.bias && p.dropout_cut == 0;
+        uint32_t heads = p.sizes.heads / p.sizes.lists;
+        uint32_t head = batch * p.sizes.heads + uint32_t(list) % p.sizes.lists * heads;
+        int tiles = max(0, end - begin + NB - 1) / NB, steps = tiles * int(heads);
+        if (steps > 0) load_tile(HeadIndex(p, head), begin, 0);
+#pragma unroll 1
+        for (int i = 0; i < steps; i++) {
+            HeadIndex at(p, head + i / tiles);
+            int row = begin + i % tiles * NB, next = i + 1;
+            hw::copy_wait<0>();
+            __syncthreads();
+            if (next < steps) load_tile(HeadIndex(p, head + next / tiles), begin + next % tiles * NB, next % 2);
+            if (plain && row >= last.begin && row <= full_end) tile<true>(dq, at, row, i % 2);
+            else tile<false>(dq, at, row, i % 2);
+        }
+        // Where no row sees these columns their copies are still under way.
+        hw::copy_wait<0>();
+        store(keys, dk, p.scale * p.scale_sign * LN_2, count);
+        store(values, dv, 1.f, count);
+    }
+};
