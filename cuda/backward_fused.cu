@@ -2,26 +2,27 @@
 #include "backward_fused.cuh"
 
 template <class Gradients>
-__device__ __forceinline__ void fused(const BackwardTensors& x, const Global<float>& dq, const Global<float>& dk,
-                                      const Global<float>& dv, const AttentionParams& p, bool near) {
+__device__ __forceinline__ void fused(const BackwardTensors& x, const Global<float>& dq, const ColumnTarget& dk,
+                                      const ColumnTarget& dv, const AttentionParams& p, bool near) {
     uint32_t blocks = (p.sizes.tokens + Gradients::COLUMNS - 1) / Gradients::COLUMNS;
     Gradients(p, x, blockIdx.x / blocks, blockIdx.x % blocks * Gradients::COLUMNS, near).run(dq, dk, dv);
 }
 
-#define FUSED(name, T, D, MT, WARPS, BLOCKS)                                                                          \
-    KERNEL __launch_bounds__(32 * WARPS, BLOCKS)                                                                      \
-        name##_far(BACKWARD_INPUTS, Global<float> dq, Global<float> dk, Global<float> dv, AttentionParams p) {                 \
-        fused<FusedGradients<T, D, MT, WARPS>>(BACKWARD_TENSORS, dq, dk, dv, p, false);                                        \
+#define TARGETS                                                                                                       \
+    Global<float> dq, Global<float> dk, Global<float> dv, Global<uint16_t> done_k, Global<uint16_t> done_v,           \
+        AttentionParams p
+#define FUSED(name, T, D, MT, WARPS, NB, BLOCKS)                                                                      \
+    KERNEL __launch_bounds__(32 * WARPS, BLOCKS) name##_far(BACKWARD_INPUTS, TARGETS) {                               \
+        fused<FusedGradients<T, D, MT, WARPS, NB>>(BACKWARD_TENSORS, dq, {dk, done_k}, {dv, done_v}, p, false);       \
     }                                                                                                                 \
-    KERNEL __launch_bounds__(32 * WARPS, BLOCKS)                                                                      \
-        name##_near(BACKWARD_INPUTS, Global<float> dq, Global<float> dk, Global<float> dv, AttentionParams p) {                \
-        fused<FusedGradients<T, D, MT, WARPS>>(BACKWARD_TENSORS, dq, dk, dv, p, true);                                         \
+    KERNEL __launch_bounds__(32 * WARPS, BLOCKS) name##_near(BACKWARD_INPUTS, TARGETS) {                              \
+        fused<FusedGradients<T, D, MT, WARPS, NB>>(BACKWARD_TENSORS, dq, {dk, done_k}, {dv, done_v}, p, true);        \
     }
 
 // As `Fused::pick` in src/cuda/backward.rs.
 #define FUSED_DTYPE(dtype, T)                              \
-    FUSED(backward_fused_64_##dtype, T, 64, 2, 4, 2)       \
-    FUSED(backward_fused_128_##dtype, T, 128, 1, 8, 1)
+    FUSED(backward_fused_64_##dtype, T, 64, 2, 4, 32, 2)       \
+    FUSED(backward_fused_128_##dtype, T, 128, 1, 8, 64, 1)
 
 FUSED_DTYPE(f16, hw::F16)
 FUSED_DTYPE(bf16, hw::BF16)

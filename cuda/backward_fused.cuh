@@ -5,17 +5,23 @@
 
 #include "backward_block.cuh"
 
-// WARPS warps of 16 * MT columns; tiles of 32 rows.
-template <class T, int D, int MT, int WARPS>
+// Where gradients of columns go: sums for the fold to take home, or, where columns are tokens, done as they are.
+struct ColumnTarget {
+    Global<float> sums;
+    Global<uint16_t> done;
+};
+
+// WARPS warps of 16 * MT columns; tiles of NB rows.
+template <class T, int D, int MT, int WARPS, int NB>
 struct FusedGradients {
-    static constexpr int THREADS = 32 * WARPS, COLUMNS = 16 * MT * WARPS, NB = 32, NT = NB / 8, R = 2 * MT;
+    static constexpr int THREADS = 32 * WARPS, COLUMNS = 16 * MT * WARPS, NT = NB / 8, R = 2 * MT;
     // Keys, values; two stages of queries, output gradients, log-sum-exps and deltas; gradients of logits; four words
     // per column.
     static constexpr uint32_t OWN = COLUMNS * D * 2, TILE = NB * D * 2, STAGE = 2 * TILE + 2 * NB * 4;
     static constexpr uint32_t LOGITS = COLUMNS * NB * 2, LOGITS_AT = 2 * OWN + 2 * STAGE, WORDS_AT = LOGITS_AT + LOGITS;
-    // A warp's part of the queries' gradients: 16 rows, PART of D.
-    static constexpr int PART = D * 2 / WARPS;
-    static_assert(NB == 32 && PART % 16 == 0, "half of the warps per 16 rows");
+    // A warp's part of the queries' gradients: half of the rows, PART of D.
+    static constexpr int PART = D * 2 / WARPS, MQ = NB / 32;
+    static_assert(NB % 32 == 0 && PART % 16 == 0, "half of the warps per half of the rows");
 
     const AttentionParams& p;
     const BackwardTensors& x;
@@ -85,30 +91,30 @@ struct FusedGradients {
         hw::Tile log_sum_exp = part(stage, 2), delta = part(stage, 3);
         int rows = min(row + NB, int(p.sizes.tokens));
         float scale = p.scale * p.scale_sign;
+        uint32_t own = (warp * 16 * MT + lane / 4) * 16;
 #pragma unroll
-        for (int r = 0; r < R; r++) {
-            uint32_t at_column = warp * 16 * MT + r * 8 + lane / 4;
-            uint4 word = hw::load<uint4>(words, at_column * 16);
-            int begin = int(word.y), end = int(word.z);
-            float addend = __uint_as_float(word.w);
+        for (int n = 0; n < NT; n++) {
+            float2 sums = hw::load<float2>(log_sum_exp, (n * 8 + lane % 4 * 2) * 4);
+            float2 means = hw::load<float2>(delta, (n * 8 + lane % 4 * 2) * 4);
 #pragma unroll
-            for (int i = 0; i < 2 * NT; i++) {
-                int in_tile = i / 2 * 8 + lane % 4 * 2 + i % 2, token = row + in_tile;
-                float sum = hw::load<float>(log_sum_exp, in_tile * 4), mean = hw::load<float>(delta, in_tile * 4);
-                float& logit = s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                float& grad = grads[r / 2][i / 2][r % 2 * 2 + i % 2];
+            for (int i = 0; i < 2 * R; i++) {
+                int r = i / 2, token = row + n * 8 + lane % 4 * 2 + i % 2;
+                float sum = i % 2 ? sums.y : sums.x, mean = i % 2 ? means.y : means.x;
+                float &logit = s[r / 2][n][i % 4], &grad = grads[r / 2][n][i % 4];
+                float addend = hw::load<float>(words, own + r * 128 + 12);
                 if (FULL) {
                     logit = hw::exp2(logit * scale + (addend - sum));
                     grad = logit * (grad - mean);
                     continue;
                 }
+                uint4 word = hw::load<uint4>(words, own + r * 128);
                 float weight = 0, kept = 1;
-                bool visible = token >= begin && token < end && token < rows;
+                bool visible = token >= int(word.y) && token < int(word.z) && token < rows;
                 if (visible) {
-                    float full = logit * scale + addend;
-                    if (x.bias) full += bias_at(p, x.bias, at, token, int(word.x));
+                    logit = logit * scale + addend;
+                    if (x.bias) logit += bias_at(p, x.bias, at, token, int(word.x));
                     if (p.dropout_cut != 0) kept = dropout_factor(p, at, token, int(word.x));
-                    weight = hw::exp2(full - sum);
+                    weight = hw::exp2(logit - sum);
                 }
                 logit = weight * kept;
                 grad = visible ? weight * (grad * kept - mean) : 0.f;
@@ -131,37 +137,42 @@ struct FusedGradients {
 
     // This warp's part of the gradients of the tile's queries, added to memory.
     SFA_DEVICE void add_queries(const Global<float>& dq, const HeadIndex& at, int row) const {
-        float sums[PART / 8][4];
+        float sums[MQ][PART / 8][4];
 #pragma unroll
-        for (int i = 0; i < PART / 2; i++) sums[i / 4][i % 4] = 0;
+        for (int i = 0; i < MQ * PART / 2; i++) sums[i / (PART / 2)][i / 4 % (PART / 8)][i % 4] = 0;
         int half = warp % 2, part = warp / 2 * PART;
-        const Fragments<NB> left = logit_rows.here();
+        Fragments<NB> left = logit_rows.here();
+        left.first ^= half * MQ * 32;
         Fragments<D> right = right_rows.here();
         right.first ^= part / 16 % Fragments<D>::PAIRS * 32;
         right.first += part / 16 / Fragments<D>::PAIRS * Layout<D>::GROUP;
 #pragma unroll
         for (int c = 0; c < COLUMNS / 16; c++) {
-            uint32_t a[4];
-            hw::load_matrices_transposed(a, logits, (left.first ^ (half * 32)) + c * 16 * Layout<NB>::ROW);
+            uint32_t a[MQ][4];
+#pragma unroll
+            for (int m = 0; m < MQ; m++) hw::load_matrices_transposed(a[m], logits, left.at(c * 16, m));
 #pragma unroll
             for (int d = 0; d < PART / 16; d++) {
                 uint32_t b[4];
                 hw::load_matrices_transposed(b, k, right.at(c * 16, d));
-                hw::multiply_add(T(), sums[2 * d], a, b[0], b[1]);
-                hw::multiply_add(T(), sums[2 * d + 1], a, b[2], b[3]);
+#pragma unroll
+                for (int m = 0; m < MQ; m++) {
+                    hw::multiply_add(T(), sums[m][2 * d], a[m], b[0], b[1]);
+                    hw::multiply_add(T(), sums[m][2 * d + 1], a[m], b[2], b[3]);
+                }
             }
         }
         float factor = p.scale * p.scale_sign * LN_2;
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            int token = row + half * 16 + r * 8 + lane / 4;
+        for (int r = 0; r < 2 * MQ; r++) {
+            int token = row + half * MQ * 16 + r * 8 + lane / 4;
             if (token >= int(p.sizes.tokens)) continue;
             int64_t target = (at.batch_head * p.sizes.tokens + token) * p.sizes.head_dim;
 #pragma unroll
             for (int d = 0; d < PART / 8; d++) {
                 uint32_t element = part + d * 8 + lane % 4 * 2;
-                if (element < p.sizes.head_dim)
-                    hw::add_pair(dq, target + element, sums[d][r * 2] * factor, sums[d][r * 2 + 1] * factor);
+                const float* pair = &sums[r / 2][d][r % 2 * 2];
+                if (element < p.sizes.head_dim) hw::add_pair(dq, target + element, pair[0] * factor, pair[1] * factor);
             }
         }
     }
@@ -183,7 +194,7 @@ struct FusedGradients {
         add_queries(dq, at, row);
     }
 
-    SFA_DEVICE void store(const Global<float>& target, const float (&sums)[MT][D / 8][4], float factor, int count) const {
+    SFA_DEVICE void store(const ColumnTarget& target, const float (&sums)[MT][D / 8][4], float factor, int count) const {
 #pragma unroll
         for (int r = 0; r < R; r++) {
             int column = warp * 16 * MT + r * 8 + lane / 4;
@@ -192,14 +203,15 @@ struct FusedGradients {
 #pragma unroll
             for (int d = 0; d < D / 8; d++) {
                 uint32_t element = d * 8 + lane % 4 * 2;
-                if (element < p.sizes.head_dim)
-                    store_vector(target, at + element,
-                                 float2{sums[r / 2][d][r % 2 * 2] * factor, sums[r / 2][d][r % 2 * 2 + 1] * factor});
+                float2 pair{sums[r / 2][d][r % 2 * 2] * factor, sums[r / 2][d][r % 2 * 2 + 1] * factor};
+                if (element >= p.sizes.head_dim) continue;
+                if (target.sums) store_vector(target.sums, at + element, pair);
+                else store_vector(target.done, at + element, T::pack(pair.x, pair.y));
             }
         }
     }
 
-    SFA_DEVICE void run(const Global<float>& dq, const Global<float>& keys, const Global<float>& values) {
+    SFA_DEVICE void run(const Global<float>& dq, const ColumnTarget& keys, const ColumnTarget& values) {
         int64_t tokens = p.sizes.tokens;
         int columns = near || p.dense ? int(tokens) : int(x.far_before[list * (tokens + 1) + tokens]);
         int count = min(COLUMNS, columns - first);

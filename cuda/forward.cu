@@ -25,7 +25,7 @@ __device__ __forceinline__ void forward(const ForwardTensors& x, const Attention
 
 // (dtype, padded head size) x (plain, with bias or dropout); BLOCKS of one multiprocessor at a time.
 #define FORWARD_DTYPE(dtype, T)                                 \
-    FORWARD(forward_64_##dtype, T, 64, 2, 32, 3, false)         \
+    FORWARD(forward_64_##dtype, T, 64, 2, 64, 3, false)         \
     FORWARD(forward_96_##dtype, T, 96, 2, 32, 2, false)         \
     FORWARD(forward_128_##dtype, T, 128, 2, 32, 2, false)       \
     FORWARD(forward_256_##dtype, T, 256, 1, 32, 2, false)       \

@@ -57,7 +57,8 @@ pub fn compressed_attention(
 /// A row is NaN throughout when its query or any column it sees is not finite; other rows are untouched by it.
 ///
 /// With the feature `cuda`, tensors on a CUDA device are taken in f32, f16 and bf16, with a D that is a multiple of 8 up to
-/// 256 and rows that start at multiples of 8 elements; nothing waits for the device. The same call gives the same bits.
+/// 256 and rows that start at multiples of 8 elements; nothing waits for the device. The same call gives the same bits,
+/// except for gradients there without [`AttentionOptions::deterministic`].
 ///
 /// # Errors
 /// Shapes, dtypes or devices that do not fit together or are not supported, or a plan made for other shapes.

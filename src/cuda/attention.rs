@@ -94,6 +94,10 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
     ) -> Result<Gradients<G, T>> {
         let folded = self.folded(gpu)?;
         let gradients = backward::backward(gpu, &self.call(&folded), output, log_sum_exp, grad_output)?;
+        let dq = self.fold.unfold_queries(gpu, &gradients.queries, !self.dense)?;
+        if let Some((dk, dv)) = gradients.done {
+            return Ok(Gradients { dq, dk, dv });
+        }
         let far_before = folded.columns.as_ref().map(|columns| &columns.far_before);
         let home = |pick: fn(&backward::KeysValues<G>) -> &G::Slice<f32>| {
             let columns = match (far_before, &gradients.far, &gradients.folded) {
@@ -103,7 +107,7 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
             self.fold.unfold(gpu, columns, gradients.near.as_ref().map(pick))
         };
         Ok(Gradients {
-            dq: self.fold.unfold_queries(gpu, &gradients.queries, !self.dense)?,
+            dq,
             dk: home(|x| &x.keys)?,
             dv: home(|x| &x.values)?,
         })

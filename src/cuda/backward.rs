@@ -14,7 +14,7 @@ pub(crate) struct KeysValues<G: Gpu> {
 }
 
 /// Gradients where attention leaves them; [`super::fold::FoldCall`] takes them home.
-pub(crate) struct Gradients<G: Gpu> {
+pub(crate) struct Gradients<G: Gpu, T: GpuElement> {
     /// Of the queries as attention read them, folded or not: (B, H, N, D).
     pub queries: G::Slice<f32>,
     /// Of far columns, compact (B * lists, N, D): past the last column nothing is written. None in the dense case.
@@ -23,6 +23,8 @@ pub(crate) struct Gradients<G: Gpu> {
     pub folded: Option<KeysValues<G>>,
     /// Of raw tokens inside windows, or of all of them in the dense case, (B * lists, N, D). None without a window.
     pub near: Option<KeysValues<G>>,
+    /// Of keys and values (B, Hk, N, D), with nothing left to do; then there are no others of theirs.
+    pub done: Option<(G::Slice<T>, G::Slice<T>)>,
 }
 
 /// Rows, or columns, of a block.
@@ -40,33 +42,39 @@ pub(super) fn padded(head_dim: usize) -> usize {
     }
 }
 
+/// `ColumnTarget` in `cuda/backward_fused.cuh`: for the fold to take home, or keys and values (B, Hk, N, D) as they are.
+enum ColumnTargets<'a, G: Gpu, T: GpuElement> {
+    Sums(&'a mut KeysValues<G>),
+    Done(&'a mut (G::Slice<T>, G::Slice<T>)),
+}
+
+/// Columns of a block of the fused kernels.
+const COLUMNS: usize = 128;
+
 /// One instance of the fused kernels: as `FUSED_DTYPE` in `cuda/backward_fused.cu`.
 struct Fused {
     dim: usize,
-    columns: usize,
     threads: usize,
+    /// Of a tile.
+    rows: usize,
 }
 
 impl Fused {
     /// None where every sum must have one owner, and where no fused kernel is.
     fn pick<T: GpuElement>(problem: &Problem, options: &AttentionOptions) -> Option<Self> {
-        let (dim, threads) = match problem.head_dim {
+        let (dim, threads, rows) = match problem.head_dim {
             _ if options.deterministic || !T::HALF => return None,
-            0..=64 => (64, 128),
-            65..=128 => (128, 256),
+            0..=64 => (64, 128, 32),
+            65..=128 => (128, 256, 64),
             _ => return None,
         };
-        Some(Self {
-            dim,
-            columns: 128,
-            threads,
-        })
+        Some(Self { dim, threads, rows })
     }
 
     /// `WORDS_AT` in `cuda/backward_fused.cuh`, and the words.
     fn shared_bytes(&self) -> usize {
-        let stage = 2 * 32 * 2 * self.dim + 2 * 4 * 32;
-        self.columns * (2 * 2 * self.dim + 2 * 32 + 16) + 2 * stage
+        let stage = self.rows * (2 * 2 * self.dim + 2 * 4);
+        COLUMNS * (2 * 2 * self.dim + 2 * self.rows + 16) + 2 * stage
     }
 }
 
@@ -91,7 +99,7 @@ pub(crate) fn backward<G: Gpu, T: GpuElement>(
     output: &G::Slice<T>,
     log_sum_exp: &G::Slice<f32>,
     grad_output: &G::Slice<T>,
-) -> Result<Gradients<G>> {
+) -> Result<Gradients<G, T>> {
     let params = call.params()?;
     let Problem {
         batch, heads, tokens, ..
@@ -131,65 +139,101 @@ fn module<T: GpuElement>() -> &'static str {
 }
 
 impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
-    fn gradients(&self) -> Result<Gradients<G>> {
+    fn gradients(&self) -> Result<Gradients<G, T>> {
+        match Fused::pick::<T>(&self.call.problem, self.call.options) {
+            Some(fused) => self.fused_gradients(&fused),
+            None => self.owned_gradients(),
+        }
+    }
+
+    /// Queries and columns one after the other: every sum has one owner.
+    fn owned_gradients(&self) -> Result<Gradients<G, T>> {
         let dense = self.params.dense == 1;
-        let fused = Fused::pick::<T>(&self.call.problem, self.call.options);
-        let mut queries = match &fused {
-            Some(_) => self.query_sums()?,
-            None => self.queries()?,
-        };
-        let mut columns = |kind| match &fused {
-            Some(fused) => self.fused(fused, kind, &mut queries),
-            None => self.columns(kind),
-        };
-        let all = columns("far")?;
-        let (far, near) = match (dense, self.params.window) {
-            (true, _) => (None, Some(all)),
-            (false, 0) => (Some(all), None),
-            (false, _) => (Some(all), Some(columns("near")?)),
-        };
-        let folded = match dense {
-            true => None,
-            false => Some(self.edges(fused.is_some().then_some(&mut queries))?),
-        };
         Ok(Gradients {
-            queries,
-            far,
-            folded,
-            near,
+            queries: self.queries()?,
+            far: if dense { None } else { Some(self.columns("far")?) },
+            folded: if dense { None } else { Some(self.edges(None)?) },
+            near: match (dense, self.params.window) {
+                (true, _) => Some(self.columns("far")?),
+                (false, 0) => None,
+                (false, _) => Some(self.columns("near")?),
+            },
+            done: None,
         })
     }
 
-    /// Where fused kernels add the gradients of the queries up.
-    fn query_sums(&self) -> Result<G::Slice<f32>> {
+    /// One pass over each kind of columns, from which the queries' gradients are added up too.
+    fn fused_gradients(&self, fused: &Fused) -> Result<Gradients<G, T>> {
         let Problem {
             batch,
             heads,
+            kv_heads,
             tokens,
             head_dim,
             ..
         } = self.call.problem;
-        self.gpu.zeros(batch * heads * tokens * head_dim)
+        let mut queries = self.gpu.zeros(batch * heads * tokens * head_dim)?;
+        if self.params.dense == 1 {
+            let rows = || self.gpu.alloc::<T>(batch * kv_heads * tokens * head_dim);
+            let mut done = (rows()?, rows()?);
+            self.fused(fused, "far", &mut queries, ColumnTargets::Done(&mut done))?;
+            return Ok(Gradients {
+                queries,
+                far: None,
+                folded: None,
+                near: None,
+                done: Some(done),
+            });
+        }
+        let mut sums = |kind| -> Result<KeysValues<G>> {
+            let (_, mut target) = self.lists()?;
+            self.fused(fused, kind, &mut queries, ColumnTargets::Sums(&mut target))?;
+            Ok(target)
+        };
+        let far = sums("far")?;
+        let near = if self.params.window > 0 {
+            Some(sums("near")?)
+        } else {
+            None
+        };
+        Ok(Gradients {
+            far: Some(far),
+            folded: Some(self.edges(Some(&mut queries))?),
+            near,
+            done: None,
+            queries,
+        })
     }
 
-    /// As [`Self::columns`]; what the queries get from these columns is added to `queries`.
-    fn fused(&self, fused: &Fused, kind: &str, queries: &mut G::Slice<f32>) -> Result<KeysValues<G>> {
-        let (lists, mut target) = self.lists()?;
-        let mut args = self.inputs();
-        args.push(self.gpu.write(queries));
-        args.push(self.gpu.write(&mut target.keys));
-        args.push(self.gpu.write(&mut target.values));
-        args.push(self.gpu.value(&self.params));
+    /// `kind` as for [`Self::columns`].
+    fn fused(
+        &self,
+        fused: &Fused,
+        kind: &str,
+        queries: &mut G::Slice<f32>,
+        columns: ColumnTargets<'_, G, T>,
+    ) -> Result<()> {
+        let lists = self.call.problem.batch * self.params.sizes.lists as usize;
         let launch = Launch {
-            grid: [lists * self.call.problem.tokens.div_ceil(fused.columns), 1, 1],
+            grid: [lists * self.call.problem.tokens.div_ceil(COLUMNS), 1, 1],
             threads: fused.threads,
             shared_bytes: fused.shared_bytes(),
         };
+        let mut args = self.inputs();
+        args.push(self.gpu.write(queries));
+        match columns {
+            ColumnTargets::Sums(sums) => {
+                args.extend([self.gpu.write(&mut sums.keys), self.gpu.write(&mut sums.values)]);
+                args.extend([self.gpu.absent(), self.gpu.absent()]);
+            }
+            ColumnTargets::Done(done) => {
+                args.extend([self.gpu.absent(), self.gpu.absent()]);
+                args.extend([self.gpu.write(&mut done.0), self.gpu.write(&mut done.1)]);
+            }
+        }
+        args.push(self.gpu.value(&self.params));
         let name = format!("backward_fused_{}_{}_{kind}", fused.dim, T::SUFFIX);
-        self.gpu
-            .launch(&Kernel::plain("backward_fused", &name), launch, &args)?;
-        drop(args);
-        Ok(target)
+        self.gpu.launch(&Kernel::plain("backward_fused", &name), launch, &args)
     }
 
     /// A pair of tiles of 64 rows, and one or two stages of another pair with two words per row: `stages` in

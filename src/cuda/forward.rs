@@ -146,7 +146,7 @@ impl Instance {
     /// The smallest that holds the head size; as `FORWARD_DTYPE` in cuda/forward.cu has them.
     fn pick(head_dim: usize, extras: bool) -> Self {
         let (name, dim, rows, columns) = match (head_dim, extras) {
-            (..=64, false) => ("forward_64", 64, 128, 32),
+            (..=64, false) => ("forward_64", 64, 128, 64),
             (..=96, false) => ("forward_96", 96, 128, 32),
             (..=128, false) => ("forward_128", 128, 128, 32),
             (_, false) => ("forward_256", 256, 64, 32),
