@@ -140,7 +140,12 @@ fn module<T: GpuElement>() -> &'static str {
 
 impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
     fn gradients(&self) -> Result<Gradients<G, T>> {
-        match Fused::pick::<T>(&self.call.problem, self.call.options) {
+        let fused = match Fused::pick::<T>(&self.call.problem, self.call.options) {
+            // 99 KiB on some consumer devices, where the one of 128 does not run.
+            Some(fused) if fused.shared_bytes() <= self.gpu.shared_limit()? => Some(fused),
+            _ => None,
+        };
+        match fused {
             Some(fused) => self.fused_gradients(&fused),
             None => self.owned_gradients(),
         }

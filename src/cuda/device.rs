@@ -2,7 +2,7 @@
 
 use super::gpu::{Gpu, Kernel, Launch, Number, Params};
 use candle_core::cuda_backend::cudarc::driver::{
-    sys::{CUdeviceptr, CUfunction_attribute_enum},
+    sys::{CUdevice_attribute_enum, CUdeviceptr, CUfunction_attribute_enum},
     CudaSlice, CudaStream, DevicePtr, DevicePtrMut, LaunchConfig, PushKernelArg, SyncOnDrop,
 };
 use candle_core::{bail, CudaDevice, Result};
@@ -55,6 +55,12 @@ impl Gpu for Cuda {
 
     fn download<T: Number>(&self, slice: &CudaSlice<T>) -> Result<Vec<T>> {
         self.device.clone_dtoh(slice)
+    }
+
+    fn shared_limit(&self) -> Result<usize> {
+        let attribute = CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let bytes = self.stream.context().attribute(attribute);
+        usize::try_from(bytes.map_err(candle_core::Error::wrap)?).map_err(candle_core::Error::wrap)
     }
 
     fn read<'a, T: Number>(&'a self, slice: &'a CudaSlice<T>) -> CudaArg<'a> {

@@ -124,6 +124,10 @@ impl Gpu for Emulator {
         slice.download()
     }
 
+    fn shared_limit(&self) -> Result<usize> {
+        Ok(usize::MAX)
+    }
+
     fn read<'a, T: Number>(&'a self, slice: &'a EmuSlice<T>) -> EmuArg<'a> {
         EmuArg::new(
             slice.data.as_ptr().cast(),

@@ -132,6 +132,12 @@ pub(crate) trait Gpu {
     /// A struct by value.
     fn value<'a, P: Params>(&'a self, params: &'a P) -> Self::Arg<'a>;
 
+    /// How much shared memory a block can ask for, in bytes.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    fn shared_limit(&self) -> Result<usize>;
+
     /// Starts a kernel; does not wait for it.
     ///
     /// # Errors
