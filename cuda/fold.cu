@@ -151,21 +151,37 @@ __device__ void fold_queries(Global<const T> q, Global<const uint8_t> all_bits, 
 
 // --- Gradients ------------------------------------------------------------------------------------------------------
 
-// The gradient of a folded token: of its edge column, and of its far column where it is not hidden.
-__device__ __forceinline__ void load_folded_gradient(WarpRow& row, unsigned t, bool hidden, Lanes lanes,
-                                                     Global<const float> far, Global<const float> folded,
-                                                     Global<const uint32_t> far_before, const FoldParams& p) {
-  unsigned dim = p.sizes.head_dim;
-  size_t list = (size_t)blockIdx.y * p.sizes.tokens;
-  row.load(folded, (list + t) * dim, dim, lanes);
-  if (hidden) return;
-  WarpRow column;
-  column.load(far, (list + far_before[list + blockIdx.y + t]) * dim, dim, lanes);
-  row.add(column);
-}
+// Gradients of far columns and of folded tokens, (batch * lists, N, D), and what it takes to find a token's.
+struct FoldedGradients {
+  Global<const float> far, folded;
+  Global<const uint8_t> bits;
+  Global<const uint32_t> far_before;
 
-// The transpose of the fold: gradients of far and folded columns (batch * lists, N, D) to those of raw tokens, of the
-// same shape. The warp of a chain's first token walks it from its end where means run.
+  // The gradient of a folded token: of its edge column, and of its far column where it is not hidden. `list`: batch *
+  // lists + list.
+  __device__ __forceinline__ void load(WarpRow& row, size_t list, unsigned t, bool hidden, Lanes lanes,
+                                       const FoldParams& p) const {
+    unsigned tokens = p.sizes.tokens, dim = p.sizes.head_dim;
+    row.load(folded, (list * tokens + t) * dim, dim, lanes);
+    if (hidden) return;
+    WarpRow column;
+    column.load(far, (list * tokens + far_before[list * (tokens + 1) + t]) * dim, dim, lanes);
+    row.add(column);
+  }
+
+  // The gradient of a raw token where no means run: it is in its own folded token, and in the next if it is added to it.
+  __device__ __forceinline__ void load_raw(WarpRow& sum, size_t list, unsigned t, Lanes lanes, const FoldParams& p) const {
+    ListBits own(bits, p.sizes, List(p.sizes, list));
+    load(sum, list, t, own.hidden(t), lanes, p);
+    if (p.fold != PAIR_SUM || !own.hidden(t)) return;
+    WarpRow next;
+    load(next, list, t + 1, own.hidden(t + 1), lanes, p);
+    sum.add(next);
+  }
+};
+
+// The transpose of the fold where means run: gradients of far and folded columns to those of raw tokens, (batch * lists,
+// N, D). The warp of a chain's first token walks it from its end.
 KERNEL fold_unfold(Global<const float> far, Global<const float> folded, Global<const uint8_t> all_bits,
                    Global<const uint32_t> far_before, Global<float> out, FoldParams p) {
   TokenLanes own(p, true);
@@ -174,33 +190,28 @@ KERNEL fold_unfold(Global<const float> far, Global<const float> folded, Global<c
   if (first >= tokens) return;
   List list(p.sizes, blockIdx.y);
   ListBits bits(all_bits, p.sizes, list);
+  FoldedGradients gradients{far, folded, all_bits, far_before};
   size_t start = (size_t)blockIdx.y * tokens;
   WarpRow sum, row;
-  if (p.fold != MEAN) {
-    load_folded_gradient(sum, first, bits.hidden(first), lanes, far, folded, far_before, p);
-    if (p.fold == PAIR_SUM && bits.hidden(first)) {
-      load_folded_gradient(row, first + 1, bits.hidden(first + 1), lanes, far, folded, far_before, p);
-      sum.add(row);
-    }
-    return sum.store(out, (start + first) * dim, dim, lanes);
-  }
   if (bits.joined(first)) return;
   unsigned last = first;
   while (bits.hidden(last)) last++;
   // F[t] is the mean of the chain up to t: each token has 1/n[t] of every later F[t].
   sum.fill(0.0f);
   for (unsigned t = last + 1; t-- > first;) {
-    load_folded_gradient(row, t, bits.hidden(t), lanes, far, folded, far_before, p);
+    gradients.load(row, blockIdx.y, t, bits.hidden(t), lanes, p);
     row.scale(1.0f / (float)(t - first + 1));
     sum.add(row);
     sum.store(out, (start + t) * dim, dim, lanes);
   }
 }
 
-// Adds up the gradients of a KV head's lists, of columns taken home and of near tokens (batch * lists, N, D), either of
-// which may be absent, into (batch, kv_heads, N, D); its grid has batch * kv_heads in place of the lists.
+// Adds up the gradients of a KV head's lists into (batch, kv_heads, N, D): of columns, `unfolded` to raw tokens (batch *
+// lists, N, D) where means run and else found in `gradients`, and of near tokens (batch * lists, N, D). Each may be absent;
+// the grid has batch * kv_heads in place of the lists.
 template <class T>
-__device__ void reduce(Global<const float> unfolded, Global<const float> near, Global<T> out, const FoldParams& p) {
+__device__ void reduce(Global<const float> unfolded, const FoldedGradients& gradients, Global<const float> near,
+                       Global<T> out, const FoldParams& p) {
   TokenLanes own(p, false);
   unsigned t = own.token, tokens = p.sizes.tokens, dim = p.sizes.head_dim;
   if (t >= tokens) return;
@@ -208,9 +219,12 @@ __device__ void reduce(Global<const float> unfolded, Global<const float> near, G
   WarpRow sum, row;
   sum.fill(0.0f);
   for (unsigned i = 0; i < lists; i++) {
-    size_t at = (((size_t)blockIdx.y * lists + i) * tokens + t) * dim;
+    size_t list = (size_t)blockIdx.y * lists + i, at = (list * tokens + t) * dim;
     if (unfolded) {
       row.load(unfolded, at, dim, own.lanes);
+      sum.add(row);
+    } else if (gradients.far) {
+      gradients.load_raw(row, list, t, own.lanes, p);
       sum.add(row);
     }
     if (near) {
@@ -250,8 +264,10 @@ __device__ void unfold_queries(Global<const float> folded, Global<const uint8_t>
   KERNEL fold_queries_##suffix(Global<const T> q, Global<const uint8_t> bits, Global<T> out, FoldParams p) {         \
     fold_queries(q, bits, out, p);                                                                                   \
   }                                                                                                                  \
-  KERNEL fold_reduce_##suffix(Global<const float> unfolded, Global<const float> near, Global<T> out, FoldParams p) { \
-    reduce(unfolded, near, out, p);                                                                                  \
+  KERNEL fold_reduce_##suffix(Global<const float> unfolded, Global<const float> far, Global<const float> folded,     \
+                              Global<const uint8_t> bits, Global<const uint32_t> far_before, Global<const float> near, \
+                              Global<T> out, FoldParams p) {                                                         \
+    reduce(unfolded, FoldedGradients{far, folded, bits, far_before}, near, out, p);                                  \
   }                                                                                                                  \
   KERNEL fold_unfold_queries_##suffix(Global<const float> folded, Global<const uint8_t> bits, Global<T> out,         \
                                       FoldParams p) {                                                                \

@@ -182,7 +182,8 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         } = self.problem;
         let params = self.params(self.lists)?;
         let mut unfolded = None;
-        if let Some((far_before, far, folded)) = columns {
+        // Where means run, chains are walked before lists are added up; else one kernel does both.
+        if let (Some((far_before, far, folded)), Fold::Mean) = (columns, self.fold) {
             let mut target = gpu.alloc::<f32>(batch * self.lists * tokens * head_dim)?;
             let args = [
                 gpu.read(far),
@@ -197,9 +198,14 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
             drop(args);
             unfolded = Some(target);
         }
+        let columns = columns.filter(|_| self.fold != Fold::Mean);
         let mut out = gpu.alloc::<T>(batch * kv_heads * tokens * head_dim)?;
         let args = [
             gpu.read_some(unfolded.as_ref()),
+            gpu.read_some(columns.map(|(_, far, _)| far)),
+            gpu.read_some(columns.map(|(_, _, folded)| folded)),
+            gpu.read_some(columns.map(|_| self.bits)),
+            gpu.read_some(columns.map(|(far_before, _, _)| far_before)),
             gpu.read_some(near),
             gpu.write(&mut out),
             gpu.value(&params),
