@@ -277,3 +277,60 @@ impl<Q: Element> WithSimd for Add<'_, '_, Q> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Masses of all tokens, rows taken so many at a time, the keys of each such chunk filled anew.
+    fn masses(local: Local, heads: &[HeadRows<f32>], keys: HeadRows<f32>, count: usize, chunk: usize) -> Vec<u32> {
+        let mut masses = vec![0f32; count];
+        for first in (0..count).step_by(chunk) {
+            let end = count.min(first + chunk);
+            let (mut all, mut sinks) = (Keys::default(), Keys::default());
+            let row = |token| keys.row(token);
+            all.fill(local.first_panel(first), local.start(first)..end, row);
+            sinks.fill(0, 0..local.sinks.min(end), row);
+            let observation = Observation {
+                local,
+                queries: heads,
+                first_query: 0,
+                keys: &all,
+                sink_keys: &sinks,
+            };
+            let base = local.start(first);
+            observation.add(first..end, base, &mut masses[base..end], &mut Scratch::default());
+        }
+        masses.into_iter().map(f32::to_bits).collect()
+    }
+
+    /// To the last bit, with one head and with three that share their keys.
+    #[test]
+    fn no_split_changes_a_mass() {
+        let (count, dim) = (100, 20);
+        let numbers: Vec<f32> = (0..4 * count * dim).map(|i| (i as f32 * 0.7).sin() * 2.0).collect();
+        let rows: Vec<_> = numbers
+            .chunks(count * dim)
+            .map(|rows| HeadRows::compact(rows, dim))
+            .collect();
+        for (window, sinks) in [(2, 0), (5, 3), (16, 4), (20, 17), (32, 4), (33, 1), (64, 20)] {
+            let local = Local {
+                window,
+                sinks,
+                scale: 0.3,
+            };
+            for heads in [&rows[..1], &rows[..3]] {
+                let whole = masses(local, heads, rows[3], count, count);
+                for chunk in [1, 3, 16, 50] {
+                    let split = masses(local, heads, rows[3], count, chunk);
+                    assert_eq!(
+                        split,
+                        whole,
+                        "window {window}, {} heads, {chunk} at a time",
+                        heads.len()
+                    );
+                }
+            }
+        }
+    }
+}
