@@ -25,10 +25,10 @@ impl<A: Accumulator> Keys<A> {
         row: impl Fn(usize) -> &'r [T],
     ) {
         (self.first, self.dim) = (first, 0);
-        self.data.clear();
         if !tokens.is_empty() {
             self.dim = row(tokens.start).len();
             let panels = tokens.end.div_ceil(PANEL) - first;
+            // All of it is written over.
             self.data.resize(panels * self.dim * PANEL, A::ZERO);
             arch().dispatch(Fill {
                 keys: self,

@@ -211,6 +211,7 @@ impl<Q: Element> Observation<'_, Q> {
         let dim = self.queries[0].dim;
         target.resize(G * dim, Q::Acc::ZERO);
         for ((row, head), target) in pairs.into_iter().zip(target.chunks_exact_mut(dim)) {
+            self.queries[head].prefetch(row - self.first_query);
             let query = self.queries[head].row(row - self.first_query);
             match Q::as_acc(query) {
                 Some(query) => target.iter_mut().zip(query).for_each(|(x, y)| *x = *y * factor),

@@ -149,7 +149,10 @@ impl<T: Element> ObserveInput<'_, T> {
         all.fill(
             self.local.first_panel(rows.start),
             self.local.start(rows.start)..rows.end,
-            |token| keys.row(token),
+            |token| {
+                keys.prefetch(token);
+                keys.row(token)
+            },
         );
         sinks.fill(0, 0..self.local.sinks.min(rows.end), |token| keys.row(token));
         let queries: Vec<_> = (kv_head * group..(kv_head + 1) * group)
@@ -164,7 +167,11 @@ impl<T: Element> ObserveInput<'_, T> {
         };
         observation.add(rows, first, scores, scratch);
         let values = self.v.head(batch, kv_head);
-        weigh(scores, tokens.map(|token| values.row(token)));
+        let value = |token| {
+            values.prefetch(token);
+            values.row(token)
+        };
+        weigh(scores, tokens.map(value));
     }
 }
 
