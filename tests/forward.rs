@@ -6,6 +6,7 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor, D};
 use candle_sfattention::reference::{self, Array4};
 use candle_sfattention::{attend, compressed_attention, AttentionOptions, HeadStrategies, MergePlan};
+use common::again::again;
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
 use common::judge::Expected;
 use common::settings::{reference_bits, settings, Setting};
@@ -140,23 +141,6 @@ fn half_types_err_at_most_twice_as_much_in_every_setting() -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Runs tests of this file again with an environment variable set; false where this CPU has no such instructions.
-fn again(variable: &str, value: &str, tests: &[&str]) -> Result<bool> {
-    let output = Command::new(std::env::current_exe()?)
-        .env(variable, value)
-        .arg("--exact")
-        .args(tests)
-        .output()?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    if text.contains("which this CPU has") {
-        println!("skipped: this CPU has no {value}");
-        return Ok(false);
-    }
-    let passed = format!("{} passed", tests.len());
-    assert!(output.status.success() && text.contains(&passed), "{value}: {text}");
-    Ok(true)
 }
 
 /// The tests of halves again, with each kind of instructions that this CPU has, and with none.

@@ -9,6 +9,7 @@ use candle_sfattention::{
     observed_mass, AttentionOptions, CompressedKvCache, CompressionConfig, Criterion, Fold, GroupRule, HeadStrategies,
     MergePlan, MergeStrategy,
 };
+use common::again::again;
 use common::caches::{part, with_thresholds};
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
 
@@ -118,5 +119,20 @@ fn what_is_not_a_number_is_kept() -> Result<()> {
     assert_eq!(kept(2, 30)?, [30]);
     // Every row sees a bad sink.
     assert_eq!(kept(1, 0)?, (1..53).collect::<Vec<_>>());
+    Ok(())
+}
+
+/// The scores and the cache again, with loops compiled for each instruction set.
+#[test]
+fn every_instruction_set_agrees() -> Result<()> {
+    let tests = [
+        "scores_agree_with_the_reference",
+        "caches_keep_what_plans_keep",
+        "what_is_not_a_number_is_kept",
+    ];
+    for set in ["avx512", "avx2", "neon"] {
+        again("SFATTENTION_SIMD", set, &tests)?;
+    }
+    assert!(again("SFATTENTION_SIMD", "scalar", &tests)?, "every CPU can do without");
     Ok(())
 }

@@ -96,7 +96,7 @@ impl<T: Element> DecideInput<'_, T> {
         let right = normed(self.k.head(batch, kv_head), tokens, &mut right_buffer);
         match self.config.criterion {
             Criterion::KeyKey => body(&right, &right),
-            // ObservedMass has no pairs: it is decided in observe.rs.
+            // ObservedMass has no pairs: it is decided in observe/.
             Criterion::QueryKey | Criterion::ObservedMass => {
                 let left = normed(self.q.head(batch, head), tokens, &mut left_buffer);
                 body(&left, &right)

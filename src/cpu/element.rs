@@ -6,6 +6,9 @@ use half::slice::HalfFloatSliceExt;
 use pulp::Simd;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Sub};
 
+/// Tokens of a panel of keys: one AVX-512 or two AVX2 registers of f32.
+pub(crate) const PANEL: usize = 16;
+
 /// A dtype that q, k and v may have.
 pub(crate) trait Element: WithDType {
     /// What sums, softmax and folds are computed in.
@@ -58,9 +61,20 @@ pub(crate) trait Accumulator:
         rows: [&[Self]; 4],
         weights: [[Self; 4]; G],
     );
+    /// The dot products of G queries, (G, D), and the keys of the first `count` panels, each (D, [`PANEL`]): query g's go
+    /// to `logits[g * stride..]`. C registers of keys are read together. Each sum adds dimension by dimension.
+    fn panel_dots<'k, S: Simd, const G: usize, const C: usize>(
+        simd: S,
+        queries: &[Self],
+        panels: (usize, impl Fn(usize) -> &'k [Self]),
+        logits: &mut [Self],
+        stride: usize,
+    );
     /// Raises each maximum to the value beside it; a NaN is passed over, to be caught when its weight is summed. The
     /// lengths are multiples of a register's.
     fn raise<S: Simd>(simd: S, max: &mut [Self], values: &[Self]);
+    /// Makes the numbers of a panel's lanes outside of `start..end` `other`.
+    fn keep_lanes<S: Simd>(simd: S, lanes: (u32, u32), panel: &mut [Self; PANEL], other: Self);
     /// 2^x for x <= 0, 0 below the smallest normal number, NaN for NaN. Relative error at most 3e-7 in f32 and 1e-15
     /// in f64 (rounding included; the polynomials alone are good to 1.9e-9 and 3.1e-18).
     fn exp2_nonpositive(self) -> Self;
@@ -83,7 +97,7 @@ pub(crate) trait Accumulator:
 }
 
 macro_rules! accumulator {
-    ($float:ident, $bits:ident, $ibits:ident, split $split:expr, singles ($slice:ident) $singles:expr, simd ($as:ident, $as_mut:ident, $splat:ident, $fma:ident, $add:ident, $sum:ident, $greater:ident, $select:ident), magic $magic:expr, bias $bias:expr, mantissa $mantissa:expr, min $min:expr, $poly:expr) => {
+    ($float:ident, $bits:ident, $ibits:ident, split $split:expr, singles ($slice:ident) $singles:expr, dots $dots:ident, simd ($lanes:ident, $floats:ident, $as:ident, $as_mut:ident, $splat:ident, $fma:ident, $add:ident, $sum:ident, $greater:ident, $select:ident), magic $magic:expr, bias $bias:expr, mantissa $mantissa:expr, min $min:expr, $poly:expr) => {
         impl Element for $float {
             type Acc = $float;
             const SPLIT: Option<Split> = $split;
@@ -100,6 +114,36 @@ macro_rules! accumulator {
             #[inline(always)]
             fn finite_row(row: &[Self]) -> bool {
                 super::fold::all_finite(row)
+            }
+        }
+
+        /// G queries, (G, D), by C columns of registers: their sums stay in G * C registers.
+        #[inline(always)]
+        #[allow(clippy::needless_range_loop)]
+        fn $dots<S: Simd, const G: usize, const C: usize>(
+            simd: S,
+            queries: &[$float],
+            columns: [&[S::$floats]; C],
+            logits: &mut [$float],
+            stride: usize,
+        ) {
+            let (dim, registers) = (queries.len() / G, PANEL / S::$lanes);
+            let mut rows: [&[$float]; G] = [&[]; G];
+            for g in 0..G {
+                rows[g] = &queries[g * dim..][..dim];
+            }
+            let mut sums = [[simd.$splat(0.0); C]; G];
+            for d in 0..dim {
+                for g in 0..G {
+                    let x = simd.$splat(rows[g][d]);
+                    for c in 0..C {
+                        sums[g][c] = simd.$fma(x, columns[c][d * registers], sums[g][c]);
+                    }
+                }
+            }
+            for g in 0..G {
+                let target = &mut logits[g * stride..][..C * S::$lanes];
+                S::$as_mut(target).0.copy_from_slice(&sums[g]);
             }
         }
 
@@ -199,9 +243,49 @@ macro_rules! accumulator {
                 }
             }
             #[inline(always)]
+            #[allow(clippy::needless_range_loop)]
+            fn panel_dots<'k, S: Simd, const G: usize, const C: usize>(
+                simd: S,
+                queries: &[Self],
+                (count, panel): (usize, impl Fn(usize) -> &'k [Self]),
+                logits: &mut [Self],
+                stride: usize,
+            ) {
+                let registers = PANEL / S::$lanes;
+                let dim = queries.len() / G;
+                // Register i of all panels, from its first dimension to its last.
+                let column = |i: usize| &S::$as(panel(i / registers)).0[i % registers..][..(dim - 1) * registers + 1];
+                let mut first = 0;
+                while first + C <= count * registers {
+                    let mut columns: [&[_]; C] = [&[]; C];
+                    for c in 0..C {
+                        columns[c] = column(first + c);
+                    }
+                    let target = &mut logits[first * S::$lanes..];
+                    $dots::<S, G, C>(simd, queries, columns, target, stride);
+                    first += C;
+                }
+                for first in first..count * registers {
+                    let target = &mut logits[first * S::$lanes..];
+                    $dots::<S, G, 1>(simd, queries, [column(first)], target, stride);
+                }
+            }
+            #[inline(always)]
             fn raise<S: Simd>(simd: S, max: &mut [Self], values: &[Self]) {
                 for (m, x) in S::$as_mut(max).0.iter_mut().zip(S::$as(values).0) {
                     *m = simd.$select(simd.$greater(*x, *m), *x, *m);
+                }
+            }
+            #[inline(always)]
+            fn keep_lanes<S: Simd>(simd: S, (start, end): (u32, u32), panel: &mut [Self; PANEL], other: Self) {
+                const NUMBERS: [$float; PANEL] = [
+                    0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.,
+                ];
+                let (start, end) = (simd.$splat(start as $float), simd.$splat(end as $float));
+                let other = simd.$splat(other);
+                for (x, lane) in S::$as_mut(panel).0.iter_mut().zip(S::$as(&NUMBERS).0) {
+                    let before_end = simd.$select(simd.$greater(end, *lane), *x, other);
+                    *x = simd.$select(simd.$greater(start, *lane), other, before_end);
                 }
             }
             #[inline(always)]
@@ -237,9 +321,9 @@ pub(crate) const EXP2_F32: [f32; 7] = [
     1.0,
 ];
 
-accumulator!(f32, u32, i32, split None, singles (slice) slice, simd (as_simd_f32s, as_mut_simd_f32s, splat_f32s, mul_add_e_f32s, add_f32s, reduce_sum_f32s, greater_than_f32s, select_f32s), magic 12_582_912.0, bias 127, mantissa 23, min -126.0, EXP2_F32);
+accumulator!(f32, u32, i32, split None, singles (slice) slice, dots dots_f32, simd (F32_LANES, f32s, as_simd_f32s, as_mut_simd_f32s, splat_f32s, mul_add_e_f32s, add_f32s, reduce_sum_f32s, greater_than_f32s, select_f32s), magic 12_582_912.0, bias 127, mantissa 23, min -126.0, EXP2_F32);
 // The same kind of polynomial for f64.
-accumulator!(f64, u64, i64, split None, singles (_slice) Default::default(), simd (as_simd_f64s, as_mut_simd_f64s, splat_f64s, mul_add_e_f64s, add_f64s, reduce_sum_f64s, greater_than_f64s, select_f64s), magic 6_755_399_441_055_744.0, bias 1023, mantissa 52, min -1022.0, [
+accumulator!(f64, u64, i64, split None, singles (_slice) Default::default(), dots dots_f64, simd (F64_LANES, f64s, as_simd_f64s, as_mut_simd_f64s, splat_f64s, mul_add_e_f64s, add_f64s, reduce_sum_f64s, greater_than_f64s, select_f64s), magic 6_755_399_441_055_744.0, bias 1023, mantissa 52, min -1022.0, [
     4.435_282_706_957_277e-10, 7.074_105_613_508_143e-9, 1.017_819_802_167_193e-7, 1.321_543_308_967_64e-6,
     1.525_273_348_998_852_6e-5, 1.540_353_046_251_443_2e-4, 1.333_355_814_678_992_2e-3, 9.618_129_107_588_335e-3,
     5.550_410_866_481_992e-2, 2.402_265_069_591_015_6e-1, std::f64::consts::LN_2, 1.0,

@@ -1,0 +1,337 @@
+//! What rows give the tokens of their windows: logits by panels of tokens, a softmax per row, and sums per token.
+//!
+//! A token's lane is its number modulo [`PANEL`] wherever it is seen. So a logit, the sum of a row's weights and the sum of
+//! a token's mass each add the same numbers in the same order, whichever rows are seen to together.
+
+// Loops over lanes by number: they are what becomes a vector.
+#![allow(clippy::needless_range_loop)]
+
+use super::keys::Keys;
+use super::Local;
+use crate::cpu::element::PANEL;
+use crate::cpu::{arch, Accumulator, Element, HeadRows};
+use pulp::{Simd, WithSimd};
+use std::ops::Range;
+
+/// Pairs of a row and a head that are seen to together: each register of keys is read for all of them.
+const TOGETHER: usize = 4;
+
+/// One number per token of a panel.
+type Lanes<A> = [A; PANEL];
+
+/// The queries of one group and the keys that they look at.
+pub(crate) struct Observation<'a, Q: Element> {
+    pub local: Local,
+    /// Of each head of the group, from token `first_query` on.
+    pub queries: &'a [HeadRows<'a, Q>],
+    pub first_query: usize,
+    /// From panel [`Local::first_panel`] of the first row on.
+    pub keys: &'a Keys<Q::Acc>,
+    /// From token 0 on: at least those sinks that lie before a row's window.
+    pub sink_keys: &'a Keys<Q::Acc>,
+}
+
+/// Buffers of [`Observation::add`].
+#[derive(Default)]
+pub(crate) struct Scratch<A> {
+    queries: Vec<A>,
+    /// Logits, then weights, of the rows that are seen to together: the sinks' panels, then the windows'.
+    weights: Vec<Lanes<A>>,
+    masses: Vec<Lanes<A>>,
+}
+
+/// The panels that rows of one panel look at.
+struct Panels {
+    /// From panel 0 on.
+    sinks: usize,
+    /// Of the windows. A window reaches into one panel more than it fills where the last one holds the lanes that the
+    /// first one has left; their weights are kept as one.
+    window: Range<usize>,
+    filled: usize,
+}
+
+impl Panels {
+    fn all(&self) -> usize {
+        self.sinks + self.window.len()
+    }
+
+    /// Where the weights of panel `panel` of a window are.
+    fn at(&self, panel: usize) -> usize {
+        self.sinks + (panel - self.window.start) % self.filled
+    }
+}
+
+impl<Q: Element> Observation<'_, Q> {
+    /// Adds the weights of `rows` to the masses of the tokens from `base` on, where they count: row by row, and head by
+    /// head within one.
+    pub fn add(&self, rows: Range<usize>, base: usize, masses: &mut [Q::Acc], scratch: &mut Scratch<Q::Acc>) {
+        let tokens = base..base + masses.len();
+        let window = self.local.window;
+        // No others have anything to say about these tokens.
+        let rows = rows.start.max(tokens.start + window / 2)..rows.end.min(tokens.end + window - 1);
+        let (first, lead) = (base / PANEL, base % PANEL);
+        scratch.masses.clear();
+        let zeros = [Q::Acc::ZERO; PANEL];
+        scratch.masses.resize(tokens.end.div_ceil(PANEL) - first, zeros);
+        scratch.masses.as_flattened_mut()[lead..][..masses.len()].copy_from_slice(masses);
+        arch().dispatch(Add {
+            observation: self,
+            rows,
+            tokens,
+            scratch,
+        });
+        masses.copy_from_slice(&scratch.masses.as_flattened()[lead..][..masses.len()]);
+    }
+
+    /// Adds the weights of G pairs of a row and a head, the rows of one panel in order.
+    #[inline(always)]
+    fn add_pairs<S: Simd, const G: usize>(
+        &self,
+        simd: S,
+        pairs: [(usize, usize); G],
+        tokens: &Range<usize>,
+        scratch: &mut Scratch<Q::Acc>,
+    ) {
+        let mut rows = [0; G];
+        let mut counted = [const { 0..0 }; G];
+        for g in 0..G {
+            rows[g] = pairs[g].0;
+            counted[g] = self.counted(rows[g], tokens);
+        }
+        let panels = self.panels(rows[0], rows[G - 1]);
+        let all = panels.all();
+        scratch.weights.resize(G * all, [Q::Acc::ZERO; PANEL]);
+        self.load(pairs, &mut scratch.queries);
+        self.dots::<S, G>(simd, &panels, scratch);
+        let (weights, masses) = (&mut scratch.weights, &mut scratch.masses);
+
+        // Step by step for all rows: each step's latency is hidden behind the other rows'.
+        let mut most = [[Q::Acc::NEG_INFINITY; PANEL]; G];
+        for g in 0..G {
+            most[g] = self.hide(simd, rows[g], &panels, &mut weights[g * all..][..all]);
+        }
+        let mut top = [Q::Acc::ZERO; G];
+        for g in 0..G {
+            top[g] = across(most[g], Q::Acc::larger);
+        }
+        let mut sums = [[Q::Acc::ZERO; PANEL]; G];
+        for panel in 0..all.min(panels.sinks + panels.filled) {
+            for g in 0..G {
+                let weights = &mut weights[g * all + panel];
+                for lane in 0..PANEL {
+                    weights[lane] = (weights[lane] - top[g]).exp2_nonpositive();
+                    sums[g][lane] += weights[lane];
+                }
+            }
+        }
+        let mut inverses = [Q::Acc::ZERO; G];
+        for g in 0..G {
+            inverses[g] = Q::Acc::ONE / across(sums[g], |x, y| x + y);
+        }
+
+        for panel in counted[0].start / PANEL..counted[G - 1].end.div_ceil(PANEL) {
+            let mass = &mut masses[panel - tokens.start / PANEL];
+            for g in 0..G {
+                let mut weights = weights[g * all + panels.at(panel)].map(|weight| weight * inverses[g]);
+                Q::Acc::keep_lanes(simd, lanes(panel, &counted[g]), &mut weights, Q::Acc::ZERO);
+                for lane in 0..PANEL {
+                    mass[lane] += weights[lane];
+                }
+            }
+        }
+    }
+
+    /// What the rows of one panel from `low` to `high` look at. Where the weights of a token are depends on its row alone.
+    #[inline(always)]
+    fn panels(&self, low: usize, high: usize) -> Panels {
+        let Local { window, sinks, .. } = self.local;
+        Panels {
+            sinks: sinks.min(self.local.start(high)).div_ceil(PANEL),
+            window: self.local.first_panel(low)..high / PANEL + 1,
+            filled: window.div_ceil(PANEL),
+        }
+    }
+
+    /// Logits of the queries that are loaded.
+    #[inline(always)]
+    fn dots<S: Simd, const G: usize>(&self, simd: S, panels: &Panels, scratch: &mut Scratch<Q::Acc>) {
+        let panel = |index: usize| match index.checked_sub(panels.sinks) {
+            Some(index) => self.keys.panel(panels.window.start + index),
+            None => self.sink_keys.panel(index),
+        };
+        let (panels, stride) = ((panels.all(), panel), panels.all() * PANEL);
+        let Scratch { queries, weights, .. } = scratch;
+        let weights = weights.as_flattened_mut();
+        // The sums, and as many registers of keys and one of a query, are all that there are.
+        if S::REGISTER_COUNT >= 32 {
+            Q::Acc::panel_dots::<S, G, 4>(simd, queries, panels, weights, stride);
+        } else {
+            Q::Acc::panel_dots::<S, G, 2>(simd, queries, panels, weights, stride);
+        }
+    }
+
+    /// Makes the logits of one row minus infinity where it does not look, moves those of its window's last panel to the
+    /// lanes that the first one has left, and returns the largest in each lane.
+    #[inline(always)]
+    fn hide<S: Simd>(&self, simd: S, row: usize, panels: &Panels, logits: &mut [Lanes<Q::Acc>]) -> Lanes<Q::Acc> {
+        let start = self.local.start(row);
+        let (sinks, window) = logits.split_at_mut(panels.sinks);
+        let mut most = [Q::Acc::NEG_INFINITY; PANEL];
+        for (panel, logits) in sinks.iter_mut().enumerate() {
+            let lanes = lanes(panel, &(0..self.local.sinks.min(start)));
+            Q::Acc::keep_lanes(simd, lanes, logits, Q::Acc::NEG_INFINITY);
+            Q::Acc::raise(simd, &mut most, logits);
+        }
+        for (panel, logits) in panels.window.clone().zip(window.iter_mut()) {
+            let lanes = lanes(panel, &(start..row + 1));
+            Q::Acc::keep_lanes(simd, lanes, logits, Q::Acc::NEG_INFINITY);
+            Q::Acc::raise(simd, &mut most, logits);
+        }
+        if let (true, [first, .., last]) = (panels.window.len() > panels.filled, window) {
+            let end = (row % PANEL + 1) as u32;
+            Q::Acc::keep_lanes(simd, (0, end), last, Q::Acc::ZERO);
+            Q::Acc::keep_lanes(simd, (end, PANEL as u32), first, Q::Acc::ZERO);
+            for lane in 0..PANEL {
+                first[lane] += last[lane];
+            }
+        }
+        most
+    }
+
+    /// Which of `tokens` count row `row`: t does from t + window / 2 on.
+    #[inline(always)]
+    fn counted(&self, row: usize, tokens: &Range<usize>) -> Range<usize> {
+        self.local.start(row).max(tokens.start)..(row + 1).saturating_sub(self.local.window / 2).min(tokens.end)
+    }
+
+    /// Queries (G, D), multiplied by scale * log2(e).
+    #[inline(always)]
+    fn load<const G: usize>(&self, pairs: [(usize, usize); G], target: &mut Vec<Q::Acc>) {
+        let factor = Q::Acc::of(self.local.scale * std::f64::consts::LOG2_E);
+        let dim = self.queries[0].dim;
+        target.resize(G * dim, Q::Acc::ZERO);
+        for ((row, head), target) in pairs.into_iter().zip(target.chunks_exact_mut(dim)) {
+            self.queries[head].prefetch(row - self.first_query);
+            let query = self.queries[head].row(row - self.first_query);
+            match Q::as_acc(query) {
+                Some(query) => target.iter_mut().zip(query).for_each(|(x, y)| *x = *y * factor),
+                None => {
+                    Q::widen(query, target);
+                    target.iter_mut().for_each(|x| *x *= factor);
+                }
+            }
+        }
+    }
+}
+
+/// The lanes of `panel` whose tokens lie in `tokens`, from the first to before the last.
+#[inline(always)]
+fn lanes(panel: usize, tokens: &Range<usize>) -> (u32, u32) {
+    let lane = |token: usize| token.saturating_sub(panel * PANEL).min(PANEL) as u32;
+    (lane(tokens.start), lane(tokens.end))
+}
+
+/// All lanes in one, by halves.
+#[inline(always)]
+fn across<A: Accumulator>(mut lanes: Lanes<A>, both: impl Fn(A, A) -> A) -> A {
+    let mut half = PANEL / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] = both(lanes[lane], lanes[lane + half]);
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// [`Observation::add`] as code for one instruction set.
+struct Add<'s, 'o, Q: Element> {
+    observation: &'s Observation<'o, Q>,
+    rows: Range<usize>,
+    tokens: Range<usize>,
+    scratch: &'s mut Scratch<Q::Acc>,
+}
+
+impl<Q: Element> WithSimd for Add<'_, '_, Q> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (observation, heads) = (self.observation, self.observation.queries.len());
+        let mut row = self.rows.start;
+        while row < self.rows.end {
+            let end = self.rows.end.min((row / PANEL + 1) * PANEL);
+            let pair = |index: usize| (row + index / heads, index % heads);
+            let count = (end - row) * heads;
+            let whole = count / TOGETHER * TOGETHER;
+            for index in (0..whole).step_by(TOGETHER) {
+                let mut pairs = [(0, 0); TOGETHER];
+                for g in 0..TOGETHER {
+                    pairs[g] = pair(index + g);
+                }
+                observation.add_pairs::<S, TOGETHER>(simd, pairs, &self.tokens, self.scratch);
+            }
+            for index in whole..count {
+                observation.add_pairs::<S, 1>(simd, [pair(index)], &self.tokens, self.scratch);
+            }
+            row = end;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Masses of all tokens, rows taken so many at a time, the keys of each such chunk filled anew.
+    fn masses(local: Local, heads: &[HeadRows<f32>], keys: HeadRows<f32>, count: usize, chunk: usize) -> Vec<u32> {
+        let mut masses = vec![0f32; count];
+        for first in (0..count).step_by(chunk) {
+            let end = count.min(first + chunk);
+            let (mut all, mut sinks) = (Keys::default(), Keys::default());
+            let row = |token| keys.row(token);
+            all.fill(local.first_panel(first), local.start(first)..end, row);
+            sinks.fill(0, 0..local.sinks.min(end), row);
+            let observation = Observation {
+                local,
+                queries: heads,
+                first_query: 0,
+                keys: &all,
+                sink_keys: &sinks,
+            };
+            let base = local.start(first);
+            observation.add(first..end, base, &mut masses[base..end], &mut Scratch::default());
+        }
+        masses.into_iter().map(f32::to_bits).collect()
+    }
+
+    /// To the last bit, with one head and with three that share their keys.
+    #[test]
+    fn no_split_changes_a_mass() {
+        let (count, dim) = (100, 20);
+        let numbers: Vec<f32> = (0..4 * count * dim).map(|i| (i as f32 * 0.7).sin() * 2.0).collect();
+        let rows: Vec<_> = numbers
+            .chunks(count * dim)
+            .map(|rows| HeadRows::compact(rows, dim))
+            .collect();
+        for (window, sinks) in [(2, 0), (5, 3), (16, 4), (20, 17), (32, 4), (33, 1), (64, 20)] {
+            let local = Local {
+                window,
+                sinks,
+                scale: 0.3,
+            };
+            for heads in [&rows[..1], &rows[..3]] {
+                let whole = masses(local, heads, rows[3], count, count);
+                for chunk in [1, 3, 16, 50] {
+                    let split = masses(local, heads, rows[3], count, chunk);
+                    assert_eq!(
+                        split,
+                        whole,
+                        "window {window}, {} heads, {chunk} at a time",
+                        heads.len()
+                    );
+                }
+            }
+        }
+    }
+}
