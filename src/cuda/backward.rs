@@ -1,4 +1,5 @@
-//! Launches of `cuda/backward.cu` and `cuda/backward_f32.cu`: gradients of the columns and of the (folded) queries.
+//! Launches of `cuda/backward.cu`, `cuda/backward_fused.cu` and `cuda/backward_f32.cu`: gradients of the columns and of the
+//! (folded) queries.
 
 use super::forward::{Attended, AttentionCall};
 use super::gpu::{Gpu, GpuElement, Kernel, Launch};
