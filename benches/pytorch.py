@@ -23,7 +23,8 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 def inputs(heads, tokens, dim, dtype, gradients):
     torch.manual_seed(0)
     shape = (1, heads, tokens, dim)
-    return [torch.randn(shape).to(DTYPES[dtype]).requires_grad_(gradients) for _ in range(4)]
+    tensors = [torch.randn(shape).to(DTYPES[dtype]).requires_grad_(gradients) for _ in range(3)]
+    return tensors + [torch.ones(shape, dtype=DTYPES[dtype])]
 
 
 def call(mode, q, k, v, weights):
@@ -31,7 +32,7 @@ def call(mode, q, k, v, weights):
         with torch.no_grad():
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     output = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return torch.autograd.grad(output, (q, k, v), weights.detach())[0]
+    return torch.autograd.grad(output, (q, k, v), weights)[0]
 
 
 def verify(dtype):

@@ -1,11 +1,13 @@
 //! Attention of blocks of rows: tiles of logits through an online softmax into weighted values.
 
+use super::aligned::Aligned;
 use super::block::BlockReader;
 use super::columns::{Block, Columns, Settings};
+use super::fold::Edge;
 use super::gemm_tile::{accumulate, Tile};
 use super::philox::DropoutMask;
 use super::softmax::OnlineSoftmax;
-use super::{Accumulator, Element};
+use super::{vectorized, Accumulator, Element};
 
 /// One thread's state, reused from block to block.
 pub(crate) struct Worker<'a, Q: Element> {
@@ -16,8 +18,8 @@ pub(crate) struct Worker<'a, Q: Element> {
 /// The block's rows so far.
 struct WeightedRows<A> {
     softmax: OnlineSoftmax<A>,
-    /// (leading, D)
-    output: Vec<A>,
+    /// (leading, width)
+    output: Aligned<A>,
 }
 
 impl<'a, Q: Element> Worker<'a, Q> {
@@ -26,7 +28,7 @@ impl<'a, Q: Element> Worker<'a, Q> {
         let reader = BlockReader::new(settings, columns);
         let rows = WeightedRows {
             softmax: OnlineSoftmax::new(reader.leading),
-            output: vec![Q::Acc::ZERO; reader.leading * settings.head_dim],
+            output: Aligned::zeroed(reader.leading * reader.width),
         };
         Self { reader, rows }
     }
@@ -39,11 +41,13 @@ impl<'a, Q: Element> Worker<'a, Q> {
         log_sum_exp: Option<&mut [Q::Acc]>,
     ) {
         let Self { reader, rows } = self;
-        let dim = reader.settings.head_dim;
+        let (dim, width) = (reader.settings.head_dim, reader.width);
         reader.load_queries(block);
         rows.softmax.reset();
         rows.output.fill(Q::Acc::ZERO);
-        reader.edges(block, |reader, token, row| rows.start(reader, block, token, row));
+        reader.edges(block, |reader, edge, token, row| {
+            rows.start(reader, block, edge, (token, row))
+        });
         if let Some((products, _)) = &mut reader.products {
             products.load_output(Q::Acc::singles(&rows.output), dim);
         }
@@ -57,11 +61,16 @@ impl<'a, Q: Element> Worker<'a, Q> {
                 *target = rows.softmax.log_sum_exp(row);
             }
         }
-        for (row, target) in output.chunks_exact_mut(dim).enumerate() {
-            let source = &mut rows.output[row * dim..][..dim];
-            rows.softmax.finish(row, source);
-            Q::narrow(source, target);
-        }
+        vectorized(
+            #[inline(always)]
+            || {
+                for (row, target) in output.chunks_exact_mut(dim).enumerate() {
+                    let source = &mut rows.output[row * width..][..dim];
+                    rows.softmax.finish(row, source);
+                    Q::narrow(source, target);
+                }
+            },
+        );
     }
 }
 
@@ -71,11 +80,11 @@ impl<A: Accumulator> WeightedRows<A> {
         &mut self,
         reader: &BlockReader<Q>,
         block: &Block<Q, R>,
-        token: usize,
-        row: usize,
+        edge: Edge<A>,
+        (token, row): (usize, usize),
     ) {
-        let dim = reader.settings.head_dim;
-        let logit = reader.edge_logit(block, token, row);
+        let (dim, width) = (reader.settings.head_dim, reader.width);
+        let logit = reader.edge_logit(block, edge, token, row);
         self.softmax.start(row, logit);
         let factor = match block.dropout {
             Some(mask) => mask.factor(block.rows.start + row, token),
@@ -83,7 +92,7 @@ impl<A: Accumulator> WeightedRows<A> {
         };
         // A value that is not finite comes with a NaN logit, which is enough: neither it nor a hidden one is added.
         if logit > A::NEG_INFINITY {
-            let rows = self.output[row * dim..][..dim].iter_mut().zip(&reader.chain.value);
+            let rows = self.output[row * width..][..dim].iter_mut().zip(edge.value);
             rows.for_each(|(x, value)| *x = *value * factor);
         }
     }
@@ -113,7 +122,7 @@ impl<A: Accumulator> WeightedRows<A> {
                 columns.token(block.far, index)
             });
         }
-        accumulate(&mut self.output, &tile, &columns.values);
+        accumulate(&mut self.output, reader.width, &tile, &columns.values);
     }
 }
 

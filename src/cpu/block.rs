@@ -2,12 +2,14 @@
 //!
 //! Forward and backward walk the same tiles.
 
+use super::aligned::{padded, Aligned};
 use super::columns::{near_rows, BiasView, Block, ColumnKind, Columns, RowScratch, Settings, EDGE_COLUMNS};
-use super::fold::{all_finite, ChainFold};
+use super::fold::{all_finite, ChainFold, Edge};
 use super::gemm_tile::scores;
 use super::pairs::{Packed, PairTiles, PAD};
 use super::softmax::LANES;
-use super::{dot, Accumulator, Element};
+use super::transpose::to_columns;
+use super::{dot, vectorized, Accumulator, Element};
 use crate::config::Fold;
 use std::ops::Range;
 
@@ -16,12 +18,14 @@ pub(crate) struct BlockReader<'a, Q: Element> {
     pub settings: Settings<'a, Q::Acc>,
     /// Rows of a block, a multiple of [`LANES`]: the leading dimension of `queries` and `tile`.
     pub leading: usize,
-    /// Queries (rows, D), folded and multiplied by scale * log2(e).
-    pub query_rows: Vec<Q::Acc>,
+    /// How far rows lie apart: D, padded with zeros where products are not made in pairs.
+    pub width: usize,
+    /// Queries (rows, width), folded and multiplied by scale * log2(e).
+    pub query_rows: Aligned<Q::Acc>,
     /// The same, transposed to (D, leading).
-    queries: Vec<Q::Acc>,
+    queries: Aligned<Q::Acc>,
     /// Logits in base 2 of one tile.
-    pub tile: Vec<Q::Acc>,
+    pub tile: Aligned<Q::Acc>,
     scratch: RowScratch<Q::Acc>,
     /// Products in bf16 pairs, and raw columns for them.
     pub products: Option<(PairTiles, Packed)>,
@@ -37,19 +41,20 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         let tile_columns = columns
             .next_multiple_of(EDGE_COLUMNS)
             .clamp(EDGE_COLUMNS, settings.far_columns());
-        let zeros = |count: usize| vec![Q::Acc::ZERO; count];
+        let width = if settings.pairs.is_none() { padded(dim) } else { dim };
         Self {
             settings,
             leading,
-            query_rows: zeros(leading * dim),
-            queries: zeros(if settings.pairs.is_none() { leading * dim } else { 0 }),
+            width,
+            query_rows: Aligned::zeroed(leading * width),
+            queries: Aligned::zeroed(if settings.pairs.is_none() { leading * dim } else { 0 }),
             products: settings.pairs.map(|pairs| {
                 (
                     PairTiles::new(pairs, leading, tile_columns, dim),
                     Packed::new(pairs, dim, EDGE_COLUMNS),
                 )
             }),
-            tile: zeros(leading * tile_columns),
+            tile: Aligned::zeroed(leading * tile_columns),
             scratch: Default::default(),
             chain: ChainFold::new(settings.fold, dim),
         }
@@ -64,59 +69,81 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         } = self.settings;
         let factor = Q::Acc::of(self.settings.scale * std::f64::consts::LOG2_E);
         let mut left = vec![Q::Acc::ZERO; dim];
-        self.query_rows[block.rows.len() * dim..].fill(Q::Acc::ZERO);
-        for (row, token) in block.rows.clone().enumerate() {
-            let target = &mut self.query_rows[row * dim..][..dim];
-            Q::widen(block.queries.row(token - first_row), target);
-            if self.settings.fold == Fold::PairSum && token > 0 && block.bits.hidden(token - 1) {
-                match block.previous_query {
-                    Some(previous) if token == first_row => left.copy_from_slice(previous),
-                    _ => Q::widen(block.queries.row(token - 1 - first_row), &mut left),
+        let width = self.width;
+        self.query_rows[block.rows.len() * width..].fill(Q::Acc::ZERO);
+        let (fold, query_rows) = (self.settings.fold, &mut self.query_rows);
+        vectorized(
+            #[inline(always)]
+            || {
+                for (row, token) in block.rows.clone().enumerate() {
+                    let target = &mut query_rows[row * width..][..dim];
+                    Q::widen(block.queries.row(token - first_row), target);
+                    if fold == Fold::PairSum && token > 0 && block.bits.hidden(token - 1) {
+                        match block.previous_query {
+                            Some(previous) if token == first_row => left.copy_from_slice(previous),
+                            _ => Q::widen(block.queries.row(token - 1 - first_row), &mut left),
+                        }
+                        target.iter_mut().zip(&left).for_each(|(x, y)| *x += *y);
+                    }
+                    if !all_finite(target) {
+                        target.fill(Q::Acc::NAN);
+                    }
                 }
-                target.iter_mut().zip(&left).for_each(|(x, y)| *x += *y);
-            }
-            if !all_finite(target) {
-                target.fill(Q::Acc::NAN);
-            }
-        }
+            },
+        );
         if let Some((products, _)) = &mut self.products {
             products.load_queries(Q::Acc::singles(&self.query_rows), dim);
         }
-        self.query_rows.iter_mut().for_each(|x| *x *= factor);
+        vectorized(
+            #[inline(always)]
+            || self.query_rows.iter_mut().for_each(|x| *x *= factor),
+        );
         if self.products.is_none() {
-            transpose(&self.query_rows, dim, self.leading, &mut self.queries);
+            to_columns(&self.query_rows, (dim, width), self.leading, &mut self.queries);
         }
     }
 
-    /// Calls `visit` with every edge column of the block that a row sees: the folded token `row - window`, on which
-    /// `chain` then stands, and the row relative to the block. Without causality the far columns hold every token that
-    /// is not hidden, and only hidden ones need their edge.
-    pub fn edges<R: Element<Acc = Q::Acc>>(&mut self, block: &Block<Q, R>, mut visit: impl FnMut(&Self, usize, usize)) {
+    /// Calls `visit` with every edge column of the block that a row sees: the folded token `row - window`, its index and
+    /// the row relative to the block. Where the far columns hold every token that is not hidden, only hidden ones need
+    /// their edge.
+    pub fn edges<R: Element<Acc = Q::Acc>>(
+        &mut self,
+        block: &Block<Q, R>,
+        mut visit: impl FnMut(&Self, Edge<Q::Acc>, usize, usize),
+    ) {
         let window = self.settings.window;
         let edges = block.rows.start.max(window) - window..block.rows.end.max(window) - window;
-        if edges.is_empty() {
+        let row = |token: usize| token + window - block.rows.start;
+        if let Some(mut index) = block.far.edges(edges.start) {
+            for token in edges.filter(|token| block.bits.hidden(*token)) {
+                visit(self, block.far.edge(index), token, row(token));
+                index += 1;
+            }
             return;
         }
-        self.chain.approach(edges.start, block.bits, &block.raw, block.chain);
+        let mut chain = std::mem::replace(&mut self.chain, ChainFold::new(self.settings.fold, 0));
+        if !edges.is_empty() {
+            chain.approach(edges.start, block.bits, &block.raw, block.chain);
+        }
         for token in edges {
             let merged = token > 0 && block.bits.hidden(token - 1);
-            self.chain.step(merged, block.raw.key(token), block.raw.value(token));
-            if self.settings.causal || block.bits.hidden(token) {
-                visit(self, token, token + window - block.rows.start);
-            }
+            chain.step(merged, block.raw.key(token), block.raw.value(token));
+            visit(self, chain.edge(), token, row(token));
         }
+        self.chain = chain;
     }
 
-    /// The logit of a row and the edge column on which `chain` stands; NaN where that is not finite.
-    pub fn edge_logit<R: Element<Acc = Q::Acc>>(&self, block: &Block<Q, R>, token: usize, row: usize) -> Q::Acc {
-        let (dim, chain) = (self.settings.head_dim, &self.chain);
-        if !(all_finite(&chain.key) && all_finite(&chain.value)) {
-            return Q::Acc::NAN;
-        }
-        let mut logit = dot(&self.query_rows[row * dim..][..dim], &chain.key);
-        if chain.size > 1 {
-            logit += Q::Acc::of((chain.size as f64).log2());
-        }
+    /// The logit of a row and an edge column; NaN where that is not finite.
+    #[inline(always)]
+    pub fn edge_logit<R: Element<Acc = Q::Acc>>(
+        &self,
+        block: &Block<Q, R>,
+        edge: Edge<Q::Acc>,
+        token: usize,
+        row: usize,
+    ) -> Q::Acc {
+        let query = &self.query_rows[row * self.width..][..self.settings.head_dim];
+        let mut logit = dot(query, edge.key) + edge.log2_size;
         let row = block.rows.start + row;
         if let Some(bias) = self.bias(block, token, row..row + 1) {
             bias.for_each(|bias| logit += bias);
@@ -137,17 +164,22 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         Some(rows.map(move |row| data[column + (row - first_row) * strides[2]] * to_base_2))
     }
 
+    /// A far column is seen from so many rows behind its token on.
+    fn lag<R: Element<Acc = Q::Acc>>(&self, block: &Block<Q, R>) -> usize {
+        self.settings.window + usize::from(block.far.edges(0).is_none())
+    }
+
     /// Calls `visit` with the far columns of the block, tile by tile.
     pub fn far_tiles<R: Element<Acc = Q::Acc>>(
         &mut self,
         block: &Block<Q, R>,
         mut visit: impl FnMut(&mut Self, Columns<Q::Acc>),
     ) {
-        let (far, window, rows) = (block.far, self.settings.window, block.rows.clone());
+        let (far, lag, rows) = (block.far, self.lag(block), block.rows.clone());
         let (seen_by_all, seen) = if self.settings.causal {
             (
-                far.before(rows.start.saturating_sub(window)),
-                far.before((rows.end - 1).saturating_sub(window)),
+                far.before((rows.start + 1).saturating_sub(lag)),
+                far.before(rows.end.saturating_sub(lag)),
             )
         } else {
             (far.columns(), far.columns())
@@ -172,7 +204,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             };
             let first_row = match kind {
                 _ if packed || kind == ColumnKind::FarForAll => 0,
-                _ => (far.token(start) + window + 1).saturating_sub(rows.start) / LANES * LANES,
+                _ => (far.token(start) + lag).saturating_sub(rows.start) / LANES * LANES,
             };
             let (keys, values) = match packed {
                 true => Default::default(),
@@ -274,21 +306,11 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         let (window, rows) = (self.settings.window, &block.rows);
         let visible = match columns.kind {
             ColumnKind::FarForAll => return,
-            // Token s is far from row s + window + 1 on.
-            ColumnKind::FarForSome => (token + window + 1).saturating_sub(rows.start)..columns.rows.end,
+            ColumnKind::FarForSome => (token + self.lag(block)).saturating_sub(rows.start)..columns.rows.end,
             ColumnKind::Near => token.max(rows.start) - rows.start..(token + window).min(rows.end) - rows.start,
         };
         let start = visible.start.min(columns.rows.end);
         column[columns.rows.start..start].fill(Q::Acc::NEG_INFINITY);
         column[visible.end.max(start)..columns.rows.end].fill(Q::Acc::NEG_INFINITY);
-    }
-}
-
-/// (rows, D) to (D, leading).
-pub(crate) fn transpose<A: Copy>(rows: &[A], dim: usize, leading: usize, target: &mut [A]) {
-    for (row, source) in rows.chunks_exact(dim).enumerate() {
-        for (d, x) in source.iter().enumerate() {
-            target[d * leading + row] = *x;
-        }
     }
 }

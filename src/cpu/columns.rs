@@ -2,7 +2,8 @@
 //!
 //! Where far columns come from is a trait, so that one call's gathered columns and a cache's store take the same way.
 
-use super::fold::{quarantine, raw_rows, ChainFold};
+use super::aligned::PaddedRows;
+use super::fold::{quarantine, ChainFold, Edge};
 use super::gemm_tile::Tile;
 use super::pairs::{Packed, PackedTile, Pairs};
 use super::philox::DropoutMask;
@@ -11,11 +12,12 @@ use super::{Accumulator, Element, HeadRows};
 use crate::config::Fold;
 use std::ops::Range;
 
-/// Rows of a block: with [`FAR_COLUMNS`] of f32 the tile of scores is 256 KiB, a quarter of a 1 MiB L2, beside 32 KiB
-/// of queries and as much output at D = 64.
-const BLOCK_ROWS: usize = 128;
-/// Columns of a tile that every row sees.
-const FAR_COLUMNS: usize = 512;
+/// Rows of a block: four registers of AVX-512 in f32.
+const BLOCK_ROWS: usize = 64;
+/// Columns of a tile that every row sees. In f32 and at D = 64 the tile of logits, the queries, the keys and the values
+/// are 16 KiB each, so that every product finds two of its operands in an L1 cache of 32 to 48 KiB and the third in L2.
+/// Of 32, 48, 64, 96, 192 and 512 columns 64 was the fastest, forward and backward.
+const FAR_COLUMNS: usize = 64;
 /// Columns of a tile that only some rows see (the causal diagonal, the window's band): small, since the rest is wasted.
 pub(super) const EDGE_COLUMNS: usize = 32;
 
@@ -24,17 +26,12 @@ pub(super) const EDGE_COLUMNS: usize = 32;
 const PAIR_ROWS: usize = 64;
 const PAIR_COLUMNS: usize = 256;
 
-/// Fewer rows for short inputs: more tasks, and less of the causal diagonal is computed in vain.
+/// Fewer rows for short inputs: more of the causal diagonal would be computed in vain.
 pub(crate) fn block_rows(tokens: usize, pairs: Option<Pairs>) -> usize {
     if pairs.is_some() {
         return PAIR_ROWS;
     }
-    let wanted = if tokens >= 8 * BLOCK_ROWS {
-        BLOCK_ROWS
-    } else {
-        BLOCK_ROWS / 2
-    };
-    wanted.min(tokens.next_multiple_of(LANES))
+    BLOCK_ROWS.min(tokens.next_multiple_of(LANES))
 }
 
 /// An additive bias as a strided (B, H, rows, N) view; its first row is the call's first row.
@@ -75,13 +72,22 @@ impl<A> Settings<'_, A> {
 /// Where a block finds its far columns, which are in token order.
 pub(crate) trait FarSource<A>: Sync {
     fn columns(&self) -> usize;
+    /// Where every token that is not hidden is a column, and only hidden ones need an edge: how many of those come before
+    /// `token`. A cache knows of its last token only when the next one has come.
+    fn edges(&self, _token: usize) -> Option<usize> {
+        None
+    }
+    /// The `index`-th hidden token, where there are [`Self::edges`].
+    fn edge(&self, _index: usize) -> Edge<'_, A> {
+        unreachable!("asked for an edge of columns that hold none")
+    }
     /// How many columns hold tokens before `token`.
     fn before(&self, token: usize) -> usize;
     /// The token index of a column.
     fn token(&self, column: usize) -> usize;
     /// log2 n of some columns; None where all are 0.
     fn log2_sizes(&self, columns: Range<usize>) -> Option<&[A]>;
-    /// Keys and values of some columns, through `scratch` where they are stored in another dtype.
+    /// Keys and values of some columns as padded rows, through `scratch` where they are not stored so.
     fn rows<'s>(&'s self, columns: Range<usize>, scratch: &'s mut RowScratch<A>) -> KeysValues<'s, A>;
     /// All columns as bf16 pairs, where [`Settings::pairs`] wants them; then `rows` is not asked.
     fn packed(&self) -> Option<&Packed> {
@@ -92,7 +98,7 @@ pub(crate) trait FarSource<A>: Sync {
 /// Keys and values of the same columns.
 pub(crate) type KeysValues<'s, A> = (HeadRows<'s, A>, HeadRows<'s, A>);
 /// Buffers for keys and values that need widening.
-pub(crate) type RowScratch<A> = (Vec<A>, Vec<A>);
+pub(crate) type RowScratch<A> = (PaddedRows<A>, PaddedRows<A>);
 
 /// Merge bits of one head, from token `base` on.
 #[derive(Clone, Copy)]
@@ -210,26 +216,21 @@ impl<A> Columns<'_, A> {
     }
 }
 
-/// Raw rows as accumulators: the caller's own, or widened and quarantined copies in `scratch`.
+/// Raw rows as accumulators, padded and quarantined.
 pub(crate) fn near_rows<'b, R: Element>(
     raw: &RawRows<'b, R>,
     tokens: Range<usize>,
     scratch: &'b mut RowScratch<R::Acc>,
 ) -> KeysValues<'b, R::Acc> {
-    if raw.clean && R::as_acc(raw.keys.data).is_some() {
-        let start = tokens.start - raw.base;
-        return (raw_rows(&raw.keys).skip(start), raw_rows(&raw.values).skip(start));
-    }
-    let dim = raw.keys.dim;
-    scratch.0.resize(tokens.len() * dim, R::Acc::ZERO);
-    scratch.1.resize(tokens.len() * dim, R::Acc::ZERO);
-    let rows = scratch.0.chunks_exact_mut(dim).zip(scratch.1.chunks_exact_mut(dim));
-    for (token, (key, value)) in tokens.zip(rows) {
-        R::widen(raw.key(token), key);
-        R::widen(raw.value(token), value);
+    let (keys, values) = scratch;
+    keys.make_room(tokens.len(), raw.keys.dim);
+    values.make_room(tokens.len(), raw.values.dim);
+    for (row, token) in tokens.enumerate() {
+        keys.widen(row, raw.key(token));
+        values.widen(row, raw.value(token));
         if !raw.clean {
-            quarantine(key, value);
+            quarantine(keys.row_mut(row), values.row_mut(row));
         }
     }
-    (HeadRows::compact(&scratch.0, dim), HeadRows::compact(&scratch.1, dim))
+    (keys.rows(0), values.rows(0))
 }

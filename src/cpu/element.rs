@@ -1,6 +1,9 @@
 //! Stored dtypes and the dtype their sums are kept in: f64 for f64, f32 for everything else.
 
+use super::gemm_tile::Tile;
 use super::pairs::Split;
+use super::product::Product;
+use super::softmax::OnlineSoftmax;
 use candle_core::WithDType;
 use half::slice::HalfFloatSliceExt;
 use pulp::Simd;
@@ -75,6 +78,22 @@ pub(crate) trait Accumulator:
     fn raise<S: Simd>(simd: S, max: &mut [Self], values: &[Self]);
     /// Makes the numbers of a panel's lanes outside of `start..end` `other`.
     fn keep_lanes<S: Simd>(simd: S, lanes: (u32, u32), panel: &mut [Self; PANEL], other: Self);
+    /// Makes a product in this instruction set's registers; false, and nothing done, where it does not come out even.
+    fn product<S: Simd>(simd: S, product: &mut Product<Self>) -> bool;
+    /// Turns a tile of logits into weights, and takes them into the softmax's state.
+    fn weigh<S: Simd>(simd: S, tile: &mut Tile<Self>, softmax: &mut OnlineSoftmax<Self>);
+    /// Makes logits weights, 2^(logit - top), and adds each to the sum beside it. The lengths are multiples of a
+    /// register's.
+    fn add_weights<S: Simd>(simd: S, logits: &mut [Self], top: Self, sums: &mut [Self]);
+    /// `weights` come as logits and become 2^(logit - log_sum_exp); `logits` come as gradients g of weights and become
+    /// weight * (g - delta). Both sums are by rows, of which a tile has a multiple of [`super::softmax::LANES`].
+    fn differentiate<S: Simd>(
+        simd: S,
+        weights: &mut Tile<Self>,
+        logits: &mut Tile<Self>,
+        log_sum_exp: &[Self],
+        delta: &[Self],
+    );
     /// 2^x for x <= 0, 0 below the smallest normal number, NaN for NaN. Relative error at most 3e-7 in f32 and 1e-15
     /// in f64 (rounding included; the polynomials alone are good to 1.9e-9 and 3.1e-18).
     fn exp2_nonpositive(self) -> Self;
@@ -97,7 +116,7 @@ pub(crate) trait Accumulator:
 }
 
 macro_rules! accumulator {
-    ($float:ident, $bits:ident, $ibits:ident, split $split:expr, singles ($slice:ident) $singles:expr, dots $dots:ident, simd ($lanes:ident, $floats:ident, $as:ident, $as_mut:ident, $splat:ident, $fma:ident, $add:ident, $sum:ident, $greater:ident, $select:ident), magic $magic:expr, bias $bias:expr, mantissa $mantissa:expr, min $min:expr, $poly:expr) => {
+    ($float:ident, $bits:ident, $ibits:ident, split $split:expr, singles ($slice:ident) $singles:expr, dots $dots:ident, product $product:ident, weigh $weigh:ident, differentiate $differentiate:ident, add_weights $add_weights:ident, simd ($lanes:ident, $floats:ident, $as:ident, $as_mut:ident, $splat:ident, $fma:ident, $add:ident, $sum:ident, $greater:ident, $select:ident), magic $magic:expr, bias $bias:expr, mantissa $mantissa:expr, min $min:expr, $poly:expr) => {
         impl Element for $float {
             type Acc = $float;
             const SPLIT: Option<Split> = $split;
@@ -289,6 +308,28 @@ macro_rules! accumulator {
                 }
             }
             #[inline(always)]
+            fn product<S: Simd>(simd: S, product: &mut Product<Self>) -> bool {
+                super::product::$product(simd, product)
+            }
+            #[inline(always)]
+            fn weigh<S: Simd>(simd: S, tile: &mut Tile<Self>, softmax: &mut OnlineSoftmax<Self>) {
+                super::softmax::$weigh(simd, tile, softmax)
+            }
+            #[inline(always)]
+            fn add_weights<S: Simd>(simd: S, logits: &mut [Self], top: Self, sums: &mut [Self]) {
+                super::softmax::$add_weights(simd, logits, top, sums)
+            }
+            #[inline(always)]
+            fn differentiate<S: Simd>(
+                simd: S,
+                weights: &mut Tile<Self>,
+                logits: &mut Tile<Self>,
+                log_sum_exp: &[Self],
+                delta: &[Self],
+            ) {
+                super::softmax::$differentiate(simd, weights, logits, log_sum_exp, delta)
+            }
+            #[inline(always)]
             fn exp2_nonpositive(self) -> Self {
                 // Adding 1.5 * 2^mantissa leaves round(x) in the low bits of the sum.
                 let shifted = self + $magic;
@@ -321,13 +362,24 @@ pub(crate) const EXP2_F32: [f32; 7] = [
     1.0,
 ];
 
-accumulator!(f32, u32, i32, split None, singles (slice) slice, dots dots_f32, simd (F32_LANES, f32s, as_simd_f32s, as_mut_simd_f32s, splat_f32s, mul_add_e_f32s, add_f32s, reduce_sum_f32s, greater_than_f32s, select_f32s), magic 12_582_912.0, bias 127, mantissa 23, min -126.0, EXP2_F32);
-// The same kind of polynomial for f64.
-accumulator!(f64, u64, i64, split None, singles (_slice) Default::default(), dots dots_f64, simd (F64_LANES, f64s, as_simd_f64s, as_mut_simd_f64s, splat_f64s, mul_add_e_f64s, add_f64s, reduce_sum_f64s, greater_than_f64s, select_f64s), magic 6_755_399_441_055_744.0, bias 1023, mantissa 52, min -1022.0, [
-    4.435_282_706_957_277e-10, 7.074_105_613_508_143e-9, 1.017_819_802_167_193e-7, 1.321_543_308_967_64e-6,
-    1.525_273_348_998_852_6e-5, 1.540_353_046_251_443_2e-4, 1.333_355_814_678_992_2e-3, 9.618_129_107_588_335e-3,
-    5.550_410_866_481_992e-2, 2.402_265_069_591_015_6e-1, std::f64::consts::LN_2, 1.0,
-]);
+/// The same for f64.
+pub(crate) const EXP2_F64: [f64; 12] = [
+    4.435_282_706_957_277e-10,
+    7.074_105_613_508_143e-9,
+    1.017_819_802_167_193e-7,
+    1.321_543_308_967_64e-6,
+    1.525_273_348_998_852_6e-5,
+    1.540_353_046_251_443_2e-4,
+    1.333_355_814_678_992_2e-3,
+    9.618_129_107_588_335e-3,
+    5.550_410_866_481_992e-2,
+    2.402_265_069_591_015_6e-1,
+    std::f64::consts::LN_2,
+    1.0,
+];
+
+accumulator!(f32, u32, i32, split None, singles (slice) slice, dots dots_f32, product product_f32, weigh weigh_f32, differentiate differentiate_f32, add_weights add_weights_f32, simd (F32_LANES, f32s, as_simd_f32s, as_mut_simd_f32s, splat_f32s, mul_add_e_f32s, add_f32s, reduce_sum_f32s, greater_than_f32s, select_f32s), magic 12_582_912.0, bias 127, mantissa 23, min -126.0, EXP2_F32);
+accumulator!(f64, u64, i64, split None, singles (_slice) Default::default(), dots dots_f64, product product_f64, weigh weigh_f64, differentiate differentiate_f64, add_weights add_weights_f64, simd (F64_LANES, f64s, as_simd_f64s, as_mut_simd_f64s, splat_f64s, mul_add_e_f64s, add_f64s, reduce_sum_f64s, greater_than_f64s, select_f64s), magic 6_755_399_441_055_744.0, bias 1023, mantissa 52, min -1022.0, EXP2_F64);
 
 impl Element for half::f16 {
     type Acc = f32;

@@ -1,5 +1,6 @@
 //! What merging leaves of one head's keys and values: compact far columns, and the folded token at a window's edge.
 
+use super::aligned::PaddedRows;
 use super::columns::{Bits, RawRows};
 use super::pairs::{Packed, Pairs};
 use super::{Accumulator, Element, HeadRows};
@@ -85,6 +86,20 @@ impl<A: Accumulator> ChainFold<A> {
         }
     }
 
+    /// The token it stands on as an edge, whose key is NaN where the token is not finite.
+    pub fn edge(&mut self) -> Edge<'_, A> {
+        quarantine(&mut self.key, &mut self.value);
+        Edge {
+            key: &self.key,
+            value: &self.value,
+            log2_size: if self.size > 1 {
+                A::of((self.size as f64).log2())
+            } else {
+                A::ZERO
+            },
+        }
+    }
+
     /// Key, value, raw key and raw value: with fold and size, all of its state.
     pub fn rows(&self) -> [&[A]; 4] {
         [&self.key, &self.value, &self.raw_key, &self.raw_value]
@@ -150,59 +165,93 @@ pub(crate) fn all_finite<A: Accumulator>(row: &[A]) -> bool {
     checks.iter().all(|check| *check == A::ZERO)
 }
 
-/// The far columns of one list of heads that share keys, values and bits, in the accumulator's dtype. Columns are in
+/// Folded keys and values with log2 n of each.
+struct FoldedRows<A> {
+    keys: PaddedRows<A>,
+    values: PaddedRows<A>,
+    /// Empty unless the fold is [`Fold::Mean`].
+    log2_sizes: Vec<A>,
+}
+
+impl<A: Copy + Default> Default for FoldedRows<A> {
+    fn default() -> Self {
+        Self {
+            keys: Default::default(),
+            values: Default::default(),
+            log2_sizes: Vec::new(),
+        }
+    }
+}
+
+impl<A: Accumulator> FoldedRows<A> {
+    fn start(&mut self, rows: usize, dim: usize) {
+        self.keys.make_room(rows, dim);
+        self.values.make_room(rows, dim);
+        self.log2_sizes.clear();
+    }
+
+    fn row_mut(&mut self, row: usize) -> (&mut [A], &mut [A]) {
+        (self.keys.row_mut(row), self.values.row_mut(row))
+    }
+}
+
+/// One folded token as a column that a single row sees.
+#[derive(Clone, Copy)]
+pub(crate) struct Edge<'e, A> {
+    pub key: &'e [A],
+    pub value: &'e [A],
+    pub log2_size: A,
+}
+
+/// What merging leaves of one list of heads that share keys, values and bits, in the accumulator's dtype. Columns are in
 /// token order; which of them a row sees is a prefix.
-pub(crate) struct FarColumns<A> {
-    /// The folded keys, compact (columns, D); None where the caller's own rows serve as they are.
-    keys: Option<Vec<A>>,
-    values: Option<Vec<A>>,
-    /// log2 n of each column; None where all are 0.
-    pub log2_sizes: Option<Vec<A>>,
+#[derive(Default)]
+pub(crate) struct FarColumns<A: Accumulator> {
+    /// The tokens that are not hidden; a single row where they are packed.
+    far: FoldedRows<A>,
+    /// The others.
+    hidden: FoldedRows<A>,
+    sizes_differ: bool,
     /// The token index of each column; None where nothing is hidden.
     pub tokens: Option<Vec<u32>>,
     pub columns: usize,
-    /// Keys and values as bf16 pairs, in place of `keys` and `values`.
+    /// Keys and values as bf16 pairs, in place of `far`.
     pub packed: Option<Packed>,
     /// Whether no raw key or value row of the head is NaN or infinite.
     pub clean: bool,
 }
 
 impl<A: Accumulator> FarColumns<A> {
-    /// O(N·D). Copies nothing when nothing is hidden, the dtype is the accumulator's, and all rows are finite.
+    /// O(N·D). Into `room`, columns of a call's other list, where there is some.
     pub fn gather<T: Element<Acc = A>>(
-        keys: &HeadRows<T>,
-        values: &HeadRows<T>,
+        (keys, values): (&HeadRows<T>, &HeadRows<T>),
         bits: &[u8],
         tokens: usize,
         fold: Fold,
         pairs: Option<Pairs>,
+        room: Option<Self>,
     ) -> Self {
         let hidden = bits.iter().filter(|bit| **bit == 1).count();
-        let columns = tokens - hidden;
-        let clean = super::vectorized(
+        let mut columns = room.unwrap_or_default();
+        columns.columns = tokens - hidden;
+        columns.clean = super::vectorized(
             #[inline(always)]
             || rows_finite(keys, tokens) && rows_finite(values, tokens),
         );
-        let in_place = pairs.is_none() && hidden == 0 && clean && T::as_acc(keys.data).is_some();
-        let mut far = Self {
-            keys: None,
-            values: None,
-            log2_sizes: None,
-            tokens: None,
-            columns,
-            packed: pairs.map(|pairs| Packed::new(pairs, keys.dim, columns)),
-            clean,
-        };
-        if !in_place {
-            far.fill(keys, values, bits, tokens, fold);
-        }
-        if hidden > 0 {
-            let kept = (0..tokens as u32).filter(|t| bits.get(*t as usize) != Some(&1));
-            far.tokens = Some(kept.collect());
-        }
-        far
+        let rows = if pairs.is_none() { columns.columns } else { 1 };
+        columns.far.start(rows, keys.dim);
+        columns.hidden.start(hidden, keys.dim);
+        columns.packed = pairs.map(|pairs| Packed::new(pairs, keys.dim, columns.columns));
+        super::vectorized(
+            #[inline(always)]
+            || columns.fill(keys, values, bits, tokens, fold),
+        );
+        let kept = || (0..tokens as u32).filter(|t| bits.get(*t as usize) != Some(&1));
+        columns.tokens = (hidden > 0).then(|| kept().collect());
+        columns
     }
 
+    #[inline(always)]
     fn fill<T: Element<Acc = A>>(
         &mut self,
         keys: &HeadRows<T>,
@@ -211,41 +260,67 @@ impl<A: Accumulator> FarColumns<A> {
         tokens: usize,
         fold: Fold,
     ) {
-        // A packed column passes through as the only one.
-        let room = if self.packed.is_none() { self.columns } else { 1 };
-        let mut far_keys = Vec::with_capacity(room * keys.dim);
-        let mut far_values = Vec::with_capacity(room * values.dim);
-        let mut sizes = Vec::new();
         let mut chain = ChainFold::new(fold, keys.dim);
-        let mut merged = false;
+        let (mut merged, mut far, mut hidden) = (false, 0, 0);
         for t in 0..tokens {
-            chain.step(merged, keys.row(t), values.row(t));
-            merged = bits.get(t) == Some(&1);
-            if !merged {
-                // Rounding in the chain is over; a size of 1 needs no logarithm.
-                if fold == Fold::Mean {
-                    sizes.push(A::of((chain.size as f64).log2()));
-                }
-                if self.packed.is_some() {
-                    far_keys.clear();
-                    far_values.clear();
-                }
-                let (start, value_start) = (far_keys.len(), far_values.len());
-                far_keys.extend_from_slice(&chain.key);
-                far_values.extend_from_slice(&chain.value);
-                if !self.clean {
-                    quarantine(&mut far_keys[start..], &mut far_values[value_start..]);
-                }
-                if let Some(packed) = &mut self.packed {
-                    packed.push(A::singles(&far_keys), A::singles(&far_values));
-                }
+            let hides = bits.get(t) == Some(&1);
+            let folds = fold != Fold::Drop && (merged || hides);
+            if folds {
+                chain.step(merged, keys.row(t), values.row(t));
+            }
+            merged = hides;
+            let (rows, row) = match (hides, &self.packed) {
+                (true, _) => (&mut self.hidden, hidden),
+                (false, None) => (&mut self.far, far),
+                // A packed column passes through as the only one.
+                (false, Some(_)) => (&mut self.far, 0),
+            };
+            let (key, value) = rows.row_mut(row);
+            if folds {
+                key.copy_from_slice(&chain.key);
+                value.copy_from_slice(&chain.value);
+            } else {
+                T::widen(keys.row(t), key);
+                T::widen(values.row(t), value);
+            }
+            // A sum of finite numbers need not be finite.
+            if folds || !self.clean {
+                quarantine(key, value);
+            }
+            if let (false, Some(packed)) = (hides, &mut self.packed) {
+                packed.push(A::singles(key), A::singles(value));
+            }
+            if fold == Fold::Mean {
+                // Of a size of 1 nothing is computed.
+                let size = if folds { chain.size } else { 1 };
+                rows.log2_sizes.push(match size {
+                    1 => A::ZERO,
+                    size => A::of((size as f64).log2()),
+                });
+            }
+            match hides {
+                true => hidden += 1,
+                false => far += 1,
             }
         }
-        match &mut self.packed {
-            Some(packed) => packed.finish(),
-            None => (self.keys, self.values) = (Some(far_keys), Some(far_values)),
+        if let Some(packed) = &mut self.packed {
+            packed.finish();
         }
-        self.log2_sizes = sizes.iter().any(|size| *size != A::ZERO).then_some(sizes);
+        self.sizes_differ = self.far.log2_sizes.iter().any(|size| *size != A::ZERO);
+    }
+
+    /// log2 n of each column; None where all are 0.
+    pub fn log2_sizes(&self) -> Option<&[A]> {
+        self.sizes_differ.then_some(&self.far.log2_sizes)
+    }
+
+    /// The `index`-th hidden token.
+    pub fn edge(&self, index: usize) -> Edge<'_, A> {
+        Edge {
+            key: self.hidden.keys.row(index),
+            value: self.hidden.values.row(index),
+            log2_size: self.hidden.log2_sizes.get(index).copied().unwrap_or(A::ZERO),
+        }
     }
 
     /// How many far columns hold tokens before `token`.
@@ -261,22 +336,15 @@ impl<A: Accumulator> FarColumns<A> {
         self.tokens.as_ref().map_or(column, |tokens| tokens[column] as usize)
     }
 
-    /// Keys and values from `column` on; `raw` are the rows this was gathered from.
-    pub fn rows<'a, T: Element<Acc = A>>(
-        &'a self,
-        column: usize,
-        raw: (&HeadRows<'a, T>, &HeadRows<'a, T>),
-    ) -> (HeadRows<'a, A>, HeadRows<'a, A>) {
-        let pick = |gathered: &'a Option<Vec<A>>, raw: &HeadRows<'a, T>| match gathered {
-            Some(data) => HeadRows::compact(data, raw.dim).skip(column),
-            None => raw_rows(raw).skip(column),
-        };
-        (pick(&self.keys, raw.0), pick(&self.values, raw.1))
+    /// Keys and values from `column` on.
+    pub fn rows(&self, column: usize) -> (HeadRows<'_, A>, HeadRows<'_, A>) {
+        (self.far.keys.rows(column), self.far.values.rows(column))
     }
 }
 
 /// Takes gradients of folded rows (tokens, D) home to the rows they were folded from, in place: the transpose of the
 /// fold.
+#[inline(always)]
 pub(crate) fn unfold<A: Accumulator>(fold: Fold, gradients: &mut [A], bits: &[u8], dim: usize) {
     let hidden = |t: usize| bits.get(t) == Some(&1);
     let tokens = gradients.len() / dim;
@@ -311,16 +379,12 @@ pub(crate) fn unfold<A: Accumulator>(fold: Fold, gradients: &mut [A], bits: &[u8
     }
 }
 
-/// The caller's rows as accumulators; empty for a half dtype, which is never used in place.
-pub(crate) fn raw_rows<'a, T: Element>(raw: &HeadRows<'a, T>) -> HeadRows<'a, T::Acc> {
-    HeadRows {
-        data: T::as_acc(raw.data).unwrap_or(&[]),
-        stride: raw.stride,
-        dim: raw.dim,
-    }
-}
-
 #[inline(always)]
 fn rows_finite<T: Element>(rows: &HeadRows<T>, tokens: usize) -> bool {
-    (0..tokens).all(|t| T::finite_row(rows.row(t)))
+    for token in 0..tokens {
+        if !T::finite_row(rows.row(token)) {
+            return false;
+        }
+    }
+    true
 }

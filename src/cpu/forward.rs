@@ -5,9 +5,10 @@
 
 use super::attend::Worker;
 use super::columns::{block_rows, BiasView, Bits, Block, FarSource, KeysValues, RawRows, RowScratch, Settings};
-use super::fold::FarColumns;
+use super::fold::{Edge, FarColumns};
 use super::pairs::{Packed, Pairs};
 use super::philox::DropoutMask;
+use super::tasks::{for_each_task, Pool};
 use super::{Accumulator, Element, HeadRows, Rows};
 use crate::config::{Dropout, Fold};
 use crate::problem::Problem;
@@ -95,7 +96,7 @@ impl<'a, T: Element> ForwardInput<'a, T> {
 }
 
 /// Query heads that read the same far columns: a KV head's group where its bits agree, else one query head.
-struct HeadList<A> {
+struct HeadList<A: Accumulator> {
     batch: usize,
     kv_head: usize,
     heads: Range<usize>,
@@ -103,7 +104,7 @@ struct HeadList<A> {
 }
 
 /// The columns of a list while anybody needs them.
-struct Lease<A> {
+struct Lease<A: Accumulator> {
     columns: Option<Arc<FarColumns<A>>>,
     tasks_left: usize,
 }
@@ -129,48 +130,31 @@ pub(crate) fn forward<T: Element>(input: &ForwardInput<T>, log_sum_exp: Option<&
     let mut output = vec![T::zero(); batch * heads * tokens * head_dim];
     let settings = input.settings();
     let lists = head_lists(input, tokens.div_ceil(settings.block_rows));
+    let pool = Pool::new();
     let tasks = tasks(&input.problem, &lists, settings.block_rows, &mut output, log_sum_exp);
     for_each_task(
         tasks,
         || Worker::new(settings, tokens),
-        |worker, task| run(worker, input, &lists[task.list], task),
+        |worker, task| run(worker, input, (&lists[task.list], &pool), task),
     );
     output
 }
 
-/// Hands tasks in order to one worker per thread.
-pub(crate) fn for_each_task<T: Send, W>(
-    tasks: Vec<T>,
-    new_worker: impl Fn() -> W + Sync,
-    run: impl Fn(&mut W, T) + Sync,
+fn run<T: Element>(
+    worker: &mut Worker<T>,
+    input: &ForwardInput<T>,
+    (list, pool): (&HeadList<T::Acc>, &Pool<FarColumns<T::Acc>>),
+    task: Task<T>,
 ) {
-    let workers = rayon::current_num_threads().min(tasks.len());
-    let tasks = Mutex::new(tasks.into_iter());
-    let work = || {
-        let mut worker = new_worker();
-        // A worker that panics is reported by rayon; the queue itself is never left half-changed.
-        let next = || tasks.lock().unwrap_or_else(PoisonError::into_inner).next();
-        while let Some(task) = next() {
-            run(&mut worker, task)
-        }
-    };
-    if workers <= 1 {
-        work();
-    } else {
-        rayon::scope(|scope| (0..workers).for_each(|_| scope.spawn(|_| work())));
-    }
-}
-
-fn run<T: Element>(worker: &mut Worker<T>, input: &ForwardInput<T>, list: &HeadList<T::Acc>, task: Task<T>) {
     let far = Gathered {
-        columns: list.borrow(input),
+        columns: list.borrow(input, pool),
         keys: input.k.head(list.batch, list.kv_head),
         values: input.v.head(list.batch, list.kv_head),
     };
     let block = input.block(list.batch, task.head, task.rows, &far);
     worker.run(&block, task.output, task.log_sum_exp);
     drop(far);
-    list.give_back();
+    list.give_back(pool);
 }
 
 /// A call's far columns, with the rows they were gathered from.
@@ -181,27 +165,41 @@ pub(crate) struct Gathered<'a, T: Element> {
 }
 
 impl<'a, T: Element> Gathered<'a, T> {
-    /// Gathers for one query head.
-    pub fn new(input: &ForwardInput<'a, T>, batch: usize, head: usize) -> Self {
+    /// Gathers for one query head, in single numbers; into `room` where there is some.
+    pub fn new(input: &ForwardInput<'a, T>, batch: usize, head: usize, room: Option<FarColumns<T::Acc>>) -> Self {
         let kv_head = head / input.problem.group();
         let (keys, values) = (input.k.head(batch, kv_head), input.v.head(batch, kv_head));
         let bits = input.head_bits(batch, head);
+        let tokens = input.problem.tokens;
         Self {
             columns: Arc::new(FarColumns::gather(
-                &keys,
-                &values,
+                (&keys, &values),
                 bits,
-                input.problem.tokens,
+                tokens,
                 input.fold,
                 None,
+                room,
             )),
             keys,
             values,
         }
     }
+
+    /// The columns, for their room, when nobody reads them any more.
+    pub fn into_columns(self) -> Option<FarColumns<T::Acc>> {
+        Arc::try_unwrap(self.columns).ok()
+    }
 }
 
 impl<T: Element> FarSource<T::Acc> for Gathered<'_, T> {
+    fn edges(&self, token: usize) -> Option<usize> {
+        Some(token - self.columns.before(token))
+    }
+
+    fn edge(&self, index: usize) -> Edge<'_, T::Acc> {
+        self.columns.edge(index)
+    }
+
     fn columns(&self) -> usize {
         self.columns.columns
     }
@@ -215,11 +213,11 @@ impl<T: Element> FarSource<T::Acc> for Gathered<'_, T> {
     }
 
     fn log2_sizes(&self, columns: Range<usize>) -> Option<&[T::Acc]> {
-        self.columns.log2_sizes.as_deref().map(|sizes| &sizes[columns])
+        self.columns.log2_sizes().map(|sizes| &sizes[columns])
     }
 
     fn rows<'s>(&'s self, columns: Range<usize>, _: &'s mut RowScratch<T::Acc>) -> KeysValues<'s, T::Acc> {
-        self.columns.rows(columns.start, (&self.keys, &self.values))
+        self.columns.rows(columns.start)
     }
 
     fn packed(&self) -> Option<&Packed> {
@@ -291,29 +289,32 @@ fn tasks<'out, T: Element>(
 
 impl<A: Accumulator> HeadList<A> {
     /// The list's columns, gathered now if this is the first call; the others wait for it.
-    fn borrow<T: Element<Acc = A>>(&self, input: &ForwardInput<T>) -> Arc<FarColumns<A>> {
+    fn borrow<T: Element<Acc = A>>(&self, input: &ForwardInput<T>, pool: &Pool<FarColumns<A>>) -> Arc<FarColumns<A>> {
         let mut lease = self.columns.lock().unwrap_or_else(PoisonError::into_inner);
         let gather = || {
             let keys = input.k.head(self.batch, self.kv_head);
             let values = input.v.head(self.batch, self.kv_head);
             let bits = input.head_bits(self.batch, self.heads.start);
+            let (tokens, pairs) = (input.problem.tokens, input.pairs());
             Arc::new(FarColumns::gather(
-                &keys,
-                &values,
+                (&keys, &values),
                 bits,
-                input.problem.tokens,
+                tokens,
                 input.fold,
-                input.pairs(),
+                pairs,
+                pool.take(),
             ))
         };
         Arc::clone(lease.columns.get_or_insert_with(gather))
     }
 
-    fn give_back(&self) {
+    fn give_back(&self, pool: &Pool<FarColumns<A>>) {
         let mut lease = self.columns.lock().unwrap_or_else(PoisonError::into_inner);
         lease.tasks_left -= 1;
         if lease.tasks_left == 0 {
-            lease.columns = None;
+            if let Some(columns) = lease.columns.take().and_then(|columns| Arc::try_unwrap(columns).ok()) {
+                pool.give(columns);
+            }
         }
     }
 }

@@ -1,6 +1,8 @@
-//! The two matrix products of a tile, through the gemm crate. All of the CPU path's `unsafe` is here.
+//! The matrix products of a tile: in our own registers ([`super::product`]), or, where there are none, through the gemm
+//! crate.
 
-use super::{Accumulator, HeadRows};
+use super::product::{Multiply, Product};
+use super::{arch, Accumulator, HeadRows};
 use gemm::{gemm, Parallelism};
 use std::ops::Range;
 
@@ -13,105 +15,94 @@ pub(crate) struct Tile<'a, A> {
     pub rows: Range<usize>,
 }
 
-impl<A> Tile<'_, A> {
-    fn check(&self) {
-        assert!(!self.rows.is_empty() && self.rows.end <= self.leading && self.columns > 0);
-        assert!(self.columns * self.leading <= self.data.len());
-    }
-}
-
-fn check_rows<A>(rows: &HeadRows<A>, count: usize) {
-    assert!(rows.dim > 0 && (count - 1) * rows.stride + rows.dim <= rows.data.len());
-}
-
 /// `tile[r, c] = query[r] . key[c]`; `queries` is (D, leading), transposed so that rows are the vector axis.
 pub(crate) fn scores<A: Accumulator>(tile: &mut Tile<A>, queries: &[A], keys: &HeadRows<A>) {
-    tile.check();
-    check_rows(keys, tile.columns);
-    assert!(keys.dim * tile.leading <= queries.len());
-    let (leading, first) = (tile.leading as isize, tile.rows.start);
-    // SAFETY: the asserts above bound every index: tile (rows.end - 1) + (columns - 1) * leading, queries
-    // (rows.end - 1) + (dim - 1) * leading, keys (columns - 1) * stride + dim - 1. Nothing aliases the &mut tile.
-    unsafe {
-        gemm(
-            tile.rows.len(),
-            tile.columns,
-            keys.dim,
-            tile.data.as_mut_ptr().add(first),
-            leading,
-            1,
-            false,
-            queries.as_ptr().add(first),
-            leading,
-            1,
-            keys.data.as_ptr(),
-            keys.stride as isize,
-            1,
-            A::ZERO,
-            A::ONE,
-            false,
-            false,
-            false,
-            Parallelism::None,
-        )
-    }
+    let first = tile.rows.start;
+    multiply(Product {
+        m: tile.columns,
+        n: tile.rows.len(),
+        k: keys.dim,
+        a: keys.data,
+        a_row: keys.stride,
+        a_step: 1,
+        b: &queries[first..],
+        ldb: tile.leading,
+        c: &mut tile.data[first..],
+        ldc: tile.leading,
+        add: false,
+    })
 }
 
-/// `output[r] += sum_c tile[r, c] * value[c]`; `output` is (leading, D).
-pub(crate) fn accumulate<A: Accumulator>(output: &mut [A], tile: &Tile<A>, values: &HeadRows<A>) {
-    tile.check();
-    check_rows(values, tile.columns);
-    assert!(tile.rows.end * values.dim <= output.len());
+/// `output[r] += sum_c tile[r, c] * value[c]`; `output` is (leading, width), and values are padded to as much.
+pub(crate) fn accumulate<A: Accumulator>(output: &mut [A], width: usize, tile: &Tile<A>, values: &HeadRows<A>) {
     let first = tile.rows.start;
-    // SAFETY: the asserts above bound every index as in `scores`; output ends at rows.end * dim - 1. Nothing aliases
-    // the &mut output.
-    unsafe {
-        gemm(
-            tile.rows.len(),
-            values.dim,
-            tile.columns,
-            output.as_mut_ptr().add(first * values.dim),
-            1,
-            values.dim as isize,
-            true,
-            tile.data.as_ptr().add(first),
-            tile.leading as isize,
-            1,
-            values.data.as_ptr(),
-            1,
-            values.stride as isize,
-            A::ONE,
-            A::ONE,
-            false,
-            false,
-            false,
-            Parallelism::None,
-        )
-    }
+    multiply(Product {
+        m: tile.rows.len(),
+        n: width,
+        k: tile.columns,
+        a: &tile.data[first..],
+        a_row: 1,
+        a_step: tile.leading,
+        b: values.data,
+        ldb: values.stride,
+        c: &mut output[first * width..],
+        ldc: width,
+        add: true,
+    })
 }
 
-/// `target[c] += sum_r tile[r, c] * row[r]`; `target` is (columns, D), `rows` (leading, D).
-pub(crate) fn accumulate_columns<A: Accumulator>(target: &mut [A], tile: &Tile<A>, rows: &[A], dim: usize) {
-    tile.check();
-    assert!(tile.columns * dim <= target.len() && tile.rows.end * dim <= rows.len() && dim > 0);
+/// `target[c] += sum_r tile[r, c] * row[r]`; `target` is (columns, width), `rows` (leading, width).
+pub(crate) fn accumulate_columns<A: Accumulator>(target: &mut [A], width: usize, tile: &Tile<A>, rows: &[A]) {
     let first = tile.rows.start;
-    // SAFETY: the asserts above bound every index as in `scores`; target ends at columns * dim - 1 and rows at
-    // rows.end * dim - 1. Nothing aliases the &mut target.
+    multiply(Product {
+        m: tile.columns,
+        n: width,
+        k: tile.rows.len(),
+        a: &tile.data[first..],
+        a_row: tile.leading,
+        a_step: 1,
+        b: &rows[first * width..],
+        ldb: width,
+        c: target,
+        ldc: width,
+        add: true,
+    })
+}
+
+fn multiply<A: Accumulator>(mut product: Product<A>) {
+    if arch().dispatch(Multiply(&mut product)) {
+        return;
+    }
+    product.check();
+    let Product {
+        m,
+        n,
+        k,
+        a,
+        a_row,
+        a_step,
+        b,
+        ldb,
+        c,
+        ldc,
+        add,
+    } = product;
+    // SAFETY: the check bounds every index of the three operands, and nothing else borrows C.
     unsafe {
         gemm(
-            tile.columns,
-            dim,
-            tile.rows.len(),
-            target.as_mut_ptr(),
+            m,
+            n,
+            k,
+            c.as_mut_ptr(),
             1,
-            dim as isize,
-            true,
-            tile.data.as_ptr().add(first),
+            ldc as isize,
+            add,
+            a.as_ptr(),
+            a_step as isize,
+            a_row as isize,
+            b.as_ptr(),
             1,
-            tile.leading as isize,
-            rows.as_ptr().add(first * dim),
-            1,
-            dim as isize,
+            ldb as isize,
             A::ONE,
             A::ONE,
             false,

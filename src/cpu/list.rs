@@ -4,7 +4,7 @@
 //! Closed chains are far columns for every later row; the open one is the next row's edge.
 
 use super::columns::{Bits, FarSource, KeysValues, RawRows, RowScratch};
-use super::fold::{all_finite, quarantine, raw_rows, ChainFold};
+use super::fold::{all_finite, quarantine, ChainFold};
 use super::list_decide::Decided;
 use super::observe::Observed;
 use super::{Accumulator, Element, HeadRows};
@@ -336,24 +336,14 @@ impl<S: Element> FarSource<S::Acc> for List<S> {
     }
 
     fn rows<'s>(&'s self, columns: Range<usize>, scratch: &'s mut RowScratch<S::Acc>) -> KeysValues<'s, S::Acc> {
-        let (keys, values) = (
-            HeadRows::compact(&self.keys, self.dim),
-            HeadRows::compact(&self.values, self.dim),
-        );
-        if S::as_acc(&self.keys).is_some() {
-            return (
-                raw_rows(&keys).skip(columns.start),
-                raw_rows(&values).skip(columns.start),
-            );
+        let (keys, values) = scratch;
+        for (stored, rows) in [(&self.keys, &mut *keys), (&self.values, &mut *values)] {
+            rows.make_room(columns.len(), self.dim);
+            let stored = &stored[columns.start * self.dim..columns.end * self.dim];
+            for (row, source) in stored.chunks_exact(self.dim).enumerate() {
+                rows.widen(row, source);
+            }
         }
-        let range = columns.start * self.dim..columns.end * self.dim;
-        for (stored, buffer) in [(&self.keys, &mut scratch.0), (&self.values, &mut scratch.1)] {
-            buffer.resize(range.len(), S::Acc::ZERO);
-            S::widen(&stored[range.clone()], &mut buffer[..range.len()]);
-        }
-        (
-            HeadRows::compact(&scratch.0, self.dim),
-            HeadRows::compact(&scratch.1, self.dim),
-        )
+        (keys.rows(0), values.rows(0))
     }
 }

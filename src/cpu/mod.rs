@@ -1,5 +1,6 @@
 //! The CPU path: `decide` and `fold` prepare columns, `forward` attends to them.
 
+mod aligned;
 mod attend;
 pub(crate) mod backward;
 mod block;
@@ -18,7 +19,10 @@ pub(crate) mod loss;
 pub(crate) mod observe;
 mod pairs;
 mod philox;
+mod product;
 mod softmax;
+mod tasks;
+mod transpose;
 
 pub(crate) use dispatch::{arch, check_environment};
 pub(crate) use element::{Accumulator, Element};

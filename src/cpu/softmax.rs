@@ -1,5 +1,6 @@
 //! The online softmax of a block of rows, in base 2: logits arrive multiplied by log2(e).
 
+use super::element::{EXP2_F32, EXP2_F64};
 use super::gemm_tile::Tile;
 use super::{arch, Accumulator};
 use pulp::{Simd, WithSimd};
@@ -49,34 +50,6 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         })
     }
 
-    #[inline(always)]
-    fn push_lanes<S: Simd>(&mut self, simd: S, tile: &mut Tile<A>, first: usize) {
-        let lanes = |slice: &[A]| -> [A; LANES] { slice[first..][..LANES].try_into().unwrap_or([A::NAN; LANES]) };
-        let old = lanes(&self.max);
-        let mut max = old;
-        let columns = tile.data.chunks_exact(tile.leading).take(tile.columns);
-        for column in columns {
-            A::raise(simd, &mut max, &column[first..][..LANES]);
-        }
-        // A row that saw only minus infinities keeps weight 0: nothing is subtracted from them.
-        let base = max.map(|m| if m == A::NEG_INFINITY { A::ZERO } else { m });
-        let mut sum = [A::ZERO; LANES];
-        for column in tile.data.chunks_exact_mut(tile.leading).take(tile.columns) {
-            let column = &mut column[first..][..LANES];
-            for lane in 0..LANES {
-                let weight = (column[lane] - base[lane]).exp2_nonpositive();
-                column[lane] = weight;
-                sum[lane] += weight;
-            }
-        }
-        for lane in 0..LANES {
-            let rescale = (old[lane] - base[lane]).exp2_nonpositive();
-            self.rescale[first + lane] = rescale;
-            self.max[first + lane] = max[lane];
-            self.sum[first + lane] = self.sum[first + lane] * rescale + sum[lane];
-        }
-    }
-
     /// The running maximum (base 2) and sum of all rows, for a tile that is pushed elsewhere.
     pub fn state(&mut self) -> (&mut [A], &mut [A]) {
         (&mut self.max, &mut self.sum)
@@ -88,6 +61,7 @@ impl<A: Accumulator> OnlineSoftmax<A> {
     }
 
     /// See [`finish_row`].
+    #[inline(always)]
     pub fn finish(&self, row: usize, output: &mut [A]) {
         finish_row(self.sum[row], output)
     }
@@ -106,21 +80,184 @@ impl<A: Accumulator> WithSimd for Push<'_, '_, A> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { softmax, tile, output } = self;
-        for first in tile.rows.clone().step_by(LANES) {
-            softmax.push_lanes(simd, tile, first);
-        }
-        let dim = output.len() / tile.leading;
+        A::weigh(simd, tile, softmax);
+        let width = output.len() / tile.leading;
         for row in tile.rows.clone() {
             let rescale = softmax.rescale[row];
             if rescale != A::ONE {
-                output[row * dim..][..dim].iter_mut().for_each(|x| *x *= rescale);
+                output[row * width..][..width].iter_mut().for_each(|x| *x *= rescale);
             }
         }
     }
 }
 
+/// Makes weights of a tile of logits, and gradients of logits of the gradients of weights: see
+/// [`Accumulator::differentiate`].
+pub(crate) fn differentiate<'t, A: Accumulator>(
+    weights: &mut Tile<'t, A>,
+    logits: &mut Tile<'t, A>,
+    log_sum_exp: &[A],
+    delta: &[A],
+) {
+    arch().dispatch(Differentiate {
+        weights,
+        logits,
+        log_sum_exp,
+        delta,
+    })
+}
+
+/// [`differentiate`] as code for one instruction set.
+struct Differentiate<'s, 't, A> {
+    weights: &'s mut Tile<'t, A>,
+    logits: &'s mut Tile<'t, A>,
+    log_sum_exp: &'s [A],
+    delta: &'s [A],
+}
+
+impl<A: Accumulator> WithSimd for Differentiate<'_, '_, A> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        A::differentiate(simd, self.weights, self.logits, self.log_sum_exp, self.delta)
+    }
+}
+
+macro_rules! weigh {
+    ($float:ident, $exp2:ident, $strip:ident, $weigh:ident, $differentiate:ident, $add_weights:ident, simd ($lanes:ident, $floats:ident, $uint:ident, $as:ident, $as_mut:ident, $splat:ident, $splat_uint:ident, $fma:ident, $add:ident, $sub:ident, $mul:ident, $max:ident, $equal:ident, $less:ident, $select:ident, $bits:ident, $float_of:ident, $shift:ident), magic $magic:expr, mantissa $mantissa:expr, min $min:expr, $poly:expr) => {
+        /// As [`Accumulator::exp2_nonpositive`], a register at a time.
+        #[inline(always)]
+        pub(super) fn $exp2<S: Simd>(simd: S, x: S::$floats) -> S::$floats {
+            // The sum's low bits are round(x) and the exponent's bias.
+            let magic = simd.$splat($magic);
+            let shifted = simd.$add(x, magic);
+            let fraction = simd.$sub(x, simd.$sub(shifted, magic));
+            let mut power = simd.$splat($poly[0]);
+            for coefficient in &$poly[1..] {
+                power = simd.$fma(power, fraction, simd.$splat(*coefficient));
+            }
+            // A shift by the mantissa's length, or a product that is one.
+            let scale = simd.$float_of(simd.$shift(simd.$bits(shifted), simd.$splat_uint($mantissa)));
+            // A NaN fails the comparison and goes through the product.
+            simd.$select(
+                simd.$less(x, simd.$splat($min)),
+                simd.$splat(0.0),
+                simd.$mul(power, scale),
+            )
+        }
+
+        /// V registers of rows from `first` on; columns are read twice, while they are in the first cache.
+        #[inline(always)]
+        #[allow(clippy::needless_range_loop)]
+        fn $strip<S: Simd, const V: usize>(
+            simd: S,
+            tile: &mut Tile<$float>,
+            first: usize,
+            softmax: &mut OnlineSoftmax<$float>,
+        ) {
+            let rows = V * S::$lanes;
+            let empty = simd.$splat($float::NEG_INFINITY);
+            // Two maxima hide the latency of one.
+            let mut tops = [[empty; V]; 2];
+            let mut pairs = tile.data[..tile.columns * tile.leading].chunks_exact(2 * tile.leading);
+            for pair in &mut pairs {
+                let (even, odd) = pair.split_at(tile.leading);
+                let (even, odd) = (S::$as(&even[first..][..rows]).0, S::$as(&odd[first..][..rows]).0);
+                for v in 0..V {
+                    tops[0][v] = simd.$max(even[v], tops[0][v]);
+                    tops[1][v] = simd.$max(odd[v], tops[1][v]);
+                }
+            }
+            if let Some(last) = pairs.remainder().get(first..first + rows) {
+                for v in 0..V {
+                    tops[0][v] = simd.$max(S::$as(last).0[v], tops[0][v]);
+                }
+            }
+            let max = S::$as_mut(&mut softmax.max[first..][..rows]).0;
+            let (mut base, mut rescale) = ([empty; V], [empty; V]);
+            for v in 0..V {
+                let top = simd.$max(simd.$max(tops[0][v], tops[1][v]), max[v]);
+                // A row that saw only minus infinities keeps weight 0: nothing is subtracted from them.
+                base[v] = simd.$select(simd.$equal(top, empty), simd.$splat(0.0), top);
+                rescale[v] = $exp2(simd, simd.$sub(max[v], base[v]));
+                max[v] = top;
+            }
+            let mut sums = [simd.$splat(0.0); V];
+            for column in tile.data.chunks_exact_mut(tile.leading).take(tile.columns) {
+                let column = S::$as_mut(&mut column[first..][..rows]).0;
+                for v in 0..V {
+                    let weight = $exp2(simd, simd.$sub(column[v], base[v]));
+                    column[v] = weight;
+                    sums[v] = simd.$add(sums[v], weight);
+                }
+            }
+            let sum = S::$as_mut(&mut softmax.sum[first..][..rows]).0;
+            let rescales = S::$as_mut(&mut softmax.rescale[first..][..rows]).0;
+            for v in 0..V {
+                sum[v] = simd.$fma(sum[v], rescale[v], sums[v]);
+                rescales[v] = rescale[v];
+            }
+        }
+
+        /// See [`Accumulator::add_weights`].
+        #[inline(always)]
+        pub(super) fn $add_weights<S: Simd>(simd: S, logits: &mut [$float], top: $float, sums: &mut [$float]) {
+            let top = simd.$splat(top);
+            for (x, sum) in S::$as_mut(logits).0.iter_mut().zip(S::$as_mut(sums).0) {
+                *x = $exp2(simd, simd.$sub(*x, top));
+                *sum = simd.$add(*sum, *x);
+            }
+        }
+
+        /// See [`Accumulator::differentiate`].
+        #[inline(always)]
+        pub(super) fn $differentiate<S: Simd>(
+            simd: S,
+            weights: &mut Tile<$float>,
+            logits: &mut Tile<$float>,
+            log_sum_exp: &[$float],
+            delta: &[$float],
+        ) {
+            let rows = weights.rows.clone();
+            let (log_sum_exp, delta) = (
+                S::$as(&log_sum_exp[rows.clone()]).0,
+                S::$as(&delta[rows.clone()]).0,
+            );
+            let columns = weights.data.chunks_exact_mut(weights.leading);
+            let columns = columns.zip(logits.data.chunks_exact_mut(logits.leading));
+            for (weight, logit) in columns.take(weights.columns) {
+                let weight = S::$as_mut(&mut weight[rows.clone()]).0.iter_mut();
+                let logit = S::$as_mut(&mut logit[rows.clone()]).0.iter_mut();
+                for ((weight, logit), (log_sum_exp, delta)) in weight.zip(logit).zip(log_sum_exp.iter().zip(delta)) {
+                    *weight = $exp2(simd, simd.$sub(*weight, *log_sum_exp));
+                    *logit = simd.$mul(*weight, simd.$sub(*logit, *delta));
+                }
+            }
+        }
+
+        #[inline(always)]
+        pub(super) fn $weigh<S: Simd>(simd: S, tile: &mut Tile<$float>, softmax: &mut OnlineSoftmax<$float>) {
+            let rows = tile.rows.clone();
+            if S::IS_SCALAR {
+                // As many as the compiler makes registers of.
+                return rows
+                    .step_by(8)
+                    .for_each(|first| $strip::<S, 8>(simd, tile, first, softmax));
+            }
+            for first in rows.step_by(2 * S::$lanes) {
+                $strip::<S, 2>(simd, tile, first, softmax);
+            }
+        }
+    };
+}
+
+weigh!(f32, exp2_f32, strip_f32, weigh_f32, differentiate_f32, add_weights_f32, simd (F32_LANES, f32s, u32, as_simd_f32s, as_mut_simd_f32s, splat_f32s, splat_u32s, mul_add_e_f32s, add_f32s, sub_f32s, mul_f32s, max_f32s, equal_f32s, less_than_f32s, select_f32s, transmute_u32s_f32s, transmute_f32s_u32s, wrapping_dyn_shl_u32s), magic 12_583_039.0, mantissa 23, min -126.0, EXP2_F32);
+weigh!(f64, exp2_f64, strip_f64, weigh_f64, differentiate_f64, add_weights_f64, simd (F64_LANES, f64s, u64, as_simd_f64s, as_mut_simd_f64s, splat_f64s, splat_u64s, mul_add_e_f64s, add_f64s, sub_f64s, mul_f64s, max_f64s, equal_f64s, less_than_f64s, select_f64s, transmute_u64s_f64s, transmute_f64s_u64s, mul_u64s), magic 6_755_399_441_056_767.0, mantissa 1 << 52, min -1022.0, EXP2_F64);
+
 /// Divides a row of the output by its sum. A row that holds anything not finite, or that saw nothing, becomes NaN
 /// throughout, so that no part of it passes for a result.
+#[inline(always)]
 pub(crate) fn finish_row<A: Accumulator>(sum: A, output: &mut [A]) {
     let inverse = A::ONE / sum;
     let mut check = A::ZERO;

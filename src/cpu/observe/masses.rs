@@ -8,6 +8,7 @@
 
 use super::keys::Keys;
 use super::Local;
+use crate::cpu::aligned::Aligned;
 use crate::cpu::element::PANEL;
 use crate::cpu::{arch, Accumulator, Element, HeadRows};
 use pulp::{Simd, WithSimd};
@@ -33,11 +34,12 @@ pub(crate) struct Observation<'a, Q: Element> {
 
 /// Buffers of [`Observation::add`].
 #[derive(Default)]
-pub(crate) struct Scratch<A> {
+pub(crate) struct Scratch<A: Accumulator> {
     queries: Vec<A>,
     /// Logits, then weights, of the rows that are seen to together: the sinks' panels, then the windows'.
-    weights: Vec<Lanes<A>>,
-    masses: Vec<Lanes<A>>,
+    weights: Aligned<A>,
+    /// By panels.
+    masses: Aligned<A>,
 }
 
 /// The panels that rows of one panel look at.
@@ -70,17 +72,16 @@ impl<Q: Element> Observation<'_, Q> {
         // No others have anything to say about these tokens.
         let rows = rows.start.max(tokens.start + window / 2)..rows.end.min(tokens.end + window - 1);
         let (first, lead) = (base / PANEL, base % PANEL);
-        scratch.masses.clear();
-        let zeros = [Q::Acc::ZERO; PANEL];
-        scratch.masses.resize(tokens.end.div_ceil(PANEL) - first, zeros);
-        scratch.masses.as_flattened_mut()[lead..][..masses.len()].copy_from_slice(masses);
+        scratch.masses.make_room((tokens.end.div_ceil(PANEL) - first) * PANEL);
+        scratch.masses.fill(Q::Acc::ZERO);
+        scratch.masses[lead..][..masses.len()].copy_from_slice(masses);
         arch().dispatch(Add {
             observation: self,
             rows,
             tokens,
             scratch,
         });
-        masses.copy_from_slice(&scratch.masses.as_flattened()[lead..][..masses.len()]);
+        masses.copy_from_slice(&scratch.masses[lead..][..masses.len()]);
     }
 
     /// Adds the weights of G pairs of a row and a head, the rows of one panel in order.
@@ -100,10 +101,11 @@ impl<Q: Element> Observation<'_, Q> {
         }
         let panels = self.panels(rows[0], rows[G - 1]);
         let all = panels.all();
-        scratch.weights.resize(G * all, [Q::Acc::ZERO; PANEL]);
+        scratch.weights.make_room(G * all * PANEL);
         self.load(pairs, &mut scratch.queries);
         self.dots::<S, G>(simd, &panels, scratch);
-        let (weights, masses) = (&mut scratch.weights, &mut scratch.masses);
+        let weights = scratch.weights.as_chunks_mut::<PANEL>().0;
+        let masses = scratch.masses.as_chunks_mut::<PANEL>().0;
 
         // Step by step for all rows: each step's latency is hidden behind the other rows'.
         let mut most = [[Q::Acc::NEG_INFINITY; PANEL]; G];
@@ -118,10 +120,7 @@ impl<Q: Element> Observation<'_, Q> {
         for panel in 0..all.min(panels.sinks + panels.filled) {
             for g in 0..G {
                 let weights = &mut weights[g * all + panel];
-                for lane in 0..PANEL {
-                    weights[lane] = (weights[lane] - top[g]).exp2_nonpositive();
-                    sums[g][lane] += weights[lane];
-                }
+                Q::Acc::add_weights(simd, weights, top[g], &mut sums[g]);
             }
         }
         let mut inverses = [Q::Acc::ZERO; G];
@@ -161,7 +160,6 @@ impl<Q: Element> Observation<'_, Q> {
         };
         let (panels, stride) = ((panels.all(), panel), panels.all() * PANEL);
         let Scratch { queries, weights, .. } = scratch;
-        let weights = weights.as_flattened_mut();
         // The sums, and as many registers of keys and one of a query, are all that there are.
         if S::REGISTER_COUNT >= 32 {
             Q::Acc::panel_dots::<S, G, 4>(simd, queries, panels, weights, stride);

@@ -11,7 +11,7 @@ mod masses;
 pub(crate) use cached::{Chunk, Observed, Recent};
 
 use super::element::PANEL;
-use super::forward::for_each_task;
+use super::tasks::for_each_task;
 use super::{arch, Accumulator, Element, Rows};
 use crate::config::{HeadTest, MergeStrategy};
 use crate::problem::Problem;
@@ -177,7 +177,7 @@ impl<T: Element> ObserveInput<'_, T> {
 
 /// Buffers of one thread.
 #[derive(Default)]
-struct Worker<A> {
+struct Worker<A: Accumulator> {
     keys: Keys<A>,
     sinks: Keys<A>,
     scratch: Scratch<A>,

@@ -17,11 +17,11 @@ mod x86;
 #[cfg(target_arch = "x86_64")]
 mod x86_amx;
 
-use pack::Aligned;
 pub(crate) use pack::{Packed, PackedTile};
 
-use super::block::transpose;
+use super::aligned::Aligned;
 use super::softmax::LANES;
+use super::transpose::to_columns;
 
 use super::dispatch::{choose, Choice};
 use std::sync::LazyLock;
@@ -204,7 +204,7 @@ impl PairTiles {
             head_dim,
             self.leading,
             self.dim,
-            self.queries.as_mut(),
+            &mut self.queries,
         );
     }
 
@@ -230,9 +230,9 @@ impl PairTiles {
                 n: leading,
                 c: tile,
                 ldc: leading,
-                a: &packed.keys.as_ref()[first * lda..],
+                a: &packed.keys[first * lda..],
                 lda,
-                b: self.queries.as_ref(),
+                b: &self.queries,
                 ldb: 2 * leading,
                 steps: &self.steps,
                 accumulate: false,
@@ -252,9 +252,9 @@ impl PairTiles {
                 count,
                 factor: self.pairs.factor,
                 split: self.pairs.split,
-                weights: self.weights.as_mut(),
+                weights: &mut self.weights,
                 plane: self.capacity * leading,
-                output: self.output.as_mut(),
+                output: &mut self.output,
             };
             x86::softmax(strip, &mut max[first..][..LANES], &mut sum[first..][..LANES]);
         }
@@ -280,11 +280,11 @@ impl PairTiles {
             Product {
                 m: dim,
                 n: leading,
-                c: self.output.as_mut(),
+                c: &mut self.output,
                 ldc: leading,
-                a: packed.values.as_ref(),
+                a: &packed.values,
                 lda: 32,
-                b: self.weights.as_ref(),
+                b: &self.weights,
                 ldb: 2 * leading,
                 steps: &self.steps,
                 accumulate: true,
@@ -294,13 +294,13 @@ impl PairTiles {
 
     /// Starts from weighted values (leading, D).
     pub fn load_output(&mut self, rows: &[f32], head_dim: usize) {
-        transpose(rows, head_dim, self.leading, self.output.as_mut());
+        to_columns(rows, (head_dim, head_dim), self.leading, &mut self.output);
     }
 
     /// The weighted values as (leading, D).
     pub fn store_output(&self, rows: &mut [f32], head_dim: usize) {
         for (row, target) in rows.chunks_exact_mut(head_dim).enumerate() {
-            let column = self.output.as_ref()[row..].iter().step_by(self.leading);
+            let column = self.output[row..].iter().step_by(self.leading);
             target.iter_mut().zip(column).for_each(|(x, y)| *x = *y);
         }
     }

@@ -1,34 +1,12 @@
 //! Rows of f32 as parts in bf16, in the orders that the products read.
 
 use super::{Pairs, Split, PAD};
+use crate::cpu::aligned::Aligned;
 use crate::cpu::element::bf16_bits;
 use crate::cpu::vectorized;
 
 /// The largest finite bf16 number.
 const MAX: f32 = 3.389_531_4e38;
-
-/// A buffer that begins at a cache line, so that no row of a tile lies in two.
-pub(crate) struct Aligned<T> {
-    data: Vec<T>,
-    start: usize,
-    len: usize,
-}
-
-impl<T: Copy + Default> Aligned<T> {
-    pub fn zeroed(len: usize) -> Self {
-        let data = vec![T::default(); len + 64 / size_of::<T>()];
-        let start = data.as_ptr().align_offset(64).min(64 / size_of::<T>());
-        Self { data, start, len }
-    }
-
-    pub fn as_ref(&self) -> &[T] {
-        &self.data[self.start..][..self.len]
-    }
-
-    pub fn as_mut(&mut self) -> &mut [T] {
-        &mut self.data[self.start..][..self.len]
-    }
-}
 
 /// The parts of 32 numbers, each part `plane` apart: what a part leaves is the next one's.
 #[inline(always)]
@@ -121,7 +99,7 @@ impl Packed {
     pub fn push(&mut self, key: &[f32], value: &[f32]) {
         let (parts, dim, column) = (self.parts, self.dim, self.columns);
         self.row[..key.len()].copy_from_slice(key);
-        let target = &mut self.keys.as_mut()[column * parts * dim..][..parts * dim];
+        let target = &mut self.keys[column * parts * dim..][..parts * dim];
         let row = &self.row;
         vectorized(
             #[inline(always)]
@@ -149,7 +127,7 @@ impl Packed {
     fn flush(&mut self) {
         let (parts, dim) = (self.parts, self.dim);
         let block = (self.columns - 1) / 32;
-        let target = &mut self.values.as_mut()[block * parts * dim * 32..][..parts * dim * 32];
+        let target = &mut self.values[block * parts * dim * 32..][..parts * dim * 32];
         let staged = &self.staged;
         vectorized(
             #[inline(always)]

@@ -1,0 +1,179 @@
+//! Matrix products of a tile in registers, for every instruction set: `C (M, N) = A (M, K) · B (K, N)`, or added to what
+//! is there. B and C lie by rows, which are the vector axis; single numbers of A are spread over a register, so A may
+//! have any strides and nothing is ever packed. All operands should lie in the first two levels of the cache: that is
+//! what the sizes of tiles see to.
+
+use super::Accumulator;
+use pulp::Simd;
+
+/// One product. Rows of B and C are `ldb` and `ldc` apart; A's number (m, k) is `a[m * a_row + k * a_step]`.
+pub(crate) struct Product<'a, A> {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub a: &'a [A],
+    pub a_row: usize,
+    pub a_step: usize,
+    pub b: &'a [A],
+    pub ldb: usize,
+    pub c: &'a mut [A],
+    pub ldc: usize,
+    /// Whether to add to C.
+    pub add: bool,
+}
+
+impl<A> Product<'_, A> {
+    /// Panics where an index would leave its slice: what the kernels rely on.
+    pub fn check(&self) {
+        assert!(self.m > 0 && self.n > 0 && self.k > 0);
+        assert!((self.m - 1) * self.a_row + (self.k - 1) * self.a_step < self.a.len());
+        assert!(self.n <= self.ldb && (self.k - 1) * self.ldb + self.n <= self.b.len());
+        assert!(self.n <= self.ldc && (self.m - 1) * self.ldc + self.n <= self.c.len());
+    }
+}
+
+/// Rows of A that are multiplied at once: with four registers of B 24 sums, which with the registers of B and one of A
+/// leave three of 32; with two registers of B 12 sums of 16. Either way there are more multiply-adds in flight than the
+/// latency of one needs.
+pub(crate) const ROWS: usize = 6;
+
+macro_rules! kernel {
+    ($float:ident, $strip:ident, $block:ident, $run:ident, simd ($lanes:ident, $floats:ident, $splat:ident, $fma:ident)) => {
+        /// M rows by V registers of C.
+        ///
+        /// # Safety
+        /// [`Product::check`] has passed, `row + M <= m`, and `column + V * lanes <= n`.
+        #[inline(always)]
+        #[allow(clippy::needless_range_loop)]
+        unsafe fn $block<S: Simd, const M: usize, const V: usize>(
+            simd: S,
+            product: &mut Product<$float>,
+            row: usize,
+            column: usize,
+        ) {
+            let Product {
+                k,
+                a_row,
+                a_step,
+                ldb,
+                ldc,
+                ..
+            } = *product;
+            // SAFETY: what the caller vouches for bounds every address: A's (row + M - 1, k - 1), B's (k - 1, column + V
+            // registers), C's (row + M - 1, column + V registers). Registers are read and written unaligned, and any
+            // bits are a float.
+            unsafe {
+                let mut a = product.a.as_ptr().add(row * a_row);
+                let mut b = product.b.as_ptr().add(column);
+                let c = product.c.as_mut_ptr().add(row * ldc + column);
+                let mut sums = [[simd.$splat(0.0); V]; M];
+                for _ in 0..k {
+                    let mut columns = [simd.$splat(0.0); V];
+                    for v in 0..V {
+                        columns[v] = b.cast::<S::$floats>().add(v).read_unaligned();
+                    }
+                    for m in 0..M {
+                        let x = simd.$splat(*a.add(m * a_row));
+                        for v in 0..V {
+                            sums[m][v] = simd.$fma(x, columns[v], sums[m][v]);
+                        }
+                    }
+                    a = a.wrapping_add(a_step);
+                    b = b.wrapping_add(ldb);
+                }
+                let one = simd.$splat(1.0);
+                for m in 0..M {
+                    let target = c.add(m * ldc).cast::<S::$floats>();
+                    for v in 0..V {
+                        let target = target.add(v);
+                        let sum = match product.add {
+                            true => simd.$fma(one, target.read_unaligned(), sums[m][v]),
+                            false => sums[m][v],
+                        };
+                        target.write_unaligned(sum);
+                    }
+                }
+            }
+        }
+
+        /// All rows by V registers of C.
+        ///
+        /// # Safety
+        /// As for one block.
+        #[inline(always)]
+        unsafe fn $strip<S: Simd, const V: usize>(simd: S, product: &mut Product<$float>, column: usize) {
+            let mut row = 0;
+            // SAFETY: no block goes past row m; the rest is the caller's word.
+            unsafe {
+                while row + ROWS <= product.m {
+                    $block::<S, ROWS, V>(simd, product, row, column);
+                    row += ROWS;
+                }
+                if row + 4 <= product.m {
+                    $block::<S, 4, V>(simd, product, row, column);
+                    row += 4;
+                }
+                if row + 2 <= product.m {
+                    $block::<S, 2, V>(simd, product, row, column);
+                    row += 2;
+                }
+                if row < product.m {
+                    $block::<S, 1, V>(simd, product, row, column);
+                }
+            }
+        }
+
+        /// Makes the product, unless its rows are no whole number of this instruction set's registers.
+        #[inline(always)]
+        pub(crate) fn $run<S: Simd>(simd: S, product: &mut Product<$float>) -> bool {
+            if S::$lanes < 4 || !product.n.is_multiple_of(S::$lanes) {
+                return false;
+            }
+            product.check();
+            let mut column = 0;
+            // SAFETY: the product was checked, and no strip goes past column n.
+            unsafe {
+                while S::REGISTER_COUNT >= 32 && column + 4 * S::$lanes <= product.n {
+                    $strip::<S, 4>(simd, product, column);
+                    column += 4 * S::$lanes;
+                }
+                while column + 2 * S::$lanes <= product.n {
+                    $strip::<S, 2>(simd, product, column);
+                    column += 2 * S::$lanes;
+                }
+                while column < product.n {
+                    $strip::<S, 1>(simd, product, column);
+                    column += S::$lanes;
+                }
+            }
+            true
+        }
+    };
+}
+
+kernel!(
+    f32,
+    strip_f32,
+    block_f32,
+    product_f32,
+    simd(F32_LANES, f32s, splat_f32s, mul_add_e_f32s)
+);
+kernel!(
+    f64,
+    strip_f64,
+    block_f64,
+    product_f64,
+    simd(F64_LANES, f64s, splat_f64s, mul_add_e_f64s)
+);
+
+/// [`Accumulator::product`] as code for one instruction set.
+pub(super) struct Multiply<'p, 'a, A>(pub &'p mut Product<'a, A>);
+
+impl<A: Accumulator> pulp::WithSimd for Multiply<'_, '_, A> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> bool {
+        A::product(simd, self.0)
+    }
+}
