@@ -1,75 +1,266 @@
-// Which pairs merge. Warps are given pairs: grid (pairs / 4, batch * lists), 4 warps a block, except where it says
-// otherwise.
+// Which pairs merge. Four warps a block.
 #include "cosine.cuh"
 #include "warp_row.cuh"
 
-// candidates[list][t]: whether the pair t passes by itself. Everything else that the causal rule asks of a token happens
-// within a stretch of candidates. Grid (pairs / 16, batch * lists): a warp takes four pairs.
-template <class T>
-__device__ void candidates(Global<const T> q, Global<const T> k, Global<const float> tests, Global<uint8_t> out,
-                           const DecideParams& p) {
-  unsigned first = warp_pair() * 4, pairs = p.sizes.tokens - 1, dim = p.sizes.head_dim;
-  if (first >= pairs) return;
-  List list(p.sizes, blockIdx.y);
-  if (!p.key_key || dim > 128) {
-    for (unsigned t = first; t < first + 4 && t < pairs; t++) {
-      bool pass = t >= p.sinks && passes(q, k, tests, p, list, t + 1, t);
-      if (threadIdx.x % 32 == 0) out.set((size_t)blockIdx.y * pairs + t, pass);
-    }
-    return;
-  }
-  // Eight lanes a pair, each with every eighth stretch of eight numbers: the four pairs' sums run side by side.
-  unsigned lane = threadIdx.x % 8, t = first + threadIdx.x % 32 / 8;
-  float dot = 0.0f, aa = 0.0f, bb = 0.0f;
-  if (t < pairs) {
-    size_t at_a = p.k.at(list.batch, list.kv_head, t + 1), at_b = p.k.at(list.batch, list.kv_head, t);
-    for (unsigned d = lane * 8; d < dim; d += 64) {
-      float x[8], y[8];
-      load_eight(k, at_a + d, x);
-      load_eight(k, at_b + d, y);
-#pragma unroll
-      for (unsigned i = 0; i < 8; i++) dot += x[i] * y[i], aa += x[i] * x[i], bb += y[i] * y[i];
+// What every query head of a list asks of one cosine.
+struct GroupTest {
+  float similar = INFINITY, different = INFINITY;
+  bool off = false, compares_similar = false, compares_different = false;
+
+  __device__ GroupTest(Global<const float> tests, size_t first, unsigned heads) {
+    for (unsigned head = 0; head < heads; head++) {
+      HeadTest test(tests, first + head);
+      if (test.strategy == SIMILARITY) compares_similar = true, similar = fminf(similar, test.threshold);
+      else if (test.strategy == DIFFERENCE) compares_different = true, different = fminf(different, test.threshold);
+      else off = true;
     }
   }
-#pragma unroll
-  for (unsigned lanes = 4; lanes > 0; lanes /= 2) {
-    dot += __shfl_xor_sync(0xffffffffu, dot, lanes);
-    aa += __shfl_xor_sync(0xffffffffu, aa, lanes);
-    bb += __shfl_xor_sync(0xffffffffu, bb, lanes);
+  // Strict, and false for NaN.
+  __device__ __forceinline__ bool passes(float cosine) const {
+    return !off && (!compares_similar || 1.0f - cosine < similar) && (!compares_different || fabsf(cosine) < different);
   }
-  if (t >= pairs || lane != 0) return;
-  float cosine = Products{dot, sqrtf(aa), sqrtf(bb)}.cosine();
-  bool pass = t >= p.sinks;
-  for (unsigned head = list.first_head; pass && head < list.first_head + list.group; head++)
-    pass = HeadTest(tests, list.batch * p.sizes.heads + head).passes(cosine);
-  out.set((size_t)blockIdx.y * pairs + t, pass);
+};
+
+// Rows that one after another are compared: token t of the left, and of the right, starts at `first` + t * `stride`.
+template <class T> struct Track {
+  Global<const T> rows;
+  size_t first, stride;
+};
+
+// Pairs that eight lanes go through, and those of a warp.
+constexpr unsigned WALK = 16, WARP_PAIRS = 4 * WALK;
+
+// Bit i: whether the cosine of left token t + i + 1 and right token t + i passes, for i < count <= WALK; the same in all of
+// the eight lanes that share t. PARTS: 64 dimensions each. SAME: both are the keys, of which each is read once.
+template <class T, unsigned PARTS, bool SAME>
+__device__ __forceinline__ unsigned walk(const Track<T>& left, const Track<T>& right, unsigned t, unsigned count,
+                                         unsigned dim, const GroupTest& test) {
+  // Few registers of rows that are on their way, and many warps.
+  constexpr unsigned FIT = 4 / sizeof(T) / PARTS, AHEAD = FIT > 1 ? FIT : 1;
+  unsigned at = threadIdx.x % 8 * 8, mask = 0;
+  float before[PARTS][8], before_norm = 0.0f;
+  auto load = [&](Eight<T>(&row)[PARTS], const Track<T>& track, unsigned token) {
+#pragma unroll
+    for (unsigned part = 0; part < PARTS; part++)
+      if (part * 64 + at < dim) row[part].load(track.rows, track.first + token * track.stride + part * 64 + at);
+  };
+  auto spread = [&](float (&x)[PARTS][8], const Eight<T>(&row)[PARTS]) {
+#pragma unroll
+    for (unsigned i = 0; i < PARTS * 8; i++) x[i / 8][i % 8] = i / 8 * 64 + at < dim ? row[i / 8][i % 8] : 0.0f;
+  };
+  auto sum = [](float x) {
+#pragma unroll
+    for (unsigned lanes = 4; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
+    return x;
+  };
+  if (SAME) {
+    Eight<T> row[PARTS] = {};
+    if (count > 0) load(row, right, t);
+    spread(before, row);
+#pragma unroll
+    for (unsigned i = 0; i < PARTS * 8; i++) before_norm += before[i / 8][i % 8] * before[i / 8][i % 8];
+    before_norm = sqrtf(sum(before_norm));
+  }
+#pragma unroll 1
+  for (unsigned first = 0; __any_sync(0xffffffffu, first < count); first += AHEAD) {
+    Eight<T> next[AHEAD][PARTS] = {}, beside[SAME ? 1 : AHEAD][PARTS] = {};
+#pragma unroll
+    for (unsigned i = 0; i < AHEAD; i++) {
+      if (first + i < count) load(next[i], left, t + first + i + 1);
+      if (!SAME && first + i < count) load(beside[SAME ? 0 : i], right, t + first + i);
+    }
+#pragma unroll
+    for (unsigned i = 0; i < AHEAD; i++) {
+      float x[PARTS][8], dot = 0.0f, norm = 0.0f, other = 0.0f;
+      spread(x, next[i]);
+      if (!SAME) spread(before, beside[SAME ? 0 : i]);
+#pragma unroll
+      for (unsigned j = 0; j < PARTS * 8; j++) {
+        float a = x[j / 8][j % 8], b = before[j / 8][j % 8];
+        dot += a * b, norm += a * a;
+        if (!SAME) other += b * b;
+      }
+      dot = sum(dot), norm = sqrtf(sum(norm));
+      if (!SAME) before_norm = sqrtf(sum(other));
+      bool pass = first + i < count && test.passes(Products{dot, norm, before_norm}.cosine());
+      mask |= (unsigned)pass << (first + i);
+      if (!SAME) continue;
+      before_norm = norm;
+#pragma unroll
+      for (unsigned j = 0; j < PARTS * 8; j++) before[j / 8][j % 8] = x[j / 8][j % 8];
+    }
+  }
+  return mask;
 }
 
-// The causal rule: the warp of a stretch's first pair walks along it. Bits are (batch, heads, pairs).
-template <class T>
-__device__ void runs(Global<const T> q, Global<const T> k, Global<const float> tests, Global<const uint8_t> candidates,
-                     Global<uint8_t> bits, const DecideParams& p) {
-  unsigned t = warp_pair(), pairs = p.sizes.tokens - 1;
-  if (t >= pairs) return;
+// Which pairs of one list pass by themselves.
+template <class T, unsigned PARTS> struct Candidates {
+  Global<const T> q, k;
+  Global<const float> tests;
+  const DecideParams& p;
+  const List& list;
+
+  // Bit i: pair t + i, for i < count <= WALK; each eighth lane may ask for another t. PARTS 0: the same t and one pair.
+  __device__ __forceinline__ unsigned operator()(unsigned t, unsigned count) const {
+    size_t first = (size_t)list.batch * p.sizes.heads + list.first_head;
+    if constexpr (PARTS == 0) {
+      return count > 0 && t >= p.sinks && passes(q, k, tests, p, list, t + 1, t);
+    } else {
+      Track<T> keys = {k, p.k.at(list.batch, list.kv_head, 0), p.k.token_stride};
+      unsigned all = p.key_key ? walk<T, PARTS, true>(keys, keys, t, count, p.sizes.head_dim, GroupTest(tests, first, list.group))
+                               : queries_beside(keys, first, t, count);
+      // The first tokens stay.
+      unsigned sunk = p.sinks > t ? min(p.sinks - t, WALK) : 0;
+      return all & ~((1u << sunk) - 1);
+    }
+  }
+
+  // The same of every query head's next token, whatever the keys' track.
+  __device__ __forceinline__ unsigned queries_beside(const Track<T>& keys, size_t first, unsigned t, unsigned count) const {
+    unsigned all = ~0u;
+    for (unsigned head = 0; head < list.group; head++) {
+      Track<T> queries = {q, p.q.at(list.batch, list.first_head + head, 0), p.q.token_stride};
+      all &= walk<T, PARTS, false>(queries, keys, t, count, p.sizes.head_dim, GroupTest(tests, first + head, 1));
+    }
+    return all;
+  }
+
+  // Whether token t + 1 passes against token `start`; every eight lanes may ask of others, or not, and then get false.
+  // PARTS 0: all lanes of the same ones.
+  __device__ __forceinline__ bool against(unsigned start, unsigned t, bool asks) const {
+    if constexpr (PARTS == 0) {
+      return asks && passes(q, k, tests, p, list, t + 1, start);
+    } else {
+      size_t first = (size_t)list.batch * p.sizes.heads + list.first_head;
+      // A track on which token t is `start`.
+      size_t stride = p.k.token_stride, row = p.k.at(list.batch, list.kv_head, 0);
+      Track<T> keys = {k, row, stride}, still = {k, row + start * stride - t * stride, stride};
+      unsigned all = p.key_key ? walk<T, PARTS, false>(keys, still, t, asks, p.sizes.head_dim, GroupTest(tests, first, list.group))
+                               : queries_beside(still, first, t, asks);
+      return asks && (all & 1);
+    }
+  }
+};
+
+// Bit i: whether the pair first + i is a candidate.
+template <class T, unsigned PARTS>
+__device__ __forceinline__ uint64_t stretch(const Candidates<T, PARTS>& candidates, unsigned first, unsigned pairs) {
+  uint64_t found = 0;
+  if constexpr (PARTS == 0) {
+    for (unsigned i = 0; i < WARP_PAIRS && first + i < pairs; i++) found |= (uint64_t)candidates(first + i, 1) << i;
+  } else {
+    unsigned t = first + threadIdx.x % 32 / 8 * WALK, mine = candidates(t, t < pairs ? min(pairs - t, WALK) : 0);
+#pragma unroll
+    for (unsigned i = 0; i < 4; i++) found |= (uint64_t)__shfl_sync(0xffffffffu, mine, i * 8) << (i * WALK);
+  }
+  return found;
+}
+
+// The causal rule. Everything that it asks of a token happens within a stretch of candidates: pairs that pass by
+// themselves. A warp finds those of WARP_PAIRS pairs, and walks along each stretch that begins there, to its end wherever
+// that is: each eight lanes along one of their own, and all of them along the one that leads further. Grid (pairs /
+// (4 * WARP_PAIRS), batch * lists); bits are (batch, heads, pairs).
+template <class T, unsigned PARTS> struct Causal {
+  const DecideParams& p;
+  const List& list;
+  Candidates<T, PARTS> candidates;
+  Global<uint8_t> bits;
+  unsigned first, pairs;
+  uint64_t found;
+
+  // By lane `lane` of `lanes`.
+  __device__ __forceinline__ void write(unsigned t, bool bit, unsigned lane, unsigned lanes) const {
+    size_t at = ((size_t)list.batch * p.sizes.heads + list.first_head) * pairs + t;
+    for (unsigned head = lane; head < list.group; head += lanes) bits.set(at + (size_t)head * pairs, bit);
+  }
+
+  __device__ __forceinline__ bool is_candidate(unsigned t) const { return found >> (t - first) & 1; }
+
+  // Along a stretch, all lanes: from pair t on, in a run from `start` where there is one.
+  __device__ void walk_together(unsigned t, unsigned start, bool running) {
+    constexpr unsigned AHEAD = PARTS == 0 ? 1 : 4;
+    unsigned lane = threadIdx.x % 32, ahead = 0, across = 0;
+    for (; t < pairs; t++) {
+      if (t - first == WARP_PAIRS) first = t, found = stretch(candidates, t, pairs);
+      if (!is_candidate(t)) break;
+      bool merges = !running;
+      if (merges) {
+        start = t, ahead = 0;
+      } else if (t - start < p.max_merge_level) {
+        if (ahead == 0) {
+          // Of the next ones at once, each by its eight lanes.
+          unsigned mine = PARTS == 0 ? t : t + lane / 8;
+          across = __ballot_sync(0xffffffffu, candidates.against(start, mine, mine < pairs)), ahead = AHEAD;
+        }
+        merges = across & 1;
+        across >>= 8, ahead--;
+      }
+      running = merges;
+      write(t, merges, lane, 32);
+    }
+  }
+
+  __device__ void walk_apart(uint64_t starts) {
+    constexpr unsigned ALL = 0xffffffffu, GROUPS = 0x01010101u;
+    unsigned lane = threadIdx.x % 32, t = 0, start = 0;
+    bool active = false, running = false, leaves = false;
+    while (true) {
+      // Those that are through take the next stretches, in order.
+      unsigned idle = __ballot_sync(ALL, !active) & GROUPS;
+      uint64_t rest = starts;
+      for (int before = __popc(idle & ((1u << lane / 8 * 8) - 1)); before > 0; before--) rest &= rest - 1;
+      if (!active && rest != 0) active = true, running = false, t = first + __ffsll(rest) - 1;
+      for (int taken = __popc(idle); taken > 0; taken--) starts &= starts - 1;
+      if (!__any_sync(ALL, active)) break;
+      bool asks = false;
+      while (active && !asks) {
+        leaves = leaves || (t < pairs && t - first == WARP_PAIRS);
+        if (t == pairs || t - first == WARP_PAIRS || !is_candidate(t)) active = false;
+        else if (running && t - start < p.max_merge_level) asks = true;
+        else {
+          running = !running;
+          if (running) start = t;
+          write(t++, running, lane % 8, 8);
+        }
+      }
+      bool merges = candidates.against(start, t, asks);
+      if (!asks) continue;
+      running = merges;
+      write(t++, merges, lane % 8, 8);
+    }
+    unsigned leaving = __ballot_sync(ALL, leaves);
+    if (leaving == 0) return;
+    unsigned from = __ffs(leaving) - 1;
+    walk_together(__shfl_sync(ALL, t, from), __shfl_sync(ALL, start, from), __shfl_sync(ALL, (unsigned)running, from));
+  }
+};
+
+template <class T, unsigned PARTS>
+__device__ void causal(Global<const T> q, Global<const T> k, Global<const float> tests, Global<uint8_t> bits,
+                       const DecideParams& p) {
+  unsigned first = warp_pair() * WARP_PAIRS, pairs = p.sizes.tokens - 1, lane = threadIdx.x % 32;
+  if (first >= pairs) return;
   List list(p.sizes, blockIdx.y);
-  Global<const uint8_t> candidate = candidates + (size_t)blockIdx.y * pairs;
-  size_t first = ((size_t)list.batch * p.sizes.heads + list.first_head) * pairs;
-  auto write = [&](unsigned pair, bool bit) {
-    for (unsigned head = threadIdx.x % 32; head < list.group; head += 32) bits.set(first + (size_t)head * pairs + pair, bit);
-  };
-  if (!candidate[t]) return write(t, false);
-  if (t > 0 && candidate[t - 1]) return;
-  bool running = false;
-  for (unsigned start = t; t < pairs && candidate[t]; t++) {
-    bool merges = !running || (t - start < p.max_merge_level && passes(q, k, tests, p, list, t + 1, start));
-    if (merges && !running) start = t;
-    running = merges;
-    write(t, merges);
+  Candidates<T, PARTS> candidates = {q, k, tests, p, list};
+  Causal<T, PARTS> rule = {p, list, candidates, bits, first, pairs, stretch(candidates, first, pairs)};
+  uint64_t found = rule.found;
+  for (unsigned i = lane; i < WARP_PAIRS && first + i < pairs; i += 32)
+    if (!(found >> i & 1)) rule.write(first + i, false, 0, 1);
+  if (found == 0) return;
+  bool goes_on = (found & 1) && first > 0 && (candidates(first - 1, 1) & 1);
+  uint64_t starts = found & ~(found << 1 | (uint64_t)goes_on);
+  if constexpr (PARTS == 0) {
+    for (; starts != 0; starts &= starts - 1) {
+      Causal<T, PARTS> along = rule;
+      along.walk_together(first + __ffsll(starts) - 1, 0, false);
+    }
+  } else {
+    rule.walk_apart(starts);
   }
 }
 
 // The reference rule's candidates: bit l of levels[head][t] is whether token t + l + 1 passes against token t. Lists are
-// query heads.
+// query heads, and a warp has a pair: grid (pairs / 4, batch * lists).
 template <class T>
 __device__ void levels(Global<const T> q, Global<const T> k, Global<const float> tests, Global<uint8_t> levels,
                        Global<uint8_t> bits, const DecideParams& p) {
@@ -117,20 +308,22 @@ KERNEL decide_sweep(Global<const uint8_t> levels, Global<const uint8_t> bits, Gl
   swept.set((size_t)blockIdx.y * p.pairs + t, bit);
 }
 
+// PARTS of 64 dimensions; 0 where rows are longer or no whole number of eights.
+#define DECIDE_CAUSAL(suffix, T, DIM, PARTS)                                                                          \
+  KERNEL __launch_bounds__(128, PARTS < 4 ? 8 : 4) decide_causal_##DIM##_##suffix(                                                       \
+      Global<const T> q, Global<const T> k, Global<const float> tests, Global<uint8_t> bits, DecideParams p) {        \
+    causal<T, PARTS>(q, k, tests, bits, p);                                                                           \
+  }
 #define DECIDE(suffix, T)                                                                                             \
-  KERNEL decide_candidates_##suffix(Global<const T> q, Global<const T> k, Global<const float> tests,                  \
-                                    Global<uint8_t> out, DecideParams p) {                                            \
-    candidates(q, k, tests, out, p);                                                                                  \
-  }                                                                                                                   \
-  KERNEL decide_runs_##suffix(Global<const T> q, Global<const T> k, Global<const float> tests,                        \
-                              Global<const uint8_t> candidates, Global<uint8_t> bits, DecideParams p) {               \
-    runs(q, k, tests, candidates, bits, p);                                                                           \
-  }                                                                                                                   \
+  DECIDE_CAUSAL(suffix, T, any, 0)                                                                                    \
+  DECIDE_CAUSAL(suffix, T, 64, 1)                                                                                     \
+  DECIDE_CAUSAL(suffix, T, 128, 2)                                                                                    \
+  DECIDE_CAUSAL(suffix, T, 256, 4)                                                                                    \
   KERNEL decide_levels_##suffix(Global<const T> q, Global<const T> k, Global<const float> tests, Global<uint8_t> out, \
                                 Global<uint8_t> bits, DecideParams p) {                                               \
     levels(q, k, tests, out, bits, p);                                                                                \
   }
 FOR_EACH_DTYPE(DECIDE)
 
-MODULE(decide, ENTRIES(decide_candidates) ENTRIES(decide_runs) ENTRIES(decide_levels) ENTRY(decide_adjacent)
-                   ENTRY(decide_sweep))
+MODULE(decide, ENTRIES(decide_causal_any) ENTRIES(decide_causal_64) ENTRIES(decide_causal_128)
+                   ENTRIES(decide_causal_256) ENTRIES(decide_levels) ENTRY(decide_adjacent) ENTRY(decide_sweep))

@@ -1,61 +1,64 @@
-// One query row per head against a ragged store of columns: bound by memory, so each key and value is read once and
+// One new token of a cache, taken in and attended to in one launch: bound by memory, so each key and value is read once and
 // serves the query heads of its group. A list's far columns are split over blocks by its length, which only the device
-// knows; one more block takes its local columns (the open chain and the window). decode_merge joins the parts.
-#include "params.cuh"
+// knows; one more block takes the token in and reads the local columns (the open chain and the window). The block of a
+// list that comes last joins the parts.
+#include "cache_list.cuh"
 #include "hw.cuh"
 
-typedef Global<const uint32_t> Counts;
-typedef Global<const float> Numbers;
-
-struct Single {};  // f32 elements
+// Eight elements as they are stored.
+template <class T>
+struct Stored;
 
 template <class T>
-struct Stored {
-    typedef Global<const uint16_t> View;
-    typedef Global<uint16_t> Target;
+struct StoredHalves {
     typedef uint4 Raw;
     SFA_DEVICE static Raw zero() { return uint4{0, 0, 0, 0}; }
-    SFA_DEVICE static Raw raw(const View& view, int64_t at) { return load_vector<uint4>(view, at); }
-    SFA_DEVICE static void load(float (&x)[8], const View& view, int64_t at) { widen(x, raw(view, at)); }
+    template <class View>
+    SFA_DEVICE static Raw raw(const View& view, int64_t at) {
+        return hw::load_once<uint4>(view, at);
+    }
     SFA_DEVICE static void widen(float (&x)[8], const Raw& words) {
         const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
         for (int i = 0; i < 4; i++) x[2 * i] = hw::low<T>(pairs[i]), x[2 * i + 1] = hw::high<T>(pairs[i]);
     }
-    SFA_DEVICE static void store(const Target& view, int64_t at, const float (&x)[8]) {
-        store_vector(view, at, uint4{T::pack(x[0], x[1]), T::pack(x[2], x[3]), T::pack(x[4], x[5]), T::pack(x[6], x[7])});
+    template <class View>
+    SFA_DEVICE static void store_pair(const View& view, int64_t at, float a, float b) {
+        store_vector(view, at, T::pack(a, b));
     }
 };
 
 template <>
-struct Stored<Single> {
-    typedef Global<const float> View;
-    typedef Global<float> Target;
+struct Stored<half_t> : StoredHalves<hw::F16> {};
+template <>
+struct Stored<bfloat16_t> : StoredHalves<hw::BF16> {};
+
+template <>
+struct Stored<float> {
     struct Raw {
         float4 low, high;
     };
     SFA_DEVICE static Raw zero() { return Raw{float4{0, 0, 0, 0}, float4{0, 0, 0, 0}}; }
+    template <class View>
     SFA_DEVICE static Raw raw(const View& view, int64_t at) {
-        return Raw{load_vector<float4>(view, at), load_vector<float4>(view, at + 4)};
+        return Raw{hw::load_once<float4>(view, at), hw::load_once<float4>(view, at + 4)};
     }
-    SFA_DEVICE static void load(float (&x)[8], const View& view, int64_t at) { widen(x, raw(view, at)); }
     SFA_DEVICE static void widen(float (&x)[8], const Raw& words) {
         float4 a = words.low, b = words.high;
         x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
     }
-    SFA_DEVICE static void store(const Target& view, int64_t at, const float (&x)[8]) {
-        store_vector(view, at, float4{x[0], x[1], x[2], x[3]});
-        store_vector(view, at + 4, float4{x[4], x[5], x[6], x[7]});
+    template <class View>
+    SFA_DEVICE static void store_pair(const View& view, int64_t at, float a, float b) {
+        store_vector(view, at, float2{a, b});
     }
 };
 
-// Columns of one kind: (lists, capacity, D), ln n (lists, capacity) or null, and how many each list has.
+// Columns of one kind of one list, from `first` on: keys, values, and ln n or null.
 template <class T>
 struct Store {
-    typename Stored<T>::View keys, values;
-    Numbers ln;
-    Counts lengths;
-    uint32_t capacity;
+    Global<T> keys, values;
+    Global<float> ln;
+    int64_t first;
 };
 
 // Unfinished softmaxes of G rows: this lane's eight elements of D.
@@ -63,7 +66,7 @@ template <int G>
 struct Partial {
     float maximum[G], sum[G], output[G][8];
 
-    SFA_DEVICE Partial() {
+    SFA_DEVICE void clear() {
 #pragma unroll
         for (int g = 0; g < G; g++) {
             maximum[g] = -hw::infinity(), sum[g] = 0;
@@ -83,29 +86,40 @@ struct Partial {
     }
 };
 
+// Partial results in memory: outputs (rows, parts, D), then maxima and sums (rows, parts, 2).
+struct Parts {
+    Global<float> outputs, sums;
+
+    SFA_DEVICE Parts(const Global<float>& parts, const DecodeParams& p, uint32_t dim)
+        : outputs(parts), sums(parts + size_t(p.rows) * p.parts * dim) {}
+};
+
 constexpr int DECODE_WARPS = 4, DECODE_UNROLL = 4;
 
 // Rows of D elements are read by D / 8 lanes each; a warp reads 256 / D rows at once.
 template <class T, int D, int G>
 struct Decoder {
     static constexpr int LANES = D / 8, TOGETHER = 32 / LANES, STEP = TOGETHER * DECODE_WARPS;
+    // Of a part in shared memory, in floats: its output, maximum and sum.
+    static constexpr int ROW = D + 4;
 
-    const DecodeParams& p;
     int lane, sub;  // which eight elements, and which of the rows that are read together
     uint32_t dim;
     bool mine;
-    float queries[G][8];
+    Eight<T> raw[G];
+    float queries[G][8], scale;
     Partial<G> partial;
 
-    SFA_DEVICE Decoder(const DecodeParams& p, const typename Stored<T>::View& q, int64_t first_row)
-        : p(p), lane(threadIdx.x % LANES), sub(threadIdx.x / LANES), dim(p.head_dim), mine(lane * 8 < int(p.head_dim)) {
+    SFA_DEVICE Decoder(uint32_t dim, float scale)
+        : lane(threadIdx.x % LANES), sub(threadIdx.x / LANES), dim(dim), mine(lane * 8 < int(dim)), scale(scale) {}
+
+    // G query heads from `head` on; nothing waits for them before the first columns are on their way.
+    SFA_DEVICE void start(const Global<const T>& q, const CacheParams& c, uint32_t batch, uint32_t head) {
+        partial.clear();
 #pragma unroll
         for (int g = 0; g < G; g++) {
-#pragma unroll
-            for (int i = 0; i < 8; i++) queries[g][i] = 0;
-            if (mine) Stored<T>::load(queries[g], q, (first_row + g) * dim + lane * 8);
-#pragma unroll
-            for (int i = 0; i < 8; i++) queries[g][i] *= p.scale;
+            raw[g] = Eight<T>();
+            if (mine) raw[g].load(q, c.q.at(batch, head + g, 0) + lane * 8);
         }
     }
 
@@ -115,29 +129,31 @@ struct Decoder {
         float added[DECODE_UNROLL];
     };
 
-    SFA_DEVICE void read(Stage& stage, const Store<T>& store, int64_t first, int column, int end) {
+    SFA_DEVICE void read(Stage& stage, const Store<T>& store, int column, int end) {
 #pragma unroll
         for (int u = 0; u < DECODE_UNROLL; u++) {
             int at = column + u * STEP + sub;
             stage.keys[u] = stage.values[u] = Stored<T>::zero();
             stage.added[u] = at < end ? 0.f : -hw::infinity();
             if (at >= end) continue;
-            if (store.ln) stage.added[u] = LOG2_E * store.ln[first + at];
+            if (store.ln) stage.added[u] = LOG2_E * store.ln[store.first + at];
             if (!mine) continue;
-            stage.keys[u] = Stored<T>::raw(store.keys, (first + at) * dim + lane * 8);
-            stage.values[u] = Stored<T>::raw(store.values, (first + at) * dim + lane * 8);
+            stage.keys[u] = Stored<T>::raw(store.keys, (store.first + at) * dim + lane * 8);
+            stage.values[u] = Stored<T>::raw(store.values, (store.first + at) * dim + lane * 8);
         }
     }
 
     // Columns [begin, end) of one list; the next ones are on their way while these are weighed.
-    SFA_DEVICE void columns(const Store<T>& store, int64_t list, int begin, int end) {
-        int64_t first = list * store.capacity;
+    SFA_DEVICE void columns(const Store<T>& store, int begin, int end) {
         if (begin >= end) return;
+        constexpr int COLUMNS = STEP * DECODE_UNROLL;
         Stage stage;
-        read(stage, store, first, begin, end);
-        for (int column = begin; column < end; column += STEP * DECODE_UNROLL) {
+        read(stage, store, begin, end);
+#pragma unroll
+        for (int i = 0; i < 8 * G; i++) queries[i / 8][i % 8] = raw[i / 8][i % 8] * scale;
+        for (int column = begin; column < end; column += COLUMNS) {
             Stage next;
-            read(next, store, first, column + STEP * DECODE_UNROLL, end);
+            read(next, store, column + COLUMNS, end);
             float keys[DECODE_UNROLL][8], values[DECODE_UNROLL][8];
 #pragma unroll
             for (int u = 0; u < DECODE_UNROLL; u++) {
@@ -163,11 +179,15 @@ struct Decoder {
             logits[u] = logit + added[u];
             largest = hw::max(largest, logits[u]);
         }
-        float base = largest == -hw::infinity() ? 0.f : largest, rescale = hw::exp2(partial.maximum[g] - base);
-        partial.maximum[g] = largest;
-        partial.sum[g] *= rescale;
+        // The maximum follows only what is beyond it by more than 8: weights reach 2^8 then, and most columns rescale nothing.
+        if (largest - partial.maximum[g] > 8.f) {
+            float rescale = hw::exp2(partial.maximum[g] - largest);
+            partial.maximum[g] = largest;
+            partial.sum[g] *= rescale;
 #pragma unroll
-        for (int i = 0; i < 8; i++) partial.output[g][i] *= rescale;
+            for (int i = 0; i < 8; i++) partial.output[g][i] *= rescale;
+        }
+        float base = partial.maximum[g] == -hw::infinity() ? 0.f : partial.maximum[g];
 #pragma unroll
         for (int u = 0; u < DECODE_UNROLL; u++) {
             float weight = hw::exp2(logits[u] - base);
@@ -177,104 +197,193 @@ struct Decoder {
         }
     }
 
-    // Joins the block's parts, through shared memory, in the order of the rows that were read together, and writes them:
-    // output (part, G, D), then maximum and sum (part, G, 2).
-    SFA_DEVICE void finish(const Global<float>& outputs, const Global<float>& sums, int64_t part) {
-        hw::Tile shared = hw::tile(0, STEP * (D + 2) * 4);
+    // Joins the block's parts, first within each warp, then through shared memory, always in the same order, and writes
+    // rows `row` to `row + G` of part `part`. A meeting point of the block.
+    SFA_DEVICE void finish(const Parts& parts, const DecodeParams& p, int64_t row, uint32_t part) {
+        hw::Tile shared = hw::tile(0, G * DECODE_WARPS * ROW * 4);
+        int warp = threadIdx.x / 32, first = threadIdx.x % 32;
 #pragma unroll
         for (int g = 0; g < G; g++) {
-            uint32_t at = sub * (D + 2) * 4;
-            __syncthreads();
-            if (lane == 0) hw::store(shared, at, partial.maximum[g]), hw::store(shared, at + 4, partial.sum[g]);
 #pragma unroll
-            for (int i = 0; i < 8; i++) hw::store(shared, at + (2 + lane * 8 + i) * 4, partial.output[g][i]);
-            __syncthreads();
-            if (sub != 0) continue;
-            for (int other = 1; other < STEP; other++) {
-                uint32_t from = other * (D + 2) * 4;
-                float part_output[8];
+            for (int mask = LANES; mask < 32; mask *= 2) {
+                float other[8];
 #pragma unroll
-                for (int i = 0; i < 8; i++) part_output[i] = hw::load<float>(shared, from + (2 + lane * 8 + i) * 4);
-                partial.merge(g, hw::load<float>(shared, from), hw::load<float>(shared, from + 4), part_output);
+                for (int i = 0; i < 8; i++) other[i] = hw::shuffle_xor(partial.output[g][i], mask);
+                float maximum = hw::shuffle_xor(partial.maximum[g], mask), sum = hw::shuffle_xor(partial.sum[g], mask);
+                partial.merge(g, maximum, sum, other);
             }
-            int64_t row = part * G + g;
-            if (mine) Stored<Single>::store(outputs, row * dim + lane * 8, partial.output[g]);
-            if (lane == 0) store_vector(sums, row * 2, float2{partial.maximum[g], partial.sum[g]});
+            if (first >= LANES) continue;
+            uint32_t at = (g * DECODE_WARPS + warp) * ROW * 4;
+            const float(&x)[8] = partial.output[g];
+            hw::store(shared, at + lane * 32, float4{x[0], x[1], x[2], x[3]});
+            hw::store(shared, at + lane * 32 + 16, float4{x[4], x[5], x[6], x[7]});
+            if (lane == 0) hw::store(shared, at + D * 4, float2{partial.maximum[g], partial.sum[g]});
         }
+        __syncthreads();
+        for (int g = warp; g < G; g += DECODE_WARPS) {
+            if (first >= LANES) break;
+            Partial<1> all;
+            all.clear();
+#pragma unroll
+            for (int other = 0; other < DECODE_WARPS; other++) {
+                uint32_t at = (g * DECODE_WARPS + other) * ROW * 4;
+                float4 a = hw::load<float4>(shared, at + lane * 32), b = hw::load<float4>(shared, at + lane * 32 + 16);
+                float2 sum = hw::load<float2>(shared, at + D * 4);
+                all.merge(0, sum.x, sum.y, {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w});
+            }
+            int64_t to = (row + g) * p.parts + part;
+            const float(&x)[8] = all.output[0];
+            if (mine) {
+                store_vector(parts.outputs, to * dim + lane * 8, float4{x[0], x[1], x[2], x[3]});
+                store_vector(parts.outputs, to * dim + lane * 8 + 4, float4{x[4], x[5], x[6], x[7]});
+            }
+            if (lane == 0) store_vector(parts.sums, to * 2, float2{all.maximum[0], all.sum[0]});
+        }
+        __syncthreads();
     }
 };
 
-// blockIdx.x: the split, the last one for local columns; blockIdx.y: the list; blockIdx.z: G of its query heads.
-template <class T, int D, int G>
-SFA_DEVICE void decode(const typename Stored<T>::View& q, const Store<T>& far, const Store<T>& local,
-                       const Global<float>& outputs, const Global<float>& sums, const DecodeParams& p) {
-    int64_t list = blockIdx.y, rows = list * gridDim.z + blockIdx.z;
-    Decoder<T, D, G> decoder(p, q, rows * G);
-    if (blockIdx.x < p.splits) {
-        int length = int(far.lengths[list]);
-        int share = (length + int(p.splits) - 1) / int(p.splits), begin = min(length, int(blockIdx.x) * share);
-        decoder.columns(far, list, begin, min(length, begin + share));
-    } else {
-        decoder.columns(local, list, 0, int(local.lengths[list]));
-    }
-    decoder.finish(outputs, sums, rows * gridDim.x + blockIdx.x);
+// Whether this block is the last one of its list to come here; what the others wrote can be read then. A meeting point of
+// the block.
+SFA_DEVICE bool comes_last(const Global<uint32_t>& arrived, int64_t list) {
+    hw::Tile flag = hw::tile(0, 4);
+    hw::fence();
+    __syncthreads();
+    if (threadIdx.x == 0) hw::store(flag, 0, hw::count(arrived, list) + 1);
+    __syncthreads();
+    bool last = hw::load<uint32_t>(flag, 0) == gridDim.y;
+    if (last) hw::fence();
+    return last;
 }
+
+// Joins the parts of one row, in order; a row that holds anything not finite becomes NaN throughout. One warp.
+template <class T, int D>
+SFA_DEVICE void join(const Parts& parts, const Global<T>& output, const DecodeParams& p, uint32_t dim, int64_t row) {
+    constexpr int PAIRS = D / 64, TOGETHER = 8;
+    int lane = threadIdx.x % 32, count = p.parts;
+    int64_t first = row * count;
+    float2 x[TOGETHER][PAIRS];
+    auto read = [&](int part) {
+#pragma unroll
+        for (int i = 0; i < TOGETHER * PAIRS; i++) {
+            int at = part + i / PAIRS, d = i % PAIRS * 64 + lane * 2;
+            x[i / PAIRS][i % PAIRS] = float2{0, 0};
+            if (at < count && d < int(dim)) x[i / PAIRS][i % PAIRS] = load_vector<float2>(parts.outputs, (first + at) * dim + d);
+        }
+    };
+    auto sums = [&](int part) {
+        return part < count ? load_vector<float2>(parts.sums, (first + part) * 2) : float2{-hw::infinity(), 0};
+    };
+    // The first ones are on their way while it is found out how much each counts.
+    read(0);
+    float2 mine = sums(lane);
+    float maximum = mine.x, total = 0, out[PAIRS][2] = {};
+    for (int part = 32 + lane; part < count; part += 32) maximum = hw::max(maximum, sums(part).x);
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) maximum = hw::max(maximum, hw::shuffle_xor(maximum, mask));
+    float base = maximum == -hw::infinity() ? 0.f : maximum;
+    for (int start = 0; start < count; start += 32) {
+        if (start > 0) mine = sums(start + lane);
+        float weight = hw::exp2(mine.x - base);
+        total += mine.y * weight;
+        for (int part = 0; part < 32 && start + part < count; part += TOGETHER) {
+            if (start + part > 0) read(start + part);
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++) {
+                float of_part = hw::shuffle(weight, part + i);
+#pragma unroll
+                for (int pair = 0; pair < PAIRS; pair++) {
+                    out[pair][0] += of_part * x[i][pair].x;
+                    out[pair][1] += of_part * x[i][pair].y;
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) total += hw::shuffle_xor(total, mask);
+    float inverse = 1.f / total, check = inverse * 0.f;
+#pragma unroll
+    for (int pair = 0; pair < PAIRS; pair++) {
+        out[pair][0] *= inverse, out[pair][1] *= inverse;
+        check += out[pair][0] * 0.f + out[pair][1] * 0.f;
+    }
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) check += hw::shuffle_xor(check, mask);
+#pragma unroll
+    for (int pair = 0; pair < PAIRS; pair++) {
+        int d = pair * 64 + lane * 2;
+        if (d >= int(dim)) continue;
+        if (check != 0.f) out[pair][0] = out[pair][1] = hw::nan();
+        Stored<T>::store_pair(output, row * dim + d, out[pair][0], out[pair][1]);
+    }
+}
+
+// blockIdx.x: the list. blockIdx.y: 0 takes the new token in, where one is appended, and reads the local columns and what
+// it closed, for all query heads; the others read a split of the far columns for G of them. `counters` are (2, lists):
+// blocks that have arrived, which is 0 between launches, and the list's next length.
+template <class T, int D, int G>
+SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const Global<const T>& v,
+                       const Global<const float>& tests, const CacheState<T>& state, const Global<float>& memory,
+                       const Global<uint32_t>& counters, const Global<T>& output, const CacheParams& c,
+                       const DecodeParams& p) {
+    int64_t list = blockIdx.x;
+    int group = c.sizes.heads / c.sizes.lists, share = 0, shares = group / G, kinds = 2;
+    uint32_t batch = list / c.sizes.lists, head = list % c.sizes.lists * group, part = 0, dim = c.sizes.head_dim;
+    Global<uint32_t> next = counters + gridDim.x;
+    Parts parts(memory, p, dim);
+    if (blockIdx.y > 0) share = (blockIdx.y - 1) / p.splits, shares = share + 1, kinds = 1;
+    Decoder<T, D, G> decoder(dim, p.scale);
+    decoder.start(q, c, batch, head + share * G);
+    // Other blocks of the list count on the old length until the last of them is through.
+    int length = int(state.lengths[list]), begin = length, end = length;
+    if (blockIdx.y == 0) {
+        if (p.appends && threadIdx.x < 32) {
+            CacheList<T> taken(c, state);
+            taken.take(q, k, v, tests, 0);
+            taken.finish(next);
+        }
+        __syncthreads();
+        if (p.appends) end = int(next[list]);
+    } else {
+        int split = (blockIdx.y - 1) % p.splits, columns = (length + int(p.splits) - 1) / int(p.splits);
+        part = 1 + split;
+        begin = min(length, split * columns), end = min(length, begin + columns);
+    }
+    for (; share < shares; share++) {
+        if (share > 0 && blockIdx.y == 0) decoder.start(q, c, batch, head + share * G);
+        // By value: chosen between by reference, the views would be kept in memory.
+#pragma unroll 1
+        for (int kind = 0; kind < kinds; kind++) {
+            bool far = kind == 0;
+            Store<T> store = {far ? state.far_k : state.local_k, far ? state.far_v : state.local_v,
+                              far ? state.far_ln : state.local_ln, list * (far ? c.capacity : c.window + 1)};
+            int from = far ? begin : 0, to = far ? end : state.local_lengths ? int(state.local_lengths[list]) : 0;
+            decoder.columns(store, from, to);
+        }
+        decoder.finish(parts, p, list * group + share * G, part);
+    }
+    if (!comes_last(counters, list)) return;
+    for (int row = threadIdx.x / 32; row < group; row += DECODE_WARPS) join<T, D>(parts, output, p, dim, list * group + row);
+    if (threadIdx.x != 0) return;
+    counters.set(list, 0);
+    if (p.appends) state.lengths.set(list, next[list]);
+}
+
+// Blocks of a multiprocessor: `resident` in src/cuda/decode.rs.
+template <class T, int G>
+constexpr int DECODE_BLOCKS = sizeof(T) == 4 ? 2 : G == 1 ? 4 : G == 2 ? 3 : 2;
 
 #define DECODE(dtype, T, D, G)                                                                                       \
-    KERNEL __launch_bounds__(128) decode_##D##_##G##_##dtype(                                                        \
-        Stored<T>::View q, Stored<T>::View keys, Stored<T>::View values, Numbers ln, Counts lengths,                 \
-        Stored<T>::View local_keys, Stored<T>::View local_values, Numbers local_ln, Counts local_lengths,            \
-        Global<float> outputs, Global<float> sums, DecodeParams p) {                                                 \
-        decode<T, D, G>(q, Store<T>{keys, values, ln, lengths, p.capacity},                                          \
-                        Store<T>{local_keys, local_values, local_ln, local_lengths, p.local_capacity}, outputs, sums, \
-                        p);                                                                                          \
+    KERNEL __launch_bounds__(128, (DECODE_BLOCKS<T, G>)) decode_##D##_##G##_##dtype(                                 \
+        Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests, CACHE_STATE(T),          \
+        Global<float> parts, Global<uint32_t> counters, Global<T> output, CacheParams c, DecodeParams p) {           \
+        decode<T, D, G>(q, k, v, tests, STATE(T), parts, counters, output, c, p);                                    \
     }
 #define DECODE_DIM(dtype, T, D) DECODE(dtype, T, D, 1) DECODE(dtype, T, D, 2) DECODE(dtype, T, D, 4)
-
-// Joins the parts of one query head, in order; a row that holds anything not finite becomes NaN throughout. One warp per
-// row, eight elements per lane.
-template <class T>
-SFA_DEVICE void merge(const Numbers& outputs, const Numbers& sums, const typename Stored<T>::Target& output,
-                      const DecodeParams& p) {
-    int64_t row = int64_t(blockIdx.x) * DECODE_WARPS + threadIdx.x / 32;
-    if (row >= p.rows) return;
-    int lane = threadIdx.x % 32;
-    bool mine = lane * 8 < int(p.head_dim);
-    Partial<1> all;
-    for (uint32_t part = 0; part < p.parts; part++) {
-        // (list and share of its heads, part, head of the share)
-        int64_t at = (row / p.together * p.parts + part) * p.together + row % p.together;
-        float2 sum = load_vector<float2>(sums, at * 2);
-        float x[8] = {};
-        if (mine) Stored<Single>::load(x, outputs, at * p.head_dim + lane * 8);
-        all.merge(0, sum.x, sum.y, x);
-    }
-    float inverse = 1.f / all.sum[0], check = inverse * 0.f;
-#pragma unroll
-    for (int i = 0; i < 8; i++) all.output[0][i] *= inverse, check += all.output[0][i] * 0.f;
-    for (int mask = 16; mask > 0; mask /= 2) check += hw::shuffle_xor(check, mask);
-    if (!mine) return;
-    if (check != 0.f) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) all.output[0][i] = hw::nan();
-    }
-    Stored<T>::store(output, row * p.head_dim + lane * 8, all.output[0]);
-}
-
-#define DECODE_DTYPE(dtype, T)                                                                                     \
-    DECODE_DIM(dtype, T, 64)                                                                                       \
-    DECODE_DIM(dtype, T, 128)                                                                                      \
-    DECODE_DIM(dtype, T, 256)                                                                                      \
-    KERNEL decode_merge_##dtype(Numbers outputs, Numbers sums, Stored<T>::Target output, DecodeParams p) {         \
-        merge<T>(outputs, sums, output, p);                                                                        \
-    }
-
-DECODE_DTYPE(f32, Single)
-DECODE_DTYPE(f16, hw::F16)
-DECODE_DTYPE(bf16, hw::BF16)
+#define DECODE_DTYPE(dtype, T) DECODE_DIM(dtype, T, 64) DECODE_DIM(dtype, T, 128) DECODE_DIM(dtype, T, 256)
+FOR_EACH_DTYPE(DECODE_DTYPE)
 
 #define DIM_ENTRIES(dtype, D) ENTRY(decode_##D##_1_##dtype) ENTRY(decode_##D##_2_##dtype) ENTRY(decode_##D##_4_##dtype)
-#define DTYPE_ENTRIES(dtype) \
-    DIM_ENTRIES(dtype, 64) DIM_ENTRIES(dtype, 128) DIM_ENTRIES(dtype, 256) ENTRY(decode_merge_##dtype)
+#define DTYPE_ENTRIES(dtype) DIM_ENTRIES(dtype, 64) DIM_ENTRIES(dtype, 128) DIM_ENTRIES(dtype, 256)
 
 MODULE(decode, DTYPE_ENTRIES(f32) DTYPE_ENTRIES(f16) DTYPE_ENTRIES(bf16))

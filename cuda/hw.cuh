@@ -104,6 +104,11 @@ SFA_DEVICE X shuffle_xor(X x, int mask) {
     return __shfl_xor_sync(0xffffffffu, x, mask);
 }
 
+template <class X>
+SFA_DEVICE X shuffle(X x, int lane) {
+    return __shfl_sync(0xffffffffu, x, lane);
+}
+
 SFA_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x) != 0; }
 
 // ---- shared memory by byte offsets
@@ -207,6 +212,39 @@ SFA_DEVICE void add_pair(const Global<float>& target, int64_t index, float a, fl
     target.add(index + 1, b);
 #else
     asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(target.data + index), "f"(a), "f"(b) : "memory");
+#endif
+}
+
+// Sixteen bytes that are read once: they push nothing out of L1, and what lies beside them comes into L2.
+template <class V, class View>
+SFA_DEVICE V load_once(const View& view, int64_t index) {
+    static_assert(sizeof(V) == 16, "one vector");
+#ifdef SFA_EMULATION
+    return load_vector<V>(view, index);
+#else
+    uint4 x;
+    asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(view.data + index));
+    return *reinterpret_cast<V*>(&x);
+#endif
+}
+
+// What this thread wrote before can be read by whoever finds what it writes, or counts, after.
+SFA_DEVICE void fence() {
+#ifndef SFA_EMULATION
+    __threadfence();
+#endif
+}
+
+// Adds 1 to a counter that others count on too; returns what it was.
+SFA_DEVICE uint32_t count(const Global<uint32_t>& counters, int64_t index) {
+#ifdef SFA_EMULATION
+    uint32_t old = counters[index];
+    counters.set(index, old + 1);
+    return old;
+#else
+    return atomicAdd(counters.data + index, 1u);
 #endif
 }
 

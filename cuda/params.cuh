@@ -121,17 +121,17 @@ struct SpreadParams {
 
 static_assert(sizeof(SpreadParams) == 16, "as in src/cuda/params.rs");
 
-// Of decode.cu. `rows`: query heads over all batch rows; `together`: how many of a list's share a block; `parts`: splits,
-// and one more where there are local columns.
+// Of decode.cu, besides CacheParams. `rows`: query heads over all batch rows; `parts`: splits of the far columns, and one
+// more for local ones.
 struct DecodeParams {
-  unsigned rows, together, parts, splits;
-  unsigned capacity, local_capacity;
-  unsigned head_dim;
+  unsigned rows, parts, splits;
+  // 1: a new token is taken in first.
+  unsigned appends;
   // scale * log2(e)
   float scale;
 };
 
-static_assert(sizeof(DecodeParams) == 32, "as in src/cuda/params.rs");
+static_assert(sizeof(DecodeParams) == 20, "as in src/cuda/params.rs");
 
 // --- Cache ---
 

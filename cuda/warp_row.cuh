@@ -31,6 +31,27 @@ template <class View> __device__ __forceinline__ void load_eight(Global<View> fr
   }
 }
 
+// Eight numbers as they are stored.
+template <class T> struct Eight {
+  Part<T> parts[8 / Part<T>::COUNT];
+
+  __device__ __forceinline__ void load(Global<const T> from, size_t at) {
+    constexpr unsigned COUNT = Part<T>::COUNT;
+#pragma unroll
+    for (unsigned i = 0; i < 8; i += COUNT) {
+      if (at % COUNT == 0) {
+        parts[i / COUNT] = load_vector<Part<T>>(from, at + i);
+      } else {
+#pragma unroll
+        for (unsigned j = 0; j < COUNT; j++) parts[i / COUNT].x[j] = from[at + i + j];
+      }
+    }
+  }
+  __device__ __forceinline__ float operator[](unsigned i) const {
+    return widen(parts[i / Part<T>::COUNT].x[i % Part<T>::COUNT]);
+  }
+};
+
 // The lanes that share a row: a warp, or a part of one where rows are short and each is on its own.
 struct Lanes {
   unsigned count, lane;

@@ -13,6 +13,7 @@ use candle_sfattention::{
 };
 use common::caches::{part, part_options};
 use common::device::gpu;
+use common::files::{Contents, TempFile};
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
 use common::judge::{largest, largest_error, Expected};
 use common::settings::{settings, Setting};
@@ -278,10 +279,13 @@ fn refusals_say_what_to_do() -> Result<()> {
         .truncate(50)
         .expect_err("truncated")
         .to_string()
-        .contains("on CUDA"));
-    let path = std::env::temp_dir().join(format!("sfattention-{}.safetensors", std::process::id()));
-    assert!(cache.save(&path).expect_err("saved").to_string().contains("on the CPU"));
+        .contains("a cache that merges"));
+    let path = std::env::temp_dir().join(format!("sfattention-none-{}.safetensors", std::process::id()));
     assert!(CompressedKvCache::load(&path, &device).is_err());
+    let mut exact = new(CacheOptions::default())?;
+    add(&mut exact, &Shape(1, 2, 1, 90, 16).qkv(0, DType::F64)?, &plain)?;
+    let error = exact.to_device(&device).expect_err("f64 on CUDA").to_string();
+    assert!(error.contains("f32, f16 or bf16 for a cache on CUDA"), "{error}");
     assert_eq!(cache.seq_len(), 90);
     cache.reset();
     add(&mut cache, &cpu, &plain)?;
@@ -299,5 +303,105 @@ fn refusals_say_what_to_do() -> Result<()> {
     let var = Var::from_tensor(&qkv[0])?;
     let output = new(CacheOptions::default())?.append_and_attend(&var, &qkv[1], &qkv[2], &plain)?;
     assert!(output.sum_all()?.backward().is_err());
+    Ok(())
+}
+
+/// Through a file and back to the same device bit for bit; to the other kind of device, to a rounding.
+#[test]
+fn saved_caches_go_on() -> Result<()> {
+    let Some(device) = gpu()? else { return Ok(()) };
+    let exactly = |x: &Tensor| -> Result<Vec<u64>> {
+        let bits = |x: f64| if x.is_nan() { f64::NAN } else { x }.to_bits();
+        Ok(values(x)?.into_iter().map(bits).collect())
+    };
+    let through = |cache: &CompressedKvCache, to: &Device| -> Result<(CompressedKvCache, Contents)> {
+        let file = TempFile::new();
+        cache.save(&file.0)?;
+        Ok((CompressedKvCache::load(&file.0, to)?, Contents::read(&file.0)?))
+    };
+    let mut checked = 0;
+    for setting in cached() {
+        for (seed, (shape, dtype)) in [
+            (Shape(2, 3, 1, 150, 16), DType::F32),
+            (Shape(1, 8, 2, 300, 128), DType::BF16),
+            (Shape(1, 4, 2, 170, 64), DType::F16),
+        ]
+        .iter()
+        .enumerate()
+        {
+            let host = shape.qkv(seed as u64, *dtype)?;
+            let strategies = setting.strategies(shape)?;
+            let new = || CompressedKvCache::new(strategies.clone(), setting.config.clone(), Default::default());
+            let what = format!("{} {shape:?} {dtype:?}", setting.name);
+            for first in [1, 20, 100] {
+                let (before, rest) = (part(&host, 0, first)?, part(&host, first, 50)?);
+                let chunks = [1, 1, 40, 1];
+                let (mut on_gpu, mut on_cpu) = (new()?, new()?);
+                chunked(&mut on_gpu, &on(&device, &before)?, &[first])?;
+                chunked(&mut on_cpu, &before, &[first])?;
+                let (mut again, _) = through(&on_gpu, &device)?;
+                let (mut down, _) = through(&on_gpu, &Device::Cpu)?;
+                let (mut up, _) = through(&on_cpu, &device)?;
+                for moved in [&again, &down, &up] {
+                    ensure!(moved.lens() == on_gpu.lens(), "{what}: other lengths after {first}");
+                }
+                let rest_there = on(&device, &rest)?;
+                let expected = chunked(&mut on_gpu, &rest_there, &chunks)?;
+                let got = chunked(&mut again, &rest_there, &chunks)?;
+                ensure!(
+                    exactly(&got)? == exactly(&expected)?,
+                    "{what}: other bits after {first}"
+                );
+                ensure!(
+                    through(&again, &device)?.1 == through(&on_gpu, &device)?.1,
+                    "{what}: another file after {first}"
+                );
+                let expected_on_cpu = chunked(&mut on_cpu, &rest, &chunks)?;
+                let allowed = match dtype {
+                    DType::F32 => 2e-5,
+                    DType::F16 => 2f64.powi(-8),
+                    _ => 2f64.powi(-5),
+                };
+                let down = chunked(&mut down, &rest, &chunks)?;
+                let up = chunked(&mut up, &rest_there, &chunks)?;
+                for moved in [&down, &up.to_device(&Device::Cpu)?] {
+                    let most = largest(&expected_on_cpu)?.max(1.0);
+                    let error = largest_error(moved, &expected_on_cpu)?;
+                    ensure!(
+                        error <= allowed * most,
+                        "{what}: error {error:e} of {most:e} after {first}"
+                    );
+                }
+                checked += 1;
+            }
+        }
+    }
+    println!("{checked} caches saved and loaded");
+    Ok(())
+}
+
+/// Where nothing merges, the last tokens can be forgotten, here as on the CPU.
+#[test]
+fn truncated_caches_go_on() -> Result<()> {
+    let Some(device) = gpu()? else { return Ok(()) };
+    let shape = Shape(2, 4, 2, 200, 64);
+    for setting in cached() {
+        let off = HeadStrategies::uniform(MergeStrategy::Off);
+        let new = || CompressedKvCache::new(off.clone(), setting.config.clone(), Default::default());
+        let host = shape.qkv(3, DType::F32)?;
+        let qkv = on(&device, &host)?;
+        for kept in [1, 60, 129, 150] {
+            let (mut cache, mut fresh) = (new()?, new()?);
+            chunked(&mut cache, &part(&qkv, 0, 150)?, &[150])?;
+            let copy = cache.clone();
+            cache.truncate(kept)?;
+            ensure!((cache.seq_len(), copy.seq_len()) == (kept, 150), "{}", setting.name);
+            chunked(&mut fresh, &part(&qkv, 0, kept)?, &[kept])?;
+            ensure!(cache.lens() == fresh.lens(), "{}: {kept}", setting.name);
+            let rest = part(&qkv, kept, 20)?;
+            let (got, expected) = (chunked(&mut cache, &rest, &[1])?, chunked(&mut fresh, &rest, &[1])?);
+            ensure!(values(&got)? == values(&expected)?, "{}: {kept}", setting.name);
+        }
+    }
     Ok(())
 }

@@ -1,12 +1,14 @@
 //! A cache on a CUDA device: the calls of [`CompressedKvCache`] that reach it.
 
+use super::moved::{state_of, Both};
 use super::step::bias_view;
-use super::{CompressedKvCache, Sizes};
-use crate::config::AttentionOptions;
+use super::{CompressedKvCache, Sizes, State};
+use crate::config::{AttentionOptions, CompressionConfig};
 use crate::cuda::cache::DeviceLists;
 use crate::cuda::device::Cuda;
 use crate::cuda::gpu::GpuElement;
 use crate::cuda::tensors::{self, source, stored, tensor};
+use crate::plan::not_on_cpu;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Device, Result, Tensor};
 use std::sync::Arc;
@@ -37,6 +39,13 @@ pub(super) struct GpuState {
     /// Of what is stored.
     dtype: DType,
     lists: Arc<Lists>,
+}
+
+fn brought<T: Both>(gpu: &Cuda, cache: &CompressedKvCache) -> Result<Option<DeviceLists<Cuda, T>>> {
+    let Some((problem, held)) = cache.for_device::<T>()? else {
+        return Ok(None);
+    };
+    DeviceLists::from_host(gpu, &problem, &cache.strategies, &cache.config, &held).map(Some)
 }
 
 fn cuda(device: &Device) -> Result<Cuda> {
@@ -101,6 +110,43 @@ impl GpuState {
         each!(&*self.lists, lists => lists.bytes_allocated())
     }
 
+    pub fn never_merges(&self) -> bool {
+        each!(&*self.lists, lists => lists.never_merges())
+    }
+
+    /// Back to the first `tokens` tokens of lists that never merge.
+    pub fn truncate(&mut self, tokens: usize) -> Result<()> {
+        let gpu = cuda(&self.device)?;
+        each!(self.lists_mut(&gpu)?, lists => lists.truncate(&gpu, tokens))
+    }
+
+    /// What the CPU would hold. Waits for the device.
+    pub fn to_cpu(&self, config: &CompressionConfig) -> Result<State> {
+        let gpu = cuda(&self.device)?;
+        each!(&*self.lists, lists => Ok(state_of(self.sizes, config, &lists.to_host(&gpu)?)))
+    }
+
+    /// What a device shall hold of a cache on the CPU; None of an empty one.
+    pub fn from_cpu(cache: &CompressedKvCache, device: &Device) -> Result<Option<Self>> {
+        let Some(state) = &cache.state else { return Ok(None) };
+        let (gpu, dtype) = (cuda(device)?, state.lists.dtype());
+        let lists = match dtype {
+            DType::F32 => brought(&gpu, cache)?.map(Lists::F32),
+            DType::F16 => brought(&gpu, cache)?.map(Lists::F16),
+            DType::BF16 => brought(&gpu, cache)?.map(Lists::BF16),
+            other => bail!(
+                "storage: expected f32, f16 or bf16 for a cache on CUDA, got {other:?}; keep it on Device::Cpu, or append \
+                 the tokens in another dtype to a new cache"
+            ),
+        };
+        Ok(lists.map(|lists| Self {
+            device: device.clone(),
+            sizes: state.sizes,
+            dtype,
+            lists: Arc::new(lists),
+        }))
+    }
+
     pub fn sizes(&self) -> (Sizes, DType) {
         (self.sizes, self.dtype)
     }
@@ -125,6 +171,21 @@ impl GpuState {
 }
 
 impl CompressedKvCache {
+    /// [`Self::to_device`] where there are other devices than the CPU.
+    pub(super) fn to_any_device(&self, device: &Device) -> Result<Self> {
+        let mut moved = self.clone();
+        if let Some(state) = self.on_gpu.as_ref().filter(|state| !state.device.same_device(device)) {
+            (moved.state, moved.on_gpu) = (Some(state.to_cpu(&self.config)?), None);
+        }
+        if device.is_cuda() && moved.state.is_some() {
+            (moved.on_gpu, moved.state) = (GpuState::from_cpu(&moved, device)?, None);
+        }
+        if !(device.is_cpu() || device.is_cuda()) {
+            return not_on_cpu(device);
+        }
+        Ok(moved)
+    }
+
     /// [`Self::take_in`] for tensors on a CUDA device, or a cache that is on one.
     pub(super) fn take_in_on_gpu(
         &mut self,

@@ -17,20 +17,40 @@ const DAMAGED: &str = "the file is damaged, save the cache again";
 
 impl CompressedKvCache {
     /// Reads what [`Self::save`] wrote: a cache with the same settings, options and tokens, which goes on bit for bit
-    /// like the one that was saved.
+    /// like the one that was saved on the same kind of device, and on another one as if it had always been there.
     ///
     /// # Errors
-    /// A device other than the CPU, a file that cannot be read, is no saved cache, was written in another version of the
-    /// format, is cut short, or whose parts do not fit together. Other damage to its numbers is not noticed.
+    /// A device without kernels, a file that cannot be read, is no saved cache, was written in another version of the
+    /// format, is cut short, or whose parts do not fit together; on a GPU also what it does not take. Other damage to its
+    /// numbers is not noticed.
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
-        if !device.is_cpu() {
+        if !(device.is_cpu() || cfg!(feature = "cuda") && device.is_cuda()) {
             return not_on_cpu(device);
         }
         let path = path.as_ref();
         let at_path = |error: &dyn std::fmt::Display| Error::msg(format!("load {}: {error}", path.display()));
         let bytes = std::fs::read(path)
             .map_err(|error| at_path(&format!("expected a readable file, got {error}; check the path")))?;
-        read(&bytes).map_err(|error| at_path(&error))
+        let cache = read(&bytes).map_err(|error| at_path(&error))?;
+        if device.is_cpu() {
+            return Ok(cache);
+        }
+        cache.to_device(device).map_err(|error| at_path(&error))
+    }
+
+    /// A copy on another device, or on its own. A device counts as this cache's once it holds tokens.
+    ///
+    /// # Errors
+    /// A device without kernels, what it does not take (a dtype, a head size, a window), or what it reports; a GPU is waited
+    /// for.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        return self.to_any_device(device);
+        #[cfg(not(feature = "cuda"))]
+        match device.is_cpu() {
+            true => Ok(self.clone()),
+            false => not_on_cpu(device),
+        }
     }
 }
 

@@ -31,11 +31,12 @@ pub struct CacheOptions {
 /// such a cache can be larger than a dense one.
 ///
 /// On a CUDA device, the first call's tensors decide, it takes f32, f16 and bf16, computes in the storage dtype, to which
-/// queries and results are rounded too, and cannot be saved. Only the device knows how long its lists are: memory is
+/// queries and results are rounded too. Only the device knows how long its lists are: memory is
 /// rectangular, as much for every list as for the longest, and the host waits for the device only when that room is used up, and after chunks of 64 tokens and more, or a first
 /// one. A first chunk is attended to at once; later ones row by row.
 ///
-/// [`Self::save`] writes it to a file, and [`Self::load`] brings it back to go on bit for bit.
+/// [`Self::save`] writes it to a file, and [`Self::load`] brings it back to go on bit for bit, or on another device to go on
+/// as if it had always been there; [`Self::to_device`] does so without a file.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -77,9 +78,14 @@ macro_rules! each {
 #[cfg(feature = "cuda")]
 mod gpu;
 mod load;
+#[cfg(any(feature = "cuda", feature = "cuda-emu"))]
+mod moved;
 mod save;
 mod state;
 mod step;
+
+#[cfg(feature = "cuda-emu")]
+pub(crate) use moved::Both;
 
 impl std::fmt::Debug for CompressedKvCache {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
@@ -271,12 +277,11 @@ impl CompressedKvCache {
         }
     }
 
-    /// Back to the first `tokens` tokens, exactly: possible for all of them, for none, and where every head is
-    /// [`MergeStrategy::Off`](crate::MergeStrategy).
+    /// Back to the first `tokens` tokens, exactly: possible for all of them, for none, and where every list has a head that
+    /// is [`MergeStrategy::Off`](crate::MergeStrategy).
     ///
     /// # Errors
-    /// More tokens than were seen, or a cache that merges: what was folded cannot be taken apart. On a GPU all or none are
-    /// possible.
+    /// More tokens than were seen, or a cache that merges: what was folded cannot be taken apart.
     pub fn truncate(&mut self, tokens: usize) -> Result<()> {
         let seq_len = self.seq_len();
         if tokens > seq_len {
@@ -286,20 +291,17 @@ impl CompressedKvCache {
             self.reset();
         }
         #[cfg(feature = "cuda")]
-        if self.on_gpu.is_some() && tokens != seq_len {
-            bail!(
-                "truncate: expected 0 or all {seq_len} tokens for a cache on CUDA, got {tokens}; reset() and append \
-                 again, or keep a clone() from before"
-            )
+        if let Some(state) = &mut self.on_gpu {
+            if tokens != seq_len && !state.never_merges() {
+                return truncated_while_merging(tokens, seq_len);
+            }
+            return state.truncate(tokens);
         }
         let Some(state) = &mut self.state else { return Ok(()) };
         let exact =
             tokens == seq_len || each!(&state.lists, lists => lists.iter().all(|(_, list)| !list.settings.merges()));
         if !exact {
-            bail!(
-                "truncate: expected 0 or all {seq_len} tokens for a cache that merges, got {tokens}; folded tokens \
-                 cannot be taken apart, reset() and append again, or keep a clone() from before"
-            )
+            return truncated_while_merging(tokens, seq_len);
         }
         each!(&mut state.lists, lists => lists.iter_mut().for_each(|(_, list)| list.truncate(tokens)));
         state.seq_len = tokens;
@@ -340,4 +342,11 @@ impl CompressedKvCache {
         }
         Ok(())
     }
+}
+
+fn truncated_while_merging(tokens: usize, seq_len: usize) -> Result<()> {
+    bail!(
+        "truncate: expected 0 or all {seq_len} tokens for a cache that merges, got {tokens}; folded tokens cannot be taken \
+         apart, reset() and append again, or keep a clone() from before"
+    )
 }

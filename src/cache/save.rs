@@ -23,7 +23,7 @@
 //! | `masses` | (min(window, seq_len)) | A | what each raw token was given so far |
 //! | `sink_keys` | (min(sinks, seq_len), D) | S | the keys of the first tokens |
 
-use super::{CompressedKvCache, Lists, ListsOf, Sizes};
+use super::{CompressedKvCache, Lists, ListsOf, Sizes, State};
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest, MergeStrategy};
 use crate::cpu::cached::ListHeads;
 use crate::cpu::list::List;
@@ -241,19 +241,20 @@ impl CompressedKvCache {
     /// ```
     ///
     /// # Errors
-    /// A file that cannot be written, or a cache on a GPU.
+    /// A file that cannot be written, or what a GPU reports, which is waited for.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         #[cfg(feature = "cuda")]
-        if self.on_gpu.is_some() {
-            candle_core::bail!(
-                "save: expected a cache on the CPU, got one on CUDA; append the tokens to a cache on the CPU and save that"
-            )
+        if let Some(state) = &self.on_gpu {
+            return self.save_state(Some(&state.to_cpu(&self.config)?), path.as_ref());
         }
-        let path = path.as_ref();
-        let header = serde_json::to_string(&self.header()).map_err(Error::wrap)?;
+        self.save_state(self.state.as_ref(), path.as_ref())
+    }
+
+    fn save_state(&self, state: Option<&State>, path: &Path) -> Result<()> {
+        let header = serde_json::to_string(&self.header(state)).map_err(Error::wrap)?;
         let metadata = [("format", FORMAT), ("version", VERSION), ("cache", &header)];
         let metadata: HashMap<_, _> = metadata.map(|(name, value)| (name.into(), value.into())).into();
-        let tensors = match &self.state {
+        let tensors = match state {
             Some(state) => each!(&state.lists, lists => pieces(lists)),
             None => Vec::new(),
         };
@@ -266,13 +267,13 @@ impl CompressedKvCache {
         })
     }
 
-    fn header(&self) -> Header {
+    fn header(&self, state: Option<&State>) -> Header {
         Header {
             config: self.config.clone(),
             strategies: self.strategies.clone(),
             storage: self.options.storage.map(|dtype| dtype.as_str().to_string()),
             max_entries: self.options.max_entries,
-            state: self.state.as_ref().map(|state| SavedState {
+            state: state.map(|state| SavedState {
                 sizes: state.sizes,
                 seq_len: state.seq_len,
                 dtype: state.lists.dtype().as_str().to_string(),

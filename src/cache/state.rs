@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 /// Everything that the first call fixes or that later calls change.
 #[derive(Clone)]
-pub(super) struct State {
+pub(crate) struct State {
     pub sizes: Sizes,
     pub seq_len: usize,
     pub lists: Lists,
@@ -19,7 +19,7 @@ pub(super) struct State {
 
 /// The shapes that the first call fixed.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub(super) struct Sizes {
+pub(crate) struct Sizes {
     pub batch: usize,
     pub heads: usize,
     pub kv_heads: usize,
@@ -37,11 +37,11 @@ impl Sizes {
     }
 }
 
-pub(super) type ListsOf<S> = Vec<(ListHeads, List<S>)>;
+pub(crate) type ListsOf<S> = Vec<(ListHeads, List<S>)>;
 
 /// All lists, batch-major, by storage dtype.
 #[derive(Clone)]
-pub(super) enum Lists {
+pub(crate) enum Lists {
     F64(ListsOf<f64>),
     F32(ListsOf<f32>),
     F16(ListsOf<half::f16>),

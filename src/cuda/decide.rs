@@ -2,13 +2,15 @@
 
 use super::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use super::params::{DecideParams, Rows, Sizes, SweepParams};
-use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, MergeRule, MergeStrategy};
+use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, HeadTest, MergeRule, MergeStrategy};
 use crate::problem::Problem;
 use candle_core::Result;
 
 const MODULE: &str = "decide";
 /// Threads of a block where each has a pair of its own.
 const THREADS: usize = 128;
+/// As in `cuda/decide.cu`.
+const WARP_PAIRS: usize = 64;
 
 /// What decisions and the compression loss read.
 pub(crate) struct DecideCall<'a, G: Gpu, T: GpuElement> {
@@ -42,38 +44,34 @@ impl<G: Gpu, T: GpuElement> DecideCall<'_, G, T> {
         })
     }
 
-    /// [`tests`] of this call.
+    /// [`table`] of this call.
     ///
     /// # Errors
     /// Those of the upload.
     pub fn tests(&self, gpu: &G) -> Result<G::Slice<f32>> {
-        tests(gpu, &self.problem, self.strategies, self.config)
+        gpu.upload(&table(&head_tests(&self.problem, self.strategies, self.config)))
     }
 }
 
-/// Strategy and threshold of every query head, (B, H, 2).
-///
-/// # Errors
-/// Those of the upload.
-pub(crate) fn tests<G: Gpu>(
-    gpu: &G,
-    problem: &Problem,
-    strategies: &HeadStrategies,
-    config: &CompressionConfig,
-) -> Result<G::Slice<f32>> {
+/// The tests of every query head of every batch row.
+pub(crate) fn head_tests(problem: &Problem, strategies: &HeadStrategies, config: &CompressionConfig) -> Vec<HeadTest> {
     let Problem { batch, heads, .. } = *problem;
-    let mut table = Vec::with_capacity(2 * batch * heads);
-    for row in 0..batch * heads {
-        let test = strategies.test(config, row / heads, row % heads);
+    (0..batch * heads)
+        .map(|row| strategies.test(config, row / heads, row % heads))
+        .collect()
+}
+
+/// Strategy and threshold of every query head, (B, H, 2), as the kernels read them.
+pub(crate) fn table(tests: &[HeadTest]) -> Vec<f32> {
+    let entry = |test: &HeadTest| {
         // A head that is off reads no threshold.
-        let threshold = if test.strategy == MergeStrategy::Off {
-            0.0
-        } else {
-            test.threshold
-        };
-        table.extend([test.strategy.code() as f32, threshold as f32]);
-    }
-    gpu.upload(&table)
+        let off = test.strategy == MergeStrategy::Off;
+        [
+            test.strategy.code() as f32,
+            if off { 0.0 } else { test.threshold as f32 },
+        ]
+    };
+    tests.iter().flat_map(entry).collect()
 }
 
 /// The merge indicators (B, H, N-1), 0 or 1, by the cosine criteria. N is at least 2.
@@ -82,7 +80,11 @@ pub(crate) fn tests<G: Gpu>(
 /// What the device reports.
 pub(crate) fn indicators<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>) -> Result<G::Slice<u8>> {
     let Problem {
-        batch, heads, kv_heads, ..
+        batch,
+        heads,
+        kv_heads,
+        head_dim,
+        ..
     } = call.problem;
     let pairs = call.problem.pairs();
     if call.strategies.all_off() {
@@ -97,29 +99,22 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>
         GroupRule::Unanimous => kv_heads,
     };
     let params = call.params(lists)?;
-    // Four pairs a warp.
-    let launch = Launch::warps(pairs.div_ceil(4), batch * lists);
-    let mut candidates = gpu.alloc::<u8>(batch * lists * pairs)?;
-    let args = [
-        gpu.read(call.q.0),
-        gpu.read(call.k.0),
-        gpu.read(&tests),
-        gpu.write(&mut candidates),
-        gpu.value(&params),
-    ];
-    gpu.launch(&Kernel::of::<T>(MODULE, "decide_candidates"), launch, &args)?;
-    drop(args);
-    let launch = Launch::warps(pairs, batch * lists);
+    let launch = Launch::warps(pairs.div_ceil(WARP_PAIRS), batch * lists);
     let mut bits = gpu.alloc::<u8>(batch * heads * pairs)?;
     let args = [
         gpu.read(call.q.0),
         gpu.read(call.k.0),
         gpu.read(&tests),
-        gpu.read(&candidates),
         gpu.write(&mut bits),
         gpu.value(&params),
     ];
-    gpu.launch(&Kernel::of::<T>(MODULE, "decide_runs"), launch, &args)?;
+    let dim = match head_dim {
+        dim if dim > 256 || dim % 8 != 0 => "any",
+        0..=64 => "64",
+        65..=128 => "128",
+        _ => "256",
+    };
+    gpu.launch(&Kernel::of::<T>(MODULE, &format!("decide_causal_{dim}")), launch, &args)?;
     drop(args);
     Ok(bits)
 }

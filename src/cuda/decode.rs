@@ -1,69 +1,107 @@
-//! Launches of `cuda/decode.cu`: one query row per head against a ragged store whose lengths only the device knows.
+//! Launches of `cuda/decode.cu`: one new token per list of a ragged store whose lengths only the device knows.
 
 use super::gpu::{Gpu, GpuElement, Kernel, Launch};
-use super::params::DecodeParams;
+use super::params::{CacheParams, DecodeParams};
 use candle_core::{bail, Result};
 
-/// Columns of one kind, list by list.
-pub(crate) struct Store<'a, G: Gpu, T: GpuElement> {
-    /// (lists, capacity, D); a token that is not finite has a NaN key and a zero value.
-    pub keys: &'a G::Slice<T>,
-    pub values: &'a G::Slice<T>,
-    /// ln n (lists, capacity), where not all are 0.
-    pub ln: Option<&'a G::Slice<f32>>,
-    /// How many columns each list has, (lists).
-    pub lengths: &'a G::Slice<u32>,
-    pub capacity: usize,
+/// What a launch passes as `CACHE_STATE` in cuda/cache_list.cuh.
+pub(crate) trait StateArgs<G: Gpu> {
+    fn args<'a>(&'a mut self, gpu: &'a G) -> Vec<G::Arg<'a>>;
+}
+
+/// The newest token's key and value, and every head's test.
+pub(crate) struct Appended<'a, G: Gpu, T: GpuElement> {
+    pub key: &'a G::Slice<T>,
+    pub value: &'a G::Slice<T>,
+    pub tests: &'a G::Slice<f32>,
 }
 
 /// One step of decoding.
 pub(crate) struct DecodeCall<'a, G: Gpu, T: GpuElement> {
-    /// Over all batch rows. Query heads that read one list are neighbours.
-    pub lists: usize,
-    /// Query heads per list.
-    pub group: usize,
-    pub head_dim: usize,
-    /// (lists * group, D), contiguous; folded already where the fold folds queries.
+    /// The newest token's query rows, where `params` says; folded already where the fold folds queries.
     pub queries: &'a G::Slice<T>,
-    pub far: Store<'a, G, T>,
-    /// The open chain and the tokens in the window.
-    pub local: Option<Store<'a, G, T>>,
+    /// Where the launch shall take the newest token in.
+    pub appended: Option<Appended<'a, G, T>>,
+    pub params: CacheParams,
+    /// Far columns that a list has at most.
+    pub most: usize,
     /// The softmax scale.
     pub scale: f64,
 }
 
-/// Blocks to aim for: two waves of four blocks on each of about 132 multiprocessors.
-const BLOCKS: usize = 1056;
-/// A block reads at least this many columns, or its start and its merge cost more than its reading.
-const LEAST_COLUMNS: usize = 256;
+/// What one step leaves for its own end, kept between steps.
+pub(crate) struct Scratch<G: Gpu> {
+    parts: G::Slice<f32>,
+    room: usize,
+    /// (2, lists), of which the first ones are 0 between launches.
+    counters: G::Slice<u32>,
+    lists: usize,
+}
 
-/// The output rows (lists * group, D). Nothing waits for the device.
+impl<G: Gpu> Scratch<G> {
+    /// `old` if it is large enough.
+    fn fitting(gpu: &G, old: Option<Self>, room: usize, lists: usize) -> Result<Self> {
+        if let Some(old) = old.filter(|old| old.room >= room && old.lists == lists) {
+            return Ok(old);
+        }
+        Ok(Self {
+            parts: gpu.alloc(room)?,
+            room,
+            counters: gpu.zeros(2 * lists)?,
+            lists,
+        })
+    }
+}
+
+/// A block reads at least this many columns, or its start and its end cost more than its reading.
+const LEAST_COLUMNS: usize = 128;
+/// From so many columns on one wave of blocks leaves memory idle where each query head reads keys of its own.
+const LONG: usize = 16_000;
+/// Parts of a row that are joined by one warp.
+const MOST_SPLITS: usize = 128;
+
+/// Blocks of a multiprocessor: `DECODE_BLOCKS` in cuda/decode.cu.
+fn resident<T: GpuElement>(together: usize) -> usize {
+    match (T::HALF, together) {
+        (true, 1) => 4,
+        (true, 2) => 3,
+        _ => 2,
+    }
+}
+
+/// The output rows (batch * heads, D). Nothing waits for the device.
 ///
 /// # Errors
 /// A head size that the kernels do not take, or whatever the launches report.
-pub(crate) fn decode<G: Gpu, T: GpuElement>(gpu: &G, call: &DecodeCall<'_, G, T>) -> Result<G::Slice<T>> {
-    let &DecodeCall {
-        lists, group, head_dim, ..
-    } = call;
+pub(crate) fn decode<G: Gpu, T: GpuElement>(
+    gpu: &G,
+    call: &DecodeCall<'_, G, T>,
+    state: &mut impl StateArgs<G>,
+    scratch: &mut Option<Scratch<G>>,
+) -> Result<G::Slice<T>> {
+    let sizes = call.params.sizes;
+    let [batch, heads, lists, head_dim] =
+        [sizes.batch, sizes.heads, sizes.lists, sizes.head_dim].map(|size| size as usize);
     if head_dim % 8 != 0 || head_dim > 256 {
         bail!(
             "query: expected a head_dim that is a multiple of 8 and at most 256 on CUDA, got {head_dim}; \
              pad the head or move the tensors with to_device(&Device::Cpu)"
         )
     }
+    let (group, lists, rows) = (heads / lists, batch * lists, batch * heads);
     let together = [4, 2, 1].into_iter().find(|g| group % g == 0).unwrap_or(1);
     let shares = group / together;
-    let splits = (BLOCKS / (lists * shares)).clamp(1, call.far.capacity.div_ceil(LEAST_COLUMNS).max(1));
-    let parts = splits + usize::from(call.local.is_some());
-    let rows = lists * group;
+    // All blocks at once, so that none waits for another to end, and all end together. Twice as many where a block has
+    // little to compute and much to read.
+    let waves = if together == 1 && call.most >= LONG { 2 } else { 1 };
+    let slots = waves * gpu.multiprocessors()? * resident::<T>(together);
+    let splits = slots.saturating_sub(lists) / (lists * shares);
+    let splits = splits.clamp(1, call.most.div_ceil(LEAST_COLUMNS).clamp(1, MOST_SPLITS));
     let params = DecodeParams {
         rows: rows as u32,
-        together: together as u32,
-        parts: parts as u32,
+        parts: (splits + 1) as u32,
         splits: splits as u32,
-        capacity: call.far.capacity as u32,
-        local_capacity: call.local.as_ref().map_or(0, |local| local.capacity as u32),
-        head_dim: head_dim as u32,
+        appends: u32::from(call.appended.is_some()),
         scale: (call.scale * std::f64::consts::LOG2_E) as f32,
     };
     let dim = match head_dim {
@@ -71,19 +109,27 @@ pub(crate) fn decode<G: Gpu, T: GpuElement>(gpu: &G, call: &DecodeCall<'_, G, T>
         65..=128 => 128,
         _ => 256,
     };
-    let mut outputs = gpu.alloc::<f32>(rows * parts * head_dim)?;
-    let mut sums = gpu.alloc::<f32>(rows * parts * 2)?;
-    let mut args = vec![gpu.read(call.queries)];
-    args.extend(store_args(gpu, Some(&call.far)));
-    args.extend(store_args(gpu, call.local.as_ref()));
-    args.push(gpu.write(&mut outputs));
-    args.push(gpu.write(&mut sums));
+    let room = rows * (splits + 1) * (head_dim + 2);
+    let mut kept = Scratch::fitting(gpu, scratch.take(), room, lists)?;
+    let mut output = gpu.alloc::<T>(rows * head_dim)?;
+    let appended = call.appended.as_ref();
+    let mut args = vec![
+        gpu.read(call.queries),
+        gpu.read_some(appended.map(|new| new.key)),
+        gpu.read_some(appended.map(|new| new.value)),
+        gpu.read_some(appended.map(|new| new.tests)),
+    ];
+    args.extend(state.args(gpu));
+    args.push(gpu.write(&mut kept.parts));
+    args.push(gpu.write(&mut kept.counters));
+    args.push(gpu.write(&mut output));
+    args.push(gpu.value(&call.params));
     args.push(gpu.value(&params));
     let launch = Launch {
-        grid: [parts, lists, shares],
+        grid: [lists, 1 + splits * shares, 1],
         threads: 128,
-        // One row of partial output, and its maximum and sum, per row that the block reads at once.
-        shared_bytes: 1024 / dim * (dim + 2) * 4,
+        // One row of partial output, its maximum and its sum, per warp and query head.
+        shared_bytes: together * 4 * (dim + 4) * 4,
     };
     gpu.launch(
         &Kernel::of::<T>("decode", &format!("decode_{dim}_{together}")),
@@ -91,28 +137,7 @@ pub(crate) fn decode<G: Gpu, T: GpuElement>(gpu: &G, call: &DecodeCall<'_, G, T>
         &args,
     )?;
     drop(args);
-    let mut output = gpu.alloc::<T>(rows * head_dim)?;
-    let args = [
-        gpu.read(&outputs),
-        gpu.read(&sums),
-        gpu.write(&mut output),
-        gpu.value(&params),
-    ];
-    let launch = Launch {
-        grid: [rows.div_ceil(4), 1, 1],
-        threads: 128,
-        shared_bytes: 0,
-    };
-    gpu.launch(&Kernel::of::<T>("decode", "decode_merge"), launch, &args)?;
-    drop(args);
+    // A launch that failed leaves no counters behind.
+    *scratch = Some(kept);
     Ok(output)
-}
-
-fn store_args<'a, G: Gpu, T: GpuElement>(gpu: &'a G, store: Option<&'a Store<'a, G, T>>) -> [G::Arg<'a>; 4] {
-    [
-        gpu.read_some(store.map(|store| store.keys)),
-        gpu.read_some(store.map(|store| store.values)),
-        gpu.read_some(store.and_then(|store| store.ln)),
-        gpu.read_some(store.map(|store| store.lengths)),
-    ]
 }

@@ -63,6 +63,12 @@ impl Gpu for Cuda {
         usize::try_from(bytes.map_err(candle_core::Error::wrap)?).map_err(candle_core::Error::wrap)
     }
 
+    fn multiprocessors(&self) -> Result<usize> {
+        let attribute = CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let count = self.stream.context().attribute(attribute);
+        usize::try_from(count.map_err(candle_core::Error::wrap)?).map_err(candle_core::Error::wrap)
+    }
+
     fn read<'a, T: Number>(&'a self, slice: &'a CudaSlice<T>) -> CudaArg<'a> {
         let (pointer, guard) = slice.device_ptr(&self.stream);
         CudaArg::Buffer(pointer, Some(guard))

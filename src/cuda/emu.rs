@@ -128,6 +128,11 @@ impl Gpu for Emulator {
         Ok(usize::MAX)
     }
 
+    fn multiprocessors(&self) -> Result<usize> {
+        // Those of an H100: what is split there is split here.
+        Ok(132)
+    }
+
     fn read<'a, T: Number>(&'a self, slice: &'a EmuSlice<T>) -> EmuArg<'a> {
         EmuArg::new(
             slice.data.as_ptr().cast(),

@@ -4,7 +4,7 @@ use super::cache::DeviceLists;
 use super::emu::Emulator;
 use super::emulation::{borrow, held, HeldBias};
 use super::gpu::GpuElement;
-use crate::cache::CacheOptions;
+use crate::cache::{Both, CacheOptions, CompressedKvCache};
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 use crate::cpu::Element;
 use crate::problem::Problem;
@@ -19,8 +19,10 @@ enum Lists {
 /// What [`crate::CompressedKvCache`] keeps on a CUDA device.
 pub struct EmulatedCache {
     lists: Lists,
-    /// As [`crate::CacheOptions::max_entries`].
-    max_entries: Option<usize>,
+    problem: Problem,
+    strategies: HeadStrategies,
+    config: CompressionConfig,
+    options: CacheOptions,
 }
 
 macro_rules! each {
@@ -53,7 +55,54 @@ impl EmulatedCache {
         };
         Ok(Self {
             lists,
-            max_entries: options.max_entries,
+            problem,
+            strategies: strategies.clone(),
+            config: config.clone(),
+            options: options.clone(),
+        })
+    }
+
+    /// The same cache on the CPU.
+    ///
+    /// # Errors
+    /// What the emulator detects.
+    pub fn to_cpu(&self) -> Result<CompressedKvCache> {
+        let settings = (&self.strategies, &self.config, &self.options);
+        each!(&self.lists, lists => CompressedKvCache::from_device(settings, &self.problem, &lists.to_host(&Emulator)?))
+    }
+
+    /// A cache of the CPU that holds tokens of this dtype.
+    ///
+    /// # Errors
+    /// As on a device, or what the emulator detects.
+    pub fn from_cpu(cache: &CompressedKvCache, options: &CacheOptions, dtype: DType) -> Result<Self> {
+        let (strategies, config) = (cache.strategies(), cache.config());
+        let (problem, lists) = match dtype {
+            DType::F32 => brought(cache).map(|(problem, lists)| (problem, Lists::F32(lists)))?,
+            DType::F16 => brought(cache).map(|(problem, lists)| (problem, Lists::F16(lists)))?,
+            DType::BF16 => brought(cache).map(|(problem, lists)| (problem, Lists::BF16(lists)))?,
+            other => bail!("dtype: expected f32, f16 or bf16 on CUDA, got {other:?}; convert with to_dtype"),
+        };
+        Ok(Self {
+            lists,
+            problem,
+            strategies: strategies.clone(),
+            config: config.clone(),
+            options: options.clone(),
+        })
+    }
+
+    /// Back to the first `tokens` tokens, or false where the lists merge.
+    ///
+    /// # Errors
+    /// What the emulator detects.
+    pub fn truncate(&mut self, tokens: usize) -> Result<bool> {
+        each!(&mut self.lists, lists => {
+            let exact = lists.never_merges();
+            if exact {
+                lists.truncate(&Emulator, tokens)?;
+            }
+            Ok(exact)
         })
     }
 
@@ -62,7 +111,7 @@ impl EmulatedCache {
     /// # Errors
     /// As on a device, or what the emulator detects.
     pub fn append(&mut self, qkv: &[Tensor; 3], options: Option<&AttentionOptions>) -> Result<Option<Tensor>> {
-        let limit = self.max_entries;
+        let limit = self.options.max_entries;
         match &mut self.lists {
             Lists::F32(lists) => append(lists, qkv, options, limit),
             Lists::F16(lists) => append(lists, qkv, options, limit),
@@ -97,9 +146,23 @@ impl EmulatedCache {
                 Lists::F16(lists) => Lists::F16(lists.select(&Emulator, rows)?),
                 Lists::BF16(lists) => Lists::BF16(lists.select(&Emulator, rows)?),
             },
-            max_entries: self.max_entries,
+            problem: Problem {
+                batch: rows.len(),
+                ..self.problem
+            },
+            strategies: self.strategies.clone(),
+            config: self.config.clone(),
+            options: self.options.clone(),
         })
     }
+}
+
+fn brought<T: Both>(cache: &CompressedKvCache) -> Result<(Problem, DeviceLists<Emulator, T>)> {
+    let Some((problem, held)) = cache.for_device::<T>()? else {
+        bail!("cache: expected one that holds tokens, got an empty one; append first")
+    };
+    let lists = DeviceLists::from_host(&Emulator, &problem, cache.strategies(), cache.config(), &held)?;
+    Ok((problem, lists))
 }
 
 fn append<T: GpuElement + Element>(

@@ -1,8 +1,10 @@
 //! The decoding launcher on CPU tensors under the emulator: for tests.
 
-use super::decode::{decode as launch, DecodeCall, Store};
-use super::emu::{EmuSlice, Emulator};
+use super::decode::{decode as launch, DecodeCall, StateArgs};
+use super::emu::{EmuArg, EmuSlice, Emulator};
 use super::gpu::{Gpu, GpuElement};
+use super::params::{CacheParams, Rows, Sizes};
+use crate::problem::{Problem, RowLayout};
 use candle_core::{DType, Device, Result, Tensor};
 
 /// Columns of one kind: keys and values (lists, capacity, D), ln n (lists, capacity) in f32, and each list's length.
@@ -45,19 +47,77 @@ fn decode_as<T: GpuElement>(
 ) -> Result<Tensor> {
     let (rows, head_dim) = queries.dims2()?;
     let lists = far.lengths.len();
+    let (gpu, most) = (Emulator, far.lengths.iter().max().map_or(0, |most| *most as usize));
     let far = held::<T>(far)?;
     let local = local.map(held::<T>).transpose()?;
-    let queries = Emulator.upload(&queries.flatten_all()?.to_vec1::<T>()?)?;
-    let call = DecodeCall {
-        lists,
-        group: rows / lists,
+    let queries = gpu.upload(&queries.flatten_all()?.to_vec1::<T>()?)?;
+    let layout = RowLayout {
+        offset: 0,
+        strides: [rows * head_dim, head_dim, 0],
+        dim: head_dim,
+    };
+    let problem = Problem {
+        batch: 1,
+        heads: rows,
+        kv_heads: lists,
+        tokens: 1,
         head_dim,
+        dtype: T::DTYPE,
+    };
+    let params = CacheParams {
+        q: Rows::new(&layout),
+        k: Rows::new(&layout),
+        v: Rows::new(&layout),
+        sizes: Sizes::new(&problem, lists)?,
+        key_key: 1,
+        max_merge_level: 0,
+        sinks: 0,
+        window: local.as_ref().map_or(0, |local| local.capacity as u32 - 1),
+        fold: 0,
+        capacity: far.capacity as u32,
+        first: 0,
+        observes: 0,
+        scale: 0.0,
+        reserved: 0,
+    };
+    let call = DecodeCall {
         queries: &queries,
-        far: store(&far),
-        local: local.as_ref().map(store),
+        appended: None,
+        params,
+        most,
         scale,
     };
-    Tensor::from_vec(launch(&Emulator, &call)?.download()?, (rows, head_dim), &Device::Cpu)
+    let output = launch(&gpu, &call, &mut Columns { far, local }, &mut None)?.download()?;
+    Tensor::from_vec(output, (rows, head_dim), &Device::Cpu)
+}
+
+/// What only a cache that takes tokens in has is absent.
+struct Columns<T> {
+    far: Held<T>,
+    local: Option<Held<T>>,
+}
+
+impl<T: GpuElement> StateArgs<Emulator> for Columns<T> {
+    fn args<'a>(&'a mut self, gpu: &'a Emulator) -> Vec<EmuArg<'a>> {
+        let mut args = vec![
+            gpu.write(&mut self.far.keys),
+            gpu.write(&mut self.far.values),
+            gpu.write_some(self.far.ln.as_mut()),
+            gpu.absent(),
+            gpu.write(&mut self.far.lengths),
+        ];
+        match &mut self.local {
+            Some(local) => args.extend([
+                gpu.write(&mut local.keys),
+                gpu.write(&mut local.values),
+                gpu.write_some(local.ln.as_mut()),
+                gpu.write(&mut local.lengths),
+            ]),
+            None => args.extend((0..4).map(|_| gpu.absent())),
+        }
+        args.extend((0..14).map(|_| gpu.absent()));
+        args
+    }
 }
 
 fn held<T: GpuElement>(store: &DecodeStore) -> Result<Held<T>> {
@@ -70,14 +130,4 @@ fn held<T: GpuElement>(store: &DecodeStore) -> Result<Held<T>> {
         lengths: Emulator.upload(&store.lengths)?,
         capacity: store.keys.dim(1)?,
     })
-}
-
-fn store<T: GpuElement>(held: &Held<T>) -> Store<'_, Emulator, T> {
-    Store {
-        keys: &held.keys,
-        values: &held.values,
-        ln: held.ln.as_ref(),
-        lengths: &held.lengths,
-        capacity: held.capacity,
-    }
 }

@@ -138,6 +138,12 @@ pub(crate) trait Gpu {
     /// What the driver reports.
     fn shared_limit(&self) -> Result<usize>;
 
+    /// How many multiprocessors run blocks side by side.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    fn multiprocessors(&self) -> Result<usize>;
+
     /// Starts a kernel; does not wait for it.
     ///
     /// # Errors

@@ -4,6 +4,7 @@ use super::backward::padded;
 use super::decide::DecideCall;
 use super::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use super::params::{ObservedParams, Rows, Sizes};
+use crate::config::CompressionConfig;
 use crate::problem::{Problem, RowLayout};
 use candle_core::Result;
 
@@ -49,6 +50,20 @@ impl Instance {
     }
 }
 
+/// Rows of a block that decides in one pass, and its threads.
+const BAND_ROWS: usize = 128;
+const BAND_THREADS: usize = 256;
+
+/// How many times eight columns a warp's 16 rows see, of the kernels that hold them all; the padded head size.
+fn band(head_dim: usize, config: &CompressionConfig, instance: &Instance) -> Option<(usize, usize)> {
+    let dim = instance.dim.filter(|_| head_dim <= 128 && config.sinks <= 8)?;
+    match config.window {
+        0..=33 => Some((dim, 6)),
+        34..=65 => Some((dim, 10)),
+        _ => None,
+    }
+}
+
 /// The merge indicators (B, H, N-1), 0 or 1, one decision per KV head. N is at least 2.
 ///
 /// # Errors
@@ -87,6 +102,32 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(
     };
     let (per_head, per_kv_head) = (params(heads)?, params(kv_heads)?);
     let instance = Instance::pick::<T>(head_dim, [&call.q.1, &call.k.1, &v.1]);
+    let mut bits = gpu.alloc::<u8>(batch * heads * pairs)?;
+    if let Some((dim, band)) = band(head_dim, call.config, &instance) {
+        let (window, columns) = (per_kv_head.window as usize, 8 * band);
+        let launch = Launch {
+            grid: [
+                pairs.div_ceil(BAND_ROWS + 1 - (window - window / 2)),
+                batch * kv_heads,
+                1,
+            ],
+            threads: BAND_THREADS,
+            // The masses that each warp's rows give, and the norms of values.
+            shared_bytes: (BAND_THREADS / 32 * columns + BAND_ROWS) * 4,
+        };
+        let args = [
+            gpu.read(call.q.0),
+            gpu.read(call.k.0),
+            gpu.read(v.0),
+            gpu.read(&tests),
+            gpu.write(&mut bits),
+            gpu.value(&per_kv_head),
+        ];
+        let kernel = Kernel::of::<T>(MODULE, &format!("observe_band_{dim}_{band}"));
+        gpu.launch(&kernel, launch, &args)?;
+        drop(args);
+        return Ok(bits);
+    }
     let mut log_sum_exp = gpu.alloc::<f32>(batch * heads * tokens)?;
     let args = [
         gpu.read(call.q.0),
@@ -97,7 +138,6 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(
     let launch = instance.launch(tokens, batch * heads, 0);
     gpu.launch(&instance.kernel::<T>("observe_rows"), launch, &args)?;
     drop(args);
-    let mut bits = gpu.alloc::<u8>(batch * heads * pairs)?;
     let args = [
         gpu.read(call.q.0),
         gpu.read(call.k.0),

@@ -196,22 +196,19 @@ pub(crate) struct SpreadParams {
     pub heads: u32,
 }
 
-params!(DecodeParams: 32);
+params!(DecodeParams: 20);
 
-/// Of `cuda/decode.cu`.
+/// Of `cuda/decode.cu`, besides [`CacheParams`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct DecodeParams {
     /// Query heads over all batch rows.
     pub rows: u32,
-    /// How many of a list's query heads share a block.
-    pub together: u32,
-    /// `splits`, and one more where there are local columns.
+    /// `splits`, and one more for local columns.
     pub parts: u32,
     pub splits: u32,
-    pub capacity: u32,
-    pub local_capacity: u32,
-    pub head_dim: u32,
+    /// 1: a new token is taken in first.
+    pub appends: u32,
     /// scale * log2(e)
     pub scale: f32,
 }

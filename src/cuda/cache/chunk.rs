@@ -4,6 +4,7 @@ use super::{room, DeviceLists, MODULE};
 use crate::config::{AttentionOptions, Criterion};
 use crate::cuda::attention::Attention;
 use crate::cuda::decide::{self, DecideCall};
+use crate::cuda::decode::StateArgs;
 use crate::cuda::fold::FoldCall;
 use crate::cuda::forward::{forward, Bias, Columns};
 use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch, Source};

@@ -4,18 +4,21 @@
 //! reaches the room there is, and after a long chunk, the lengths are read back, which waits for the device; nothing else
 //! that takes tokens in does.
 
-use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies};
+use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, HeadTest};
 use crate::cuda::attention::lists;
 use crate::cuda::decide;
+use crate::cuda::decode::Scratch;
 use crate::cuda::fold::fold_code;
 use crate::cuda::gpu::{Gpu, GpuElement, Source};
 use crate::cuda::params::{CacheParams, Rows, Sizes};
 use crate::problem::Problem;
 use candle_core::{bail, Result};
+pub(crate) use host::{HostList, HostLists};
 use state::State;
 
 mod attend;
 mod chunk;
+mod host;
 mod moves;
 mod state;
 mod stream;
@@ -56,8 +59,12 @@ pub(crate) struct DeviceLists<G: Gpu, T: GpuElement> {
     /// Far columns that a list has room for, and may have.
     capacity: usize,
     bound: usize,
+    /// Of every query head of every batch row, and the same on the device.
+    head_tests: Vec<HeadTest>,
     tests: G::Slice<f32>,
     state: State<G, T>,
+    /// Of decoding: a copy has none.
+    scratch: Option<Scratch<G>>,
 }
 
 fn room(entries: usize) -> usize {
@@ -70,6 +77,18 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// # Errors
     /// A criterion, window or head size that the kernels do not take, or what the device reports.
     pub fn new(gpu: &G, problem: &Problem, strategies: &HeadStrategies, config: &CompressionConfig) -> Result<Self> {
+        let head_tests = decide::head_tests(problem, strategies, config);
+        Self::with_tests(gpu, problem, strategies, config, head_tests)
+    }
+
+    /// [`Self::new`] with the tests of batch rows that are no longer in the order of the strategies.
+    fn with_tests(
+        gpu: &G,
+        problem: &Problem,
+        strategies: &HeadStrategies,
+        config: &CompressionConfig,
+        head_tests: Vec<HeadTest>,
+    ) -> Result<Self> {
         let (dim, window) = (problem.head_dim, config.window);
         if config.criterion == Criterion::ObservedMass && config.sinks > WIDEST {
             bail!(
@@ -103,9 +122,11 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             seq_len: 0,
             capacity: GROWTH,
             bound: 0,
-            tests: decide::tests(gpu, problem, strategies, config)?,
+            tests: gpu.upload(&decide::table(&head_tests))?,
+            head_tests,
             state: State::new(gpu, &settings, problem.batch)?,
             settings,
+            scratch: None,
         })
     }
 
@@ -161,8 +182,27 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         self.bytes_of(self.all() * self.capacity)
     }
 
+    /// What kernels are told that read no tokens: of how many they have been `seen`, and a `count`.
+    fn bare_params(&self, seen: usize, count: usize) -> Result<CacheParams> {
+        let nowhere = Rows {
+            offset: 0,
+            batch_stride: 0,
+            head_stride: 0,
+            token_stride: 0,
+        };
+        let params = self.params_at([nowhere; 3], count, 0.0)?;
+        Ok(CacheParams {
+            first: u32::try_from(seen).unwrap_or(u32::MAX),
+            ..params
+        })
+    }
+
     /// What the kernels are told of `count` new tokens; the softmax scale is for those that observe.
-    fn params(&self, [q, k, v]: &[Source<'_, G, T>; 3], count: usize, scale: f64) -> Result<CacheParams> {
+    fn params(&self, qkv: &[Source<'_, G, T>; 3], count: usize, scale: f64) -> Result<CacheParams> {
+        self.params_at([0, 1, 2].map(|i| Rows::new(&qkv[i].1)), count, scale)
+    }
+
+    fn params_at(&self, [q, k, v]: [Rows; 3], count: usize, scale: f64) -> Result<CacheParams> {
         let config = &self.settings.config;
         let limited = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
         let sizes = Problem {
@@ -171,9 +211,9 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             ..self.settings.problem
         };
         Ok(CacheParams {
-            q: Rows::new(&q.1),
-            k: Rows::new(&k.1),
-            v: Rows::new(&v.1),
+            q,
+            k,
+            v,
             sizes: Sizes::new(&sizes, self.settings.lists)?,
             key_key: u32::from(config.criterion == Criterion::KeyKey),
             max_merge_level: limited(config.max_merge_level),

@@ -37,6 +37,10 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             seq_len: self.seq_len,
             capacity: self.capacity,
             bound: self.bound,
+            head_tests: rows
+                .iter()
+                .flat_map(|row| self.head_tests[row * heads..(row + 1) * heads].iter().copied())
+                .collect(),
             tests: by_head.all("f32", &self.tests, 2)?,
             state: State {
                 far_k: far(&self.state.far_k)?,
@@ -77,6 +81,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                     None => None,
                 },
             },
+            scratch: None,
         })
     }
 

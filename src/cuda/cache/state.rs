@@ -1,7 +1,8 @@
-//! What a cache keeps on the device: `CacheState` in cuda/cache.cu.
+//! What a cache keeps on the device: `CacheState` in cuda/cache_list.cuh.
 
 use super::{Settings, GROWTH, NO_RUN};
 use crate::config::{Criterion, Fold};
+use crate::cuda::decode::StateArgs;
 use crate::cuda::gpu::{Gpu, GpuElement};
 use candle_core::Result;
 
@@ -81,9 +82,10 @@ impl<G: Gpu, T: GpuElement> State<G, T> {
             observed,
         })
     }
+}
 
-    /// `CACHE_STATE` in cuda/cache.cu.
-    pub fn args<'a>(&'a mut self, gpu: &'a G) -> Vec<G::Arg<'a>> {
+impl<G: Gpu, T: GpuElement> StateArgs<G> for State<G, T> {
+    fn args<'a>(&'a mut self, gpu: &'a G) -> Vec<G::Arg<'a>> {
         let mut args = vec![
             gpu.write(&mut self.far_k),
             gpu.write(&mut self.far_v),

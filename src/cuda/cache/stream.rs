@@ -2,8 +2,8 @@
 
 use super::moves::{copy, Mover};
 use super::{room, DeviceLists, GROWTH, MODULE};
-use crate::config::AttentionOptions;
-use crate::cuda::decode::{decode, DecodeCall, Store};
+use crate::config::{AttentionOptions, Fold};
+use crate::cuda::decode::{decode, Appended, DecodeCall, StateArgs};
 use crate::cuda::forward::Bias;
 use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use crate::cuda::params::CopyParams;
@@ -81,13 +81,17 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         args.push(gpu.value(&params));
         gpu.launch(&Kernel::of::<T>(MODULE, "cache_append"), launch, &args)?;
         drop(args);
-        self.seq_len += count;
-        self.bound += count;
+        self.count(count);
         // A long chunk that merged well leaves more room than is needed.
         if count >= GROWTH {
             self.fit(gpu)?;
         }
         Ok(())
+    }
+
+    fn count(&mut self, tokens: usize) {
+        self.seq_len += tokens;
+        self.bound += tokens;
     }
 
     /// Takes in `count` tokens and returns their output rows (B, H, count, D). The bias is that of `options`, as a view of
@@ -144,33 +148,48 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         bias: Option<Bias<'_, G>>,
     ) -> Result<G::Slice<T>> {
         let Problem { heads, head_dim, .. } = self.settings.problem;
+        let (scale, plain) = (options.scale(head_dim), bias.is_none() && options.dropout.is_none());
+        if plain && self.settings.config.fold != Fold::PairSum {
+            return self.take_and_decode(gpu, qkv, scale);
+        }
         let mut queries = gpu.alloc::<T>(self.batch * heads * head_dim)?;
-        self.stream(gpu, qkv, 1, options.scale(head_dim), Some(&mut queries))?;
-        if bias.is_some() || options.dropout.is_some() {
+        self.stream(gpu, qkv, 1, scale, Some(&mut queries))?;
+        if !plain {
             return self.attend(gpu, &queries, options, bias);
         }
-        let call = DecodeCall {
-            lists: self.all(),
-            group: heads / self.settings.lists,
-            head_dim,
-            queries: &queries,
-            far: Store {
-                keys: &self.state.far_k,
-                values: &self.state.far_v,
-                ln: self.state.far_ln.as_ref(),
-                lengths: &self.state.lengths,
-                capacity: self.capacity,
-            },
-            local: Some(Store {
-                keys: &self.state.local_k,
-                values: &self.state.local_v,
-                ln: self.state.local_ln.as_ref(),
-                lengths: &self.state.local_lengths,
-                capacity: self.settings.config.window + 1,
-            }),
-            scale: options.scale(head_dim),
+        let folded = RowLayout {
+            offset: 0,
+            strides: [heads * head_dim, head_dim, 0],
+            dim: head_dim,
         };
-        decode(gpu, &call)
+        let call = DecodeCall {
+            queries: &queries,
+            appended: None,
+            params: self.params(&[(&queries, folded), qkv[1], qkv[2]], 1, scale)?,
+            most: self.bound,
+            scale,
+        };
+        decode(gpu, &call, &mut self.state, &mut self.scratch)
+    }
+
+    /// One token, where its queries are attended with as they are: in one launch.
+    fn take_and_decode(&mut self, gpu: &G, qkv: [Source<'_, G, T>; 3], scale: f64) -> Result<G::Slice<T>> {
+        self.reserve(gpu, 1)?;
+        let [q, k, v] = qkv;
+        let call = DecodeCall {
+            queries: q.0,
+            appended: Some(Appended {
+                key: k.0,
+                value: v.0,
+                tests: &self.tests,
+            }),
+            params: self.params(&qkv, 1, scale)?,
+            most: self.bound,
+            scale,
+        };
+        let output = decode(gpu, &call, &mut self.state, &mut self.scratch)?;
+        self.count(1);
+        Ok(output)
     }
 
     /// Room for `count` more closed chains in every list.

@@ -1,0 +1,291 @@
+//! Lists between the CPU and a CUDA device: what [`CompressedKvCache::save`], `load` and `to_device` need. A list that never
+//! merges has no window on the CPU, where each of its tokens is a closed chain at once, and the others' window on a device.
+
+use super::{CacheOptions, CompressedKvCache, Lists, ListsOf, Sizes, State};
+use crate::config::{CompressionConfig, Fold, GroupRule, HeadStrategies, HeadTest};
+use crate::cpu::cached::ListHeads;
+use crate::cpu::fold::{quarantine, ChainFold};
+use crate::cpu::list::{widened, List, ListSettings, Run};
+use crate::cpu::observe::Observed;
+use crate::cpu::Element;
+use crate::cuda::attention;
+use crate::cuda::cache::{HostList, HostLists};
+use crate::cuda::gpu::GpuElement;
+use crate::problem::Problem;
+use candle_core::{bail, DType, Result};
+
+/// A dtype in which caches store on both.
+pub(crate) trait Both: GpuElement + Element<Acc = f32> {
+    fn wrap(lists: ListsOf<Self>) -> Lists;
+    fn unwrap(lists: &Lists) -> Option<&ListsOf<Self>>;
+}
+
+macro_rules! both {
+    ($($dtype:ty: $variant:ident),*) => {$(
+        impl Both for $dtype {
+            fn wrap(lists: ListsOf<Self>) -> Lists {
+                Lists::$variant(lists)
+            }
+
+            fn unwrap(lists: &Lists) -> Option<&ListsOf<Self>> {
+                match lists {
+                    Lists::$variant(lists) => Some(lists),
+                    _ => None,
+                }
+            }
+        }
+    )*};
+}
+
+both!(f32: F32, half::f16: F16, half::bf16: BF16);
+
+impl Sizes {
+    /// As a call of one token.
+    pub fn problem(&self, dtype: DType) -> Problem {
+        Problem {
+            batch: self.batch,
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            tokens: 1,
+            head_dim: self.head_dim,
+            dtype,
+        }
+    }
+}
+
+impl CompressedKvCache {
+    /// A cache on the CPU that holds what a device held.
+    #[cfg_attr(not(feature = "cuda-emu"), allow(dead_code))]
+    pub(crate) fn from_device<T: Both>(
+        settings: (&HeadStrategies, &CompressionConfig, &CacheOptions),
+        problem: &Problem,
+        held: &HostLists<T>,
+    ) -> Result<Self> {
+        let (strategies, config, options) = settings;
+        let mut cache = Self::new(strategies.clone(), config.clone(), options.clone())?;
+        if held.seq_len > 0 {
+            cache.state = Some(state_of(Sizes::of(problem), config, held));
+        }
+        Ok(cache)
+    }
+
+    /// What a device shall hold of a cache on the CPU that has tokens, and the shapes.
+    ///
+    /// # Errors
+    /// Another dtype than T.
+    pub(crate) fn for_device<T: Both>(&self) -> Result<Option<(Problem, HostLists<T>)>> {
+        let Some(state) = &self.state else { return Ok(None) };
+        let dtype = state.lists.dtype();
+        let Some(lists) = T::unwrap(&state.lists) else {
+            bail!(
+                "storage: expected {:?}, got {dtype:?}; this is a defect of the crate, please report it",
+                T::DTYPE
+            )
+        };
+        let problem = state.sizes.problem(dtype);
+        let unanimous = self.config.group_rule == GroupRule::Unanimous;
+        let per_row = attention::lists(&problem, self.strategies.all_off(), unanimous);
+        Ok(Some((problem, held_of(state, lists, &self.config, per_row))))
+    }
+}
+
+/// What a device held, as the CPU holds it.
+pub(super) fn state_of<T: Both>(sizes: Sizes, config: &CompressionConfig, held: &HostLists<T>) -> State {
+    let Sizes {
+        batch, heads, kv_heads, ..
+    } = sizes;
+    let per_row = held.lists.len() / batch;
+    let width = heads / per_row;
+    let lists = held.lists.iter().enumerate().map(|(index, list)| {
+        let (row, first) = (index / per_row, index % per_row * width);
+        let at = ListHeads {
+            batch: row,
+            kv_head: first / (heads / kv_heads),
+            heads: first..first + width,
+        };
+        let tests = held.tests[row * heads + first..][..width].to_vec();
+        let queries = held.last_queries.as_ref();
+        let queries = queries.map(|all| &all[(row * heads + first) * sizes.head_dim..][..width * sizes.head_dim]);
+        let settings = ListSettings::new(tests, config);
+        let list = match settings.merges() {
+            true => merging_list(
+                settings,
+                list,
+                queries.unwrap_or_default(),
+                (held.seq_len, sizes.head_dim),
+            ),
+            false => plain_list(settings, list, (held.seq_len, sizes.head_dim)),
+        };
+        (at, list)
+    });
+    State {
+        sizes,
+        seq_len: held.seq_len,
+        lists: T::wrap(lists.collect()),
+    }
+}
+
+fn merging_list<T: Both>(
+    settings: ListSettings,
+    held: &HostList<T>,
+    last_queries: &[T],
+    (seq_len, dim): (usize, usize),
+) -> List<T> {
+    let mut list = List::<T>::new(settings, dim);
+    let fold = list.settings.fold;
+    list.seq_len = seq_len;
+    (list.keys, list.values) = (held.far_k.clone(), held.far_v.clone());
+    list.tokens.clone_from(&held.tokens);
+    if fold == Fold::Mean {
+        let before = std::iter::once(0).chain(held.tokens.iter().map(|token| token + 1));
+        let sizes = held.tokens.iter().zip(before).map(|(token, before)| token + 1 - before);
+        list.log2_sizes = sizes.map(|size| f64::from(size).log2() as f32).collect();
+    }
+    let chain = held.chain.clone();
+    list.open = chain.map(|rows| ChainFold::from_rows(fold, held.chain_size as usize, rows));
+    (list.recent_keys, list.recent_values) = (held.recent_k.clone(), held.recent_v.clone());
+    list.bits.clone_from(&held.bits);
+    if list.settings.compares() {
+        list.run = Run {
+            start: held.run.as_ref().map(|(token, key)| (*token, widened(key))),
+            last_key: widened(&held.last_key),
+        };
+    }
+    if list.settings.observes() {
+        list.observed = Observed {
+            masses: held.masses.clone(),
+            sink_keys: held.sink_keys.clone(),
+        };
+    }
+    if fold == Fold::PairSum {
+        list.last_queries = widened(last_queries);
+    }
+    let rows = held.recent_k.chunks_exact(dim).zip(held.recent_v.chunks_exact(dim));
+    let bad = rows
+        .rev()
+        .position(|(key, value)| !(T::finite_row(key) && T::finite_row(value)));
+    list.last_bad = bad.map(|back| seq_len - 1 - back);
+    list
+}
+
+fn plain_list<T: Both>(settings: ListSettings, held: &HostList<T>, (seq_len, dim): (usize, usize)) -> List<T> {
+    let mut list = List::<T>::new(settings, dim);
+    list.seq_len = seq_len;
+    (list.keys, list.values) = (held.far_k.clone(), held.far_v.clone());
+    let mut close = |key: &[f32], value: &[f32]| {
+        let (mut key, mut value, mut stored) = (key.to_vec(), value.to_vec(), vec![T::zero(); dim]);
+        quarantine(&mut key, &mut value);
+        T::narrow(&key, &mut stored);
+        list.keys.extend_from_slice(&stored);
+        T::narrow(&value, &mut stored);
+        list.values.extend_from_slice(&stored);
+    };
+    if let Some([key, value, ..]) = &held.chain {
+        close(key, value);
+    }
+    for (key, value) in held.recent_k.chunks_exact(dim).zip(held.recent_v.chunks_exact(dim)) {
+        close(&widened(key), &widened(value));
+    }
+    // The newest token is the open chain.
+    let closed = (seq_len - 1) * dim;
+    let mut chain = ChainFold::new(list.settings.fold, dim);
+    chain.step(false, &list.keys[closed..], &list.values[closed..]);
+    list.keys.truncate(closed);
+    list.values.truncate(closed);
+    list.open = Some(chain);
+    list.tokens = (0..seq_len as u32 - 1).collect();
+    list
+}
+
+/// What the CPU holds, as a device holds it, with `per_row` lists a batch row.
+fn held_of<T: Both>(state: &State, lists: &ListsOf<T>, config: &CompressionConfig, per_row: usize) -> HostLists<T> {
+    let Sizes {
+        batch, heads, head_dim, ..
+    } = state.sizes;
+    let of = |row: usize, head: usize| {
+        let mine = |(at, _): &&(ListHeads, List<T>)| at.batch == row && at.heads.contains(&head);
+        // The loader and every call see to it that each head has its list.
+        let (at, list) = lists.iter().find(mine).expect("a list of every head");
+        (list, head - at.heads.start)
+    };
+    let each_head = || (0..batch * heads).map(|index| of(index / heads, index % heads));
+    let tests: Vec<HeadTest> = each_head().map(|(list, head)| list.settings.tests[head]).collect();
+    let last_queries = (config.fold == Fold::PairSum).then(|| {
+        let mut queries = vec![T::zero(); batch * heads * head_dim];
+        for ((list, head), to) in each_head().zip(queries.chunks_exact_mut(head_dim)) {
+            // Of a list that never merges nobody asks for them.
+            if let Some(query) = list.last_queries.get(head * head_dim..(head + 1) * head_dim) {
+                T::narrow(query, to);
+            }
+        }
+        queries
+    });
+    let width = heads / per_row;
+    let held = (0..batch * per_row).map(|index| {
+        let (list, _) = of(index / per_row, index % per_row * width);
+        match list.settings.merges() {
+            true => held_merging(list),
+            false => held_plain(list, config),
+        }
+    });
+    HostLists {
+        seq_len: state.seq_len,
+        lists: held.collect(),
+        last_queries,
+        tests,
+    }
+}
+
+fn narrowed<T: Both>(row: &[f32]) -> Vec<T> {
+    let mut narrow = vec![T::zero(); row.len()];
+    T::narrow(row, &mut narrow);
+    narrow
+}
+
+fn held_merging<T: Both>(list: &List<T>) -> HostList<T> {
+    // A list may still hold raw tokens that have left the window.
+    let stale = list.recent_keys.len() - list.seq_len.min(list.settings.window) * list.dim;
+    HostList {
+        far_k: list.keys.clone(),
+        far_v: list.values.clone(),
+        tokens: list.tokens.clone(),
+        chain: list.open.as_ref().map(|chain| chain.rows().map(<[f32]>::to_vec)),
+        chain_size: list.open.as_ref().map_or(0, |chain| chain.size as u32),
+        recent_k: list.recent_keys[stale..].to_vec(),
+        recent_v: list.recent_values[stale..].to_vec(),
+        bits: list.bits.clone(),
+        run: list.run.start.as_ref().map(|(token, key)| (*token, narrowed(key))),
+        last_key: narrowed(&list.run.last_key),
+        masses: list.observed.masses.clone(),
+        sink_keys: list.observed.sink_keys.clone(),
+    }
+}
+
+fn held_plain<T: Both>(list: &List<T>, config: &CompressionConfig) -> HostList<T> {
+    let (dim, seq_len, window) = (list.dim, list.seq_len, config.window);
+    let open = list.open.as_ref().map(ChainFold::rows);
+    let row = |closed: &[T], index: usize| -> Vec<T> {
+        let last = open.map_or_else(Vec::new, |rows| narrowed(rows[index]));
+        closed.iter().copied().chain(last).collect()
+    };
+    let (keys, values) = (row(&list.keys, 0), row(&list.values, 1));
+    let (edge, oldest) = (seq_len.saturating_sub(window + 1), seq_len.saturating_sub(window));
+    HostList {
+        far_k: keys[..edge * dim].to_vec(),
+        far_v: values[..edge * dim].to_vec(),
+        tokens: (0..edge as u32).collect(),
+        chain: (seq_len > window).then(|| {
+            let (key, value) = (edge * dim..(edge + 1) * dim, edge * dim..(edge + 1) * dim);
+            let (key, value) = (widened(&keys[key]), widened(&values[value]));
+            [key.clone(), value.clone(), key, value]
+        }),
+        chain_size: u32::from(seq_len > window),
+        recent_k: keys[oldest * dim..].to_vec(),
+        recent_v: values[oldest * dim..].to_vec(),
+        bits: vec![0; window.min(seq_len - 1)],
+        run: None,
+        last_key: keys[(seq_len - 1) * dim..].to_vec(),
+        masses: vec![0.0; window.min(seq_len)],
+        sink_keys: keys[..config.sinks.min(seq_len) * dim].to_vec(),
+    }
+}

@@ -1,0 +1,290 @@
+//! Lists brought to the host and back: what a saved cache keeps of them.
+
+use super::{room, DeviceLists, MODULE, NO_RUN};
+use crate::config::{CompressionConfig, HeadStrategies, HeadTest, MergeStrategy};
+use crate::cuda::decode::StateArgs;
+use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch};
+use crate::problem::Problem;
+use candle_core::Result;
+
+/// One list; rows are of D numbers.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct HostList<T> {
+    /// Closed chains, and the last token of each.
+    pub far_k: Vec<T>,
+    pub far_v: Vec<T>,
+    pub tokens: Vec<u32>,
+    /// The open chain's key and value, and its last raw key and value, which only a pair sum reads; None while the window
+    /// is not full.
+    pub chain: Option<[Vec<f32>; 4]>,
+    /// The tokens of the open chain; 1 but for [`Fold::Mean`](crate::Fold::Mean).
+    pub chain_size: u32,
+    /// The last min(window, tokens seen) tokens, raw. Of one that is not finite as much is kept as decisions and
+    /// attention can tell.
+    pub recent_k: Vec<T>,
+    pub recent_v: Vec<T>,
+    /// Whether a token joins its left neighbour, from the open chain's (or the first) token to the last but one.
+    pub bits: Vec<u8>,
+    /// The first token of the run that ends at the last one, and its key.
+    pub run: Option<(usize, Vec<T>)>,
+    pub last_key: Vec<T>,
+    /// Under observed mass: of each recent token, and the keys of the first tokens.
+    pub masses: Vec<f32>,
+    pub sink_keys: Vec<T>,
+}
+
+/// All lists of a cache, batch row by batch row.
+pub(crate) struct HostLists<T> {
+    pub seq_len: usize,
+    pub lists: Vec<HostList<T>>,
+    /// The last token's queries (batch, H, D), where the fold is a pair sum.
+    pub last_queries: Option<Vec<T>>,
+    /// Of every query head of every batch row.
+    pub tests: Vec<HeadTest>,
+}
+
+/// The numbers of `rows` rows of one list, picked by index.
+fn pick<T: Copy>(all: &[T], rows: impl Iterator<Item = usize>, dim: usize) -> Vec<T> {
+    rows.flat_map(|row| all[row * dim..(row + 1) * dim].iter().copied())
+        .collect()
+}
+
+impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
+    /// Waits for the device.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn to_host(&self, gpu: &G) -> Result<HostLists<T>> {
+        let (state, dim, window) = (&self.state, self.settings.problem.head_dim, self.settings.config.window);
+        let (far_k, far_v) = (gpu.download(&state.far_k)?, gpu.download(&state.far_v)?);
+        let (far_tokens, lengths) = (gpu.download(&state.far_tokens)?, gpu.download(&state.lengths)?);
+        let (local_k, local_v) = (gpu.download(&state.local_k)?, gpu.download(&state.local_v)?);
+        let (chain_k, chain_v) = (gpu.download(&state.chain_k)?, gpu.download(&state.chain_v)?);
+        let previous = match (&state.previous_k, &state.previous_v) {
+            (Some(k), Some(v)) => Some((gpu.download(k)?, gpu.download(v)?)),
+            _ => None,
+        };
+        let (chain_sizes, bits) = (gpu.download(&state.chain_sizes)?, gpu.download(&state.bits)?);
+        let (run_starts, run_keys) = (gpu.download(&state.run_starts)?, gpu.download(&state.run_keys)?);
+        let last_keys = gpu.download(&state.last_keys)?;
+        let observed = match &state.observed {
+            Some(observed) => Some((gpu.download(&observed.keys)?, gpu.download(&observed.masses)?)),
+            None => None,
+        };
+        let seen = self.seq_len;
+        let (oldest, base) = (seen.saturating_sub(window), seen.saturating_sub(window + 1));
+        let list = |index: usize| -> HostList<T> {
+            let (length, first, ring) = (lengths[index] as usize, index * self.capacity, index * (window + 1));
+            let far = |x: &[T]| x[first * dim..(first + length) * dim].to_vec();
+            let wide = |x: &[T]| -> Vec<f32> { x[index * dim..][..dim].iter().map(|x| x.to_f64() as f32).collect() };
+            let recent = || (oldest..seen).map(|t| ring + t % window.max(1));
+            let (mut recent_k, mut recent_v) = (pick(&local_k, recent(), dim), pick(&local_v, recent(), dim));
+            let (mut masses, mut sink_keys) = (Vec::new(), Vec::new());
+            if let Some((keys, all_masses)) = &observed {
+                let (sinks, all) = (self.settings.config.sinks, index * self.settings.seen_keys());
+                let raw = pick(keys, (oldest..seen).map(|t| all + sinks + t % window), dim);
+                unquarantine(&mut recent_k, &mut recent_v, &raw, dim);
+                masses = (oldest..seen)
+                    .map(|t| all_masses[index * window + t % window])
+                    .collect();
+                sink_keys = pick(keys, all..all + sinks.min(seen), dim);
+            }
+            HostList {
+                far_k: far(&far_k),
+                far_v: far(&far_v),
+                tokens: far_tokens[first..first + length].to_vec(),
+                chain: (seen > window).then(|| {
+                    let sum = |x: &[f32]| x[index * dim..][..dim].to_vec();
+                    let raw = |x: Option<&Vec<T>>| x.map_or_else(|| vec![0.0; dim], |x| wide(x));
+                    let (k, v) = (previous.as_ref().map(|x| &x.0), previous.as_ref().map(|x| &x.1));
+                    [sum(&chain_k), sum(&chain_v), raw(k), raw(v)]
+                }),
+                chain_size: chain_sizes[index],
+                recent_k,
+                recent_v,
+                bits: (base..seen - 1).map(|t| bits[ring + t % (window + 1)] as u8).collect(),
+                run: (run_starts[index] != NO_RUN)
+                    .then(|| (run_starts[index] as usize, run_keys[index * dim..][..dim].to_vec())),
+                last_key: last_keys[index * dim..][..dim].to_vec(),
+                masses,
+                sink_keys,
+            }
+        };
+        Ok(HostLists {
+            seq_len: seen,
+            lists: (0..self.all()).map(list).collect(),
+            last_queries: state.last_queries.as_ref().map(|x| gpu.download(x)).transpose()?,
+            tests: self.head_tests.clone(),
+        })
+    }
+
+    /// What [`Self::to_host`] brought, or a cache on the CPU: one list for each of this device's, with at least one token.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn from_host(
+        gpu: &G,
+        problem: &Problem,
+        strategies: &HeadStrategies,
+        config: &CompressionConfig,
+        host: &HostLists<T>,
+    ) -> Result<Self> {
+        let mut new = Self::with_tests(gpu, problem, strategies, config, host.tests.clone())?;
+        let (dim, window, all) = (problem.head_dim, config.window, new.all());
+        new.bound = host.lists.iter().map(|list| list.tokens.len()).max().unwrap_or(0);
+        new.capacity = room(new.bound);
+        new.seq_len = host.seq_len;
+        let (capacity, seen) = (new.capacity, host.seq_len);
+        let oldest = seen.saturating_sub(window);
+        // A buffer of `room` rows of `dim` for each list, of which `put` fills some.
+        let filled = |room: usize, dim: usize, rows: &dyn Fn(&HostList<T>, &mut [T])| {
+            let mut data = vec![T::zero(); all * room * dim];
+            for (list, data) in host.lists.iter().zip(data.chunks_exact_mut(room * dim)) {
+                rows(list, data);
+            }
+            gpu.upload(&data)
+        };
+        let words = |word: &dyn Fn(&HostList<T>) -> u32| {
+            let words: Vec<u32> = host.lists.iter().map(word).collect();
+            gpu.upload(&words)
+        };
+        let state = &mut new.state;
+        state.far_k = filled(capacity, dim, &|list, to| {
+            to[..list.far_k.len()].copy_from_slice(&list.far_k)
+        })?;
+        state.far_v = filled(capacity, dim, &|list, to| {
+            to[..list.far_v.len()].copy_from_slice(&list.far_v)
+        })?;
+        let (mut tokens, mut sizes) = (vec![0u32; all * capacity], vec![1u32; all * capacity]);
+        for (index, list) in host.lists.iter().enumerate() {
+            let mut next = 0;
+            for (at, token) in list.tokens.iter().enumerate() {
+                tokens[index * capacity + at] = *token;
+                sizes[index * capacity + at] = token + 1 - next;
+                next = token + 1;
+            }
+        }
+        state.far_tokens = gpu.upload(&tokens)?;
+        if state.far_ln.is_some() {
+            state.far_ln = Some(gpu.zeros(all * capacity)?);
+        }
+        state.lengths = words(&|list| list.tokens.len() as u32)?;
+        state.local_lengths = words(&|_| (seen.min(window) + usize::from(seen > window)) as u32)?;
+        state.chain_sizes = words(&|list| list.chain_size)?;
+        state.run_starts = words(&|list| list.run.as_ref().map_or(NO_RUN, |run| run.0 as u32))?;
+        state.run_keys = filled(1, dim, &|list, to| {
+            if let Some((_, key)) = &list.run {
+                to.copy_from_slice(key);
+            }
+        })?;
+        state.last_keys = filled(1, dim, &|list, to| {
+            to[..list.last_key.len()].copy_from_slice(&list.last_key)
+        })?;
+        let chain = |which: usize| -> Vec<f32> {
+            let row = |list: &HostList<T>| {
+                list.chain
+                    .as_ref()
+                    .map_or_else(|| vec![0.0; dim], |rows| rows[which].clone())
+            };
+            host.lists.iter().flat_map(row).collect()
+        };
+        let narrow = |x: Vec<f32>| x.into_iter().map(|x| T::from_f64(x.into())).collect::<Vec<_>>();
+        (state.chain_k, state.chain_v) = (gpu.upload(&chain(0))?, gpu.upload(&chain(1))?);
+        if state.previous_k.is_some() {
+            state.previous_k = Some(gpu.upload(&narrow(chain(2)))?);
+            state.previous_v = Some(gpu.upload(&narrow(chain(3)))?);
+        }
+        let mut bits = vec![0u32; all * (window + 1)];
+        for (list, ring) in host.lists.iter().zip(bits.chunks_exact_mut(window + 1)) {
+            for (at, bit) in list.bits.iter().enumerate() {
+                ring[(seen - 1 - list.bits.len() + at) % (window + 1)] = u32::from(*bit);
+            }
+        }
+        state.bits = gpu.upload(&bits)?;
+        if let (Some(to), Some(queries)) = (&mut state.last_queries, &host.last_queries) {
+            *to = gpu.upload(queries)?;
+        }
+        let ring = |rows: &[T], to: &mut [T]| {
+            for (row, t) in rows.chunks_exact(dim).zip(oldest..) {
+                to[t % window * dim..][..dim].copy_from_slice(row);
+            }
+        };
+        // A buffer is never empty.
+        let rows = window.max(1);
+        let recent_k = filled(rows, dim, &|list, to| ring(&list.recent_k, to))?;
+        let recent_v = filled(rows, dim, &|list, to| ring(&list.recent_v, to))?;
+        if let Some(observed) = &mut state.observed {
+            let sinks = config.sinks;
+            observed.keys = filled(sinks + window, dim, &|list, to| {
+                to[..list.sink_keys.len()].copy_from_slice(&list.sink_keys);
+                ring(&list.recent_k, &mut to[sinks * dim..]);
+            })?;
+            let mut masses = vec![0f32; all * window];
+            for (list, to) in host.lists.iter().zip(masses.chunks_exact_mut(window)) {
+                for (mass, t) in list.masses.iter().zip(oldest..) {
+                    to[t % window] = *mass;
+                }
+            }
+            observed.masses = gpu.upload(&masses)?;
+        }
+        new.restore(gpu, [&recent_k, &recent_v], &gpu.upload(&sizes)?)?;
+        Ok(new)
+    }
+
+    /// What follows from the rest, as the device computes it: local columns, logarithms, norms.
+    fn restore(&mut self, gpu: &G, [k, v]: [&G::Slice<T>; 2], sizes: &G::Slice<u32>) -> Result<()> {
+        let params = self.bare_params(self.seq_len, 0)?;
+        let launch = Launch {
+            grid: [self.all(), (self.settings.config.window + 1).div_ceil(4), 1],
+            threads: 128,
+            shared_bytes: 0,
+        };
+        let mut args = vec![gpu.read(k), gpu.read(v), gpu.read(sizes)];
+        args.extend(self.state.args(gpu));
+        args.push(gpu.value(&params));
+        gpu.launch(&Kernel::of::<T>(MODULE, "cache_restore"), launch, &args)
+    }
+
+    /// Whether no list merges: each has a head that is off.
+    pub fn never_merges(&self) -> bool {
+        let group = self.settings.problem.heads / self.settings.lists;
+        let off = |test: &HeadTest| test.strategy == MergeStrategy::Off;
+        self.head_tests.chunks(group).all(|tests| tests.iter().any(off))
+    }
+
+    /// Back to the first `tokens` tokens, at least 1 and at most all, of lists that never merge.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn truncate(&mut self, gpu: &G, tokens: usize) -> Result<()> {
+        if tokens >= self.seq_len {
+            return Ok(());
+        }
+        let params = self.bare_params(self.seq_len, tokens)?;
+        let launch = Launch {
+            grid: [self.all(), 1, 1],
+            threads: 32,
+            shared_bytes: 0,
+        };
+        let mut args = self.state.args(gpu);
+        args.push(gpu.value(&params));
+        gpu.launch(&Kernel::of::<T>(MODULE, "cache_truncate"), launch, &args)?;
+        drop(args);
+        self.seq_len = tokens;
+        self.bound = self.bound.min(tokens.saturating_sub(self.settings.config.window + 1));
+        Ok(())
+    }
+}
+
+/// Where a key or a value was not finite, attention has a NaN key and a zero value, and decisions the raw key. Both are
+/// kept: a finite key goes with a value of NaN, which makes the column NaN again.
+fn unquarantine<T: GpuElement>(keys: &mut [T], values: &mut [T], raw: &[T], dim: usize) {
+    let rows = keys.chunks_exact_mut(dim).zip(values.chunks_exact_mut(dim));
+    for ((key, value), raw) in rows.zip(raw.chunks_exact(dim)) {
+        let (bad, finite) = (key[0].to_f64().is_nan(), raw.iter().all(|x| x.to_f64().is_finite()));
+        key.copy_from_slice(raw);
+        if bad && finite {
+            value.fill(T::from_f64(f64::NAN));
+        }
+    }
+}
