@@ -1,8 +1,9 @@
 //! Verifies, then times attention on a CUDA device: forward, forward and backward, and decoding, as TFLOP/s and TB/s and
 //! as a share of what this device does in a plain matrix product and a plain copy, both measured first.
 //!
-//! `cargo run --release --features cuda --example bench_gpu [LONGEST [SHORTEST]]` (N, all by default). The same lines for
-//! PyTorch's flash attention: `python3 benches/pytorch_gpu.py`.
+//! `cargo run --release --features cuda --example bench_gpu [LONGEST [SHORTEST]]` (N, all by default), or with
+//! `SFA_BENCH=decide,attention,decode` only some of its parts. The same lines for PyTorch's flash attention: `python3
+//! benches/pytorch_gpu.py`.
 //!
 //! FLOPs count what ordinary causal attention would need (4·B·H·N²·D/2 forward, 2.5 times that backward), whatever is
 //! hidden, so that lines of one shape compare as times do.
@@ -209,17 +210,24 @@ fn bench_decode(device: &Device, ceilings: &Ceilings, shape: Shape) -> Result<()
     let options = AttentionOptions::default();
     cache.append_and_attend(&q, &k, &v, &options)?;
     let one = Shape { tokens: 1, ..shape }.qkv(device, DType::BF16)?;
-    let seconds = time(device, || {
-        Ok(cache.append_and_attend(&one[0], &one[1], &one[2], &options).map(drop)?)
-    })?;
-    let bytes = 4.0 * (shape.batch * shape.kv_heads * shape.tokens * shape.dim) as f64;
+    let mut step = || Ok(cache.append_and_attend(&one[0], &one[1], &one[2], &options).map(drop)?);
+    let seconds = time(device, &mut step)?;
+    // What the host needs to enqueue a step, which is lost only where it is more than the device's time.
+    let start = Instant::now();
+    (0..50).try_for_each(|_| step())?;
+    let enqueued = start.elapsed().as_secs_f64() / 50.0;
+    device.synchronize()?;
+    // Every timed step added a token: the bytes are those that were held halfway.
+    let held = (shape.tokens + cache.seq_len() - 50) / 2;
+    let bytes = 4.0 * (shape.batch * shape.kv_heads * held * shape.dim) as f64;
     let speed = bytes / seconds / 1e12;
     println!(
-        "{:<17} {}        {:>9.3} ms {speed:>7.3} TB/s {:>5.1}% of a copy",
+        "{:<17} {}        {:>9.3} ms {speed:>7.3} TB/s {:>5.1}% of a copy, {:.3} ms of the host",
         "decode",
         shape.name(),
         seconds * 1e3,
-        100.0 * speed / ceilings.copy
+        100.0 * speed / ceilings.copy,
+        enqueued * 1e3
     );
     Ok(())
 }
@@ -232,6 +240,8 @@ fn main() -> Result<()> {
         None => Ok(default),
     };
     let wanted = bound(2, 0)?..=bound(1, 65536)?;
+    let parts = std::env::var("SFA_BENCH").unwrap_or_else(|_| "decide,attention,decode".to_string());
+    let runs = |part: &str| parts.split(',').any(|wanted| wanted == part);
     let device = Device::new_cuda(0)?;
     verify(&device)?;
     let ceilings = ceilings(&device)?;
@@ -250,12 +260,17 @@ fn main() -> Result<()> {
                     tokens,
                     dim,
                 };
-                bench_decide(&device, shape)?;
-                bench_attention(&device, &ceilings, shape)?;
+                if runs("decide") {
+                    bench_decide(&device, shape)?;
+                }
+                if runs("attention") {
+                    bench_attention(&device, &ceilings, shape)?;
+                }
             }
         }
     }
-    for tokens in [8192, 16384, 32768, 65536].into_iter().filter(|n| wanted.contains(n)) {
+    let decoded = [8192, 16384, 32768, 65536].into_iter().filter(|_| runs("decode"));
+    for tokens in decoded.filter(|n| wanted.contains(n)) {
         for (dim, heads) in [(64, 32), (128, 16)] {
             for kv_heads in [heads, heads / 4] {
                 let shape = Shape {
