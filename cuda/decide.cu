@@ -107,7 +107,8 @@ template <class T, unsigned PARTS> struct Candidates {
       return count > 0 && t >= p.sinks && passes(q, k, tests, p, list, t + 1, t);
     } else {
       Track<T> keys = {k, p.k.at(list.batch, list.kv_head, 0), p.k.token_stride};
-      unsigned all = p.key_key ? walk<T, PARTS, true>(keys, keys, t, count, p.sizes.head_dim, GroupTest(tests, first, list.group))
+      unsigned dim = p.sizes.head_dim;
+      unsigned all = p.key_key ? walk<T, PARTS, true>(keys, keys, t, count, dim, GroupTest(tests, first, list.group))
                                : queries_beside(keys, first, t, count);
       // The first tokens stay.
       unsigned sunk = p.sinks > t ? min(p.sinks - t, WALK) : 0;
@@ -135,7 +136,8 @@ template <class T, unsigned PARTS> struct Candidates {
       // A track on which token t is `start`.
       size_t stride = p.k.token_stride, row = p.k.at(list.batch, list.kv_head, 0);
       Track<T> keys = {k, row, stride}, still = {k, row + start * stride - t * stride, stride};
-      unsigned all = p.key_key ? walk<T, PARTS, false>(keys, still, t, asks, p.sizes.head_dim, GroupTest(tests, first, list.group))
+      unsigned dim = p.sizes.head_dim;
+      unsigned all = p.key_key ? walk<T, PARTS, false>(keys, still, t, asks, dim, GroupTest(tests, first, list.group))
                                : queries_beside(still, first, t, asks);
       return asks && (all & 1);
     }
@@ -310,7 +312,7 @@ KERNEL decide_sweep(Global<const uint8_t> levels, Global<const uint8_t> bits, Gl
 
 // PARTS of 64 dimensions; 0 where rows are longer or no whole number of eights.
 #define DECIDE_CAUSAL(suffix, T, DIM, PARTS)                                                                          \
-  KERNEL __launch_bounds__(128, PARTS < 4 ? 8 : 4) decide_causal_##DIM##_##suffix(                                                       \
+  KERNEL __launch_bounds__(128, PARTS < 4 ? 8 : 4) decide_causal_##DIM##_##suffix(                                    \
       Global<const T> q, Global<const T> k, Global<const float> tests, Global<uint8_t> bits, DecideParams p) {        \
     causal<T, PARTS>(q, k, tests, bits, p);                                                                           \
   }

@@ -1,5 +1,6 @@
 //! Lists brought to the host and back: what a saved cache keeps of them.
 
+use super::state::{Observed, State};
 use super::{room, DeviceLists, MODULE, NO_RUN};
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest, MergeStrategy};
 use crate::cuda::decode::StateArgs;
@@ -130,104 +131,26 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         host: &HostLists<T>,
     ) -> Result<Self> {
         let mut new = Self::with_tests(gpu, problem, strategies, config, host.tests.clone())?;
-        let (dim, window, all) = (problem.head_dim, config.window, new.all());
         new.bound = host.lists.iter().map(|list| list.tokens.len()).max().unwrap_or(0);
         new.capacity = room(new.bound);
         new.seq_len = host.seq_len;
-        let (capacity, seen) = (new.capacity, host.seq_len);
-        let oldest = seen.saturating_sub(window);
-        // A buffer of `room` rows of `dim` for each list, of which `put` fills some.
-        let filled = |room: usize, dim: usize, rows: &dyn Fn(&HostList<T>, &mut [T])| {
-            let mut data = vec![T::zero(); all * room * dim];
-            for (list, data) in host.lists.iter().zip(data.chunks_exact_mut(room * dim)) {
-                rows(list, data);
-            }
-            gpu.upload(&data)
+        let upload = Upload {
+            gpu,
+            host,
+            dim: problem.head_dim,
+            window: config.window,
         };
-        let words = |word: &dyn Fn(&HostList<T>) -> u32| {
-            let words: Vec<u32> = host.lists.iter().map(word).collect();
-            gpu.upload(&words)
-        };
-        let state = &mut new.state;
-        state.far_k = filled(capacity, dim, &|list, to| {
-            to[..list.far_k.len()].copy_from_slice(&list.far_k)
-        })?;
-        state.far_v = filled(capacity, dim, &|list, to| {
-            to[..list.far_v.len()].copy_from_slice(&list.far_v)
-        })?;
-        let (mut tokens, mut sizes) = (vec![0u32; all * capacity], vec![1u32; all * capacity]);
-        for (index, list) in host.lists.iter().enumerate() {
-            let mut next = 0;
-            for (at, token) in list.tokens.iter().enumerate() {
-                tokens[index * capacity + at] = *token;
-                sizes[index * capacity + at] = token + 1 - next;
-                next = token + 1;
-            }
+        let sizes = upload.closed(&mut new.state, new.capacity)?;
+        upload.chains(&mut new.state)?;
+        upload.decisions(&mut new.state)?;
+        if let Some(observed) = &mut new.state.observed {
+            upload.observed(observed, config.sinks)?;
         }
-        state.far_tokens = gpu.upload(&tokens)?;
-        if state.far_ln.is_some() {
-            state.far_ln = Some(gpu.zeros(all * capacity)?);
-        }
-        state.lengths = words(&|list| list.tokens.len() as u32)?;
-        state.local_lengths = words(&|_| (seen.min(window) + usize::from(seen > window)) as u32)?;
-        state.chain_sizes = words(&|list| list.chain_size)?;
-        state.run_starts = words(&|list| list.run.as_ref().map_or(NO_RUN, |run| run.0 as u32))?;
-        state.run_keys = filled(1, dim, &|list, to| {
-            if let Some((_, key)) = &list.run {
-                to.copy_from_slice(key);
-            }
-        })?;
-        state.last_keys = filled(1, dim, &|list, to| {
-            to[..list.last_key.len()].copy_from_slice(&list.last_key)
-        })?;
-        let chain = |which: usize| -> Vec<f32> {
-            let row = |list: &HostList<T>| {
-                list.chain
-                    .as_ref()
-                    .map_or_else(|| vec![0.0; dim], |rows| rows[which].clone())
-            };
-            host.lists.iter().flat_map(row).collect()
-        };
-        let narrow = |x: Vec<f32>| x.into_iter().map(|x| T::from_f64(x.into())).collect::<Vec<_>>();
-        (state.chain_k, state.chain_v) = (gpu.upload(&chain(0))?, gpu.upload(&chain(1))?);
-        if state.previous_k.is_some() {
-            state.previous_k = Some(gpu.upload(&narrow(chain(2)))?);
-            state.previous_v = Some(gpu.upload(&narrow(chain(3)))?);
-        }
-        let mut bits = vec![0u32; all * (window + 1)];
-        for (list, ring) in host.lists.iter().zip(bits.chunks_exact_mut(window + 1)) {
-            for (at, bit) in list.bits.iter().enumerate() {
-                ring[(seen - 1 - list.bits.len() + at) % (window + 1)] = u32::from(*bit);
-            }
-        }
-        state.bits = gpu.upload(&bits)?;
-        if let (Some(to), Some(queries)) = (&mut state.last_queries, &host.last_queries) {
-            *to = gpu.upload(queries)?;
-        }
-        let ring = |rows: &[T], to: &mut [T]| {
-            for (row, t) in rows.chunks_exact(dim).zip(oldest..) {
-                to[t % window * dim..][..dim].copy_from_slice(row);
-            }
-        };
         // A buffer is never empty.
-        let rows = window.max(1);
-        let recent_k = filled(rows, dim, &|list, to| ring(&list.recent_k, to))?;
-        let recent_v = filled(rows, dim, &|list, to| ring(&list.recent_v, to))?;
-        if let Some(observed) = &mut state.observed {
-            let sinks = config.sinks;
-            observed.keys = filled(sinks + window, dim, &|list, to| {
-                to[..list.sink_keys.len()].copy_from_slice(&list.sink_keys);
-                ring(&list.recent_k, &mut to[sinks * dim..]);
-            })?;
-            let mut masses = vec![0f32; all * window];
-            for (list, to) in host.lists.iter().zip(masses.chunks_exact_mut(window)) {
-                for (mass, t) in list.masses.iter().zip(oldest..) {
-                    to[t % window] = *mass;
-                }
-            }
-            observed.masses = gpu.upload(&masses)?;
-        }
-        new.restore(gpu, [&recent_k, &recent_v], &gpu.upload(&sizes)?)?;
+        let rows = config.window.max(1);
+        let recent_k = upload.rows(rows, |list, to| upload.ring(&list.recent_k, to))?;
+        let recent_v = upload.rows(rows, |list, to| upload.ring(&list.recent_v, to))?;
+        new.restore(gpu, [&recent_k, &recent_v], &sizes)?;
         Ok(new)
     }
 
@@ -272,6 +195,126 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         drop(args);
         self.seq_len = tokens;
         self.bound = self.bound.min(tokens.saturating_sub(self.settings.config.window + 1));
+        Ok(())
+    }
+}
+
+/// Lists on their way to a device.
+struct Upload<'a, G: Gpu, T: GpuElement> {
+    gpu: &'a G,
+    host: &'a HostLists<T>,
+    dim: usize,
+    window: usize,
+}
+
+impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
+    /// `room` rows for each list, of which `put` fills some.
+    fn rows(&self, room: usize, put: impl Fn(&HostList<T>, &mut [T])) -> Result<G::Slice<T>> {
+        let mut data = vec![T::zero(); self.host.lists.len() * room * self.dim];
+        for (list, data) in self.host.lists.iter().zip(data.chunks_exact_mut(room * self.dim)) {
+            put(list, data);
+        }
+        self.gpu.upload(&data)
+    }
+
+    fn words(&self, word: impl Fn(&HostList<T>) -> u32) -> Result<G::Slice<u32>> {
+        let words: Vec<u32> = self.host.lists.iter().map(word).collect();
+        self.gpu.upload(&words)
+    }
+
+    /// The token of the oldest raw row.
+    fn oldest(&self) -> usize {
+        self.host.seq_len.saturating_sub(self.window)
+    }
+
+    /// Raw rows, each where its token belongs in the ring.
+    fn ring(&self, rows: &[T], to: &mut [T]) {
+        for (row, t) in rows.chunks_exact(self.dim).zip(self.oldest()..) {
+            to[t % self.window * self.dim..][..self.dim].copy_from_slice(row);
+        }
+    }
+
+    /// Closed chains, but for the logarithms of their sizes; returns those.
+    fn closed(&self, state: &mut State<G, T>, capacity: usize) -> Result<G::Slice<u32>> {
+        let front = |rows: &[T], to: &mut [T]| to[..rows.len()].copy_from_slice(rows);
+        state.far_k = self.rows(capacity, |list, to| front(&list.far_k, to))?;
+        state.far_v = self.rows(capacity, |list, to| front(&list.far_v, to))?;
+        let all = self.host.lists.len() * capacity;
+        let (mut tokens, mut sizes) = (vec![0u32; all], vec![1u32; all]);
+        for (index, list) in self.host.lists.iter().enumerate() {
+            let mut next = 0;
+            for (at, token) in list.tokens.iter().enumerate() {
+                tokens[index * capacity + at] = *token;
+                sizes[index * capacity + at] = token + 1 - next;
+                next = token + 1;
+            }
+        }
+        state.far_tokens = self.gpu.upload(&tokens)?;
+        if state.far_ln.is_some() {
+            state.far_ln = Some(self.gpu.zeros(all)?);
+        }
+        state.lengths = self.words(|list| list.tokens.len() as u32)?;
+        self.gpu.upload(&sizes)
+    }
+
+    /// Open chains, and how many local columns there are.
+    fn chains(&self, state: &mut State<G, T>) -> Result<()> {
+        let (seen, window, dim) = (self.host.seq_len, self.window, self.dim);
+        state.local_lengths = self.words(|_| (seen.min(window) + usize::from(seen > window)) as u32)?;
+        state.chain_sizes = self.words(|list| list.chain_size)?;
+        let sums = |which: usize| -> Vec<f32> {
+            let row = |list: &HostList<T>| {
+                let rows = list.chain.as_ref();
+                rows.map_or_else(|| vec![0.0; dim], |rows| rows[which].clone())
+            };
+            self.host.lists.iter().flat_map(row).collect()
+        };
+        (state.chain_k, state.chain_v) = (self.gpu.upload(&sums(0))?, self.gpu.upload(&sums(1))?);
+        if state.previous_k.is_some() {
+            let raw = |which: usize| -> Vec<T> { sums(which).into_iter().map(|x| T::from_f64(x.into())).collect() };
+            state.previous_k = Some(self.gpu.upload(&raw(2))?);
+            state.previous_v = Some(self.gpu.upload(&raw(3))?);
+        }
+        Ok(())
+    }
+
+    /// What the next decisions and folds read.
+    fn decisions(&self, state: &mut State<G, T>) -> Result<()> {
+        state.run_starts = self.words(|list| list.run.as_ref().map_or(NO_RUN, |run| run.0 as u32))?;
+        state.run_keys = self.rows(1, |list, to| {
+            if let Some((_, key)) = &list.run {
+                to.copy_from_slice(key);
+            }
+        })?;
+        state.last_keys = self.rows(1, |list, to| to[..list.last_key.len()].copy_from_slice(&list.last_key))?;
+        let slots = self.window + 1;
+        let mut bits = vec![0u32; self.host.lists.len() * slots];
+        for (list, ring) in self.host.lists.iter().zip(bits.chunks_exact_mut(slots)) {
+            let first = self.host.seq_len - 1 - list.bits.len();
+            for (bit, t) in list.bits.iter().zip(first..) {
+                ring[t % slots] = u32::from(*bit);
+            }
+        }
+        state.bits = self.gpu.upload(&bits)?;
+        if let (Some(to), Some(queries)) = (&mut state.last_queries, &self.host.last_queries) {
+            *to = self.gpu.upload(queries)?;
+        }
+        Ok(())
+    }
+
+    /// What was observed, but for the norms of values.
+    fn observed(&self, observed: &mut Observed<G, T>, sinks: usize) -> Result<()> {
+        observed.keys = self.rows(sinks + self.window, |list, to| {
+            to[..list.sink_keys.len()].copy_from_slice(&list.sink_keys);
+            self.ring(&list.recent_k, &mut to[sinks * self.dim..]);
+        })?;
+        let mut masses = vec![0f32; self.host.lists.len() * self.window];
+        for (list, to) in self.host.lists.iter().zip(masses.chunks_exact_mut(self.window)) {
+            for (mass, t) in list.masses.iter().zip(self.oldest()..) {
+                to[t % self.window] = *mass;
+            }
+        }
+        observed.masses = self.gpu.upload(&masses)?;
         Ok(())
     }
 }
