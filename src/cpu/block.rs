@@ -4,7 +4,7 @@
 
 use super::aligned::{padded, Aligned};
 use super::columns::{near_rows, BiasView, Block, ColumnKind, Columns, RowScratch, Settings, EDGE_COLUMNS};
-use super::fold::{all_finite, ChainFold, Edge};
+use super::fold::{all_finite, ChainFold, Edge, AHEAD};
 use super::gemm_tile::scores;
 use super::pairs::{Packed, PairTiles, PAD};
 use super::softmax::LANES;
@@ -76,6 +76,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             #[inline(always)]
             || {
                 for (row, token) in block.rows.clone().enumerate() {
+                    block.queries.prefetch_row(token + AHEAD - first_row);
                     let target = &mut query_rows[row * width..][..dim];
                     Q::widen(block.queries.row(token - first_row), target);
                     if fold == Fold::PairSum && token > 0 && block.bits.hidden(token - 1) {
@@ -273,14 +274,22 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         }
         let masked = columns.kind != ColumnKind::FarForAll;
         if self.settings.bias.is_some() || columns.log2_sizes.is_some() || masked {
-            for (index, column) in tile.data.chunks_exact_mut(self.leading).take(columns.count).enumerate() {
-                self.adjust(block, columns, index, column);
-            }
+            let columns_of = tile.data.chunks_exact_mut(self.leading).take(columns.count);
+            let mut adjusted = columns_of.enumerate();
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (index, column) in &mut adjusted {
+                        self.adjust(block, columns, index, column);
+                    }
+                },
+            );
         }
         self.tile = data;
     }
 
     /// Adds log2 n and the bias to one column of logits, and hides it from the rows that do not see it.
+    #[inline(always)]
     fn adjust<R: Element<Acc = Q::Acc>>(
         &self,
         block: &Block<Q, R>,

@@ -23,8 +23,6 @@ pub(crate) trait Element: WithDType {
     fn narrow(source: &[Self::Acc], target: &mut [Self]);
     /// The slice itself where nothing needs widening.
     fn as_acc(source: &[Self]) -> Option<&[Self::Acc]>;
-    /// Whether no number of the row is NaN or infinite.
-    fn finite_row(row: &[Self]) -> bool;
 }
 
 /// f32 or f64 arithmetic, written so that loops over it vectorise.
@@ -129,10 +127,6 @@ macro_rules! accumulator {
             }
             fn as_acc(source: &[Self]) -> Option<&[Self]> {
                 Some(source)
-            }
-            #[inline(always)]
-            fn finite_row(row: &[Self]) -> bool {
-                super::fold::all_finite(row)
             }
         }
 
@@ -394,12 +388,6 @@ impl Element for half::f16 {
     fn as_acc(_: &[Self]) -> Option<&[f32]> {
         None
     }
-    #[inline(always)]
-    fn finite_row(row: &[Self]) -> bool {
-        const EXPONENT: u16 = 0x7c00;
-        !row.iter()
-            .fold(false, |bad, x| bad | (x.to_bits() & EXPONENT == EXPONENT))
-    }
 }
 
 impl Element for half::bf16 {
@@ -422,12 +410,6 @@ impl Element for half::bf16 {
     fn as_acc(_: &[Self]) -> Option<&[f32]> {
         None
     }
-    #[inline(always)]
-    fn finite_row(row: &[Self]) -> bool {
-        const EXPONENT: u16 = 0x7f80;
-        !row.iter()
-            .fold(false, |bad, x| bad | (x.to_bits() & EXPONENT == EXPONENT))
-    }
 }
 
 /// Rounds to bf16, ties to even; a NaN stays one.
@@ -441,7 +423,7 @@ pub(crate) fn bf16_bits(x: f32) -> u16 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use half::{bf16, f16};
+    use half::bf16;
 
     #[test]
     fn bf16_converts_as_half_does() {
@@ -450,11 +432,6 @@ mod tests {
             let x = bf16::from_bits(bits);
             bf16::widen(&[x], &mut wide);
             assert!(wide[0] == x.to_f32() || (wide[0].is_nan() && x.is_nan()), "{bits:#x}");
-            assert_eq!(bf16::finite_row(&[x]), x.is_finite());
-            assert_eq!(
-                f16::finite_row(&[f16::from_bits(bits)]),
-                f16::from_bits(bits).is_finite()
-            );
             // Halfway to the next number, on it, and just beside it.
             for low in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
                 let x = f32::from_bits(u32::from(bits) << 16 | low);

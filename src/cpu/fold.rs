@@ -32,6 +32,7 @@ impl<A: Accumulator> ChainFold<A> {
     }
 
     /// Steps to the next token, into which the one before is folded when `merged`.
+    #[inline(always)]
     pub fn step<T: Element<Acc = A>>(&mut self, merged: bool, key: &[T], value: &[T]) {
         if !merged || self.fold == Fold::Drop {
             T::widen(key, &mut self.key);
@@ -123,6 +124,7 @@ impl<A: Accumulator> ChainFold<A> {
     }
 }
 
+#[inline(always)]
 fn pair_sum<T: Element>(folded: &mut [T::Acc], raw: &mut [T::Acc], next: &[T]) {
     folded.copy_from_slice(raw);
     T::widen(next, raw);
@@ -131,6 +133,7 @@ fn pair_sum<T: Element>(folded: &mut [T::Acc], raw: &mut [T::Acc], next: &[T]) {
     }
 }
 
+#[inline(always)]
 fn running_mean<A: Accumulator>(mean: &mut [A], next: &[A], size: usize) {
     let (size, inverse) = (A::of(size as f64), A::ONE / A::of((size + 1) as f64));
     for (m, x) in mean.iter_mut().zip(next) {
@@ -140,6 +143,7 @@ fn running_mean<A: Accumulator>(mean: &mut [A], next: &[A], size: usize) {
 
 /// Replaces a key or value that is not finite by a NaN key and a zero value: whoever sees the column becomes NaN
 /// through its logit, and nobody else is touched by 0 * NaN. Returns whether it did.
+#[inline(always)]
 pub(crate) fn quarantine<A: Accumulator>(key: &mut [A], value: &mut [A]) -> bool {
     let bad = !(all_finite(key) && all_finite(value));
     if bad {
@@ -164,6 +168,9 @@ pub(crate) fn all_finite<A: Accumulator>(row: &[A]) -> bool {
     }
     checks.iter().all(|check| *check == A::ZERO)
 }
+
+/// Rows that are asked for before they are read: the hardware does not follow strides of some KiB.
+pub(crate) const AHEAD: usize = 8;
 
 /// Folded keys and values with log2 n of each.
 struct FoldedRows<A> {
@@ -217,7 +224,7 @@ pub(crate) struct FarColumns<A: Accumulator> {
     pub columns: usize,
     /// Keys and values as bf16 pairs, in place of `far`.
     pub packed: Option<Packed>,
-    /// Whether no raw key or value row of the head is NaN or infinite.
+    /// Whether no folded key or value of the head, and so no raw one, is NaN or infinite.
     pub clean: bool,
 }
 
@@ -233,11 +240,7 @@ impl<A: Accumulator> FarColumns<A> {
     ) -> Self {
         let hidden = bits.iter().filter(|bit| **bit == 1).count();
         let mut columns = room.unwrap_or_default();
-        columns.columns = tokens - hidden;
-        columns.clean = super::vectorized(
-            #[inline(always)]
-            || rows_finite(keys, tokens) && rows_finite(values, tokens),
-        );
+        (columns.columns, columns.clean) = (tokens - hidden, true);
         let rows = if pairs.is_none() { columns.columns } else { 1 };
         columns.far.start(rows, keys.dim);
         columns.hidden.start(hidden, keys.dim);
@@ -260,12 +263,16 @@ impl<A: Accumulator> FarColumns<A> {
         tokens: usize,
         fold: Fold,
     ) {
-        let mut chain = ChainFold::new(fold, keys.dim);
+        let (mut chain, mut left) = (ChainFold::new(fold, keys.dim), vec![A::ZERO; keys.dim]);
         let (mut merged, mut far, mut hidden) = (false, 0, 0);
         for t in 0..tokens {
+            keys.prefetch_row(t + AHEAD);
+            values.prefetch_row(t + AHEAD);
             let hides = bits.get(t) == Some(&1);
-            let folds = fold != Fold::Drop && (merged || hides);
-            if folds {
+            // A chain of one is its token; a pair sum needs none.
+            let chained = fold == Fold::Mean && (merged || hides);
+            let summed = fold == Fold::PairSum && merged;
+            if chained {
                 chain.step(merged, keys.row(t), values.row(t));
             }
             merged = hides;
@@ -276,23 +283,26 @@ impl<A: Accumulator> FarColumns<A> {
                 (false, Some(_)) => (&mut self.far, 0),
             };
             let (key, value) = rows.row_mut(row);
-            if folds {
+            if chained {
                 key.copy_from_slice(&chain.key);
                 value.copy_from_slice(&chain.value);
             } else {
                 T::widen(keys.row(t), key);
                 T::widen(values.row(t), value);
             }
-            // A sum of finite numbers need not be finite.
-            if folds || !self.clean {
-                quarantine(key, value);
+            if summed {
+                for (x, row) in [(&mut *key, keys.row(t - 1)), (&mut *value, values.row(t - 1))] {
+                    T::widen(row, &mut left);
+                    x.iter_mut().zip(&left).for_each(|(x, y)| *x += *y);
+                }
             }
+            self.clean &= !quarantine(key, value);
             if let (false, Some(packed)) = (hides, &mut self.packed) {
                 packed.push(A::singles(key), A::singles(value));
             }
             if fold == Fold::Mean {
                 // Of a size of 1 nothing is computed.
-                let size = if folds { chain.size } else { 1 };
+                let size = if chained { chain.size } else { 1 };
                 rows.log2_sizes.push(match size {
                     1 => A::ZERO,
                     size => A::of((size as f64).log2()),
@@ -377,14 +387,4 @@ pub(crate) fn unfold<A: Accumulator>(fold: Fold, gradients: &mut [A], bits: &[u8
             }
         }
     }
-}
-
-#[inline(always)]
-fn rows_finite<T: Element>(rows: &HeadRows<T>, tokens: usize) -> bool {
-    for token in 0..tokens {
-        if !T::finite_row(rows.row(token)) {
-            return false;
-        }
-    }
-    true
 }
