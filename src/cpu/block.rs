@@ -18,7 +18,7 @@ pub(crate) struct BlockReader<'a, Q: Element> {
     pub settings: Settings<'a, Q::Acc>,
     /// Rows of a block, a multiple of [`LANES`]: the leading dimension of `queries` and `tile`.
     pub leading: usize,
-    /// How far rows lie apart: D, padded with zeros where products are not made in pairs.
+    /// How far rows lie apart: D, padded with zeros.
     pub width: usize,
     /// Queries (rows, width), folded and multiplied by scale * log2(e).
     pub query_rows: Aligned<Q::Acc>,
@@ -41,7 +41,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         let tile_columns = columns
             .next_multiple_of(EDGE_COLUMNS)
             .clamp(EDGE_COLUMNS, settings.far_columns());
-        let width = if settings.pairs.is_none() { padded(dim) } else { dim };
+        let width = padded(dim);
         Self {
             settings,
             leading,
@@ -93,7 +93,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             },
         );
         if let Some((products, _)) = &mut self.products {
-            products.load_queries(Q::Acc::singles(&self.query_rows), dim);
+            products.load_queries(Q::Acc::singles(&self.query_rows), (dim, width));
         }
         vectorized(
             #[inline(always)]
@@ -207,7 +207,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
                 _ if packed || kind == ColumnKind::FarForAll => 0,
                 _ => (far.token(start) + lag).saturating_sub(rows.start) / LANES * LANES,
             };
-            let (keys, values) = match packed {
+            let (keys, values) = match packed && !self.settings.gradients {
                 true => Default::default(),
                 false => far.rows(start..end, &mut scratch),
             };

@@ -210,11 +210,21 @@ pub(crate) struct Edge<'e, A> {
     pub log2_size: A,
 }
 
+/// How far columns are gathered.
+#[derive(Clone, Copy)]
+pub(crate) enum Layout {
+    Rows,
+    /// As bf16 pairs, in place of rows.
+    Pairs(Pairs),
+    /// As rows; keys and values also as bf16 pairs, to be multiplied by rows of queries and of output gradients.
+    Gradients(Pairs),
+}
+
 /// What merging leaves of one list of heads that share keys, values and bits, in the accumulator's dtype. Columns are in
 /// token order; which of them a row sees is a prefix.
 #[derive(Default)]
 pub(crate) struct FarColumns<A: Accumulator> {
-    /// The tokens that are not hidden; a single row where they are packed.
+    /// The tokens that are not hidden; a single row where they are packed alone.
     far: FoldedRows<A>,
     /// The others.
     hidden: FoldedRows<A>,
@@ -222,8 +232,10 @@ pub(crate) struct FarColumns<A: Accumulator> {
     /// The token index of each column; None where nothing is hidden.
     pub tokens: Option<Vec<u32>>,
     pub columns: usize,
-    /// Keys and values as bf16 pairs, in place of `far`.
+    /// Keys and values as bf16 pairs: see [`Layout`].
     pub packed: Option<Packed>,
+    /// Values as the keys of bf16 pairs.
+    pub packed_values: Option<Packed>,
     /// Whether no folded key or value of the head, and so no raw one, is NaN or infinite.
     pub clean: bool,
 }
@@ -235,19 +247,30 @@ impl<A: Accumulator> FarColumns<A> {
         bits: &[u8],
         tokens: usize,
         fold: Fold,
-        pairs: Option<Pairs>,
+        layout: Layout,
         room: Option<Self>,
     ) -> Self {
         let hidden = bits.iter().filter(|bit| **bit == 1).count();
         let mut columns = room.unwrap_or_default();
         (columns.columns, columns.clean) = (tokens - hidden, true);
-        let rows = if pairs.is_none() { columns.columns } else { 1 };
-        columns.far.start(rows, keys.dim);
-        columns.hidden.start(hidden, keys.dim);
-        columns.packed = pairs.map(|pairs| Packed::new(pairs, keys.dim, columns.columns));
+        let (dim, count) = (keys.dim, columns.columns);
+        let rows = match layout {
+            Layout::Rows => count,
+            Layout::Pairs(pairs) => {
+                columns.packed = Some(Packed::new(pairs, dim, count));
+                1
+            }
+            Layout::Gradients(pairs) => {
+                columns.packed = Some(Packed::keys_only(pairs, dim, count));
+                columns.packed_values = Some(Packed::keys_only(pairs, dim, count));
+                count
+            }
+        };
+        columns.far.start(rows, dim);
+        columns.hidden.start(hidden, dim);
         super::vectorized(
             #[inline(always)]
-            || columns.fill(keys, values, bits, tokens, fold),
+            || columns.fill(keys, values, bits, tokens, (fold, rows)),
         );
         let kept = || (0..tokens as u32).filter(|t| bits.get(*t as usize) != Some(&1));
         columns.tokens = (hidden > 0).then(|| kept().collect());
@@ -261,7 +284,7 @@ impl<A: Accumulator> FarColumns<A> {
         values: &HeadRows<T>,
         bits: &[u8],
         tokens: usize,
-        fold: Fold,
+        (fold, room): (Fold, usize),
     ) {
         let (mut chain, mut left) = (ChainFold::new(fold, keys.dim), vec![A::ZERO; keys.dim]);
         let (mut merged, mut far, mut hidden) = (false, 0, 0);
@@ -276,11 +299,10 @@ impl<A: Accumulator> FarColumns<A> {
                 chain.step(merged, keys.row(t), values.row(t));
             }
             merged = hides;
-            let (rows, row) = match (hides, &self.packed) {
-                (true, _) => (&mut self.hidden, hidden),
-                (false, None) => (&mut self.far, far),
-                // A packed column passes through as the only one.
-                (false, Some(_)) => (&mut self.far, 0),
+            let (rows, row) = match hides {
+                true => (&mut self.hidden, hidden),
+                // A column that is packed alone passes through the only row.
+                false => (&mut self.far, far.min(room - 1)),
             };
             let (key, value) = rows.row_mut(row);
             if chained {
@@ -297,8 +319,13 @@ impl<A: Accumulator> FarColumns<A> {
                 }
             }
             self.clean &= !quarantine(key, value);
-            if let (false, Some(packed)) = (hides, &mut self.packed) {
-                packed.push(A::singles(key), A::singles(value));
+            match (hides, &mut self.packed, &mut self.packed_values) {
+                (true, ..) | (_, None, _) => {}
+                (_, Some(packed), None) => packed.push(A::singles(key), A::singles(value)),
+                (_, Some(packed), Some(packed_values)) => {
+                    packed.push_key(A::singles(key));
+                    packed_values.push_key(A::singles(value));
+                }
             }
             if fold == Fold::Mean {
                 // Of a size of 1 nothing is computed.
@@ -313,7 +340,7 @@ impl<A: Accumulator> FarColumns<A> {
                 false => far += 1,
             }
         }
-        if let Some(packed) = &mut self.packed {
+        if let (Some(packed), None) = (&mut self.packed, &self.packed_values) {
             packed.finish();
         }
         self.sizes_differ = self.far.log2_sizes.iter().any(|size| *size != A::ZERO);
