@@ -45,7 +45,29 @@ SFA_DEVICE void load_rows(const hw::Tile& tile, const Halves& source, int64_t fi
     }
 }
 
-// The same for one word per row.
+// The same where row r is token `tokens[r]` of a list, words of `stride` bytes: `first` is where token 0 starts.
+template <int D, int ROWS, int THREADS, bool FULL>
+SFA_DEVICE void load_listed_rows(const hw::Tile& tile, const Halves& source, int64_t first, uint32_t token_stride,
+                                 const hw::Tile& tokens, uint32_t stride, int count, uint32_t dim) {
+    constexpr uint32_t GROUP = Layout<D>::GROUP, CHUNKS = GROUP / 16, STEP = THREADS / CHUNKS;
+    static_assert(ROWS % STEP == 0 && STEP % 8 == 0, "every pass has the same swizzle");
+    uint32_t row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    uint32_t target = hw::lane_offset(Layout<D>::chunk(row, chunk));
+    first += chunk * 8;
+#pragma unroll
+    for (uint32_t pass = 0; pass < ROWS / STEP; pass++) {
+        uint32_t token = hw::load<uint32_t>(tokens, (row + pass * STEP) * stride);
+        int64_t index = first + int64_t(uint64_t(token) * token_stride);
+#pragma unroll
+        for (uint32_t group = 0; group < Layout<D>::ROW / GROUP; group++) {
+            bool valid = (FULL || int(row + pass * STEP) < count) && (group * CHUNKS + chunk) * 8 < dim;
+            uint32_t offset = target + pass * STEP * Layout<D>::ROW + group * GROUP;
+            hw::copy_async(tile, offset, source, index + group * CHUNKS * 8, valid);
+        }
+    }
+}
+
+// One word per row.
 template <int ROWS, class View>
 SFA_DEVICE void load_words(const hw::Tile& tile, const View& source, int64_t first, int count) {
     if (threadIdx.x < ROWS) hw::copy_async_word(tile, threadIdx.x * 4, source, first + threadIdx.x, int(threadIdx.x) < count);
@@ -78,11 +100,19 @@ struct Fragments {
     }
 };
 
-// c[m][n] (16 rows, 8 columns) += left rows times right rows (transposed fragments), over D. LIMITED: of the right rows
-// only the first `count` are wanted.
+// Part of a tile's columns, [begin, end).
+struct Span {
+    int begin, end;
+
+    // Whether it has some of 16 columns from `first` on.
+    SFA_DEVICE bool touches(int first) const { return first < end && first + 16 > begin; }
+};
+
+// c[m][n] (16 rows, 8 columns) += left rows times right rows (transposed fragments), over D. LIMITED: only right rows of
+// `span` are wanted.
 template <class T, int D, int MT, int NT, bool LIMITED = false>
 SFA_DEVICE void multiply_rows(float (&c)[MT][NT][4], const Fragments<D>& left_rows, const hw::Tile& left,
-                              const Fragments<D>& right_rows, const hw::Tile& right, int count = 0) {
+                              const Fragments<D>& right_rows, const hw::Tile& right, Span span = {}) {
     const Fragments<D> left_at = left_rows.here(), right_at = right_rows.here();
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
@@ -91,7 +121,7 @@ SFA_DEVICE void multiply_rows(float (&c)[MT][NT][4], const Fragments<D>& left_ro
         for (int m = 0; m < MT; m++) hw::load_matrices(a[m], left, left_at.at(m * 16, k));
 #pragma unroll
         for (int n = 0; n < NT / 2; n++) {
-            if (LIMITED && n * 16 >= count) break;
+            if (LIMITED && !span.touches(n * 16)) continue;
             uint32_t b[4];
             hw::load_matrices(b, right, right_at.at(n * 16, k));
 #pragma unroll
@@ -103,15 +133,15 @@ SFA_DEVICE void multiply_rows(float (&c)[MT][NT][4], const Fragments<D>& left_ro
     }
 }
 
-// c[m][d] (16 rows, 8 of D) += weights (rows x tile rows), rounded to T, times the tile. LIMITED: weights from `count` on
-// are 0.
+// c[m][d] (16 rows, 8 of D) += weights (rows x tile rows), rounded to T, times the tile. LIMITED: weights outside of
+// `span` are 0.
 template <class T, int D, int MT, int NT, bool LIMITED = false>
 SFA_DEVICE void multiply_weights(float (&c)[MT][D / 8][4], const Fragments<D>& rows, const float (&weights)[MT][NT][4],
-                                 const hw::Tile& right, int count = 0) {
+                                 const hw::Tile& right, Span span = {}) {
     const Fragments<D> at = rows.here();
 #pragma unroll
     for (int k = 0; k < NT / 2; k++) {
-        if (LIMITED && k * 16 >= count) break;
+        if (LIMITED && !span.touches(k * 16)) continue;
         uint32_t a[MT][4];
 #pragma unroll
         for (int m = 0; m < MT; m++) {

@@ -5,15 +5,18 @@
 
 #include "backward_block.cuh"
 
-// Where gradients of columns go: sums for the fold to take home, or, where columns are tokens, done as they are.
+// Where gradients of columns go: sums for the fold to take home, or, where columns are tokens, done as they are. Either
+// way where LISTED at their tokens.
 struct ColumnTarget {
     Global<float> sums;
     Global<uint16_t> done;
 };
 
-// WARPS warps of 16 * MT columns; tiles of NB rows.
-template <class T, int D, int MT, int WARPS, int NB>
+// WARPS warps of 16 * MT columns; tiles of NB rows. LISTED (see params.cuh): columns are tokens that stay, or `near` in
+// this file's terms, hidden ones.
+template <class T, int D, int MT, int WARPS, int NB, bool LISTED>
 struct FusedGradients {
+    static constexpr bool IS_LISTED = LISTED;
     static constexpr int THREADS = 32 * WARPS, COLUMNS = 16 * MT * WARPS, NT = NB / 8, R = 2 * MT;
     // Keys, values; two stages of queries, output gradients, log-sum-exps and deltas; gradients of logits; four words
     // per column.
@@ -28,18 +31,27 @@ struct FusedGradients {
     bool near;
     uint32_t batch, kv_head;
     int64_t list;
-    int first;
+    int first, count;
     hw::Tile k, v, logits, words;
     Fragments<D> own_columns, row_rows, right_rows;
     Fragments<NB> logit_rows;
     float dk[MT][D / 8][4], dv[MT][D / 8][4];
     int lane, warp;
 
-    // `unit`: batch * lists + list.
-    SFA_DEVICE FusedGradients(const AttentionParams& p, const BackwardTensors& x, uint32_t unit, int column, bool near)
-        : p(p), x(x), near(near), first(column), own_columns(false, threadIdx.x / 32 * 16 * MT), row_rows(true, 0),
+    // `unit`: batch * lists + list; `block`: of its columns.
+    SFA_DEVICE FusedGradients(const AttentionParams& p, const BackwardTensors& x, uint32_t unit, int block, bool is_near)
+        : p(p), x(x), near(is_near), list(unit), first(block * COLUMNS), own_columns(false, threadIdx.x / 32 * 16 * MT), row_rows(true, 0),
           right_rows(false, 0), logit_rows(true, 0), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {
-        batch = unit / p.sizes.lists, list = unit;
+        int64_t tokens = p.sizes.tokens;
+        int columns = near || p.dense ? int(tokens) : int(x.far_before[list * (tokens + 1) + tokens]);
+        if (LISTED) {
+            // Blocks of tokens that stay come first: most rows see these.
+            int stay_end = (columns + COLUMNS - 1) / COLUMNS * COLUMNS;
+            near = first >= stay_end;
+            if (near) first -= stay_end, columns = int(tokens) - columns;
+        }
+        count = min(COLUMNS, columns - first);
+        batch = unit / p.sizes.lists;
         kv_head = unit % p.sizes.lists / (p.sizes.lists / p.sizes.kv_heads);
         k = hw::tile(0, OWN), v = hw::tile(OWN, OWN);
         logits = hw::tile(LOGITS_AT, LOGITS), words = hw::tile(WORDS_AT, COLUMNS * 16);
@@ -49,22 +61,40 @@ struct FusedGradients {
     }
 
     SFA_DEVICE ColumnRows rows_of(int column) const {
-        return ColumnRows(p, x.far_before, x.far_index, x.far_ln, list, column, near);
+        if constexpr (!LISTED) return ColumnRows(p, x.far_before, x.far_index, x.far_ln, list, column, near);
+        int tokens = int(p.sizes.tokens);
+        if (column >= first + count) return ColumnRows{tokens, tokens, tokens, 0};
+        int token = int(x.far_index[list * p.capacity + (near ? tokens - 1 - column : column)]);
+        return ColumnRows{token, token, near ? min(tokens, token + int(p.window) + 1) : tokens, 0};
     }
 
-    SFA_DEVICE void load_columns(int count) {
+    SFA_DEVICE void load_columns() {
         uint32_t dim = p.sizes.head_dim;
+        if (threadIdx.x < COLUMNS) {
+            ColumnRows mine = rows_of(first + threadIdx.x);
+            uint4 word{uint32_t(mine.token), uint32_t(mine.begin), uint32_t(mine.end), __float_as_uint(mine.addend)};
+            hw::store(words, threadIdx.x * 16, word);
+        }
+        if constexpr (LISTED) {
+            __syncthreads();
+            int64_t key = p.k.at(batch, kv_head, 0), value = p.v.at(batch, kv_head, 0);
+            load_listed_rows<D, COLUMNS, THREADS, false>(k, x.k, key, uint32_t(p.k.token_stride), words, 16, count, dim);
+            load_listed_rows<D, COLUMNS, THREADS, false>(v, x.v, value, uint32_t(p.v.token_stride), words, 16, count, dim);
+            return;
+        }
         bool raw = near || p.dense;
         int64_t index = (list * p.capacity + first) * dim;
         int64_t key = raw ? p.k.at(batch, kv_head, first) : index, value = raw ? p.v.at(batch, kv_head, first) : index;
         int64_t key_stride = raw ? p.k.token_stride : dim, value_stride = raw ? p.v.token_stride : dim;
         load_rows<D, COLUMNS, THREADS, false>(k, raw ? x.k : x.far_k, key, key_stride, count, dim);
         load_rows<D, COLUMNS, THREADS, false>(v, raw ? x.v : x.far_v, value, value_stride, count, dim);
-        if (threadIdx.x < COLUMNS) {
-            ColumnRows mine = rows_of(first + threadIdx.x);
-            uint4 word{uint32_t(mine.token), uint32_t(mine.begin), uint32_t(mine.end), __float_as_uint(mine.addend)};
-            hw::store(words, threadIdx.x * 16, word);
-        }
+    }
+
+    // Whether any of `columns` columns from `own` on is seen by a row of the tile: both borders only ever rise.
+    SFA_DEVICE bool seen(int own, int columns, int row) const {
+        if (own >= count) return false;
+        uint4 one = hw::load<uint4>(words, own * 16), last = hw::load<uint4>(words, (min(own + columns, count) - 1) * 16);
+        return int(one.y) < row + NB && int(last.z) > row;
     }
 
     // One tile of a stage: queries, output gradients, log-sum-exps, deltas.
@@ -135,7 +165,8 @@ struct FusedGradients {
         }
     }
 
-    // This warp's part of the gradients of the tile's queries, added to memory.
+    // This warp's part of the gradients of the tile's queries, added to memory. FULL: as for `weigh`.
+    template <bool FULL>
     SFA_DEVICE void add_queries(const Global<float>& dq, const HeadIndex& at, int row) const {
         float sums[MQ][PART / 8][4];
 #pragma unroll
@@ -148,6 +179,7 @@ struct FusedGradients {
         right.first += part / 16 / Fragments<D>::PAIRS * Layout<D>::GROUP;
 #pragma unroll
         for (int c = 0; c < COLUMNS / 16; c++) {
+            if (!FULL && !seen(c * 16, 16, row)) continue;
             uint32_t a[MQ][4];
 #pragma unroll
             for (int m = 0; m < MQ; m++) hw::load_matrices_transposed(a[m], logits, left.at(c * 16, m));
@@ -184,22 +216,27 @@ struct FusedGradients {
 #pragma unroll
         for (int i = 0; i < MT * NT * 4; i++)
             s[i / (NT * 4)][i / 4 % NT][i % 4] = 0, grads[i / (NT * 4)][i / 4 % NT][i % 4] = 0;
-        multiply_rows<T, D, MT, NT>(s, own_columns, k, row_rows, q);
-        multiply_rows<T, D, MT, NT>(grads, own_columns, v, row_rows, grad);
-        weigh<FULL>(s, grads, at, row, stage);
-        share(grads);
-        multiply_weights<T, D, MT, NT>(dv, right_rows, s, grad);
-        multiply_weights<T, D, MT, NT>(dk, right_rows, grads, q);
+        if (FULL || seen(warp * 16 * MT, 16 * MT, row)) {
+            multiply_rows<T, D, MT, NT>(s, own_columns, k, row_rows, q);
+            multiply_rows<T, D, MT, NT>(grads, own_columns, v, row_rows, grad);
+            weigh<FULL>(s, grads, at, row, stage);
+            share(grads);
+            multiply_weights<T, D, MT, NT>(dv, right_rows, s, grad);
+            multiply_weights<T, D, MT, NT>(dk, right_rows, grads, q);
+        } else {
+            share(grads);
+        }
         __syncthreads();
-        add_queries(dq, at, row);
+        add_queries<FULL>(dq, at, row);
     }
 
-    SFA_DEVICE void store(const ColumnTarget& target, const float (&sums)[MT][D / 8][4], float factor, int count) const {
+    SFA_DEVICE void store(const ColumnTarget& target, const float (&sums)[MT][D / 8][4], float factor) const {
 #pragma unroll
         for (int r = 0; r < R; r++) {
             int column = warp * 16 * MT + r * 8 + lane / 4;
             if (column >= count) continue;
-            int64_t at = (list * p.sizes.tokens + first + column) * p.sizes.head_dim;
+            int index = LISTED ? hw::load<int>(words, column * 16) : first + column;
+            int64_t at = (list * p.sizes.tokens + index) * p.sizes.head_dim;
 #pragma unroll
             for (int d = 0; d < D / 8; d++) {
                 uint32_t element = d * 8 + lane % 4 * 2;
@@ -212,11 +249,8 @@ struct FusedGradients {
     }
 
     SFA_DEVICE void run(const Global<float>& dq, const ColumnTarget& keys, const ColumnTarget& values) {
-        int64_t tokens = p.sizes.tokens;
-        int columns = near || p.dense ? int(tokens) : int(x.far_before[list * (tokens + 1) + tokens]);
-        int count = min(COLUMNS, columns - first);
         if (count <= 0) return;
-        load_columns(count);
+        load_columns();
         hw::copy_commit();
         ColumnRows head_column = rows_of(first), last = rows_of(first + count - 1);
         int begin = head_column.begin / NB * NB, end = last.end, full_end = head_column.end - NB;
@@ -237,7 +271,7 @@ struct FusedGradients {
         }
         // Where no row sees these columns their copies are still under way.
         hw::copy_wait<0>();
-        store(keys, dk, p.scale * p.scale_sign * LN_2, count);
-        store(values, dv, 1.f, count);
+        store(keys, dk, p.scale * p.scale_sign * LN_2);
+        store(values, dv, 1.f);
     }
 };
