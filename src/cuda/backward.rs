@@ -1,6 +1,7 @@
-//! Launches of `cuda/backward.cu`, `cuda/backward_fused.cu` and `cuda/backward_f32.cu`: gradients of the columns and of the
-//! (folded) queries.
+//! Launches of `cuda/backward.cu`, `backward_fused.cu`, `backward_listed.cu` and `backward_f32.cu`: gradients of the
+//! columns and of the (folded) queries.
 
+use super::fold::rows_of_warp;
 use super::forward::{Attended, AttentionCall};
 use super::gpu::{Gpu, GpuElement, Kernel, Launch};
 use super::params::AttentionParams;
@@ -61,7 +62,7 @@ pub(crate) fn fuses<G: Gpu, T: GpuElement>(gpu: &G, problem: &Problem, options: 
 /// Columns of a block of the fused kernels.
 const COLUMNS: usize = 128;
 
-/// One instance of the fused kernels: as `FUSED_DTYPE` in `cuda/backward_fused.cu`.
+/// One instance of the fused kernels: as in `cuda/backward_fused.cu` and `backward_listed.cu`.
 struct Fused {
     dim: usize,
     threads: usize,
@@ -93,7 +94,7 @@ impl Fused {
     /// `WORDS_AT` in `cuda/backward_fused.cuh`, and the words.
     fn shared_bytes(&self) -> usize {
         let stage = self.rows * (2 * 2 * self.dim + 2 * 4);
-        COLUMNS * (2 * 2 * self.dim + 2 * self.rows + 16) + 2 * stage
+        COLUMNS * (2 * 2 * self.dim + 2 * 2 * self.rows + 16) + 2 * stage
     }
 }
 
@@ -131,8 +132,13 @@ pub(crate) fn backward<G: Gpu, T: GpuElement>(
         gpu.write(&mut delta),
         gpu.value(&params),
     ];
+    let rows_of_warp = if T::HALF {
+        rows_of_warp(call.problem.head_dim)
+    } else {
+        1
+    };
     let launch = Launch {
-        grid: [rows.div_ceil(4), 1, 1],
+        grid: [rows.div_ceil(THREADS / 32 * rows_of_warp), 1, 1],
         threads: THREADS,
         shared_bytes: 0,
     };
@@ -260,8 +266,14 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
             }
         }
         args.push(self.gpu.value(&self.params));
-        let name = format!("backward_fused_{}_{}_{kind}", fused.dim, T::SUFFIX);
-        self.gpu.launch(&Kernel::plain("backward_fused", &name), launch, &args)
+        let kernel = match kind {
+            "listed" => Kernel::of::<T>("backward_listed", &format!("backward_listed_{}", fused.dim)),
+            _ => Kernel::plain(
+                "backward_fused",
+                &format!("backward_fused_{}_{}_{kind}", fused.dim, T::SUFFIX),
+            ),
+        };
+        self.gpu.launch(&kernel, launch, &args)
     }
 
     /// A pair of tiles of 64 rows, and one or two stages of another pair with two words per row: `stages` in

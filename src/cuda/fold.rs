@@ -12,7 +12,7 @@ const MODULE: &str = "fold";
 const SCAN_THREADS: usize = 32 * 32;
 
 /// Rows that share a warp: `Lanes` in cuda/warp_row.cuh.
-fn rows_of_warp(head_dim: usize) -> usize {
+pub(super) fn rows_of_warp(head_dim: usize) -> usize {
     match head_dim {
         0..=64 => 4,
         65..=128 => 2,

@@ -1,4 +1,4 @@
-//! Launches of `cuda/forward.cu` and `cuda/forward_f32.cu`: attention over the columns that folding left.
+//! Launches of `cuda/forward.cu`, `forward_listed.cu`, `forward_spread.cu` and `forward_f32.cu`: attention over the columns that folding left.
 
 use super::backward::padded;
 use super::gpu::{Gpu, GpuElement, Kernel, Launch};
@@ -152,15 +152,15 @@ struct Instance {
 pub(super) const LARGEST_LISTED: usize = 128;
 
 impl Instance {
-    /// The smallest that holds the head size; as `FORWARD_DTYPE` in cuda/forward.cu has them.
+    /// The smallest that holds the head size; as `FORWARD_DTYPE` in cuda/forward.cu and forward_listed.cu has them.
     fn pick(head_dim: usize, extras: bool, listed: bool) -> Self {
         let (name, dim, rows, columns) = match (head_dim, extras, listed) {
-            (..=64, _, true) => ("forward_64_listed", 64, 128, 64),
-            (..=96, _, true) => ("forward_96_listed", 96, 128, 32),
-            (_, _, true) => ("forward_128_listed", 128, 128, 32),
+            (..=64, _, true) => ("forward_listed_64", 64, 128, 64),
+            (..=96, _, true) => ("forward_listed_96", 96, 128, 32),
+            (_, _, true) => ("forward_listed_128", 128, 128, 64),
             (..=64, false, _) => ("forward_64", 64, 128, 64),
             (..=96, false, _) => ("forward_96", 96, 128, 32),
-            (..=128, false, _) => ("forward_128", 128, 128, 32),
+            (..=128, false, _) => ("forward_128", 128, 128, 64),
             (_, false, _) => ("forward_256", 256, 64, 32),
             (..=64, true, _) => ("forward_64_extras", 64, 128, 32),
             (..=128, true, _) => ("forward_128_extras", 128, 64, 32),
@@ -184,7 +184,7 @@ impl Instance {
 
 /// Threads of a block of every forward kernel.
 const THREADS: usize = 128;
-/// `SPREAD_WARPS` of `cuda/forward.cu`.
+/// `SPREAD_WARPS` of `cuda/forward_spread.cu`.
 const SPREAD_THREADS: usize = 8 * 32;
 /// Rows of a block of the f32 kernels.
 const F32_ROWS: usize = 32;
@@ -216,7 +216,8 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
         true => {
             let instance = Instance::pick(head_dim, call.extras(), call.listed());
             let shared_bytes = instance.shared_bytes();
-            ("forward", instance.name.to_string(), instance.rows, shared_bytes)
+            let module = if instance.listed { "forward_listed" } else { "forward" };
+            (module, instance.name.to_string(), instance.rows, shared_bytes)
         }
         false => ("forward_f32", format!("forward_{}", padded(head_dim)), F32_ROWS, 0),
     };
@@ -265,5 +266,5 @@ fn spread_nan<G: Gpu, T: GpuElement>(
         shared_bytes: SPREAD_THREADS / 32 * 4,
     };
     let args = [gpu.read(first_bad), gpu.write(output), gpu.value(&params)];
-    gpu.launch(&Kernel::plain("forward", "forward_spread_nan"), launch, &args)
+    gpu.launch(&Kernel::plain("forward_spread", "forward_spread_nan"), launch, &args)
 }
