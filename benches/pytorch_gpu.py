@@ -2,7 +2,8 @@
 SFAttention algorithm as it is formulated there: tests of all levels, sweeps, folded tensors and an N x N softmax, forward
 only, up to N = 4096 (its matrices would not fit beyond).
 
-Run: python3 benches/pytorch_gpu.py [longest N]. Needs a CUDA device and PyTorch 2.5 or newer.
+Run: python3 benches/pytorch_gpu.py [LONGEST [SHORTEST [PARTS]]] (N, and some of attention,published,decode; all by
+default). Needs a CUDA device and PyTorch 2.5 or newer.
 """
 
 import statistics
@@ -51,7 +52,7 @@ def name(batch, heads, kv_heads, tokens, dim):
     return f"B {batch} H {heads} Hk {kv_heads} N {tokens:>6} D {dim:>3}"
 
 
-def attention(batch, heads, kv_heads, tokens, dim, product):
+def attention(batch, heads, kv_heads, tokens, dim, product, parts):
     tflop = 4 * batch * heads * tokens * tokens / 2 * dim / 1e12
     grouped = heads != kv_heads
 
@@ -63,8 +64,9 @@ def attention(batch, heads, kv_heads, tokens, dim, product):
 
     q, k, v = tensors(batch, heads, kv_heads, tokens, tokens, dim)
     forward = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    line("forward", timed(forward), tflop)
-    if tokens <= 4096:
+    if "attention" in parts:
+        line("forward", timed(forward), tflop)
+    if "published" in parts and tokens <= 4096:
         line("published dense", timed(lambda: published(q, k, v)), tflop)
     qg, kg, vg = tensors(batch, heads, kv_heads, tokens, tokens, dim, grad=True)
     ones = torch.ones_like(qg)
@@ -73,7 +75,8 @@ def attention(batch, heads, kv_heads, tokens, dim, product):
         out = F.scaled_dot_product_attention(qg, kg, vg, is_causal=True, enable_gqa=grouped)
         torch.autograd.grad(out, (qg, kg, vg), ones)
 
-    line("forward+backward", timed(both), 3.5 * tflop)
+    if "attention" in parts:
+        line("forward+backward", timed(both), 3.5 * tflop)
 
 
 def merge_indicators(q, k, threshold=0.0175, levels=5):
@@ -123,15 +126,17 @@ def decode(batch, heads, kv_heads, tokens, dim, copy):
 
 def main():
     longest = int(sys.argv[1]) if len(sys.argv) > 1 else 65536
+    shortest = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    parts = sys.argv[3].split(",") if len(sys.argv) > 3 else ["attention", "published", "decode"]
     print(f"PyTorch {torch.__version__} on {torch.cuda.get_device_name()}")
     product, copy = ceilings()
     print(f"ceilings: product {product:.0f} TFLOP/s, copy {copy:.2f} TB/s")
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        for tokens in (n for n in (1024, 4096, 16384, 65536) if n <= longest):
+        for tokens in (n for n in (1024, 4096, 16384, 65536) if shortest <= n <= longest):
             for dim, heads in ((64, 32), (128, 16)):
                 for kv_heads in (heads, heads // 4):
-                    attention(min(max(16384 // tokens, 1), 4), heads, kv_heads, tokens, dim, product)
-        for tokens in (n for n in (8192, 16384, 32768, 65536) if n <= longest):
+                    attention(min(max(16384 // tokens, 1), 4), heads, kv_heads, tokens, dim, product, parts)
+        for tokens in (n for n in (8192, 16384, 32768, 65536) if "decode" in parts and shortest <= n <= longest):
             for dim, heads in ((64, 32), (128, 16)):
                 for kv_heads in (heads, heads // 4):
                     decode(4, heads, kv_heads, tokens, dim, copy)

@@ -45,7 +45,30 @@ SFA_DEVICE void load_rows(const hw::Tile& tile, const Halves& source, int64_t fi
     }
 }
 
-// The same for one word per row.
+// The same where row r is token `tokens[r]` of a list, words `stride` bytes apart: `first` is where token 0 starts,
+// and tokens are less than 2^31 elements apart.
+template <int D, int ROWS, int THREADS, bool FULL>
+SFA_DEVICE void load_listed_rows(const hw::Tile& tile, const Halves& source, int64_t first, uint32_t token_stride,
+                                 const hw::Tile& tokens, uint32_t stride, int count, uint32_t dim) {
+    constexpr uint32_t GROUP = Layout<D>::GROUP, CHUNKS = GROUP / 16, STEP = THREADS / CHUNKS;
+    static_assert(ROWS % STEP == 0 && STEP % 8 == 0, "every pass has the same swizzle");
+    uint32_t row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    uint32_t target = hw::lane_offset(Layout<D>::chunk(row, chunk));
+    Halves start = source + (first + chunk * 8);
+#pragma unroll
+    for (uint32_t pass = 0; pass < ROWS / STEP; pass++) {
+        uint32_t token = hw::load<uint32_t>(tokens, (row + pass * STEP) * stride);
+        uint64_t bytes = uint64_t(token) * (2 * token_stride);
+#pragma unroll
+        for (uint32_t group = 0; group < Layout<D>::ROW / GROUP; group++) {
+            bool valid = (FULL || int(row + pass * STEP) < count) && (group * CHUNKS + chunk) * 8 < dim;
+            uint32_t offset = target + pass * STEP * Layout<D>::ROW + group * GROUP;
+            hw::copy_async_bytes(tile, offset, start, bytes + group * GROUP, valid);
+        }
+    }
+}
+
+// One word per row.
 template <int ROWS, class View>
 SFA_DEVICE void load_words(const hw::Tile& tile, const View& source, int64_t first, int count) {
     if (threadIdx.x < ROWS) hw::copy_async_word(tile, threadIdx.x * 4, source, first + threadIdx.x, int(threadIdx.x) < count);
@@ -72,17 +95,32 @@ struct Fragments {
         return copy;
     }
 
+    // The same from number `part` of each row on, which is a multiple of 16.
+    SFA_DEVICE Fragments from(int part) const {
+        Fragments moved = *this;
+        moved.first = (first ^ (part / 16 % PAIRS * 32)) + part / 16 / PAIRS * Layout<D>::GROUP;
+        return moved;
+    }
+
     // Chunks 2 * k and 2 * k + 1 of 16 rows from `row` on.
     SFA_DEVICE uint32_t at(int row, int k) const {
         return (first ^ (k % PAIRS * 32)) + (row * Layout<D>::ROW + k / PAIRS * Layout<D>::GROUP);
     }
 };
 
-// c[m][n] (16 rows, 8 columns) += left rows times right rows (transposed fragments), over D. LIMITED: of the right rows
-// only the first `count` are wanted.
+// Part of a tile's columns, [begin, end).
+struct Span {
+    int begin, end;
+
+    // Whether it has some of 16 columns from `first` on.
+    SFA_DEVICE bool touches(int first) const { return first < end && first + 16 > begin; }
+};
+
+// c[m][n] (16 rows, 8 columns) += left rows times right rows (transposed fragments), over D. LIMITED: only right rows of
+// `span` are wanted.
 template <class T, int D, int MT, int NT, bool LIMITED = false>
 SFA_DEVICE void multiply_rows(float (&c)[MT][NT][4], const Fragments<D>& left_rows, const hw::Tile& left,
-                              const Fragments<D>& right_rows, const hw::Tile& right, int count = 0) {
+                              const Fragments<D>& right_rows, const hw::Tile& right, Span span = {}) {
     const Fragments<D> left_at = left_rows.here(), right_at = right_rows.here();
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
@@ -91,7 +129,7 @@ SFA_DEVICE void multiply_rows(float (&c)[MT][NT][4], const Fragments<D>& left_ro
         for (int m = 0; m < MT; m++) hw::load_matrices(a[m], left, left_at.at(m * 16, k));
 #pragma unroll
         for (int n = 0; n < NT / 2; n++) {
-            if (LIMITED && n * 16 >= count) break;
+            if (LIMITED && !span.touches(n * 16)) continue;
             uint32_t b[4];
             hw::load_matrices(b, right, right_at.at(n * 16, k));
 #pragma unroll
@@ -103,15 +141,15 @@ SFA_DEVICE void multiply_rows(float (&c)[MT][NT][4], const Fragments<D>& left_ro
     }
 }
 
-// c[m][d] (16 rows, 8 of D) += weights (rows x tile rows), rounded to T, times the tile. LIMITED: weights from `count` on
-// are 0.
-template <class T, int D, int MT, int NT, bool LIMITED = false>
-SFA_DEVICE void multiply_weights(float (&c)[MT][D / 8][4], const Fragments<D>& rows, const float (&weights)[MT][NT][4],
-                                 const hw::Tile& right, int count = 0) {
+// c[m][d] (16 rows, 8 of WIDTH columns) += weights (rows x tile rows), rounded to T, times the tile. LIMITED: weights outside of
+// `span` are 0.
+template <class T, int D, int MT, int NT, bool LIMITED = false, int WIDTH = D>
+SFA_DEVICE void multiply_weights(float (&c)[MT][WIDTH / 8][4], const Fragments<D>& rows, const float (&weights)[MT][NT][4],
+                                 const hw::Tile& right, Span span = {}) {
     const Fragments<D> at = rows.here();
 #pragma unroll
     for (int k = 0; k < NT / 2; k++) {
-        if (LIMITED && k * 16 >= count) break;
+        if (LIMITED && !span.touches(k * 16)) continue;
         uint32_t a[MT][4];
 #pragma unroll
         for (int m = 0; m < MT; m++) {
@@ -121,7 +159,7 @@ SFA_DEVICE void multiply_weights(float (&c)[MT][D / 8][4], const Fragments<D>& r
             a[m][3] = T::pack(weights[m][2 * k + 1][2], weights[m][2 * k + 1][3]);
         }
 #pragma unroll
-        for (int d = 0; d < D / 16; d++) {
+        for (int d = 0; d < WIDTH / 16; d++) {
             uint32_t b[4];
             hw::load_matrices_transposed(b, right, at.at(k * 16, d));
 #pragma unroll
@@ -170,17 +208,34 @@ SFA_DEVICE int quarantine(const hw::Tile& keys, const hw::Tile& values, const hw
     return first;
 }
 
+// Which of `blocks` blocks of which of `units` heads or lists a block of the grid takes. Those that share a unit's columns
+// or rows run at about one time, so that the L2 cache holds them; but a few units go together, the longest blocks of all of
+// them first (a unit's first ones), or the last unit's longest would run on alone.
+struct Place {
+    uint32_t unit, block;
+
+    SFA_DEVICE Place(uint32_t index, uint32_t blocks, uint32_t units) {
+        // About two blocks for each that a device runs at a time.
+        constexpr uint32_t TOGETHER = 512;
+        uint32_t most = (TOGETHER + blocks - 1) / blocks, group = index / (most * blocks), inside = index % (most * blocks);
+        uint32_t count = min(most, units - group * most);
+        unit = group * most + inside % count, block = inside / count;
+    }
+};
+
 // Where one (batch, query head) finds its things.
 struct HeadIndex {
     uint32_t batch, head, kv_head;
     int64_t list;        // batch * lists + list
     int64_t batch_head;  // batch * heads + head
 
-    SFA_DEVICE HeadIndex(const AttentionParams& p, uint32_t index) {
-        batch = index / p.sizes.heads, head = index % p.sizes.heads;
+    SFA_DEVICE HeadIndex(const AttentionParams& p, uint32_t index)
+        : HeadIndex(p, index / p.sizes.heads, index % p.sizes.heads) {}
+
+    SFA_DEVICE HeadIndex(const AttentionParams& p, uint32_t batch, uint32_t head) : batch(batch), head(head) {
         kv_head = head / (p.sizes.heads / p.sizes.kv_heads);
         list = int64_t(batch) * p.sizes.lists + (p.sizes.lists == p.sizes.heads ? head : kv_head);
-        batch_head = index;
+        batch_head = int64_t(batch) * p.sizes.heads + head;
     }
 };
 

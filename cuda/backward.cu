@@ -3,18 +3,20 @@
 // up and take them home.
 #include "backward_block.cuh"
 
-// delta = sum of output * grad_output, per row: (B, H, N). One warp per row.
+// delta = sum of output * grad_output, per row: (B, H, N). As many rows share a warp as fit: `rows_of_warp` in
+// src/cuda/fold.rs.
 template <class T>
 __device__ __forceinline__ void row_products(Halves output, Halves grad_output, Global<float> delta,
                                              const AttentionParams& p) {
-    int64_t row = int64_t(blockIdx.x) * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    uint32_t lanes = p.sizes.head_dim <= 64 ? 8 : p.sizes.head_dim <= 128 ? 16 : 32, lane = threadIdx.x % lanes;
+    int64_t row = int64_t(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes;
     bool exists = row < int64_t(p.sizes.batch) * p.sizes.heads * p.sizes.tokens;
     float sum = 0;
     if (exists && lane * 8 < p.sizes.head_dim) {
         int64_t at = row * p.sizes.head_dim + lane * 8;
         sum = hw::dot<T>(load_vector<uint4>(output, at), load_vector<uint4>(grad_output, at), 0.f);
     }
-    for (int mask = 16; mask > 0; mask /= 2) sum += hw::shuffle_xor(sum, mask);
+    for (uint32_t mask = lanes / 2; mask > 0; mask /= 2) sum += hw::shuffle_xor(sum, mask);
     if (exists && lane == 0) delta.set(row, sum);
 }
 

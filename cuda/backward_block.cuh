@@ -240,6 +240,9 @@ struct ColumnRows {
     int token, begin, end;
     float addend;
 
+    SFA_DEVICE ColumnRows(int token, int begin, int end, float addend)
+        : token(token), begin(begin), end(end), addend(addend) {}
+
     // `near`: raw token `column` inside the window. Otherwise far column `column` of the list, or in the dense case a
     // raw token. A column that is not there is seen by no row.
     SFA_DEVICE ColumnRows(const AttentionParams& p, const Words& far_before, const Words& far_index, const Floats& far_ln,

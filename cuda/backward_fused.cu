@@ -1,34 +1,26 @@
 // Attention backward where sums may differ in their last bits: see backward_fused.cuh. The rest is in backward.cu.
 #include "backward_fused.cuh"
 
-template <class Gradients>
-__device__ __forceinline__ void fused(const BackwardTensors& x, const Global<float>& dq, const ColumnTarget& dk,
-                                      const ColumnTarget& dv, const AttentionParams& p, bool near) {
-    uint32_t blocks = (p.sizes.tokens + Gradients::COLUMNS - 1) / Gradients::COLUMNS;
-    Gradients(p, x, blockIdx.x / blocks, blockIdx.x % blocks * Gradients::COLUMNS, near).run(dq, dk, dv);
-}
-
-#define TARGETS                                                                                                       \
-    Global<float> dq, Global<float> dk, Global<float> dv, Global<uint16_t> done_k, Global<uint16_t> done_v,           \
-        AttentionParams p
-#define FUSED(name, T, D, MT, WARPS, NB, BLOCKS)                                                                      \
+#define FUSED(name, T, D, MT, WARPS, SPLIT, NB, BLOCKS)                                                               \
     KERNEL __launch_bounds__(32 * WARPS, BLOCKS) name##_far(BACKWARD_INPUTS, TARGETS) {                               \
-        fused<FusedGradients<T, D, MT, WARPS, NB>>(BACKWARD_TENSORS, dq, {dk, done_k}, {dv, done_v}, p, false);       \
+        fused<FusedGradients<T, D, MT, WARPS, SPLIT, NB, false>>(BACKWARD_TENSORS, dq, {dk, done_k}, {dv, done_v}, p, \
+                                                                 false);                                              \
     }                                                                                                                 \
     KERNEL __launch_bounds__(32 * WARPS, BLOCKS) name##_near(BACKWARD_INPUTS, TARGETS) {                              \
-        fused<FusedGradients<T, D, MT, WARPS, NB>>(BACKWARD_TENSORS, dq, {dk, done_k}, {dv, done_v}, p, true);        \
+        fused<FusedGradients<T, D, MT, WARPS, SPLIT, NB, false>>(BACKWARD_TENSORS, dq, {dk, done_k}, {dv, done_v}, p, \
+                                                                 true);                                               \
     }
 
 // As `Fused::pick` in src/cuda/backward.rs.
-#define FUSED_DTYPE(dtype, T)                              \
-    FUSED(backward_fused_64_##dtype, T, 64, 2, 4, 32, 2)       \
-    FUSED(backward_fused_128_##dtype, T, 128, 1, 8, 64, 1)
+#define FUSED_DTYPE(dtype, T)                               \
+    FUSED(backward_fused_64_##dtype, T, 64, 2, 4, 1, 32, 2) \
+    FUSED(backward_fused_128_##dtype, T, 128, 2, 8, 2, 64, 1)
 
 FUSED_DTYPE(f16, hw::F16)
 FUSED_DTYPE(bf16, hw::BF16)
 
-#define DTYPE_ENTRIES(dtype)                                                          \
-    ENTRY(backward_fused_64_##dtype##_far) ENTRY(backward_fused_64_##dtype##_near)    \
+#define DTYPE_ENTRIES(dtype)                                                       \
+    ENTRY(backward_fused_64_##dtype##_far) ENTRY(backward_fused_64_##dtype##_near) \
     ENTRY(backward_fused_128_##dtype##_far) ENTRY(backward_fused_128_##dtype##_near)
 
 MODULE(backward_fused, DTYPE_ENTRIES(f16) DTYPE_ENTRIES(bf16))

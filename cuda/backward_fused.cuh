@@ -5,20 +5,30 @@
 
 #include "backward_block.cuh"
 
-// Where gradients of columns go: sums for the fold to take home, or, where columns are tokens, done as they are.
+// Where gradients of columns go: sums for the fold to take home, or, where columns are tokens, done as they are. Either
+// way where LISTED at their tokens.
 struct ColumnTarget {
     Global<float> sums;
     Global<uint16_t> done;
 };
 
-// WARPS warps of 16 * MT columns; tiles of NB rows.
-template <class T, int D, int MT, int WARPS, int NB>
+// WARPS warps, SPLIT (1 or 2) of them for each 16 * MT columns: they share out the rows of a tile, of NB, for logits, and D
+// for keys and values, and meet for each other's weights. LISTED (see params.cuh): columns are tokens that stay, or `near` in
+// this file's terms, hidden ones.
+template <class T, int D, int MT, int WARPS, int SPLIT, int NB, bool LISTED>
 struct FusedGradients {
-    static constexpr int THREADS = 32 * WARPS, COLUMNS = 16 * MT * WARPS, NT = NB / 8, R = 2 * MT;
-    // Keys, values; two stages of queries, output gradients, log-sum-exps and deltas; gradients of logits; four words
-    // per column.
+    static constexpr bool IS_LISTED = LISTED;
+    static constexpr int THREADS = 32 * WARPS, COLUMNS = 16 * MT * WARPS / SPLIT, R = 2 * MT;
+    // A warp's rows and numbers.
+    static constexpr int OWN_ROWS = NB / SPLIT, NT = OWN_ROWS / 8, WIDTH = D / SPLIT;
+    // Where columns are one warp's alone, what the queries get of a tile is added up while the next one is computed: the
+    // block meets once a tile.
+    static constexpr bool LATE = SPLIT == 1;
+    // Keys, values; two stages of queries, output gradients, log-sum-exps and deltas; gradients of logits, those of the
+    // tile before or else weights; four words per column.
     static constexpr uint32_t OWN = COLUMNS * D * 2, TILE = NB * D * 2, STAGE = 2 * TILE + 2 * NB * 4;
-    static constexpr uint32_t LOGITS = COLUMNS * NB * 2, LOGITS_AT = 2 * OWN + 2 * STAGE, WORDS_AT = LOGITS_AT + LOGITS;
+    static constexpr uint32_t LOGITS = COLUMNS * NB * 2, LOGITS_AT = 2 * OWN + 2 * STAGE;
+    static constexpr uint32_t WEIGHTS_AT = LOGITS_AT + LOGITS, WORDS_AT = LOGITS_AT + 2 * LOGITS;
     // A warp's part of the queries' gradients: half of the rows, PART of D.
     static constexpr int PART = D * 2 / WARPS, MQ = NB / 32;
     static_assert(NB % 32 == 0 && PART % 16 == 0, "half of the warps per half of the rows");
@@ -28,44 +38,78 @@ struct FusedGradients {
     bool near;
     uint32_t batch, kv_head;
     int64_t list;
-    int first;
-    hw::Tile k, v, logits, words;
+    int first, count;
+    hw::Tile k, v, words;
     Fragments<D> own_columns, row_rows, right_rows;
     Fragments<NB> logit_rows;
-    float dk[MT][D / 8][4], dv[MT][D / 8][4];
+    float dk[MT][WIDTH / 8][4], dv[MT][WIDTH / 8][4];
     int lane, warp;
 
-    // `unit`: batch * lists + list.
-    SFA_DEVICE FusedGradients(const AttentionParams& p, const BackwardTensors& x, uint32_t unit, int column, bool near)
-        : p(p), x(x), near(near), first(column), own_columns(false, threadIdx.x / 32 * 16 * MT), row_rows(true, 0),
-          right_rows(false, 0), logit_rows(true, 0), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {
-        batch = unit / p.sizes.lists, list = unit;
+    // `unit`: batch * lists + list; `block`: of its columns.
+    SFA_DEVICE FusedGradients(const AttentionParams& p, const BackwardTensors& x, uint32_t unit, uint32_t block, bool is_near)
+        : p(p), x(x), near(is_near), list(unit), first(int(block) * COLUMNS), own_columns(false, threadIdx.x / 32 / SPLIT * 16 * MT),
+          row_rows(true, threadIdx.x / 32 % SPLIT * OWN_ROWS), right_rows(false, 0), logit_rows(true, 0),
+          lane(threadIdx.x % 32), warp(threadIdx.x / 32) {
+        int64_t tokens = p.sizes.tokens;
+        int columns = near || p.dense ? int(tokens) : int(x.far_before[list * (tokens + 1) + tokens]);
+        if (LISTED) {
+            // Blocks of tokens that stay come first: most rows see these.
+            int stay_end = (columns + COLUMNS - 1) / COLUMNS * COLUMNS;
+            near = first >= stay_end;
+            if (near) first -= stay_end, columns = int(tokens) - columns;
+        }
+        count = min(COLUMNS, columns - first);
+        batch = unit / p.sizes.lists;
         kv_head = unit % p.sizes.lists / (p.sizes.lists / p.sizes.kv_heads);
         k = hw::tile(0, OWN), v = hw::tile(OWN, OWN);
-        logits = hw::tile(LOGITS_AT, LOGITS), words = hw::tile(WORDS_AT, COLUMNS * 16);
+        words = hw::tile(WORDS_AT, COLUMNS * 16);
 #pragma unroll
-        for (int i = 0; i < MT * D / 2; i++)
-            dk[i / (D / 2)][i / 4 % (D / 8)][i % 4] = 0, dv[i / (D / 2)][i / 4 % (D / 8)][i % 4] = 0;
+        for (int i = 0; i < MT * WIDTH / 2; i++)
+            dk[i / (WIDTH / 2)][i / 4 % (WIDTH / 8)][i % 4] = 0, dv[i / (WIDTH / 2)][i / 4 % (WIDTH / 8)][i % 4] = 0;
     }
+
+    // The warp's first column in the block and its first row in a tile.
+    SFA_DEVICE int own_column() const { return warp / SPLIT * 16 * MT; }
+    SFA_DEVICE int own_row() const { return warp % SPLIT * OWN_ROWS; }
 
     SFA_DEVICE ColumnRows rows_of(int column) const {
-        return ColumnRows(p, x.far_before, x.far_index, x.far_ln, list, column, near);
+        if constexpr (!LISTED) return ColumnRows(p, x.far_before, x.far_index, x.far_ln, list, column, near);
+        int tokens = int(p.sizes.tokens);
+        if (column >= first + count) return ColumnRows{tokens, tokens, tokens, 0};
+        int token = int(x.far_index[list * p.capacity + (near ? tokens - 1 - column : column)]);
+        return ColumnRows{token, token, near ? min(tokens, token + int(p.window) + 1) : tokens, 0};
     }
 
-    SFA_DEVICE void load_columns(int count) {
+    SFA_DEVICE void load_columns() {
         uint32_t dim = p.sizes.head_dim;
+        if (threadIdx.x < COLUMNS) {
+            ColumnRows mine = rows_of(first + threadIdx.x);
+            uint4 word{uint32_t(mine.token), uint32_t(mine.begin), uint32_t(mine.end), __float_as_uint(mine.addend)};
+            hw::store(words, threadIdx.x * 16, word);
+        }
+        if constexpr (LISTED) {
+            __syncthreads();
+            int64_t key = p.k.at(batch, kv_head, 0), value = p.v.at(batch, kv_head, 0);
+            load_listed_rows<D, COLUMNS, THREADS, false>(k, x.k, key, uint32_t(p.k.token_stride), words, 16, count, dim);
+            load_listed_rows<D, COLUMNS, THREADS, false>(v, x.v, value, uint32_t(p.v.token_stride), words, 16, count, dim);
+            return;
+        }
         bool raw = near || p.dense;
         int64_t index = (list * p.capacity + first) * dim;
         int64_t key = raw ? p.k.at(batch, kv_head, first) : index, value = raw ? p.v.at(batch, kv_head, first) : index;
         int64_t key_stride = raw ? p.k.token_stride : dim, value_stride = raw ? p.v.token_stride : dim;
         load_rows<D, COLUMNS, THREADS, false>(k, raw ? x.k : x.far_k, key, key_stride, count, dim);
         load_rows<D, COLUMNS, THREADS, false>(v, raw ? x.v : x.far_v, value, value_stride, count, dim);
-        if (threadIdx.x < COLUMNS) {
-            ColumnRows mine = rows_of(first + threadIdx.x);
-            uint4 word{uint32_t(mine.token), uint32_t(mine.begin), uint32_t(mine.end), __float_as_uint(mine.addend)};
-            hw::store(words, threadIdx.x * 16, word);
-        }
     }
+
+    // Whether a row of the tile may see one of `columns` columns from `own` on: both borders only ever rise.
+    SFA_DEVICE bool seen(int own, int columns, int row) const {
+        int begin = hw::load<int>(words, own * 16 + 4), end = hw::load<int>(words, (own + columns - 1) * 16 + 8);
+        return begin < row + NB && end > row;
+    }
+
+    // Gradients of a stage's logits.
+    SFA_DEVICE hw::Tile logits(int stage) const { return hw::tile(LOGITS_AT + (LATE ? stage * LOGITS : 0), LOGITS); }
 
     // One tile of a stage: queries, output gradients, log-sum-exps, deltas.
     SFA_DEVICE hw::Tile part(int stage, int index) const {
@@ -91,14 +135,14 @@ struct FusedGradients {
         hw::Tile log_sum_exp = part(stage, 2), delta = part(stage, 3);
         int rows = min(row + NB, int(p.sizes.tokens));
         float scale = p.scale * p.scale_sign;
-        uint32_t own = (warp * 16 * MT + lane / 4) * 16;
+        uint32_t own = (own_column() + lane / 4) * 16;
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-            float2 sums = hw::load<float2>(log_sum_exp, (n * 8 + lane % 4 * 2) * 4);
-            float2 means = hw::load<float2>(delta, (n * 8 + lane % 4 * 2) * 4);
+            float2 sums = hw::load<float2>(log_sum_exp, (own_row() + n * 8 + lane % 4 * 2) * 4);
+            float2 means = hw::load<float2>(delta, (own_row() + n * 8 + lane % 4 * 2) * 4);
 #pragma unroll
             for (int i = 0; i < 2 * R; i++) {
-                int r = i / 2, token = row + n * 8 + lane % 4 * 2 + i % 2;
+                int r = i / 2, token = row + own_row() + n * 8 + lane % 4 * 2 + i % 2;
                 float sum = i % 2 ? sums.y : sums.x, mean = i % 2 ? means.y : means.x;
                 float &logit = s[r / 2][n][i % 4], &grad = grads[r / 2][n][i % 4];
                 float addend = hw::load<float>(words, own + r * 128 + 12);
@@ -122,35 +166,93 @@ struct FusedGradients {
         }
     }
 
-    // The gradients of the logits, for all warps: a row of the tile per column.
-    SFA_DEVICE void share(const float (&grads)[MT][NT][4]) const {
+    // The same without bias and dropout, for a tile of which some rows do not see some columns.
+    SFA_DEVICE void weigh_seen(float (&s)[MT][NT][4], float (&grads)[MT][NT][4], int row, int stage) {
+        hw::Tile log_sum_exp = part(stage, 2), delta = part(stage, 3);
+        float scale = p.scale * p.scale_sign;
+        int first = own_row() + lane % 4 * 2;
 #pragma unroll
         for (int r = 0; r < R; r++) {
-            uint32_t column = warp * 16 * MT + r * 8 + lane / 4;
+            uint4 word = hw::load<uint4>(words, (own_column() + lane / 4 + r * 8) * 16);
+            int begin = int(word.y) - row - first, end = int(word.z) - row - first;
+            float addend = __uint_as_float(word.w);
 #pragma unroll
             for (int n = 0; n < NT; n++) {
-                const float* pair = &grads[r / 2][n][r % 2 * 2];
-                hw::store(logits, Layout<NB>::chunk(column, n) + lane % 4 * 4, T::pack(pair[0], pair[1]));
+                float2 sums = hw::load<float2>(log_sum_exp, (first + n * 8) * 4);
+                float2 means = hw::load<float2>(delta, (first + n * 8) * 4);
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float &logit = s[r / 2][n][r % 2 * 2 + i], &grad = grads[r / 2][n][r % 2 * 2 + i];
+                    bool visible = n * 8 + i >= begin && n * 8 + i < end;
+                    float weight = hw::exp2(logit * scale + (addend - (i ? sums.y : sums.x)));
+                    logit = visible ? weight : 0.f;
+                    grad = visible ? weight * (grad - (i ? means.y : means.x)) : 0.f;
+                }
             }
         }
     }
 
-    // This warp's part of the gradients of the tile's queries, added to memory.
-    SFA_DEVICE void add_queries(const Global<float>& dq, const HeadIndex& at, int row) const {
+    // What all warps get to see, rounded to T: a row of the tile per column.
+    SFA_DEVICE void share(const hw::Tile& tile, const float (&numbers)[MT][NT][4]) const {
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            uint32_t column = own_column() + r * 8 + lane / 4;
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                const float* pair = &numbers[r / 2][n][r % 2 * 2];
+                hw::store(tile, Layout<NB>::chunk(column, own_row() / 8 + n) + lane % 4 * 4, T::pack(pair[0], pair[1]));
+            }
+        }
+    }
+
+    // Adds the products of what the other warp of these columns shared, over its rows.
+    SFA_DEVICE void multiply_shared(float (&c)[MT][WIDTH / 8][4], const hw::Tile& shared, const hw::Tile& right) const {
+        int row = OWN_ROWS - own_row();
+        Fragments<NB> left = Fragments<NB>(false, own_column()).from(row).here();
+        Fragments<D> at = right_rows.from(warp % SPLIT * WIDTH).here();
+        at.first += row * Layout<D>::ROW;
+#pragma unroll
+        for (int k = 0; k < OWN_ROWS / 16; k++) {
+            uint32_t a[MT][4];
+#pragma unroll
+            for (int m = 0; m < MT; m++) hw::load_matrices(a[m], shared, left.at(m * 16, k));
+#pragma unroll
+            for (int d = 0; d < WIDTH / 16; d++) {
+                uint32_t b[4];
+                hw::load_matrices_transposed(b, right, at.at(k * 16, d));
+#pragma unroll
+                for (int m = 0; m < MT; m++) {
+                    hw::multiply_add(T(), c[m][2 * d], a[m], b[0], b[1]);
+                    hw::multiply_add(T(), c[m][2 * d + 1], a[m], b[2], b[3]);
+                }
+            }
+        }
+    }
+
+    // `full`: every row sees every column.
+    SFA_DEVICE void add_queries_of(const Global<float>& dq, uint32_t head, int row, int stage, bool full) const {
+        if (!LISTED || full) add_queries<true>(dq, head, row, stage);
+        else add_queries<false>(dq, head, row, stage);
+    }
+
+    // This warp's part of the gradients of the tile's queries, added to memory. Unless FULL, 16 columns at a time are left
+    // out where no row sees them.
+    template <bool FULL>
+    SFA_DEVICE void add_queries(const Global<float>& dq, uint32_t head, int row, int stage) const {
+        hw::Tile shared = logits(stage);
         float sums[MQ][PART / 8][4];
 #pragma unroll
         for (int i = 0; i < MQ * PART / 2; i++) sums[i / (PART / 2)][i / 4 % (PART / 8)][i % 4] = 0;
         int half = warp % 2, part = warp / 2 * PART;
         Fragments<NB> left = logit_rows.here();
         left.first ^= half * MQ * 32;
-        Fragments<D> right = right_rows.here();
-        right.first ^= part / 16 % Fragments<D>::PAIRS * 32;
-        right.first += part / 16 / Fragments<D>::PAIRS * Layout<D>::GROUP;
+        Fragments<D> right = right_rows.from(part).here();
 #pragma unroll
         for (int c = 0; c < COLUMNS / 16; c++) {
+            if (!FULL && !seen(c * 16, 16, row)) continue;
             uint32_t a[MQ][4];
 #pragma unroll
-            for (int m = 0; m < MQ; m++) hw::load_matrices_transposed(a[m], logits, left.at(c * 16, m));
+            for (int m = 0; m < MQ; m++) hw::load_matrices_transposed(a[m], shared, left.at(c * 16, m));
 #pragma unroll
             for (int d = 0; d < PART / 16; d++) {
                 uint32_t b[4];
@@ -167,7 +269,7 @@ struct FusedGradients {
         for (int r = 0; r < 2 * MQ; r++) {
             int token = row + half * MQ * 16 + r * 8 + lane / 4;
             if (token >= int(p.sizes.tokens)) continue;
-            int64_t target = (at.batch_head * p.sizes.tokens + token) * p.sizes.head_dim;
+            int64_t target = ((int64_t(batch) * p.sizes.heads + head) * p.sizes.tokens + token) * p.sizes.head_dim;
 #pragma unroll
             for (int d = 0; d < PART / 8; d++) {
                 uint32_t element = part + d * 8 + lane % 4 * 2;
@@ -178,31 +280,43 @@ struct FusedGradients {
     }
 
     template <bool FULL>
-    SFA_DEVICE void tile(const Global<float>& dq, const HeadIndex& at, int row, int stage) {
-        hw::Tile q = part(stage, 0), grad = part(stage, 1);
+    SFA_DEVICE void tile(const HeadIndex& at, int row, int stage) {
+        hw::Tile q = part(stage, 0), grad = part(stage, 1), weights = hw::tile(WEIGHTS_AT, LOGITS);
         float s[MT][NT][4], grads[MT][NT][4];
 #pragma unroll
         for (int i = 0; i < MT * NT * 4; i++)
             s[i / (NT * 4)][i / 4 % NT][i % 4] = 0, grads[i / (NT * 4)][i / 4 % NT][i % 4] = 0;
-        multiply_rows<T, D, MT, NT>(s, own_columns, k, row_rows, q);
-        multiply_rows<T, D, MT, NT>(grads, own_columns, v, row_rows, grad);
-        weigh<FULL>(s, grads, at, row, stage);
-        share(grads);
-        multiply_weights<T, D, MT, NT>(dv, right_rows, s, grad);
-        multiply_weights<T, D, MT, NT>(dk, right_rows, grads, q);
+        bool any = !LISTED || FULL || seen(own_column(), 16 * MT, row);
+        if (any) {
+            multiply_rows<T, D, MT, NT>(s, own_columns, k, row_rows, q);
+            multiply_rows<T, D, MT, NT>(grads, own_columns, v, row_rows, grad);
+            if (!FULL && !x.bias && p.dropout_cut == 0) weigh_seen(s, grads, row, stage);
+            else weigh<FULL>(s, grads, at, row, stage);
+            share(logits(stage), grads);
+            if (!LATE) share(weights, s);
+            Fragments<D> right = right_rows.from(warp % SPLIT * WIDTH);
+            right.first += own_row() * Layout<D>::ROW;
+            multiply_weights<T, D, MT, NT, false, WIDTH>(dv, right, s, grad);
+            multiply_weights<T, D, MT, NT, false, WIDTH>(dk, right, grads, q);
+        }
+        if (LATE) return;
         __syncthreads();
-        add_queries(dq, at, row);
+        if (any) {
+            multiply_shared(dv, weights, grad);
+            multiply_shared(dk, logits(stage), q);
+        }
     }
 
-    SFA_DEVICE void store(const ColumnTarget& target, const float (&sums)[MT][D / 8][4], float factor, int count) const {
+    SFA_DEVICE void store(const ColumnTarget& target, const float (&sums)[MT][WIDTH / 8][4], float factor) const {
 #pragma unroll
         for (int r = 0; r < R; r++) {
-            int column = warp * 16 * MT + r * 8 + lane / 4;
+            int column = own_column() + r * 8 + lane / 4;
             if (column >= count) continue;
-            int64_t at = (list * p.sizes.tokens + first + column) * p.sizes.head_dim;
+            int index = LISTED ? hw::load<int>(words, column * 16) : first + column;
+            int64_t at = (list * p.sizes.tokens + index) * p.sizes.head_dim;
 #pragma unroll
-            for (int d = 0; d < D / 8; d++) {
-                uint32_t element = d * 8 + lane % 4 * 2;
+            for (int d = 0; d < WIDTH / 8; d++) {
+                uint32_t element = warp % SPLIT * WIDTH + d * 8 + lane % 4 * 2;
                 float2 pair{sums[r / 2][d][r % 2 * 2] * factor, sums[r / 2][d][r % 2 * 2 + 1] * factor};
                 if (element >= p.sizes.head_dim) continue;
                 if (target.sums) store_vector(target.sums, at + element, pair);
@@ -212,32 +326,53 @@ struct FusedGradients {
     }
 
     SFA_DEVICE void run(const Global<float>& dq, const ColumnTarget& keys, const ColumnTarget& values) {
-        int64_t tokens = p.sizes.tokens;
-        int columns = near || p.dense ? int(tokens) : int(x.far_before[list * (tokens + 1) + tokens]);
-        int count = min(COLUMNS, columns - first);
         if (count <= 0) return;
-        load_columns(count);
+        load_columns();
         hw::copy_commit();
         ColumnRows head_column = rows_of(first), last = rows_of(first + count - 1);
         int begin = head_column.begin / NB * NB, end = last.end, full_end = head_column.end - NB;
         bool plain = count == COLUMNS && !x.bias && p.dropout_cut == 0;
-        uint32_t heads = p.sizes.heads / p.sizes.lists;
-        uint32_t head = batch * p.sizes.heads + uint32_t(list) % p.sizes.lists * heads;
-        int tiles = max(0, end - begin + NB - 1) / NB, steps = tiles * int(heads);
-        if (steps > 0) load_tile(HeadIndex(p, head), begin, 0);
+        uint32_t heads = p.sizes.heads / p.sizes.lists, head = uint32_t(list) % p.sizes.lists * heads, last_head = head + heads;
+        // The tile before this one.
+        uint32_t head_before = head;
+        int row = begin, row_before = -1, stage = 0;
+        bool full_before = false;
+        if (begin < end) load_tile(HeadIndex(p, batch, head), begin, 0);
 #pragma unroll 1
-        for (int i = 0; i < steps; i++) {
-            HeadIndex at(p, head + i / tiles);
-            int row = begin + i % tiles * NB, next = i + 1;
+        while (begin < end && head < last_head) {
+            uint32_t next_head = head;
+            int next_row = row + NB;
+            if (next_row >= end) next_row = begin, next_head++;
             hw::copy_wait<0>();
             __syncthreads();
-            if (next < steps) load_tile(HeadIndex(p, head + next / tiles), begin + next % tiles * NB, next % 2);
-            if (plain && row >= last.begin && row <= full_end) tile<true>(dq, at, row, i % 2);
-            else tile<false>(dq, at, row, i % 2);
+            if (next_head < last_head) load_tile(HeadIndex(p, batch, next_head), next_row, stage ^ 1);
+            if (LATE && row_before >= 0) add_queries_of(dq, head_before, row_before, stage ^ 1, full_before);
+            HeadIndex at(p, batch, head);
+            bool full = plain && row >= last.begin && row <= full_end;
+            if (full) tile<true>(at, row, stage);
+            else tile<false>(at, row, stage);
+            if (!LATE) add_queries_of(dq, head, row, stage, full);
+            head_before = head, row_before = row, full_before = full;
+            head = next_head, row = next_row, stage ^= 1;
         }
         // Where no row sees these columns their copies are still under way.
         hw::copy_wait<0>();
-        store(keys, dk, p.scale * p.scale_sign * LN_2, count);
-        store(values, dv, 1.f, count);
+        __syncthreads();
+        if (LATE && row_before >= 0) add_queries_of(dq, head_before, row_before, stage ^ 1, full_before);
+        store(keys, dk, p.scale * p.scale_sign * LN_2);
+        store(values, dv, 1.f);
     }
 };
+
+template <class Gradients>
+__device__ __forceinline__ void fused(const BackwardTensors& x, const Global<float>& dq, const ColumnTarget& dk,
+                                      const ColumnTarget& dv, const AttentionParams& p, bool near) {
+    // Of listed columns there are two kinds, each with a last block of its own.
+    uint32_t blocks = (p.sizes.tokens + Gradients::COLUMNS - 1) / Gradients::COLUMNS + Gradients::IS_LISTED;
+    Place place(blockIdx.x, blocks, p.sizes.batch * p.sizes.lists);
+    Gradients(p, x, place.unit, place.block, near).run(dq, dk, dv);
+}
+
+#define TARGETS                                                                                                       \
+    Global<float> dq, Global<float> dk, Global<float> dv, Global<uint16_t> done_k, Global<uint16_t> done_v,           \
+        AttentionParams p

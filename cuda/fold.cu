@@ -26,7 +26,8 @@ struct ListBits {
   __device__ __forceinline__ bool joined(unsigned t) const { return t > 0 && bits[t - 1]; }
 };
 
-// far_index and far_before: how many tokens before each one are not hidden. One block of SCAN_WARPS warps per list; a
+// far_index, tokens that stay and then the hidden ones from the last to the first, and far_before: how many tokens before
+// each one are not hidden. One block of SCAN_WARPS warps per list; a
 // thread takes SCAN_EACH tokens in a row.
 constexpr unsigned SCAN_WARPS = 32, SCAN_EACH = 8;
 
@@ -58,12 +59,11 @@ KERNEL fold_scan(Global<const uint8_t> all_bits, Global<uint32_t> far_index, Glo
     for (unsigned i = 0; i < SCAN_EACH && first + i < tokens; i++) {
       far_before.set(index + blockIdx.x + first + i, column);
       if (kept >> i & 1) far_index.set(index + column++, first + i);
+      else far_index.set(index + tokens - 1 - (first + i - column), first + i);
     }
     __syncthreads();
   }
   if (threadIdx.x == 0) far_before.set(index + blockIdx.x + tokens, before);
-  // What is past the last far column is never used, but is not left to chance either.
-  for (unsigned t = before + threadIdx.x; t < tokens; t += SCAN_WARPS * 32) far_index.set(index + t, 0);
 }
 
 template <class T> struct FoldOutputs {

@@ -1,74 +1,30 @@
 // One block of query rows against its columns, on tensor cores, after FlashAttention-2 (Dao 2023): tiles of logits go
-// through an online softmax and stay in registers as the weights of the values.
+// through an online softmax and stay in registers as the weights of the values. There are two buffers of keys and values:
+// while one tile is computed the next is on its way, and warps meet once per tile.
 //
-// A row's columns: the edge first, row by row; then near tiles of raw tokens, then far tiles, each from the last to the
-// first, so that the tiles that need a mask come first and the rest runs without one. There are two buffers of keys and
-// values: while one tile is computed the next is on its way, and warps meet once per tile.
+// A number that is not finite and of which a row knows nothing must not reach it by 0 * NaN. Masked tiles are not searched
+// for such: a logit or an output that is not finite tells of them, and the block starts again with care.
 #pragma once
 
-#include "attention.cuh"
+#include "forward_tiles.cuh"
 #include "softmax.cuh"
 
-struct ForwardTensors {
-    Halves q, k, v;
-    Halves far_k, far_v;
-    Floats far_ln;
-    Words far_index, far_before;
-    Halves folded_k, folded_v;
-    Floats folded_ln, bias;
-    Global<uint16_t> output;
-    Global<float> log_sum_exp;
-    Global<uint32_t> first_bad;
-};
-
 // Four warps of 16 * MT rows, tiles of NB columns; EXTRAS: bias and dropout are possible.
-template <class T, int D, int MT, int NB, bool EXTRAS>
-struct ForwardBlock {
-    static constexpr int THREADS = 128, ROWS = 64 * MT, R = 2 * MT, NT = NB / 8;
-    static constexpr uint32_t Q_BYTES = ROWS * D * 2, K_BYTES = NB * D * 2, LN_BYTES = NB * 4;
-    static constexpr uint32_t BYTES = Q_BYTES + 4 * K_BYTES + 2 * LN_BYTES + (NB + 4) * 4;
-    static_assert(NB <= THREADS, "a thread per column");
+template <class T, int D, int MT, int NB, bool EXTRAS, bool LISTED>
+struct ForwardBlock : ForwardTiles<D, MT, NB, LISTED> {
+    typedef ForwardTiles<D, MT, NB, LISTED> Tiles;
+    typedef typename Tiles::Columns Columns;
+    using Tiles::p, Tiles::x, Tiles::at, Tiles::q, Tiles::k, Tiles::v, Tiles::words, Tiles::bad;
+    using Tiles::lane, Tiles::warp_row, Tiles::block_row, Tiles::row_end, Tiles::near_tiles, Tiles::far_tiles;
+    using Tiles::THREADS, Tiles::has_sizes, Tiles::span, Tiles::token;
+    static constexpr int R = 2 * MT, NT = NB / 8;
 
-    // A tile's columns: far columns or tokens from `first` on.
-    struct Columns {
-        bool near;
-        int first, count;
-    };
-
-    const AttentionParams& p;
-    const ForwardTensors& x;
-    HeadIndex at;
-    hw::Tile q, k, v, ln, bad;
     Fragments<D> query_rows, key_rows, value_rows;
     OnlineSoftmax<R> softmax;
     float output[MT][D / 8][4];
-    int lane, warp_row, block_row, row_end;
-    int near_first, near_tiles, far_seen, far_tiles;
-    int first_bad;
 
     SFA_DEVICE ForwardBlock(const AttentionParams& p, const ForwardTensors& x, uint32_t batch_head, int row)
-        : p(p), x(x), at(p, batch_head), query_rows(false, threadIdx.x / 32 * 16 * MT), key_rows(true, 0),
-          value_rows(false, 0), block_row(row) {
-        q = hw::tile(0, Q_BYTES);
-        bad = hw::tile(Q_BYTES + 4 * K_BYTES + 2 * LN_BYTES, (NB + 4) * 4);
-        lane = threadIdx.x % 32;
-        warp_row = threadIdx.x / 32 * 16 * MT;
-        row_end = min(int(p.sizes.tokens), row + ROWS);
-        near_first = max(0, row - int(p.window) + 1);
-        bool near = p.window > 0 && !p.dense;
-        near_tiles = near ? (row_end - near_first + NB - 1) / NB : 0;
-        far_seen = far_count(p, x.far_before, at.list, row_end - 1);
-        far_tiles = (far_seen + NB - 1) / NB;
-        first_bad = int(p.sizes.tokens);
-    }
-
-    // The buffers of a step.
-    SFA_DEVICE void turn(int step) {
-        uint32_t odd = step % 2;
-        k = hw::tile(Q_BYTES + odd * 2 * K_BYTES, K_BYTES);
-        v = hw::tile(Q_BYTES + odd * 2 * K_BYTES + K_BYTES, K_BYTES);
-        ln = hw::tile(Q_BYTES + 4 * K_BYTES + odd * LN_BYTES, LN_BYTES);
-    }
+        : Tiles(p, x, batch_head, row), query_rows(false, warp_row), key_rows(true, 0), value_rows(false, 0) {}
 
     // The token index of this lane's row r; kept in place, or addresses made from it would be held throughout.
     SFA_DEVICE int row_of(int r) const {
@@ -77,50 +33,12 @@ struct ForwardBlock {
         return int(first) + r / 2 * 16 + r % 2 * 8;
     }
 
-    SFA_DEVICE Columns columns(int step) const {
-        if (step < near_tiles) {
-            int first = near_first + (near_tiles - 1 - step) * NB;
-            return {true, first, min(NB, row_end - first)};
-        }
-        int first = (far_tiles - 1 - (step - near_tiles)) * NB;
-        return {false, first, min(NB, far_seen - first)};
-    }
-
-    template <bool FULL>
-    SFA_DEVICE void load_columns(const Columns& c, const hw::Tile& tile, Halves raw, const Rows& rows, Halves far) {
-        bool from_raw = (!FULL && c.near) || p.dense;
-        int64_t first = from_raw ? rows.at(at.batch, at.kv_head, c.first)
-                                 : (at.list * p.capacity + c.first) * p.sizes.head_dim;
-        int64_t stride = from_raw ? rows.token_stride : p.sizes.head_dim;
-        load_rows<D, NB, THREADS, FULL>(tile, from_raw ? raw : far, first, stride, c.count, p.sizes.head_dim);
-    }
-
-    SFA_DEVICE bool has_sizes(const Columns& c) const { return !c.near && x.far_ln; }
-
-    // Starts on its way what a step reads.
-    template <bool FULL>
-    SFA_DEVICE void load(int step) {
-        Columns c = columns(step);
-        turn(step);
-        load_columns<FULL>(c, k, x.k, p.k, x.far_k);
-        load_columns<FULL>(c, v, x.v, p.v, x.far_v);
-        if (has_sizes(c)) load_words<NB>(ln, x.far_ln, at.list * p.capacity + c.first, c.count);
-        hw::copy_commit();
-    }
-
-    SFA_DEVICE void load_queries() {
-        int64_t first = p.q.at(at.batch, at.head, block_row);
-        load_rows<D, ROWS, THREADS, false>(q, x.q, first, p.q.token_stride, row_end - block_row, p.sizes.head_dim);
-        if (threadIdx.x < NB) hw::store(bad, threadIdx.x * 4, 0u);
-        if (threadIdx.x == 0) hw::store(bad, NB * 4, 0u);
-        hw::copy_commit();
-    }
-
-    // A negative scale turns the queries around, so that logits only ever meet a scale of at least 0.
-    SFA_DEVICE void negate_queries() {
-        for (uint32_t i = threadIdx.x; i < Q_BYTES / 4; i += THREADS)
-            hw::store(q, i * 4, hw::load<uint32_t>(q, i * 4) ^ 0x80008000u);
-        __syncthreads();
+    // Rows start from nothing.
+    SFA_DEVICE void clear() {
+#pragma unroll
+        for (int r = 0; r < R; r++) softmax.maximum[r] = -hw::infinity(), softmax.sum[r] = 0;
+#pragma unroll
+        for (int i = 0; i < MT * D / 2; i++) output[i / (D / 2)][i / 4 % (D / 8)][i % 4] = 0;
     }
 
     // Rows start at their edge columns.
@@ -162,19 +80,12 @@ struct ForwardBlock {
         }
     }
 
-    // How many columns, counted from the tile's first, the rows of this warp reach.
-    SFA_DEVICE int reach(const Columns& c) const {
-        int first = block_row + warp_row, last = min(first + 16 * MT, row_end) - 1;
-        if (last < first || (c.near && c.first + c.count <= first - int(p.window) + 1)) return 0;
-        return min(c.count, (c.near ? last + 1 : far_count(p, x.far_before, at.list, last)) - c.first);
-    }
-
     // Adds ln n and the bias; the logits are in base 2 then.
     SFA_DEVICE void add_terms(float (&s)[MT][NT][4], const Columns& c) {
         bool sizes = has_sizes(c);
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-            float2 size = sizes ? hw::load<float2>(ln, (n * 8 + lane % 4 * 2) * 4) : float2{0, 0};
+            float2 size = sizes ? hw::load<float2>(words, (n * 8 + lane % 4 * 2) * 4) : float2{0, 0};
 #pragma unroll
             for (int i = 0; i < 4 * MT; i++) {
                 float& logit = s[i / 4][n][i % 4];
@@ -187,20 +98,15 @@ struct ForwardBlock {
         }
     }
 
-    SFA_DEVICE int token(const Columns& c, int column) const {
-        return c.near || p.dense ? c.first + column : int(x.far_index[at.list * p.capacity + c.first + column]);
-    }
-
-    // Hides columns from the rows that do not see them.
-    SFA_DEVICE void mask(float (&s)[MT][NT][4], const Columns& c) {
+    // Hides columns from the rows that do not see them; those out of `wanted` stay out of everything.
+    SFA_DEVICE void mask(float (&s)[MT][NT][4], const Columns& c, const Span& wanted) {
 #pragma unroll
         for (int r = 0; r < R; r++) {
-            int row = min(row_of(r), row_end - 1);
-            int begin = c.near ? row - int(p.window) + 1 : 0;
-            int end = c.near ? row + 1 : far_count(p, x.far_before, at.list, row);
-            begin -= c.first + lane % 4 * 2, end -= c.first + lane % 4 * 2;
+            Span visible = span(c.near, min(row_of(r), row_end - 1));
+            int first = c.first + lane % 4 * 2, begin = visible.begin - first, end = visible.end - first;
 #pragma unroll
             for (int n = 0; n < NT; n++) {
+                if (!wanted.touches(n / 2 * 16)) continue;
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     int column = n * 8 + i;
@@ -211,7 +117,8 @@ struct ForwardBlock {
     }
 
     // Logits to weights, in place; scales what was summed before.
-    SFA_DEVICE void weigh(float (&s)[MT][NT][4], float scale) {
+    template <bool MASKED>
+    SFA_DEVICE void weigh(float (&s)[MT][NT][4], float scale, const Span& wanted) {
         float rescale[R];
         bool any = false;
 #pragma unroll
@@ -219,6 +126,7 @@ struct ForwardBlock {
             float largest = -hw::infinity();
 #pragma unroll
             for (int n = 0; n < NT; n++) {
+                if (MASKED && !wanted.touches(n / 2 * 16)) continue;
                 largest = hw::max(largest, s[r / 2][n][r % 2 * 2]);
                 largest = hw::max(largest, s[r / 2][n][r % 2 * 2 + 1]);
             }
@@ -233,16 +141,22 @@ struct ForwardBlock {
                 for (int i = 0; i < D / 4; i++) output[r / 2][i / 2][r % 2 * 2 + i % 2] *= rescale[r];
             }
         }
+        // 16 columns of all rows at a time: their products with values can start while the next are made.
+        float base[R];
 #pragma unroll
-        for (int r = 0; r < R; r++) {
-            float base = softmax.base(r), sum = 0;
+        for (int r = 0; r < R; r++) base[r] = softmax.base(r);
 #pragma unroll
-            for (int i = 0; i < 2 * NT; i++) {
-                float& weight = s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                weight = hw::exp2(weight * scale - base);
-                sum += weight;
+        for (int k = 0; k < NT / 2; k++) {
+            if (MASKED && !wanted.touches(k * 16)) continue;
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float& weight = s[r / 2][2 * k + i / 2][r % 2 * 2 + i % 2];
+                    weight = hw::exp2(weight * scale - base[r]);
+                    softmax.sum[r] += weight;
+                }
             }
-            softmax.sum[r] += sum;
         }
     }
 
@@ -257,40 +171,52 @@ struct ForwardBlock {
         }
     }
 
-    // One tile, which is under way. MASKED: some rows do not see some of its columns, or it is checked for numbers that
+    // Of numbers that are not finite. `careful`: tiles are searched for them; where not, `suspect` is NaN once a logit was
+    // one. `first_bad`: the first token found that all later rows see.
+    struct Search {
+        bool careful;
+        float suspect;
+        int first_bad;
+    };
+
+    // One tile, which is under way. MASKED: some rows do not see some of its columns, or it is searched for numbers that
     // are not finite.
     template <bool MASKED>
-    SFA_DEVICE void step(int index, int steps) {
+    SFA_DEVICE void step(int index, int steps, Search& state) {
         hw::copy_wait<0>();
         __syncthreads();
-        if (index + 1 < steps) load<!MASKED>(index + 1);
-        turn(index);
-        Columns c = columns(index);
-        if (MASKED && (c.near || p.dense)) {
+        if (index + 1 < steps) this->template load<!MASKED>(index + 1);
+        this->turn(index);
+        Columns c = this->template columns<!MASKED>(index);
+        if (MASKED && state.careful && (LISTED || c.near || p.dense)) {
             int row = quarantine<T, D, NB, THREADS>(k, v, bad);
-            if (row < NB) first_bad = min(first_bad, c.first + row);
+            // Who sees a hidden token is in a block that finds it by itself.
+            if (row < NB && !(LISTED && c.near)) state.first_bad = min(state.first_bad, token(c, row));
         }
-        int count = MASKED ? reach(c) : NB;
-        if (MASKED && count <= 0) return;
+        Span wanted = MASKED ? this->reach(c) : Span{0, NB};
+        if (MASKED && wanted.begin >= wanted.end) return;
         float s[MT][NT][4];
 #pragma unroll
         for (int i = 0; i < MT * NT * 4; i++) s[i / (NT * 4)][i / 4 % NT][i % 4] = 0;
-        multiply_rows<T, D, MT, NT, MASKED>(s, query_rows, q, key_rows, k, count);
+        multiply_rows<T, D, MT, NT, MASKED>(s, query_rows, q, key_rows, k, wanted);
+        if (MASKED) {
+#pragma unroll
+            for (int i = 0; i < MT * NT * 4; i++)
+                if (wanted.touches(i / 8 % (NT / 2) * 16)) state.suspect += s[i / (NT * 4)][i / 4 % NT][i % 4] * 0.f;
+        }
         float scale = p.scale;
         if (has_sizes(c) || (EXTRAS && x.bias) || scale == 0.f) {
             add_terms(s, c);
             scale = 1;
         }
-        if (MASKED) mask(s, c);
-        weigh(s, scale);
+        if (MASKED) mask(s, c, wanted);
+        weigh<MASKED>(s, scale, wanted);
         if (EXTRAS && p.dropout_cut != 0) drop(s, c);
-        multiply_weights<T, D, MT, NT, MASKED>(output, value_rows, s, v, count);
+        multiply_weights<T, D, MT, NT, MASKED>(output, value_rows, s, v, wanted);
     }
 
-    // Divides by the sums and writes. A row that holds anything not finite, or saw nothing, becomes NaN throughout.
-    SFA_DEVICE void finish() {
-        // The warp's rows of the query tile, which its lanes have read for one another, are about to hold the output.
-        __syncwarp();
+    // Divides by the sums. Of a row that holds anything not finite, or saw nothing, the first number becomes NaN.
+    SFA_DEVICE void divide() {
 #pragma unroll
         for (int r = 0; r < R; r++) {
             float inverse = 1.f / softmax.finish(r), check = inverse * 0.f;
@@ -302,13 +228,31 @@ struct ForwardBlock {
             }
             check += hw::shuffle_xor(check, 1);
             check += hw::shuffle_xor(check, 2);
+            output[r / 2][0][r % 2 * 2] += check;
+            suspect(check != 0.f);
+        }
+    }
+
+    // The word after the marks of bad columns, 0 at first: whether a number that is not finite was met.
+    static constexpr uint32_t SUSPECT = (NB + 1) * 4;
+    SFA_DEVICE void suspect(bool holds) const {
+        if (holds) hw::store(bad, SUSPECT, 1u);
+    }
+
+    // Writes; a row that holds anything not finite is NaN throughout.
+    SFA_DEVICE void finish() {
+        // The warp's rows of the query tile, which its lanes have read for one another, are about to hold the output.
+        __syncwarp();
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            bool sound = hw::finite(output[r / 2][0][r % 2 * 2]);
             int row = row_of(r);
             if (x.log_sum_exp && row < row_end && lane % 4 == 0)
                 x.log_sum_exp.set(at.batch_head * p.sizes.tokens + row, softmax.log_sum_exp(r));
 #pragma unroll
             for (int d = 0; d < D / 8; d++) {
                 float a = output[r / 2][d][r % 2 * 2], b = output[r / 2][d][r % 2 * 2 + 1];
-                uint32_t pair = check == 0.f ? T::pack(a, b) : 0x7fff7fffu;
+                uint32_t pair = sound ? T::pack(a, b) : 0x7fff7fffu;
                 hw::store(q, Layout<D>::chunk(row - block_row, d) + lane % 4 * 4, pair);
             }
         }
@@ -322,23 +266,67 @@ struct ForwardBlock {
         }
     }
 
-    SFA_DEVICE void run() {
+    // Attends and writes, and notes the first bad token at `first_bad_at`; or, where numbers that are not finite were met
+    // without care, does not write and returns false.
+    SFA_DEVICE bool run(uint32_t first_bad_at, bool careful) {
         int steps = near_tiles + far_tiles;
-        load_queries();
-        if (steps > 0) load<false>(0);
+        this->load_queries();
+        if (LISTED) {
+            // A row sees its own token: there is a step.
+            this->note_rows();
+            this->load_tokens(0);
+            hw::copy_commit();
+            hw::copy_wait<0>();
+            __syncthreads();
+        }
+        if (steps > 0) this->template load<false>(0);
         if (steps > 0) hw::copy_wait<1>();
         else hw::copy_wait<0>();
         __syncthreads();
-        if (p.scale_sign < 0) negate_queries();
-        edges();
-        // Every row sees these far columns. Without causality all tiles are checked for bad numbers where they are raw.
-        bool unchecked = !p.dense || p.causal;
-        int full = unchecked ? far_count(p, x.far_before, at.list, block_row) / NB : 0;
+        if (p.scale_sign < 0) this->negate_queries();
+        if constexpr (LISTED) clear();
+        else edges();
+        // Every row sees these far columns. Without causality every tile is searched: none is masked.
+        bool searched = p.dense && !p.causal;
+        int full = searched ? 0 : span(false, block_row).end / NB;
         int masked = steps - full;
+        Search state{careful || searched, 0, int(p.sizes.tokens)};
 #pragma unroll 1
-        for (int i = 0; i < masked; i++) step<true>(i, steps);
+        for (int i = 0; i < masked; i++) step<true>(i, steps, state);
+        suspect(state.suspect != 0.f);
+        if (x.first_bad && threadIdx.x == 0) x.first_bad.set(first_bad_at, uint32_t(state.first_bad));
 #pragma unroll 1
-        for (int i = masked; i < steps; i++) step<false>(i, steps);
+        for (int i = masked; i < steps; i++) step<false>(i, steps, state);
+        divide();
+        __syncthreads();
+        if (!careful && hw::load<uint32_t>(bad, SUSPECT) != 0) return false;
         finish();
+        return true;
     }
 };
+
+template <class T, int D, int MT, int NB, bool EXTRAS, bool LISTED>
+__device__ __forceinline__ void forward(const ForwardTensors& x, const AttentionParams& p) {
+    typedef ForwardBlock<T, D, MT, NB, EXTRAS, LISTED> Block;
+    uint32_t blocks = (p.sizes.tokens + Block::ROWS - 1) / Block::ROWS;
+    Place place(blockIdx.x, blocks, p.sizes.batch * p.sizes.heads);
+    uint32_t head = place.unit, block = blocks - 1 - place.block;
+    for (bool careful = false;; careful = true) {
+        // Made anew in every round, or all of it would stay in registers for a second one.
+        hw::keep_in_place(block);
+        Block rows(p, x, head, block * Block::ROWS);
+        if (rows.run(head * blocks + block, careful)) return;
+        __syncthreads();
+    }
+}
+
+#define FORWARD(name, T, D, MT, NB, BLOCKS, EXTRAS, LISTED)                                                                  \
+    KERNEL __launch_bounds__(128, BLOCKS)                                                                            \
+        name(Halves q, Halves k, Halves v, Halves far_k, Halves far_v, Floats far_ln, Words far_index,               \
+             Words far_before, Halves folded_k, Halves folded_v, Floats folded_ln, Floats bias,                      \
+             Global<uint16_t> output, Global<float> log_sum_exp, Global<uint32_t> first_bad, AttentionParams p) {    \
+        forward<T, D, MT, NB, EXTRAS, LISTED>(                                                                               \
+            ForwardTensors{q, k, v, far_k, far_v, far_ln, far_index, far_before, folded_k, folded_v, folded_ln, bias, \
+                           output, log_sum_exp, first_bad},                                                          \
+            p);                                                                                                      \
+    }

@@ -190,6 +190,19 @@ SFA_DEVICE void copy_async(const Tile& tile, uint32_t offset, const View& source
 #endif
 }
 
+// The same of halves from a byte offset on: what a product of two words and a pointer make is one instruction then.
+SFA_DEVICE void copy_async_bytes(const Tile& tile, uint32_t offset, const Global<const uint16_t>& source, uint64_t bytes,
+                                 bool valid) {
+#ifdef SFA_EMULATION
+    copy_async(tile, offset, source, int64_t(bytes / 2), valid);
+#else
+    const void* address = reinterpret_cast<const unsigned char*>(source.data) + bytes;
+    int size = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tile.address + offset), "l"(address), "r"(size)
+                 : "memory");
+#endif
+}
+
 // The same for one word of 4 bytes.
 template <class View>
 SFA_DEVICE void copy_async_word(const Tile& tile, uint32_t offset, const View& source, int64_t index, bool valid) {

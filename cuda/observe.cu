@@ -105,7 +105,7 @@ struct ObserveBlock {
     SFA_DEVICE void products(float (&s)[1][NT][4], int step, int count) const {
 #pragma unroll
         for (int i = 0; i < NT * 4; i++) s[0][i / 4][i % 4] = 0;
-        multiply_rows<T, D, 1, NT, true>(s, own_rows, own, other_rows, other(step), count);
+        multiply_rows<T, D, 1, NT, true>(s, own_rows, own, other_rows, other(step), Span{0, count});
     }
 };
 

@@ -85,11 +85,15 @@ static_assert(sizeof(TotalParams) == 4, "as in src/cuda/params.rs");
 //
 //   far_k, far_v        (batch * lists, capacity, D)  folded columns that are not hidden, in token order
 //   far_ln              (batch * lists, capacity)     f32 ln n; absent where all are 0
-//   far_index           (batch * lists, capacity)     the token of each far column
+//   far_index           (batch * lists, N)            the token of each far column; then, last one first, those hidden
 //   far_before          (batch * lists, N + 1)        how many far columns hold tokens before t
 //   folded_k, folded_v  (batch * lists, N, D)         every token folded, hidden or not: the edge columns; absent
 //                                                     where folding changes no token, so that raw ones are
 //   folded_ln           (batch * lists, N)            f32 ln n; absent where all are 0
+//
+// Where tokens are dropped and rows causal, no token changes and the edge is as raw as what is near: a row sees every
+// token to its own but those hidden that are before its window and its edge. Then nothing need be folded ("listed"): the
+// columns are the tokens that stay, and those that are hidden, of which a row sees a few.
 //
 // A token of which key or value is not finite has a NaN key and a zero value in far_* and folded_*.
 struct AttentionParams {
@@ -109,7 +113,8 @@ struct AttentionParams {
   float scale, scale_sign;
   // 1 / (1 - p)
   float dropout_scale;
-  unsigned reserved;
+  // 1: columns are raw tokens by their lists, and of the buffers above there are far_index and far_before alone.
+  unsigned listed;
 };
 
 static_assert(sizeof(AttentionParams) == 208, "as in src/cuda/params.rs");

@@ -1,9 +1,12 @@
 //! Verifies, then times attention on a CUDA device: forward, forward and backward, and decoding, as TFLOP/s and TB/s and
 //! as a share of what this device does in a plain matrix product and a plain copy, both measured first.
 //!
-//! `cargo run --release --features cuda --example bench_gpu [LONGEST [SHORTEST]]` (N, all by default), or with
-//! `SFA_BENCH=decide,attention,decode` only some of its parts. The same lines for PyTorch's flash attention: `python3
+//! `cargo run --release --features cuda --example bench_gpu [LONGEST [SHORTEST [PARTS]]]` (N, and some of
+//! decide,attention,decode; all by default). The same lines for PyTorch's flash attention: `python3
 //! benches/pytorch_gpu.py`.
+//!
+//! Memory that is freed stays with the process, as PyTorch's allocator has it; with `SFA_GIVE_BACK` set it goes back to the
+//! driver whenever the host waits, which is what candle leaves at the driver's default.
 //!
 //! FLOPs count what ordinary causal attention would need (4·B·H·N²·D/2 forward, 2.5 times that backward), whatever is
 //! hidden, so that lines of one shape compare as times do.
@@ -50,6 +53,21 @@ fn time(device: &Device, mut call: impl FnMut() -> Result<()>) -> Result<f64> {
     }
     rounds.sort_by(f64::total_cmp);
     Ok(rounds[2])
+}
+
+/// Lets the device's pool keep what is freed. Else the driver takes memory back whenever the host waits, and the next call
+/// pays for mapping it again.
+fn keep_memory(device: &Device) -> Result<()> {
+    use candle_core::cuda_backend::cudarc::driver::{result, sys};
+    let context = device.as_cuda_device()?.cuda_stream().context().clone();
+    let mut all = u64::MAX;
+    // SAFETY: the context's own device, its pool, and the 64 bits that this attribute takes.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device())?;
+        let what = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        result::mem_pool::set_attribute(pool, what, (&raw mut all).cast())?;
+    }
+    Ok(())
 }
 
 fn ceilings(device: &Device) -> Result<Ceilings> {
@@ -166,6 +184,23 @@ fn bench_decide(device: &Device, shape: Shape) -> Result<()> {
     Ok(())
 }
 
+/// What candle's own backward pass adds to that of one op: ones for the output's gradient, and the op's gradients, each
+/// added to zeros.
+fn bench_candle(device: &Device, shape: Shape) -> Result<()> {
+    let qkv = shape.qkv(device, DType::BF16)?;
+    let seconds = time(device, || {
+        qkv[0].ones_like()?;
+        qkv.iter().try_for_each(|x| Ok(x.zeros_like()?.add(x).map(drop)?))
+    })?;
+    println!(
+        "{:<17} {}        {:>9.3} ms",
+        "candle's part",
+        shape.name(),
+        seconds * 1e3
+    );
+    Ok(())
+}
+
 fn bench_attention(device: &Device, ceilings: &Ceilings, shape: Shape) -> Result<()> {
     let options = AttentionOptions::default();
     for share in [0.0, 0.25, 0.5, 0.8] {
@@ -240,9 +275,15 @@ fn main() -> Result<()> {
         None => Ok(default),
     };
     let wanted = bound(2, 0)?..=bound(1, 65536)?;
-    let parts = std::env::var("SFA_BENCH").unwrap_or_else(|_| "decide,attention,decode".to_string());
-    let runs = |part: &str| parts.split(',').any(|wanted| wanted == part);
+    let parts = std::env::args()
+        .nth(3)
+        .unwrap_or_else(|| "decide,attention,decode".to_string());
+    let has = |part: &str| parts.split(',').any(|name| name == part);
     let device = Device::new_cuda(0)?;
+    match std::env::var_os("SFA_GIVE_BACK") {
+        Some(_) => println!("memory: freed to the driver"),
+        None => keep_memory(&device)?,
+    }
     verify(&device)?;
     let ceilings = ceilings(&device)?;
     println!(
@@ -260,17 +301,18 @@ fn main() -> Result<()> {
                     tokens,
                     dim,
                 };
-                if runs("decide") {
+                if has("decide") {
                     bench_decide(&device, shape)?;
                 }
-                if runs("attention") {
+                if has("attention") {
+                    bench_candle(&device, shape)?;
                     bench_attention(&device, &ceilings, shape)?;
                 }
             }
         }
     }
-    let decoded = [8192, 16384, 32768, 65536].into_iter().filter(|_| runs("decode"));
-    for tokens in decoded.filter(|n| wanted.contains(n)) {
+    let wanted = |tokens: &usize| has("decode") && wanted.contains(tokens);
+    for tokens in [8192, 16384, 32768, 65536].into_iter().filter(wanted) {
         for (dim, heads) in [(64, 32), (128, 16)] {
             for kv_heads in [heads, heads / 4] {
                 let shape = Shape {

@@ -5,7 +5,7 @@ mod common;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_sfattention::{emulation, AttentionOptions, CompressionConfig, Fold, MergeStrategy};
+use candle_sfattention::{emulation, AttentionOptions, CompressionConfig, Fold, GroupRule, MergeStrategy};
 use common::golden::cases;
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
 use common::judge::Expected;
@@ -166,6 +166,53 @@ fn bad_numbers_stay_where_they_are() -> Result<()> {
                         assert!(if sees { got.is_nan() } else { got == clean }, "{what}: {got}");
                     }
                 }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The same where tokens are dropped: a hidden one is seen to its window's border and no further.
+#[test]
+fn bad_numbers_of_dropped_tokens_stay_where_they_are() -> Result<()> {
+    let (shape, window) = (Shape(1, 2, 1, 300, 64), 20);
+    let hides = |t: usize| !t.is_multiple_of(3);
+    let bits: Vec<u8> = (0..2 * 299).map(|i| hides(i % 299).into()).collect();
+    let bits = Tensor::from_vec(bits, (1, 2, 299), &Device::Cpu)?;
+    let options = AttentionOptions::default();
+    for (dtype, group_rule) in [
+        (DType::F32, GroupRule::Unanimous),
+        (DType::BF16, GroupRule::Unanimous),
+        (DType::BF16, GroupRule::PerQueryHead),
+    ] {
+        let config = CompressionConfig {
+            fold: Fold::Drop,
+            window,
+            group_rule,
+            ..Default::default()
+        };
+        let run = |qkv: &[Tensor; 3]| -> Result<Vec<f64>> {
+            let inputs = [&qkv[0], &qkv[1], &qkv[2]];
+            let pass = emulation::attend(inputs, &bits, &config, &options, false, None)?;
+            Ok(values(&pass.output)?)
+        };
+        let qkv = shape.qkv(3, dtype)?;
+        let clean = run(&qkv)?;
+        for (token, part, bad) in [
+            (77, 1, f64::NEG_INFINITY),
+            (78, 1, f64::INFINITY),
+            (79, 2, f64::NAN),
+            (81, 2, f64::INFINITY),
+        ] {
+            let mut data = values(&qkv[part])?;
+            data[token * shape.4 + 5] = bad;
+            let mut broken = qkv.clone();
+            broken[part] = Tensor::from_vec(data, qkv[part].dims(), &Device::Cpu)?.to_dtype(dtype)?;
+            for (index, (clean, got)) in clean.iter().zip(&run(&broken)?).enumerate() {
+                let row = index / shape.4 % 300;
+                let sees = row >= token && (!hides(token) || row <= token + window);
+                let what = format!("{dtype:?} {group_rule:?} token {token} part {part} {bad} row {row}");
+                assert!(if sees { got.is_nan() } else { got == clean }, "{what}: {got}");
             }
         }
     }

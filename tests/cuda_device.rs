@@ -239,15 +239,18 @@ fn compression_losses() -> Result<()> {
 #[test]
 fn large_sizes_agree_with_the_cpu() -> Result<()> {
     let Some(device) = gpu()? else { return Ok(()) };
-    for (shape, dtype, window) in [
-        (Shape(2, 8, 2, 2048, 128), DType::BF16, 32),
-        (Shape(1, 4, 4, 4096, 64), DType::F16, 0),
-        (Shape(1, 4, 1, 2500, 64), DType::F32, 16),
-        (Shape(1, 2, 1, 1537, 256), DType::BF16, 5),
+    for (shape, dtype, window, fold) in [
+        (Shape(2, 8, 2, 2048, 128), DType::BF16, 32, Fold::Mean),
+        (Shape(2, 8, 2, 2048, 128), DType::BF16, 32, Fold::Drop),
+        (Shape(1, 4, 4, 4096, 64), DType::F16, 0, Fold::Mean),
+        (Shape(1, 4, 4, 4096, 64), DType::F16, 32, Fold::Drop),
+        (Shape(1, 4, 1, 2500, 64), DType::F32, 16, Fold::Mean),
+        (Shape(1, 2, 1, 1537, 256), DType::BF16, 5, Fold::Mean),
     ] {
         let config = CompressionConfig {
             similarity_threshold: 0.35,
             window,
+            fold,
             ..CompressionConfig::pretrained()
         };
         let (qkv, grad_output) = (shape.qkv(3, dtype)?, random_like_output(&shape, 3, dtype)?);

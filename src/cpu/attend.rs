@@ -49,12 +49,12 @@ impl<'a, Q: Element> Worker<'a, Q> {
             rows.start(reader, block, edge, (token, row))
         });
         if let Some((products, _)) = &mut reader.products {
-            products.load_output(Q::Acc::singles(&rows.output), dim);
+            products.load_output(Q::Acc::singles(&rows.output), (dim, width));
         }
         reader.far_tiles(block, |reader, columns| rows.push(reader, block, columns));
         reader.near_tiles(block, |reader, columns| rows.push(reader, block, columns));
         if let Some((products, _)) = &mut reader.products {
-            products.store_output(Q::Acc::singles_mut(&mut rows.output), dim);
+            products.store_output(Q::Acc::singles_mut(&mut rows.output), (dim, width));
         }
         if let Some(log_sum_exp) = log_sum_exp {
             for (row, target) in log_sum_exp.iter_mut().enumerate() {

@@ -7,10 +7,11 @@
 use super::aligned::{padded, Aligned};
 use super::attend::drop_weights;
 use super::block::BlockReader;
-use super::columns::{Block, ColumnKind, Columns, FarSource};
+use super::columns::{Block, ColumnKind, Columns, FarSource, Settings, EDGE_COLUMNS};
 use super::fold::{unfold, Edge, FarColumns};
 use super::forward::{ForwardInput, Gathered};
 use super::gemm_tile::{accumulate, accumulate_columns, scores};
+use super::pairs::{Packed, PairTiles};
 use super::softmax::differentiate;
 use super::tasks::{for_each_task, Pool};
 use super::transpose::to_columns;
@@ -116,10 +117,7 @@ fn shares<T: Element>(input: &BackwardInput<T>) -> usize {
 
 /// The row blocks of a head.
 fn blocks<T: Element>(input: &BackwardInput<T>) -> impl Iterator<Item = Range<usize>> {
-    let (tokens, rows) = (
-        input.forward.problem.tokens,
-        input.forward.settings_with(None).block_rows,
-    );
+    let (tokens, rows) = (input.forward.problem.tokens, input.forward.settings().block_rows);
     let block = move |start: usize| start..tokens.min(start + rows);
     (0..tokens).step_by(rows).map(block)
 }
@@ -188,8 +186,12 @@ struct Worker<'a, T: Element> {
 
 impl<'a, T: Element> Worker<'a, T> {
     fn new(forward: &ForwardInput<'a, T>) -> Self {
-        let reader = BlockReader::new(forward.settings_with(None), forward.problem.tokens);
-        let sums = Sums::new(forward.problem.head_dim, reader.leading);
+        let settings = Settings {
+            gradients: true,
+            ..forward.settings()
+        };
+        let reader = BlockReader::new(settings, forward.problem.tokens);
+        let sums = Sums::new(&settings, reader.leading);
         Self {
             reader,
             sums,
@@ -253,17 +255,28 @@ struct Sums<A> {
     /// The block's output gradients (leading, width) and (D, leading).
     grad_rows: Aligned<A>,
     grads: Aligned<A>,
-    /// Per row: log-sum-exp (base 2), and output gradient times output.
-    log_sum_exp: Vec<A>,
+    /// The same for products in bf16 pairs, and raw values for them.
+    products: Option<(PairTiles, Packed)>,
+    /// From what a tile of logits holds to base 2.
+    unit: A,
+    /// Per row: minus log-sum-exp (base 2), and output gradient times output.
+    minus_log_sum_exp: Vec<A>,
     delta: Vec<A>,
     /// Gradients of the weights of one tile, then of its logits.
     tile: Aligned<A>,
 }
 
 impl<A: Accumulator> Sums<A> {
-    fn new(dim: usize, leading: usize) -> Self {
+    fn new(settings: &Settings<A>, leading: usize) -> Self {
+        let dim = settings.head_dim;
         let width = padded(dim);
+        let products = settings.pairs.map(|pairs| {
+            let tiles = PairTiles::new(pairs, leading, 0, dim);
+            (tiles, Packed::keys_only(pairs, dim, EDGE_COLUMNS))
+        });
         Self {
+            products,
+            unit: A::of(settings.pairs.map_or(1.0, |pairs| f64::from(pairs.factor))),
             dim,
             width,
             far: Default::default(),
@@ -272,7 +285,7 @@ impl<A: Accumulator> Sums<A> {
             dq: Aligned::zeroed(leading * width),
             grad_rows: Aligned::zeroed(leading * width),
             grads: Aligned::zeroed(leading * dim),
-            log_sum_exp: vec![A::ZERO; leading],
+            minus_log_sum_exp: vec![A::ZERO; leading],
             delta: vec![A::ZERO; leading],
             tile: Aligned::default(),
         }
@@ -302,7 +315,7 @@ impl<A: Accumulator> Sums<A> {
         let first = (block.batch * input.forward.problem.heads + block.head) * input.forward.problem.tokens;
         self.dq.fill(A::ZERO);
         self.grad_rows.fill(A::ZERO);
-        self.log_sum_exp.fill(A::ZERO);
+        self.minus_log_sum_exp.fill(A::ZERO);
         self.delta.fill(A::ZERO);
         let mut output = vec![A::ZERO; dim];
         for (row, token) in block.rows.clone().enumerate() {
@@ -310,10 +323,13 @@ impl<A: Accumulator> Sums<A> {
             T::widen(grads.row(token), grad);
             T::widen(outputs.row(token), &mut output);
             self.delta[row] = dot(grad, &output);
-            self.log_sum_exp[row] = input.log_sum_exp[first + token];
+            self.minus_log_sum_exp[row] = A::ZERO - input.log_sum_exp[first + token];
         }
         let leading = self.delta.len();
-        to_columns(&self.grad_rows, (dim, width), leading, &mut self.grads);
+        match &mut self.products {
+            Some((products, _)) => products.load_queries(A::singles(&self.grad_rows), (dim, width)),
+            None => to_columns(&self.grad_rows, (dim, width), leading, &mut self.grads),
+        }
     }
 
     fn edge<T: Element<Acc = A>>(
@@ -324,7 +340,7 @@ impl<A: Accumulator> Sums<A> {
         (token, row): (usize, usize),
     ) {
         let (dim, width) = (self.dim, self.width);
-        let weight = (reader.edge_logit(block, edge, token, row) - self.log_sum_exp[row]).exp2_nonpositive();
+        let weight = (reader.edge_logit(block, edge, token, row) + self.minus_log_sum_exp[row]).exp2_nonpositive();
         let kept = match block.dropout {
             Some(mask) => mask.factor(block.rows.start + row, token),
             None => A::ONE,
@@ -343,13 +359,25 @@ impl<A: Accumulator> Sums<A> {
         self.tile.make_room(reader.tile.len());
         let mut weights = columns.tile(&mut reader.tile, leading);
         let mut logits = columns.tile(&mut self.tile, leading);
-        scores(&mut logits, &self.grads, &columns.values);
+        match &mut self.products {
+            Some((products, near)) => {
+                columns.pack_raw_values(near);
+                let packed = columns.packed_values(block.far, near);
+                products.scores(A::singles_mut(logits.data), packed, columns.count);
+            }
+            None => scores(&mut logits, &self.grads, &columns.values),
+        }
         if let Some(mask) = block.dropout {
             drop_weights(&mut logits, mask, block.rows.start, |index| {
                 columns.token(block.far, index)
             });
         }
-        differentiate(&mut weights, &mut logits, &self.log_sum_exp, &self.delta);
+        differentiate(
+            &mut weights,
+            &mut logits,
+            self.unit,
+            (&self.minus_log_sum_exp, &self.delta),
+        );
         if let Some(mask) = block.dropout {
             drop_weights(&mut weights, mask, block.rows.start, |index| {
                 columns.token(block.far, index)

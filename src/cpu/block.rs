@@ -4,7 +4,7 @@
 
 use super::aligned::{padded, Aligned};
 use super::columns::{near_rows, BiasView, Block, ColumnKind, Columns, RowScratch, Settings, EDGE_COLUMNS};
-use super::fold::{all_finite, ChainFold, Edge};
+use super::fold::{all_finite, ChainFold, Edge, AHEAD};
 use super::gemm_tile::scores;
 use super::pairs::{Packed, PairTiles, PAD};
 use super::softmax::LANES;
@@ -18,7 +18,7 @@ pub(crate) struct BlockReader<'a, Q: Element> {
     pub settings: Settings<'a, Q::Acc>,
     /// Rows of a block, a multiple of [`LANES`]: the leading dimension of `queries` and `tile`.
     pub leading: usize,
-    /// How far rows lie apart: D, padded with zeros where products are not made in pairs.
+    /// How far rows lie apart: D, padded with zeros.
     pub width: usize,
     /// Queries (rows, width), folded and multiplied by scale * log2(e).
     pub query_rows: Aligned<Q::Acc>,
@@ -41,7 +41,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         let tile_columns = columns
             .next_multiple_of(EDGE_COLUMNS)
             .clamp(EDGE_COLUMNS, settings.far_columns());
-        let width = if settings.pairs.is_none() { padded(dim) } else { dim };
+        let width = padded(dim);
         Self {
             settings,
             leading,
@@ -76,6 +76,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             #[inline(always)]
             || {
                 for (row, token) in block.rows.clone().enumerate() {
+                    block.queries.prefetch_row(token + AHEAD - first_row);
                     let target = &mut query_rows[row * width..][..dim];
                     Q::widen(block.queries.row(token - first_row), target);
                     if fold == Fold::PairSum && token > 0 && block.bits.hidden(token - 1) {
@@ -92,7 +93,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             },
         );
         if let Some((products, _)) = &mut self.products {
-            products.load_queries(Q::Acc::singles(&self.query_rows), dim);
+            products.load_queries(Q::Acc::singles(&self.query_rows), (dim, width));
         }
         vectorized(
             #[inline(always)]
@@ -206,7 +207,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
                 _ if packed || kind == ColumnKind::FarForAll => 0,
                 _ => (far.token(start) + lag).saturating_sub(rows.start) / LANES * LANES,
             };
-            let (keys, values) = match packed {
+            let (keys, values) = match packed && !self.settings.gradients {
                 true => Default::default(),
                 false => far.rows(start..end, &mut scratch),
             };
@@ -273,14 +274,22 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         }
         let masked = columns.kind != ColumnKind::FarForAll;
         if self.settings.bias.is_some() || columns.log2_sizes.is_some() || masked {
-            for (index, column) in tile.data.chunks_exact_mut(self.leading).take(columns.count).enumerate() {
-                self.adjust(block, columns, index, column);
-            }
+            let columns_of = tile.data.chunks_exact_mut(self.leading).take(columns.count);
+            let mut adjusted = columns_of.enumerate();
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (index, column) in &mut adjusted {
+                        self.adjust(block, columns, index, column);
+                    }
+                },
+            );
         }
         self.tile = data;
     }
 
     /// Adds log2 n and the bias to one column of logits, and hides it from the rows that do not see it.
+    #[inline(always)]
     fn adjust<R: Element<Acc = Q::Acc>>(
         &self,
         block: &Block<Q, R>,

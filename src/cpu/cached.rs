@@ -141,6 +141,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             scale: self.scale,
             bias: self.bias,
             pairs: None,
+            gradients: false,
         }
     }
 

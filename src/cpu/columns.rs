@@ -57,14 +57,16 @@ pub(crate) struct Settings<'a, A> {
     pub bias: Option<BiasView<'a, A>>,
     /// Where products are made in bf16 pairs.
     pub pairs: Option<Pairs>,
+    /// Whether tiles are for gradients, which read rows beside pairs.
+    pub gradients: bool,
 }
 
 impl<A> Settings<'_, A> {
     /// Columns of a tile that every row sees.
     pub fn far_columns(&self) -> usize {
         match self.pairs {
-            Some(_) => PAIR_COLUMNS,
-            None => FAR_COLUMNS,
+            Some(_) if !self.gradients => PAIR_COLUMNS,
+            _ => FAR_COLUMNS,
         }
     }
 }
@@ -89,8 +91,12 @@ pub(crate) trait FarSource<A>: Sync {
     fn log2_sizes(&self, columns: Range<usize>) -> Option<&[A]>;
     /// Keys and values of some columns as padded rows, through `scratch` where they are not stored so.
     fn rows<'s>(&'s self, columns: Range<usize>, scratch: &'s mut RowScratch<A>) -> KeysValues<'s, A>;
-    /// All columns as bf16 pairs, where [`Settings::pairs`] wants them; then `rows` is not asked.
+    /// All columns as bf16 pairs, where [`Settings::pairs`] wants them; then `rows` is only asked for gradients.
     fn packed(&self) -> Option<&Packed> {
+        None
+    }
+    /// All values as the keys of bf16 pairs, where [`Settings::gradients`] are wanted of them.
+    fn packed_values(&self) -> Option<&Packed> {
         None
     }
 }
@@ -189,6 +195,24 @@ impl<A> Columns<'_, A> {
         match (self.kind, far.packed()) {
             (ColumnKind::Near, _) | (_, None) => near.tile(0),
             (_, Some(packed)) => packed.tile(self.first),
+        }
+    }
+
+    /// The values likewise, raw ones in `near` after [`Self::pack_raw_values`].
+    pub fn packed_values<'p>(&self, far: &'p dyn FarSource<A>, near: &'p Packed) -> PackedTile<'p> {
+        match (self.kind, far.packed_values()) {
+            (ColumnKind::Near, _) | (_, None) => near.tile(0),
+            (_, Some(packed)) => packed.tile(self.first),
+        }
+    }
+
+    pub fn pack_raw_values(&self, near: &mut Packed)
+    where
+        A: Accumulator,
+    {
+        if self.kind == ColumnKind::Near {
+            near.clear();
+            (0..self.count).for_each(|column| near.push_key(A::singles(self.values.row(column))));
         }
     }
 

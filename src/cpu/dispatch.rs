@@ -77,7 +77,7 @@ mod tests {
         assert!(refused.is_err_and(|text| text.contains("expected one of [\"a\"]")));
     }
 
-    /// Every f32 from -126 to 0, on every instruction set: 2^x to a relative error of 1.2e-7.
+    /// Every f32 from -126 to 0, on every instruction set, by registers and by numbers: 2^x to a relative error of 1.2e-7.
     #[test]
     fn exp2_is_within_its_bound_for_every_f32_in_range() {
         let (last, chunk) = ((-126f32).to_bits(), 1 << 20);
@@ -99,21 +99,31 @@ mod tests {
         type Output = f64;
 
         #[inline(always)]
-        fn with_simd<S: pulp::Simd>(self, _: S) -> f64 {
+        fn with_simd<S: pulp::Simd>(self, simd: S) -> f64 {
             let Self(first, last) = self;
-            // Where 2^x rounds to 1 or its left neighbours, x ln 2 tells the error from 1 to 1e-14.
-            if f32::from_bits(last) > -1e-7 {
-                return (first..=last).fold(0.0, |worst: f64, bits| {
-                    let x = f32::from_bits(bits);
-                    let exact = 1.0 + f64::from(x) * std::f64::consts::LN_2;
-                    worst.max((f64::from(x.exp2_nonpositive()) - exact).abs())
-                });
+            let mut worst = 0.0;
+            let mut registers = [0f32; 256];
+            for first in (first..=last).step_by(registers.len()) {
+                let x = |index: usize| f32::from_bits(last.min(first + index as u32));
+                for (index, target) in registers.iter_mut().enumerate() {
+                    *target = x(index);
+                }
+                f32::add_weights(simd, &mut registers, 0.0, &mut [0.0; 256]);
+                for (index, power) in registers.iter().enumerate() {
+                    // Where 2^x rounds to 1 or its left neighbours, x ln 2 tells the error from 1 to 1e-14.
+                    let x = f64::from(x(index));
+                    let exact = if x > -1e-7 {
+                        1.0 + x * std::f64::consts::LN_2
+                    } else {
+                        x.exp2()
+                    };
+                    for power in [f64::from(*power), f64::from((x as f32).exp2_nonpositive())] {
+                        let error = (power / exact - 1.0).abs();
+                        worst = f64::max(worst, if error.is_nan() { f64::INFINITY } else { error });
+                    }
+                }
             }
-            (first..=last).fold(0.0, |worst: f64, bits| {
-                let x = f32::from_bits(bits);
-                let exact = f64::from(x).exp2();
-                worst.max((f64::from(x.exp2_nonpositive()) / exact - 1.0).abs())
-            })
+            worst
         }
     }
 }

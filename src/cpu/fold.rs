@@ -32,6 +32,7 @@ impl<A: Accumulator> ChainFold<A> {
     }
 
     /// Steps to the next token, into which the one before is folded when `merged`.
+    #[inline(always)]
     pub fn step<T: Element<Acc = A>>(&mut self, merged: bool, key: &[T], value: &[T]) {
         if !merged || self.fold == Fold::Drop {
             T::widen(key, &mut self.key);
@@ -123,6 +124,7 @@ impl<A: Accumulator> ChainFold<A> {
     }
 }
 
+#[inline(always)]
 fn pair_sum<T: Element>(folded: &mut [T::Acc], raw: &mut [T::Acc], next: &[T]) {
     folded.copy_from_slice(raw);
     T::widen(next, raw);
@@ -131,6 +133,7 @@ fn pair_sum<T: Element>(folded: &mut [T::Acc], raw: &mut [T::Acc], next: &[T]) {
     }
 }
 
+#[inline(always)]
 fn running_mean<A: Accumulator>(mean: &mut [A], next: &[A], size: usize) {
     let (size, inverse) = (A::of(size as f64), A::ONE / A::of((size + 1) as f64));
     for (m, x) in mean.iter_mut().zip(next) {
@@ -140,6 +143,7 @@ fn running_mean<A: Accumulator>(mean: &mut [A], next: &[A], size: usize) {
 
 /// Replaces a key or value that is not finite by a NaN key and a zero value: whoever sees the column becomes NaN
 /// through its logit, and nobody else is touched by 0 * NaN. Returns whether it did.
+#[inline(always)]
 pub(crate) fn quarantine<A: Accumulator>(key: &mut [A], value: &mut [A]) -> bool {
     let bad = !(all_finite(key) && all_finite(value));
     if bad {
@@ -164,6 +168,9 @@ pub(crate) fn all_finite<A: Accumulator>(row: &[A]) -> bool {
     }
     checks.iter().all(|check| *check == A::ZERO)
 }
+
+/// Rows that are asked for before they are read: the hardware does not follow strides of some KiB.
+pub(crate) const AHEAD: usize = 8;
 
 /// Folded keys and values with log2 n of each.
 struct FoldedRows<A> {
@@ -203,11 +210,21 @@ pub(crate) struct Edge<'e, A> {
     pub log2_size: A,
 }
 
+/// How far columns are gathered.
+#[derive(Clone, Copy)]
+pub(crate) enum Layout {
+    Rows,
+    /// As bf16 pairs, in place of rows.
+    Pairs(Pairs),
+    /// As rows; keys and values also as bf16 pairs, to be multiplied by rows of queries and of output gradients.
+    Gradients(Pairs),
+}
+
 /// What merging leaves of one list of heads that share keys, values and bits, in the accumulator's dtype. Columns are in
 /// token order; which of them a row sees is a prefix.
 #[derive(Default)]
 pub(crate) struct FarColumns<A: Accumulator> {
-    /// The tokens that are not hidden; a single row where they are packed.
+    /// The tokens that are not hidden; a single row where they are packed alone.
     far: FoldedRows<A>,
     /// The others.
     hidden: FoldedRows<A>,
@@ -215,9 +232,11 @@ pub(crate) struct FarColumns<A: Accumulator> {
     /// The token index of each column; None where nothing is hidden.
     pub tokens: Option<Vec<u32>>,
     pub columns: usize,
-    /// Keys and values as bf16 pairs, in place of `far`.
+    /// Keys and values as bf16 pairs: see [`Layout`].
     pub packed: Option<Packed>,
-    /// Whether no raw key or value row of the head is NaN or infinite.
+    /// Values as the keys of bf16 pairs.
+    pub packed_values: Option<Packed>,
+    /// Whether no folded key or value of the head, and so no raw one, is NaN or infinite.
     pub clean: bool,
 }
 
@@ -228,23 +247,30 @@ impl<A: Accumulator> FarColumns<A> {
         bits: &[u8],
         tokens: usize,
         fold: Fold,
-        pairs: Option<Pairs>,
+        layout: Layout,
         room: Option<Self>,
     ) -> Self {
         let hidden = bits.iter().filter(|bit| **bit == 1).count();
         let mut columns = room.unwrap_or_default();
-        columns.columns = tokens - hidden;
-        columns.clean = super::vectorized(
-            #[inline(always)]
-            || rows_finite(keys, tokens) && rows_finite(values, tokens),
-        );
-        let rows = if pairs.is_none() { columns.columns } else { 1 };
-        columns.far.start(rows, keys.dim);
-        columns.hidden.start(hidden, keys.dim);
-        columns.packed = pairs.map(|pairs| Packed::new(pairs, keys.dim, columns.columns));
+        (columns.columns, columns.clean) = (tokens - hidden, true);
+        let (dim, count) = (keys.dim, columns.columns);
+        let rows = match layout {
+            Layout::Rows => count,
+            Layout::Pairs(pairs) => {
+                columns.packed = Some(Packed::new(pairs, dim, count));
+                1
+            }
+            Layout::Gradients(pairs) => {
+                columns.packed = Some(Packed::keys_only(pairs, dim, count));
+                columns.packed_values = Some(Packed::keys_only(pairs, dim, count));
+                count
+            }
+        };
+        columns.far.start(rows, dim);
+        columns.hidden.start(hidden, dim);
         super::vectorized(
             #[inline(always)]
-            || columns.fill(keys, values, bits, tokens, fold),
+            || columns.fill(keys, values, bits, tokens, (fold, rows)),
         );
         let kept = || (0..tokens as u32).filter(|t| bits.get(*t as usize) != Some(&1));
         columns.tokens = (hidden > 0).then(|| kept().collect());
@@ -258,41 +284,52 @@ impl<A: Accumulator> FarColumns<A> {
         values: &HeadRows<T>,
         bits: &[u8],
         tokens: usize,
-        fold: Fold,
+        (fold, room): (Fold, usize),
     ) {
-        let mut chain = ChainFold::new(fold, keys.dim);
+        let (mut chain, mut left) = (ChainFold::new(fold, keys.dim), vec![A::ZERO; keys.dim]);
         let (mut merged, mut far, mut hidden) = (false, 0, 0);
         for t in 0..tokens {
+            keys.prefetch_row(t + AHEAD);
+            values.prefetch_row(t + AHEAD);
             let hides = bits.get(t) == Some(&1);
-            let folds = fold != Fold::Drop && (merged || hides);
-            if folds {
+            // A chain of one is its token; a pair sum needs none.
+            let chained = fold == Fold::Mean && (merged || hides);
+            let summed = fold == Fold::PairSum && merged;
+            if chained {
                 chain.step(merged, keys.row(t), values.row(t));
             }
             merged = hides;
-            let (rows, row) = match (hides, &self.packed) {
-                (true, _) => (&mut self.hidden, hidden),
-                (false, None) => (&mut self.far, far),
-                // A packed column passes through as the only one.
-                (false, Some(_)) => (&mut self.far, 0),
+            let (rows, row) = match hides {
+                true => (&mut self.hidden, hidden),
+                // A column that is packed alone passes through the only row.
+                false => (&mut self.far, far.min(room - 1)),
             };
             let (key, value) = rows.row_mut(row);
-            if folds {
+            if chained {
                 key.copy_from_slice(&chain.key);
                 value.copy_from_slice(&chain.value);
             } else {
                 T::widen(keys.row(t), key);
                 T::widen(values.row(t), value);
             }
-            // A sum of finite numbers need not be finite.
-            if folds || !self.clean {
-                quarantine(key, value);
+            if summed {
+                for (x, row) in [(&mut *key, keys.row(t - 1)), (&mut *value, values.row(t - 1))] {
+                    T::widen(row, &mut left);
+                    x.iter_mut().zip(&left).for_each(|(x, y)| *x += *y);
+                }
             }
-            if let (false, Some(packed)) = (hides, &mut self.packed) {
-                packed.push(A::singles(key), A::singles(value));
+            self.clean &= !quarantine(key, value);
+            match (hides, &mut self.packed, &mut self.packed_values) {
+                (true, ..) | (_, None, _) => {}
+                (_, Some(packed), None) => packed.push(A::singles(key), A::singles(value)),
+                (_, Some(packed), Some(packed_values)) => {
+                    packed.push_key(A::singles(key));
+                    packed_values.push_key(A::singles(value));
+                }
             }
             if fold == Fold::Mean {
                 // Of a size of 1 nothing is computed.
-                let size = if folds { chain.size } else { 1 };
+                let size = if chained { chain.size } else { 1 };
                 rows.log2_sizes.push(match size {
                     1 => A::ZERO,
                     size => A::of((size as f64).log2()),
@@ -303,7 +340,7 @@ impl<A: Accumulator> FarColumns<A> {
                 false => far += 1,
             }
         }
-        if let Some(packed) = &mut self.packed {
+        if let (Some(packed), None) = (&mut self.packed, &self.packed_values) {
             packed.finish();
         }
         self.sizes_differ = self.far.log2_sizes.iter().any(|size| *size != A::ZERO);
@@ -377,14 +414,4 @@ pub(crate) fn unfold<A: Accumulator>(fold: Fold, gradients: &mut [A], bits: &[u8
             }
         }
     }
-}
-
-#[inline(always)]
-fn rows_finite<T: Element>(rows: &HeadRows<T>, tokens: usize) -> bool {
-    for token in 0..tokens {
-        if !T::finite_row(rows.row(token)) {
-            return false;
-        }
-    }
-    true
 }

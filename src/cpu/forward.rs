@@ -5,7 +5,7 @@
 
 use super::attend::Worker;
 use super::columns::{block_rows, BiasView, Bits, Block, FarSource, KeysValues, RawRows, RowScratch, Settings};
-use super::fold::{Edge, FarColumns};
+use super::fold::{Edge, FarColumns, Layout};
 use super::pairs::{Packed, Pairs};
 use super::philox::DropoutMask;
 use super::tasks::{for_each_task, Pool};
@@ -35,10 +35,7 @@ pub(crate) struct ForwardInput<'a, T: Element> {
 impl<'a, T: Element> ForwardInput<'a, T> {
     /// With products in bf16 pairs where they serve.
     pub fn settings(&self) -> Settings<'a, T::Acc> {
-        self.settings_with(self.pairs())
-    }
-
-    pub fn settings_with(&self, pairs: Option<Pairs>) -> Settings<'a, T::Acc> {
+        let pairs = self.pairs();
         Settings {
             head_dim: self.problem.head_dim,
             block_rows: block_rows(self.problem.tokens, pairs),
@@ -49,6 +46,7 @@ impl<'a, T: Element> ForwardInput<'a, T> {
             scale: self.scale,
             bias: self.bias,
             pairs,
+            gradients: false,
         }
     }
 
@@ -165,7 +163,7 @@ pub(crate) struct Gathered<'a, T: Element> {
 }
 
 impl<'a, T: Element> Gathered<'a, T> {
-    /// Gathers for one query head, in single numbers; into `room` where there is some.
+    /// Gathers for gradients of one query head; into `room` where there is some.
     pub fn new(input: &ForwardInput<'a, T>, batch: usize, head: usize, room: Option<FarColumns<T::Acc>>) -> Self {
         let kv_head = head / input.problem.group();
         let (keys, values) = (input.k.head(batch, kv_head), input.v.head(batch, kv_head));
@@ -177,7 +175,7 @@ impl<'a, T: Element> Gathered<'a, T> {
                 bits,
                 tokens,
                 input.fold,
-                None,
+                input.pairs().map_or(Layout::Rows, Layout::Gradients),
                 room,
             )),
             keys,
@@ -222,6 +220,10 @@ impl<T: Element> FarSource<T::Acc> for Gathered<'_, T> {
 
     fn packed(&self) -> Option<&Packed> {
         self.columns.packed.as_ref()
+    }
+
+    fn packed_values(&self) -> Option<&Packed> {
+        self.columns.packed_values.as_ref()
     }
 }
 
@@ -295,13 +297,13 @@ impl<A: Accumulator> HeadList<A> {
             let keys = input.k.head(self.batch, self.kv_head);
             let values = input.v.head(self.batch, self.kv_head);
             let bits = input.head_bits(self.batch, self.heads.start);
-            let (tokens, pairs) = (input.problem.tokens, input.pairs());
+            let tokens = input.problem.tokens;
             Arc::new(FarColumns::gather(
                 (&keys, &values),
                 bits,
                 tokens,
                 input.fold,
-                pairs,
+                input.pairs().map_or(Layout::Rows, Layout::Pairs),
                 pool.take(),
             ))
         };

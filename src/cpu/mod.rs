@@ -117,17 +117,28 @@ impl<'a, T> HeadRows<'a, T> {
     /// Reading 256 MiB in two threads, the hardware alone gave 16.8 GB/s, and 23.5 GB/s with this.
     #[inline(always)]
     pub fn prefetch(&self, token: usize) {
+        self.ask_for(token, PREFETCH_BYTES)
+    }
+
+    /// Asks for row `token`'s cache lines; it need not be there.
+    #[inline(always)]
+    pub fn prefetch_row(&self, token: usize) {
+        self.ask_for(token, 0)
+    }
+
+    #[inline(always)]
+    fn ask_for(&self, token: usize, ahead: usize) {
         #[cfg(target_arch = "x86_64")]
         {
             use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
             let start = self.data.as_ptr().wrapping_add(token * self.stride).cast::<i8>();
             for line in (0..self.dim * size_of::<T>()).step_by(64) {
                 // SAFETY: a prefetch touches no memory, whatever its address, and SSE is part of x86-64.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line + PREFETCH_BYTES)) }
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line + ahead)) }
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
-        let _ = token;
+        let _ = (token, ahead);
     }
 
     /// The rows from `token` on; for a tile's base.

@@ -96,13 +96,14 @@ impl<A: Accumulator> WithSimd for Push<'_, '_, A> {
 pub(crate) fn differentiate<'t, A: Accumulator>(
     weights: &mut Tile<'t, A>,
     logits: &mut Tile<'t, A>,
-    log_sum_exp: &[A],
-    delta: &[A],
+    unit: A,
+    (minus_log_sum_exp, delta): (&[A], &[A]),
 ) {
     arch().dispatch(Differentiate {
         weights,
         logits,
-        log_sum_exp,
+        unit,
+        minus_log_sum_exp,
         delta,
     })
 }
@@ -111,7 +112,8 @@ pub(crate) fn differentiate<'t, A: Accumulator>(
 struct Differentiate<'s, 't, A> {
     weights: &'s mut Tile<'t, A>,
     logits: &'s mut Tile<'t, A>,
-    log_sum_exp: &'s [A],
+    unit: A,
+    minus_log_sum_exp: &'s [A],
     delta: &'s [A],
 }
 
@@ -120,7 +122,8 @@ impl<A: Accumulator> WithSimd for Differentiate<'_, '_, A> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        A::differentiate(simd, self.weights, self.logits, self.log_sum_exp, self.delta)
+        let rows = (self.minus_log_sum_exp, self.delta);
+        A::differentiate(simd, self.weights, self.logits, self.unit, rows)
     }
 }
 
@@ -216,12 +219,12 @@ macro_rules! weigh {
             simd: S,
             weights: &mut Tile<$float>,
             logits: &mut Tile<$float>,
-            log_sum_exp: &[$float],
-            delta: &[$float],
+            unit: $float,
+            (minus_log_sum_exp, delta): (&[$float], &[$float]),
         ) {
-            let rows = weights.rows.clone();
-            let (log_sum_exp, delta) = (
-                S::$as(&log_sum_exp[rows.clone()]).0,
+            let (rows, unit) = (weights.rows.clone(), simd.$splat(unit));
+            let (sums, delta) = (
+                S::$as(&minus_log_sum_exp[rows.clone()]).0,
                 S::$as(&delta[rows.clone()]).0,
             );
             let columns = weights.data.chunks_exact_mut(weights.leading);
@@ -229,8 +232,9 @@ macro_rules! weigh {
             for (weight, logit) in columns.take(weights.columns) {
                 let weight = S::$as_mut(&mut weight[rows.clone()]).0.iter_mut();
                 let logit = S::$as_mut(&mut logit[rows.clone()]).0.iter_mut();
-                for ((weight, logit), (log_sum_exp, delta)) in weight.zip(logit).zip(log_sum_exp.iter().zip(delta)) {
-                    *weight = $exp2(simd, simd.$sub(*weight, *log_sum_exp));
+                for ((weight, logit), (sum, delta)) in weight.zip(logit).zip(sums.iter().zip(delta)) {
+                    let x = simd.$fma(*weight, unit, *sum);
+                    *weight = $exp2(simd, x);
                     *logit = simd.$mul(*weight, simd.$sub(*logit, *delta));
                 }
             }

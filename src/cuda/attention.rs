@@ -2,10 +2,10 @@
 
 use super::backward;
 use super::fold::{contiguous_rows, FoldCall};
-use super::forward::{self, Attended, AttentionCall, Bias, Columns};
+use super::forward::{self, Attended, AttentionCall, Bias, Columns, LARGEST_LISTED};
 use super::gpu::{Gpu, GpuElement};
-use crate::config::AttentionOptions;
-use crate::problem::Problem;
+use crate::config::{AttentionOptions, Fold};
+use crate::problem::{Problem, RowLayout};
 use candle_core::Result;
 
 /// One attention call.
@@ -42,9 +42,21 @@ pub(crate) struct Gradients<G: Gpu, T: GpuElement> {
 }
 
 impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
+    /// Whether kernels that read raw tokens by their lists take these tensors: "listed" in `cuda/params.cuh`.
+    fn can_list(&self) -> bool {
+        let narrow = |layout: &RowLayout| i32::try_from(layout.strides[2]).is_ok();
+        T::HALF
+            && self.fold.fold == Fold::Drop
+            && self.options.causal
+            && self.fold.problem.head_dim <= LARGEST_LISTED
+            && [self.fold.k.1, self.fold.v.1].iter().all(narrow)
+    }
+
+    /// `listed`: see [`FoldCall::columns`].
+    ///
     /// # Errors
     /// What the device reports.
-    pub fn folded(&self, gpu: &G) -> Result<Folded<G, T>> {
+    pub fn folded(&self, gpu: &G, listed: bool) -> Result<Folded<G, T>> {
         if self.dense {
             return Ok(Folded {
                 queries: None,
@@ -53,7 +65,7 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
         }
         Ok(Folded {
             queries: self.fold.queries(gpu)?,
-            columns: Some(self.fold.columns(gpu)?),
+            columns: Some(self.fold.columns(gpu, listed)?),
         })
     }
 
@@ -77,11 +89,12 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
     /// # Errors
     /// As [`forward::forward`].
     pub fn forward(&self, gpu: &G, keep_log_sum_exp: bool) -> Result<Attended<G, T>> {
-        let folded = self.folded(gpu)?;
+        let lean = self.bias.is_none() && self.options.dropout.is_none();
+        let folded = self.folded(gpu, lean && self.can_list())?;
         forward::forward(gpu, &self.call(&folded), keep_log_sum_exp)
     }
 
-    /// Folds again (O(N·D), which is less than keeping it would cost), and walks home.
+    /// Folds again, or lists (O(N·D), which is less than keeping it would cost), and walks home.
     ///
     /// # Errors
     /// As [`backward::backward`].
@@ -92,7 +105,8 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
         log_sum_exp: &G::Slice<f32>,
         grad_output: &G::Slice<T>,
     ) -> Result<Gradients<G, T>> {
-        let folded = self.folded(gpu)?;
+        let listed = self.can_list() && backward::fuses::<G, T>(gpu, &self.fold.problem, self.options)?;
+        let folded = self.folded(gpu, listed)?;
         let gradients = backward::backward(gpu, &self.call(&folded), output, log_sum_exp, grad_output)?;
         let dq = self.fold.unfold_queries(gpu, &gradients.queries, !self.dense)?;
         if let Some((dk, dv)) = gradients.done {

@@ -1,6 +1,7 @@
-//! Launches of `cuda/backward.cu`, `cuda/backward_fused.cu` and `cuda/backward_f32.cu`: gradients of the columns and of the
-//! (folded) queries.
+//! Launches of `cuda/backward.cu`, `backward_fused.cu`, `backward_listed.cu` and `backward_f32.cu`: gradients of the
+//! columns and of the (folded) queries.
 
+use super::fold::rows_of_warp;
 use super::forward::{Attended, AttentionCall};
 use super::gpu::{Gpu, GpuElement, Kernel, Launch};
 use super::params::AttentionParams;
@@ -22,7 +23,8 @@ pub(crate) struct Gradients<G: Gpu, T: GpuElement> {
     pub far: Option<KeysValues<G>>,
     /// Of folded tokens at edges, (B * lists, N, D). None in the dense case.
     pub folded: Option<KeysValues<G>>,
-    /// Of raw tokens inside windows, or of all of them in the dense case, (B * lists, N, D). None without a window.
+    /// Of raw tokens inside windows, or of all of them in the dense case and where they are listed, (B * lists, N, D).
+    /// None without a window.
     pub near: Option<KeysValues<G>>,
     /// Of keys and values (B, Hk, N, D), with nothing left to do; then there are no others of theirs.
     pub done: Option<(G::Slice<T>, G::Slice<T>)>,
@@ -49,10 +51,18 @@ enum ColumnTargets<'a, G: Gpu, T: GpuElement> {
     Done(&'a mut (G::Slice<T>, G::Slice<T>)),
 }
 
+/// Whether one pass over columns makes the gradients.
+///
+/// # Errors
+/// What the driver reports.
+pub(crate) fn fuses<G: Gpu, T: GpuElement>(gpu: &G, problem: &Problem, options: &AttentionOptions) -> Result<bool> {
+    Ok(Fused::on::<G, T>(gpu, problem, options)?.is_some())
+}
+
 /// Columns of a block of the fused kernels.
 const COLUMNS: usize = 128;
 
-/// One instance of the fused kernels: as `FUSED_DTYPE` in `cuda/backward_fused.cu`.
+/// One instance of the fused kernels: as in `cuda/backward_fused.cu` and `backward_listed.cu`.
 struct Fused {
     dim: usize,
     threads: usize,
@@ -72,10 +82,19 @@ impl Fused {
         Some(Self { dim, threads, rows })
     }
 
+    /// [`Self::pick`], where the device has the shared memory: 99 KiB on some consumer devices, where the one of 128
+    /// does not run.
+    fn on<G: Gpu, T: GpuElement>(gpu: &G, problem: &Problem, options: &AttentionOptions) -> Result<Option<Self>> {
+        match Self::pick::<T>(problem, options) {
+            Some(fused) if fused.shared_bytes() <= gpu.shared_limit()? => Ok(Some(fused)),
+            _ => Ok(None),
+        }
+    }
+
     /// `WORDS_AT` in `cuda/backward_fused.cuh`, and the words.
     fn shared_bytes(&self) -> usize {
         let stage = self.rows * (2 * 2 * self.dim + 2 * 4);
-        COLUMNS * (2 * 2 * self.dim + 2 * self.rows + 16) + 2 * stage
+        COLUMNS * (2 * 2 * self.dim + 2 * 2 * self.rows + 16) + 2 * stage
     }
 }
 
@@ -113,8 +132,13 @@ pub(crate) fn backward<G: Gpu, T: GpuElement>(
         gpu.write(&mut delta),
         gpu.value(&params),
     ];
+    let rows_of_warp = if T::HALF {
+        rows_of_warp(call.problem.head_dim)
+    } else {
+        1
+    };
     let launch = Launch {
-        grid: [rows.div_ceil(4), 1, 1],
+        grid: [rows.div_ceil(THREADS / 32 * rows_of_warp), 1, 1],
         threads: THREADS,
         shared_bytes: 0,
     };
@@ -141,12 +165,7 @@ fn module<T: GpuElement>() -> &'static str {
 
 impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
     fn gradients(&self) -> Result<Gradients<G, T>> {
-        let fused = match Fused::pick::<T>(&self.call.problem, self.call.options) {
-            // 99 KiB on some consumer devices, where the one of 128 does not run.
-            Some(fused) if fused.shared_bytes() <= self.gpu.shared_limit()? => Some(fused),
-            _ => None,
-        };
-        match fused {
+        match Fused::on::<G, T>(self.gpu, &self.call.problem, self.call.options)? {
             Some(fused) => self.fused_gradients(&fused),
             None => self.owned_gradients(),
         }
@@ -179,16 +198,23 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
             ..
         } = self.call.problem;
         let mut queries = self.gpu.zeros(batch * heads * tokens * head_dim)?;
-        if self.params.dense == 1 {
-            let rows = || self.gpu.alloc::<T>(batch * kv_heads * tokens * head_dim);
-            let mut done = (rows()?, rows()?);
-            self.fused(fused, "far", &mut queries, ColumnTargets::Done(&mut done))?;
+        if self.params.dense == 1 || self.call.listed() {
+            let kind = if self.params.dense == 1 { "far" } else { "listed" };
+            let (mut done, mut near) = (None, None);
+            if self.params.sizes.lists as usize == kv_heads {
+                let rows = || self.gpu.alloc::<T>(batch * kv_heads * tokens * head_dim);
+                let target = done.insert((rows()?, rows()?));
+                self.fused(fused, kind, &mut queries, ColumnTargets::Done(target))?;
+            } else {
+                let target = near.insert(self.lists()?.1);
+                self.fused(fused, kind, &mut queries, ColumnTargets::Sums(target))?;
+            }
             return Ok(Gradients {
                 queries,
                 far: None,
                 folded: None,
-                near: None,
-                done: Some(done),
+                near,
+                done,
             });
         }
         let mut sums = |kind| -> Result<KeysValues<G>> {
@@ -211,7 +237,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         })
     }
 
-    /// `kind` as for [`Self::columns`].
+    /// `kind` as for [`Self::columns`], or "listed".
     fn fused(
         &self,
         fused: &Fused,
@@ -220,8 +246,10 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         columns: ColumnTargets<'_, G, T>,
     ) -> Result<()> {
         let lists = self.call.problem.batch * self.params.sizes.lists as usize;
+        // Of listed columns there are two kinds, each with a last block of its own.
+        let blocks = self.call.problem.tokens.div_ceil(COLUMNS) + usize::from(kind == "listed");
         let launch = Launch {
-            grid: [lists * self.call.problem.tokens.div_ceil(COLUMNS), 1, 1],
+            grid: [lists * blocks, 1, 1],
             threads: fused.threads,
             shared_bytes: fused.shared_bytes(),
         };
@@ -238,8 +266,14 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
             }
         }
         args.push(self.gpu.value(&self.params));
-        let name = format!("backward_fused_{}_{}_{kind}", fused.dim, T::SUFFIX);
-        self.gpu.launch(&Kernel::plain("backward_fused", &name), launch, &args)
+        let kernel = match kind {
+            "listed" => Kernel::of::<T>("backward_listed", &format!("backward_listed_{}", fused.dim)),
+            _ => Kernel::plain(
+                "backward_fused",
+                &format!("backward_fused_{}_{}_{kind}", fused.dim, T::SUFFIX),
+            ),
+        };
+        self.gpu.launch(&kernel, launch, &args)
     }
 
     /// A pair of tiles of 64 rows, and one or two stages of another pair with two words per row: `stages` in

@@ -139,7 +139,7 @@ fn fold_and_attend_as<T: GpuElement + Element>(
     let held = HeldCall::<T>::new(qkv, bits, options)?;
     let (problem, attention) = (held.problem, held.attention(config, options, shared));
     let attended = match path {
-        Path::Spec => spec::forward(&Emulator, &attention.call(&attention.folded(&Emulator)?))?,
+        Path::Spec => spec::forward(&Emulator, &attention.call(&attention.folded(&Emulator, false)?))?,
         Path::Fast => attention.forward(&Emulator, true)?,
     };
     let log_sum_exp = attended.log_sum_exp.map_or(Ok(Vec::new()), |x| x.download())?;
@@ -348,7 +348,7 @@ fn unfold_as<T: GpuElement + Element>(
         floats(gradients.folded)?,
         floats(gradients.queries)?,
     );
-    let columns = call.columns(&Emulator)?;
+    let columns = call.columns(&Emulator, false)?;
     let keys = call.unfold(&Emulator, Some((&columns.far_before, &far, &folded)), near.as_ref())?;
     let queries = call.unfold_queries(&Emulator, &queries, true)?;
     let [k_dims, q_dims] = dims;

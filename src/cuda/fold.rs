@@ -12,7 +12,7 @@ const MODULE: &str = "fold";
 const SCAN_THREADS: usize = 32 * 32;
 
 /// Rows that share a warp: `Lanes` in cuda/warp_row.cuh.
-fn rows_of_warp(head_dim: usize) -> usize {
+pub(super) fn rows_of_warp(head_dim: usize) -> usize {
     match head_dim {
         0..=64 => 4,
         65..=128 => 2,
@@ -70,11 +70,12 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         })
     }
 
-    /// Folds keys and values and gathers the far columns.
+    /// Folds keys and values and gathers the far columns; `listed`: only says which tokens these are, for kernels that
+    /// read raw ones.
     ///
     /// # Errors
     /// What the device reports.
-    pub fn columns(&self, gpu: &G) -> Result<Columns<G, T>> {
+    pub fn columns(&self, gpu: &G, listed: bool) -> Result<Columns<G, T>> {
         let Problem {
             batch,
             tokens,
@@ -82,27 +83,27 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
             ..
         } = self.problem;
         let (lists, params) = (batch * self.lists, self.params(self.lists)?);
-        let rows = || gpu.alloc::<T>(lists * tokens * head_dim);
+        let rows = |wanted: bool| match wanted {
+            true => gpu.alloc::<T>(lists * tokens * head_dim).map(Some),
+            false => Ok(None),
+        };
         let sizes = || match self.fold {
             // Past the last far column nothing is written, and nothing must be read.
             Fold::Mean => gpu.alloc::<f32>(lists * tokens).map(Some),
             _ => Ok(None),
         };
         // Where tokens are dropped none changes: edges read the raw ones.
-        let folded = || match self.fold {
-            Fold::Drop => Ok(None),
-            _ => rows().map(Some),
-        };
+        let changed = self.fold != Fold::Drop;
         let mut columns = Columns {
             lists: self.lists,
             capacity: tokens,
-            far_k: rows()?,
-            far_v: rows()?,
+            far_k: rows(!listed)?,
+            far_v: rows(!listed)?,
             far_ln: sizes()?,
             far_index: gpu.alloc(lists * tokens)?,
             far_before: gpu.alloc(lists * (tokens + 1))?,
-            folded_k: folded()?,
-            folded_v: folded()?,
+            folded_k: rows(changed)?,
+            folded_v: rows(changed)?,
             folded_ln: sizes()?,
         };
         let args = [
@@ -118,13 +119,16 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         };
         gpu.launch(&Kernel::plain(MODULE, "fold_scan"), launch, &args)?;
         drop(args);
+        if listed {
+            return Ok(columns);
+        }
         let args = [
             gpu.read(self.k.0),
             gpu.read(self.v.0),
             gpu.read(self.bits),
             gpu.read(&columns.far_before),
-            gpu.write(&mut columns.far_k),
-            gpu.write(&mut columns.far_v),
+            gpu.write_some(columns.far_k.as_mut()),
+            gpu.write_some(columns.far_v.as_mut()),
             gpu.write_some(columns.far_ln.as_mut()),
             gpu.write_some(columns.folded_k.as_mut()),
             gpu.write_some(columns.folded_v.as_mut()),

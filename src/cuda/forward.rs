@@ -1,4 +1,4 @@
-//! Launches of `cuda/forward.cu` and `cuda/forward_f32.cu`: attention over the columns that folding left.
+//! Launches of `cuda/forward.cu`, `forward_listed.cu`, `forward_spread.cu` and `forward_f32.cu`: attention over the columns that folding left.
 
 use super::backward::padded;
 use super::gpu::{Gpu, GpuElement, Kernel, Launch};
@@ -13,8 +13,9 @@ pub(crate) struct Columns<G: Gpu, T: GpuElement> {
     pub lists: usize,
     /// Far columns that a list has room for.
     pub capacity: usize,
-    pub far_k: G::Slice<T>,
-    pub far_v: G::Slice<T>,
+    /// None where only the lists of tokens are: kernels read raw ones then.
+    pub far_k: Option<G::Slice<T>>,
+    pub far_v: Option<G::Slice<T>>,
     pub far_ln: Option<G::Slice<f32>>,
     pub far_index: G::Slice<u32>,
     pub far_before: G::Slice<u32>,
@@ -98,12 +99,17 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
             window: self.window.min(self.problem.tokens) as u32,
             causal: options.causal.into(),
             dense: self.columns.is_none().into(),
+            listed: self.listed().into(),
             dropout_key: dropout.key,
             scale: scale.abs() as f32,
             scale_sign: if scale < 0.0 { -1.0 } else { 1.0 },
             dropout_scale: dropout.scale,
-            reserved: 0,
         })
+    }
+
+    /// Whether the columns are raw tokens by their lists: "listed" in `cuda/params.cuh`.
+    pub fn listed(&self) -> bool {
+        self.columns.is_some_and(|columns| columns.far_k.is_none())
     }
 
     /// Whether a bias or dropout is in the way of the lean kernels.
@@ -114,14 +120,13 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
     /// q, k, v, then the columns in the order in which every attention kernel takes them, then the bias.
     pub fn inputs<'a>(&'a self, gpu: &'a G) -> Vec<G::Arg<'a>> {
         let columns = self.columns;
-        let rows = |pick: fn(&Columns<G, T>) -> &G::Slice<T>| gpu.read_some(columns.map(pick));
         let words = |pick: fn(&Columns<G, T>) -> &G::Slice<u32>| gpu.read_some(columns.map(pick));
         vec![
             gpu.read(self.q.0),
             gpu.read(self.k.0),
             gpu.read(self.v.0),
-            rows(|c| &c.far_k),
-            rows(|c| &c.far_v),
+            gpu.read_some(columns.and_then(|c| c.far_k.as_ref())),
+            gpu.read_some(columns.and_then(|c| c.far_v.as_ref())),
             gpu.read_some(columns.and_then(|c| c.far_ln.as_ref())),
             words(|c| &c.far_index),
             words(|c| &c.far_before),
@@ -140,36 +145,47 @@ struct Instance {
     dim: usize,
     rows: usize,
     columns: usize,
+    listed: bool,
 }
 
+/// Head sizes to this have kernels that read raw tokens by their lists.
+pub(super) const LARGEST_LISTED: usize = 128;
+
 impl Instance {
-    /// The smallest that holds the head size; as `FORWARD_DTYPE` in cuda/forward.cu has them.
-    fn pick(head_dim: usize, extras: bool) -> Self {
-        let (name, dim, rows, columns) = match (head_dim, extras) {
-            (..=64, false) => ("forward_64", 64, 128, 64),
-            (..=96, false) => ("forward_96", 96, 128, 32),
-            (..=128, false) => ("forward_128", 128, 128, 32),
-            (_, false) => ("forward_256", 256, 64, 32),
-            (..=64, true) => ("forward_64_extras", 64, 128, 32),
-            (..=128, true) => ("forward_128_extras", 128, 64, 32),
-            (_, true) => ("forward_256_extras", 256, 64, 32),
+    /// The smallest that holds the head size; as `FORWARD_DTYPE` in cuda/forward.cu and forward_listed.cu has them.
+    fn pick(head_dim: usize, extras: bool, listed: bool) -> Self {
+        let (name, dim, rows, columns) = match (head_dim, extras, listed) {
+            (..=64, _, true) => ("forward_listed_64", 64, 128, 64),
+            (..=96, _, true) => ("forward_listed_96", 96, 128, 32),
+            (_, _, true) => ("forward_listed_128", 128, 128, 64),
+            (..=64, false, _) => ("forward_64", 64, 128, 64),
+            (..=96, false, _) => ("forward_96", 96, 128, 32),
+            (..=128, false, _) => ("forward_128", 128, 128, 64),
+            (_, false, _) => ("forward_256", 256, 64, 32),
+            (..=64, true, _) => ("forward_64_extras", 64, 128, 32),
+            (..=128, true, _) => ("forward_128_extras", 128, 64, 32),
+            (_, true, _) => ("forward_256_extras", 256, 64, 32),
         };
         Self {
             name,
             dim,
             rows,
             columns,
+            listed,
         }
     }
 
-    /// Queries, two buffers of keys, values and ln n, and the marks of columns that are not finite.
+    /// Queries, two buffers of keys, values and words, the marks of columns that are not finite, and what rows see.
     fn shared_bytes(&self) -> usize {
-        2 * self.dim * (self.rows + 4 * self.columns) + 2 * 4 * self.columns + 4 * (self.columns + 4)
+        let seen = if self.listed { 8 * self.rows } else { 0 };
+        2 * self.dim * (self.rows + 4 * self.columns) + 2 * 4 * self.columns + 4 * (self.columns + 4) + seen
     }
 }
 
 /// Threads of a block of every forward kernel.
 const THREADS: usize = 128;
+/// `SPREAD_WARPS` of `cuda/forward_spread.cu`.
+const SPREAD_THREADS: usize = 8 * 32;
 /// Rows of a block of the f32 kernels.
 const F32_ROWS: usize = 32;
 
@@ -198,15 +214,16 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
     };
     let (module, name, block_rows, shared_bytes) = match T::HALF {
         true => {
-            let instance = Instance::pick(head_dim, call.extras());
+            let instance = Instance::pick(head_dim, call.extras(), call.listed());
             let shared_bytes = instance.shared_bytes();
-            ("forward", instance.name.to_string(), instance.rows, shared_bytes)
+            let module = if instance.listed { "forward_listed" } else { "forward" };
+            (module, instance.name.to_string(), instance.rows, shared_bytes)
         }
         false => ("forward_f32", format!("forward_{}", padded(head_dim)), F32_ROWS, 0),
     };
     let blocks = tokens.div_ceil(block_rows);
-    // Only the dense causal path of the tensor-core kernels leaves this to a second kernel.
-    let mut first_bad = match T::HALF && params.dense == 1 && params.causal == 1 {
+    // Only where the tensor-core kernels attend to raw tokens throughout is this left to a second kernel.
+    let mut first_bad = match T::HALF && (params.dense | params.listed) == 1 && params.causal == 1 {
         true => Some(gpu.alloc::<u32>(rows * blocks)?),
         false => None,
     };
@@ -245,9 +262,9 @@ fn spread_nan<G: Gpu, T: GpuElement>(
     };
     let launch = Launch {
         grid: [params.heads as usize, 1, 1],
-        threads: 256,
-        shared_bytes: 0,
+        threads: SPREAD_THREADS,
+        shared_bytes: SPREAD_THREADS / 32 * 4,
     };
     let args = [gpu.read(first_bad), gpu.write(output), gpu.value(&params)];
-    gpu.launch(&Kernel::plain("forward", "forward_spread_nan"), launch, &args)
+    gpu.launch(&Kernel::plain("forward_spread", "forward_spread_nan"), launch, &args)
 }

@@ -180,7 +180,7 @@ pub(crate) struct AttentionParams {
     pub scale: f32,
     pub scale_sign: f32,
     pub dropout_scale: f32,
-    pub reserved: u32,
+    pub listed: u32,
 }
 
 params!(SpreadParams: 16);

@@ -20,8 +20,8 @@ use masses::{Observation, Scratch};
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
 
-/// Tokens that one task scores at the least: with a window of 32, a sixteenth of the rows is seen twice.
-const BLOCK: usize = 256;
+/// Tokens that one task scores at the least: with a window of 32, a thirty-second of the rows is seen twice.
+const BLOCK: usize = 512;
 
 /// Which columns a row looks at, and how.
 #[derive(Clone, Copy, Debug)]

@@ -196,12 +196,12 @@ impl PairTiles {
         }
     }
 
-    /// Takes in the block's queries, (leading, D), not scaled.
-    pub fn load_queries(&mut self, rows: &[f32], head_dim: usize) {
+    /// Takes in the block's queries, (leading, D), `width` apart and not scaled.
+    pub fn load_queries(&mut self, rows: &[f32], (head_dim, width): (usize, usize)) {
         pack::interleave(
             self.pairs.split,
             rows,
-            head_dim,
+            (head_dim, width),
             self.leading,
             self.dim,
             &mut self.queries,
@@ -292,16 +292,16 @@ impl PairTiles {
         )
     }
 
-    /// Starts from weighted values (leading, D).
-    pub fn load_output(&mut self, rows: &[f32], head_dim: usize) {
-        to_columns(rows, (head_dim, head_dim), self.leading, &mut self.output);
+    /// Starts from weighted values (leading, D), `width` apart.
+    pub fn load_output(&mut self, rows: &[f32], (head_dim, width): (usize, usize)) {
+        to_columns(rows, (head_dim, width), self.leading, &mut self.output);
     }
 
-    /// The weighted values as (leading, D).
-    pub fn store_output(&self, rows: &mut [f32], head_dim: usize) {
-        for (row, target) in rows.chunks_exact_mut(head_dim).enumerate() {
+    /// The weighted values as (leading, D), `width` apart.
+    pub fn store_output(&self, rows: &mut [f32], (head_dim, width): (usize, usize)) {
+        for (row, target) in rows.chunks_exact_mut(width).enumerate() {
             let column = self.output[row..].iter().step_by(self.leading);
-            target.iter_mut().zip(column).for_each(|(x, y)| *x = *y);
+            target[..head_dim].iter_mut().zip(column).for_each(|(x, y)| *x = *y);
         }
     }
 }
@@ -350,10 +350,10 @@ mod tests {
         packed.finish();
 
         let mut tiles = PairTiles::new(pairs, leading, counts[0].max(counts[1]), dim);
-        tiles.load_queries(&queries, dim);
+        tiles.load_queries(&queries, (dim, dim));
         let (mut max, mut sum) = (vec![f32::NEG_INFINITY; leading], vec![0f32; leading]);
         let mut tile = vec![0f32; counts[0].max(counts[1]).next_multiple_of(PAD) * leading];
-        tiles.load_output(&vec![0.0; leading * dim], dim);
+        tiles.load_output(&vec![0.0; leading * dim], (dim, dim));
         let mut first = 0;
         for count in counts {
             tiles.scores(&mut tile, packed.tile(first), count);
@@ -368,7 +368,7 @@ mod tests {
             first += count;
         }
         let mut output = vec![0f32; leading * dim];
-        tiles.store_output(&mut output, dim);
+        tiles.store_output(&mut output, (dim, dim));
 
         for (r, (query, got)) in queries.chunks(dim).zip(output.chunks(dim)).enumerate() {
             let seen = if r + 1 == leading {
@@ -422,19 +422,19 @@ mod tests {
             packed.push(&[1.0; 8], &[3.0; 8]);
             packed.finish();
             let mut tiles = PairTiles::new(pairs, 32, 2, 8);
-            tiles.load_queries(&[0.5; 32 * 8], 8);
+            tiles.load_queries(&[0.5; 32 * 8], (8, 8));
             let mut tile = vec![0f32; 32 * 32];
             tiles.scores(&mut tile, packed.tile(0), 2);
             assert!(tile[..32].iter().all(|x| x.is_nan()) && tile[32..64].iter().all(|x| *x == 4.0));
             // Only row 0 sees the first column.
             tile[1..32].fill(f32::NEG_INFINITY);
             let (mut max, mut sum) = (vec![f32::NEG_INFINITY; 32], vec![0f32; 32]);
-            tiles.load_output(&[0.0; 32 * 8], 8);
+            tiles.load_output(&[0.0; 32 * 8], (8, 8));
             tiles.softmax(&tile, 2, &mut max, &mut sum);
             tiles.accumulate(packed.tile(0), 2);
             assert!(sum[0].is_nan() && sum[1..].iter().all(|sum| (sum - 1.0).abs() < 1e-5));
             let mut output = vec![0f32; 32 * 8];
-            tiles.store_output(&mut output, 8);
+            tiles.store_output(&mut output, (8, 8));
             assert!(output[8..].iter().all(|x| *x == 3.0));
         }
     }

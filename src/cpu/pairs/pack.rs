@@ -30,8 +30,15 @@ fn store_parts(parts: usize, numbers: &[f32; 32], plane: usize, stride: usize, t
     }
 }
 
-/// Rows (leading, `head_dim`) to (parts, dim / 2, leading, 2): pairs of a row's neighbouring numbers.
-pub(super) fn interleave(split: Split, rows: &[f32], head_dim: usize, leading: usize, dim: usize, target: &mut [u16]) {
+/// Rows (leading, `head_dim`), `width` apart, to (parts, dim / 2, leading, 2): pairs of a row's neighbouring numbers.
+pub(super) fn interleave(
+    split: Split,
+    rows: &[f32],
+    (head_dim, width): (usize, usize),
+    leading: usize,
+    dim: usize,
+    target: &mut [u16],
+) {
     let (parts, plane) = (split.parts(), dim * leading);
     vectorized(
         #[inline(always)]
@@ -40,7 +47,7 @@ pub(super) fn interleave(split: Split, rows: &[f32], head_dim: usize, leading: u
                 for first in (0..leading).step_by(32) {
                     let mut numbers = [0f32; 32];
                     for (r, x) in numbers.iter_mut().enumerate() {
-                        *x = rows[(first + r) * head_dim + d];
+                        *x = rows[(first + r) * width + d];
                     }
                     let at = (d / 2 * leading + first) * 2 + d % 2;
                     store_parts(parts, &numbers, plane, 2, &mut target[at..]);
@@ -91,12 +98,30 @@ impl Packed {
         }
     }
 
+    /// Room for keys alone.
+    pub fn keys_only(pairs: Pairs, head_dim: usize, columns: usize) -> Self {
+        Self {
+            values: Aligned::default(),
+            ..Self::new(pairs, head_dim, columns)
+        }
+    }
+
     /// Starts again, keeping the room. What was there is overwritten up to the next multiple of 32.
     pub fn clear(&mut self) {
         self.columns = 0;
     }
 
     pub fn push(&mut self, key: &[f32], value: &[f32]) {
+        self.push_key(key);
+        let column = self.columns - 1;
+        self.staged[column % 32 * self.dim..][..value.len()].copy_from_slice(value);
+        if self.columns.is_multiple_of(32) {
+            self.flush();
+        }
+    }
+
+    /// A column whose value nobody asks for.
+    pub fn push_key(&mut self, key: &[f32]) {
         let (parts, dim, column) = (self.parts, self.dim, self.columns);
         self.row[..key.len()].copy_from_slice(key);
         let target = &mut self.keys[column * parts * dim..][..parts * dim];
@@ -109,11 +134,7 @@ impl Packed {
                 }
             },
         );
-        self.staged[column % 32 * dim..][..value.len()].copy_from_slice(value);
         self.columns += 1;
-        if self.columns.is_multiple_of(32) {
-            self.flush();
-        }
     }
 
     /// To be called after the last column.

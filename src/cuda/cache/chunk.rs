@@ -63,13 +63,13 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let (output, columns) = if plain {
             (None, None)
         } else {
-            let folded = attention.folded(gpu)?;
+            let folded = attention.folded(gpu, false)?;
             let output = forward(gpu, &attention.call(&folded), false)?.output;
             (Some(output), folded.columns)
         };
         let columns = match columns {
             Some(columns) => columns,
-            None => attention.fold.columns(gpu)?,
+            None => attention.fold.columns(gpu, false)?,
         };
         self.adopt(gpu, qkv, count, scale, &bits, &columns)?;
         Ok(output)
@@ -142,8 +142,8 @@ fn chunk_args<'a, G: Gpu, T: GpuElement>(
         gpu.read(v.0),
         gpu.read(bits),
         gpu.read(&columns.far_before),
-        gpu.read(&columns.far_k),
-        gpu.read(&columns.far_v),
+        gpu.read_some(columns.far_k.as_ref()),
+        gpu.read_some(columns.far_v.as_ref()),
         gpu.read_some(columns.far_ln.as_ref()),
     ]
 }

@@ -1,0 +1,26 @@
+// What is not finite reaches all that see it: after forward.cu and forward_listed.cu.
+#include "hw.cuh"
+#include "params.cuh"
+
+typedef Global<const uint32_t> Words;
+
+// Where rows see every raw token before them (dense and causal) or every one that stays (listed), one that is not finite
+// must reach every later row, even one whose logit is minus infinity (an infinite key). Its own block has noted it; here
+// all blocks know. One block of SPREAD_WARPS warps per (batch, head).
+constexpr uint32_t SPREAD_WARPS = 8;
+
+KERNEL forward_spread_nan(Words first_bad, Global<uint16_t> output, SpreadParams p) {
+    Shared<uint32_t> of_warps = shared_memory<uint32_t>(0, SPREAD_WARPS);
+    uint32_t blocks = (p.tokens + p.block_rows - 1) / p.block_rows, first = p.tokens;
+    for (uint32_t block = threadIdx.x; block < blocks; block += SPREAD_WARPS * 32)
+        first = min(first, first_bad[blockIdx.x * blocks + block]);
+    for (int mask = 16; mask > 0; mask /= 2) first = min(first, hw::shuffle_xor(first, mask));
+    if (threadIdx.x % 32 == 0) of_warps.set(threadIdx.x / 32, first);
+    __syncthreads();
+    for (uint32_t warp = 0; warp < SPREAD_WARPS; warp++) first = min(first, of_warps[warp]);
+    int64_t start = int64_t(blockIdx.x) * p.tokens;
+    for (int64_t i = (start + first) * p.head_dim + threadIdx.x; i < (start + p.tokens) * p.head_dim; i += blockDim.x)
+        output.set(i, 0x7fff);
+}
+
+MODULE(forward_spread, ENTRY(forward_spread_nan))
