@@ -4,7 +4,7 @@
 use super::{CacheOptions, CompressedKvCache, Lists, ListsOf, Sizes, State};
 use crate::config::{CompressionConfig, Fold, GroupRule, HeadStrategies, HeadTest};
 use crate::cpu::cached::ListHeads;
-use crate::cpu::fold::{quarantine, ChainFold};
+use crate::cpu::fold::{all_finite, quarantine, ChainFold};
 use crate::cpu::list::{widened, List, ListSettings, Run};
 use crate::cpu::observe::Observed;
 use crate::cpu::Element;
@@ -163,7 +163,7 @@ fn merging_list<T: Both>(
     let rows = held.recent_k.chunks_exact(dim).zip(held.recent_v.chunks_exact(dim));
     let bad = rows
         .rev()
-        .position(|(key, value)| !(T::finite_row(key) && T::finite_row(value)));
+        .position(|(key, value)| !(all_finite(&widened(key)) && all_finite(&widened(value))));
     list.last_bad = bad.map(|back| seq_len - 1 - back);
     list
 }
