@@ -4,7 +4,8 @@
 
 use super::aligned::{padded, Aligned};
 use super::columns::{near_rows, BiasView, Block, ColumnKind, Columns, RowScratch, Settings, EDGE_COLUMNS};
-use super::fold::{all_finite, ChainFold, Edge, AHEAD};
+use super::far::AHEAD;
+use super::fold::{all_finite, ChainFold, Edge};
 use super::gemm_tile::scores;
 use super::pairs::{Packed, PairTiles, PAD};
 use super::softmax::LANES;

@@ -5,7 +5,8 @@
 
 use super::attend::Worker;
 use super::columns::{block_rows, BiasView, Bits, Block, FarSource, KeysValues, RawRows, RowScratch, Settings};
-use super::fold::{Edge, FarColumns, Layout};
+use super::far::{FarColumns, Layout};
+use super::fold::Edge;
 use super::pairs::{Packed, Pairs};
 use super::philox::DropoutMask;
 use super::tasks::{for_each_task, Pool};

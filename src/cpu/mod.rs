@@ -10,6 +10,7 @@ pub(crate) mod decide;
 mod decode;
 mod dispatch;
 mod element;
+mod far;
 pub(crate) mod fold;
 pub(crate) mod forward;
 mod gemm_tile;
@@ -21,6 +22,7 @@ mod pairs;
 mod philox;
 mod product;
 mod softmax;
+mod sums;
 mod tasks;
 mod transpose;
 

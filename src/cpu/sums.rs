@@ -1,0 +1,203 @@
+//! Gradients of one query head while its blocks of rows are walked.
+
+use super::aligned::{padded, Aligned};
+use super::attend::drop_weights;
+use super::backward::BackwardInput;
+use super::block::BlockReader;
+use super::columns::{Block, ColumnKind, Columns, FarSource, Settings, EDGE_COLUMNS};
+use super::fold::{unfold, Edge};
+use super::forward::ForwardInput;
+use super::gemm_tile::{accumulate, accumulate_columns, scores};
+use super::pairs::{Packed, PairTiles};
+use super::softmax::differentiate;
+use super::transpose::to_columns;
+use super::{dot, vectorized, Accumulator, Element, HeadRows};
+use crate::config::Fold;
+
+/// Gradients while they are summed, and the block's rows that they are made from.
+pub(crate) struct Sums<A> {
+    dim: usize,
+    /// How far rows lie apart.
+    pub width: usize,
+    /// Of far columns (columns, width), where they are compact.
+    far: (Aligned<A>, Aligned<A>),
+    /// Of folded tokens at edges (N, width); in the end of all folded tokens.
+    pub folded: (Aligned<A>, Aligned<A>),
+    /// Of raw tokens (N, width); empty without a window.
+    raw: (Aligned<A>, Aligned<A>),
+    /// Of the block's folded queries (leading, width), without the scale.
+    pub dq: Aligned<A>,
+    /// The block's output gradients (leading, width) and (D, leading).
+    grad_rows: Aligned<A>,
+    grads: Aligned<A>,
+    /// The same for products in bf16 pairs, and raw values for them.
+    products: Option<(PairTiles, Packed)>,
+    /// From what a tile of logits holds to base 2.
+    unit: A,
+    /// Per row: minus log-sum-exp (base 2), and output gradient times output.
+    minus_log_sum_exp: Vec<A>,
+    delta: Vec<A>,
+    /// Gradients of the weights of one tile, then of its logits.
+    tile: Aligned<A>,
+}
+
+impl<A: Accumulator> Sums<A> {
+    pub fn new(settings: &Settings<A>, leading: usize) -> Self {
+        let dim = settings.head_dim;
+        let width = padded(dim);
+        let products = settings.pairs.map(|pairs| {
+            let tiles = PairTiles::new(pairs, leading, 0, dim);
+            (tiles, Packed::keys_only(pairs, dim, EDGE_COLUMNS))
+        });
+        Self {
+            products,
+            unit: A::of(settings.pairs.map_or(1.0, |pairs| f64::from(pairs.factor))),
+            dim,
+            width,
+            far: Default::default(),
+            folded: Default::default(),
+            raw: Default::default(),
+            dq: Aligned::zeroed(leading * width),
+            grad_rows: Aligned::zeroed(leading * width),
+            grads: Aligned::zeroed(leading * dim),
+            minus_log_sum_exp: vec![A::ZERO; leading],
+            delta: vec![A::ZERO; leading],
+            tile: Aligned::default(),
+        }
+    }
+
+    /// Starts a head of so many far columns.
+    pub fn start<T: Element<Acc = A>>(&mut self, columns: usize, forward: &ForwardInput<T>) {
+        let tokens = forward.problem.tokens;
+        let raw = if forward.window > 0 { tokens } else { 0 };
+        for (rows, count) in [
+            (&mut self.far, columns),
+            (&mut self.folded, tokens),
+            (&mut self.raw, raw),
+        ] {
+            for rows in [&mut rows.0, &mut rows.1] {
+                rows.make_room(count * self.width);
+                rows[..count * self.width].fill(A::ZERO);
+            }
+        }
+    }
+
+    /// Rows past the block's end have no gradient.
+    pub fn load_rows<T: Element<Acc = A>>(&mut self, input: &BackwardInput<T>, block: &Block<T, T>) {
+        let (dim, width) = (self.dim, self.width);
+        let grads: HeadRows<T> = input.grad_output.head(block.batch, block.head);
+        let outputs = input.output.head(block.batch, block.head);
+        let first = (block.batch * input.forward.problem.heads + block.head) * input.forward.problem.tokens;
+        self.dq.fill(A::ZERO);
+        self.grad_rows.fill(A::ZERO);
+        self.minus_log_sum_exp.fill(A::ZERO);
+        self.delta.fill(A::ZERO);
+        let mut output = vec![A::ZERO; dim];
+        for (row, token) in block.rows.clone().enumerate() {
+            let grad = &mut self.grad_rows[row * width..][..dim];
+            T::widen(grads.row(token), grad);
+            T::widen(outputs.row(token), &mut output);
+            self.delta[row] = dot(grad, &output);
+            self.minus_log_sum_exp[row] = A::ZERO - input.log_sum_exp[first + token];
+        }
+        let leading = self.delta.len();
+        match &mut self.products {
+            Some((products, _)) => products.load_queries(A::singles(&self.grad_rows), (dim, width)),
+            None => to_columns(&self.grad_rows, (dim, width), leading, &mut self.grads),
+        }
+    }
+
+    pub fn edge<T: Element<Acc = A>>(
+        &mut self,
+        reader: &BlockReader<T>,
+        block: &Block<T, T>,
+        edge: Edge<A>,
+        (token, row): (usize, usize),
+    ) {
+        let (dim, width) = (self.dim, self.width);
+        let weight = (reader.edge_logit(block, edge, token, row) + self.minus_log_sum_exp[row]).exp2_nonpositive();
+        let kept = match block.dropout {
+            Some(mask) => mask.factor(block.rows.start + row, token),
+            None => A::ONE,
+        };
+        let grad = &self.grad_rows[row * width..][..dim];
+        let logit = weight * (dot(grad, edge.value) * kept - self.delta[row]);
+        let query = &reader.query_rows[row * width..][..dim];
+        add_scaled(&mut self.dq[row * width..][..dim], edge.key, logit);
+        add_scaled(&mut self.folded.0[token * width..][..dim], query, logit);
+        add_scaled(&mut self.folded.1[token * width..][..dim], grad, weight * kept);
+    }
+
+    pub fn tile<T: Element<Acc = A>>(&mut self, reader: &mut BlockReader<T>, block: &Block<T, T>, columns: Columns<A>) {
+        let (width, leading) = (self.width, reader.leading);
+        reader.logits(block, &columns);
+        self.tile.make_room(reader.tile.len());
+        let mut weights = columns.tile(&mut reader.tile, leading);
+        let mut logits = columns.tile(&mut self.tile, leading);
+        match &mut self.products {
+            Some((products, near)) => {
+                columns.pack_raw_values(near);
+                let packed = columns.packed_values(block.far, near);
+                products.scores(A::singles_mut(logits.data), packed, columns.count);
+            }
+            None => scores(&mut logits, &self.grads, &columns.values),
+        }
+        if let Some(mask) = block.dropout {
+            drop_weights(&mut logits, mask, block.rows.start, |index| {
+                columns.token(block.far, index)
+            });
+        }
+        differentiate(
+            &mut weights,
+            &mut logits,
+            self.unit,
+            (&self.minus_log_sum_exp, &self.delta),
+        );
+        if let Some(mask) = block.dropout {
+            drop_weights(&mut weights, mask, block.rows.start, |index| {
+                columns.token(block.far, index)
+            });
+        }
+        let (keys, values) = match columns.kind {
+            ColumnKind::Near => (&mut self.raw.0, &mut self.raw.1),
+            _ => (&mut self.far.0, &mut self.far.1),
+        };
+        let at = columns.first * width..(columns.first + columns.count) * width;
+        accumulate_columns(&mut values[at.clone()], width, &weights, &self.grad_rows);
+        accumulate_columns(&mut keys[at], width, &logits, &reader.query_rows);
+        accumulate(&mut self.dq, width, &logits, &columns.keys);
+    }
+
+    /// Makes gradients of the raw keys and values of what was summed; they end in `folded`.
+    pub fn take_home(&mut self, far: &dyn FarSource<A>, bits: &[u8], fold: Fold) {
+        let (width, columns) = (self.width, far.columns());
+        // The queries came multiplied by scale * log2(e), and logits in base 2 are natural ones times log2(e).
+        let factors = [A::of(std::f64::consts::LN_2), A::ONE];
+        let parts = [
+            (&mut self.far.0, &mut self.folded.0, &self.raw.0),
+            (&mut self.far.1, &mut self.folded.1, &self.raw.1),
+        ];
+        for ((far_part, folded, raw), factor) in parts.into_iter().zip(factors) {
+            let far_part = &far_part[..columns * width];
+            for (column, gradient) in far_part.chunks_exact(width).enumerate() {
+                let token = far.token(column);
+                add_scaled(&mut folded[token * width..][..width], gradient, A::ONE);
+            }
+            vectorized(
+                #[inline(always)]
+                || {
+                    unfold(fold, folded, bits, width);
+                    folded.iter_mut().zip(raw.iter()).for_each(|(x, y)| *x += *y);
+                    folded.iter_mut().for_each(|x| *x *= factor);
+                },
+            );
+        }
+    }
+}
+
+fn add_scaled<A: Accumulator>(target: &mut [A], source: &[A], factor: A) {
+    vectorized(
+        #[inline(always)]
+        || target.iter_mut().zip(source).for_each(|(x, y)| *x += *y * factor),
+    )
+}
