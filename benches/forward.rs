@@ -3,9 +3,10 @@
 //! the hidden ratio next to criterion's results.
 //!
 //! What lost: the gemm crate for the products of a tile. A product of our own (4 by 6 AVX-512 registers, nothing packed)
-//! first took 1.00 to 1.11 times its time, in tiles of 128 rows by 512 columns; in tiles of 64 by 64, forward reached 72 %
-//! of what the gemm crate reaches alone, as before (N=4096, D=64, one thread), and 83 % when every buffer that is read by
-//! registers begins at a cache line: a register in two lines takes two reads. Tiles of 32, 48, 96, 192 and 512 columns
+//! first took 1.00 to 1.11 times its time, in tiles of 128 rows by 512 columns. In tiles of 64 by 64 forward reached 72 %
+//! of what the gemm crate reaches alone, no more than before (N=4096, D=64, one thread), and 83 % once every buffer that is
+//! read by registers began at a cache line (a register in two lines takes two reads), exponentials used fused multiply-adds
+//! and only hidden tokens had edges; the three were not timed one by one. Tiles of 32, 48, 96, 192 and 512 columns
 //! were slower, or no faster; so were blocks of 128 rows.
 
 mod common;
