@@ -40,7 +40,7 @@ impl<A: Accumulator> OnlineSoftmax<A> {
     }
 
     /// Turns a tile of logits into weights relative to the new maximum, in place, adds them to the sums, and scales
-    /// `output` (rows, D) from the old maximum to the new one. The tile's rows are multiples of [`LANES`].
+    /// `output` (leading, width) from the old maximum to the new one. The tile's rows are multiples of [`LANES`].
     pub fn push(&mut self, tile: &mut Tile<A>, output: &mut [A]) {
         debug_assert!(tile.rows.start.is_multiple_of(LANES) && tile.rows.end.is_multiple_of(LANES));
         arch().dispatch(Push {
