@@ -44,10 +44,13 @@ impl<'a, Q: Element> Worker<'a, Q> {
         let (dim, width) = (reader.settings.head_dim, reader.width);
         reader.load_queries(block);
         rows.softmax.reset();
-        rows.output.fill(Q::Acc::ZERO);
+        let mut started = 0;
         reader.edges(block, |reader, edge, token, row| {
-            rows.start(reader, block, edge, (token, row))
+            rows.output[started * width..row * width].fill(Q::Acc::ZERO);
+            rows.start(reader, block, edge, (token, row));
+            started = row + 1;
         });
+        rows.output[started * width..].fill(Q::Acc::ZERO);
         if let Some((products, _)) = &mut reader.products {
             products.load_output(Q::Acc::singles(&rows.output), (dim, width));
         }
@@ -65,9 +68,7 @@ impl<'a, Q: Element> Worker<'a, Q> {
             #[inline(always)]
             || {
                 for (row, target) in output.chunks_exact_mut(dim).enumerate() {
-                    let source = &mut rows.output[row * width..][..dim];
-                    rows.softmax.finish(row, source);
-                    Q::narrow(source, target);
+                    rows.softmax.finish(row, &mut rows.output[row * width..][..dim], target);
                 }
             },
         );
@@ -90,10 +91,15 @@ impl<A: Accumulator> WeightedRows<A> {
             Some(mask) => mask.factor(block.rows.start + row, token),
             None => A::ONE,
         };
-        // A value that is not finite comes with a NaN logit, which is enough: neither it nor a hidden one is added.
-        if logit > A::NEG_INFINITY {
-            let rows = self.output[row * width..][..dim].iter_mut().zip(edge.value);
-            rows.for_each(|(x, value)| *x = *value * factor);
+        let (output, padding) = self.output[row * width..][..width].split_at_mut(dim);
+        padding.fill(A::ZERO);
+        // A value that is not finite comes with a NaN logit, which is enough: neither it nor a hidden one is taken.
+        match logit > A::NEG_INFINITY {
+            true => {
+                let pairs = output.iter_mut().zip(edge.value);
+                pairs.for_each(|(x, value)| *x = *value * factor);
+            }
+            false => output.fill(A::ZERO),
         }
     }
 

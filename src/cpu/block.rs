@@ -4,14 +4,16 @@
 
 use super::aligned::{padded, Aligned};
 use super::columns::{near_rows, BiasView, Block, ColumnKind, Columns, RowScratch, Settings, EDGE_COLUMNS};
+use super::element::PANEL;
 use super::far::AHEAD;
-use super::fold::{all_finite, ChainFold, Edge};
+use super::fold::{all_finite, ChainFold, Check, Edge};
 use super::gemm_tile::scores;
 use super::pairs::{Packed, PairTiles, PAD};
 use super::softmax::LANES;
 use super::transpose::to_columns;
-use super::{dot, vectorized, Accumulator, Element};
+use super::{arch, dot, vectorized, Accumulator, Element};
 use crate::config::Fold;
+use pulp::{Simd, WithSimd};
 use std::ops::Range;
 
 /// Reads blocks: one thread's buffers, reused from block to block.
@@ -76,20 +78,25 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         vectorized(
             #[inline(always)]
             || {
+                let mut check = Check::default();
                 for (row, token) in block.rows.clone().enumerate() {
                     block.queries.prefetch_row(token + AHEAD - first_row);
                     let target = &mut query_rows[row * width..][..dim];
-                    Q::widen(block.queries.row(token - first_row), target);
+                    check.copy(block.queries.row(token - first_row), target);
                     if fold == Fold::PairSum && token > 0 && block.bits.hidden(token - 1) {
                         match block.previous_query {
                             Some(previous) if token == first_row => left.copy_from_slice(previous),
                             _ => Q::widen(block.queries.row(token - 1 - first_row), &mut left),
                         }
                         target.iter_mut().zip(&left).for_each(|(x, y)| *x += *y);
+                        check.take(target);
                     }
-                    if !all_finite(target) {
-                        target.fill(Q::Acc::NAN);
-                    }
+                }
+                if !check.passed() {
+                    let rows = query_rows.chunks_exact_mut(width).take(block.rows.len());
+                    rows.map(|row| &mut row[..dim])
+                        .filter(|row| !all_finite(row))
+                        .for_each(|row| row.fill(Q::Acc::NAN));
                 }
             },
         );
@@ -118,7 +125,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         let row = |token: usize| token + window - block.rows.start;
         if let Some(mut index) = block.far.edges(edges.start) {
             for token in edges.filter(|token| block.bits.hidden(*token)) {
-                visit(self, block.far.edge(index), token, row(token));
+                visit(self, block.far.edge(index, token), token, row(token));
                 index += 1;
             }
             return;
@@ -275,24 +282,21 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         }
         let masked = columns.kind != ColumnKind::FarForAll;
         if self.settings.bias.is_some() || columns.log2_sizes.is_some() || masked {
-            let columns_of = tile.data.chunks_exact_mut(self.leading).take(columns.count);
-            let mut adjusted = columns_of.enumerate();
-            vectorized(
-                #[inline(always)]
-                || {
-                    for (index, column) in &mut adjusted {
-                        self.adjust(block, columns, index, column);
-                    }
-                },
-            );
+            arch().dispatch(Adjust {
+                reader: self,
+                block,
+                columns,
+                tile: tile.data,
+            });
         }
         self.tile = data;
     }
 
     /// Adds log2 n and the bias to one column of logits, and hides it from the rows that do not see it.
     #[inline(always)]
-    fn adjust<R: Element<Acc = Q::Acc>>(
+    fn adjust<S: Simd, R: Element<Acc = Q::Acc>>(
         &self,
+        simd: S,
         block: &Block<Q, R>,
         columns: &Columns<Q::Acc>,
         index: usize,
@@ -319,8 +323,33 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             ColumnKind::FarForSome => (token + self.lag(block)).saturating_sub(rows.start)..columns.rows.end,
             ColumnKind::Near => token.max(rows.start) - rows.start..(token + window).min(rows.end) - rows.start,
         };
-        let start = visible.start.min(columns.rows.end);
-        column[columns.rows.start..start].fill(Q::Acc::NEG_INFINITY);
-        column[visible.end.max(start)..columns.rows.end].fill(Q::Acc::NEG_INFINITY);
+        let first = columns.rows.start;
+        for (index, panel) in column[columns.rows.clone()].as_chunks_mut().0.iter_mut().enumerate() {
+            let lane = |row: usize| row.saturating_sub(first + index * PANEL).min(PANEL) as u32;
+            let lanes = (lane(visible.start), lane(visible.end));
+            if lanes != (0, PANEL as u32) {
+                Q::Acc::keep_lanes(simd, lanes, panel, &[Q::Acc::NEG_INFINITY; PANEL]);
+            }
+        }
+    }
+}
+
+/// [`BlockReader::adjust`] of a tile's columns as code for one instruction set.
+struct Adjust<'s, 'a, 'b, 'c, Q: Element, R: Element<Acc = Q::Acc>> {
+    reader: &'s BlockReader<'a, Q>,
+    block: &'s Block<'b, Q, R>,
+    columns: &'s Columns<'c, Q::Acc>,
+    tile: &'s mut [Q::Acc],
+}
+
+impl<Q: Element, R: Element<Acc = Q::Acc>> WithSimd for Adjust<'_, '_, '_, '_, Q, R> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let columns = self.tile.chunks_exact_mut(self.reader.leading);
+        for (index, column) in columns.take(self.columns.count).enumerate() {
+            self.reader.adjust(simd, self.block, self.columns, index, column);
+        }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Where far columns come from is a trait, so that one call's gathered columns and a cache's store take the same way.
 
-use super::aligned::PaddedRows;
+use super::aligned::{padded, PaddedRows};
 use super::fold::{quarantine, ChainFold, Edge};
 use super::gemm_tile::Tile;
 use super::pairs::{Packed, PackedTile, Pairs};
@@ -79,8 +79,8 @@ pub(crate) trait FarSource<A>: Sync {
     fn edges(&self, _token: usize) -> Option<usize> {
         None
     }
-    /// The `index`-th hidden token, where there are [`Self::edges`].
-    fn edge(&self, _index: usize) -> Edge<'_, A> {
+    /// The `index`-th hidden token, which is `token`, where there are [`Self::edges`].
+    fn edge(&self, _index: usize, _token: usize) -> Edge<'_, A> {
         unreachable!("asked for an edge of columns that hold none")
     }
     /// How many columns hold tokens before `token`.
@@ -240,12 +240,20 @@ impl<A> Columns<'_, A> {
     }
 }
 
-/// Raw rows as accumulators, padded and quarantined.
+/// Raw rows as accumulators, padded and quarantined: where they are, if they are so there.
 pub(crate) fn near_rows<'b, R: Element>(
     raw: &RawRows<'b, R>,
     tokens: Range<usize>,
     scratch: &'b mut RowScratch<R::Acc>,
 ) -> KeysValues<'b, R::Acc> {
+    let first = tokens.start - raw.base;
+    if let (true, Some(keys), Some(values)) = (
+        raw.clean && raw.keys.dim == padded(raw.keys.dim),
+        raw.keys.skip(first).as_acc(),
+        raw.values.skip(first).as_acc(),
+    ) {
+        return (keys, values);
+    }
     let (keys, values) = scratch;
     keys.make_room(tokens.len(), raw.keys.dim);
     values.make_room(tokens.len(), raw.values.dim);

@@ -57,9 +57,8 @@ impl<A: Accumulator> Partial<A> {
     pub fn finish<Q: Element<Acc = A>>(mut self, mut outputs: impl Iterator<Item = impl AsMut<[Q]>>) {
         let dim = self.output.len() / self.max.len();
         for (row, sum) in self.output.chunks_exact_mut(dim).zip(&self.sum) {
-            finish_row(*sum, row);
             if let Some(mut target) = outputs.next() {
-                Q::narrow(row, target.as_mut())
+                finish_row(*sum, row, target.as_mut())
             }
         }
     }

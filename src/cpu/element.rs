@@ -23,6 +23,7 @@ pub(crate) trait Element: WithDType {
     fn narrow(source: &[Self::Acc], target: &mut [Self]);
     /// The slice itself where nothing needs widening.
     fn as_acc(source: &[Self]) -> Option<&[Self::Acc]>;
+    fn as_acc_mut(target: &mut [Self]) -> Option<&mut [Self::Acc]>;
 }
 
 /// f32 or f64 arithmetic, written so that loops over it vectorise.
@@ -62,11 +63,11 @@ pub(crate) trait Accumulator:
         rows: [&[Self]; 4],
         weights: [[Self; 4]; G],
     );
-    /// The dot products of G queries, (G, D), and the keys of the first `count` panels, each (D, [`PANEL`]): query g's go
-    /// to `logits[g * stride..]`. C registers of keys are read together. Each sum adds dimension by dimension.
+    /// The dot products of G queries and the keys of the first `count` panels, each (D, [`PANEL`]), times a factor: query
+    /// g's go to `logits[g * stride..]`. C registers of keys are read together. Each sum adds dimension by dimension.
     fn panel_dots<'k, S: Simd, const G: usize, const C: usize>(
         simd: S,
-        queries: &[Self],
+        queries: ([&[Self]; G], Self),
         panels: (usize, impl Fn(usize) -> &'k [Self]),
         logits: &mut [Self],
         stride: usize,
@@ -74,8 +75,8 @@ pub(crate) trait Accumulator:
     /// Raises each maximum to the value beside it; a NaN is passed over, to be caught when its weight is summed. The
     /// lengths are multiples of a register's.
     fn raise<S: Simd>(simd: S, max: &mut [Self], values: &[Self]);
-    /// Makes the numbers of a panel's lanes outside of `start..end` `other`.
-    fn keep_lanes<S: Simd>(simd: S, lanes: (u32, u32), panel: &mut [Self; PANEL], other: Self);
+    /// Makes the numbers of a panel's lanes outside of `start..end` those of `other`.
+    fn keep_lanes<S: Simd>(simd: S, lanes: (u32, u32), panel: &mut [Self; PANEL], other: &[Self; PANEL]);
     /// Makes a product in this instruction set's registers; false, and nothing done, where it does not come out even.
     fn product<S: Simd>(simd: S, product: &mut Product<Self>) -> bool;
     /// Turns a tile of logits into weights, and takes them into the softmax's state.
@@ -115,7 +116,7 @@ pub(crate) trait Accumulator:
 }
 
 macro_rules! accumulator {
-    ($float:ident, $bits:ident, $ibits:ident, split $split:expr, singles ($slice:ident) $singles:expr, dots $dots:ident, product $product:ident, weigh $weigh:ident, differentiate $differentiate:ident, add_weights $add_weights:ident, simd ($lanes:ident, $floats:ident, $as:ident, $as_mut:ident, $splat:ident, $fma:ident, $add:ident, $sum:ident, $greater:ident, $select:ident), magic $magic:expr, bias $bias:expr, mantissa $mantissa:expr, min $min:expr, $poly:expr) => {
+    ($float:ident, $bits:ident, $ibits:ident, split $split:expr, singles ($slice:ident) $singles:expr, dots $dots:ident, product $product:ident, weigh $weigh:ident, differentiate $differentiate:ident, add_weights $add_weights:ident, simd ($lanes:ident, $floats:ident, $as:ident, $as_mut:ident, $splat:ident, $fma:ident, $add:ident, $mul:ident, $sum:ident, $greater:ident, $select:ident), magic $magic:expr, bias $bias:expr, mantissa $mantissa:expr, min $min:expr, $poly:expr) => {
         impl Element for $float {
             type Acc = $float;
             const SPLIT: Option<Split> = $split;
@@ -129,35 +130,40 @@ macro_rules! accumulator {
             fn as_acc(source: &[Self]) -> Option<&[Self]> {
                 Some(source)
             }
+            fn as_acc_mut(target: &mut [Self]) -> Option<&mut [Self]> {
+                Some(target)
+            }
         }
 
-        /// G queries, (G, D), by C columns of registers: their sums stay in G * C registers.
+        /// G queries by C columns of registers: their sums stay in G * C registers.
         #[inline(always)]
         #[allow(clippy::needless_range_loop)]
         fn $dots<S: Simd, const G: usize, const C: usize>(
             simd: S,
-            queries: &[$float],
+            (mut queries, factor): ([&[$float]; G], $float),
             columns: [&[S::$floats]; C],
             logits: &mut [$float],
             stride: usize,
         ) {
-            let (dim, registers) = (queries.len() / G, PANEL / S::$lanes);
-            let mut rows: [&[$float]; G] = [&[]; G];
+            let (dim, registers) = (queries[0].len(), PANEL / S::$lanes);
             for g in 0..G {
-                rows[g] = &queries[g * dim..][..dim];
+                queries[g] = &queries[g][..dim];
             }
             let mut sums = [[simd.$splat(0.0); C]; G];
             for d in 0..dim {
                 for g in 0..G {
-                    let x = simd.$splat(rows[g][d]);
+                    let x = simd.$splat(queries[g][d]);
                     for c in 0..C {
                         sums[g][c] = simd.$fma(x, columns[c][d * registers], sums[g][c]);
                     }
                 }
             }
+            let factor = simd.$splat(factor);
             for g in 0..G {
-                let target = &mut logits[g * stride..][..C * S::$lanes];
-                S::$as_mut(target).0.copy_from_slice(&sums[g]);
+                let target = S::$as_mut(&mut logits[g * stride..][..C * S::$lanes]).0;
+                for c in 0..C {
+                    target[c] = simd.$mul(sums[g][c], factor);
+                }
             }
         }
 
@@ -260,13 +266,13 @@ macro_rules! accumulator {
             #[allow(clippy::needless_range_loop)]
             fn panel_dots<'k, S: Simd, const G: usize, const C: usize>(
                 simd: S,
-                queries: &[Self],
+                queries: ([&[Self]; G], Self),
                 (count, panel): (usize, impl Fn(usize) -> &'k [Self]),
                 logits: &mut [Self],
                 stride: usize,
             ) {
                 let registers = PANEL / S::$lanes;
-                let dim = queries.len() / G;
+                let dim = queries.0[0].len();
                 // Register i of all panels, from its first dimension to its last.
                 let column = |i: usize| &S::$as(panel(i / registers)).0[i % registers..][..(dim - 1) * registers + 1];
                 let mut first = 0;
@@ -278,6 +284,12 @@ macro_rules! accumulator {
                     let target = &mut logits[first * S::$lanes..];
                     $dots::<S, G, C>(simd, queries, columns, target, stride);
                     first += C;
+                }
+                if C > 3 && first + 3 <= count * registers {
+                    let columns = [column(first), column(first + 1), column(first + 2)];
+                    let target = &mut logits[first * S::$lanes..];
+                    $dots::<S, G, 3>(simd, queries, columns, target, stride);
+                    first += 3;
                 }
                 for first in first..count * registers {
                     let target = &mut logits[first * S::$lanes..];
@@ -291,15 +303,20 @@ macro_rules! accumulator {
                 }
             }
             #[inline(always)]
-            fn keep_lanes<S: Simd>(simd: S, (start, end): (u32, u32), panel: &mut [Self; PANEL], other: Self) {
+            fn keep_lanes<S: Simd>(
+                simd: S,
+                (start, end): (u32, u32),
+                panel: &mut [Self; PANEL],
+                other: &[Self; PANEL],
+            ) {
                 const NUMBERS: [$float; PANEL] = [
                     0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.,
                 ];
                 let (start, end) = (simd.$splat(start as $float), simd.$splat(end as $float));
-                let other = simd.$splat(other);
-                for (x, lane) in S::$as_mut(panel).0.iter_mut().zip(S::$as(&NUMBERS).0) {
-                    let before_end = simd.$select(simd.$greater(end, *lane), *x, other);
-                    *x = simd.$select(simd.$greater(start, *lane), other, before_end);
+                let pairs = S::$as_mut(panel).0.iter_mut().zip(S::$as(other).0);
+                for ((x, other), lane) in pairs.zip(S::$as(&NUMBERS).0) {
+                    let before_end = simd.$select(simd.$greater(end, *lane), *x, *other);
+                    *x = simd.$select(simd.$greater(start, *lane), *other, before_end);
                 }
             }
             #[inline(always)]
@@ -373,8 +390,8 @@ pub(crate) const EXP2_F64: [f64; 12] = [
     1.0,
 ];
 
-accumulator!(f32, u32, i32, split None, singles (slice) slice, dots dots_f32, product product_f32, weigh weigh_f32, differentiate differentiate_f32, add_weights add_weights_f32, simd (F32_LANES, f32s, as_simd_f32s, as_mut_simd_f32s, splat_f32s, mul_add_e_f32s, add_f32s, reduce_sum_f32s, greater_than_f32s, select_f32s), magic 12_582_912.0, bias 127, mantissa 23, min -126.0, EXP2_F32);
-accumulator!(f64, u64, i64, split None, singles (_slice) Default::default(), dots dots_f64, product product_f64, weigh weigh_f64, differentiate differentiate_f64, add_weights add_weights_f64, simd (F64_LANES, f64s, as_simd_f64s, as_mut_simd_f64s, splat_f64s, mul_add_e_f64s, add_f64s, reduce_sum_f64s, greater_than_f64s, select_f64s), magic 6_755_399_441_055_744.0, bias 1023, mantissa 52, min -1022.0, EXP2_F64);
+accumulator!(f32, u32, i32, split None, singles (slice) slice, dots dots_f32, product product_f32, weigh weigh_f32, differentiate differentiate_f32, add_weights add_weights_f32, simd (F32_LANES, f32s, as_simd_f32s, as_mut_simd_f32s, splat_f32s, mul_add_e_f32s, add_f32s, mul_f32s, reduce_sum_f32s, greater_than_f32s, select_f32s), magic 12_582_912.0, bias 127, mantissa 23, min -126.0, EXP2_F32);
+accumulator!(f64, u64, i64, split None, singles (_slice) Default::default(), dots dots_f64, product product_f64, weigh weigh_f64, differentiate differentiate_f64, add_weights add_weights_f64, simd (F64_LANES, f64s, as_simd_f64s, as_mut_simd_f64s, splat_f64s, mul_add_e_f64s, add_f64s, mul_f64s, reduce_sum_f64s, greater_than_f64s, select_f64s), magic 6_755_399_441_055_744.0, bias 1023, mantissa 52, min -1022.0, EXP2_F64);
 
 impl Element for half::f16 {
     type Acc = f32;
@@ -387,6 +404,9 @@ impl Element for half::f16 {
         target.convert_from_f32_slice(source)
     }
     fn as_acc(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
+    fn as_acc_mut(_: &mut [Self]) -> Option<&mut [f32]> {
         None
     }
 }
@@ -409,6 +429,9 @@ impl Element for half::bf16 {
         }
     }
     fn as_acc(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
+    fn as_acc_mut(_: &mut [Self]) -> Option<&mut [f32]> {
         None
     }
 }

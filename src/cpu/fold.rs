@@ -153,18 +153,71 @@ pub(crate) fn quarantine<A: Accumulator>(key: &mut [A], value: &mut [A]) -> bool
 
 #[inline(always)]
 pub(crate) fn all_finite<A: Accumulator>(row: &[A]) -> bool {
-    const LANES: usize = 16;
-    let mut checks = [A::ZERO; LANES];
-    let chunks = row.chunks_exact(LANES);
-    for (check, x) in checks.iter_mut().zip(chunks.remainder()) {
-        *check += *x * A::ZERO;
-    }
-    for chunk in chunks {
-        for lane in 0..LANES {
-            checks[lane] += chunk[lane] * A::ZERO;
+    let mut check = Check::default();
+    check.take(row);
+    check.passed()
+}
+
+/// Finds out whether all numbers of some rows are finite: x * 0 is NaN for those that are not.
+#[derive(Default)]
+pub(crate) struct Check<A>([A; CHECK_LANES]);
+
+const CHECK_LANES: usize = 16;
+
+impl<A: Accumulator> Check<A> {
+    #[inline(always)]
+    pub fn take(&mut self, row: &[A]) {
+        let (chunks, rest) = row.as_chunks::<CHECK_LANES>();
+        for chunk in chunks {
+            for (check, x) in self.0.iter_mut().zip(chunk) {
+                *check += *x * A::ZERO;
+            }
+        }
+        for (check, x) in self.0.iter_mut().zip(rest) {
+            *check += *x * A::ZERO;
         }
     }
-    checks.iter().all(|check| *check == A::ZERO)
+
+    /// Takes a row while it is copied.
+    #[inline(always)]
+    pub fn copy<T: Element<Acc = A>>(&mut self, source: &[T], target: &mut [A]) {
+        let Some(source) = T::as_acc(source) else {
+            T::widen(source, target);
+            return self.take(target);
+        };
+        let (chunks, rest) = source.as_chunks::<CHECK_LANES>();
+        let (targets, target_rest) = target.as_chunks_mut::<CHECK_LANES>();
+        for (target, chunk) in targets.iter_mut().zip(chunks) {
+            *target = *chunk;
+            for (check, x) in self.0.iter_mut().zip(chunk) {
+                *check += *x * A::ZERO;
+            }
+        }
+        target_rest.copy_from_slice(rest);
+        self.take(rest);
+    }
+
+    /// Takes a row while it is multiplied by `factor`.
+    #[inline(always)]
+    pub fn scale(&mut self, source: &[A], factor: A, target: &mut [A]) {
+        let (chunks, rest) = source.as_chunks::<CHECK_LANES>();
+        let (targets, target_rest) = target.as_chunks_mut::<CHECK_LANES>();
+        for (target, chunk) in targets.iter_mut().zip(chunks) {
+            for ((target, x), check) in target.iter_mut().zip(chunk).zip(&mut self.0) {
+                *target = *x * factor;
+                *check += *target * A::ZERO;
+            }
+        }
+        for ((target, x), check) in target_rest.iter_mut().zip(rest).zip(&mut self.0) {
+            *target = *x * factor;
+            *check += *target * A::ZERO;
+        }
+    }
+
+    #[inline(always)]
+    pub fn passed(&self) -> bool {
+        self.0.iter().all(|check| *check == A::ZERO)
+    }
 }
 
 /// One folded token as a column that a single row sees.

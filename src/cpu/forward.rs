@@ -195,8 +195,8 @@ impl<T: Element> FarSource<T::Acc> for Gathered<'_, T> {
         Some(token - self.columns.before(token))
     }
 
-    fn edge(&self, index: usize) -> Edge<'_, T::Acc> {
-        self.columns.edge(index)
+    fn edge(&self, index: usize, token: usize) -> Edge<'_, T::Acc> {
+        self.columns.edge(index, token, (&self.keys, &self.values))
     }
 
     fn columns(&self) -> usize {
@@ -216,7 +216,7 @@ impl<T: Element> FarSource<T::Acc> for Gathered<'_, T> {
     }
 
     fn rows<'s>(&'s self, columns: Range<usize>, _: &'s mut RowScratch<T::Acc>) -> KeysValues<'s, T::Acc> {
-        self.columns.rows(columns.start)
+        self.columns.rows(columns.start, &self.keys)
     }
 
     fn packed(&self) -> Option<&Packed> {
@@ -304,7 +304,7 @@ impl<A: Accumulator> HeadList<A> {
                 bits,
                 tokens,
                 input.fold,
-                input.pairs().map_or(Layout::Rows, Layout::Pairs),
+                input.pairs().map_or(Layout::ValueRows, Layout::Pairs),
                 pool.take(),
             ))
         };

@@ -143,6 +143,15 @@ impl<'a, T> HeadRows<'a, T> {
         let _ = (token, ahead);
     }
 
+    /// The same rows where nothing needs widening.
+    pub fn as_acc(&self) -> Option<HeadRows<'a, T::Acc>>
+    where
+        T: Element,
+    {
+        let &Self { data, stride, dim } = self;
+        T::as_acc(data).map(|data| HeadRows { data, stride, dim })
+    }
+
     /// The rows from `token` on; for a tile's base.
     pub fn skip(&self, token: usize) -> Self {
         Self {

@@ -1,8 +1,9 @@
 //! The online softmax of a block of rows, in base 2: logits arrive multiplied by log2(e).
 
 use super::element::{EXP2_F32, EXP2_F64};
+use super::fold::Check;
 use super::gemm_tile::Tile;
-use super::{arch, Accumulator};
+use super::{arch, Accumulator, Element};
 use pulp::{Simd, WithSimd};
 
 /// Rows are handled this many at a time: two AVX-512 or four AVX2 registers of f32, so that the running maximum and
@@ -62,8 +63,8 @@ impl<A: Accumulator> OnlineSoftmax<A> {
 
     /// See [`finish_row`].
     #[inline(always)]
-    pub fn finish(&self, row: usize, output: &mut [A]) {
-        finish_row(self.sum[row], output)
+    pub fn finish<T: Element<Acc = A>>(&self, row: usize, source: &mut [A], output: &mut [T]) {
+        finish_row(self.sum[row], source, output)
     }
 }
 
@@ -259,17 +260,22 @@ macro_rules! weigh {
 weigh!(f32, exp2_f32, strip_f32, weigh_f32, differentiate_f32, add_weights_f32, simd (F32_LANES, f32s, u32, as_simd_f32s, as_mut_simd_f32s, splat_f32s, splat_u32s, mul_add_e_f32s, add_f32s, sub_f32s, mul_f32s, max_f32s, equal_f32s, less_than_f32s, select_f32s, transmute_u32s_f32s, transmute_f32s_u32s, wrapping_dyn_shl_u32s), magic 12_583_039.0, mantissa 23, min -126.0, EXP2_F32);
 weigh!(f64, exp2_f64, strip_f64, weigh_f64, differentiate_f64, add_weights_f64, simd (F64_LANES, f64s, u64, as_simd_f64s, as_mut_simd_f64s, splat_f64s, splat_u64s, mul_add_e_f64s, add_f64s, sub_f64s, mul_f64s, max_f64s, equal_f64s, less_than_f64s, select_f64s, transmute_u64s_f64s, transmute_f64s_u64s, mul_u64s), magic 6_755_399_441_056_767.0, mantissa 1 << 52, min -1022.0, EXP2_F64);
 
-/// Divides a row of the output by its sum. A row that holds anything not finite, or that saw nothing, becomes NaN
+/// Divides a row by its sum and stores it. A row that holds anything not finite, or that saw nothing, becomes NaN
 /// throughout, so that no part of it passes for a result.
 #[inline(always)]
-pub(crate) fn finish_row<A: Accumulator>(sum: A, output: &mut [A]) {
-    let inverse = A::ONE / sum;
-    let mut check = A::ZERO;
-    for x in output.iter_mut() {
-        *x *= inverse;
-        check += *x * A::ZERO;
+pub(crate) fn finish_row<T: Element>(sum: T::Acc, row: &mut [T::Acc], output: &mut [T]) {
+    let inverse = T::Acc::ONE / sum;
+    let mut check = Check::default();
+    match T::as_acc_mut(output) {
+        Some(output) => check.scale(row, inverse, output),
+        None => {
+            row.iter_mut().for_each(|x| *x *= inverse);
+            check.take(row);
+            T::narrow(row, output);
+        }
     }
-    if check != A::ZERO || !inverse.finite() {
-        output.fill(A::NAN);
+    if !check.passed() || !inverse.finite() {
+        row.fill(T::Acc::NAN);
+        T::narrow(row, output);
     }
 }

@@ -102,8 +102,7 @@ impl<Q: Element> Observation<'_, Q> {
         let panels = self.panels(rows[0], rows[G - 1]);
         let all = panels.all();
         scratch.weights.make_room(G * all * PANEL);
-        self.load(pairs, &mut scratch.queries);
-        self.dots::<S, G>(simd, &panels, scratch);
+        self.dots::<S, G>(simd, pairs, &panels, scratch);
         let weights = scratch.weights.as_chunks_mut::<PANEL>().0;
         let masses = scratch.masses.as_chunks_mut::<PANEL>().0;
 
@@ -132,7 +131,7 @@ impl<Q: Element> Observation<'_, Q> {
             let mass = &mut masses[panel - tokens.start / PANEL];
             for g in 0..G {
                 let mut weights = weights[g * all + panels.at(panel)].map(|weight| weight * inverses[g]);
-                Q::Acc::keep_lanes(simd, lanes(panel, &counted[g]), &mut weights, Q::Acc::ZERO);
+                Q::Acc::keep_lanes(simd, lanes(panel, &counted[g]), &mut weights, &[Q::Acc::ZERO; PANEL]);
                 for lane in 0..PANEL {
                     mass[lane] += weights[lane];
                 }
@@ -151,15 +150,25 @@ impl<Q: Element> Observation<'_, Q> {
         }
     }
 
-    /// Logits of the queries that are loaded.
+    /// Logits of G queries, in base 2.
     #[inline(always)]
-    fn dots<S: Simd, const G: usize>(&self, simd: S, panels: &Panels, scratch: &mut Scratch<Q::Acc>) {
+    fn dots<S: Simd, const G: usize>(
+        &self,
+        simd: S,
+        pairs: [(usize, usize); G],
+        panels: &Panels,
+        scratch: &mut Scratch<Q::Acc>,
+    ) {
+        let Scratch { queries, weights, .. } = scratch;
+        let queries = (
+            self.queries(pairs, queries),
+            Q::Acc::of(self.local.scale * std::f64::consts::LOG2_E),
+        );
         let panel = |index: usize| match index.checked_sub(panels.sinks) {
             Some(index) => self.keys.panel(panels.window.start + index),
             None => self.sink_keys.panel(index),
         };
         let (panels, stride) = ((panels.all(), panel), panels.all() * PANEL);
-        let Scratch { queries, weights, .. } = scratch;
         // The sums, and as many registers of keys and one of a query, are all that there are.
         if S::REGISTER_COUNT >= 32 {
             Q::Acc::panel_dots::<S, G, 4>(simd, queries, panels, weights, stride);
@@ -174,24 +183,27 @@ impl<Q: Element> Observation<'_, Q> {
     fn hide<S: Simd>(&self, simd: S, row: usize, panels: &Panels, logits: &mut [Lanes<Q::Acc>]) -> Lanes<Q::Acc> {
         let start = self.local.start(row);
         let (sinks, window) = logits.split_at_mut(panels.sinks);
-        let mut most = [Q::Acc::NEG_INFINITY; PANEL];
+        let hidden = [Q::Acc::NEG_INFINITY; PANEL];
+        let mut most = hidden;
         for (panel, logits) in sinks.iter_mut().enumerate() {
             let lanes = lanes(panel, &(0..self.local.sinks.min(start)));
-            Q::Acc::keep_lanes(simd, lanes, logits, Q::Acc::NEG_INFINITY);
+            Q::Acc::keep_lanes(simd, lanes, logits, &hidden);
             Q::Acc::raise(simd, &mut most, logits);
         }
-        for (panel, logits) in panels.window.clone().zip(window.iter_mut()) {
-            let lanes = lanes(panel, &(start..row + 1));
-            Q::Acc::keep_lanes(simd, lanes, logits, Q::Acc::NEG_INFINITY);
-            Q::Acc::raise(simd, &mut most, logits);
-        }
-        if let (true, [first, .., last]) = (panels.window.len() > panels.filled, window) {
-            let end = (row % PANEL + 1) as u32;
-            Q::Acc::keep_lanes(simd, (0, end), last, Q::Acc::ZERO);
-            Q::Acc::keep_lanes(simd, (end, PANEL as u32), first, Q::Acc::ZERO);
-            for lane in 0..PANEL {
-                first[lane] += last[lane];
+        let end = (row % PANEL + 1) as u32;
+        // The row looks at every lane of its window's panels once they are as many as it fills.
+        let whole = self.local.window.is_multiple_of(PANEL) && row + 1 >= self.local.window;
+        if !whole {
+            for (panel, logits) in panels.window.clone().zip(window.iter_mut()) {
+                let lanes = lanes(panel, &(start..row + 1));
+                Q::Acc::keep_lanes(simd, lanes, logits, &hidden);
             }
+        }
+        if let (true, [first, .., last]) = (panels.window.len() > panels.filled, &mut *window) {
+            Q::Acc::keep_lanes(simd, (end, PANEL as u32), first, last);
+        }
+        for logits in window.iter().take(panels.filled) {
+            Q::Acc::raise(simd, &mut most, logits);
         }
         most
     }
@@ -202,23 +214,32 @@ impl<Q: Element> Observation<'_, Q> {
         self.local.start(row).max(tokens.start)..(row + 1).saturating_sub(self.local.window / 2).min(tokens.end)
     }
 
-    /// Queries (G, D), multiplied by scale * log2(e).
+    /// Rows of queries: where they are, or widened in `buffer`.
     #[inline(always)]
-    fn load<const G: usize>(&self, pairs: [(usize, usize); G], target: &mut Vec<Q::Acc>) {
-        let factor = Q::Acc::of(self.local.scale * std::f64::consts::LOG2_E);
+    fn queries<'r, const G: usize>(
+        &'r self,
+        pairs: [(usize, usize); G],
+        buffer: &'r mut Vec<Q::Acc>,
+    ) -> [&'r [Q::Acc]; G] {
         let dim = self.queries[0].dim;
-        target.resize(G * dim, Q::Acc::ZERO);
-        for ((row, head), target) in pairs.into_iter().zip(target.chunks_exact_mut(dim)) {
+        if Q::as_acc(&[]).is_none() {
+            buffer.resize(G * dim, Q::Acc::ZERO);
+        }
+        let mut buffers = buffer.chunks_exact_mut(dim);
+        let mut rows: [&[Q::Acc]; G] = [&[]; G];
+        for (target, (row, head)) in rows.iter_mut().zip(pairs) {
             self.queries[head].prefetch(row - self.first_query);
             let query = self.queries[head].row(row - self.first_query);
-            match Q::as_acc(query) {
-                Some(query) => target.iter_mut().zip(query).for_each(|(x, y)| *x = *y * factor),
-                None => {
-                    Q::widen(query, target);
-                    target.iter_mut().for_each(|x| *x *= factor);
+            *target = match (Q::as_acc(query), buffers.next()) {
+                (Some(query), _) => query,
+                (None, Some(buffer)) => {
+                    Q::widen(query, buffer);
+                    buffer
                 }
-            }
+                (None, None) => &[],
+            };
         }
+        rows
     }
 }
 
