@@ -192,6 +192,7 @@ fn a_report_is_whole_and_goes_on() {
     for row in rows {
         assert!(number(row, "perplexity") > 1.0 && number(row, "copy") > 1.0, "{row}");
         assert_eq!(row["passkey"][0]["tries"], 1);
+        assert!(number(&row["passkey"][0], "nll") > 0.0, "{row}");
     }
     assert_eq!(number(&rows[0], "nll_over_dense"), 0.0);
     // The controls keep as much.

@@ -65,7 +65,7 @@ impl Window {
 }
 
 /// Σ log Σ exp(logits) - logits[target] over rows `(n, vocabulary)`; rows in f32, their sum in f64.
-fn nll(logits: &Tensor, targets: &[u32]) -> Result<f64> {
+pub fn nll(logits: &Tensor, targets: &[u32]) -> Result<f64> {
     let targets = Tensor::new(targets, &Device::Cpu)?.unsqueeze(1)?;
     let picked = logits.gather(&targets, D::Minus1)?.squeeze(1)?;
     let losses = (logits.log_sum_exp(D::Minus1)? - picked)?;

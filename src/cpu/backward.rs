@@ -129,8 +129,12 @@ impl<T: Element> Group<'_, T> {
         store_sum(&parts, |part| &part.dv, dim, self.dv);
         let size = problem.tokens * dim;
         let mut rows_dq = Part::default();
-        rows_dq.dq.make_room(problem.tokens * width);
         for (index, (dq, parts)) in self.dq.chunks_mut(size).zip(parts.chunks(shares)).enumerate() {
+            if let ([part], true) = (parts, input.forward.fold != Fold::PairSum) {
+                store_sum(&[*part], |part| &part.dq, dim, dq);
+                continue;
+            }
+            rows_dq.dq.make_room(problem.tokens * width);
             for (share, part) in parts.iter().enumerate() {
                 let mut rows = 0;
                 for block in blocks(input).skip(share).step_by(shares) {

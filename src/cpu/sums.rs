@@ -59,7 +59,7 @@ impl<A: Accumulator> Sums<A> {
             raw: Default::default(),
             dq: Aligned::zeroed(leading * width),
             grad_rows: Aligned::zeroed(leading * width),
-            grads: Aligned::zeroed(leading * dim),
+            grads: Aligned::zeroed(if settings.pairs.is_none() { leading * dim } else { 0 }),
             minus_log_sum_exp: vec![A::ZERO; leading],
             delta: vec![A::ZERO; leading],
             tile: Aligned::default(),

@@ -11,9 +11,11 @@ use serde::{Deserialize, Serialize};
 /// One method on one task.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
-    /// Summed negative log likelihood of the predicted tokens; of a pass key, 1 where it was found.
+    /// Summed negative log likelihood of the predicted tokens.
     pub score: f64,
     pub predicted: usize,
+    /// Of a pass key, whether it was found.
+    pub found: Option<bool>,
     pub tokens: usize,
     /// Entries left out of all, at the end of the sequence.
     pub hidden_ratio: f64,

@@ -20,7 +20,7 @@ use crate::load::Checkpoint;
 use crate::model::{HiddenCounts, Llama};
 use ledger::{Ledger, Record};
 use method::{Kept, Method};
-use passkey::Passkey;
+use passkey::{Passkey, QUESTION};
 
 /// What one method is tried on.
 enum Task {
@@ -47,7 +47,7 @@ pub fn run(args: &ReportArgs) -> Result<()> {
         methods.retain(|method| *method == Method::Dense || args.methods.iter().any(|name| name == method.family()));
     }
     let settings = format!(
-        "{} {} {} {} {:?}",
+        "{} {} {} {} {:?} {QUESTION:?}",
         model.fingerprint()?,
         args.text.display(),
         args.context,
@@ -158,13 +158,17 @@ fn measure(model: &Llama, method: &Method, policies: &[(f64, Policy)], task: &Ta
         Ok(plan)
     })?;
     let seconds = start.elapsed().as_secs_f64();
-    let (score, predicted) = match task {
-        Task::Text(window) => (window.nll(model, &hidden)?, window.predicted()),
-        Task::Passkey(passkey) => (f64::from(u8::from(passkey.found(model, &hidden)?)), 1),
+    let (score, predicted, found) = match task {
+        Task::Text(window) => (window.nll(model, &hidden)?, window.predicted(), None),
+        Task::Passkey(passkey) => {
+            let (score, found) = passkey.score(model, &hidden)?;
+            (score, passkey.predicted(), Some(found))
+        }
     };
     Ok(Record {
         score,
         predicted,
+        found,
         tokens: tokens.len(),
         hidden_ratio: kept.hidden_ratio(),
         bytes: kept.bytes,

@@ -1,10 +1,15 @@
-//! Pass keys: a number somewhere in a long text, asked for at its end.
+//! Pass keys: a number somewhere in a long text, which its end asks for.
 
 use anyhow::{ensure, Result};
 use candle_core::{Tensor, D};
 
+use crate::corpus::nll;
 use crate::load::Checkpoint;
 use crate::model::Llama;
+
+/// How a text ends: with words that the number followed before. With "What is the pass key?" before them SmolLM2-135M
+/// rather goes on with the prose, and finds 3 keys of 10 at 2048 tokens instead of 10 of 10, with nothing hidden.
+pub const QUESTION: &str = "\n\nThe pass key is";
 
 /// A text with a number in it, up to and with the answer.
 pub struct Passkey {
@@ -20,7 +25,7 @@ impl Passkey {
         let needle = encode(&format!(
             "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
         ))?;
-        let question = encode("\n\nWhat is the pass key? The pass key is")?;
+        let question = encode(QUESTION)?;
         let answer = encode(&format!(" {key}"))?;
         let filler = length.saturating_sub(needle.len() + question.len() + answer.len());
         ensure!(
@@ -37,10 +42,18 @@ impl Passkey {
         })
     }
 
-    /// Whether the likeliest token is right at each place of the answer: what greedy decoding would write.
-    pub fn found(&self, model: &Llama, hidden: &Tensor) -> Result<bool> {
+    /// Tokens of the answer.
+    pub fn predicted(&self) -> usize {
+        self.answer
+    }
+
+    /// The answer's summed negative log likelihood, and whether the likeliest token is right at each of its places: what
+    /// greedy decoding would write.
+    pub fn score(&self, model: &Llama, hidden: &Tensor) -> Result<(f64, bool)> {
         let first = self.tokens.len() - self.answer;
         let logits = model.logits(hidden, first - 1, self.answer)?;
-        Ok(logits.argmax(D::Minus1)?.to_vec1::<u32>()? == self.tokens[first..])
+        let answer = &self.tokens[first..];
+        let found = logits.argmax(D::Minus1)?.to_vec1::<u32>()? == answer;
+        Ok((nll(&logits, answer)?, found))
     }
 }

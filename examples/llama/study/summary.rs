@@ -38,6 +38,8 @@ pub struct Found {
     pub length: usize,
     pub found: usize,
     pub tries: usize,
+    /// Mean negative log likelihood of a whole key.
+    pub nll: f64,
     pub hidden_ratio: f64,
 }
 
@@ -65,8 +67,8 @@ impl Summary {
             let passkey: Vec<String> = passkey
                 .map(|at| {
                     format!(
-                        "{}: {}/{} ({:.3} hidden)",
-                        at.length, at.found, at.tries, at.hidden_ratio
+                        "{}: {}/{} ({:.2} nats a key, {:.3} hidden)",
+                        at.length, at.found, at.tries, at.nll, at.hidden_ratio
                     )
                 })
                 .collect();
@@ -138,14 +140,17 @@ fn passkeys<'a>(records: impl Iterator<Item = (&'a str, &'a Record)>) -> Vec<Fou
                 length,
                 found: 0,
                 tries: 0,
+                nll: 0.0,
                 hidden_ratio: 0.0,
             });
             all.len() - 1
         });
         let at = &mut all[index];
-        at.hidden_ratio = (at.hidden_ratio * at.tries as f64 + record.hidden_ratio) / (at.tries + 1) as f64;
         at.tries += 1;
-        at.found += usize::from(record.score > 0.5);
+        let share = 1.0 / at.tries as f64;
+        at.nll += (record.score - at.nll) * share;
+        at.hidden_ratio += (record.hidden_ratio - at.hidden_ratio) * share;
+        at.found += usize::from(record.found == Some(true));
     }
     all.sort_by_key(|found| found.length);
     all

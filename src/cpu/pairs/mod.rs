@@ -171,12 +171,16 @@ pub(crate) struct PairTiles {
     dim: usize,
     /// The queries, (parts, D / 2, leading, 2).
     queries: Aligned<u16>,
+    /// The same as (parts, leading, D), on their way there.
+    split_queries: Aligned<u16>,
     /// Weights of one tile, (parts, columns / 2, leading, 2).
     weights: Aligned<u16>,
     capacity: usize,
     steps: Vec<Step>,
     /// Weighted values (D, leading).
     output: Aligned<f32>,
+    /// The same as (leading, D).
+    output_rows: Aligned<f32>,
 }
 
 impl PairTiles {
@@ -189,10 +193,12 @@ impl PairTiles {
             leading,
             dim,
             queries: Aligned::zeroed(parts * dim * leading),
+            split_queries: Aligned::zeroed(parts * dim * leading),
             weights: Aligned::zeroed(parts * capacity * leading),
             capacity,
             steps: Vec::new(),
             output: Aligned::zeroed(dim * leading),
+            output_rows: Aligned::zeroed(dim * leading),
         }
     }
 
@@ -202,8 +208,8 @@ impl PairTiles {
             self.pairs.split,
             rows,
             (head_dim, width),
-            self.leading,
-            self.dim,
+            (self.leading, self.dim),
+            &mut self.split_queries,
             &mut self.queries,
         );
     }
@@ -298,11 +304,11 @@ impl PairTiles {
     }
 
     /// The weighted values as (leading, D), `width` apart.
-    pub fn store_output(&self, rows: &mut [f32], (head_dim, width): (usize, usize)) {
-        for (row, target) in rows.chunks_exact_mut(width).enumerate() {
-            let column = self.output[row..].iter().step_by(self.leading);
-            target[..head_dim].iter_mut().zip(column).for_each(|(x, y)| *x = *y);
-        }
+    pub fn store_output(&mut self, rows: &mut [f32], (head_dim, width): (usize, usize)) {
+        let leading = self.leading;
+        to_columns(&self.output, (leading, leading), self.dim, &mut self.output_rows);
+        let pairs = rows.chunks_exact_mut(width).zip(self.output_rows.chunks_exact(self.dim));
+        pairs.for_each(|(row, output)| row[..head_dim].copy_from_slice(&output[..head_dim]));
     }
 }
 

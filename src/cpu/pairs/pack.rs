@@ -3,58 +3,55 @@
 use super::{Pairs, Split, PAD};
 use crate::cpu::aligned::Aligned;
 use crate::cpu::element::bf16_bits;
+use crate::cpu::transpose::to_columns;
 use crate::cpu::vectorized;
+use pulp::bytemuck::{cast_slice, cast_slice_mut};
 
 /// The largest finite bf16 number.
 const MAX: f32 = 3.389_531_4e38;
 
 /// The parts of 32 numbers, each part `plane` apart: what a part leaves is the next one's.
 #[inline(always)]
-fn store_parts(parts: usize, numbers: &[f32; 32], plane: usize, stride: usize, target: &mut [u16]) {
+fn store_parts(parts: usize, numbers: &[f32; 32], plane: usize, target: &mut [u16]) {
     let mut rest = *numbers;
     for part in 0..parts {
-        let target = &mut target[part * plane..];
         let mut bits = [0u16; 32];
         for (bits, x) in bits.iter_mut().zip(&mut rest) {
             // Numbers near the largest would round to infinity.
             *bits = bf16_bits(x.clamp(-MAX, MAX));
             *x -= f32::from_bits(u32::from(*bits) << 16);
         }
-        match stride {
-            1 => target[..32].copy_from_slice(&bits),
-            _ => bits
-                .iter()
-                .zip(target.iter_mut().step_by(stride))
-                .for_each(|(bits, target)| *target = *bits),
-        }
+        target[part * plane..][..32].copy_from_slice(&bits);
     }
 }
 
 /// Rows (leading, `head_dim`), `width` apart, to (parts, dim / 2, leading, 2): pairs of a row's neighbouring numbers.
+/// `split_rows` is room for (parts, leading, dim).
 pub(super) fn interleave(
     split: Split,
     rows: &[f32],
     (head_dim, width): (usize, usize),
-    leading: usize,
-    dim: usize,
+    (leading, dim): (usize, usize),
+    split_rows: &mut [u16],
     target: &mut [u16],
 ) {
     let (parts, plane) = (split.parts(), dim * leading);
     vectorized(
         #[inline(always)]
         || {
-            for d in 0..head_dim {
-                for first in (0..leading).step_by(32) {
+            for (index, row) in rows.chunks_exact(width).take(leading).enumerate() {
+                for (chunk, source) in row[..head_dim].chunks(32).enumerate() {
                     let mut numbers = [0f32; 32];
-                    for (r, x) in numbers.iter_mut().enumerate() {
-                        *x = rows[(first + r) * width + d];
-                    }
-                    let at = (d / 2 * leading + first) * 2 + d % 2;
-                    store_parts(parts, &numbers, plane, 2, &mut target[at..]);
+                    numbers[..source.len()].copy_from_slice(source);
+                    store_parts(parts, &numbers, plane, &mut split_rows[index * dim + chunk * 32..]);
                 }
             }
         },
-    )
+    );
+    // A pair is as long as an f32, and to move is all that is done to it.
+    for (rows, columns) in split_rows.chunks_exact(plane).zip(target.chunks_exact_mut(plane)) {
+        to_columns::<f32>(cast_slice(rows), (dim / 2, dim / 2), leading, cast_slice_mut(columns));
+    }
 }
 
 /// Keys and values of columns in token order, taken in one by one.
@@ -68,6 +65,8 @@ pub(crate) struct Packed {
     columns: usize,
     /// The values of the columns since the last multiple of 32, (32, D).
     staged: Vec<f32>,
+    /// The same, (D, 32).
+    transposed: Aligned<f32>,
     row: Vec<f32>,
 }
 
@@ -94,6 +93,7 @@ impl Packed {
             dim,
             columns: 0,
             staged: vec![0.0; 32 * dim],
+            transposed: Aligned::zeroed(32 * dim),
             row: vec![0.0; dim],
         }
     }
@@ -130,7 +130,7 @@ impl Packed {
             #[inline(always)]
             || {
                 for (d, numbers) in row.as_chunks::<32>().0.iter().enumerate() {
-                    store_parts(parts, numbers, dim, 1, &mut target[d * 32..]);
+                    store_parts(parts, numbers, dim, &mut target[d * 32..]);
                 }
             },
         );
@@ -149,16 +149,13 @@ impl Packed {
         let (parts, dim) = (self.parts, self.dim);
         let block = (self.columns - 1) / 32;
         let target = &mut self.values[block * parts * dim * 32..][..parts * dim * 32];
-        let staged = &self.staged;
+        to_columns(&self.staged, (dim, dim), 32, &mut self.transposed);
+        let transposed = self.transposed.as_chunks::<32>().0;
         vectorized(
             #[inline(always)]
             || {
-                for d in 0..dim {
-                    let mut numbers = [0f32; 32];
-                    for (c, x) in numbers.iter_mut().enumerate() {
-                        *x = staged[c * dim + d];
-                    }
-                    store_parts(parts, &numbers, dim * 32, 1, &mut target[d * 32..]);
+                for (d, numbers) in transposed.iter().enumerate() {
+                    store_parts(parts, numbers, dim * 32, &mut target[d * 32..]);
                 }
             },
         )
