@@ -9,7 +9,7 @@ set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 out=$(realpath "$1")
 shift
-[ $# -gt 0 ] || set -- cuda_device cuda_device_cache llama_cuda bench_gpu llama
+[ $# -gt 0 ] || set -- cuda_device cuda_device_cache cuda_layer llama_cuda bench_gpu llama
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -37,5 +37,6 @@ cp -r tests/data "$work/tests/"
 mkdir -p "$work/examples/llama"
 cp -r examples/llama/assets "$work/examples/llama/"
 cp cuda/run-report.sh README.md "$work/"
-tar -C "$work" -c . | xz -T2 -6 >"$out"
+# Every binary holds the same PTX: a dictionary that spans them all.
+tar -C "$work" -c . | xz --lzma2=preset=3,dict=512MiB >"$out"
 ls -l "$out"

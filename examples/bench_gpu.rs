@@ -2,8 +2,8 @@
 //! as a share of what this device does in a plain matrix product and a plain copy, both measured first.
 //!
 //! `cargo run --release --features cuda --example bench_gpu [LONGEST [SHORTEST [PARTS]]]` (N, and some of
-//! decide,attention,decode; all by default). The same lines for PyTorch's flash attention: `python3
-//! benches/pytorch_gpu.py`.
+//! decide,attention,decode; these by default; and deterministic: both passes with one owner per sum). The same lines for
+//! PyTorch's flash attention: `python3 benches/pytorch_gpu.py`.
 //!
 //! Memory that is freed stays with the process, as PyTorch's allocator has it; with `SFA_GIVE_BACK` set it goes back to the
 //! driver whenever the host waits, which is what candle leaves at the driver's default.
@@ -209,21 +209,31 @@ fn bench_attention(device: &Device, ceilings: &Ceilings, shape: Shape) -> Result
         let [q, k, v] = &qkv;
         let seconds = time(device, || Ok(attend(q, k, v, &plan, &options).map(drop)?))?;
         print_line("forward", &shape, share, seconds, shape.forward_tflop(), ceilings);
-        let vars = [Var::from_tensor(q)?, Var::from_tensor(k)?, Var::from_tensor(v)?];
-        let seconds = time(device, || {
-            // The output's gradient is ones, without a reduction over the output.
-            attend(&vars[0], &vars[1], &vars[2], &plan, &options)?.backward()?;
-            Ok(())
-        })?;
-        print_line(
-            "forward+backward",
-            &shape,
-            share,
-            seconds,
-            3.5 * shape.forward_tflop(),
-            ceilings,
-        );
+        bench_both(device, ceilings, shape, share, false)?;
     }
+    Ok(())
+}
+
+/// Forward and backward.
+fn bench_both(device: &Device, ceilings: &Ceilings, shape: Shape, share: f64, deterministic: bool) -> Result<()> {
+    let options = AttentionOptions {
+        deterministic,
+        ..Default::default()
+    };
+    let qkv = shape.qkv(device, DType::BF16)?;
+    let plan = shape.plan(&qkv, share, &options)?;
+    let [q, k, v] = [&qkv[0], &qkv[1], &qkv[2]].map(Var::from_tensor);
+    let (q, k, v) = (q?, k?, v?);
+    let seconds = time(device, || {
+        // The output's gradient is ones, without a reduction over the output.
+        attend(&q, &k, &v, &plan, &options)?.backward()?;
+        Ok(())
+    })?;
+    let what = match deterministic {
+        true => "both, one owner",
+        false => "forward+backward",
+    };
+    print_line(what, &shape, share, seconds, 3.5 * shape.forward_tflop(), ceilings);
     Ok(())
 }
 
@@ -307,6 +317,10 @@ fn main() -> Result<()> {
                 if has("attention") {
                     bench_candle(&device, shape)?;
                     bench_attention(&device, &ceilings, shape)?;
+                }
+                if has("deterministic") {
+                    bench_both(&device, &ceilings, shape, 0.0, true)?;
+                    bench_both(&device, &ceilings, shape, 0.5, true)?;
                 }
             }
         }
