@@ -23,13 +23,13 @@ struct Layout {
 
 // Starts the copy of `count` of `ROWS` rows; the others, and columns from `dim` on, become zeros. A row's elements are
 // `stride` apart. FULL: all rows are there. A thread keeps to one chunk of each swizzled group, so that its addresses
-// are one register and constants.
+// are one register and constants. `thread`: this one's index, as the caller reads it.
 template <int D, int ROWS, int THREADS, bool FULL>
 SFA_DEVICE void load_rows(const hw::Tile& tile, const Halves& source, int64_t first, int64_t stride, int count,
-                          uint32_t dim) {
+                          uint32_t dim, uint32_t thread = threadIdx.x) {
     constexpr uint32_t GROUP = Layout<D>::GROUP, CHUNKS = GROUP / 16, STEP = THREADS / CHUNKS;
     static_assert(ROWS % STEP == 0 && STEP % 8 == 0, "every pass has the same swizzle");
-    uint32_t row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    uint32_t row = thread / CHUNKS, chunk = thread % CHUNKS;
     hw::keep_in_place(stride);
     uint32_t target = hw::lane_offset(Layout<D>::chunk(row, chunk));
     int64_t index = first + row * stride + chunk * 8;
@@ -49,10 +49,11 @@ SFA_DEVICE void load_rows(const hw::Tile& tile, const Halves& source, int64_t fi
 // and tokens are less than 2^31 elements apart.
 template <int D, int ROWS, int THREADS, bool FULL>
 SFA_DEVICE void load_listed_rows(const hw::Tile& tile, const Halves& source, int64_t first, uint32_t token_stride,
-                                 const hw::Tile& tokens, uint32_t stride, int count, uint32_t dim) {
+                                 const hw::Tile& tokens, uint32_t stride, int count, uint32_t dim,
+                                 uint32_t thread = threadIdx.x) {
     constexpr uint32_t GROUP = Layout<D>::GROUP, CHUNKS = GROUP / 16, STEP = THREADS / CHUNKS;
     static_assert(ROWS % STEP == 0 && STEP % 8 == 0, "every pass has the same swizzle");
-    uint32_t row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    uint32_t row = thread / CHUNKS, chunk = thread % CHUNKS;
     uint32_t target = hw::lane_offset(Layout<D>::chunk(row, chunk));
     Halves start = source + (first + chunk * 8);
 #pragma unroll
@@ -70,8 +71,9 @@ SFA_DEVICE void load_listed_rows(const hw::Tile& tile, const Halves& source, int
 
 // One word per row.
 template <int ROWS, class View>
-SFA_DEVICE void load_words(const hw::Tile& tile, const View& source, int64_t first, int count) {
-    if (threadIdx.x < ROWS) hw::copy_async_word(tile, threadIdx.x * 4, source, first + threadIdx.x, int(threadIdx.x) < count);
+SFA_DEVICE void load_words(const hw::Tile& tile, const View& source, int64_t first, int count,
+                           uint32_t thread = threadIdx.x) {
+    if (thread < ROWS) hw::copy_async_word(tile, thread * 4, source, first + thread, int(thread) < count);
 }
 
 // This lane's part of the addresses of a tile's fragments. Chunk pairs of a swizzled group differ in bits that no row
@@ -232,8 +234,11 @@ struct HeadIndex {
     SFA_DEVICE HeadIndex(const AttentionParams& p, uint32_t index)
         : HeadIndex(p, index / p.sizes.heads, index % p.sizes.heads) {}
 
-    SFA_DEVICE HeadIndex(const AttentionParams& p, uint32_t batch, uint32_t head) : batch(batch), head(head) {
-        kv_head = head / (p.sizes.heads / p.sizes.kv_heads);
+    SFA_DEVICE HeadIndex(const AttentionParams& p, uint32_t batch, uint32_t head)
+        : HeadIndex(p, batch, head, head / (p.sizes.heads / p.sizes.kv_heads)) {}
+
+    SFA_DEVICE HeadIndex(const AttentionParams& p, uint32_t batch, uint32_t head, uint32_t kv_head)
+        : batch(batch), head(head), kv_head(kv_head) {
         list = int64_t(batch) * p.sizes.lists + (p.sizes.lists == p.sizes.heads ? head : kv_head);
         batch_head = int64_t(batch) * p.sizes.heads + head;
     }

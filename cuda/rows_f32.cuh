@@ -50,7 +50,7 @@ struct RowF32 {
     SFA_DEVICE static void load(float (&part)[PART], const Floats& source, int64_t first, uint32_t dim) {
 #pragma unroll
         for (int i = 0; i < PART / 4; i++) {
-            uint32_t column = (i * 4 + threadIdx.x % 4) * 4;
+            uint32_t column = (i * 4 + hw::thread() % 4) * 4;
             float4 x = column < dim ? load_vector<float4>(source, first + column) : float4{0, 0, 0, 0};
             part[4 * i] = x.x, part[4 * i + 1] = x.y, part[4 * i + 2] = x.z, part[4 * i + 3] = x.w;
         }
@@ -59,7 +59,7 @@ struct RowF32 {
     SFA_DEVICE static void store(const Global<float>& target, int64_t row, const float (&part)[PART], uint32_t dim) {
 #pragma unroll
         for (int i = 0; i < PART / 4; i++) {
-            uint32_t column = (i * 4 + threadIdx.x % 4) * 4;
+            uint32_t column = (i * 4 + hw::thread() % 4) * 4;
             if (column < dim)
                 store_vector(target, row * dim + column,
                              float4{part[4 * i], part[4 * i + 1], part[4 * i + 2], part[4 * i + 3]});

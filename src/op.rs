@@ -84,7 +84,7 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &At
         options: options.clone(),
         bias,
         tracked: [q, k, v].iter().any(|x| x.track_op()),
-        log_sum_exp: OnceLock::new(),
+        kept: OnceLock::new(),
     };
     q.apply_op3(k, v, op)
 }
@@ -98,9 +98,10 @@ struct CompressedAttentionOp {
     bias: Option<Tensor>,
     /// Whether a gradient may be asked for.
     tracked: bool,
-    /// What the backward pass needs of the forward where `tracked`: each row's log-sum-exp (base 2), (B, H, N), a
-    /// tensor without a graph.
-    log_sum_exp: OnceLock<Tensor>,
+    /// What the backward pass needs of the forward where `tracked`, besides the output; tensors without a graph: each
+    /// row's log-sum-exp (base 2), (B, H, N); on CUDA, where gradients are better for it, what rounding left of the
+    /// output too, (B, H, N, D).
+    kept: OnceLock<Vec<Tensor>>,
 }
 
 impl CompressedAttentionOp {
@@ -117,8 +118,8 @@ impl CompressedAttentionOp {
             forward(input, self.tracked.then_some(log_sum_exp.as_mut_slice()))
         })?;
         if self.tracked {
-            let saved = Tensor::from_vec(log_sum_exp, (batch, heads, tokens), &Device::Cpu)?;
-            self.log_sum_exp.get_or_init(|| saved);
+            let kept = Tensor::from_vec(log_sum_exp, (batch, heads, tokens), &Device::Cpu)?;
+            self.kept.get_or_init(|| vec![kept]);
         }
         Ok((
             T::to_cpu_storage_owned(output),
@@ -162,9 +163,9 @@ impl CompressedAttentionOp {
         }))
     }
 
-    fn saved_log_sum_exp(&self) -> Result<&Tensor> {
-        match self.log_sum_exp.get() {
-            Some(saved) => Ok(saved),
+    fn kept(&self) -> Result<&[Tensor]> {
+        match self.kept.get() {
+            Some(kept) => Ok(kept),
             None => bail!(
                 "compressed-attention: expected the forward pass's log-sum-exp, got none; \
                  this is a defect of the crate, please report it"
@@ -174,7 +175,7 @@ impl CompressedAttentionOp {
 
     /// dq (B, H, N, D), dk and dv (B, Hk, N, D).
     fn cpu_bwd<T: Element>(&self, qkv: [&Tensor; 3], output: &Tensor, grad_output: &Tensor) -> Result<[Tensor; 3]> {
-        let log_sum_exp = self.saved_log_sum_exp()?.storage_and_layout();
+        let log_sum_exp = self.kept()?[0].storage_and_layout();
         let tensors = [qkv[0], qkv[1], qkv[2], output, grad_output].map(Tensor::storage_and_layout);
         let mut slices = Vec::with_capacity(5);
         for (storage, layout) in &tensors {
@@ -267,9 +268,9 @@ impl CustomOp3 for CompressedAttentionOp {
         v_layout: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
         let stored = [(q, q_layout), (k, k_layout), (v, v_layout)];
-        let (output, log_sum_exp) = self.cuda_call().forward(stored, self.tracked)?;
-        if let Some(saved) = log_sum_exp {
-            self.log_sum_exp.get_or_init(|| saved);
+        let (output, kept) = self.cuda_call().forward(stored, self.tracked)?;
+        if self.tracked {
+            self.kept.get_or_init(|| kept);
         }
         Ok((output, q_layout.shape().clone()))
     }
@@ -306,8 +307,7 @@ impl CustomOp3 for CompressedAttentionOp {
                 0 => grad_output.clone(),
                 _ => grad_output.copy()?,
             };
-            let saved = [output, self.saved_log_sum_exp()?];
-            let [dq, dk, dv] = self.cuda_call().backward(qkv, saved, &grad_output)?;
+            let [dq, dk, dv] = self.cuda_call().backward(qkv, output, self.kept()?, &grad_output)?;
             return Ok((Some(dq), Some(dk), Some(dv)));
         }
         let [dq, dk, dv] = match self.problem.dtype {

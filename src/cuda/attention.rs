@@ -2,7 +2,7 @@
 
 use super::backward;
 use super::fold::{contiguous_rows, FoldCall};
-use super::forward::{self, Attended, AttentionCall, Bias, Columns, LARGEST_LISTED};
+use super::forward::{self, Attended, AttentionCall, Bias, Columns, Saved, LARGEST_LISTED};
 use super::gpu::{Gpu, GpuElement};
 use crate::config::{AttentionOptions, Fold};
 use crate::problem::{Problem, RowLayout};
@@ -88,26 +88,20 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
 
     /// # Errors
     /// As [`forward::forward`].
-    pub fn forward(&self, gpu: &G, keep_log_sum_exp: bool) -> Result<Attended<G, T>> {
+    pub fn forward(&self, gpu: &G, keep: bool) -> Result<Attended<G, T>> {
         let lean = self.bias.is_none() && self.options.dropout.is_none();
         let folded = self.folded(gpu, lean && self.can_list())?;
-        forward::forward(gpu, &self.call(&folded), keep_log_sum_exp)
+        forward::forward(gpu, &self.call(&folded), keep)
     }
 
     /// Folds again, or lists (O(N·D), which is less than keeping it would cost), and walks home.
     ///
     /// # Errors
     /// As [`backward::backward`].
-    pub fn backward(
-        &self,
-        gpu: &G,
-        output: &G::Slice<T>,
-        log_sum_exp: &G::Slice<f32>,
-        grad_output: &G::Slice<T>,
-    ) -> Result<Gradients<G, T>> {
+    pub fn backward(&self, gpu: &G, saved: &Saved<'_, G, T>, grad_output: &G::Slice<T>) -> Result<Gradients<G, T>> {
         let listed = self.can_list() && backward::fuses::<G, T>(gpu, &self.fold.problem, self.options)?;
         let folded = self.folded(gpu, listed)?;
-        let gradients = backward::backward(gpu, &self.call(&folded), output, log_sum_exp, grad_output)?;
+        let gradients = backward::backward(gpu, &self.call(&folded), saved, grad_output)?;
         let dq = self.fold.unfold_queries(gpu, &gradients.queries, !self.dense)?;
         if let Some((dk, dv)) = gradients.done {
             return Ok(Gradients { dq, dk, dv });

@@ -2,12 +2,12 @@
 //! columns and of the (folded) queries.
 
 use super::fold::rows_of_warp;
-use super::forward::{Attended, AttentionCall};
+use super::forward::{AttentionCall, Saved};
 use super::gpu::{Gpu, GpuElement, Kernel, Launch};
 use super::params::AttentionParams;
 use crate::config::AttentionOptions;
 use crate::problem::Problem;
-use candle_core::{bail, Result};
+use candle_core::Result;
 
 /// Gradients of keys and of values, f32.
 pub(crate) struct KeysValues<G: Gpu> {
@@ -107,17 +107,16 @@ struct Pass<'a, G: Gpu, T: GpuElement> {
     delta: G::Slice<f32>,
 }
 
-/// Gradients of the sum of `attended.output * grad_output`, which are contiguous (B, H, N, D). Where
+/// Gradients of the sum of `saved.output * grad_output`, which are contiguous (B, H, N, D). Where
 /// [`AttentionOptions::deterministic`] asks for it, and in f32 and above a head size of 128 always, every sum has one owner:
 /// the same bits every time. Nothing waits for the device.
 ///
 /// # Errors
-/// As [`AttentionCall::params`], an `attended` without its log-sum-exp, or whatever the launches report.
+/// As [`AttentionCall::params`], or whatever the launches report.
 pub(crate) fn backward<G: Gpu, T: GpuElement>(
     gpu: &G,
     call: &AttentionCall<'_, G, T>,
-    output: &G::Slice<T>,
-    log_sum_exp: &G::Slice<f32>,
+    saved: &Saved<'_, G, T>,
     grad_output: &G::Slice<T>,
 ) -> Result<Gradients<G, T>> {
     let params = call.params()?;
@@ -126,12 +125,11 @@ pub(crate) fn backward<G: Gpu, T: GpuElement>(
     } = call.problem;
     let rows = batch * heads * tokens;
     let mut delta = gpu.alloc::<f32>(rows)?;
-    let args = [
-        gpu.read(output),
-        gpu.read(grad_output),
-        gpu.write(&mut delta),
-        gpu.value(&params),
-    ];
+    let mut args = vec![gpu.read(saved.output)];
+    if T::HALF {
+        args.push(gpu.read_some(saved.rest));
+    }
+    args.extend([gpu.read(grad_output), gpu.write(&mut delta), gpu.value(&params)]);
     let rows_of_warp = if T::HALF {
         rows_of_warp(call.problem.head_dim)
     } else {
@@ -149,7 +147,7 @@ pub(crate) fn backward<G: Gpu, T: GpuElement>(
         call,
         params,
         grad_output,
-        log_sum_exp,
+        log_sum_exp: saved.log_sum_exp,
         delta,
     };
     pass.gradients()
@@ -378,22 +376,5 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         args.push(self.gpu.write(&mut target.values));
         args.push(self.gpu.value(&self.params));
         self.launch(name, blocks, self.shared_bytes(), &args)
-    }
-}
-
-#[cfg_attr(not(feature = "cuda-emu"), allow(dead_code))]
-impl<G: Gpu, T: GpuElement> Attended<G, T> {
-    /// The log-sum-exp that the backward pass needs.
-    ///
-    /// # Errors
-    /// A forward pass that did not keep it.
-    pub fn kept_log_sum_exp(&self) -> Result<&G::Slice<f32>> {
-        match &self.log_sum_exp {
-            Some(sums) => Ok(sums),
-            None => bail!(
-                "compressed-attention: expected the forward pass's log-sum-exp, got none; \
-                 this is a defect of the crate, please report it"
-            ),
-        }
     }
 }

@@ -77,8 +77,7 @@ fn attend_as<T: GpuElement + Element>(
     let gradients = match grad_output {
         Some(grad_output) => {
             let grad = gpu.upload(&grad_output.flatten_all()?.to_vec1::<T>()?)?;
-            let sums = attended.kept_log_sum_exp()?;
-            let found = attention.backward(gpu, &attended.output, sums, &grad)?;
+            let found = attention.backward(gpu, &attended.saved()?, &grad)?;
             let [q, k, v] = &dims;
             let tensor = |data: &EmuSlice<T>, dims: &Vec<usize>| {
                 Tensor::from_vec(data.download()?, dims.as_slice(), &Device::Cpu)
@@ -88,7 +87,7 @@ fn attend_as<T: GpuElement + Element>(
         None => None,
     };
     let [q_dims, ..] = dims;
-    let log_sum_exp = attended.kept_log_sum_exp()?.download()?;
+    let log_sum_exp = attended.saved()?.log_sum_exp.download()?;
     Ok(EmulatedPass {
         log_sum_exp: Tensor::from_vec(log_sum_exp, &q_dims[..3], &Device::Cpu)?,
         output: Tensor::from_vec(attended.output.download()?, q_dims, &Device::Cpu)?,

@@ -142,7 +142,7 @@ fn fold_and_attend_as<T: GpuElement + Element>(
         Path::Spec => spec::forward(&Emulator, &attention.call(&attention.folded(&Emulator, false)?))?,
         Path::Fast => attention.forward(&Emulator, true)?,
     };
-    let log_sum_exp = attended.log_sum_exp.map_or(Ok(Vec::new()), |x| x.download())?;
+    let log_sum_exp = attended.saved()?.log_sum_exp.download()?;
     let shape = (problem.batch, problem.heads, problem.tokens);
     Ok((
         Tensor::from_vec(attended.output.download()?, qkv[0].dims(), &Device::Cpu)?,
@@ -180,7 +180,7 @@ fn attention_gradients_as<T: GpuElement + Element>(
     let attention = call.attention(config, options, shared);
     let attended = attention.forward(&Emulator, true)?;
     let (grad_output, _) = held::<T>(&grad_output.contiguous()?)?;
-    let gradients = attention.backward(&Emulator, &attended.output, attended.kept_log_sum_exp()?, &grad_output)?;
+    let gradients = attention.backward(&Emulator, &attended.saved()?, &grad_output)?;
     let like = |slice: EmuSlice<T>, tensor: &Tensor| Tensor::from_vec(slice.download()?, tensor.dims(), &Device::Cpu);
     Ok([
         like(gradients.dq, qkv[0])?,

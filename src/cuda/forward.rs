@@ -53,10 +53,44 @@ pub(crate) struct AttentionCall<'a, G: Gpu, T: GpuElement> {
     pub options: &'a AttentionOptions,
 }
 
-/// (B, H, N, D), and each row's log-sum-exp in base 2, (B, H, N), where it was wanted.
+/// (B, H, N, D), and what the backward pass needs, where it was wanted.
 pub(crate) struct Attended<G: Gpu, T: GpuElement> {
     pub output: G::Slice<T>,
-    pub log_sum_exp: Option<G::Slice<f32>>,
+    pub kept: Option<Kept<G, T>>,
+}
+
+/// What the backward pass needs of the forward besides its output.
+pub(crate) struct Kept<G: Gpu, T: GpuElement> {
+    /// Each row's log-sum-exp in base 2, (B, H, N).
+    pub log_sum_exp: G::Slice<f32>,
+    /// What rounding left of the output, (B, H, N, D): see [`AttentionCall::keeps_rest`].
+    pub rest: Option<G::Slice<T>>,
+}
+
+/// What the backward pass reads of a forward pass.
+pub(crate) struct Saved<'a, G: Gpu, T: GpuElement> {
+    pub output: &'a G::Slice<T>,
+    pub rest: Option<&'a G::Slice<T>>,
+    pub log_sum_exp: &'a G::Slice<f32>,
+}
+
+#[cfg_attr(not(feature = "cuda-emu"), allow(dead_code))]
+impl<G: Gpu, T: GpuElement> Attended<G, T> {
+    /// # Errors
+    /// A forward pass that kept nothing.
+    pub fn saved(&self) -> Result<Saved<'_, G, T>> {
+        match &self.kept {
+            Some(kept) => Ok(Saved {
+                output: &self.output,
+                rest: kept.rest.as_ref(),
+                log_sum_exp: &kept.log_sum_exp,
+            }),
+            None => bail!(
+                "compressed-attention: expected the forward pass's log-sum-exp, got none; \
+                 this is a defect of the crate, please report it"
+            ),
+        }
+    }
 }
 
 impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
@@ -117,6 +151,13 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
         self.bias.is_some() || self.options.dropout.is_some()
     }
 
+    /// Whether what rounding leaves of the output is kept for the backward pass, as another tensor of its size. Where one
+    /// weight is nearly all of a row's, gradients are small differences, and the rounded output is all that is wrong with
+    /// them. The lean causal kernels go without, as other fused ones do: their rows rarely do that, and it costs 1 %.
+    fn keeps_rest(&self) -> bool {
+        T::HALF && (self.extras() || !self.options.causal || self.problem.head_dim > 128)
+    }
+
     /// q, k, v, then the columns in the order in which every attention kernel takes them, then the bias.
     pub fn inputs<'a>(&'a self, gpu: &'a G) -> Vec<G::Arg<'a>> {
         let columns = self.columns;
@@ -175,10 +216,11 @@ impl Instance {
         }
     }
 
-    /// Queries, two buffers of keys, values and words, the marks of columns that are not finite, and what rows see.
+    /// Queries, two buffers of keys, values and words, the marks of columns that are not finite, what is the same for a
+    /// block, and what rows see.
     fn shared_bytes(&self) -> usize {
         let seen = if self.listed { 8 * self.rows } else { 0 };
-        2 * self.dim * (self.rows + 4 * self.columns) + 2 * 4 * self.columns + 4 * (self.columns + 4) + seen
+        2 * self.dim * (self.rows + 4 * self.columns) + 2 * 4 * self.columns + 4 * (self.columns + 4) + 48 + seen
     }
 }
 
@@ -196,7 +238,7 @@ const F32_ROWS: usize = 32;
 pub(crate) fn forward<G: Gpu, T: GpuElement>(
     gpu: &G,
     call: &AttentionCall<'_, G, T>,
-    keep_log_sum_exp: bool,
+    keep: bool,
 ) -> Result<Attended<G, T>> {
     let Problem {
         batch,
@@ -208,8 +250,14 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
     let params = call.params()?;
     let rows = batch * heads;
     let mut output = gpu.alloc::<T>(rows * tokens * head_dim)?;
-    let mut log_sum_exp = match keep_log_sum_exp {
-        true => Some(gpu.alloc::<f32>(rows * tokens)?),
+    let mut kept = match keep {
+        true => Some(Kept {
+            log_sum_exp: gpu.alloc::<f32>(rows * tokens)?,
+            rest: match call.keeps_rest() {
+                true => Some(gpu.alloc::<T>(rows * tokens * head_dim)?),
+                false => None,
+            },
+        }),
         false => None,
     };
     let (module, name, block_rows, shared_bytes) = match T::HALF {
@@ -229,7 +277,14 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
     };
     let mut args = call.inputs(gpu);
     args.push(gpu.write(&mut output));
-    args.push(gpu.write_some(log_sum_exp.as_mut()));
+    let (log_sum_exp, rest) = match kept.as_mut() {
+        Some(kept) => (Some(&mut kept.log_sum_exp), kept.rest.as_mut()),
+        None => (None, None),
+    };
+    if T::HALF {
+        args.push(gpu.write_some(rest));
+    }
+    args.push(gpu.write_some(log_sum_exp));
     if T::HALF {
         args.push(gpu.write_some(first_bad.as_mut()));
     }
@@ -244,7 +299,7 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
     if let Some(first_bad) = first_bad.filter(|_| blocks > 1) {
         spread_nan(gpu, &params, block_rows, &first_bad, &mut output)?;
     }
-    Ok(Attended { output, log_sum_exp })
+    Ok(Attended { output, kept })
 }
 
 fn spread_nan<G: Gpu, T: GpuElement>(

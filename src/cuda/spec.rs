@@ -1,6 +1,6 @@
 //! Launches of `cuda/spec.cu`: attention one thread per row, which the tests hold the fast kernels against.
 
-use super::forward::{Attended, AttentionCall};
+use super::forward::{Attended, AttentionCall, Kept};
 use super::gpu::{Gpu, GpuElement, Kernel, Launch};
 use crate::problem::Problem;
 use candle_core::Result;
@@ -34,6 +34,9 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(gpu: &G, call: &AttentionCall<'_, G
     drop(args);
     Ok(Attended {
         output,
-        log_sum_exp: Some(log_sum_exp),
+        kept: Some(Kept {
+            log_sum_exp,
+            rest: None,
+        }),
     })
 }

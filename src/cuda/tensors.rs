@@ -4,7 +4,7 @@ use super::attention::{lists, Attention};
 use super::decide::{indicators, DecideCall};
 use super::device::Cuda;
 use super::fold::FoldCall;
-use super::forward::Bias;
+use super::forward::{Bias, Saved};
 use super::gpu::{Gpu, GpuElement, Number};
 use super::{loss, observe};
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
@@ -116,20 +116,27 @@ pub(crate) struct TensorCall<'a> {
 }
 
 impl TensorCall<'_> {
-    /// The output (B, H, N, D), and the log-sum-exp (B, H, N) where `keep_log_sum_exp`.
+    /// The output (B, H, N, D); and, where `keep`, what the backward pass needs besides: the log-sum-exp (B, H, N), and
+    /// what rounding left of the output where that is kept.
     ///
     /// # Errors
     /// A dtype, a size or strides that the kernels do not take, or what the device reports.
-    pub fn forward(&self, qkv: [Stored; 3], keep_log_sum_exp: bool) -> Result<(CudaStorage, Option<Tensor>)> {
-        for_dtype!(self.problem.dtype, forward_as(self, qkv, keep_log_sum_exp))
+    pub fn forward(&self, qkv: [Stored; 3], keep: bool) -> Result<(CudaStorage, Vec<Tensor>)> {
+        for_dtype!(self.problem.dtype, forward_as(self, qkv, keep))
     }
 
-    /// The gradients of query, key and value; `output` and `grad_output` are contiguous.
+    /// The gradients of query, key and value; `output` and `kept` are the forward's, `grad_output` is contiguous.
     ///
     /// # Errors
     /// As [`Self::forward`].
-    pub fn backward(&self, qkv: [&Tensor; 3], saved: [&Tensor; 2], grad_output: &Tensor) -> Result<[Tensor; 3]> {
-        for_dtype!(self.problem.dtype, backward_as(self, qkv, saved, grad_output))
+    pub fn backward(
+        &self,
+        qkv: [&Tensor; 3],
+        output: &Tensor,
+        kept: &[Tensor],
+        grad_output: &Tensor,
+    ) -> Result<[Tensor; 3]> {
+        for_dtype!(self.problem.dtype, backward_as(self, qkv, output, kept, grad_output))
     }
 
     /// Calls `body` with the checked parts of this call.
@@ -170,27 +177,39 @@ impl TensorCall<'_> {
     }
 }
 
-fn forward_as<T: GpuElement>(
-    call: &TensorCall,
-    qkv: [Stored; 3],
-    keep_log_sum_exp: bool,
-) -> Result<(CudaStorage, Option<Tensor>)> {
+fn forward_as<T: GpuElement>(call: &TensorCall, qkv: [Stored; 3], keep: bool) -> Result<(CudaStorage, Vec<Tensor>)> {
     let device = qkv[0].0.device().clone();
     call.with::<T, _>(qkv, |gpu, attention| {
-        let attended = attention.forward(gpu, keep_log_sum_exp)?;
-        let shape = (call.problem.batch, call.problem.heads, call.problem.tokens);
-        let log_sum_exp = attended.log_sum_exp.map(|slice| tensor(slice, shape, &device));
-        Ok((CudaStorage::wrap_cuda_slice(attended.output, device), log_sum_exp))
+        let attended = attention.forward(gpu, keep)?;
+        let Problem {
+            batch,
+            heads,
+            tokens,
+            head_dim,
+            ..
+        } = call.problem;
+        let mut kept = Vec::new();
+        if let Some(found) = attended.kept {
+            kept.push(tensor(found.log_sum_exp, (batch, heads, tokens), &device));
+            kept.extend(
+                found
+                    .rest
+                    .map(|rest| tensor(rest, (batch, heads, tokens, head_dim), &device)),
+            );
+        }
+        Ok((CudaStorage::wrap_cuda_slice(attended.output, device), kept))
     })
 }
 
 fn backward_as<T: GpuElement>(
     call: &TensorCall,
     qkv: [&Tensor; 3],
-    [output, log_sum_exp]: [&Tensor; 2],
+    output: &Tensor,
+    kept: &[Tensor],
     grad_output: &Tensor,
 ) -> Result<[Tensor; 3]> {
-    let held = [qkv[0], qkv[1], qkv[2], output, log_sum_exp, grad_output].map(Tensor::storage_and_layout);
+    let held = [qkv[0], qkv[1], qkv[2], output, &kept[0], grad_output].map(Tensor::storage_and_layout);
+    let rest = kept.get(1).map(Tensor::storage_and_layout);
     let mut all = Vec::with_capacity(held.len());
     for (storage, layout) in &held {
         all.push(stored(storage, layout)?);
@@ -200,12 +219,16 @@ fn backward_as<T: GpuElement>(
     };
     let device = q.0.device().clone();
     call.with::<T, _>([q, k, v], |gpu, attention| {
-        let gradients = attention.backward(
-            gpu,
-            output.0.as_cuda_slice::<T>()?,
-            log_sum_exp.0.as_cuda_slice::<f32>()?,
-            grad_output.0.as_cuda_slice::<T>()?,
-        )?;
+        let rest = match &rest {
+            Some((storage, layout)) => Some(stored(storage, layout)?.0.as_cuda_slice::<T>()?),
+            None => None,
+        };
+        let saved = Saved {
+            output: output.0.as_cuda_slice::<T>()?,
+            rest,
+            log_sum_exp: log_sum_exp.0.as_cuda_slice::<f32>()?,
+        };
+        let gradients = attention.backward(gpu, &saved, grad_output.0.as_cuda_slice::<T>()?)?;
         Ok([
             tensor(gradients.dq, qkv[0].dims(), &device),
             tensor(gradients.dk, qkv[1].dims(), &device),
