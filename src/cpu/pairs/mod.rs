@@ -307,7 +307,9 @@ impl PairTiles {
     pub fn store_output(&mut self, rows: &mut [f32], (head_dim, width): (usize, usize)) {
         let leading = self.leading;
         to_columns(&self.output, (leading, leading), self.dim, &mut self.output_rows);
-        let pairs = rows.chunks_exact_mut(width).zip(self.output_rows.chunks_exact(self.dim));
+        let pairs = rows
+            .chunks_exact_mut(width)
+            .zip(self.output_rows.chunks_exact(self.dim));
         pairs.for_each(|(row, output)| row[..head_dim].copy_from_slice(&output[..head_dim]));
     }
 }
