@@ -148,10 +148,10 @@ pub struct CalibrateArgs {
     #[arg(long, default_value_t = 512)]
     pub context: usize,
     /// Windows of prose, spread over the text.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 16)]
     pub windows: usize,
     /// Windows that are half a window twice, so that what serves recall is kept.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 16)]
     pub repeats: usize,
     /// Shares of hidden tokens to try for each head.
     #[arg(long, value_delimiter = ',', value_name = "X,X..",
@@ -166,8 +166,12 @@ pub struct CalibrateArgs {
 }
 
 impl CalibrateArgs {
-    /// The shares to try where none are named.
-    pub const RATIOS: [f64; 10] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95];
+    /// The shares to try where none are named. They lie close together near 1: a head that looks at nothing but its window
+    /// hides nearly all of what has left it, and what it saves others may keep.
+    pub const RATIOS: [f64; 24] = [
+        0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95,
+        0.97, 0.98, 0.99, 0.995,
+    ];
 }
 
 /// How errors are added up over layers and windows.
@@ -177,7 +181,7 @@ pub struct WeightArgs {
     #[arg(long, value_enum, default_value_t = ErrorScale::Output, value_name = "NAME")]
     pub error_scale: ErrorScale,
     /// How many times as much an error counts in a repeated window as in prose.
-    #[arg(long, default_value_t = 1.0, value_name = "X")]
+    #[arg(long, default_value_t = 3.0, value_name = "X")]
     pub repeat_weight: f64,
 }
 
@@ -206,7 +210,7 @@ pub struct ReportArgs {
     #[arg(long, default_value_t = 8)]
     pub windows: usize,
     /// Windows of prose to calibrate on, and as many of repeated passages.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 16)]
     pub calibration: usize,
     /// Shares of tokens to hide, of those that have left the window.
     #[arg(long, value_delimiter = ',', default_values_t = [0.25, 0.5, 0.75], value_name = "X,X..")]
