@@ -131,6 +131,13 @@ fn main() -> Result<()> {
     for tokens in [1024, 2048, 4096, 8192, 16384, 32768] {
         forward(&mut pytorch, shape(tokens))?.print(shape(tokens));
     }
+    // Fewer heads than threads: what a thread gathers is as large as what it is gathered from.
+    let alone = Shape {
+        heads: 1,
+        tokens: 32768,
+        dim: 64,
+    };
+    forward(&mut pytorch, alone)?.print(alone);
     title("forward + backward, f32, causal");
     for tokens in [1024, 2048, 4096, 8192, 16384] {
         backward(&mut pytorch, shape(tokens))?.print(shape(tokens));

@@ -11,6 +11,7 @@ mod eval;
 mod generate;
 mod load;
 mod model;
+mod model_args;
 mod peer;
 mod plot;
 mod report;

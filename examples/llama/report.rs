@@ -8,8 +8,8 @@ use anyhow::{ensure, Context, Result};
 use candle_sfattention::CompressionConfig;
 use serde::Serialize;
 
-use crate::args::ModelArgs;
 use crate::compression::Compression;
+use crate::model_args::ModelArgs;
 use crate::stats::Hidden;
 
 /// The part that the commands report alike: what ran, and how much of it was hidden.

@@ -5,7 +5,6 @@ use super::pairs::Split;
 use super::product::Product;
 use super::softmax::OnlineSoftmax;
 use candle_core::WithDType;
-use half::slice::HalfFloatSliceExt;
 use pulp::Simd;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Sub};
 
@@ -393,82 +392,9 @@ pub(crate) const EXP2_F64: [f64; 12] = [
 accumulator!(f32, u32, i32, split None, singles (slice) slice, dots dots_f32, product product_f32, weigh weigh_f32, differentiate differentiate_f32, add_weights add_weights_f32, simd (F32_LANES, f32s, as_simd_f32s, as_mut_simd_f32s, splat_f32s, mul_add_e_f32s, add_f32s, mul_f32s, reduce_sum_f32s, greater_than_f32s, select_f32s), magic 12_582_912.0, bias 127, mantissa 23, min -126.0, EXP2_F32);
 accumulator!(f64, u64, i64, split None, singles (_slice) Default::default(), dots dots_f64, product product_f64, weigh weigh_f64, differentiate differentiate_f64, add_weights add_weights_f64, simd (F64_LANES, f64s, as_simd_f64s, as_mut_simd_f64s, splat_f64s, mul_add_e_f64s, add_f64s, mul_f64s, reduce_sum_f64s, greater_than_f64s, select_f64s), magic 6_755_399_441_055_744.0, bias 1023, mantissa 52, min -1022.0, EXP2_F64);
 
-impl Element for half::f16 {
-    type Acc = f32;
-    const SPLIT: Option<Split> = Some(Split::Two);
-
-    fn widen(source: &[Self], target: &mut [f32]) {
-        source.convert_to_f32_slice(target)
-    }
-    fn narrow(source: &[f32], target: &mut [Self]) {
-        target.convert_from_f32_slice(source)
-    }
-    fn as_acc(_: &[Self]) -> Option<&[f32]> {
-        None
-    }
-    fn as_acc_mut(_: &mut [Self]) -> Option<&mut [f32]> {
-        None
-    }
-}
-
-impl Element for half::bf16 {
-    type Acc = f32;
-    const SPLIT: Option<Split> = Some(Split::One);
-
-    // half's own conversion goes number by number; these two loops vectorise.
-    #[inline(always)]
-    fn widen(source: &[Self], target: &mut [f32]) {
-        for (x, target) in source.iter().zip(target) {
-            *target = f32::from_bits(u32::from(x.to_bits()) << 16);
-        }
-    }
-    #[inline(always)]
-    fn narrow(source: &[f32], target: &mut [Self]) {
-        for (x, target) in source.iter().zip(target) {
-            *target = Self::from_bits(bf16_bits(*x));
-        }
-    }
-    fn as_acc(_: &[Self]) -> Option<&[f32]> {
-        None
-    }
-    fn as_acc_mut(_: &mut [Self]) -> Option<&mut [f32]> {
-        None
-    }
-}
-
-/// Rounds to bf16, ties to even; a NaN stays one.
-#[inline(always)]
-pub(crate) fn bf16_bits(x: f32) -> u16 {
-    let bits = x.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-    (if x.is_nan() { 0x7fc0 } else { rounded }) as u16
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use half::bf16;
-
-    #[test]
-    fn bf16_converts_as_half_does() {
-        let mut wide = [0f32];
-        for bits in 0..=u16::MAX {
-            let x = bf16::from_bits(bits);
-            bf16::widen(&[x], &mut wide);
-            assert!(wide[0] == x.to_f32() || (wide[0].is_nan() && x.is_nan()), "{bits:#x}");
-            // Halfway to the next number, on it, and just beside it.
-            for low in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
-                let x = f32::from_bits(u32::from(bits) << 16 | low);
-                let mut narrow = [bf16::ZERO];
-                bf16::narrow(&[x], &mut narrow);
-                let expected = bf16::from_f32(x);
-                assert!(
-                    narrow[0] == expected || (narrow[0].is_nan() && expected.is_nan()),
-                    "{x}"
-                );
-            }
-        }
-    }
 
     #[test]
     fn exp2_is_exact_enough_over_its_whole_range() {

@@ -14,6 +14,7 @@ mod far;
 pub(crate) mod fold;
 pub(crate) mod forward;
 mod gemm_tile;
+mod halves;
 pub(crate) mod list;
 mod list_decide;
 pub(crate) mod loss;

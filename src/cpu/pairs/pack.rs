@@ -2,7 +2,7 @@
 
 use super::{Pairs, Split, PAD};
 use crate::cpu::aligned::Aligned;
-use crate::cpu::element::bf16_bits;
+use crate::cpu::halves::bf16_bits;
 use crate::cpu::transpose::to_columns;
 use crate::cpu::vectorized;
 use pulp::bytemuck::{cast_slice, cast_slice_mut};

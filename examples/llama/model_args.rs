@@ -1,0 +1,158 @@
+//! The flags that say which model, where it computes, and how its cache is kept.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use candle_core::{DType, Device};
+use candle_sfattention::CacheOptions;
+use clap::{Args, ValueEnum};
+
+use crate::args::DEFAULT_MODEL;
+use crate::load::LoadOptions;
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "KV cache")]
+pub struct CacheArgs {
+    /// Tokens of the prompt to run at once. Fewer take less memory for activations; what comes out is the same. A GPU
+    /// runs the whole prompt at once.
+    #[arg(long, default_value_t = 512, value_name = "N")]
+    pub prefill_chunk: usize,
+    /// Number type of the keys and values kept. Default: that of the activations.
+    #[arg(long, value_enum)]
+    pub kv_dtype: Option<Dtype>,
+}
+
+impl CacheArgs {
+    /// Refuses chunks of nothing.
+    pub fn check(&self) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            self.prefill_chunk > 0,
+            "prefill-chunk: expected at least 1 token, got 0; 512 is the default"
+        );
+        Ok(())
+    }
+
+    /// How the caches store what they keep.
+    pub fn options(&self) -> CacheOptions {
+        CacheOptions {
+            storage: self.kv_dtype.map(DType::from),
+            max_entries: None,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// A .gguf file, a folder with config.json, tokenizer.json and safetensors, or a Hugging Face id OWNER/NAME. Default:
+    /// the small model that comes with the example.
+    #[arg(long, value_name = "PATH_OR_ID", default_value = DEFAULT_MODEL, hide_default_value = true)]
+    pub model: String,
+    /// Where to compute: cpu, or cuda or cuda:N in a build with --features cuda. For generate, eval and bench.
+    #[arg(long, default_value_t = Place::Cpu, value_name = "DEVICE")]
+    device: Place,
+    /// Number type of weights and activations. Default: f32 on the CPU, where a GGUF file stays quantized and takes no
+    /// other, and bf16 on a GPU, where it is dequantized.
+    #[arg(long, value_enum)]
+    dtype: Option<Dtype>,
+    /// Turn a GGUF file's quantized weights into f32 while loading. Takes more memory, and is faster where candle has
+    /// no fast kernel for the format: ten times for Q4_1 on x86.
+    #[arg(long)]
+    dequantize: bool,
+    /// Write the results to this file as JSON.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+/// A device by its name on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    Cpu,
+    Cuda(usize),
+}
+
+impl Place {
+    fn open(self) -> anyhow::Result<Device> {
+        match self {
+            Self::Cpu => Ok(Device::Cpu),
+            Self::Cuda(_) if !cfg!(feature = "cuda") => {
+                anyhow::bail!("device: expected cpu in this build, got {self}; build with --features cuda")
+            }
+            Self::Cuda(index) => Device::new_cuda(index)
+                .map_err(|error| anyhow::anyhow!("device: expected a GPU for {self}, got {error}; use --device cpu")),
+        }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Cpu => write!(f, "cpu"),
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
+        }
+    }
+}
+
+impl FromStr for Place {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.strip_prefix("cuda:")) {
+            ("cpu", _) => Ok(Self::Cpu),
+            ("cuda", _) => Ok(Self::Cuda(0)),
+            (_, Some(index)) => index
+                .parse()
+                .map(Self::Cuda)
+                .map_err(|error| format!("{index}: {error}")),
+            _ => Err("expected cpu, cuda or cuda:N".into()),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Dtype {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl From<Dtype> for DType {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::Bf16 => DType::BF16,
+            Dtype::F16 => DType::F16,
+        }
+    }
+}
+
+impl ModelArgs {
+    /// How the weights are to be held.
+    ///
+    /// # Errors
+    /// A device that is not there.
+    pub fn load_options(&self) -> anyhow::Result<LoadOptions> {
+        let default = match self.device {
+            Place::Cpu => Dtype::F32,
+            Place::Cuda(_) => Dtype::Bf16,
+        };
+        Ok(LoadOptions {
+            dtype: self.dtype.unwrap_or(default).into(),
+            dequantize: self.dequantize,
+            device: self.device.open()?,
+        })
+    }
+
+    /// Refuses a GPU for what reads scores and decisions on the host.
+    ///
+    /// # Errors
+    /// A device other than the CPU.
+    pub fn on_cpu(&self, command: &str) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            self.device == Place::Cpu,
+            "device: expected cpu for {command}, got {}; leave --device out",
+            self.device
+        );
+        Ok(())
+    }
+}
