@@ -6,16 +6,15 @@ mod common;
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::{VarBuilder, VarMap};
 use candle_sfattention::{
-    AttentionOptions, CacheOptions, CompressedAttention, CompressedKvCache, CompressedSelfAttention, CompressionConfig,
-    HeadStrategies, MergeRule, MergeStrategy, RotaryConfig, RotaryLayout, SelfAttentionConfig,
+    AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, HeadStrategies, MergeRule, MergeStrategy,
 };
 use common::caches::{part, part_options};
 use common::device::gpu;
 use common::files::{Contents, TempFile};
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
 use common::judge::{largest, largest_error, Expected};
+use common::layers::{on_both, Placed};
 use common::settings::{settings, Setting};
 
 const SHAPES: [Shape; 5] = [
@@ -205,35 +204,7 @@ fn rows_and_clones_go_their_own_ways() -> Result<()> {
 #[test]
 fn a_layer_decodes_alike() -> Result<()> {
     let Some(device) = gpu()? else { return Ok(()) };
-    let sizes = SelfAttentionConfig {
-        hidden_size: 128,
-        num_heads: 4,
-        num_kv_heads: 2,
-        head_dim: 32,
-        qkv_bias: false,
-        output_bias: false,
-        rotary: Some(RotaryConfig {
-            max_tokens: 200,
-            theta: 10_000.0,
-            layout: RotaryLayout::Half,
-        }),
-    };
-    let map = VarMap::new();
-    let layer = |map: &VarMap, device: &Device| -> Result<CompressedSelfAttention> {
-        let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
-        let attention = CompressedAttention::new(strategies, CompressionConfig::pretrained(), Default::default())?;
-        let vb = VarBuilder::from_varmap(map, DType::F32, device);
-        Ok(CompressedSelfAttention::new(sizes, attention, vb)?)
-    };
-    let on_cpu = layer(&map, &Device::Cpu)?;
-    let moved = VarMap::new();
-    for (name, var) in map.data().lock().expect("poisoned").iter() {
-        let var = Var::from_tensor(&var.to_device(&device)?)?;
-        moved.data().lock().expect("poisoned").insert(name.clone(), var);
-    }
-    let on_gpu = layer(&moved, &device)?;
-    let xs = Shape(2, 1, 1, 150, 128).qkv(5, DType::F32)?[1].squeeze(1)?;
-    let run = |layer: &CompressedSelfAttention, xs: &Tensor| -> Result<Tensor> {
+    let run = |Placed { layer, xs, .. }: &Placed| -> Result<Tensor> {
         let mut cache = layer.attention().new_cache(Default::default())?;
         let mut outputs = vec![layer.forward_cached(&xs.narrow(1, 0, 100)?, &mut cache)?];
         for token in 100..150 {
@@ -241,7 +212,8 @@ fn a_layer_decodes_alike() -> Result<()> {
         }
         Ok(Tensor::cat(&outputs, 1)?)
     };
-    let (got, expected) = (run(&on_gpu, &xs.to_device(&device)?)?, run(&on_cpu, &xs)?);
+    let [on_cpu, on_gpu] = on_both(&CompressionConfig::pretrained(), false, &device)?;
+    let (got, expected) = (run(&on_gpu)?, run(&on_cpu)?);
     let most = largest(&expected)?;
     Ok(assert_close("layer", &got, &expected, 2e-4 * most, 2e-4)?)
 }

@@ -6,15 +6,13 @@ mod common;
 
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::{Module, VarBuilder, VarMap};
-use candle_sfattention::{
-    compression_loss, compression_loss_terms, CompressedAttention, CompressedSelfAttention, CompressionConfig,
-    HeadStrategies, MergeStrategy, RotaryConfig, RotaryLayout, SelfAttentionConfig,
-};
+use candle_nn::Module;
+use candle_sfattention::{compression_loss, compression_loss_terms, CompressionConfig, HeadStrategies, MergeStrategy};
 use common::device::gpu;
 use common::golden::cases;
 use common::inputs::{assert_close, Shape};
 use common::judge::largest;
+use common::layers::{on_both, Placed};
 
 #[test]
 fn compression_losses() -> Result<()> {
@@ -74,42 +72,11 @@ fn compression_losses() -> Result<()> {
 #[test]
 fn a_layer_trains_alike() -> Result<()> {
     let Some(device) = gpu()? else { return Ok(()) };
-    let sizes = SelfAttentionConfig {
-        hidden_size: 128,
-        num_heads: 4,
-        num_kv_heads: 2,
-        head_dim: 32,
-        qkv_bias: true,
-        output_bias: false,
-        rotary: Some(RotaryConfig {
-            max_tokens: 200,
-            theta: 10_000.0,
-            layout: RotaryLayout::Half,
-        }),
-    };
     let config = CompressionConfig {
         similarity_threshold: 0.3,
         ..CompressionConfig::default()
     };
-    let map = VarMap::new();
-    let layer = |map: &VarMap, device: &Device| -> Result<CompressedSelfAttention> {
-        let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
-        let attention = CompressedAttention::new(strategies, config.clone(), Default::default())?;
-        Ok(CompressedSelfAttention::new(
-            sizes,
-            attention,
-            VarBuilder::from_varmap(map, DType::F32, device),
-        )?)
-    };
-    let on_cpu = layer(&map, &Device::Cpu)?;
-    let moved = VarMap::new();
-    for (name, var) in map.data().lock().expect("poisoned").iter() {
-        let var = Var::from_tensor(&var.to_device(&device)?)?;
-        moved.data().lock().expect("poisoned").insert(name.clone(), var);
-    }
-    let on_gpu = layer(&moved, &device)?;
-    let xs = Shape(2, 1, 1, 150, 128).qkv(5, DType::F32)?[1].squeeze(1)?;
-    let run = |layer: &CompressedSelfAttention, map: &VarMap, xs: &Tensor| -> Result<Vec<(String, Tensor)>> {
+    let run = |Placed { layer, map, xs }: &Placed| -> Result<Vec<(String, Tensor)>> {
         let (output, loss) = layer.forward_with_loss(xs)?;
         let loss = loss.context("no loss")?;
         let store = (output.sqr()?.sum_all()? + &loss)?.backward()?;
@@ -120,8 +87,8 @@ fn a_layer_trains_alike() -> Result<()> {
         found.sort_by(|a, b| a.0.cmp(&b.0));
         Ok(found)
     };
-    let expected = run(&on_cpu, &map, &xs)?;
-    let got = run(&on_gpu, &moved, &xs.to_device(&device)?)?;
+    let [on_cpu, on_gpu] = on_both(&config, true, &device)?;
+    let (expected, got) = (run(&on_cpu)?, run(&on_gpu)?);
     for ((name, expected), (_, got)) in expected.iter().zip(&got) {
         let most = largest(expected)?;
         // candle's own matrix products on the GPU differ from the CPU's by roundings, and weights add them up.

@@ -122,13 +122,14 @@ impl<A: Accumulator> FarColumns<A> {
                 || columns.fill((keys, values), bits, tokens, (fold, rows), trusting),
             );
         };
-        let chained = bits.windows(2).filter(|pair| *pair == [1, 1]).count();
-        match (columns.packed.is_none() && readable, fold) {
-            (true, Fold::Drop) => fill(&mut columns, 0, true),
-            (true, _) => fill(&mut columns, chained, true),
-            (false, _) => fill(&mut columns, hidden, false),
-        }
-        if !columns.clean && columns.packed.is_none() {
+        let trusting = readable && columns.packed.is_none();
+        let stored = match fold {
+            _ if !trusting => hidden,
+            Fold::Drop => 0,
+            _ => bits.windows(2).filter(|pair| *pair == [1, 1]).count(),
+        };
+        fill(&mut columns, stored, trusting);
+        if trusting && !columns.clean {
             // Rows that are not finite are replaced, which takes copies of all.
             columns.raw_keys = false;
             fill(&mut columns, hidden, false);
@@ -184,7 +185,7 @@ impl<A: Accumulator> FarColumns<A> {
             let size = if chained { chain.size } else { 1 };
             rows.push_size(fold, size);
             let value = rows.values.row_mut(row);
-            if self.raw_keys && !hides {
+            if self.raw_keys {
                 check.take(T::as_acc(keys.row(t)).unwrap_or_default());
                 check.copy(values.row(t), value);
                 far += 1;

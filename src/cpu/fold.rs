@@ -181,20 +181,13 @@ impl<A: Accumulator> Check<A> {
     /// Takes a row while it is copied.
     #[inline(always)]
     pub fn copy<T: Element<Acc = A>>(&mut self, source: &[T], target: &mut [A]) {
-        let Some(source) = T::as_acc(source) else {
-            T::widen(source, target);
-            return self.take(target);
-        };
-        let (chunks, rest) = source.as_chunks::<CHECK_LANES>();
-        let (targets, target_rest) = target.as_chunks_mut::<CHECK_LANES>();
-        for (target, chunk) in targets.iter_mut().zip(chunks) {
-            *target = *chunk;
-            for (check, x) in self.0.iter_mut().zip(chunk) {
-                *check += *x * A::ZERO;
+        match T::as_acc(source) {
+            Some(source) => self.scale(source, A::ONE, target),
+            None => {
+                T::widen(source, target);
+                self.take(target);
             }
         }
-        target_rest.copy_from_slice(rest);
-        self.take(rest);
     }
 
     /// Takes a row while it is multiplied by `factor`.

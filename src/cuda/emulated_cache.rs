@@ -51,15 +51,23 @@ impl EmulatedCache {
             DType::F32 => Lists::F32(DeviceLists::new(&Emulator, &problem, strategies, config)?),
             DType::F16 => Lists::F16(DeviceLists::new(&Emulator, &problem, strategies, config)?),
             DType::BF16 => Lists::BF16(DeviceLists::new(&Emulator, &problem, strategies, config)?),
-            other => bail!("dtype: expected f32, f16 or bf16 on CUDA, got {other:?}; convert with to_dtype"),
+            other => return no_kernels(other),
         };
-        Ok(Self {
+        Ok(Self::of(lists, problem, (strategies, config, options)))
+    }
+
+    fn of(
+        lists: Lists,
+        problem: Problem,
+        (strategies, config, options): (&HeadStrategies, &CompressionConfig, &CacheOptions),
+    ) -> Self {
+        Self {
             lists,
             problem,
             strategies: strategies.clone(),
             config: config.clone(),
             options: options.clone(),
-        })
+        }
     }
 
     /// The same cache on the CPU.
@@ -81,15 +89,9 @@ impl EmulatedCache {
             DType::F32 => brought(cache).map(|(problem, lists)| (problem, Lists::F32(lists)))?,
             DType::F16 => brought(cache).map(|(problem, lists)| (problem, Lists::F16(lists)))?,
             DType::BF16 => brought(cache).map(|(problem, lists)| (problem, Lists::BF16(lists)))?,
-            other => bail!("dtype: expected f32, f16 or bf16 on CUDA, got {other:?}; convert with to_dtype"),
+            other => return no_kernels(other),
         };
-        Ok(Self {
-            lists,
-            problem,
-            strategies: strategies.clone(),
-            config: config.clone(),
-            options: options.clone(),
-        })
+        Ok(Self::of(lists, problem, (strategies, config, options)))
     }
 
     /// Back to the first `tokens` tokens, or false where the lists merge.
@@ -155,6 +157,10 @@ impl EmulatedCache {
             options: self.options.clone(),
         })
     }
+}
+
+fn no_kernels<R>(dtype: DType) -> Result<R> {
+    bail!("dtype: expected f32, f16 or bf16 on CUDA, got {dtype:?}; convert with to_dtype")
 }
 
 fn brought<T: Both>(cache: &CompressedKvCache) -> Result<(Problem, DeviceLists<Emulator, T>)> {

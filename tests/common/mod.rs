@@ -10,5 +10,6 @@ pub mod files;
 pub mod golden;
 pub mod inputs;
 pub mod judge;
+pub mod layers;
 pub mod plain;
 pub mod settings;
