@@ -1,13 +1,14 @@
 //! Forward and backward attention on the CPU against candle's plain operations with autograd, in one run:
 //! `cargo bench --bench backward`; with SFATTENTION_PYTHON=python3 (one that has torch) against PyTorch's SDPA too. The
-//! output's gradient is ones for all: what else would make one is not attention's time.
+//! output's gradient is ones for all: what else would make one is not attention's time. candle adds every gradient to a
+//! tensor of zeros, which in bf16 takes longer than ours does to make it; a row times that alone.
 
 mod common;
 
-use candle_core::{Result, Tensor, Var};
+use candle_core::{DType, Result, Tensor, Var};
 use candle_sfattention::{attend, AttentionOptions, CompressionConfig, Fold, MergePlan};
 use common::pytorch::PyTorch;
-use common::{causal_mask, plain_with_gradients, print_ratios, verify, Shape};
+use common::{causal_mask, plain_with_gradients, print_ratios, verify, verify_within, Shape};
 use criterion::{Criterion, SamplingMode};
 use std::path::Path;
 
@@ -20,6 +21,14 @@ const RATIOS: [(usize, &str); 3] = [
     (1, "ours, r = 0.5, forward + backward"),
     (4, "ours, r = 0.8, forward + backward"),
 ];
+const HALVES: [(DType, &str, &str); 2] = [
+    (
+        DType::BF16,
+        "ours, r = 0, bf16, both",
+        "candle: 3 sums of gradients, bf16",
+    ),
+    (DType::F16, "ours, r = 0, f16, both", "candle: 3 sums of gradients, f16"),
+];
 const SHAPES: [(usize, usize); 3] = [(1024, 64), (4096, 64), (4096, 128)];
 
 /// dq, dk, dv of the sum of all of `output`.
@@ -30,6 +39,10 @@ fn gradients(output: &Tensor, vars: &[Var; 3]) -> Result<Vec<Tensor>> {
         None => candle_core::bail!("backward: expected a gradient for every variable, got none; see the op's bwd"),
     };
     vars.iter().map(get).collect()
+}
+
+fn half(x: &Var, dtype: DType) -> Result<Var> {
+    Var::from_tensor(&x.to_dtype(dtype)?)
 }
 
 fn bench_shape(criterion: &mut Criterion, pytorch: &mut Option<PyTorch>, folder: &Path, shape: Shape) -> Result<()> {
@@ -67,6 +80,24 @@ fn bench_shape(criterion: &mut Criterion, pytorch: &mut Option<PyTorch>, folder:
         let plan = shape.plan(chain, &config)?;
         group.bench_function(name, |bencher| bencher.iter(|| ours(&plan)));
     }
+    for (dtype, name, sums) in HALVES {
+        let halves = [half(&vars[0], dtype)?, half(&vars[1], dtype)?, half(&vars[2], dtype)?];
+        let run = |vars: &[Var; 3]| attend(&vars[0], &vars[1], &vars[2], &nothing, &options);
+        let narrow = gradients(&(run(&halves)? * weights.to_dtype(dtype)?)?, &halves)?;
+        for (which, (narrow, wide)) in ["dq", "dk", "dv"]
+            .iter()
+            .zip(narrow.iter().zip(&weighted(attended(&nothing)?)?))
+        {
+            // Gradients are up to about 5; the inputs were rounded too.
+            verify_within(which, &narrow.to_dtype(DType::F32)?, wide, 0.1)?;
+        }
+        group.bench_function(name, |bencher| bencher.iter(|| gradients(&run(&halves)?, &halves)));
+        let sum = || {
+            let one = |gradient: &Tensor| gradient.zeros_like()? + gradient;
+            narrow.iter().map(one).collect::<Result<Vec<_>>>()
+        };
+        group.bench_function(sums, |bencher| bencher.iter(sum));
+    }
     if let Some(pytorch) = pytorch {
         pytorch.record(folder, "time backward", PYTORCH, shape, "f32")?;
         pytorch.record(folder, "time backward", PYTORCH_BF16, shape, "bf16")?;
@@ -87,6 +118,7 @@ fn main() -> Result<()> {
     criterion.final_summary();
     let mut rows: Vec<&str> = RATIOS.iter().map(|(_, name)| *name).collect();
     rows.push(FORWARD);
+    rows.extend(HALVES.iter().flat_map(|(_, ours, sums)| [*ours, *sums]));
     print_ratios(
         &folder,
         &shapes.map(|shape| shape.name()),

@@ -102,8 +102,43 @@ fn f32_agrees_with_the_reference() -> Result<()> {
 /// few units of the terms that are summed, which are about 1.
 #[test]
 fn half_types_agree_with_the_reference() -> Result<()> {
-    check(DType::F16, &SHAPES[..7], 4.0 * 2f64.powi(-11), 1.0)?;
-    check(DType::BF16, &SHAPES[..7], 4.0 * 2f64.powi(-8), 1.0)
+    check(DType::F16, &SHAPES[..8], 4.0 * 2f64.powi(-11), 1.0)?;
+    check(DType::BF16, &SHAPES[..8], 4.0 * 2f64.powi(-8), 1.0)
+}
+
+/// What is not finite in one row of the output's gradient reaches the gradients of all that the row saw.
+#[test]
+fn a_gradient_that_is_not_finite_is_not_hidden() -> Result<()> {
+    let (tokens, dim, row) = (150, 32, 100);
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for bad in [f64::INFINITY, f64::NEG_INFINITY, f64::NAN] {
+            let qkv = Shape(1, 1, 1, tokens, dim).qkv(3, dtype)?;
+            let mut grad_output = vec![1.0; tokens * dim];
+            grad_output[row * dim + 5] = bad;
+            let grad_output = Tensor::from_vec(grad_output, (1, 1, tokens, dim), &Device::Cpu)?.to_dtype(dtype)?;
+            let plan = MergePlan::new(
+                &qkv[0],
+                &qkv[1],
+                &qkv[2],
+                &HeadStrategies::uniform(MergeStrategy::Off),
+                &CompressionConfig::pretrained(),
+                &AttentionOptions::default(),
+            )?;
+            let [dq, dk, dv] = gradients_of(&qkv, &grad_output, &plan, &AttentionOptions::default())?;
+            let what = format!("{dtype:?} {bad}");
+            let finite = |x: &Tensor, row: usize| -> Result<bool> {
+                Ok(values(&x.narrow(2, row, 1)?)?.iter().all(|x| x.is_finite()))
+            };
+            assert!(!finite(&dq, row)?, "{what}: dq");
+            for other in (0..tokens).filter(|other| *other != row) {
+                assert!(finite(&dq, other)?, "{what}: dq of row {other}");
+            }
+            for seen in 0..=row {
+                assert!(!finite(&dk, seen)? && !finite(&dv, seen)?, "{what}: token {seen}");
+            }
+        }
+    }
+    Ok(())
 }
 
 #[test]

@@ -6,7 +6,7 @@
 
 use super::aligned::{padded, Aligned};
 use super::block::BlockReader;
-use super::columns::{FarSource, Settings};
+use super::columns::FarSource;
 use super::far::FarColumns;
 use super::fold::unfold;
 use super::forward::{ForwardInput, Gathered};
@@ -114,7 +114,8 @@ fn shares<T: Element>(input: &BackwardInput<T>) -> usize {
 
 /// The row blocks of a head.
 fn blocks<T: Element>(input: &BackwardInput<T>) -> impl Iterator<Item = Range<usize>> {
-    let (tokens, rows) = (input.forward.problem.tokens, input.forward.settings().block_rows);
+    let tokens = input.forward.problem.tokens;
+    let rows = input.forward.settings().of_gradients(tokens).block_rows;
     let block = move |start: usize| start..tokens.min(start + rows);
     (0..tokens).step_by(rows).map(block)
 }
@@ -187,10 +188,7 @@ struct Worker<'a, T: Element> {
 
 impl<'a, T: Element> Worker<'a, T> {
     fn new(forward: &ForwardInput<'a, T>) -> Self {
-        let settings = Settings {
-            gradients: true,
-            ..forward.settings()
-        };
+        let settings = forward.settings().of_gradients(forward.problem.tokens);
         let reader = BlockReader::new(settings, forward.problem.tokens);
         let sums = Sums::new(&settings, reader.leading);
         Self {
@@ -224,12 +222,11 @@ impl<'a, T: Element> Worker<'a, T> {
             reader.edges(&block, |reader, edge, token, row| {
                 sums.edge(reader, &block, edge, (token, row))
             });
+            sums.start_tiles();
             reader.far_tiles(&block, |reader, columns| sums.tile(reader, &block, columns));
             reader.near_tiles(&block, |reader, columns| sums.tile(reader, &block, columns));
-            let scale = T::Acc::of(forward.scale);
             let (target, rest) = rows_dq.split_at_mut(rows.len() * sums.width);
-            let rows = target.iter_mut().zip(sums.dq.iter());
-            rows.for_each(|(x, y)| *x = *y * scale);
+            sums.store_queries(T::Acc::of(forward.scale), target);
             rows_dq = rest;
         }
         sums.take_home(&far, forward.head_bits(batch, head), forward.fold);

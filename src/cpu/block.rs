@@ -52,10 +52,11 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             query_rows: Aligned::zeroed(leading * width),
             queries: Aligned::zeroed(if settings.pairs.is_none() { leading * dim } else { 0 }),
             products: settings.pairs.map(|pairs| {
-                (
-                    PairTiles::new(pairs, leading, tile_columns, dim),
-                    Packed::new(pairs, dim, EDGE_COLUMNS),
-                )
+                let tiles = match settings.gradients {
+                    true => PairTiles::new(pairs, leading, 0, dim).with_row_pairs(),
+                    false => PairTiles::new(pairs, leading, tile_columns, dim),
+                };
+                (tiles, Packed::new(pairs, dim, EDGE_COLUMNS))
             }),
             tile: Aligned::zeroed(leading * tile_columns),
             scratch: Default::default(),
@@ -215,7 +216,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
                 _ if packed || kind == ColumnKind::FarForAll => 0,
                 _ => (far.token(start) + lag).saturating_sub(rows.start) / LANES * LANES,
             };
-            let (keys, values) = match packed && !self.settings.gradients {
+            let (keys, values) = match packed {
                 true => Default::default(),
                 false => far.rows(start..end, &mut scratch),
             };
@@ -274,7 +275,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         let mut tile = columns.tile(&mut data, self.leading);
         match &mut self.products {
             Some((products, near)) => {
-                columns.pack_raw(near);
+                columns.pack_raw(near, self.settings.gradients);
                 let packed = columns.packed(block.far, near);
                 products.scores(Q::Acc::singles_mut(tile.data), packed, columns.count);
             }

@@ -83,16 +83,10 @@ pub(crate) trait Accumulator:
     /// Makes logits weights, 2^(logit - top), and adds each to the sum beside it. The lengths are multiples of a
     /// register's.
     fn add_weights<S: Simd>(simd: S, logits: &mut [Self], top: Self, sums: &mut [Self]);
-    /// `weights` come as logits / unit and become 2^(logit - log_sum_exp); `logits` come as gradients g of weights and
-    /// become weight * (g - delta). `rows` are minus each row's log_sum_exp, and its delta; a tile has a multiple of
+    /// `weights` come as logits and become 2^(logit - log_sum_exp); `logits` come as gradients g of weights and become
+    /// weight * (g - delta). `rows` are minus each row's log_sum_exp, and its delta; a tile has a multiple of
     /// [`super::softmax::LANES`] rows.
-    fn differentiate<S: Simd>(
-        simd: S,
-        weights: &mut Tile<Self>,
-        logits: &mut Tile<Self>,
-        unit: Self,
-        rows: (&[Self], &[Self]),
-    );
+    fn differentiate<S: Simd>(simd: S, weights: &mut Tile<Self>, logits: &mut Tile<Self>, rows: (&[Self], &[Self]));
     /// 2^x for x <= 0, 0 below the smallest normal number, NaN for NaN. Relative error at most 3e-7 in f32 and 1e-15
     /// in f64 (rounding included; the polynomials alone are good to 1.9e-9 and 3.1e-18).
     fn exp2_nonpositive(self) -> Self;
@@ -335,10 +329,9 @@ macro_rules! accumulator {
                 simd: S,
                 weights: &mut Tile<Self>,
                 logits: &mut Tile<Self>,
-                unit: Self,
                 rows: (&[Self], &[Self]),
             ) {
-                super::softmax::$differentiate(simd, weights, logits, unit, rows)
+                super::softmax::$differentiate(simd, weights, logits, rows)
             }
             #[inline(always)]
             fn exp2_nonpositive(self) -> Self {

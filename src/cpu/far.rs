@@ -57,7 +57,7 @@ pub(crate) enum Layout {
     Rows,
     /// As bf16 pairs, in place of rows.
     Pairs(Pairs),
-    /// As rows; keys and values also as bf16 pairs, to be multiplied by rows of queries and of output gradients.
+    /// As bf16 pairs for gradients: keys by rows and by dimension, values by rows.
     Gradients(Pairs),
 }
 
@@ -109,9 +109,9 @@ impl<A: Accumulator> FarColumns<A> {
                 1
             }
             Layout::Gradients(pairs) => {
-                columns.packed = Some(Packed::keys_only(pairs, dim, count));
+                columns.packed = Some(Packed::new(pairs, dim, count));
                 columns.packed_values = Some(Packed::keys_only(pairs, dim, count));
-                count
+                1
             }
         };
         let fill = |columns: &mut Self, stored: usize, trusting: bool| {
@@ -213,7 +213,7 @@ impl<A: Accumulator> FarColumns<A> {
                 (true, ..) | (_, None, _) => {}
                 (_, Some(packed), None) => packed.push(A::singles(key), A::singles(value)),
                 (_, Some(packed), Some(packed_values)) => {
-                    packed.push_key(A::singles(key));
+                    packed.push(A::singles(key), A::singles(key));
                     packed_values.push_key(A::singles(value));
                 }
             }
@@ -225,7 +225,7 @@ impl<A: Accumulator> FarColumns<A> {
         if trusting {
             self.clean = check.passed();
         }
-        if let (Some(packed), None) = (&mut self.packed, &self.packed_values) {
+        if let Some(packed) = &mut self.packed {
             packed.finish();
         }
         self.sizes_differ = self.far.log2_sizes.iter().any(|size| *size != A::ZERO);

@@ -97,25 +97,16 @@ impl<A: Accumulator> WithSimd for Push<'_, '_, A> {
 pub(crate) fn differentiate<'t, A: Accumulator>(
     weights: &mut Tile<'t, A>,
     logits: &mut Tile<'t, A>,
-    unit: A,
-    (minus_log_sum_exp, delta): (&[A], &[A]),
+    rows: (&[A], &[A]),
 ) {
-    arch().dispatch(Differentiate {
-        weights,
-        logits,
-        unit,
-        minus_log_sum_exp,
-        delta,
-    })
+    arch().dispatch(Differentiate { weights, logits, rows })
 }
 
 /// [`differentiate`] as code for one instruction set.
 struct Differentiate<'s, 't, A> {
     weights: &'s mut Tile<'t, A>,
     logits: &'s mut Tile<'t, A>,
-    unit: A,
-    minus_log_sum_exp: &'s [A],
-    delta: &'s [A],
+    rows: (&'s [A], &'s [A]),
 }
 
 impl<A: Accumulator> WithSimd for Differentiate<'_, '_, A> {
@@ -123,8 +114,7 @@ impl<A: Accumulator> WithSimd for Differentiate<'_, '_, A> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let rows = (self.minus_log_sum_exp, self.delta);
-        A::differentiate(simd, self.weights, self.logits, self.unit, rows)
+        A::differentiate(simd, self.weights, self.logits, self.rows)
     }
 }
 
@@ -220,10 +210,9 @@ macro_rules! weigh {
             simd: S,
             weights: &mut Tile<$float>,
             logits: &mut Tile<$float>,
-            unit: $float,
             (minus_log_sum_exp, delta): (&[$float], &[$float]),
         ) {
-            let (rows, unit) = (weights.rows.clone(), simd.$splat(unit));
+            let rows = weights.rows.clone();
             let (sums, delta) = (
                 S::$as(&minus_log_sum_exp[rows.clone()]).0,
                 S::$as(&delta[rows.clone()]).0,
@@ -234,8 +223,7 @@ macro_rules! weigh {
                 let weight = S::$as_mut(&mut weight[rows.clone()]).0.iter_mut();
                 let logit = S::$as_mut(&mut logit[rows.clone()]).0.iter_mut();
                 for ((weight, logit), (sum, delta)) in weight.zip(logit).zip(sums.iter().zip(delta)) {
-                    let x = simd.$fma(*weight, unit, *sum);
-                    *weight = $exp2(simd, x);
+                    *weight = $exp2(simd, simd.$add(*weight, *sum));
                     *logit = simd.$mul(*weight, simd.$sub(*logit, *delta));
                 }
             }

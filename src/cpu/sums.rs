@@ -8,7 +8,7 @@ use super::columns::{Block, ColumnKind, Columns, FarSource, Settings, EDGE_COLUM
 use super::fold::{unfold, Edge};
 use super::forward::ForwardInput;
 use super::gemm_tile::{accumulate, accumulate_columns, scores};
-use super::pairs::{Packed, PairTiles};
+use super::pairs::{ColumnSums, PairGradients};
 use super::softmax::differentiate;
 use super::transpose::to_columns;
 use super::{dot, vectorized, Accumulator, Element, HeadRows};
@@ -30,10 +30,10 @@ pub(crate) struct Sums<A> {
     /// The block's output gradients (leading, width) and (D, leading).
     grad_rows: Aligned<A>,
     grads: Aligned<A>,
-    /// The same for products in bf16 pairs, and raw values for them.
-    products: Option<(PairTiles, Packed)>,
-    /// From what a tile of logits holds to base 2.
-    unit: A,
+    /// In place of `grads` where products are made in bf16 pairs.
+    products: Option<PairGradients>,
+    /// What the block's queries are multiplied by in products with tiles, to be as those at edges.
+    query_factor: A,
     /// Per row: minus log-sum-exp (base 2), and output gradient times output.
     minus_log_sum_exp: Vec<A>,
     delta: Vec<A>,
@@ -45,13 +45,12 @@ impl<A: Accumulator> Sums<A> {
     pub fn new(settings: &Settings<A>, leading: usize) -> Self {
         let dim = settings.head_dim;
         let width = padded(dim);
-        let products = settings.pairs.map(|pairs| {
-            let tiles = PairTiles::new(pairs, leading, 0, dim);
-            (tiles, Packed::keys_only(pairs, dim, EDGE_COLUMNS))
-        });
+        let columns = (settings.far_columns(), EDGE_COLUMNS);
         Self {
-            products,
-            unit: A::of(settings.pairs.map_or(1.0, |pairs| f64::from(pairs.factor))),
+            products: settings
+                .pairs
+                .map(|pairs| PairGradients::new(pairs, leading, columns, dim)),
+            query_factor: A::of(settings.pairs.map_or(1.0, |pairs| f64::from(pairs.factor))),
             dim,
             width,
             far: Default::default(),
@@ -102,7 +101,7 @@ impl<A: Accumulator> Sums<A> {
         }
         let leading = self.delta.len();
         match &mut self.products {
-            Some((products, _)) => products.load_queries(A::singles(&self.grad_rows), (dim, width)),
+            Some(products) => products.load_rows(A::singles(&self.grad_rows), (dim, width)),
             None => to_columns(&self.grad_rows, (dim, width), leading, &mut self.grads),
         }
     }
@@ -128,66 +127,83 @@ impl<A: Accumulator> Sums<A> {
         add_scaled(&mut self.folded.1[token * width..][..dim], grad, weight * kept);
     }
 
+    /// To be called after the last edge and before the first tile.
+    pub fn start_tiles(&mut self) {
+        if let Some(products) = &mut self.products {
+            products.load_queries(A::singles(&self.dq), (self.dim, self.width));
+        }
+    }
+
     pub fn tile<T: Element<Acc = A>>(&mut self, reader: &mut BlockReader<T>, block: &Block<T, T>, columns: Columns<A>) {
         let (width, leading) = (self.width, reader.leading);
         reader.logits(block, &columns);
         self.tile.make_room(reader.tile.len());
-        let mut weights = columns.tile(&mut reader.tile, leading);
-        let mut logits = columns.tile(&mut self.tile, leading);
-        match &mut self.products {
-            Some((products, near)) => {
-                columns.pack_raw_values(near);
-                let packed = columns.packed_values(block.far, near);
-                products.scores(A::singles_mut(logits.data), packed, columns.count);
-            }
-            None => scores(&mut logits, &self.grads, &columns.values),
-        }
-        if let Some(mask) = block.dropout {
-            drop_weights(&mut logits, mask, block.rows.start, |index| {
-                columns.token(block.far, index)
-            });
-        }
-        differentiate(
-            &mut weights,
-            &mut logits,
-            self.unit,
-            (&self.minus_log_sum_exp, &self.delta),
-        );
-        if let Some(mask) = block.dropout {
-            drop_weights(&mut weights, mask, block.rows.start, |index| {
-                columns.token(block.far, index)
-            });
-        }
         let (keys, values) = match columns.kind {
             ColumnKind::Near => (&mut self.raw.0, &mut self.raw.1),
             _ => (&mut self.far.0, &mut self.far.1),
         };
         let at = columns.first * width..(columns.first + columns.count) * width;
-        accumulate_columns(&mut values[at.clone()], width, &weights, &self.grad_rows);
-        accumulate_columns(&mut keys[at], width, &logits, &reader.query_rows);
+        let (keys, values) = (&mut keys[at.clone()], &mut values[at]);
+        let rows = (&self.minus_log_sum_exp[..], &self.delta[..]);
+        if let (Some(products), Some((queries, near))) = (&mut self.products, &mut reader.products) {
+            columns.pack_raw_values(&mut products.near);
+            return products.tile(
+                (A::singles(&reader.tile), A::singles_mut(&mut self.tile)),
+                queries,
+                (columns.packed(block.far, near), columns.packed_values(block.far)),
+                columns.count,
+                (A::singles(rows.0), A::singles(rows.1)),
+                ColumnSums {
+                    keys: A::singles_mut(keys),
+                    values: A::singles_mut(values),
+                    width,
+                },
+            );
+        }
+        let mut weights = columns.tile(&mut reader.tile, leading);
+        let mut logits = columns.tile(&mut self.tile, leading);
+        scores(&mut logits, &self.grads, &columns.values);
+        let token = |index| columns.token(block.far, index);
+        if let Some(mask) = block.dropout {
+            drop_weights(&mut logits, mask, block.rows.start, token);
+        }
+        differentiate(&mut weights, &mut logits, rows);
+        if let Some(mask) = block.dropout {
+            drop_weights(&mut weights, mask, block.rows.start, token);
+        }
+        accumulate_columns(values, width, &weights, &self.grad_rows);
+        accumulate_columns(keys, width, &logits, &reader.query_rows);
         accumulate(&mut self.dq, width, &logits, &columns.keys);
+    }
+
+    /// To be called after the last tile: the gradients of the block's queries, (rows, width), times `scale`.
+    pub fn store_queries(&mut self, scale: A, target: &mut [A]) {
+        if let Some(products) = &mut self.products {
+            products.store_queries(A::singles_mut(&mut self.dq), (self.dim, self.width));
+        }
+        target.iter_mut().zip(self.dq.iter()).for_each(|(x, y)| *x = *y * scale);
     }
 
     /// Makes gradients of the raw keys and values of what was summed; they end in `folded`.
     pub fn take_home(&mut self, far: &dyn FarSource<A>, bits: &[u8], fold: Fold) {
         let (width, columns) = (self.width, far.columns());
-        // The queries came multiplied by scale * log2(e), and logits in base 2 are natural ones times log2(e).
-        let factors = [A::of(std::f64::consts::LN_2), A::ONE];
+        // The queries come multiplied by scale * log2(e), and logits in base 2 are natural ones times log2(e).
+        let factors = [(self.query_factor, A::of(std::f64::consts::LN_2)), (A::ONE, A::ONE)];
         let parts = [
             (&mut self.far.0, &mut self.folded.0, &self.raw.0),
             (&mut self.far.1, &mut self.folded.1, &self.raw.1),
         ];
-        for ((far_part, folded, raw), factor) in parts.into_iter().zip(factors) {
+        for ((far_part, folded, raw), (of_tiles, factor)) in parts.into_iter().zip(factors) {
             let far_part = &far_part[..columns * width];
             for (column, gradient) in far_part.chunks_exact(width).enumerate() {
                 let token = far.token(column);
-                add_scaled(&mut folded[token * width..][..width], gradient, A::ONE);
+                add_scaled(&mut folded[token * width..][..width], gradient, of_tiles);
             }
             vectorized(
                 #[inline(always)]
                 || {
                     unfold(fold, folded, bits, width);
-                    folded.iter_mut().zip(raw.iter()).for_each(|(x, y)| *x += *y);
+                    folded.iter_mut().zip(raw.iter()).for_each(|(x, y)| *x += *y * of_tiles);
                     folded.iter_mut().for_each(|x| *x *= factor);
                 },
             );

@@ -8,7 +8,10 @@
 //! One shape of product serves all: `C (M, N) = A (M, K) · B (K, N)` with A by rows, B in pairs (K / 2, N, 2), and N the
 //! rows of a block of queries, so that tiles lie as they do everywhere else: a column of the tile is one key.
 
+mod gradients;
 mod pack;
+#[cfg(test)]
+mod tests;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 #[cfg(not(target_arch = "x86_64"))]
@@ -17,6 +20,7 @@ mod x86;
 #[cfg(target_arch = "x86_64")]
 mod x86_amx;
 
+pub(crate) use gradients::{ColumnSums, PairGradients};
 pub(crate) use pack::{Packed, PackedTile};
 
 use super::aligned::Aligned;
@@ -173,6 +177,8 @@ pub(crate) struct PairTiles {
     queries: Aligned<u16>,
     /// The same as (parts, leading, D), on their way there.
     split_queries: Aligned<u16>,
+    /// The same as (parts, leading / 2, D, 2), pairs of rows, where gradients are made; else empty.
+    row_pairs: Aligned<u16>,
     /// Weights of one tile, (parts, columns / 2, leading, 2).
     weights: Aligned<u16>,
     capacity: usize,
@@ -181,6 +187,8 @@ pub(crate) struct PairTiles {
     output: Aligned<f32>,
     /// The same as (leading, D).
     output_rows: Aligned<f32>,
+    /// Sums of columns (columns, D) that are not whole squares.
+    column_sums: Aligned<f32>,
 }
 
 impl PairTiles {
@@ -194,12 +202,20 @@ impl PairTiles {
             dim,
             queries: Aligned::zeroed(parts * dim * leading),
             split_queries: Aligned::zeroed(parts * dim * leading),
+            row_pairs: Aligned::default(),
             weights: Aligned::zeroed(parts * capacity * leading),
             capacity,
             steps: Vec::new(),
             output: Aligned::zeroed(dim * leading),
             output_rows: Aligned::zeroed(dim * leading),
+            column_sums: Aligned::default(),
         }
+    }
+
+    /// To be multiplied by rows also, see [`Self::accumulate_columns`].
+    pub fn with_row_pairs(mut self) -> Self {
+        self.row_pairs = Aligned::zeroed(self.queries.len());
+        self
     }
 
     /// Takes in the block's queries, (leading, D), `width` apart and not scaled.
@@ -212,6 +228,9 @@ impl PairTiles {
             &mut self.split_queries,
             &mut self.queries,
         );
+        if !self.row_pairs.is_empty() {
+            pack::pair_rows(&self.split_queries, self.dim, &mut self.row_pairs);
+        }
     }
 
     /// `tile[c * leading + r] = query[r] . key[c]` for `count` keys.
@@ -311,139 +330,5 @@ impl PairTiles {
             .chunks_exact_mut(width)
             .zip(self.output_rows.chunks_exact(self.dim));
         pairs.for_each(|(row, output)| row[..head_dim].copy_from_slice(&output[..head_dim]));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use rand::rngs::StdRng;
-    use rand::{Rng, SeedableRng};
-
-    fn rows(rng: &mut StdRng, count: usize, dim: usize) -> Vec<f32> {
-        (0..count * dim).map(|_| rng.random_range(-2.0..2.0)).collect()
-    }
-
-    /// Scores, softmax and weighted values of two tiles against f64, in each kernel and split.
-    #[test]
-    fn tiles_agree_with_f64_on_every_kernel() {
-        let kernels = x86::kernels();
-        if kernels.is_empty() {
-            println!("skipped: this CPU multiplies no bf16 pairs");
-        }
-        for kernel in kernels {
-            for (split, unit) in [(Split::One, 2f64.powi(-8)), (Split::Two, 2f64.powi(-16))] {
-                for (leading, dim, counts) in [(32, 59, [64, 1]), (64, 64, [32, 33]), (96, 128, [256, 31])] {
-                    let pairs = Pairs {
-                        kernel,
-                        split,
-                        factor: 0.25,
-                    };
-                    tiles_agree(pairs, leading, dim, counts, unit);
-                }
-            }
-        }
-    }
-
-    fn tiles_agree(pairs: Pairs, leading: usize, dim: usize, counts: [usize; 2], unit: f64) {
-        let what = format!("{pairs:?} {leading} {dim} {counts:?}");
-        let mut rng = StdRng::seed_from_u64(dim as u64);
-        let columns = counts[0] + counts[1];
-        let queries = rows(&mut rng, leading, dim);
-        let (keys, values) = (rows(&mut rng, columns, dim), rows(&mut rng, columns, dim));
-        let mut packed = Packed::new(pairs, dim, columns);
-        for (key, value) in keys.chunks(dim).zip(values.chunks(dim)) {
-            packed.push(key, value);
-        }
-        packed.finish();
-
-        let mut tiles = PairTiles::new(pairs, leading, counts[0].max(counts[1]), dim);
-        tiles.load_queries(&queries, (dim, dim));
-        let (mut max, mut sum) = (vec![f32::NEG_INFINITY; leading], vec![0f32; leading]);
-        let mut tile = vec![0f32; counts[0].max(counts[1]).next_multiple_of(PAD) * leading];
-        tiles.load_output(&vec![0.0; leading * dim], (dim, dim));
-        let mut first = 0;
-        for count in counts {
-            tiles.scores(&mut tile, packed.tile(first), count);
-            // The last row sees nothing but the second tile's first column.
-            for column in 0..count {
-                if first == 0 || column > 0 {
-                    tile[column * leading + leading - 1] = f32::NEG_INFINITY;
-                }
-            }
-            tiles.softmax(&tile, count, &mut max, &mut sum);
-            tiles.accumulate(packed.tile(first), count);
-            first += count;
-        }
-        let mut output = vec![0f32; leading * dim];
-        tiles.store_output(&mut output, (dim, dim));
-
-        for (r, (query, got)) in queries.chunks(dim).zip(output.chunks(dim)).enumerate() {
-            let seen = if r + 1 == leading {
-                counts[0]..counts[0] + 1
-            } else {
-                0..columns
-            };
-            let logit = |c: usize| {
-                let pairs = query.iter().zip(&keys[c * dim..][..dim]);
-                0.25 * pairs.map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>()
-            };
-            let top = seen.clone().map(logit).fold(f64::NEG_INFINITY, f64::max);
-            // Rows are rounded: a logit's error is that of its D products, each of up to 4.
-            let off = unit * (dim as f64).sqrt() * 2.0;
-            assert!(
-                (f64::from(max[r]) - top).abs() <= off,
-                "{what}: row {r}, max {} {top}",
-                max[r]
-            );
-            let weights: Vec<f64> = (0..columns)
-                .map(|c| {
-                    if seen.contains(&c) {
-                        (logit(c) - top).exp2()
-                    } else {
-                        0.0
-                    }
-                })
-                .collect();
-            let total: f64 = weights.iter().sum();
-            for (d, got) in got.iter().enumerate() {
-                let expected: f64 = (0..columns).map(|c| weights[c] * f64::from(values[c * dim + d])).sum();
-                let (got, expected) = (f64::from(*got) / f64::from(sum[r]), expected / total);
-                assert!(
-                    (got - expected).abs() <= 2.0 * off + 2.0 * unit,
-                    "{what}: {r}, {d}: {got} {expected}"
-                );
-            }
-        }
-    }
-
-    #[test]
-    fn what_is_not_finite_stays_in_its_row() {
-        for kernel in x86::kernels() {
-            let pairs = Pairs {
-                kernel,
-                split: Split::One,
-                factor: 1.0,
-            };
-            let mut packed = Packed::new(pairs, 8, 2);
-            packed.push(&[f32::NAN; 8], &[0.0; 8]);
-            packed.push(&[1.0; 8], &[3.0; 8]);
-            packed.finish();
-            let mut tiles = PairTiles::new(pairs, 32, 2, 8);
-            tiles.load_queries(&[0.5; 32 * 8], (8, 8));
-            let mut tile = vec![0f32; 32 * 32];
-            tiles.scores(&mut tile, packed.tile(0), 2);
-            assert!(tile[..32].iter().all(|x| x.is_nan()) && tile[32..64].iter().all(|x| *x == 4.0));
-            // Only row 0 sees the first column.
-            tile[1..32].fill(f32::NEG_INFINITY);
-            let (mut max, mut sum) = (vec![f32::NEG_INFINITY; 32], vec![0f32; 32]);
-            tiles.load_output(&[0.0; 32 * 8], (8, 8));
-            tiles.softmax(&tile, 2, &mut max, &mut sum);
-            tiles.accumulate(packed.tile(0), 2);
-            assert!(sum[0].is_nan() && sum[1..].iter().all(|sum| (sum - 1.0).abs() < 1e-5));
-            let mut output = vec![0f32; 32 * 8];
-            tiles.store_output(&mut output, (8, 8));
-            assert!(output[8..].iter().all(|x| *x == 3.0));
-        }
     }
 }

@@ -17,8 +17,8 @@ fn store_parts(parts: usize, numbers: &[f32; 32], plane: usize, target: &mut [u1
     for part in 0..parts {
         let mut bits = [0u16; 32];
         for (bits, x) in bits.iter_mut().zip(&mut rest) {
-            // Numbers near the largest would round to infinity.
-            *bits = bf16_bits(x.clamp(-MAX, MAX));
+            // Numbers near the largest would round to infinity; infinity itself must not pass for a number.
+            *bits = bf16_bits(if x.is_infinite() { f32::NAN } else { x.clamp(-MAX, MAX) });
             *x -= f32::from_bits(u32::from(*bits) << 16);
         }
         target[part * plane..][..32].copy_from_slice(&bits);
@@ -54,11 +54,26 @@ pub(super) fn interleave(
     }
 }
 
+/// Rows of `dim` to pairs of neighbouring rows, (rows / 2, dim, 2).
+pub(super) fn pair_rows(rows: &[u16], dim: usize, target: &mut [u16]) {
+    vectorized(
+        #[inline(always)]
+        || {
+            for (rows, target) in rows.chunks_exact(2 * dim).zip(target.chunks_exact_mut(2 * dim)) {
+                let (even, odd) = rows.split_at(dim);
+                for (pair, (even, odd)) in target.as_chunks_mut().0.iter_mut().zip(even.iter().zip(odd)) {
+                    *pair = [*even, *odd];
+                }
+            }
+        },
+    )
+}
+
 /// Keys and values of columns in token order, taken in one by one.
 pub(crate) struct Packed {
     /// (columns, parts, D)
     pub keys: Aligned<u16>,
-    /// (columns / 32, parts, D, 32): each 32 columns' values by dimension.
+    /// (columns / 32, parts, D, 32): each 32 columns' values by dimension, or their keys for gradients.
     pub values: Aligned<u16>,
     parts: usize,
     dim: usize,

@@ -1,20 +1,21 @@
 //! The instructions of x86-64: which there are, the products by AVX512-BF16, and the softmax between two products.
 
 use super::super::softmax::LANES;
+use super::gradients::Differentials;
 use super::{x86_amx, Kernel, Product, Split, Strip, PAD};
 use crate::cpu::element::EXP2_F32;
 use std::arch::x86_64::*;
 
-/// What this CPU multiplies with, the best first; the softmax needs AVX-512 beside them.
+/// What this CPU multiplies with, the best first; what lies between two products needs AVX-512 and AVX512-BF16 with
+/// either, which every CPU with AMX has.
 pub(super) fn kernels() -> Vec<Kernel> {
     let mut kernels = Vec::new();
-    if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+    let between = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+    if between && is_x86_feature_detected!("avx512bf16") {
         if x86_amx::usable() {
             kernels.push(Kernel::Amx);
         }
-        if is_x86_feature_detected!("avx512bf16") {
-            kernels.push(Kernel::Avx512Bf16);
-        }
+        kernels.push(Kernel::Avx512Bf16);
     }
     kernels
 }
@@ -204,6 +205,115 @@ fn take_part(both: &mut [__m512; 2]) -> __m512i {
     both[0] = _mm512_sub_ps(both[0], _mm512_castsi512_ps(even_part));
     both[1] = _mm512_sub_ps(both[1], _mm512_castsi512_ps(odd_part));
     _mm512_or_si512(_mm512_srli_epi32::<16>(even), odd_part)
+}
+
+/// Makes weights of a tile's products, and gradients of logits of the gradients of weights.
+pub(super) fn differentiate(tile: Differentials) {
+    // SAFETY: `Differentials` are only made where `kernels` has found the instructions.
+    unsafe {
+        match tile.split {
+            Split::One => differentiate_parts::<1>(tile),
+            Split::Two => differentiate_parts::<2>(tile),
+        }
+    }
+}
+
+/// Two columns by 32 rows at a time.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn differentiate_parts<const PARTS: usize>(tile: Differentials) {
+    let Differentials {
+        products,
+        grads,
+        leading,
+        count,
+        factor,
+        minus_log_sum_exp,
+        delta,
+        weights,
+        logits,
+        logit_pairs,
+        plane,
+        ..
+    } = tile;
+    let factor = _mm512_set1_ps(factor);
+    for pair in 0..count.next_multiple_of(PAD) / 2 {
+        for row in (0..leading).step_by(32) {
+            let mut weight = [[_mm512_setzero_ps(); 2]; 2];
+            let mut logit = weight;
+            for half in 0..2 {
+                let at = row + 16 * half;
+                let (sum, delta) = (load(minus_log_sum_exp, at), load(delta, at));
+                for column in 0..2 {
+                    if 2 * pair + column < count {
+                        let at = (2 * pair + column) * leading + at;
+                        let x = exp2::<PARTS>(_mm512_fmadd_ps(load(products, at), factor, sum));
+                        weight[column][half] = x;
+                        logit[column][half] = _mm512_mul_ps(x, _mm512_sub_ps(load(grads, at), delta));
+                    }
+                }
+            }
+            for part in 0..PARTS {
+                let mut rounded = [_mm512_setzero_si512(); 2];
+                for column in 0..2 {
+                    let at = ((2 * pair + column) * PARTS + part) * leading + row;
+                    store_pairs(weights, at, take_rounded(&mut weight[column]));
+                    rounded[column] = take_rounded(&mut logit[column]);
+                    store_pairs(logits, at, rounded[column]);
+                }
+                let at = part * plane + (pair * leading + row) * 2;
+                for (half, pairs) in interleave(rounded).into_iter().enumerate() {
+                    store_pairs(logit_pairs, at + 32 * half, pairs);
+                }
+            }
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store_pairs(slice: &mut [u16], at: usize, x: __m512i) {
+    let numbers = &mut slice[at..][..32];
+    // SAFETY: 32 numbers of 16 bits were checked to be there.
+    unsafe { _mm512_storeu_si512(numbers.as_mut_ptr().cast(), x) }
+}
+
+/// 32 numbers as bf16, ties to even, a NaN a NaN; what is left of them stays.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn take_rounded(numbers: &mut [__m512; 2]) -> __m512i {
+    // SAFETY: both are 512 bits without invalid patterns.
+    let bits: __m512i = unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(numbers[1], numbers[0])) };
+    let halves = [_mm512_castsi512_si256(bits), _mm512_extracti64x4_epi64::<1>(bits)];
+    for (x, half) in numbers.iter_mut().zip(halves) {
+        let part = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half));
+        *x = _mm512_sub_ps(*x, _mm512_castsi512_ps(part));
+    }
+    bits
+}
+
+/// Two columns' numbers of 32 rows as pairs, row by row.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn interleave(columns: [__m512i; 2]) -> [__m512i; 2] {
+    // Rows 0 to 3, 8 to 11, 16 to 19 and 24 to 27, and the others.
+    let low = _mm512_unpacklo_epi16(columns[0], columns[1]);
+    let high = _mm512_unpackhi_epi16(columns[0], columns[1]);
+    let order = |first: i64| {
+        _mm512_setr_epi64(
+            first,
+            first + 1,
+            first + 8,
+            first + 9,
+            first + 2,
+            first + 3,
+            first + 10,
+            first + 11,
+        )
+    };
+    [
+        _mm512_permutex2var_epi64(low, order(0), high),
+        _mm512_permutex2var_epi64(low, order(4), high),
+    ]
 }
 
 /// A minimax polynomial for 2^x as [`EXP2_F32`] is one, shorter: good to 3e-6, where the weight is rounded to bf16.
