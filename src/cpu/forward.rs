@@ -111,6 +111,8 @@ struct Lease<A: Accumulator> {
 /// One block of rows of one query head, and where its output goes.
 struct Task<'out, T: Element> {
     list: usize,
+    /// The list to gather before: the next one, so that no thread waits for it in the end.
+    ahead: Option<usize>,
     head: usize,
     rows: Range<usize>,
     output: &'out mut [T],
@@ -134,7 +136,7 @@ pub(crate) fn forward<T: Element>(input: &ForwardInput<T>, log_sum_exp: Option<&
     for_each_task(
         tasks,
         || Worker::new(settings, tokens),
-        |worker, task| run(worker, input, (&lists[task.list], &pool), task),
+        |worker, task| run(worker, input, (&lists, &pool), task),
     );
     output
 }
@@ -142,9 +144,13 @@ pub(crate) fn forward<T: Element>(input: &ForwardInput<T>, log_sum_exp: Option<&
 fn run<T: Element>(
     worker: &mut Worker<T>,
     input: &ForwardInput<T>,
-    (list, pool): (&HeadList<T::Acc>, &Pool<FarColumns<T::Acc>>),
+    (lists, pool): (&[HeadList<T::Acc>], &Pool<FarColumns<T::Acc>>),
     task: Task<T>,
 ) {
+    if let Some(ahead) = task.ahead {
+        lists[ahead].borrow(input, pool);
+    }
+    let list = &lists[task.list];
     let far = Gathered {
         columns: list.borrow(input, pool),
         keys: input.k.head(list.batch, list.kv_head),
@@ -265,7 +271,7 @@ fn tasks<'out, T: Element>(
     output: &'out mut [T],
     log_sum_exp: Option<&'out mut [T::Acc]>,
 ) -> Vec<Task<'out, T>> {
-    let (tokens, dim) = (problem.tokens, problem.head_dim);
+    let (tokens, dim, threads) = (problem.tokens, problem.head_dim, rayon::current_num_threads());
     let mut outputs = output.chunks_mut(tokens * dim);
     let mut sums = log_sum_exp.map(|sums| sums.chunks_mut(tokens));
     let mut tasks = Vec::new();
@@ -278,6 +284,7 @@ fn tasks<'out, T: Element>(
                 let start = block * block_rows;
                 tasks.push(Task {
                     list,
+                    ahead: None,
                     head,
                     rows: start..start + output.len() / dim,
                     output,
@@ -286,6 +293,12 @@ fn tasks<'out, T: Element>(
             }
         }
         tasks[first..].sort_by_key(|task| std::cmp::Reverse(task.rows.start));
+        // A second thread begins with the second list, while the first one gathers the first.
+        let tasks = &mut tasks[first..];
+        let early = if list == 0 { 1 } else { (tasks.len() / 2).max(1) };
+        if let Some(task) = tasks.get_mut(early).filter(|_| threads > 1) {
+            task.ahead = Some(list + 1).filter(|next| *next < lists.len());
+        }
     }
     tasks
 }
