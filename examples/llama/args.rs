@@ -115,10 +115,10 @@ pub struct EvalArgs {
     /// Tokens per window; context - 1 of them are predicted.
     #[arg(long, default_value_t = 512)]
     pub context: usize,
-    /// How many consecutive windows, which do not overlap, to score; all that fit when left out.
+    /// How many consecutive windows, which do not overlap, to score; all that fit when left out, half of them with --spread.
     #[arg(long)]
     pub windows: Option<usize>,
-    /// Spread the windows evenly over the text instead of taking the first ones.
+    /// Spread the windows evenly over the text instead of taking the first ones; none is one that `calibrate` reads.
     #[arg(long)]
     pub spread: bool,
     /// Score copying instead: each window is its first half twice, and only the second half counts.
@@ -132,8 +132,7 @@ pub struct EvalArgs {
 
 #[derive(Debug, Args)]
 pub struct CalibrateArgs {
-    /// The text to calibrate on, a long one: its windows lie midway between those of `eval --spread`, and should be none
-    /// that are scored later.
+    /// The text to calibrate on, a long one: its windows are none of those of `eval --spread` and of `report`.
     #[arg(long)]
     pub text: PathBuf,
     /// The share of tokens to hide, of those that have left the window. More than one gives a file each.
@@ -205,7 +204,7 @@ pub struct ReportArgs {
     #[arg(long, default_value_t = 512)]
     pub context: usize,
     /// Windows to score, spread over the text; each also as a copy test.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 32)]
     pub windows: usize,
     /// Windows of prose to calibrate on, and as many of repeated passages.
     #[arg(long, default_value_t = 16)]

@@ -93,15 +93,24 @@ pub fn check_context(context: usize, checkpoint: &Checkpoint) -> Result<()> {
     Ok(())
 }
 
-/// Every `context` tokens of a text are a slot. These are `count` of them, spread over it: at `i / count` of the text, or
-/// with `midway` in the middle between those.
-pub fn spread(tokens: &[u32], context: usize, count: usize, midway: bool) -> Result<Vec<&[u32]>> {
-    let slots = tokens.len() / context;
+/// What windows of a text are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    Score,
+    Calibrate,
+}
+
+/// Every `context` tokens of a text are a slot: even ones are there to be scored, odd ones to calibrate on, so that none
+/// is ever both. These are `count` of them, spread over the text.
+pub fn spread(tokens: &[u32], context: usize, count: usize, purpose: Purpose) -> Result<Vec<&[u32]>> {
+    let pairs = tokens.len() / context / 2;
     ensure!(
-        (1..=slots / 2).contains(&count),
-        "windows: expected 1 to {}, half of those that the text has, got {count}; give a longer text or fewer windows",
-        slots / 2
+        (1..=pairs).contains(&count),
+        "windows: expected 1 to {pairs}, half of those that the text has, got {count}; give a longer text or fewer windows"
     );
-    let slot = |i: usize| (2 * i + usize::from(midway)) * slots / (2 * count);
+    let slot = |i: usize| match purpose {
+        Purpose::Score => 2 * (i * pairs / count),
+        Purpose::Calibrate => 2 * ((2 * i + 1) * pairs / (2 * count)) + 1,
+    };
     Ok((0..count).map(|i| &tokens[slot(i) * context..][..context]).collect())
 }

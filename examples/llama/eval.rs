@@ -1,7 +1,6 @@
 //! `llama eval`: perplexity over windows of a text.
 
 use std::io::{stdout, Write};
-use std::ops::Range;
 use std::time::Instant;
 
 use anyhow::{ensure, Result};
@@ -10,7 +9,7 @@ use serde::Serialize;
 
 use crate::args::EvalArgs;
 use crate::compression::Compression;
-use crate::corpus::{self, Window};
+use crate::corpus::{self, Purpose, Window};
 use crate::load::Checkpoint;
 use crate::model::{HiddenCounts, Llama};
 use crate::report::{check_path, write_json, RunReport};
@@ -38,12 +37,9 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     corpus::check_context(args.context, &checkpoint)?;
     let attention = compression.attention(&checkpoint.config.shape())?;
     let tokens = checkpoint.encode(&text, false)?;
-    let windows: Vec<Window> = windows(tokens.len(), args)?
+    let windows: Vec<Window> = windows(&tokens, args)?
         .into_iter()
-        .map(|range| match args.copy {
-            true => Window::copy(&tokens[range]),
-            false => Window::prose(&tokens[range]),
-        })
+        .map(if args.copy { Window::copy } else { Window::prose })
         .collect();
     let model = checkpoint.load(attention)?;
     compression.check_weights(&model.fingerprint()?);
@@ -85,28 +81,28 @@ impl EvalReport {
     }
 }
 
-/// The windows to score: multiples of the context, the first ones or evenly spread.
-fn windows(tokens: usize, args: &EvalArgs) -> Result<Vec<Range<usize>>> {
-    let available = tokens / args.context;
+/// The windows to score: the first ones, or evenly spread.
+fn windows<'t>(tokens: &'t [u32], args: &EvalArgs) -> Result<Vec<&'t [u32]>> {
+    let available = tokens.len() / args.context;
     ensure!(
         available > 0,
-        "text: expected at least {} tokens, one window, got {tokens}; lower --context or give a longer text",
-        args.context
+        "text: expected at least {} tokens, one window, got {}; lower --context or give a longer text",
+        args.context,
+        tokens.len()
     );
+    if args.spread {
+        let wanted = args.windows.unwrap_or(available / 2);
+        return corpus::spread(tokens, args.context, wanted, Purpose::Score);
+    }
     let wanted = args.windows.unwrap_or(available);
     ensure!(
         (1..=available).contains(&wanted),
-        "windows: expected 1 to {available}, as the text has {tokens} tokens and a window {}, got {wanted}; \
+        "windows: expected 1 to {available}, as the text has {} tokens and a window {}, got {wanted}; \
          lower --windows or --context, or give a longer text",
+        tokens.len(),
         args.context
     );
-    let index = |i: usize| match args.spread {
-        true => i * available / wanted,
-        false => i,
-    };
-    Ok((0..wanted)
-        .map(|i| index(i) * args.context..(index(i) + 1) * args.context)
-        .collect())
+    Ok(tokens.chunks_exact(args.context).take(wanted).collect())
 }
 
 /// The summed negative log likelihood of what counts in each window.
