@@ -82,10 +82,6 @@ impl<A: Copy + Default> PaddedRows<A> {
         self.data.make_room(rows * padded(dim));
     }
 
-    pub fn row(&self, row: usize) -> &[A] {
-        &self.data[row * padded(self.dim)..][..self.dim]
-    }
-
     pub fn row_mut(&mut self, row: usize) -> &mut [A] {
         let dim = self.dim;
         &mut self.data[row * padded(dim)..][..dim]

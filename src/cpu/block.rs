@@ -121,23 +121,32 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         block: &Block<Q, R>,
         mut visit: impl FnMut(&Self, Edge<Q::Acc>, usize, usize),
     ) {
-        let window = self.settings.window;
+        let Settings { window, fold, .. } = self.settings;
         let edges = block.rows.start.max(window) - window..block.rows.end.max(window) - window;
         let row = |token: usize| token + window - block.rows.start;
-        if let Some(mut index) = block.far.edges(edges.start) {
-            for token in edges.filter(|token| block.bits.hidden(*token)) {
-                visit(self, block.far.edge(index, token), token, row(token));
-                index += 1;
-            }
-            return;
-        }
-        let mut chain = std::mem::replace(&mut self.chain, ChainFold::new(self.settings.fold, 0));
+        let all = !block.far.holds_all_that_is_kept();
+        let has_edge = |token: usize| all || block.bits.hidden(token);
+        // Whether a token is folded into `token`.
+        let folded = |token: usize| fold != Fold::Drop && token > 0 && block.bits.hidden(token - 1);
+        let mut chain = std::mem::replace(&mut self.chain, ChainFold::new(fold, 0));
         if !edges.is_empty() {
             chain.approach(edges.start, block.bits, &block.raw, block.chain);
         }
-        for token in edges {
-            let merged = token > 0 && block.bits.hidden(token - 1);
-            chain.step(merged, block.raw.key(token), block.raw.value(token));
+        for token in edges.filter(|token| has_edge(*token)) {
+            let (key, value) = (block.raw.key(token), block.raw.value(token));
+            let in_place = block.raw.clean && !folded(token) && !(folded(token + 1) && has_edge(token + 1));
+            if let (true, Some(key), Some(value)) = (in_place, R::as_acc(key), R::as_acc(value)) {
+                let log2_size = Q::Acc::ZERO;
+                visit(self, Edge { key, value, log2_size }, token, row(token));
+                continue;
+            }
+            vectorized(
+                #[inline(always)]
+                || {
+                    chain.step(folded(token), key, value);
+                    chain.quarantine();
+                },
+            );
             visit(self, chain.edge(), token, row(token));
         }
         self.chain = chain;
@@ -176,7 +185,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
 
     /// A far column is seen from so many rows behind its token on.
     fn lag<R: Element<Acc = Q::Acc>>(&self, block: &Block<Q, R>) -> usize {
-        self.settings.window + usize::from(block.far.edges(0).is_none())
+        self.settings.window + usize::from(!block.far.holds_all_that_is_kept())
     }
 
     /// Calls `visit` with the far columns of the block, tile by tile.

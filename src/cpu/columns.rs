@@ -3,7 +3,7 @@
 //! Where far columns come from is a trait, so that one call's gathered columns and a cache's store take the same way.
 
 use super::aligned::{padded, PaddedRows};
-use super::fold::{quarantine, ChainFold, Edge};
+use super::fold::{quarantine, ChainFold};
 use super::gemm_tile::Tile;
 use super::pairs::{Packed, PackedTile, Pairs};
 use super::philox::DropoutMask;
@@ -92,14 +92,10 @@ impl<A> Settings<'_, A> {
 /// Where a block finds its far columns, which are in token order.
 pub(crate) trait FarSource<A>: Sync {
     fn columns(&self) -> usize;
-    /// Where every token that is not hidden is a column, and only hidden ones need an edge: how many of those come before
-    /// `token`. A cache knows of its last token only when the next one has come.
-    fn edges(&self, _token: usize) -> Option<usize> {
-        None
-    }
-    /// The `index`-th hidden token, which is `token`, where there are [`Self::edges`].
-    fn edge(&self, _index: usize, _token: usize) -> Edge<'_, A> {
-        unreachable!("asked for an edge of columns that hold none")
+    /// Whether every token that is not hidden is a column, so that only hidden ones need an edge. A cache knows of its last
+    /// token only when the next one has come.
+    fn holds_all_that_is_kept(&self) -> bool {
+        false
     }
     /// How many columns hold tokens before `token`.
     fn before(&self, token: usize) -> usize;

@@ -1,17 +1,14 @@
-//! What merging leaves of one head's keys and values: compact far columns, and the folded tokens that are hidden.
+//! What merging leaves of one head's keys and values: compact far columns.
 
 use super::aligned::PaddedRows;
 use super::columns::KeysValues;
-use super::fold::{quarantine, ChainFold, Check, Edge};
+use super::fold::{quarantine, ChainFold, Check};
 use super::pairs::{Packed, Pairs};
 use super::{vectorized, Accumulator, Element, HeadRows};
 use crate::config::Fold;
 
 /// Rows that are asked for before they are read: the hardware does not follow strides of some KiB.
 pub(crate) const AHEAD: usize = 8;
-
-/// In place of a row's number: nothing was folded into the token, and it is read where it is.
-const RAW: u32 = u32::MAX;
 
 /// Folded keys and values with log2 n of each.
 struct FoldedRows<A> {
@@ -69,10 +66,6 @@ pub(crate) struct FarColumns<A: Accumulator> {
     far: FoldedRows<A>,
     /// Whether far keys are the raw ones, and read where they are.
     raw_keys: bool,
-    /// The others, but for those that are read where they are.
-    hidden: FoldedRows<A>,
-    /// Of each hidden token its row in `hidden`, or [`RAW`].
-    hidden_rows: Vec<u32>,
     sizes_differ: bool,
     /// The token index of each column; None where nothing is hidden.
     pub tokens: Option<Vec<u32>>,
@@ -114,33 +107,27 @@ impl<A: Accumulator> FarColumns<A> {
                 1
             }
         };
-        let fill = |columns: &mut Self, stored: usize, trusting: bool| {
+        let fill = |columns: &mut Self, trusting: bool| {
             columns.far.start(if columns.raw_keys { 0 } else { rows }, rows, dim);
-            columns.hidden.start(stored, stored, dim);
             vectorized(
                 #[inline(always)]
                 || columns.fill((keys, values), bits, tokens, (fold, rows), trusting),
             );
         };
         let trusting = readable && columns.packed.is_none();
-        let stored = match fold {
-            _ if !trusting => hidden,
-            Fold::Drop => 0,
-            _ => bits.windows(2).filter(|pair| *pair == [1, 1]).count(),
-        };
-        fill(&mut columns, stored, trusting);
+        fill(&mut columns, trusting);
         if trusting && !columns.clean {
             // Rows that are not finite are replaced, which takes copies of all.
             columns.raw_keys = false;
-            fill(&mut columns, hidden, false);
+            fill(&mut columns, false);
         }
         let kept = || (0..tokens as u32).filter(|t| bits.get(*t as usize) != Some(&1));
         columns.tokens = (hidden > 0).then(|| kept().collect());
         columns
     }
 
-    /// `trusting` only finds out whether all rows are finite, and copies none of those that can be read where they are;
-    /// else each row is looked at, and replaced where it is not finite.
+    /// `trusting` only finds out whether all rows are finite; else each row that is kept is looked at, and replaced where it
+    /// is not finite.
     #[inline(always)]
     fn fill<T: Element<Acc = A>>(
         &mut self,
@@ -151,10 +138,8 @@ impl<A: Accumulator> FarColumns<A> {
         trusting: bool,
     ) {
         let (mut chain, mut left) = (ChainFold::new(fold, keys.dim), vec![A::ZERO; keys.dim]);
-        let (mut merged, mut far, mut hidden) = (false, 0, 0);
+        let (mut merged, mut far, mut replaced) = (false, 0, false);
         let mut check = Check::default();
-        self.clean = true;
-        self.hidden_rows.clear();
         for t in 0..tokens {
             keys.prefetch_row(t + AHEAD);
             values.prefetch_row(t + AHEAD);
@@ -162,69 +147,61 @@ impl<A: Accumulator> FarColumns<A> {
             // A chain of one is its token; a pair sum needs none.
             let chained = fold == Fold::Mean && (merged || hides);
             let summed = fold == Fold::PairSum && merged;
-            let folded = merged && fold != Fold::Drop;
             if chained {
                 chain.step(merged, keys.row(t), values.row(t));
             }
+            let folded = chained && merged;
             merged = hides;
-            let in_place = trusting && hides && !folded;
             if hides {
-                self.hidden_rows.push(if in_place { RAW } else { hidden as u32 });
-            }
-            if in_place {
                 for row in [keys.row(t), values.row(t)] {
-                    check.take(T::as_acc(row).unwrap_or_default());
+                    match T::as_acc(row) {
+                        Some(row) => check.take(row),
+                        None => check.copy(row, &mut left),
+                    }
                 }
                 continue;
             }
-            let (rows, row) = match hides {
-                true => (&mut self.hidden, hidden),
-                // A column that is packed alone passes through the only row.
-                false => (&mut self.far, far.min(room - 1)),
-            };
-            let size = if chained { chain.size } else { 1 };
-            rows.push_size(fold, size);
-            let value = rows.values.row_mut(row);
+            // A column that is packed alone passes through the only row.
+            let row = far.min(room - 1);
+            far += 1;
+            self.far.push_size(fold, if folded { chain.size } else { 1 });
+            let value = self.far.values.row_mut(row);
             if self.raw_keys {
                 check.take(T::as_acc(keys.row(t)).unwrap_or_default());
                 check.copy(values.row(t), value);
-                far += 1;
                 continue;
             }
-            let key = rows.keys.row_mut(row);
-            if folded && fold == Fold::Mean {
-                check.copy(&chain.key, key);
-                check.copy(&chain.value, value);
+            let key = self.far.keys.row_mut(row);
+            if folded {
+                key.copy_from_slice(&chain.key);
+                value.copy_from_slice(&chain.value);
             } else {
-                check.copy(keys.row(t), key);
-                check.copy(values.row(t), value);
+                T::widen(keys.row(t), key);
+                T::widen(values.row(t), value);
             }
             if summed {
                 for (x, row) in [(&mut *key, keys.row(t - 1)), (&mut *value, values.row(t - 1))] {
                     T::widen(row, &mut left);
                     x.iter_mut().zip(&left).for_each(|(x, y)| *x += *y);
-                    check.take(x);
                 }
             }
-            if !trusting {
-                self.clean &= !quarantine(key, value);
+            match trusting {
+                true => {
+                    check.take(key);
+                    check.take(value);
+                }
+                false => replaced |= quarantine(key, value),
             }
-            match (hides, &mut self.packed, &mut self.packed_values) {
-                (true, ..) | (_, None, _) => {}
-                (_, Some(packed), None) => packed.push(A::singles(key), A::singles(value)),
-                (_, Some(packed), Some(packed_values)) => {
+            match (&mut self.packed, &mut self.packed_values) {
+                (None, _) => {}
+                (Some(packed), None) => packed.push(A::singles(key), A::singles(value)),
+                (Some(packed), Some(packed_values)) => {
                     packed.push(A::singles(key), A::singles(key));
                     packed_values.push_key(A::singles(value));
                 }
             }
-            match hides {
-                true => hidden += 1,
-                false => far += 1,
-            }
         }
-        if trusting {
-            self.clean = check.passed();
-        }
+        self.clean = check.passed() && !replaced;
         if let Some(packed) = &mut self.packed {
             packed.finish();
         }
@@ -234,27 +211,6 @@ impl<A: Accumulator> FarColumns<A> {
     /// log2 n of each column; None where all are 0.
     pub fn log2_sizes(&self) -> Option<&[A]> {
         self.sizes_differ.then_some(&self.far.log2_sizes)
-    }
-
-    /// The `index`-th hidden token, which is `token` of the head's rows.
-    pub fn edge<'e, T: Element<Acc = A>>(
-        &'e self,
-        index: usize,
-        token: usize,
-        (keys, values): (&HeadRows<'e, T>, &HeadRows<'e, T>),
-    ) -> Edge<'e, A> {
-        match self.hidden_rows[index] {
-            RAW => Edge {
-                key: T::as_acc(keys.row(token)).unwrap_or_default(),
-                value: T::as_acc(values.row(token)).unwrap_or_default(),
-                log2_size: A::ZERO,
-            },
-            row => Edge {
-                key: self.hidden.keys.row(row as usize),
-                value: self.hidden.values.row(row as usize),
-                log2_size: self.hidden.log2_sizes.get(row as usize).copied().unwrap_or(A::ZERO),
-            },
-        }
     }
 
     /// How many far columns hold tokens before `token`.

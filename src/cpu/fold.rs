@@ -85,9 +85,14 @@ impl<A: Accumulator> ChainFold<A> {
         }
     }
 
-    /// The token it stands on as an edge, whose key is NaN where the token is not finite.
-    pub fn edge(&mut self) -> Edge<'_, A> {
+    /// See [`quarantine`].
+    #[inline(always)]
+    pub fn quarantine(&mut self) {
         quarantine(&mut self.key, &mut self.value);
+    }
+
+    /// The token it stands on as an edge.
+    pub fn edge(&self) -> Edge<'_, A> {
         Edge {
             key: &self.key,
             value: &self.value,

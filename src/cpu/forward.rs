@@ -6,7 +6,6 @@
 use super::attend::Worker;
 use super::columns::{block_rows, BiasView, Bits, Block, FarSource, KeysValues, RawRows, RowScratch, Settings};
 use super::far::{FarColumns, Layout};
-use super::fold::Edge;
 use super::pairs::{Packed, Pairs};
 use super::philox::DropoutMask;
 use super::tasks::{for_each_task, Pool};
@@ -197,12 +196,8 @@ impl<'a, T: Element> Gathered<'a, T> {
 }
 
 impl<T: Element> FarSource<T::Acc> for Gathered<'_, T> {
-    fn edges(&self, token: usize) -> Option<usize> {
-        Some(token - self.columns.before(token))
-    }
-
-    fn edge(&self, index: usize, token: usize) -> Edge<'_, T::Acc> {
-        self.columns.edge(index, token, (&self.keys, &self.values))
+    fn holds_all_that_is_kept(&self) -> bool {
+        true
     }
 
     fn columns(&self) -> usize {
