@@ -15,6 +15,9 @@ mod model;
 #[allow(dead_code)]
 #[path = "../examples/llama/rope.rs"]
 mod rope;
+#[allow(dead_code)]
+#[path = "../examples/llama/weights.rs"]
+mod weights;
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor};

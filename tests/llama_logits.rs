@@ -16,6 +16,9 @@ mod model;
 #[allow(dead_code)]
 #[path = "../examples/llama/rope.rs"]
 mod rope;
+#[allow(dead_code)]
+#[path = "../examples/llama/weights.rs"]
+mod weights;
 
 use std::fs;
 use std::path::{Path, PathBuf};

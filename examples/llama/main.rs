@@ -19,6 +19,7 @@ mod rope;
 mod session;
 mod stats;
 mod study;
+mod weights;
 
 use std::env;
 use std::process::ExitCode;

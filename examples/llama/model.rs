@@ -4,7 +4,6 @@
 //! not know which kind of file they come from.
 
 use anyhow::{ensure, Result};
-use candle_core::quantized::QMatMul;
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::{ops, RmsNorm};
 use candle_sfattention::{
@@ -12,6 +11,7 @@ use candle_sfattention::{
 };
 
 use crate::rope::{Pairing, Rope, RopeScaling, Rotation};
+use crate::weights::{Linear, Weights};
 
 /// The shape of a Llama and the numbers its forward pass needs.
 #[derive(Clone, Debug)]
@@ -78,60 +78,6 @@ impl LlamaConfig {
             self.head_dim
         );
         Ok(())
-    }
-}
-
-/// Where a model's weights come from.
-pub trait Weights {
-    /// The dtype of activations.
-    fn dtype(&self) -> DType;
-    /// Where they are.
-    fn device(&self) -> Device {
-        Device::Cpu
-    }
-    /// The matrix `PATH.weight` of shape `(rows, columns)`, and `PATH.bias` of shape `(rows)` where asked for.
-    fn linear(&mut self, path: &str, rows: usize, columns: usize, bias: bool) -> Result<Linear>;
-    /// The vector `PATH.weight`.
-    fn vector(&mut self, path: &str, len: usize) -> Result<Tensor>;
-}
-
-/// A matrix `(rows, columns)`: as it came, or still quantized.
-#[derive(Clone, Debug)]
-pub enum Linear {
-    Float(candle_nn::Linear),
-    Quantized { weight: QMatMul, bias: Option<Tensor> },
-}
-
-impl Linear {
-    /// `xs (.., columns) -> (.., rows)`.
-    pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        match self {
-            Self::Float(linear) => Ok(linear.forward(xs)?),
-            Self::Quantized { weight, bias: None } => Ok(weight.forward(xs)?),
-            Self::Quantized {
-                weight,
-                bias: Some(bias),
-            } => Ok(weight.forward(xs)?.broadcast_add(bias)?),
-        }
-    }
-
-    /// The matrix `(rows, columns)` as floats.
-    pub fn weight(&self) -> Result<Tensor> {
-        Ok(match self {
-            Self::Float(linear) => linear.weight().clone(),
-            Self::Quantized { weight, .. } => match weight {
-                QMatMul::QTensor(tensor) => tensor.dequantize(&Device::Cpu)?,
-                QMatMul::Tensor(tensor) | QMatMul::TensorF16(tensor) => tensor.clone(),
-            },
-        })
-    }
-
-    /// The rows `ids (n) -> (n, columns)`: the matrix as an embedding table.
-    fn rows(&self, ids: &Tensor) -> Result<Tensor> {
-        match self {
-            Self::Float(linear) => Ok(linear.weight().index_select(ids, 0)?),
-            Self::Quantized { weight, .. } => Ok(weight.embedding(ids)?),
-        }
     }
 }
 

@@ -7,9 +7,10 @@ use candle_core::{DType, Device, Tensor, Var, D};
 use candle_sfattention::CompressedAttention;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::model::{HiddenCounts, Linear, Llama, LlamaConfig, Weights};
+use crate::model::{HiddenCounts, Llama, LlamaConfig};
 use crate::rope::{Pairing, RopeScaling};
 use crate::trainable::{ModelConfig, Trainable};
+use crate::weights::{Linear, Weights};
 
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct HeldOut {

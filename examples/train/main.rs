@@ -24,6 +24,9 @@ mod record;
 mod rope;
 mod trainable;
 mod trainer;
+#[allow(dead_code)]
+#[path = "../llama/weights.rs"]
+mod weights;
 
 use std::process::ExitCode;
 

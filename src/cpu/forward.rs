@@ -135,7 +135,7 @@ pub(crate) fn forward<T: Element>(input: &ForwardInput<T>, log_sum_exp: Option<&
     for_each_task(
         tasks,
         || Worker::new(settings, tokens),
-        |worker, task| run(worker, input, (&lists, &pool), task),
+        |worker, task| run(worker, input, &lists, &pool, task),
     );
     output
 }
@@ -143,7 +143,8 @@ pub(crate) fn forward<T: Element>(input: &ForwardInput<T>, log_sum_exp: Option<&
 fn run<T: Element>(
     worker: &mut Worker<T>,
     input: &ForwardInput<T>,
-    (lists, pool): (&[HeadList<T::Acc>], &Pool<FarColumns<T::Acc>>),
+    lists: &[HeadList<T::Acc>],
+    pool: &Pool<FarColumns<T::Acc>>,
     task: Task<T>,
 ) {
     if let Some(ahead) = task.ahead {

@@ -10,6 +10,7 @@ pub(crate) mod decide;
 mod decode;
 mod dispatch;
 mod element;
+mod exp2;
 mod far;
 pub(crate) mod fold;
 pub(crate) mod forward;

@@ -1,6 +1,6 @@
 //! The online softmax of a block of rows, in base 2: logits arrive multiplied by log2(e).
 
-use super::element::{EXP2_F32, EXP2_F64};
+use super::exp2::{EXP2_F32, EXP2_F64};
 use super::fold::Check;
 use super::gemm_tile::Tile;
 use super::{arch, Accumulator, Element};

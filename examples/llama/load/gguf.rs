@@ -16,8 +16,9 @@ use tokenizers::Tokenizer;
 
 use super::{Checkpoint, LoadOptions};
 use crate::chat::ChatTemplate;
-use crate::model::{Linear, LlamaConfig, Weights};
+use crate::model::LlamaConfig;
 use crate::rope::{Pairing, RopeScaling};
+use crate::weights::{Linear, Weights};
 
 /// The options are those of [`Checkpoint::open`].
 pub fn open(path: &Path, options: LoadOptions) -> Result<Checkpoint> {

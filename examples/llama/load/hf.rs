@@ -14,8 +14,9 @@ use tokenizers::Tokenizer;
 
 use super::Checkpoint;
 use crate::chat::ChatTemplate;
-use crate::model::{Linear, LlamaConfig, Weights};
+use crate::model::LlamaConfig;
 use crate::rope::{Llama3Scaling, Pairing, RopeScaling};
+use crate::weights::{Linear, Weights};
 
 /// The files of one checkpoint on this machine.
 pub struct Files {

@@ -11,7 +11,8 @@ use candle_sfattention::CompressedAttention;
 use tokenizers::Tokenizer;
 
 use crate::chat::ChatTemplate;
-use crate::model::{Llama, LlamaConfig, Weights};
+use crate::model::{Llama, LlamaConfig};
+use crate::weights::Weights;
 
 /// How weights are held.
 #[derive(Clone, Debug)]

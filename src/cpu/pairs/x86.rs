@@ -3,7 +3,7 @@
 use super::super::softmax::LANES;
 use super::gradients::Differentials;
 use super::{x86_amx, Kernel, Product, Split, Strip, PAD};
-use crate::cpu::element::EXP2_F32;
+use crate::cpu::exp2::{EXP2_F32, EXP2_SHORT};
 use std::arch::x86_64::*;
 
 /// What this CPU multiplies with, the best first; what lies between two products needs AVX-512 and AVX512-BF16 with
@@ -316,9 +316,6 @@ fn interleave(columns: [__m512i; 2]) -> [__m512i; 2] {
     ]
 }
 
-/// A minimax polynomial for 2^x as [`EXP2_F32`] is one, shorter: good to 3e-6, where the weight is rounded to bf16.
-const SHORT: [f32; 5] = [9.570_102e-3, 5.591_786e-2, 2.402_474_4e-1, 6.931_218e-1, 9.999_993e-1];
-
 /// 2^x for x <= 0 or nearly so, 0 below the smallest normal number, NaN for NaN.
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -334,7 +331,7 @@ fn exp2<const PARTS: usize>(x: __m512) -> __m512 {
         power
     };
     let power = if PARTS == 1 {
-        polynomial(&SHORT)
+        polynomial(&EXP2_SHORT)
     } else {
         polynomial(&EXP2_F32)
     };
