@@ -1,4 +1,4 @@
-//! Matrix products of bf16 pairs, where the CPU has instructions for them: Intel's AMX, or AVX512-BF16.
+//! Matrix products of bf16 pairs, where the CPU has instructions for them that pay: Intel's AMX, or AMD's AVX512-BF16.
 //!
 //! They multiply bf16 exactly and sum in f32. A bf16 number is one part; an f16 number is exactly the sum of two bf16
 //! parts, so that a product of two is the sum of products of parts, of which the smallest is left out. Folded rows and
@@ -55,8 +55,14 @@ const VARIABLE: &str = "SFATTENTION_BF16";
 /// The kernel of this process, chosen once.
 fn kernel() -> &'static Choice<Option<Kernel>> {
     static KERNEL: LazyLock<Choice<Option<Kernel>>> = LazyLock::new(|| {
-        let kernels = x86::kernels().into_iter().map(|kernel| (kernel.name(), Some(kernel)));
-        choose(VARIABLE, &kernels.chain([("off", None)]).collect::<Vec<_>>(), None)
+        let kernels = x86::kernels();
+        let mut known: Vec<_> = kernels.iter().map(|kernel| (kernel.name(), Some(*kernel))).collect();
+        let off = match kernels.first() {
+            Some(Kernel::Avx512Bf16) if !x86::avx512_pays() => 0,
+            _ => known.len(),
+        };
+        known.insert(off, ("off", None));
+        choose(VARIABLE, &known, None)
     });
     &KERNEL
 }
