@@ -84,7 +84,7 @@ fn curves(file: &Path, title: &str, limit: f64, summary: &Summary, value: impl F
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
+        .position(SeriesLabelPosition::MiddleRight)
         .label_font(("sans-serif", 13).into_font().color(&INK))
         .background_style(WHITE.mix(0.8))
         .draw()?;
