@@ -93,7 +93,7 @@ pub struct TrainingArgs {
     /// Measure the held-out text every so many steps, and at the first and last.
     #[arg(long, default_value_t = 100)]
     pub eval_every: usize,
-    /// Held-out windows of --context tokens, evenly spread; all that fit when left out.
+    /// Held-out windows of --context tokens, those of `llama eval --spread`; all that fit when left out.
     #[arg(long)]
     pub eval_windows: Option<usize>,
     #[arg(long, default_value_t = 100)]

@@ -30,7 +30,7 @@ pub struct Evaluator {
 }
 
 impl Evaluator {
-    /// `wanted` windows of `context` tokens, evenly spread, or all.
+    /// `wanted` windows of `context` tokens, those of `llama eval --spread`, or all that `llama eval` takes.
     pub fn new(tokens: &[u32], context: usize, wanted: Option<usize>) -> Result<Self> {
         let available = tokens.len() / context;
         ensure!(
@@ -38,14 +38,20 @@ impl Evaluator {
             "text: expected at least {context} held-out tokens, one window, got {}; lower --context or give a longer text",
             tokens.len()
         );
-        let wanted = wanted.unwrap_or(available);
+        let windows = tokens.chunks_exact(context).map(<[u32]>::to_vec);
+        let Some(wanted) = wanted else {
+            return Ok(Self {
+                windows: windows.collect(),
+            });
+        };
+        let even: Vec<Vec<u32>> = windows.step_by(2).take(available / 2).collect();
         ensure!(
-            (1..=available).contains(&wanted),
-            "eval-windows: expected 1 to {available}, got {wanted}; change --eval-windows"
+            (1..=even.len()).contains(&wanted),
+            "eval-windows: expected 1 to {}, half of those that there are, got {wanted}; change --eval-windows",
+            even.len()
         );
-        let window = |i: usize| tokens[i * available / wanted * context..][..context].to_vec();
         Ok(Self {
-            windows: (0..wanted).map(window).collect(),
+            windows: (0..wanted).map(|i| even[i * even.len() / wanted].clone()).collect(),
         })
     }
 
