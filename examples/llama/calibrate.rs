@@ -13,10 +13,11 @@ use candle_sfattention::{
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::args::{CalibrateArgs, ErrorScale, WeightArgs};
-use crate::corpus::{self, Purpose, Window};
+use crate::corpus::{self, Window};
 use crate::load::Checkpoint;
 use crate::model::{HiddenCounts, LayerCall, Llama};
 use crate::report::check_path;
+use crate::windows::{self, Purpose};
 
 pub fn run(args: &CalibrateArgs) -> Result<()> {
     args.model.on_cpu("calibrate")?;
@@ -61,10 +62,10 @@ fn outs(args: &CalibrateArgs) -> Result<Vec<PathBuf>> {
 
 /// Prose, and passages that are repeated.
 pub fn windows(tokens: &[u32], context: usize, count: usize, repeats: usize) -> Result<Vec<Window>> {
-    let prose = corpus::spread(tokens, context, count, Purpose::Calibrate)?;
+    let prose = windows::spread(tokens, context, count, Purpose::Calibrate)?;
     let mut windows: Vec<Window> = prose.into_iter().map(Window::prose).collect();
     if repeats > 0 {
-        let repeats = corpus::spread(tokens, context, repeats, Purpose::Calibrate)?;
+        let repeats = windows::spread(tokens, context, repeats, Purpose::Calibrate)?;
         windows.extend(repeats.into_iter().map(Window::copy));
     }
     Ok(windows)

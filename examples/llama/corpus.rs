@@ -92,25 +92,3 @@ pub fn check_context(context: usize, checkpoint: &Checkpoint) -> Result<()> {
     );
     Ok(())
 }
-
-/// What windows of a text are for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purpose {
-    Score,
-    Calibrate,
-}
-
-/// Every `context` tokens of a text are a slot: even ones are there to be scored, odd ones to calibrate on, so that none
-/// is ever both. These are `count` of them, spread over the text.
-pub fn spread(tokens: &[u32], context: usize, count: usize, purpose: Purpose) -> Result<Vec<&[u32]>> {
-    let pairs = tokens.len() / context / 2;
-    ensure!(
-        (1..=pairs).contains(&count),
-        "windows: expected 1 to {pairs}, half of those that the text has, got {count}; give a longer text or fewer windows"
-    );
-    let slot = |i: usize| match purpose {
-        Purpose::Score => 2 * (i * pairs / count),
-        Purpose::Calibrate => 2 * ((2 * i + 1) * pairs / (2 * count)) + 1,
-    };
-    Ok((0..count).map(|i| &tokens[slot(i) * context..][..context]).collect())
-}

@@ -9,11 +9,12 @@ use serde::Serialize;
 
 use crate::args::EvalArgs;
 use crate::compression::Compression;
-use crate::corpus::{self, Purpose, Window};
+use crate::corpus::{self, Window};
 use crate::load::Checkpoint;
 use crate::model::{HiddenCounts, Llama};
 use crate::report::{check_path, write_json, RunReport};
 use crate::stats::Hidden;
+use crate::windows::{self, Purpose};
 
 #[derive(Serialize)]
 struct EvalReport {
@@ -92,7 +93,7 @@ fn windows<'t>(tokens: &'t [u32], args: &EvalArgs) -> Result<Vec<&'t [u32]>> {
     );
     if args.spread {
         let wanted = args.windows.unwrap_or(available / 2);
-        return corpus::spread(tokens, args.context, wanted, Purpose::Score);
+        return windows::spread(tokens, args.context, wanted, Purpose::Score);
     }
     let wanted = args.windows.unwrap_or(available);
     ensure!(

@@ -20,6 +20,7 @@ mod session;
 mod stats;
 mod study;
 mod weights;
+mod windows;
 
 use std::env;
 use std::process::ExitCode;

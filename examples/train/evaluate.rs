@@ -11,6 +11,7 @@ use crate::model::{HiddenCounts, Llama, LlamaConfig};
 use crate::rope::{Pairing, RopeScaling};
 use crate::trainable::{ModelConfig, Trainable};
 use crate::weights::{Linear, Weights};
+use crate::windows::{self, Purpose};
 
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct HeldOut {
@@ -38,20 +39,12 @@ impl Evaluator {
             "text: expected at least {context} held-out tokens, one window, got {}; lower --context or give a longer text",
             tokens.len()
         );
-        let windows = tokens.chunks_exact(context).map(<[u32]>::to_vec);
-        let Some(wanted) = wanted else {
-            return Ok(Self {
-                windows: windows.collect(),
-            });
+        let windows = match wanted {
+            Some(wanted) => windows::spread(tokens, context, wanted, Purpose::Score).context("eval-windows")?,
+            None => tokens.chunks_exact(context).collect(),
         };
-        let even: Vec<Vec<u32>> = windows.step_by(2).take(available / 2).collect();
-        ensure!(
-            (1..=even.len()).contains(&wanted),
-            "eval-windows: expected 1 to {}, half of those that there are, got {wanted}; change --eval-windows",
-            even.len()
-        );
         Ok(Self {
-            windows: (0..wanted).map(|i| even[i * even.len() / wanted].clone()).collect(),
+            windows: windows.into_iter().map(<[u32]>::to_vec).collect(),
         })
     }
 

@@ -27,6 +27,9 @@ mod trainer;
 #[allow(dead_code)]
 #[path = "../llama/weights.rs"]
 mod weights;
+#[allow(dead_code)]
+#[path = "../llama/windows.rs"]
+mod windows;
 
 use std::process::ExitCode;
 

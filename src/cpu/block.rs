@@ -122,17 +122,18 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         mut visit: impl FnMut(&Self, Edge<Q::Acc>, usize, usize),
     ) {
         let Settings { window, fold, .. } = self.settings;
-        let edges = block.rows.start.max(window) - window..block.rows.end.max(window) - window;
+        let tokens = block.rows.start.max(window) - window..block.rows.end.max(window) - window;
         let row = |token: usize| token + window - block.rows.start;
         let all = !block.far.holds_all_that_is_kept();
         let has_edge = |token: usize| all || block.bits.hidden(token);
         // Whether a token is folded into `token`.
         let folded = |token: usize| fold != Fold::Drop && token > 0 && block.bits.hidden(token - 1);
         let mut chain = std::mem::replace(&mut self.chain, ChainFold::new(fold, 0));
-        if !edges.is_empty() {
-            chain.approach(edges.start, block.bits, &block.raw, block.chain);
+        let mut edges = tokens.filter(|token| has_edge(*token)).peekable();
+        if let Some(first) = edges.peek() {
+            chain.approach(*first, block.bits, &block.raw, block.chain);
         }
-        for token in edges.filter(|token| has_edge(*token)) {
+        for token in edges {
             let (key, value) = (block.raw.key(token), block.raw.value(token));
             let in_place = block.raw.clean && !folded(token) && !(folded(token + 1) && has_edge(token + 1));
             if let (true, Some(key), Some(value)) = (in_place, R::as_acc(key), R::as_acc(value)) {

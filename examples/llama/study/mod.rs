@@ -15,9 +15,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::args::{CalibrateArgs, ReportArgs};
 use crate::calibrate;
-use crate::corpus::{self, Purpose, Window};
+use crate::corpus::{self, Window};
 use crate::load::Checkpoint;
 use crate::model::{HiddenCounts, Llama};
+use crate::windows::{self, Purpose};
 use ledger::{Ledger, Record};
 use method::{Kept, Method};
 use passkey::{Passkey, QUESTION};
@@ -97,7 +98,7 @@ fn check(args: &ReportArgs) -> Result<()> {
 
 /// Every text window, each also as a copy test, and pass keys at every length and depth.
 fn tasks(tokens: &[u32], checkpoint: &Checkpoint, args: &ReportArgs) -> Result<Vec<(String, Task)>> {
-    let windows = corpus::spread(tokens, args.context, args.windows, Purpose::Score)?;
+    let windows = windows::spread(tokens, args.context, args.windows, Purpose::Score)?;
     let mut tasks = Vec::new();
     for (index, window) in windows.iter().enumerate() {
         tasks.push((format!("prose {index}"), Task::Text(Window::prose(window))));

@@ -8,28 +8,33 @@ fn rows(rng: &mut StdRng, count: usize, dim: usize) -> Vec<f32> {
     (0..count * dim).map(|_| rng.random_range(-2.0..2.0)).collect()
 }
 
-/// Scores, softmax and weighted values of two tiles against f64, in each kernel and split.
-#[test]
-fn tiles_agree_with_f64_on_every_kernel() {
+/// In each kernel and split: leading, D, the columns of two tiles, and the unit of rounding.
+fn on_every_kernel(largest: usize, check: impl Fn(Pairs, (usize, usize), [usize; 2], f64)) {
     let kernels = x86::kernels();
     if kernels.is_empty() {
         println!("skipped: this CPU multiplies no bf16 pairs");
     }
     for kernel in kernels {
         for (split, unit) in [(Split::One, 2f64.powi(-8)), (Split::Two, 2f64.powi(-16))] {
-            for (leading, dim, counts) in [(32, 59, [64, 1]), (64, 64, [32, 33]), (96, 128, [256, 31])] {
+            for (leading, dim, counts) in [(32, 59, [64, 1]), (64, 64, [32, 33]), (96, 128, [largest, 31])] {
                 let pairs = Pairs {
                     kernel,
                     split,
                     factor: 0.25,
                 };
-                tiles_agree(pairs, leading, dim, counts, unit);
+                check(pairs, (leading, dim), counts, unit);
             }
         }
     }
 }
 
-fn tiles_agree(pairs: Pairs, leading: usize, dim: usize, counts: [usize; 2], unit: f64) {
+/// Scores, softmax and weighted values of two tiles against f64.
+#[test]
+fn tiles_agree_with_f64_on_every_kernel() {
+    on_every_kernel(256, tiles_agree)
+}
+
+fn tiles_agree(pairs: Pairs, (leading, dim): (usize, usize), counts: [usize; 2], unit: f64) {
     let what = format!("{pairs:?} {leading} {dim} {counts:?}");
     let mut rng = StdRng::seed_from_u64(dim as u64);
     let columns = counts[0] + counts[1];
@@ -101,21 +106,10 @@ fn tiles_agree(pairs: Pairs, leading: usize, dim: usize, counts: [usize; 2], uni
     }
 }
 
-/// Gradients of two tiles against f64, in each kernel and split; whole squares and others.
+/// Gradients of two tiles against f64; whole squares and others.
 #[test]
 fn gradients_agree_with_f64_on_every_kernel() {
-    for kernel in x86::kernels() {
-        for (split, unit) in [(Split::One, 2f64.powi(-8)), (Split::Two, 2f64.powi(-16))] {
-            for (leading, dim, counts) in [(32, 59, [64, 1]), (64, 64, [32, 33]), (96, 128, [128, 31])] {
-                let pairs = Pairs {
-                    kernel,
-                    split,
-                    factor: 0.25,
-                };
-                gradients_agree(pairs, (leading, dim), counts, unit);
-            }
-        }
-    }
+    on_every_kernel(128, gradients_agree)
 }
 
 fn gradients_agree(pairs: Pairs, (leading, dim): (usize, usize), counts: [usize; 2], unit: f64) {
