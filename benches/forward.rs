@@ -41,6 +41,7 @@ const WINDOWED: [(usize, &str); 3] = [
     (4, "ours, window 32, r = 0.8"),
 ];
 const CACHED: &str = "ours, r = 0, through the cache";
+const CACHED_BF16: &str = "ours, r = 0, bf16, through the cache";
 const DECIDE: &str = "ours, deciding only (KeyKey)";
 const OBSERVED: &str = "ours, deciding only (observed)";
 const STRIDED: &str = "ours, r = 0, (B, N, H, D) views";
@@ -117,7 +118,14 @@ fn bench_variants(bench: &mut Bench, folder: &Path, shape: Shape) -> Result<()> 
         v.narrow(1, 0, 2)?.contiguous()?,
     ];
     group.bench_function(GROUPED, |bencher| bencher.iter(|| run(&grouped, &nothing)));
-    for (name, dtype) in [(BF16, DType::BF16), (F16, DType::F16)] {
+    let off = HeadStrategies::uniform(MergeStrategy::Off);
+    let cached = |[q, k, v]: &[Tensor; 3]| {
+        let mut cache = CompressedKvCache::new(off.clone(), CompressionConfig::default(), CacheOptions::default())?;
+        cache.append_and_attend(q, k, v, &AttentionOptions::default())
+    };
+    verify(CACHED, &cached(&qkv)?, &expected)?;
+    group.bench_function(CACHED, |bencher| bencher.iter(|| cached(&qkv)));
+    for (name, through_cache, dtype) in [(BF16, Some(CACHED_BF16), DType::BF16), (F16, None, DType::F16)] {
         let half = [q.to_dtype(dtype)?, k.to_dtype(dtype)?, v.to_dtype(dtype)?];
         let rounded = [
             half[0].to_dtype(DType::F32)?,
@@ -127,6 +135,10 @@ fn bench_variants(bench: &mut Bench, folder: &Path, shape: Shape) -> Result<()> 
         let wide = run(&rounded, &nothing)?;
         common::verify_within(name, &run(&half, &nothing)?.to_dtype(DType::F32)?, &wide, 0.02)?;
         group.bench_function(name, |bencher| bencher.iter(|| run(&half, &nothing)));
+        if let Some(name) = through_cache {
+            common::verify_within(name, &cached(&half)?.to_dtype(DType::F32)?, &wide, 0.02)?;
+            group.bench_function(name, |bencher| bencher.iter(|| cached(&half)));
+        }
     }
     if let Some(pytorch) = &mut bench.pytorch {
         pytorch.record(folder, "time forward", PYTORCH_BF16, shape, "bf16")?;
@@ -140,13 +152,6 @@ fn bench_variants(bench: &mut Bench, folder: &Path, shape: Shape) -> Result<()> 
     group.bench_function(ONE_THREAD, |bencher| {
         bencher.iter(|| single.install(|| run(&qkv, &nothing)))
     });
-    let off = HeadStrategies::uniform(MergeStrategy::Off);
-    let cached = || {
-        let mut cache = CompressedKvCache::new(off.clone(), CompressionConfig::default(), CacheOptions::default())?;
-        cache.append_and_attend(q, k, v, &AttentionOptions::default())
-    };
-    verify(CACHED, &cached()?, &expected)?;
-    group.bench_function(CACHED, |bencher| bencher.iter(cached));
     let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
     let pretrained = CompressionConfig::pretrained();
     group.bench_function(DECIDE, |bencher| {
@@ -254,7 +259,18 @@ fn main() -> Result<()> {
     }
     bench.criterion.final_summary();
     let mut rows: Vec<&str> = RATIOS.iter().chain(&WINDOWED).map(|(_, name)| *name).collect();
-    rows.extend([STRIDED, GROUPED, BF16, F16, ONE_THREAD, CACHED, DECIDE, OBSERVED, PLAIN]);
+    rows.extend([
+        STRIDED,
+        GROUPED,
+        BF16,
+        F16,
+        ONE_THREAD,
+        CACHED,
+        CACHED_BF16,
+        DECIDE,
+        OBSERVED,
+        PLAIN,
+    ]);
     let names: Vec<String> = shapes.iter().chain(&sweep).chain(&small).map(Shape::name).collect();
     print_ratios(&folder, &names, &rows, &[FLASH, PLAIN, PYTORCH, PYTORCH_BF16]);
     print_gemm_shares(&folder, &shapes);

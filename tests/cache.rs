@@ -8,7 +8,8 @@ use candle_sfattention::{
     compressed_attention, AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, Criterion, Dropout,
     Fold, GroupRule, HeadStrategies, MergePlan, MergeStrategy,
 };
-use common::caches::{configs, part, shapes, strategies};
+use common::again::again;
+use common::caches::{configs, part, part_options, shapes, strategies};
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
 use proptest::prelude::*;
 
@@ -101,6 +102,54 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Chunks of so many rows that a list's columns are gathered once for all of them, in bf16 pairs where the CPU has them.
+    #[test]
+    fn long_chunks_equal_attention_over_all(
+        shape in shapes(),
+        config in configs(),
+        kind in 0..5u8,
+        chunks in prop::collection::vec(prop_oneof![Just(1usize), 1..90usize, 64..400usize], 1..4),
+        dtype in prop_oneof![Just(DType::F32), Just(DType::F16), Just(DType::BF16)],
+        bias in any::<bool>(),
+        seed in 0..1000u64,
+    ) {
+        let shape = Shape(shape.0, shape.1, shape.2, shape.3 + 200, shape.4);
+        let unit = match dtype {
+            DType::F32 => 7.5e-7,
+            DType::F16 => 2f64.powi(-11),
+            _ => 2f64.powi(-8),
+        };
+        let strategies = strategies(kind, &shape, &config).unwrap();
+        let qkv = shape.qkv(seed, dtype).unwrap();
+        let [q, k, v] = &qkv;
+        let rows = Tensor::arange(0f32, (shape.3 * shape.3) as f32, &Device::Cpu).unwrap();
+        let bias = bias.then(|| (rows * 0.7).unwrap().sin().unwrap().reshape((shape.3, shape.3)).unwrap());
+        let whole = AttentionOptions { bias, ..Default::default() };
+        let expected = compressed_attention(q, k, v, &strategies, &config, &whole).unwrap().output;
+        let mut cache = CompressedKvCache::new(strategies, config, Default::default()).unwrap();
+        let got = chunked(&mut cache, &qkv, &chunks, |start, count| part_options(&whole, start, count)).unwrap();
+        // As with half storage: folds that are stored are rounded once more.
+        assert_close("long chunks", &got, &expected, 8.0 * unit, 4.0 * unit).unwrap();
+    }
+}
+
+/// The same with each kind of instructions that this CPU has for halves, and with none.
+#[test]
+fn long_chunks_agree_on_every_kernel() -> Result<()> {
+    let tests = [
+        "long_chunks_equal_attention_over_all",
+        "bad_numbers_stay_with_the_rows_that_see_them",
+    ];
+    for kernel in ["amx", "avx512"] {
+        again("SFATTENTION_BF16", kernel, &tests)?;
+    }
+    assert!(again("SFATTENTION_BF16", "off", &tests)?, "every CPU can do without");
+    Ok(())
+}
+
 /// Bias by token index and dropout by absolute position, over chunks and single tokens.
 #[test]
 fn bias_and_dropout_follow_absolute_positions() -> Result<()> {
@@ -146,27 +195,25 @@ fn bias_and_dropout_follow_absolute_positions() -> Result<()> {
 /// A bad token in the cache spoils the rows that see it, now and later, and no row before it.
 #[test]
 fn bad_numbers_stay_with_the_rows_that_see_them() -> Result<()> {
-    let shape = Shape(1, 2, 1, 40, 8);
-    for (which, window) in [(1, 0), (2, 0), (1, 4), (2, 4)] {
+    let shape = Shape(1, 2, 1, 140, 8);
+    let settings = [(1, 0), (2, 0), (1, 4), (2, 4)].into_iter();
+    let settings = settings.flat_map(|(which, window)| [DType::F32, DType::BF16].map(|dtype| (which, window, dtype)));
+    for (which, window, dtype) in settings {
         let config = CompressionConfig {
             window,
             ..CompressionConfig::pretrained()
         };
-        for chunks in [&[1usize][..], &[9], &[40]] {
-            let mut qkv = shape.qkv(2, DType::F32)?;
+        for chunks in [&[1usize][..], &[9], &[70], &[140]] {
+            let mut qkv = shape.qkv(2, dtype)?;
             let mut data = values(&qkv[which])?;
             data[20 * 8 + 1] = f64::INFINITY;
-            qkv[which] = Tensor::from_vec(data, qkv[which].dims(), &Device::Cpu)?.to_dtype(DType::F32)?;
+            qkv[which] = Tensor::from_vec(data, qkv[which].dims(), &Device::Cpu)?.to_dtype(dtype)?;
             let strategies = HeadStrategies::uniform(MergeStrategy::Off);
             let mut cache = CompressedKvCache::new(strategies, config.clone(), Default::default())?;
             let output = values(&chunked(&mut cache, &qkv, chunks, plain)?)?;
             for (index, x) in output.iter().enumerate() {
-                assert_eq!(
-                    x.is_nan(),
-                    index / 8 % 40 >= 20,
-                    "row {}, chunks {chunks:?}",
-                    index / 8 % 40
-                );
+                let row = index / 8 % 140;
+                assert_eq!(x.is_nan(), row >= 20, "row {row}, chunks {chunks:?}, {dtype:?}");
             }
         }
     }

@@ -114,8 +114,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
     }
 
     /// Calls `visit` with every edge column of the block that a row sees: the folded token `row - window`, its index and
-    /// the row relative to the block. Where the far columns hold every token that is not hidden, only hidden ones need
-    /// their edge.
+    /// the row relative to the block. A token that is a far column needs none.
     pub fn edges<R: Element<Acc = Q::Acc>>(
         &mut self,
         block: &Block<Q, R>,
@@ -124,8 +123,8 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         let Settings { window, fold, .. } = self.settings;
         let tokens = block.rows.start.max(window) - window..block.rows.end.max(window) - window;
         let row = |token: usize| token + window - block.rows.start;
-        let all = !block.far.holds_all_that_is_kept();
-        let has_edge = |token: usize| all || block.bits.hidden(token);
+        let held = block.far.holds_until();
+        let has_edge = |token: usize| token >= held || block.bits.hidden(token);
         // Whether a token is folded into `token`.
         let folded = |token: usize| fold != Fold::Drop && token > 0 && block.bits.hidden(token - 1);
         let mut chain = std::mem::replace(&mut self.chain, ChainFold::new(fold, 0));
@@ -184,22 +183,17 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         Some(rows.map(move |row| data[column + (row - first_row) * strides[2]] * to_base_2))
     }
 
-    /// A far column is seen from so many rows behind its token on.
-    fn lag<R: Element<Acc = Q::Acc>>(&self, block: &Block<Q, R>) -> usize {
-        self.settings.window + usize::from(!block.far.holds_all_that_is_kept())
-    }
-
     /// Calls `visit` with the far columns of the block, tile by tile.
     pub fn far_tiles<R: Element<Acc = Q::Acc>>(
         &mut self,
         block: &Block<Q, R>,
         mut visit: impl FnMut(&mut Self, Columns<Q::Acc>),
     ) {
-        let (far, lag, rows) = (block.far, self.lag(block), block.rows.clone());
+        let (far, window, rows) = (block.far, self.settings.window, block.rows.clone());
         let (seen_by_all, seen) = if self.settings.causal {
             (
-                far.before((rows.start + 1).saturating_sub(lag)),
-                far.before(rows.end.saturating_sub(lag)),
+                far.before((rows.start + 1).saturating_sub(window)),
+                far.before(rows.end.saturating_sub(window)),
             )
         } else {
             (far.columns(), far.columns())
@@ -224,7 +218,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             };
             let first_row = match kind {
                 _ if packed || kind == ColumnKind::FarForAll => 0,
-                _ => (far.token(start) + lag).saturating_sub(rows.start) / LANES * LANES,
+                _ => (far.token(start) + window).saturating_sub(rows.start) / LANES * LANES,
             };
             let (keys, values) = match packed {
                 true => Default::default(),
@@ -331,7 +325,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         let (window, rows) = (self.settings.window, &block.rows);
         let visible = match columns.kind {
             ColumnKind::FarForAll => return,
-            ColumnKind::FarForSome => (token + self.lag(block)).saturating_sub(rows.start)..columns.rows.end,
+            ColumnKind::FarForSome => (token + window).saturating_sub(rows.start)..columns.rows.end,
             ColumnKind::Near => token.max(rows.start) - rows.start..(token + window).min(rows.end) - rows.start,
         };
         let first = columns.rows.start;

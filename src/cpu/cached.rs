@@ -1,14 +1,16 @@
 //! One step of a KV cache: decide, take the new tokens in, attend.
 
 use super::attend::Worker;
-use super::columns::{block_rows, BiasView, Block, Settings};
+use super::columns::{block_rows, BiasView, Block, FarSource, Settings, PAIR_ROWS};
 use super::decode::{load_query, Decoder, SPLIT};
 use super::fold::ChainFold;
 use super::list::{widened, List};
+use super::list_columns::GatheredList;
 use super::list_decide::Decided;
 use super::observe::Chunk;
+use super::pairs::Pairs;
 use super::philox::DropoutMask;
-use super::tasks::for_each_task;
+use super::tasks::{for_each_task, row_tasks, Lease, Pool, RowTask};
 use super::{Accumulator, Element, HeadRows, Rows};
 use crate::config::{Dropout, Fold};
 use rayon::prelude::*;
@@ -99,35 +101,57 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
     }
 
     fn attend(&self, lists: &[(ListHeads, List<S>)], chains: &[Option<ChainFold<S::Acc>>], output: &mut [Q]) {
-        let block_rows = block_rows(self.count, None);
+        let block_rows = block_rows(self.count, self.pairs());
         let longest = lists.iter().map(|(_, list)| list.tokens.len()).max().unwrap_or(0);
-        let mut tasks = Vec::new();
-        let mut outputs = output.chunks_mut(self.count * self.head_dim);
-        for (index, (at, _)) in lists.iter().enumerate() {
-            for (head, output) in at.heads.clone().zip(&mut outputs) {
-                let blocks = output.chunks_mut(block_rows * self.head_dim).enumerate();
-                tasks.extend(
-                    blocks
-                        .rev()
-                        .map(|(block, output)| (index, head, block * block_rows, output)),
-                );
-            }
-        }
-        let new_worker = |index: usize| self.settings(&lists[index].1, block_rows);
+        let blocks = self.count.div_ceil(block_rows);
+        let leases: Vec<_> = lists
+            .iter()
+            .map(|(at, _)| Lease::new(at.heads.len() * blocks))
+            .collect();
+        let pool = Pool::new();
+        let gather = |index: usize| {
+            let (at, list) = &lists[index];
+            let gathers = self.pairs().is_some() || self.count * at.heads.len() >= GATHERED_ROWS;
+            gathers.then(|| GatheredList::borrow(list, &leases[index], self.pairs(), &pool))
+        };
+        let heads = lists.iter().map(|(at, _)| at.heads.clone());
+        let tasks = row_tasks(heads, (self.count, self.head_dim, block_rows), output, None);
         // Lists that never merge have other settings; a worker is made anew where they change.
         for_each_task(
             tasks,
             || None::<(usize, Worker<Q>)>,
-            |worker, (index, head, first, output)| {
+            |worker, task| {
+                if let Some(ahead) = task.ahead {
+                    gather(ahead);
+                }
+                let index = task.list;
                 let (at, list) = &lists[index];
+                let gathered = gather(index);
+                let far: &dyn FarSource<_> = match &gathered {
+                    Some(gathered) => gathered,
+                    None => list,
+                };
                 if worker.as_ref().is_none_or(|(last, _)| *last != index) {
-                    *worker = Some((index, Worker::new(new_worker(index), longest)));
+                    *worker = Some((index, Worker::new(self.settings(list, block_rows), longest)));
                 }
                 if let Some((_, worker)) = worker {
-                    self.block(worker, at, list, &chains[index], (head, first), output)
+                    self.block(worker, (at, list, far), &chains[index], task);
+                }
+                drop(gathered);
+                if let Some(columns) = leases[index].give_back() {
+                    pool.give(columns);
                 }
             },
         );
+    }
+
+    /// Products in bf16 pairs, where they serve: dropout takes single weights, and what a list's columns cost to be packed
+    /// takes a whole block of rows to come back.
+    fn pairs(&self) -> Option<Pairs> {
+        match self.dropout.is_some() || self.count < PAIR_ROWS {
+            true => None,
+            false => Pairs::new(Q::SPLIT?.max(S::SPLIT?), self.scale),
+        }
     }
 
     fn settings(&self, list: &List<S>, block_rows: usize) -> Settings<'a, S::Acc> {
@@ -140,7 +164,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             causal: true,
             scale: self.scale,
             bias: self.bias,
-            pairs: None,
+            pairs: self.pairs(),
             gradients: false,
         }
     }
@@ -148,26 +172,23 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
     fn block(
         &self,
         worker: &mut Worker<'a, Q>,
-        at: &ListHeads,
-        list: &List<S>,
+        (at, list, far): (&ListHeads, &List<S>, &dyn FarSource<S::Acc>),
         chain: &Option<ChainFold<S::Acc>>,
-        (head, first): (usize, usize),
-        output: &mut [Q],
+        RowTask { head, rows, output, .. }: RowTask<Q>,
     ) {
         let (keys, values) = self.raw(at);
         let first_row = list.seq_len - self.count;
-        let rows = first_row + first..first_row + first + output.len() / self.head_dim;
         let last_query = (head - at.heads.start) * self.head_dim;
         let block = Block {
             batch: at.batch,
             head,
-            rows,
+            rows: first_row + rows.start..first_row + rows.end,
             queries: self.q.head(at.batch, head),
             previous_query: list.last_queries.get(last_query..last_query + self.head_dim),
             bits: list.chunk_bits(self.count),
             raw: list.raw(keys, values, self.count),
             chain: chain.as_ref().map(|chain| (list.chunk_bits(self.count).base, chain)),
-            far: list,
+            far,
             dropout: self
                 .dropout
                 .map(|dropout| DropoutMask::new(dropout, at.batch * self.heads + head)),
@@ -225,3 +246,6 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
 
 /// Multiply-adds below which one thread is faster than handing work to others: some 20 microseconds.
 const SEQUENTIAL: usize = 200_000;
+/// Rows over one list below which its columns are widened tile by tile, in the first cache, and not once for all: with 64
+/// rows that takes 0.85 of the time, with 256 as long.
+const GATHERED_ROWS: usize = 256;

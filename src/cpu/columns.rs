@@ -23,7 +23,7 @@ pub(super) const EDGE_COLUMNS: usize = 32;
 
 /// The same where products are made in bf16 pairs: several times faster, they are held back by the caches, and a tile
 /// of 32 KiB stays in the first one.
-const PAIR_ROWS: usize = 64;
+pub(super) const PAIR_ROWS: usize = 64;
 const PAIR_COLUMNS: usize = 256;
 /// The same for gradients, which sum over a tile's rows as well as over its columns: 128 by 128 took 0.85 of the time of
 /// 64 by 64 and 0.95 of that of 64 by 256, in bf16.
@@ -92,11 +92,9 @@ impl<A> Settings<'_, A> {
 /// Where a block finds its far columns, which are in token order.
 pub(crate) trait FarSource<A>: Sync {
     fn columns(&self) -> usize;
-    /// Whether every token that is not hidden is a column, so that only hidden ones need an edge. A cache knows of its last
-    /// token only when the next one has come.
-    fn holds_all_that_is_kept(&self) -> bool {
-        false
-    }
+    /// Every token before this one that is not hidden is a column, so that only the hidden ones need an edge. A cache knows
+    /// of the last token that has left its window only when the next one leaves.
+    fn holds_until(&self) -> usize;
     /// How many columns hold tokens before `token`.
     fn before(&self, token: usize) -> usize;
     /// The token index of a column.

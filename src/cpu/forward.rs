@@ -8,12 +8,12 @@ use super::columns::{block_rows, BiasView, Bits, Block, FarSource, KeysValues, R
 use super::far::{FarColumns, Layout};
 use super::pairs::{Packed, Pairs};
 use super::philox::DropoutMask;
-use super::tasks::{for_each_task, Pool};
+use super::tasks::{for_each_task, row_tasks, Lease, Pool, RowTask};
 use super::{Accumulator, Element, HeadRows, Rows};
 use crate::config::{Dropout, Fold};
 use crate::problem::Problem;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// What one forward pass reads.
 #[derive(Clone, Copy)]
@@ -98,24 +98,7 @@ struct HeadList<A: Accumulator> {
     batch: usize,
     kv_head: usize,
     heads: Range<usize>,
-    columns: Mutex<Lease<A>>,
-}
-
-/// The columns of a list while anybody needs them.
-struct Lease<A: Accumulator> {
-    columns: Option<Arc<FarColumns<A>>>,
-    tasks_left: usize,
-}
-
-/// One block of rows of one query head, and where its output goes.
-struct Task<'out, T: Element> {
-    list: usize,
-    /// The list to gather before: the next one, so that no thread waits for it in the end.
-    ahead: Option<usize>,
-    head: usize,
-    rows: Range<usize>,
-    output: &'out mut [T],
-    log_sum_exp: Option<&'out mut [T::Acc]>,
+    columns: Lease<FarColumns<A>>,
 }
 
 /// The output (B, H, N, D), contiguous; also each row's log-sum-exp in base 2, where `log_sum_exp` (B, H, N) is given.
@@ -131,7 +114,8 @@ pub(crate) fn forward<T: Element>(input: &ForwardInput<T>, log_sum_exp: Option<&
     let settings = input.settings();
     let lists = head_lists(input, tokens.div_ceil(settings.block_rows));
     let pool = Pool::new();
-    let tasks = tasks(&input.problem, &lists, settings.block_rows, &mut output, log_sum_exp);
+    let heads = lists.iter().map(|list| list.heads.clone());
+    let tasks = row_tasks(heads, (tokens, head_dim, settings.block_rows), &mut output, log_sum_exp);
     for_each_task(
         tasks,
         || Worker::new(settings, tokens),
@@ -145,7 +129,7 @@ fn run<T: Element>(
     input: &ForwardInput<T>,
     lists: &[HeadList<T::Acc>],
     pool: &Pool<FarColumns<T::Acc>>,
-    task: Task<T>,
+    task: RowTask<T>,
 ) {
     if let Some(ahead) = task.ahead {
         lists[ahead].borrow(input, pool);
@@ -159,7 +143,9 @@ fn run<T: Element>(
     let block = input.block(list.batch, task.head, task.rows, &far);
     worker.run(&block, task.output, task.log_sum_exp);
     drop(far);
-    list.give_back(pool);
+    if let Some(columns) = list.columns.give_back() {
+        pool.give(columns);
+    }
 }
 
 /// A call's far columns, with the rows they were gathered from.
@@ -197,8 +183,8 @@ impl<'a, T: Element> Gathered<'a, T> {
 }
 
 impl<T: Element> FarSource<T::Acc> for Gathered<'_, T> {
-    fn holds_all_that_is_kept(&self) -> bool {
-        true
+    fn holds_until(&self) -> usize {
+        usize::MAX
     }
 
     fn columns(&self) -> usize {
@@ -242,10 +228,7 @@ fn head_lists<T: Element>(input: &ForwardInput<T>, blocks: usize) -> Vec<HeadLis
                 lists.push(HeadList {
                     batch,
                     kv_head,
-                    columns: Mutex::new(Lease {
-                        columns: None,
-                        tasks_left: heads.len() * blocks,
-                    }),
+                    columns: Lease::new(heads.len() * blocks),
                     heads,
                 })
             };
@@ -259,74 +242,20 @@ fn head_lists<T: Element>(input: &ForwardInput<T>, blocks: usize) -> Vec<HeadLis
     lists
 }
 
-/// List by list, the longest rows first: the last tasks to end are short ones.
-fn tasks<'out, T: Element>(
-    problem: &Problem,
-    lists: &[HeadList<T::Acc>],
-    block_rows: usize,
-    output: &'out mut [T],
-    log_sum_exp: Option<&'out mut [T::Acc]>,
-) -> Vec<Task<'out, T>> {
-    let (tokens, dim, threads) = (problem.tokens, problem.head_dim, rayon::current_num_threads());
-    let mut outputs = output.chunks_mut(tokens * dim);
-    let mut sums = log_sum_exp.map(|sums| sums.chunks_mut(tokens));
-    let mut tasks = Vec::new();
-    for (list, entry) in lists.iter().enumerate() {
-        let first = tasks.len();
-        for (head, output) in entry.heads.clone().zip(&mut outputs) {
-            let sums = sums.as_mut().and_then(Iterator::next);
-            let mut sums = sums.map(|sums| sums.chunks_mut(block_rows));
-            for (block, output) in output.chunks_mut(block_rows * dim).enumerate() {
-                let start = block * block_rows;
-                tasks.push(Task {
-                    list,
-                    ahead: None,
-                    head,
-                    rows: start..start + output.len() / dim,
-                    output,
-                    log_sum_exp: sums.as_mut().and_then(Iterator::next),
-                });
-            }
-        }
-        tasks[first..].sort_by_key(|task| std::cmp::Reverse(task.rows.start));
-        // A second thread begins with the second list, while the first one gathers the first.
-        let tasks = &mut tasks[first..];
-        let early = if list == 0 { 1 } else { (tasks.len() / 2).max(1) };
-        if let Some(task) = tasks.get_mut(early).filter(|_| threads > 1) {
-            task.ahead = Some(list + 1).filter(|next| *next < lists.len());
-        }
-    }
-    tasks
-}
-
 impl<A: Accumulator> HeadList<A> {
-    /// The list's columns, gathered now if this is the first call; the others wait for it.
+    /// The list's columns, gathered now if this is the first call.
     fn borrow<T: Element<Acc = A>>(&self, input: &ForwardInput<T>, pool: &Pool<FarColumns<A>>) -> Arc<FarColumns<A>> {
-        let mut lease = self.columns.lock().unwrap_or_else(PoisonError::into_inner);
-        let gather = || {
+        self.columns.borrow(|| {
             let keys = input.k.head(self.batch, self.kv_head);
             let values = input.v.head(self.batch, self.kv_head);
-            let bits = input.head_bits(self.batch, self.heads.start);
-            let tokens = input.problem.tokens;
-            Arc::new(FarColumns::gather(
+            FarColumns::gather(
                 (&keys, &values),
-                bits,
-                tokens,
+                input.head_bits(self.batch, self.heads.start),
+                input.problem.tokens,
                 input.fold,
                 input.pairs().map_or(Layout::ValueRows, Layout::Pairs),
                 pool.take(),
-            ))
-        };
-        Arc::clone(lease.columns.get_or_insert_with(gather))
-    }
-
-    fn give_back(&self, pool: &Pool<FarColumns<A>>) {
-        let mut lease = self.columns.lock().unwrap_or_else(PoisonError::into_inner);
-        lease.tasks_left -= 1;
-        if lease.tasks_left == 0 {
-            if let Some(columns) = lease.columns.take().and_then(|columns| Arc::try_unwrap(columns).ok()) {
-                pool.give(columns);
-            }
-        }
+            )
+        })
     }
 }

@@ -3,12 +3,13 @@
 //! Read as a stream: a token that leaves the window is folded into the open chain, or closes it and starts a new one.
 //! Closed chains are far columns for every later row; the open one is the next row's edge.
 
-use super::columns::{Bits, FarSource, KeysValues, RawRows, RowScratch};
-use super::fold::{all_finite, quarantine, ChainFold};
+use super::columns::{Bits, RawRows};
+use super::fold::{quarantine, ChainFold, Check};
 use super::list_decide::Decided;
 use super::observe::Observed;
-use super::{Accumulator, Element, HeadRows};
+use super::{vectorized, Accumulator, Element, HeadRows};
 use crate::config::{CompressionConfig, Criterion, Fold, HeadTest, MergeStrategy};
+use std::mem::take;
 use std::ops::Range;
 
 /// A list grows by an eighth of its length, and at least by this many entries: little is copied, little is unused.
@@ -196,29 +197,39 @@ impl<S: Element> List<S> {
                 self.recent_values.extend_from_slice(values.row(row));
             }
         }
-        let mut row_buffer = vec![S::Acc::ZERO; self.dim];
-        let mut finite = |row: &[S]| {
-            S::widen(row, &mut row_buffer);
-            all_finite(&row_buffer)
-        };
-        for row in 0..count {
-            if !(finite(keys.row(row)) && finite(values.row(row))) {
-                self.last_bad = Some(first + row);
-            }
+        if let Some(bad) = last_not_finite(keys, values, count) {
+            self.last_bad = Some(first + bad);
         }
-        let base = self.bits_base();
-        self.bits = decided.bits;
+        let (base, bits) = (self.bits_base(), decided.bits);
         self.run = decided.run;
         self.observed = decided.observed;
         self.seq_len += count;
         self.reserve(decided.closes);
-        let edge = self.seq_len.checked_sub(self.settings.window + 1);
-        if let Some(edge) = edge {
+        if let Some(edge) = self.seq_len.checked_sub(self.settings.window + 1) {
             let next = if self.open.is_some() { base + 1 } else { 0 };
-            for token in next..=edge {
-                self.fold_in(token, base, keys, values, first);
-            }
+            let recent = (take(&mut self.recent_keys), take(&mut self.recent_values));
+            let (keys, values, base_of_rows) = match self.settings.window {
+                0 => (*keys, *values, first),
+                _ => (
+                    HeadRows::compact(&recent.0[..], self.dim),
+                    HeadRows::compact(&recent.1[..], self.dim),
+                    self.seq_len - recent.0.len() / self.dim,
+                ),
+            };
+            let raw = RawRows {
+                keys,
+                values,
+                base: base_of_rows,
+                clean: self.last_bad.is_none_or(|bad| bad < base_of_rows),
+            };
+            let bits = Bits { bits: &bits, base };
+            vectorized(
+                #[inline(always)]
+                || self.fold_in(next..edge + 1, bits, &raw),
+            );
+            (self.recent_keys, self.recent_values) = recent;
         }
+        self.bits = bits;
         before
     }
 
@@ -232,39 +243,61 @@ impl<S: Element> List<S> {
         }
     }
 
-    fn fold_in(&mut self, token: usize, base: usize, keys: &HeadRows<S>, values: &HeadRows<S>, first: usize) {
-        let merged = token > base && self.bits[token - 1 - base] == 1;
-        let mut chain = match self.open.take() {
-            Some(chain) => {
-                if !merged {
-                    self.close(&chain, token - 1);
-                }
-                chain
+    /// Takes in tokens that leave the window: the last one's chain stays open.
+    #[inline(always)]
+    fn fold_in(&mut self, tokens: Range<usize>, bits: Bits, raw: &RawRows<S>) {
+        let opened = self.open.take();
+        let mut open = opened.is_some();
+        let mut chain = opened.unwrap_or_else(|| ChainFold::new(self.settings.fold, self.dim));
+        for token in tokens.clone() {
+            let merged = token > 0 && bits.hidden(token - 1);
+            if open && !merged {
+                self.close(&chain, token - 1);
             }
-            None => ChainFold::new(self.settings.fold, self.dim),
-        };
-        if self.settings.window == 0 {
-            chain.step(merged, keys.row(token - first), values.row(token - first));
-        } else {
-            let row = token - (self.seq_len - self.recent_keys.len() / self.dim);
-            let at = row * self.dim..(row + 1) * self.dim;
-            chain.step(merged, &self.recent_keys[at.clone()], &self.recent_values[at]);
+            // A chain of one is its token.
+            open = merged || bits.hidden(token) || token + 1 == tokens.end || !raw.clean;
+            if open {
+                chain.step(merged, raw.key(token), raw.value(token));
+            } else {
+                self.keys.extend_from_slice(raw.key(token));
+                self.values.extend_from_slice(raw.value(token));
+                self.push_token(token, 1);
+            }
         }
-        self.open = Some(chain);
+        self.open = open.then_some(chain);
     }
 
+    #[inline(always)]
     fn close(&mut self, chain: &ChainFold<S::Acc>, token: usize) {
-        let (dim, start) = (self.dim, self.keys.len());
-        self.keys.resize(start + dim, S::zero());
-        self.values.resize(start + dim, S::zero());
+        let start = self.keys.len();
+        self.keys.resize(start + self.dim, S::zero());
+        self.values.resize(start + self.dim, S::zero());
         let (mut key, mut value) = (chain.key.clone(), chain.value.clone());
         quarantine(&mut key, &mut value);
         S::narrow(&key, &mut self.keys[start..]);
         S::narrow(&value, &mut self.values[start..]);
+        self.push_token(token, chain.size);
+    }
+
+    /// A closed chain's last token, and how many it has.
+    fn push_token(&mut self, token: usize, size: usize) {
         self.tokens.push(token as u32);
         if self.settings.fold == Fold::Mean {
-            self.log2_sizes.push(S::Acc::of((chain.size as f64).log2()));
+            self.log2_sizes.push(match size {
+                1 => S::Acc::ZERO,
+                size => S::Acc::of((size as f64).log2()),
+            });
         }
+    }
+
+    /// The keys of closed chains.
+    pub fn key_rows(&self) -> HeadRows<'_, S> {
+        HeadRows::compact(&self.keys, self.dim)
+    }
+
+    /// The values of closed chains.
+    pub fn value_rows(&self) -> HeadRows<'_, S> {
+        HeadRows::compact(&self.values, self.dim)
     }
 
     /// The raw rows that a chunk's blocks read: its own where nothing is kept raw, else those of the window and its own.
@@ -312,38 +345,30 @@ impl<S: Element> List<S> {
     }
 }
 
+/// The last row whose key or value is NaN or infinite.
+fn last_not_finite<T: Element>(keys: &HeadRows<T>, values: &HeadRows<T>, count: usize) -> Option<usize> {
+    let mut room = vec![T::Acc::ZERO; keys.dim];
+    let mut finite = |rows: Range<usize>| {
+        vectorized(
+            #[inline(always)]
+            || {
+                let mut check = Check::default();
+                for row in rows.clone() {
+                    check.copy(keys.row(row), &mut room);
+                    check.copy(values.row(row), &mut room);
+                }
+                check.passed()
+            },
+        )
+    };
+    match finite(0..count) {
+        true => None,
+        false => (0..count).rev().find(|row| !finite(*row..row + 1)),
+    }
+}
+
 pub(crate) fn widened<T: Element>(row: &[T]) -> Vec<T::Acc> {
     let mut out = vec![T::Acc::ZERO; row.len()];
     T::widen(row, &mut out);
     out
-}
-
-impl<S: Element> FarSource<S::Acc> for List<S> {
-    fn columns(&self) -> usize {
-        self.tokens.len()
-    }
-
-    fn before(&self, token: usize) -> usize {
-        self.tokens.partition_point(|t| (*t as usize) < token)
-    }
-
-    fn token(&self, column: usize) -> usize {
-        self.tokens[column] as usize
-    }
-
-    fn log2_sizes(&self, columns: Range<usize>) -> Option<&[S::Acc]> {
-        self.log2_sizes.get(columns)
-    }
-
-    fn rows<'s>(&'s self, columns: Range<usize>, scratch: &'s mut RowScratch<S::Acc>) -> KeysValues<'s, S::Acc> {
-        let (keys, values) = scratch;
-        for (stored, rows) in [(&self.keys, &mut *keys), (&self.values, &mut *values)] {
-            rows.make_room(columns.len(), self.dim);
-            let stored = &stored[columns.start * self.dim..columns.end * self.dim];
-            for (row, source) in stored.chunks_exact(self.dim).enumerate() {
-                rows.widen(row, source);
-            }
-        }
-        (keys.rows(0), values.rows(0))
-    }
 }

@@ -17,6 +17,7 @@ pub(crate) mod forward;
 mod gemm_tile;
 mod halves;
 pub(crate) mod list;
+mod list_columns;
 mod list_decide;
 pub(crate) mod loss;
 pub(crate) mod observe;

@@ -72,8 +72,8 @@ pub(crate) fn refused() -> Option<&'static String> {
     kernel().as_ref().err()
 }
 
-/// How a dtype's numbers are split.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// How a dtype's numbers are split; the finer the greater.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Split {
     /// bf16
     One,
