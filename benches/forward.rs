@@ -1,6 +1,6 @@
 //! Forward attention on the CPU against candle's own and PyTorch's, in one run: `cargo bench --bench forward`; with
-//! SFATTENTION_PYTHON=python3 (one that has torch) PyTorch's rows too. Leaves plots of time against tokens and against
-//! the hidden ratio next to criterion's results.
+//! SFATTENTION_PYTHON=python3 (one that has torch) PyTorch's rows too. What is compared with rows of our own has its turns
+//! with them. Leaves plots of time against tokens and against the hidden ratio next to criterion's results.
 //!
 //! What lost: the gemm crate for the products of a tile. A product of our own (4 by 6 AVX-512 registers, nothing packed)
 //! first took 1.00 to 1.11 times its time, in tiles of 128 rows by 512 columns. In tiles of 64 by 64 forward reached 72 %
@@ -20,7 +20,10 @@ use candle_sfattention::{
 };
 use common::plot::{plot, Line};
 use common::pytorch::PyTorch;
-use common::{candle_flash, candle_plain, causal_mask, median, print_ratios, token_major, verify, Shape};
+use common::turns::Turns;
+use common::{
+    candle_flash, candle_plain, causal_mask, median, print_ratios, token_major, verify, verify_within, Shape,
+};
 use criterion::{Criterion, SamplingMode};
 use std::path::Path;
 
@@ -41,7 +44,6 @@ const WINDOWED: [(usize, &str); 3] = [
     (4, "ours, window 32, r = 0.8"),
 ];
 const CACHED: &str = "ours, r = 0, through the cache";
-const CACHED_BF16: &str = "ours, r = 0, bf16, through the cache";
 const DECIDE: &str = "ours, deciding only (KeyKey)";
 const OBSERVED: &str = "ours, deciding only (observed)";
 const STRIDED: &str = "ours, r = 0, (B, N, H, D) views";
@@ -52,6 +54,8 @@ const F16: &str = "ours, r = 0, f16";
 const GEMM: &str = "gemm alone, 2048 cubed";
 const GEMM_SIZE: usize = 2048;
 const ONE_THREAD: &str = "ours, r = 0, 1 thread";
+/// How far an output in halves may be from f32 of the same inputs.
+const HALF_BOUND: f32 = 0.02;
 
 struct Bench {
     criterion: Criterion,
@@ -87,87 +91,99 @@ fn bench_peers(bench: &mut Bench, folder: &Path, shape: Shape) -> Result<()> {
     Ok(())
 }
 
-/// What else there is of ours: windows, dtypes, layouts, the cache, one thread.
-fn bench_variants(bench: &mut Bench, folder: &Path, shape: Shape) -> Result<()> {
-    let qkv = shape.qkv()?;
-    let [q, k, v] = &qkv;
-    let windowed = CompressionConfig {
-        window: 32,
-        fold: Fold::Mean,
-        ..Default::default()
+/// The same inputs in a half dtype, and in f32 again.
+fn rounded(qkv: &[Tensor; 3], dtype: DType) -> Result<[[Tensor; 3]; 2]> {
+    let cast = |[q, k, v]: &[Tensor; 3], dtype| -> Result<[Tensor; 3]> {
+        Ok([q.to_dtype(dtype)?, k.to_dtype(dtype)?, v.to_dtype(dtype)?])
     };
+    let half = cast(qkv, dtype)?;
+    let wide = cast(&half, DType::F32)?;
+    Ok([half, wide])
+}
+
+/// Halves, and the gemm crate alone.
+fn bench_dtypes(bench: &mut Bench, folder: &Path, shape: Shape) -> Result<()> {
+    let qkv = shape.qkv()?;
     let nothing = shape.plan(0, &CompressionConfig::default())?;
-    let expected = run(&qkv, &nothing)?;
     let mut group = bench.criterion.benchmark_group(shape.name());
     group.sampling_mode(SamplingMode::Flat);
-    for (chain, name) in WINDOWED {
-        let plan = shape.plan(chain, &windowed)?;
-        group.bench_function(name, |bencher| bencher.iter(|| run(&qkv, &plan)));
-    }
-    let by_token = token_major(&qkv)?;
-    let views = [
-        by_token[0].transpose(1, 2)?,
-        by_token[1].transpose(1, 2)?,
-        by_token[2].transpose(1, 2)?,
-    ];
-    verify(STRIDED, &run(&views, &nothing)?, &expected)?;
-    group.bench_function(STRIDED, |bencher| bencher.iter(|| run(&views, &nothing)));
-    let grouped = [
-        q.clone(),
-        k.narrow(1, 0, 2)?.contiguous()?,
-        v.narrow(1, 0, 2)?.contiguous()?,
-    ];
-    group.bench_function(GROUPED, |bencher| bencher.iter(|| run(&grouped, &nothing)));
-    let off = HeadStrategies::uniform(MergeStrategy::Off);
-    let cached = |[q, k, v]: &[Tensor; 3]| {
-        let mut cache = CompressedKvCache::new(off.clone(), CompressionConfig::default(), CacheOptions::default())?;
-        cache.append_and_attend(q, k, v, &AttentionOptions::default())
-    };
-    verify(CACHED, &cached(&qkv)?, &expected)?;
-    group.bench_function(CACHED, |bencher| bencher.iter(|| cached(&qkv)));
-    for (name, through_cache, dtype) in [(BF16, Some(CACHED_BF16), DType::BF16), (F16, None, DType::F16)] {
-        let half = [q.to_dtype(dtype)?, k.to_dtype(dtype)?, v.to_dtype(dtype)?];
-        let rounded = [
-            half[0].to_dtype(DType::F32)?,
-            half[1].to_dtype(DType::F32)?,
-            half[2].to_dtype(DType::F32)?,
-        ];
-        let wide = run(&rounded, &nothing)?;
-        common::verify_within(name, &run(&half, &nothing)?.to_dtype(DType::F32)?, &wide, 0.02)?;
+    for (name, dtype) in [(BF16, DType::BF16), (F16, DType::F16)] {
+        let [half, wide] = rounded(&qkv, dtype)?;
+        let output = run(&half, &nothing)?.to_dtype(DType::F32)?;
+        verify_within(name, &output, &run(&wide, &nothing)?, HALF_BOUND)?;
         group.bench_function(name, |bencher| bencher.iter(|| run(&half, &nothing)));
-        if let Some(name) = through_cache {
-            common::verify_within(name, &cached(&half)?.to_dtype(DType::F32)?, &wide, 0.02)?;
-            group.bench_function(name, |bencher| bencher.iter(|| cached(&half)));
-        }
     }
     if let Some(pytorch) = &mut bench.pytorch {
         pytorch.record(folder, "time forward", PYTORCH_BF16, shape, "bf16")?;
     }
     let square = Tensor::randn(0f32, 1.0, (GEMM_SIZE, GEMM_SIZE), &Device::Cpu)?;
     group.bench_function(GEMM, |bencher| bencher.iter(|| square.matmul(&square)));
-    let single = rayon::ThreadPoolBuilder::new()
-        .num_threads(1)
-        .build()
-        .map_err(candle_core::Error::wrap)?;
-    group.bench_function(ONE_THREAD, |bencher| {
-        bencher.iter(|| single.install(|| run(&qkv, &nothing)))
-    });
-    let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
-    let pretrained = CompressionConfig::pretrained();
-    group.bench_function(DECIDE, |bencher| {
-        bencher.iter(|| MergePlan::new(q, k, v, &strategies, &pretrained, &AttentionOptions::default()))
-    });
-    // Its thresholds depend on the model; its time does not depend on them.
-    let thresholds = Tensor::full(0.01f64, shape.heads, q.device())?;
-    let (scored, calibrated) = (
-        strategies.with_thresholds(&thresholds)?,
-        CompressionConfig::calibrated(),
-    );
-    group.bench_function(OBSERVED, |bencher| {
-        bencher.iter(|| MergePlan::new(q, k, v, &scored, &calibrated, &AttentionOptions::default()))
-    });
     group.finish();
     Ok(())
+}
+
+/// One prefill of a cache that hides nothing.
+fn cached([q, k, v]: &[Tensor; 3]) -> Result<Tensor> {
+    let off = HeadStrategies::uniform(MergeStrategy::Off);
+    let mut cache = CompressedKvCache::new(off, CompressionConfig::default(), CacheOptions::default())?;
+    cache.append_and_attend(q, k, v, &AttentionOptions::default())
+}
+
+/// What else there is of ours, against nothing hidden: ratios, windows, layouts, the cache, one thread, deciding.
+fn turns(shape: Shape) -> Result<()> {
+    let qkv = &shape.qkv()?;
+    let [q, k, v] = qkv;
+    let plain = CompressionConfig::default();
+    let windowed = CompressionConfig {
+        window: 32,
+        fold: Fold::Mean,
+        ..Default::default()
+    };
+    let nothing = &shape.plan(0, &plain)?;
+    let options = &AttentionOptions::default();
+    let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+    // Their thresholds depend on the model; the time does not depend on them.
+    let thresholds = Tensor::full(0.01f64, shape.heads, q.device())?;
+    let scored = strategies.clone().with_thresholds(&thresholds)?;
+    let mut turns = Turns::new();
+    for (names, config) in [(RATIOS, &plain), (WINDOWED, &windowed)] {
+        for (chain, name) in names {
+            let plan = shape.plan(chain, config)?;
+            turns.row(name, move || run(qkv, &plan));
+        }
+    }
+    let expected = run(qkv, nothing)?;
+    let by_token = token_major(qkv)?;
+    let views = [
+        by_token[0].transpose(1, 2)?,
+        by_token[1].transpose(1, 2)?,
+        by_token[2].transpose(1, 2)?,
+    ];
+    verify(STRIDED, &run(&views, nothing)?, &expected)?;
+    turns.row(STRIDED, move || run(&views, nothing));
+    let quarter = |x: &Tensor| x.narrow(1, 0, shape.heads / 4)?.contiguous();
+    let grouped = [q.clone(), quarter(k)?, quarter(v)?];
+    turns.row(GROUPED, move || run(&grouped, nothing));
+    verify(CACHED, &cached(qkv)?, &expected)?;
+    turns.row(CACHED, || cached(qkv));
+    let single = rayon::ThreadPoolBuilder::new().num_threads(1).build();
+    let single = single.map_err(candle_core::Error::wrap)?;
+    turns.row(ONE_THREAD, move || single.install(|| run(qkv, nothing)));
+    for (name, strategies, config) in [
+        (DECIDE, &strategies, CompressionConfig::pretrained()),
+        (OBSERVED, &scored, CompressionConfig::calibrated()),
+    ] {
+        turns.row(name, move || MergePlan::new(q, k, v, strategies, &config, options));
+    }
+    turns.run(&shape.name())?;
+
+    let [half, wide] = rounded(qkv, DType::BF16)?;
+    let output = cached(&half)?.to_dtype(DType::F32)?;
+    verify_within(CACHED, &output, &run(&wide, nothing)?, HALF_BOUND)?;
+    let mut turns = Turns::new();
+    turns.row(BF16, || run(&half, nothing));
+    turns.row(CACHED, || cached(&half));
+    turns.run(&format!("{}, bf16", shape.name()))
 }
 
 /// Time against tokens, and against the hidden ratio.
@@ -252,25 +268,15 @@ fn main() -> Result<()> {
     common::forget(&folder, &[PYTORCH, PYTORCH_BF16]);
     for shape in shapes {
         bench_peers(&mut bench, &folder, shape)?;
-        bench_variants(&mut bench, &folder, shape)?;
+        bench_dtypes(&mut bench, &folder, shape)?;
+        turns(shape)?;
     }
     for shape in sweep.into_iter().chain(small) {
         bench_peers(&mut bench, &folder, shape)?;
     }
     bench.criterion.final_summary();
-    let mut rows: Vec<&str> = RATIOS.iter().chain(&WINDOWED).map(|(_, name)| *name).collect();
-    rows.extend([
-        STRIDED,
-        GROUPED,
-        BF16,
-        F16,
-        ONE_THREAD,
-        CACHED,
-        CACHED_BF16,
-        DECIDE,
-        OBSERVED,
-        PLAIN,
-    ]);
+    let mut rows: Vec<&str> = RATIOS.iter().map(|(_, name)| *name).collect();
+    rows.extend([BF16, F16, PLAIN]);
     let names: Vec<String> = shapes.iter().chain(&sweep).chain(&small).map(Shape::name).collect();
     print_ratios(&folder, &names, &rows, &[FLASH, PLAIN, PYTORCH, PYTORCH_BF16]);
     print_gemm_shares(&folder, &shapes);

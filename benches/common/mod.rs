@@ -5,6 +5,7 @@
 
 pub mod plot;
 pub mod pytorch;
+pub mod turns;
 
 use candle_core::{DType, Device, Result, Tensor, D};
 use candle_nn::attention::{flash_attn, AttnMask};

@@ -1,0 +1,77 @@
+//! Rows whose ratios matter, run in turns: what disturbs the machine for a while disturbs all of them.
+
+use candle_core::Result;
+use std::time::{Duration, Instant};
+
+/// How often each row has its turn; half of the turns decide.
+const ROUNDS: usize = 21;
+/// A turn is as many calls as fill this.
+const TURN: Duration = Duration::from_millis(30);
+
+/// Rows that are measured against the first one.
+pub struct Turns<'r> {
+    rows: Vec<(&'static str, Row<'r>)>,
+}
+
+type Row<'r> = Box<dyn FnMut() -> Result<()> + 'r>;
+
+impl<'r> Turns<'r> {
+    pub fn new() -> Self {
+        Self { rows: Vec::new() }
+    }
+
+    pub fn row<T>(&mut self, name: &'static str, mut call: impl FnMut() -> Result<T> + 'r) {
+        self.rows.push((name, Box::new(move || call().map(drop))));
+    }
+
+    /// Prints each row's median, and the median of its ratios to what the first row took just before and just after. With
+    /// criterion's `--test` each row runs once.
+    pub fn run(mut self, title: &str) -> Result<()> {
+        if std::env::args().any(|arg| arg == "--test") {
+            return self.rows.iter_mut().try_for_each(|(_, call)| call());
+        }
+        let Some(((first, base), others)) = self.rows.split_first_mut() else {
+            return Ok(());
+        };
+        let mut times = vec![Vec::new(); others.len() + 1];
+        let mut ratios = vec![Vec::new(); others.len() + 1];
+        turn(base)?;
+        for _ in 0..ROUNDS {
+            let mut before = turn(base)?;
+            for (index, (_, call)) in others.iter_mut().enumerate() {
+                let time = turn(call)?;
+                let after = turn(base)?;
+                times[index + 1].push(time);
+                ratios[index + 1].push(2.0 * time / (before + after));
+                times[0].push(after);
+                before = after;
+            }
+            ratios[0].push(1.0);
+        }
+        println!(
+            "\n{title}, in turns with its first row\n{:<42}{:>11}{:>8}",
+            "median of", "ms", "ratio"
+        );
+        let names = std::iter::once(&*first).chain(others.iter().map(|(name, _)| name));
+        for ((name, times), ratios) in names.zip(&mut times).zip(&mut ratios) {
+            println!("{name:<42}{:>11.3}{:>8.3}", median(times) * 1e3, median(ratios));
+        }
+        Ok(())
+    }
+}
+
+/// Seconds a call.
+fn turn(call: &mut Row) -> Result<f64> {
+    let start = Instant::now();
+    let mut calls = 0;
+    while calls == 0 || start.elapsed() < TURN {
+        call()?;
+        calls += 1;
+    }
+    Ok(start.elapsed().as_secs_f64() / f64::from(calls))
+}
+
+fn median(numbers: &mut [f64]) -> f64 {
+    numbers.sort_by(f64::total_cmp);
+    numbers.get(numbers.len() / 2).copied().unwrap_or(f64::NAN)
+}
