@@ -4,22 +4,28 @@
 
 mod common;
 
-use candle_core::{Device, Result, Tensor, D};
+use candle_core::{DType, Device, Result, Tensor, D};
 use candle_nn::attention::{flash_attn, AttnMask};
 use candle_nn::kv_cache::KvCache;
 use candle_sfattention::{
     AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, Criterion, Fold, GroupRule, HeadStrategies,
     MergeStrategy,
 };
-use common::{median, verify};
+use common::{median, verify, verify_within};
 use criterion::{BenchmarkGroup, Criterion as Bench, SamplingMode};
 use rayon::prelude::*;
 
 const FLASH: &str = "candle-nn CPU flash, q_len 1";
 const PLAIN: &str = "candle KvCache + matmul softmax";
 const COPY: &str = "copy of 256 MiB";
-/// Tokens that resemble their left neighbour per one that does not, and the row's name.
-const RATIOS: [(usize, &str); 3] = [(0, "ours, r = 0"), (1, "ours, r = 0.5"), (4, "ours, r = 0.8")];
+/// Tokens that resemble their left neighbour per one that does not, what keys and values are stored in, the row's name.
+const ROWS: [(usize, DType, &str); 5] = [
+    (0, DType::F32, "ours, r = 0"),
+    (1, DType::F32, "ours, r = 0.5"),
+    (4, DType::F32, "ours, r = 0.8"),
+    (0, DType::BF16, "ours, r = 0, bf16"),
+    (0, DType::F16, "ours, r = 0, f16"),
+];
 
 #[derive(Clone, Copy)]
 struct Shape {
@@ -47,8 +53,8 @@ impl Shape {
         repeated.narrow(2, 0, self.context)?.contiguous()
     }
 
-    fn kept_bytes(&self, cache: &CompressedKvCache) -> usize {
-        cache.lens().iter().flatten().sum::<usize>() * 2 * self.dim * 4
+    fn kept_bytes(&self, cache: &CompressedKvCache, storage: DType) -> usize {
+        cache.lens().iter().flatten().sum::<usize>() * 2 * self.dim * storage.size_in_bytes()
     }
 }
 
@@ -63,9 +69,13 @@ fn config(chain: usize) -> CompressionConfig {
     }
 }
 
-fn filled(shape: &Shape, chain: usize, k: &Tensor, v: &Tensor) -> Result<CompressedKvCache> {
+fn filled(shape: &Shape, (chain, storage): (usize, DType), k: &Tensor, v: &Tensor) -> Result<CompressedKvCache> {
     let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
-    let mut cache = CompressedKvCache::new(strategies, config(chain), CacheOptions::default())?;
+    let options = CacheOptions {
+        storage: Some(storage),
+        max_entries: None,
+    };
+    let mut cache = CompressedKvCache::new(strategies, config(chain), options)?;
     let q = shape.random(shape.heads, 1)?;
     let q = q.broadcast_as((shape.batch, shape.heads, shape.context, shape.dim))?;
     cache.append(&q, k, v)?;
@@ -101,8 +111,8 @@ fn bench_ours(
 ) -> Result<Vec<(String, usize)>> {
     let mut kept = Vec::new();
     let options = AttentionOptions::default();
-    for (chain, name) in RATIOS {
-        let cache = filled(shape, chain, &shape.keys(chain)?, v)?;
+    for (chain, storage, name) in ROWS {
+        let cache = filled(shape, (chain, storage), &shape.keys(chain)?, v)?;
         let (q, k) = (shape.random(shape.heads, 1)?, shape.random(shape.kv_heads, 1)?);
         let mut running = cache.clone();
         group.bench_function(name, |bencher| {
@@ -114,7 +124,7 @@ fn bench_ours(
                 running.append_and_attend(&q, &k, &k, &options)
             })
         });
-        kept.push((name.to_string(), shape.kept_bytes(&cache)));
+        kept.push((name.to_string(), shape.kept_bytes(&cache, storage)));
     }
     Ok(kept)
 }
@@ -124,16 +134,14 @@ fn bench_shape(bench: &mut Bench, shape: Shape) -> Result<Vec<(String, usize)>> 
     let (q, new) = (shape.random(shape.heads, 1)?, shape.random(shape.kv_heads, 1)?);
     let (all_k, all_v) = (Tensor::cat(&[&k, &new], 2)?, Tensor::cat(&[&v, &new], 2)?);
     let expected = plain(&shape, &q, &all_k, &all_v)?;
-    let mut cache = filled(&shape, 0, &k, &v)?;
-    verify(
-        "ours",
-        &cache.append_and_attend(&q, &new, &new, &Default::default())?,
-        &expected,
-    )?;
+    for (storage, bound) in [(DType::F32, 1e-4), (DType::F16, 2e-3), (DType::BF16, 0.02)] {
+        let mut cache = filled(&shape, (0, storage), &k, &v)?;
+        let output = cache.append_and_attend(&q, &new, &new, &Default::default())?;
+        verify_within("ours", &output, &expected, bound)?;
+    }
     let by_token = |x: &Tensor| x.transpose(1, 2)?.contiguous();
     let (fq, fk, fv) = (by_token(&q)?, by_token(&all_k)?, by_token(&all_v)?);
     verify(FLASH, &flash(&fq, &fk, &fv)?, &expected)?;
-    drop(cache);
 
     let mut group = bench.benchmark_group(shape.group_name());
     group.sampling_mode(SamplingMode::Flat);

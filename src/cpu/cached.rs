@@ -2,7 +2,7 @@
 
 use super::attend::Worker;
 use super::columns::{block_rows, BiasView, Block, FarSource, Settings, PAIR_ROWS};
-use super::decode::{load_query, Decoder, SPLIT};
+use super::decode::{load_query, reads_lanes, Decoder, SPLIT};
 use super::fold::ChainFold;
 use super::list::{widened, List};
 use super::list_columns::GatheredList;
@@ -211,6 +211,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             let decoder = Decoder {
                 queries: &queries[*index],
                 dim: self.head_dim,
+                lanes: reads_lanes(&lists[*index].1),
             };
             decoder.split(&lists[*index].1, range.clone())
         };
@@ -226,6 +227,9 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             while let Some((_, other)) = partials.next_if(|(next, _)| *next == index) {
                 partial.merge(&other);
             }
+            if reads_lanes(&lists[index].1) {
+                partial.restore::<S>();
+            }
             partial.finish(&mut outputs);
         }
     }
@@ -239,6 +243,9 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
                 .get(index * self.head_dim..(index + 1) * self.head_dim);
             let joins_left = list.seq_len > 1 && list.bits.last() == Some(&1);
             load_query(rows.row(0), previous.filter(|_| joins_left), self.scale, target);
+            if reads_lanes(list) {
+                S::order(target);
+            }
         }
         queries
     }

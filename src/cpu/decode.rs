@@ -2,6 +2,7 @@
 //! query heads of its group. Long lists are split over threads at fixed places, whatever the number of threads.
 
 use super::fold::{all_finite, quarantine};
+use super::lanes::Lanes;
 use super::list::List;
 use super::softmax::finish_row;
 use super::{arch, Accumulator, Element, HeadRows};
@@ -10,7 +11,7 @@ use std::ops::Range;
 
 /// Entries of one task: at D = 64 in f32, 1 MiB of keys and values.
 pub(crate) const SPLIT: usize = 2048;
-/// Entries whose weights are held at once; their keys (widened, where stored as halves) stay in the L1 cache.
+/// Entries whose weights are held at once; their keys stay in the L1 cache.
 const TILE: usize = 64;
 
 /// An unfinished softmax of the group's rows: maximum (base 2), sum and weighted values.
@@ -21,10 +22,19 @@ pub(crate) struct Partial<A> {
     output: Vec<A>,
 }
 
-/// Scaled queries (group, D) of one list and the buffers of one thread.
+/// Scaled queries (group, D) of one list.
 pub(crate) struct Decoder<'a, A> {
+    /// In the order of lanes where the list is read by them.
     pub queries: &'a [A],
     pub dim: usize,
+    /// Whether the list is read by lanes: see [`reads_lanes`].
+    pub lanes: bool,
+}
+
+/// Whether a list's rows can be read where they are.
+pub(crate) fn reads_lanes<S: Element>(list: &List<S>) -> bool {
+    let stored = [&list.keys, &list.values, &list.recent_keys, &list.recent_values];
+    stored.iter().all(|rows| S::lanes(rows, list.dim).is_some())
 }
 
 impl<A: Accumulator> Partial<A> {
@@ -51,6 +61,12 @@ impl<A: Accumulator> Partial<A> {
             let rows = self.output[row * dim..].iter_mut().zip(&other.output[row * dim..]);
             rows.take(dim).for_each(|(x, y)| *x = *x * mine + *y * theirs);
         }
+    }
+
+    /// Brings the rows back from the order of lanes.
+    pub fn restore<S: Lanes<Acc = A>>(&mut self) {
+        let dim = self.output.len() / self.max.len();
+        self.output.chunks_exact_mut(dim).for_each(S::restore);
     }
 
     /// Writes the group's output rows.
@@ -81,6 +97,10 @@ impl<A: Accumulator> Decoder<'_, A> {
         let Some(chain) = &list.open else { return };
         let (mut key, mut value) = (chain.key.clone(), chain.value.clone());
         quarantine(&mut key, &mut value);
+        if self.lanes {
+            S::order(&mut key);
+            S::order(&mut value);
+        }
         let size = [A::of((chain.size as f64).log2())];
         let (key, value) = (
             HeadRows::compact(&key[..], self.dim),
@@ -120,11 +140,12 @@ impl<A: Accumulator> Decoder<'_, A> {
         for start in range.clone().step_by(TILE) {
             let count = TILE.min(range.end - start);
             let sizes = log2_sizes.get(start..start + count);
-            match (S::as_acc(keys.data), S::as_acc(values.data)) {
-                (Some(keys), Some(values)) if !check => {
-                    let keys = HeadRows::compact(keys, self.dim).skip(start);
-                    let values = HeadRows::compact(values, self.dim).skip(start);
-                    self.tile(simd, (&keys, &values), count, sizes, partial);
+            let lanes = |rows| S::lanes(rows, self.dim).filter(|_| self.lanes && !check);
+            match (lanes(keys.data), lanes(values.data)) {
+                (Some(keys), Some(values)) => {
+                    let keys = HeadRows::compact(keys, self.dim / S::NUMBERS).skip(start);
+                    let values = HeadRows::compact(values, self.dim / S::NUMBERS).skip(start);
+                    self.tile::<I, S>(simd, (&keys, &values), count, sizes, partial);
                 }
                 _ => {
                     widen_rows(keys, start, count, &mut buffers.0);
@@ -136,9 +157,13 @@ impl<A: Accumulator> Decoder<'_, A> {
                             quarantine(key, value);
                         });
                     }
+                    if self.lanes {
+                        let rows = buffers.0.chunks_exact_mut(self.dim);
+                        rows.chain(buffers.1.chunks_exact_mut(self.dim)).for_each(S::order);
+                    }
                     let keys = HeadRows::compact(&buffers.0[..], self.dim);
                     let values = HeadRows::compact(&buffers.1[..], self.dim);
-                    self.tile(simd, (&keys, &values), count, sizes, partial);
+                    self.tile::<I, A>(simd, (&keys, &values), count, sizes, partial);
                 }
             }
         }
@@ -147,10 +172,10 @@ impl<A: Accumulator> Decoder<'_, A> {
     /// At most [`TILE`] columns for every row of the group, four rows at a time: each key and value is read once for
     /// the four, so that memory and arithmetic never wait for each other in turns.
     #[inline(always)]
-    fn tile<I: Simd>(
+    fn tile<I: Simd, S: Lanes<Acc = A>>(
         &self,
         simd: I,
-        columns: (&HeadRows<A>, &HeadRows<A>),
+        columns: (&HeadRows<S::Lane>, &HeadRows<S::Lane>),
         count: usize,
         log2_sizes: Option<&[A]>,
         partial: &mut Partial<A>,
@@ -158,19 +183,19 @@ impl<A: Accumulator> Decoder<'_, A> {
         let group = self.queries.len() / self.dim;
         for first in (0..group).step_by(4) {
             match group - first {
-                1 => self.tile_rows::<I, 1>(simd, columns, count, log2_sizes, partial, first),
-                2 => self.tile_rows::<I, 2>(simd, columns, count, log2_sizes, partial, first),
-                3 => self.tile_rows::<I, 3>(simd, columns, count, log2_sizes, partial, first),
-                _ => self.tile_rows::<I, 4>(simd, columns, count, log2_sizes, partial, first),
+                1 => self.tile_rows::<I, S, 1>(simd, columns, count, log2_sizes, partial, first),
+                2 => self.tile_rows::<I, S, 2>(simd, columns, count, log2_sizes, partial, first),
+                3 => self.tile_rows::<I, S, 3>(simd, columns, count, log2_sizes, partial, first),
+                _ => self.tile_rows::<I, S, 4>(simd, columns, count, log2_sizes, partial, first),
             }
         }
     }
 
     #[inline(always)]
-    fn tile_rows<I: Simd, const G: usize>(
+    fn tile_rows<I: Simd, S: Lanes<Acc = A>, const G: usize>(
         &self,
         simd: I,
-        (keys, values): (&HeadRows<A>, &HeadRows<A>),
+        (keys, values): (&HeadRows<S::Lane>, &HeadRows<S::Lane>),
         count: usize,
         log2_sizes: Option<&[A]>,
         partial: &mut Partial<A>,
@@ -185,7 +210,7 @@ impl<A: Accumulator> Decoder<'_, A> {
                 values.prefetch(column);
             }
             let size = log2_sizes.map_or(A::ZERO, |sizes| sizes[column]);
-            let logits = A::dots(simd, queries, keys.row(column));
+            let logits = S::dots(simd, queries, keys.row(column));
             for (weights, logit) in weights.iter_mut().zip(logits) {
                 weights[column] = logit + size;
             }
@@ -195,22 +220,19 @@ impl<A: Accumulator> Decoder<'_, A> {
             let (max, sum) = (&mut partial.max[first + row], &mut partial.sum[first + row]);
             push(max, sum, weights, &mut outputs[row * dim..][..dim]);
         }
-        add_weighted(simd, outputs, values, &weights, count);
+        add_weighted::<I, S, G>(simd, outputs, values, &weights, count);
     }
 }
 
 /// Turns a tile's logits into weights under the row's new maximum, and what the row had so far into its scale.
 #[inline(always)]
 fn push<A: Accumulator>(row_max: &mut A, row_sum: &mut A, weights: &mut [A; TILE], output: &mut [A]) {
-    let max = weights.iter().fold(*row_max, |max, logit| max.larger(*logit));
+    let max = row_max.larger(by_lanes(weights, A::NEG_INFINITY, A::larger));
     let base = if max == A::NEG_INFINITY { A::ZERO } else { max };
     for weight in weights.iter_mut() {
         *weight = (*weight - base).exp2_nonpositive();
     }
-    let mut sum = A::ZERO;
-    for weight in weights.iter() {
-        sum += *weight;
-    }
+    let sum = by_lanes(weights, A::ZERO, |x, y| x + y);
     if max != *row_max {
         let rescale = (*row_max - base).exp2_nonpositive();
         output.iter_mut().for_each(|x| *x *= rescale);
@@ -218,6 +240,18 @@ fn push<A: Accumulator>(row_max: &mut A, row_sum: &mut A, weights: &mut [A; TILE
         *row_max = max;
     }
     *row_sum += sum;
+}
+
+/// A sum, or the like, that does not wait for itself number by number.
+#[inline(always)]
+fn by_lanes<A: Accumulator>(numbers: &[A; TILE], start: A, join: impl Fn(A, A) -> A) -> A {
+    let mut lanes = [start; 16];
+    for chunk in numbers.as_chunks::<16>().0 {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane = join(*lane, *x);
+        }
+    }
+    lanes.into_iter().fold(start, join)
 }
 
 /// One task, as code for one instruction set.
@@ -248,17 +282,17 @@ impl<A: Accumulator, S: Element<Acc = A>> WithSimd for Split<'_, A, S> {
 
 /// Four values at a time, so that the outputs are loaded and stored a quarter as often.
 #[inline(always)]
-fn add_weighted<I: Simd, A: Accumulator, const G: usize>(
+fn add_weighted<I: Simd, S: Lanes, const G: usize>(
     simd: I,
-    outputs: &mut [A],
-    values: &HeadRows<A>,
-    weights: &[[A; TILE]; G],
+    outputs: &mut [S::Acc],
+    values: &HeadRows<S::Lane>,
+    weights: &[[S::Acc; TILE]; G],
     count: usize,
 ) {
     let quads = count / 4;
     for quad in 0..quads {
         let at = 4 * quad;
-        let mut quad_weights = [[A::ZERO; 4]; G];
+        let mut quad_weights = [[S::Acc::ZERO; 4]; G];
         for (target, row) in quad_weights.iter_mut().zip(weights) {
             target.copy_from_slice(&row[at..at + 4]);
         }
@@ -268,14 +302,17 @@ fn add_weighted<I: Simd, A: Accumulator, const G: usize>(
             values.row(at + 2),
             values.row(at + 3),
         ];
-        A::add_weighted(simd, outputs, rows, quad_weights);
+        S::add_weighted(simd, outputs, rows, quad_weights);
     }
-    for column in 4 * quads..count {
-        for (output, weights) in outputs.chunks_exact_mut(values.dim).zip(weights) {
-            for (x, y) in output.iter_mut().zip(values.row(column)) {
-                *x += weights[column] * *y;
-            }
+    if 4 * quads < count {
+        // The last row stands for those that are missing, and counts for nothing: a value is finite.
+        let at = |i: usize| (4 * quads + i).min(count - 1);
+        let rows = [0, 1, 2, 3].map(|i| values.row(at(i)));
+        let mut rest = [[S::Acc::ZERO; 4]; G];
+        for (target, row) in rest.iter_mut().zip(weights) {
+            target[..count - 4 * quads].copy_from_slice(&row[4 * quads..count]);
         }
+        S::add_weighted(simd, outputs, rows, rest);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::exp2::{EXP2_F32, EXP2_F64};
 use super::gemm_tile::Tile;
+use super::lanes::Lanes;
 use super::pairs::Split;
 use super::product::Product;
 use super::softmax::OnlineSoftmax;
@@ -13,9 +14,7 @@ use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Sub};
 pub(crate) const PANEL: usize = 16;
 
 /// A dtype that q, k and v may have.
-pub(crate) trait Element: WithDType {
-    /// What sums, softmax and folds are computed in.
-    type Acc: Accumulator;
+pub(crate) trait Element: WithDType + Lanes {
     /// Its numbers as sums of bf16 parts, where they are such sums.
     const SPLIT: Option<Split>;
 
@@ -28,7 +27,7 @@ pub(crate) trait Element: WithDType {
 
 /// f32 or f64 arithmetic, written so that loops over it vectorise.
 pub(crate) trait Accumulator:
-    Element<Acc = Self>
+    Element<Acc = Self, Lane = Self>
     + Copy
     + Add<Output = Self>
     + Sub<Output = Self>
@@ -53,16 +52,6 @@ pub(crate) trait Accumulator:
     fn absolute(self) -> Self;
     /// The dot product of two rows, with this instruction set's registers and fused multiply-adds.
     fn dot<S: Simd>(simd: S, a: &[Self], b: &[Self]) -> Self;
-    /// The dot products of G rows with one: each part of it is read once.
-    fn dots<S: Simd, const G: usize>(simd: S, rows: [&[Self]; G], one: &[Self]) -> [Self; G];
-    /// `outputs[g] += weights[g][0] * rows[0] + ... + weights[g][3] * rows[3]`: each part of the rows is read once.
-    /// `outputs` are G rows, one after the other.
-    fn add_weighted<S: Simd, const G: usize>(
-        simd: S,
-        outputs: &mut [Self],
-        rows: [&[Self]; 4],
-        weights: [[Self; 4]; G],
-    );
     /// The dot products of G queries and the keys of the first `count` panels, each (D, [`PANEL`]), times a factor: query
     /// g's go to `logits[g * stride..]`. C registers of keys are read together. Each sum adds dimension by dimension.
     fn panel_dots<'k, S: Simd, const G: usize, const C: usize>(
@@ -112,7 +101,6 @@ pub(crate) trait Accumulator:
 macro_rules! accumulator {
     ($float:ident, $bits:ident, $ibits:ident, split $split:expr, singles ($slice:ident) $singles:expr, dots $dots:ident, product $product:ident, weigh $weigh:ident, differentiate $differentiate:ident, add_weights $add_weights:ident, simd ($lanes:ident, $floats:ident, $as:ident, $as_mut:ident, $splat:ident, $fma:ident, $add:ident, $mul:ident, $sum:ident, $greater:ident, $select:ident), magic $magic:expr, bias $bias:expr, mantissa $mantissa:expr, min $min:expr, $poly:expr) => {
         impl Element for $float {
-            type Acc = $float;
             const SPLIT: Option<Split> = $split;
 
             fn widen(source: &[Self], target: &mut [Self]) {
@@ -199,62 +187,6 @@ macro_rules! accumulator {
                 }
                 let tail: $float = a_tail.iter().zip(b_tail).map(|(x, y)| x * y).sum();
                 simd.$sum(simd.$add(sums[0], sums[1])) + tail
-            }
-            // Loops over indices: closures over registers are not sure to be inlined into this instruction set's code.
-            #[inline(always)]
-            #[allow(clippy::needless_range_loop)]
-            fn dots<S: Simd, const G: usize>(simd: S, rows: [&[Self]; G], one: &[Self]) -> [Self; G] {
-                let (one, one_tail) = S::$as(one);
-                let (mut heads, mut tails) = ([one; G], [one_tail; G]);
-                for g in 0..G {
-                    let (head, tail) = S::$as(rows[g]);
-                    (heads[g], tails[g]) = (&head[..one.len()], &tail[..one_tail.len()]);
-                }
-                let mut sums = [simd.$splat(0.0); G];
-                for i in 0..one.len() {
-                    for g in 0..G {
-                        sums[g] = simd.$fma(heads[g][i], one[i], sums[g]);
-                    }
-                }
-                let mut dots = [0.0; G];
-                for g in 0..G {
-                    dots[g] = simd.$sum(sums[g]);
-                    for i in 0..one_tail.len() {
-                        dots[g] += tails[g][i] * one_tail[i];
-                    }
-                }
-                dots
-            }
-            #[inline(always)]
-            #[allow(clippy::needless_range_loop)]
-            fn add_weighted<S: Simd, const G: usize>(
-                simd: S,
-                outputs: &mut [Self],
-                rows: [&[Self]; 4],
-                weights: [[Self; 4]; G],
-            ) {
-                let dim = rows[0].len();
-                let [a, b, c, d] = [S::$as(rows[0]), S::$as(rows[1]), S::$as(rows[2]), S::$as(rows[3])];
-                let count = a.0.len();
-                let [a0, b0, c0, d0] = [a.0, &b.0[..count], &c.0[..count], &d.0[..count]];
-                let mut outputs = outputs.chunks_exact_mut(dim);
-                let pairs = [(); G].map(|_| S::$as_mut(outputs.next().unwrap_or_default()));
-                for i in 0..count {
-                    for g in 0..G {
-                        let w = &weights[g];
-                        let x = &mut pairs[g].0[i];
-                        let sum = simd.$fma(simd.$splat(w[0]), a0[i], *x);
-                        let sum = simd.$fma(simd.$splat(w[1]), b0[i], sum);
-                        let sum = simd.$fma(simd.$splat(w[2]), c0[i], sum);
-                        *x = simd.$fma(simd.$splat(w[3]), d0[i], sum);
-                    }
-                }
-                for g in 0..G {
-                    let w = &weights[g];
-                    for (i, x) in pairs[g].1.iter_mut().enumerate() {
-                        *x += w[0] * a.1[i] + w[1] * b.1[i] + w[2] * c.1[i] + w[3] * d.1[i];
-                    }
-                }
             }
             #[inline(always)]
             #[allow(clippy::needless_range_loop)]

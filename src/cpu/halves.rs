@@ -5,7 +5,6 @@ use super::pairs::Split;
 use half::slice::HalfFloatSliceExt;
 
 impl Element for half::f16 {
-    type Acc = f32;
     const SPLIT: Option<Split> = Some(Split::Two);
 
     fn widen(source: &[Self], target: &mut [f32]) {
@@ -23,7 +22,6 @@ impl Element for half::f16 {
 }
 
 impl Element for half::bf16 {
-    type Acc = f32;
     const SPLIT: Option<Split> = Some(Split::One);
 
     // half's own conversion goes number by number; these two loops vectorise.

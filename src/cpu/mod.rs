@@ -16,6 +16,7 @@ pub(crate) mod fold;
 pub(crate) mod forward;
 mod gemm_tile;
 mod halves;
+mod lanes;
 pub(crate) mod list;
 mod list_columns;
 mod list_decide;

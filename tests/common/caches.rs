@@ -3,7 +3,7 @@
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_sfattention::{
-    AttentionOptions, CompressionConfig, Criterion, Fold, GroupRule, HeadStrategies, MergeStrategy,
+    AttentionOptions, CompressedKvCache, CompressionConfig, Criterion, Fold, GroupRule, HeadStrategies, MergeStrategy,
 };
 use proptest::prelude::*;
 
@@ -103,4 +103,29 @@ pub fn part_options(options: &AttentionOptions, start: usize, count: usize) -> R
         bias: rows.transpose()?,
         ..options.clone()
     })
+}
+
+/// Appends chunks of the given lengths, over and over, until all tokens are in.
+pub fn chunked(
+    cache: &mut CompressedKvCache,
+    qkv: &[Tensor; 3],
+    chunks: &[usize],
+    options: impl Fn(usize, usize) -> Result<AttentionOptions>,
+) -> Result<Tensor> {
+    let tokens = qkv[0].dim(2)?;
+    let (mut outputs, mut start) = (Vec::new(), 0);
+    for chunk in chunks.iter().cycle() {
+        let count = (*chunk).min(tokens - start);
+        if count == 0 {
+            break;
+        }
+        let [q, k, v] = part(qkv, start, count)?;
+        outputs.push(cache.append_and_attend(&q, &k, &v, &options(start, count)?)?);
+        start += count;
+    }
+    Ok(Tensor::cat(&outputs, 2)?)
+}
+
+pub fn plain(_: usize, _: usize) -> Result<AttentionOptions> {
+    Ok(AttentionOptions::default())
 }
