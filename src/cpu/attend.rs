@@ -45,11 +45,15 @@ impl<'a, Q: Element> Worker<'a, Q> {
         reader.load_queries(block);
         rows.softmax.reset();
         let mut started = 0;
-        reader.edges(block, |reader, edge, token, row| {
-            rows.output[started * width..row * width].fill(Q::Acc::ZERO);
-            rows.start(reader, block, edge, (token, row));
-            started = row + 1;
-        });
+        reader.edges(
+            block,
+            #[inline(always)]
+            |reader, edge, token, row| {
+                rows.output[started * width..row * width].fill(Q::Acc::ZERO);
+                rows.start(reader, block, edge, (token, row));
+                started = row + 1;
+            },
+        );
         rows.output[started * width..].fill(Q::Acc::ZERO);
         if let Some((products, _)) = &mut reader.products {
             products.load_output(Q::Acc::singles(&rows.output), (dim, width));
@@ -77,6 +81,7 @@ impl<'a, Q: Element> Worker<'a, Q> {
 
 impl<A: Accumulator> WeightedRows<A> {
     /// A row starts at its edge column.
+    #[inline(always)]
     fn start<Q: Element<Acc = A>, R: Element<Acc = A>>(
         &mut self,
         reader: &BlockReader<Q>,

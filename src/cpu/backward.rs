@@ -219,9 +219,11 @@ impl<'a, T: Element> Worker<'a, T> {
             let block = forward.block(batch, head, rows.clone(), &far);
             reader.load_queries(&block);
             sums.load_rows(input, &block);
-            reader.edges(&block, |reader, edge, token, row| {
-                sums.edge(reader, &block, edge, (token, row))
-            });
+            reader.edges(
+                &block,
+                #[inline(always)]
+                |reader, edge, token, row| sums.edge(reader, &block, edge, (token, row)),
+            );
             sums.start_tiles();
             reader.far_tiles(&block, |reader, columns| sums.tile(reader, &block, columns));
             reader.near_tiles(&block, |reader, columns| sums.tile(reader, &block, columns));

@@ -3,7 +3,9 @@
 //! Forward and backward walk the same tiles.
 
 use super::aligned::{padded, Aligned};
-use super::columns::{near_rows, BiasView, Block, ColumnKind, Columns, RowScratch, Settings, EDGE_COLUMNS};
+use super::columns::{
+    near_rows, BiasView, Block, ColumnKind, Columns, RowScratch, Settings, EDGE_COLUMNS, NEAR_COLUMNS,
+};
 use super::element::PANEL;
 use super::far::AHEAD;
 use super::fold::{all_finite, ChainFold, Check, Edge};
@@ -128,27 +130,32 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         // Whether a token is folded into `token`.
         let folded = |token: usize| fold != Fold::Drop && token > 0 && block.bits.hidden(token - 1);
         let mut chain = std::mem::replace(&mut self.chain, ChainFold::new(fold, 0));
-        let mut edges = tokens.filter(|token| has_edge(*token)).peekable();
-        if let Some(first) = edges.peek() {
-            chain.approach(*first, block.bits, &block.raw, block.chain);
+        let edges = tokens.filter(|token| has_edge(*token));
+        let Block { bits, raw, .. } = block;
+        if let Some(first) = edges.clone().next() {
+            chain.approach(first, *bits, raw, block.chain);
         }
-        for token in edges {
-            let (key, value) = (block.raw.key(token), block.raw.value(token));
-            let in_place = block.raw.clean && !folded(token) && !(folded(token + 1) && has_edge(token + 1));
-            if let (true, Some(key), Some(value)) = (in_place, R::as_acc(key), R::as_acc(value)) {
-                let log2_size = Q::Acc::ZERO;
-                visit(self, Edge { key, value, log2_size }, token, row(token));
-                continue;
-            }
-            vectorized(
-                #[inline(always)]
-                || {
-                    chain.step(folded(token), key, value);
+        vectorized(
+            #[inline(always)]
+            || {
+                for token in edges.clone() {
+                    let (key, value) = (raw.key(token), raw.value(token));
+                    let goes_on = fold == Fold::Mean && folded(token + 1) && has_edge(token + 1);
+                    let in_place = raw.clean && !folded(token) && !goes_on;
+                    if let (true, Some(key), Some(value)) = (in_place, R::as_acc(key), R::as_acc(value)) {
+                        let log2_size = Q::Acc::ZERO;
+                        visit(self, Edge { key, value, log2_size }, token, row(token));
+                        continue;
+                    }
+                    match fold == Fold::PairSum && folded(token) && token > raw.base {
+                        true => chain.pair((raw.key(token - 1), key), (raw.value(token - 1), value)),
+                        false => chain.step(folded(token), key, value),
+                    }
                     chain.quarantine();
-                },
-            );
-            visit(self, chain.edge(), token, row(token));
-        }
+                    visit(self, chain.edge(), token, row(token));
+                }
+            },
+        );
         self.chain = chain;
     }
 
@@ -249,8 +256,13 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         let first_token = (rows.start + 1).saturating_sub(window);
         let tokens = if window == 0 { 0..0 } else { first_token..rows.end };
         let mut scratch = std::mem::take(&mut self.scratch);
-        for start in tokens.step_by(EDGE_COLUMNS) {
-            let end = rows.end.min(start + EDGE_COLUMNS);
+        let columns = if self.products.is_some() {
+            EDGE_COLUMNS
+        } else {
+            NEAR_COLUMNS
+        };
+        for start in tokens.step_by(columns) {
+            let end = rows.end.min(start + columns);
             let (keys, values) = near_rows(&block.raw, start..end, &mut scratch);
             let (first_row, last_row) = match self.products {
                 Some(_) => (0, rows.len()),

@@ -20,6 +20,8 @@ const BLOCK_ROWS: usize = 64;
 const FAR_COLUMNS: usize = 64;
 /// Columns of a tile that only some rows see (the causal diagonal, the window's band): small, since the rest is wasted.
 pub(super) const EDGE_COLUMNS: usize = 32;
+/// The same for the window's band, of which a row sees as much as the window: 0.98 of the time of 32, with four fifths hidden.
+pub(super) const NEAR_COLUMNS: usize = 16;
 
 /// The same where products are made in bf16 pairs: several times faster, they are held back by the caches, and a tile
 /// of 32 KiB stays in the first one.

@@ -1,7 +1,7 @@
 //! One query row per head against a ragged list: bound by memory, so each key and value is read once and serves all
 //! query heads of its group. Long lists are split over threads at fixed places, whatever the number of threads.
 
-use super::fold::{all_finite, quarantine};
+use super::fold::{all_finite, log2_size, quarantine};
 use super::lanes::Lanes;
 use super::list::List;
 use super::softmax::finish_row;
@@ -101,7 +101,7 @@ impl<A: Accumulator> Decoder<'_, A> {
             S::order(&mut key);
             S::order(&mut value);
         }
-        let size = [A::of((chain.size as f64).log2())];
+        let size = [log2_size(chain.size)];
         let (key, value) = (
             HeadRows::compact(&key[..], self.dim),
             HeadRows::compact(&value[..], self.dim),

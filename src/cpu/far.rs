@@ -2,7 +2,7 @@
 
 use super::aligned::PaddedRows;
 use super::columns::KeysValues;
-use super::fold::{quarantine, ChainFold, Check};
+use super::fold::{log2_size, quarantine, ChainFold, Check};
 use super::pairs::{Packed, Pairs};
 use super::{vectorized, Accumulator, Element, HeadRows};
 use crate::config::Fold;
@@ -35,13 +35,9 @@ impl<A: Accumulator> FoldedRows<A> {
         self.log2_sizes.clear();
     }
 
-    /// Of a size of 1 nothing is computed.
     fn push_size(&mut self, fold: Fold, size: usize) {
         if fold == Fold::Mean {
-            self.log2_sizes.push(match size {
-                1 => A::ZERO,
-                size => A::of((size as f64).log2()),
-            });
+            self.log2_sizes.push(log2_size(size));
         }
     }
 }

@@ -3,6 +3,7 @@
 use super::columns::{Bits, RawRows};
 use super::{Accumulator, Element};
 use crate::config::Fold;
+use std::sync::LazyLock;
 
 /// Walks along a head's tokens and holds the folded key, value and size of the one it stands on.
 #[derive(Clone)]
@@ -57,6 +58,27 @@ impl<A: Accumulator> ChainFold<A> {
         }
     }
 
+    /// A pair sum from its two raw rows. What [`Self::step`] goes on from is not kept.
+    #[inline(always)]
+    pub fn pair<T: Element<Acc = A>>(&mut self, keys: (&[T], &[T]), values: (&[T], &[T])) {
+        for (sum, right, (left, next)) in [
+            (&mut self.key, &mut self.raw_key, keys),
+            (&mut self.value, &mut self.raw_value, values),
+        ] {
+            match (T::as_acc(left), T::as_acc(next)) {
+                (Some(left), Some(next)) => {
+                    let pairs = sum.iter_mut().zip(left.iter().zip(next));
+                    pairs.for_each(|(x, (left, next))| *x = *left + *next);
+                }
+                _ => {
+                    T::widen(left, sum);
+                    T::widen(next, right);
+                    sum.iter_mut().zip(right.iter()).for_each(|(x, y)| *x += *y);
+                }
+            }
+        }
+    }
+
     /// Stands on the token before `token` if that one is folded into it, having walked its chain as far as the fold
     /// reads; `resume` is a chain on an earlier token to start from.
     pub fn approach<T: Element<Acc = A>>(
@@ -96,11 +118,7 @@ impl<A: Accumulator> ChainFold<A> {
         Edge {
             key: &self.key,
             value: &self.value,
-            log2_size: if self.size > 1 {
-                A::of((self.size as f64).log2())
-            } else {
-                A::ZERO
-            },
+            log2_size: log2_size(self.size),
         }
     }
 
@@ -125,6 +143,12 @@ impl<A: Accumulator> ChainFold<A> {
     pub fn len(&self) -> usize {
         self.key.len() + self.value.len() + self.raw_key.len() + self.raw_value.len()
     }
+}
+
+/// log2 of how many tokens a mean has; of the usual numbers nothing is computed.
+pub(crate) fn log2_size<A: Accumulator>(size: usize) -> A {
+    static LOGARITHMS: LazyLock<[f64; 64]> = LazyLock::new(|| std::array::from_fn(|size| (size as f64).log2()));
+    A::of(LOGARITHMS.get(size).copied().unwrap_or_else(|| (size as f64).log2()))
 }
 
 #[inline(always)]

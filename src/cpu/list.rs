@@ -4,7 +4,7 @@
 //! Closed chains are far columns for every later row; the open one is the next row's edge.
 
 use super::columns::{Bits, RawRows};
-use super::fold::{quarantine, ChainFold, Check};
+use super::fold::{log2_size, quarantine, ChainFold, Check};
 use super::list_decide::Decided;
 use super::observe::Observed;
 use super::{vectorized, Accumulator, Element, HeadRows};
@@ -283,10 +283,7 @@ impl<S: Element> List<S> {
     fn push_token(&mut self, token: usize, size: usize) {
         self.tokens.push(token as u32);
         if self.settings.fold == Fold::Mean {
-            self.log2_sizes.push(match size {
-                1 => S::Acc::ZERO,
-                size => S::Acc::of((size as f64).log2()),
-            });
+            self.log2_sizes.push(log2_size(size));
         }
     }
 
