@@ -5,58 +5,62 @@
 #include "attention.cuh"
 #include "observe_row.cuh"
 
-// Eight halves of eight rows, as fragments of products over D: lane l holds chunk l % 4 of row l / 4 of every 64 bytes.
-// Both sides of a product take the same eight numbers for the same places, so that their order does not matter.
+// A block's tiles: the keys that its rows see, with the sinks behind them, and two stages of 16 rows a warp, each copied and
+// read by that warp alone: queries of one head after the other, then values. Everything of a stage is asked for at once, and
+// the next one is on its way while it is computed.
 template <class T, int D, int BAND>
 struct ObserveBand {
-    static constexpr int WARPS = 8, ROWS = 16 * WARPS, COLUMNS = 8 * BAND, HALVES = D / 32;
+    static constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 16 * WARPS, COLUMNS = 8 * BAND, CHUNKS = D / 8;
+    static constexpr int SINKS_AT = ROWS - 16 + COLUMNS, KEYS = SINKS_AT + 16;
+    static constexpr uint32_t KEY_BYTES = KEYS * D * 2, STAGE_BYTES = ROWS * D * 2, WORDS_AT = KEY_BYTES + 2 * STAGE_BYTES;
 
     const ObservedParams& p;
-    int lane = threadIdx.x % 32, quad = lane % 4, window = p.window, tokens = p.sizes.tokens;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4, window = p.window, tokens = p.sizes.tokens;
+    hw::Tile keys = hw::tile(0, KEY_BYTES);
 
-    SFA_DEVICE void load(uint4 (&x)[HALVES], const Halves& source, size_t row) const {
+    SFA_DEVICE static hw::Tile stage(uint32_t index) {
+        return hw::tile(KEY_BYTES + index % 2 * STAGE_BYTES, STAGE_BYTES);
+    }
+
+    // Starts the copy of COUNT tokens from `first` on to rows from `row` on, by STEP threads. Those that do not exist, and
+    // from `end` on, become zeros: rows that see them decide nothing.
+    template <int COUNT, int STEP>
+    SFA_DEVICE void copy(const hw::Tile& to, int row, const Halves& source, const Rows& rows, uint32_t batch, uint32_t head,
+                         int first, int end) const {
+        static_assert(COUNT * CHUNKS % STEP == 0, "no thread has more than another");
+        int64_t start = rows.at(batch, head, 0);
+        int thread = threadIdx.x % STEP;
 #pragma unroll
-        for (int i = 0; i < HALVES; i++) {
-            uint32_t d = i * 32 + quad * 8;
-            x[i] = uint4{0, 0, 0, 0};
-            if (d < p.sizes.head_dim) x[i] = load_vector<uint4>(source, row + d);
+        for (int i = 0; i < COUNT * CHUNKS / STEP; i++) {
+            int index = i * STEP + thread, at = index / CHUNKS, chunk = index % CHUNKS, token = first + at;
+            bool valid = token >= 0 && token < end && chunk * 8 < int(p.sizes.head_dim);
+            hw::copy_async(to, Layout<D>::chunk(row + at, chunk), source, start + token * rows.token_stride + chunk * 8, valid);
         }
     }
 
-    // s (16 rows, 8 columns) = rows times columns.
-    SFA_DEVICE static void multiply(float (&s)[4], const uint4 (&low)[HALVES], const uint4 (&high)[HALVES],
-                                    const uint4 (&columns)[HALVES]) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) s[i] = 0;
-#pragma unroll
-        for (int i = 0; i < HALVES; i++) {
-            hw::multiply_add(T(), s, {low[i].x, high[i].x, low[i].y, high[i].y}, columns[i].x, columns[i].y);
-            hw::multiply_add(T(), s, {low[i].z, high[i].z, low[i].w, high[i].w}, columns[i].z, columns[i].w);
-        }
+    SFA_DEVICE void copy_keys(const Halves& k, uint32_t batch, uint32_t kv_head, int first) const {
+        copy<SINKS_AT, THREADS>(keys, 0, k, p.k, batch, kv_head, first, tokens);
+        if (p.sinks > 0 && warp == 0) copy<16, 32>(keys, SINKS_AT, k, p.k, batch, kv_head, 0, min(8, tokens));
     }
 
-    // Adds to the masses of the COLUMNS tokens from `first` on what the 16 rows from `row` on give them: lane l has
-    // columns 8 n + l % 4 * 2 + i, and the sum over rows l / 4 and l / 4 + 8. Tokens that do not exist are read as their
-    // neighbours, and the rows that see them decide nothing.
-    SFA_DEVICE void add(float (&masses)[BAND][2], const Halves& q, const Halves& k, uint32_t batch, uint32_t head,
-                        uint32_t kv_head, int row, int first) const {
-        auto token = [&](int t) { return max(0, min(t, tokens - 1)); };
-        uint4 low[HALVES], high[HALVES];
-        load(low, q, p.q.at(batch, head, token(row + lane / 4)));
-        load(high, q, p.q.at(batch, head, token(row + lane / 4 + 8)));
+    // This warp's rows of a stage, which are tokens from `first` on.
+    SFA_DEVICE void copy_own(uint32_t index, const Halves& source, const Rows& rows, uint32_t batch, uint32_t head,
+                             int first) const {
+        copy<16, 32>(stage(index), warp * 16, source, rows, batch, head, first, tokens);
+    }
+
+    // Adds to the masses of the COLUMNS tokens from `row` - window + 1 on what the warp's 16 rows, tokens from `row` on, give
+    // them: lane l has columns 8 n + l % 4 * 2 + i, and the sum over rows l / 4 and l / 4 + 8.
+    SFA_DEVICE void add(float (&masses)[BAND][2], uint32_t index, int row) const {
+        int first = row - window + 1;
         // The last eight columns are the sinks that have left the window.
-        float s[BAND + 1][4] = {};
+        float all[1][BAND][4] = {}, sinks[1][2][4] = {};
+        Fragments<D> query_rows(false, warp * 16);
+        multiply_rows<T, D, 1, BAND>(all, query_rows, stage(index), Fragments<D>(true, warp * 16), keys);
+        if (p.sinks > 0) multiply_rows<T, D, 1, 2>(sinks, query_rows, stage(index), Fragments<D>(true, SINKS_AT), keys);
+        float s[BAND + 1][4];
 #pragma unroll
-        for (int n = 0; n < BAND; n++) {
-            uint4 keys[HALVES];
-            load(keys, k, p.k.at(batch, kv_head, token(first + n * 8 + lane / 4)));
-            multiply(s[n], low, high, keys);
-        }
-        if (p.sinks > 0) {
-            uint4 keys[HALVES];
-            load(keys, k, p.k.at(batch, kv_head, token(lane / 4)));
-            multiply(s[BAND], low, high, keys);
-        }
+        for (int i = 0; i < 4 * BAND + 4; i++) s[i / 4][i % 4] = i < 4 * BAND ? all[0][i / 4 % BAND][i % 4] : sinks[0][0][i % 4];
         float scale = p.scale * LOG2_E;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -92,21 +96,17 @@ struct ObserveBand {
         }
     }
 
-    // The norms of the values of ROWS tokens from `first` on, into shared memory.
-    SFA_DEVICE void norms(const hw::Tile& to, const Halves& v, uint32_t batch, uint32_t kv_head, int first) const {
+    // The norms of this warp's values into shared memory: two lanes a row.
+    SFA_DEVICE void norms(const hw::Tile& to, uint32_t index) const {
+        int row = warp * 16 + lane / 2;
+        float squares = 0;
 #pragma unroll
-        for (int pass = 0; pass < ROWS / 32; pass++) {
-            int at = pass * 32 + threadIdx.x / 8;
-            size_t row = p.v.at(batch, kv_head, min(first + at, tokens - 1));
-            float squares = 0;
-            for (uint32_t d = threadIdx.x % 8 * 8; d < p.sizes.head_dim; d += 64) {
-                uint4 x = load_vector<uint4>(v, row + d);
-                squares = hw::dot<T>(x, x, squares);
-            }
-#pragma unroll
-            for (int lanes = 1; lanes < 8; lanes *= 2) squares += hw::shuffle_xor(squares, lanes);
-            if (threadIdx.x % 8 == 0) hw::store(to, at * 4, sqrtf(squares));
+        for (int i = 0; i < CHUNKS / 2; i++) {
+            uint4 x = hw::load<uint4>(stage(index), Layout<D>::chunk(row, i / 4 * 8 + i % 4 + lane % 2 * 4));
+            squares = hw::dot<T>(x, x, squares);
         }
+        squares += hw::shuffle_xor(squares, 1);
+        if (lane % 2 == 0) hw::store(to, row * 4, sqrtf(squares));
     }
 };
 
@@ -120,25 +120,41 @@ __device__ __forceinline__ void observe_band(const Halves& q, const Halves& k, c
     uint32_t batch = blockIdx.y / p.sizes.kv_heads, kv_head = blockIdx.y % p.sizes.kv_heads;
     uint32_t group = p.sizes.heads / p.sizes.kv_heads, first_head = kv_head * group;
     int window = p.window, pairs = band.tokens - 1, share = Band::ROWS + 1 - (window - window / 2);
-    int first_token = blockIdx.x * share, warp = threadIdx.x / 32;
+    int first_token = blockIdx.x * share;
     // Later tokens have not been looked at by all of their rows.
     int decided = min(pairs - window, first_token + share);
     constexpr uint32_t MASSES = Band::WARPS * Band::COLUMNS * 4;
-    hw::Tile masses = hw::tile(0, MASSES), norms = hw::tile(MASSES, Band::ROWS * 4);
-    // The first row of the warp.
-    int row = first_token + window / 2 + warp * 16;
+    hw::Tile masses = hw::tile(Band::WORDS_AT, MASSES), norms = hw::tile(Band::WORDS_AT + MASSES, Band::ROWS * 4);
+    // The first row of the block, and of the warp.
+    int block_row = first_token + window / 2, row = block_row + band.warp * 16;
+    // A stage of queries per head of the group, then one of values.
+    auto load = [&](uint32_t stage) {
+        if (stage < group) band.copy_own(stage, q, p.q, batch, first_head + stage, row);
+        else if (stage == group) band.copy_own(stage, v, p.v, batch, kv_head, first_token + band.warp * 16);
+        hw::copy_commit();
+    };
     if (decided > first_token) {
         float sums[BAND][2] = {};
-        band.norms(norms, v, batch, kv_head, first_token);
-        for (uint32_t head = first_head; head < first_head + group; head++) {
-            band.add(sums, q, k, batch, head, kv_head, row, row - window + 1);
+        band.copy_keys(k, batch, kv_head, block_row - window + 1);
+        load(0);
+        load(1);
+        hw::copy_wait<1>();
+        __syncthreads();
+#pragma unroll 1
+        for (uint32_t head = 0; head < group; head++) {
+            band.add(sums, head, row);
+            __syncwarp();
+            load(head + 2);
+            hw::copy_wait<1>();
+            __syncwarp();
         }
+        band.norms(norms, group);
 #pragma unroll
         for (int i = 0; i < 2 * BAND; i++) {
             float& sum = sums[i / 2][i % 2];
 #pragma unroll
             for (int lanes = 4; lanes < 32; lanes *= 2) sum += hw::shuffle_xor(sum, lanes);
-            if (band.lane < 4) hw::store(masses, (warp * Band::COLUMNS + i / 2 * 8 + band.quad * 2 + i % 2) * 4, sum);
+            if (band.lane < 4) hw::store(masses, (band.warp * Band::COLUMNS + i / 2 * 8 + band.quad * 2 + i % 2) * 4, sum);
         }
     }
     __syncthreads();

@@ -124,12 +124,22 @@ pub(crate) fn backward<G: Gpu, T: GpuElement>(
         batch, heads, tokens, ..
     } = call.problem;
     let rows = batch * heads * tokens;
+    let fused = Fused::on::<G, T>(gpu, &call.problem, call.options)?;
     let mut delta = gpu.alloc::<f32>(rows)?;
+    // What one pass adds to; the same kernel makes it zeros.
+    let mut queries = match fused {
+        Some(_) => Some(gpu.alloc::<f32>(rows * call.problem.head_dim)?),
+        None => None,
+    };
     let mut args = vec![gpu.read(saved.output)];
     if T::HALF {
         args.push(gpu.read_some(saved.rest));
     }
-    args.extend([gpu.read(grad_output), gpu.write(&mut delta), gpu.value(&params)]);
+    args.extend([gpu.read(grad_output), gpu.write(&mut delta)]);
+    if T::HALF {
+        args.push(gpu.write_some(queries.as_mut()));
+    }
+    args.push(gpu.value(&params));
     let rows_of_warp = if T::HALF {
         rows_of_warp(call.problem.head_dim)
     } else {
@@ -150,7 +160,10 @@ pub(crate) fn backward<G: Gpu, T: GpuElement>(
         log_sum_exp: saved.log_sum_exp,
         delta,
     };
-    pass.gradients()
+    match fused.zip(queries) {
+        Some((fused, queries)) => pass.fused_gradients(&fused, queries),
+        None => pass.owned_gradients(),
+    }
 }
 
 fn module<T: GpuElement>() -> &'static str {
@@ -162,13 +175,6 @@ fn module<T: GpuElement>() -> &'static str {
 }
 
 impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
-    fn gradients(&self) -> Result<Gradients<G, T>> {
-        match Fused::on::<G, T>(self.gpu, &self.call.problem, self.call.options)? {
-            Some(fused) => self.fused_gradients(&fused),
-            None => self.owned_gradients(),
-        }
-    }
-
     /// Queries and columns one after the other: every sum has one owner.
     fn owned_gradients(&self) -> Result<Gradients<G, T>> {
         let dense = self.params.dense == 1;
@@ -185,17 +191,15 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         })
     }
 
-    /// One pass over each kind of columns, from which the queries' gradients are added up too.
-    fn fused_gradients(&self, fused: &Fused) -> Result<Gradients<G, T>> {
+    /// One pass over each kind of columns, from which the queries' gradients are added up too, to zeros so far.
+    fn fused_gradients(&self, fused: &Fused, mut queries: G::Slice<f32>) -> Result<Gradients<G, T>> {
         let Problem {
             batch,
-            heads,
             kv_heads,
             tokens,
             head_dim,
             ..
         } = self.call.problem;
-        let mut queries = self.gpu.zeros(batch * heads * tokens * head_dim)?;
         if self.params.dense == 1 || self.call.listed() {
             let kind = if self.params.dense == 1 { "far" } else { "listed" };
             let (mut done, mut near) = (None, None);
