@@ -3,12 +3,11 @@
 // up and take them home.
 #include "backward_block.cuh"
 
-// delta = sum of output * grad_output, per row: (B, H, N); `rest`: what rounding left of the output, where it was kept.
-// Where `dq` is given, the queries' gradients start from zeros. As many rows share a warp as fit: `rows_of_warp` in
+// delta = sum of output * grad_output, per row: (B, H, N); `rest`: what rounding left of the output, where it was kept. As many rows share a warp as fit: `rows_of_warp` in
 // src/cuda/fold.rs.
 template <class T>
 __device__ __forceinline__ void row_products(Halves output, Halves rest, Halves grad_output, Global<float> delta,
-                                             Global<float> dq, const AttentionParams& p) {
+                                             const AttentionParams& p) {
     uint32_t lanes = p.sizes.head_dim <= 64 ? 8 : p.sizes.head_dim <= 128 ? 16 : 32, lane = threadIdx.x % lanes;
     int64_t row = int64_t(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes;
     bool exists = row < int64_t(p.sizes.batch) * p.sizes.heads * p.sizes.tokens;
@@ -18,7 +17,6 @@ __device__ __forceinline__ void row_products(Halves output, Halves rest, Halves 
         uint4 grad = load_vector<uint4>(grad_output, at);
         if (rest) sum = hw::dot<T>(load_vector<uint4>(rest, at), grad, sum);
         sum = hw::dot<T>(load_vector<uint4>(output, at), grad, sum);
-        for (int i = 0; dq && i < 2; i++) store_vector(dq, at + 4 * i, float4{0, 0, 0, 0});
     }
     for (uint32_t mask = lanes / 2; mask > 0; mask /= 2) sum += hw::shuffle_xor(sum, mask);
     if (exists && lane == 0) delta.set(row, sum);
@@ -107,8 +105,8 @@ __device__ __forceinline__ void edges(const BackwardTensors& x, Global<float> dq
     }
 #define BACKWARD_DTYPE(dtype, T)                                                                                    \
     KERNEL backward_delta_##dtype(Halves output, Halves rest, Halves grad_output, Global<float> delta,              \
-                                  Global<float> dq, AttentionParams p) {                                            \
-        row_products<T>(output, rest, grad_output, delta, dq, p);                                                   \
+                                  AttentionParams p) {                                                              \
+        row_products<T>(output, rest, grad_output, delta, p);                                                       \
     }                                                                                                               \
     KERNEL backward_edges_##dtype(BACKWARD_INPUTS, Global<float> dq, Global<float> dk, Global<float> dv,             \
                                   AttentionParams p) {                                                              \

@@ -49,32 +49,45 @@ struct ObserveBand {
         copy<16, 32>(stage(index), warp * 16, source, rows, batch, head, first, tokens);
     }
 
-    // Adds to the masses of the COLUMNS tokens from `row` - window + 1 on what the warp's 16 rows, tokens from `row` on, give
-    // them: lane l has columns 8 n + l % 4 * 2 + i, and the sum over rows l / 4 and l / 4 + 8.
-    SFA_DEVICE void add(float (&masses)[BAND][2], uint32_t index, int row) const {
+    // A bit for each number that a lane has of its row l / 4 (r = 0) or l / 4 + 8, of columns 8 n + l % 4 * 2 + i and then of
+    // sinks: the same for every head.
+    struct Marks {
+        uint32_t bits[2];
+        SFA_DEVICE bool has(int r, int i) const { return bits[r] >> i & 1; }
+    };
+
+    // What the rows from token `row` on see, and of it what counts as mass.
+    SFA_DEVICE void mark(Marks& seen, Marks& counted, int row) const {
         int first = row - window + 1;
-        // The last eight columns are the sinks that have left the window.
-        float all[1][BAND][4] = {}, sinks[1][2][4] = {};
-        Fragments<D> query_rows(false, warp * 16);
-        multiply_rows<T, D, 1, BAND>(all, query_rows, stage(index), Fragments<D>(true, warp * 16), keys);
-        if (p.sinks > 0) multiply_rows<T, D, 1, 2>(sinks, query_rows, stage(index), Fragments<D>(true, SINKS_AT), keys);
-        float s[BAND + 1][4];
-#pragma unroll
-        for (int i = 0; i < 4 * BAND + 4; i++) s[i / 4][i % 4] = i < 4 * BAND ? all[0][i / 4 % BAND][i % 4] : sinks[0][0][i % 4];
-        float scale = p.scale * LOG2_E;
-#pragma unroll
         for (int r = 0; r < 2; r++) {
+            seen.bits[r] = counted.bits[r] = 0;
             // How many tokens a row's own one comes after that of column 0; a younger one would have a negative age, which is
             // large as an unsigned number, and one before the first token a larger age than the row has.
             int own = row + lane / 4 + r * 8, age = own - first - quad * 2;
             uint32_t sees = min(window, own + 1), half = window / 2, ages = sees > half ? sees - half : 0;
+            for (int i = 0; i < 2 * BAND + 2; i++) {
+                int column = i / 2 * 8 + i % 2, sink = quad * 2 + i % 2;
+                bool sink_seen = sink < int(p.sinks) && own - sink >= window;
+                seen.bits[r] |= uint32_t(i < 2 * BAND ? uint32_t(age - column) < sees : sink_seen) << i;
+                counted.bits[r] |= uint32_t(i < 2 * BAND && uint32_t(age - column - int(half)) < ages) << i;
+            }
+        }
+    }
+
+    // Adds to the masses of the COLUMNS tokens from `row` - window + 1 on what the warp's 16 rows, tokens from `row` on, give
+    // them: lane l has columns 8 n + l % 4 * 2 + i, and the sum over rows l / 4 and l / 4 + 8.
+    SFA_DEVICE void add(float (&masses)[BAND][2], uint32_t index, const Marks& seen, const Marks& counted) const {
+        // The last eight columns are the sinks that have left the window.
+        float s[BAND + 1][4] = {};
+        multiply(s, index);
+        float scale = p.scale * LOG2_E;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
             float maximum = -hw::infinity(), sum = 0;
 #pragma unroll
             for (int i = 0; i < 2 * BAND + 2; i++) {
                 float& logit = s[i / 2][r * 2 + i % 2];
-                int column = i / 2 * 8 + i % 2, sink = quad * 2 + i % 2;
-                bool seen = i < 2 * BAND ? uint32_t(age - column) < sees : sink < int(p.sinks) && own - sink >= window;
-                logit = seen ? logit * scale : -hw::infinity();
+                logit = seen.has(r, i) ? logit * scale : -hw::infinity();
                 maximum = hw::max(maximum, logit);
             }
             maximum = hw::max(maximum, hw::shuffle_xor(maximum, 1));
@@ -89,10 +102,27 @@ struct ObserveBand {
             sum += hw::shuffle_xor(sum, 2);
             float inverse = 1.f / sum;
 #pragma unroll
-            for (int i = 0; i < 2 * BAND; i++) {
-                bool counts = uint32_t(age - (i / 2 * 8 + i % 2) - int(half)) < ages;
-                masses[i / 2][i % 2] += counts ? s[i / 2][r * 2 + i % 2] * inverse : 0.f;
+            for (int i = 0; i < 2 * BAND; i++)
+                if (counted.has(r, i)) masses[i / 2][i % 2] += s[i / 2][r * 2 + i % 2] * inverse;
+        }
+    }
+
+    // s (16 rows, 8 columns each) = a stage's queries times keys, the sinks' last.
+    SFA_DEVICE void multiply(float (&s)[BAND + 1][4], uint32_t index) const {
+        Fragments<D> rows(false, warp * 16), columns(true, warp * 16), sinks(true, SINKS_AT);
+#pragma unroll
+        for (int k = 0; k < D / 16; k++) {
+            uint32_t a[4], b[4];
+            hw::load_matrices(a, stage(index), rows.at(0, k));
+#pragma unroll
+            for (int n = 0; n < BAND / 2; n++) {
+                hw::load_matrices(b, keys, columns.at(n * 16, k));
+                hw::multiply_add(T(), s[2 * n], a, b[0], b[1]);
+                hw::multiply_add(T(), s[2 * n + 1], a, b[2], b[3]);
             }
+            if (p.sinks == 0) continue;
+            hw::load_matrices(b, keys, sinks.at(0, k));
+            hw::multiply_add(T(), s[BAND], a, b[0], b[1]);
         }
     }
 
@@ -135,14 +165,16 @@ __device__ __forceinline__ void observe_band(const Halves& q, const Halves& k, c
     };
     if (decided > first_token) {
         float sums[BAND][2] = {};
+        typename Band::Marks seen, counted;
         band.copy_keys(k, batch, kv_head, block_row - window + 1);
         load(0);
         load(1);
+        band.mark(seen, counted, row);
         hw::copy_wait<1>();
         __syncthreads();
 #pragma unroll 1
         for (uint32_t head = 0; head < group; head++) {
-            band.add(sums, head, row);
+            band.add(sums, head, seen, counted);
             __syncwarp();
             load(head + 2);
             hw::copy_wait<1>();

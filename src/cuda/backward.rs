@@ -59,6 +59,29 @@ pub(crate) fn fuses<G: Gpu, T: GpuElement>(gpu: &G, problem: &Problem, options: 
     Ok(Fused::on::<G, T>(gpu, problem, options)?.is_some())
 }
 
+/// The fewest tokens for which query heads are taken apart.
+const APART_TOKENS: usize = 512;
+
+/// Lists of columns per batch row of a backward pass where nothing is hidden: one per KV head; or one for each query head
+/// where one pass over columns would have few blocks, of which the first ones run long. Their gradients are added up after.
+///
+/// # Errors
+/// What the driver reports.
+pub(crate) fn dense_lists<G: Gpu, T: GpuElement>(
+    gpu: &G,
+    problem: &Problem,
+    options: &AttentionOptions,
+) -> Result<usize> {
+    let Some(fused) = Fused::on::<G, T>(gpu, problem, options)? else {
+        return Ok(problem.kv_heads);
+    };
+    let blocks = problem.batch * problem.kv_heads * problem.tokens.div_ceil(COLUMNS);
+    // Registers leave a multiprocessor this many threads.
+    let at_a_time = gpu.multiprocessors()? * (256 / fused.threads);
+    let few = problem.tokens >= APART_TOKENS && blocks < 2 * at_a_time;
+    Ok(if few { problem.heads } else { problem.kv_heads })
+}
+
 /// Columns of a block of the fused kernels.
 const COLUMNS: usize = 128;
 
@@ -124,22 +147,12 @@ pub(crate) fn backward<G: Gpu, T: GpuElement>(
         batch, heads, tokens, ..
     } = call.problem;
     let rows = batch * heads * tokens;
-    let fused = Fused::on::<G, T>(gpu, &call.problem, call.options)?;
     let mut delta = gpu.alloc::<f32>(rows)?;
-    // What one pass adds to; the same kernel makes it zeros.
-    let mut queries = match fused {
-        Some(_) => Some(gpu.alloc::<f32>(rows * call.problem.head_dim)?),
-        None => None,
-    };
     let mut args = vec![gpu.read(saved.output)];
     if T::HALF {
         args.push(gpu.read_some(saved.rest));
     }
-    args.extend([gpu.read(grad_output), gpu.write(&mut delta)]);
-    if T::HALF {
-        args.push(gpu.write_some(queries.as_mut()));
-    }
-    args.push(gpu.value(&params));
+    args.extend([gpu.read(grad_output), gpu.write(&mut delta), gpu.value(&params)]);
     let rows_of_warp = if T::HALF {
         rows_of_warp(call.problem.head_dim)
     } else {
@@ -160,10 +173,7 @@ pub(crate) fn backward<G: Gpu, T: GpuElement>(
         log_sum_exp: saved.log_sum_exp,
         delta,
     };
-    match fused.zip(queries) {
-        Some((fused, queries)) => pass.fused_gradients(&fused, queries),
-        None => pass.owned_gradients(),
-    }
+    pass.gradients()
 }
 
 fn module<T: GpuElement>() -> &'static str {
@@ -175,6 +185,13 @@ fn module<T: GpuElement>() -> &'static str {
 }
 
 impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
+    fn gradients(&self) -> Result<Gradients<G, T>> {
+        match Fused::on::<G, T>(self.gpu, &self.call.problem, self.call.options)? {
+            Some(fused) => self.fused_gradients(&fused),
+            None => self.owned_gradients(),
+        }
+    }
+
     /// Queries and columns one after the other: every sum has one owner.
     fn owned_gradients(&self) -> Result<Gradients<G, T>> {
         let dense = self.params.dense == 1;
@@ -191,15 +208,17 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         })
     }
 
-    /// One pass over each kind of columns, from which the queries' gradients are added up too, to zeros so far.
-    fn fused_gradients(&self, fused: &Fused, mut queries: G::Slice<f32>) -> Result<Gradients<G, T>> {
+    /// One pass over each kind of columns, from which the queries' gradients are added up too.
+    fn fused_gradients(&self, fused: &Fused) -> Result<Gradients<G, T>> {
         let Problem {
             batch,
+            heads,
             kv_heads,
             tokens,
             head_dim,
             ..
         } = self.call.problem;
+        let mut queries = self.gpu.zeros(batch * heads * tokens * head_dim)?;
         if self.params.dense == 1 || self.call.listed() {
             let kind = if self.params.dense == 1 { "far" } else { "listed" };
             let (mut done, mut near) = (None, None);
