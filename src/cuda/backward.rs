@@ -60,7 +60,7 @@ pub(crate) fn fuses<G: Gpu, T: GpuElement>(gpu: &G, problem: &Problem, options: 
 }
 
 /// The fewest tokens for which query heads are taken apart.
-const APART_TOKENS: usize = 512;
+const APART_TOKENS: usize = 256;
 
 /// Lists of columns per batch row of a backward pass where nothing is hidden: one per KV head; or one for each query head
 /// where one pass over columns would have few blocks, of which the first ones run long. Their gradients are added up after.
