@@ -71,7 +71,8 @@ struct ObserveBand {
                 seen.bits[r] |= uint32_t(i < 2 * BAND ? uint32_t(age - column) < sees : sink_seen) << i;
                 counted.bits[r] |= uint32_t(i < 2 * BAND && uint32_t(age - column - int(half)) < ages) << i;
             }
-            // Or the compiler works them out anew for every head.
+            // Or the compiler works them out anew for every head, which only pays where it spills otherwise.
+            if (D > 64) continue;
             hw::keep_in_place(seen.bits[r]);
             hw::keep_in_place(counted.bits[r]);
         }
