@@ -101,7 +101,7 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
     /// As [`backward::backward`].
     pub fn backward(&self, gpu: &G, saved: &Saved<'_, G, T>, grad_output: &G::Slice<T>) -> Result<Gradients<G, T>> {
         let lists = match self.dense {
-            true => backward::dense_lists::<G, T>(gpu, &self.fold.problem, self.options)?,
+            true => backward::lists::<G, T>(gpu, &self.fold.problem, self.options)?,
             false => self.fold.lists,
         };
         let fold = FoldCall { lists, ..self.fold };

@@ -67,11 +67,7 @@ const APART_TOKENS: usize = 256;
 ///
 /// # Errors
 /// What the driver reports.
-pub(crate) fn dense_lists<G: Gpu, T: GpuElement>(
-    gpu: &G,
-    problem: &Problem,
-    options: &AttentionOptions,
-) -> Result<usize> {
+pub(crate) fn lists<G: Gpu, T: GpuElement>(gpu: &G, problem: &Problem, options: &AttentionOptions) -> Result<usize> {
     let Some(fused) = Fused::on::<G, T>(gpu, problem, options)? else {
         return Ok(problem.kv_heads);
     };
