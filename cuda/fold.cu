@@ -27,9 +27,9 @@ struct ListBits {
 };
 
 // far_index, tokens that stay and then the hidden ones from the last to the first, and far_before: how many tokens before
-// each one are not hidden. One block of SCAN_WARPS warps per list; a
-// thread takes SCAN_EACH tokens in a row.
-constexpr unsigned SCAN_WARPS = 32, SCAN_EACH = 8;
+// each one are not hidden. One block of SCAN_WARPS warps per list; a warp takes SCAN_EACH times 32 tokens in a row, a lane
+// one of each 32, so that what is read and written lies side by side.
+constexpr unsigned SCAN_WARPS = 32, SCAN_EACH = 4;
 
 KERNEL fold_scan(Global<const uint8_t> all_bits, Global<uint32_t> far_index, Global<uint32_t> far_before, FoldParams p) {
   Shared<uint32_t> kept_in = shared_memory<uint32_t>(0, SCAN_WARPS);
@@ -38,28 +38,31 @@ KERNEL fold_scan(Global<const uint8_t> all_bits, Global<uint32_t> far_index, Glo
   unsigned tokens = p.sizes.tokens, lane = threadIdx.x % 32, warp = threadIdx.x / 32, before = 0;
   size_t index = (size_t)blockIdx.x * tokens;
   for (unsigned base = 0; base < tokens; base += SCAN_WARPS * 32 * SCAN_EACH) {
-    unsigned first = base + threadIdx.x * SCAN_EACH, kept = 0;
+    unsigned first = base + warp * 32 * SCAN_EACH + lane, kept[SCAN_EACH], sum = 0;
+    bool hidden[SCAN_EACH];
 #pragma unroll
-    for (unsigned i = 0; i < SCAN_EACH; i++)
-      if (first + i < tokens && !bits.hidden(first + i)) kept |= 1u << i;
-    // The sum over the lanes up to this one.
-    unsigned sum = __popc(kept);
-    for (unsigned step = 1; step < 32; step *= 2) {
-      unsigned left = __shfl_up_sync(0xffffffffu, sum, step);
-      if (lane >= step) sum += left;
+    for (unsigned i = 0; i < SCAN_EACH; i++) hidden[i] = bits.hidden(first + i * 32);
+#pragma unroll
+    for (unsigned i = 0; i < SCAN_EACH; i++) {
+      kept[i] = __ballot_sync(0xffffffffu, first + i * 32 < tokens && !hidden[i]);
+      sum += __popc(kept[i]);
     }
-    if (lane == 31) kept_in.set(warp, sum);
+    if (lane == 0) kept_in.set(warp, sum);
     __syncthreads();
-    unsigned column = before + sum - __popc(kept);
+    unsigned column = before;
+#pragma unroll
     for (unsigned w = 0; w < SCAN_WARPS; w++) {
       unsigned count = kept_in[w];
       if (w < warp) column += count;
       before += count;
     }
-    for (unsigned i = 0; i < SCAN_EACH && first + i < tokens; i++) {
-      far_before.set(index + blockIdx.x + first + i, column);
-      if (kept >> i & 1) far_index.set(index + column++, first + i);
-      else far_index.set(index + tokens - 1 - (first + i - column), first + i);
+#pragma unroll
+    for (unsigned i = 0; i < SCAN_EACH; i++) {
+      unsigned t = first + i * 32, mine = column + __popc(kept[i] & ((1u << lane) - 1));
+      column += __popc(kept[i]);
+      if (t >= tokens) continue;
+      far_before.set(index + blockIdx.x + t, mine);
+      far_index.set(index + (hidden[i] ? tokens - 1 - (t - mine) : mine), t);
     }
     __syncthreads();
   }

@@ -5,72 +5,93 @@
 #include "attention.cuh"
 #include "observe_row.cuh"
 
-// Eight halves of eight rows, as fragments of products over D: lane l holds chunk l % 4 of row l / 4 of every 64 bytes.
-// Both sides of a product take the same eight numbers for the same places, so that their order does not matter.
+// A block's tiles: the keys that its rows see, with the sinks behind them, and two stages of 16 rows a warp, each copied and
+// read by that warp alone: queries of one head after the other, then values. Everything of a stage is asked for at once, and
+// the next one is on its way while it is computed.
 template <class T, int D, int BAND>
 struct ObserveBand {
-    static constexpr int WARPS = 8, ROWS = 16 * WARPS, COLUMNS = 8 * BAND, HALVES = D / 32;
+    static constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 16 * WARPS, COLUMNS = 8 * BAND, CHUNKS = D / 8;
+    static constexpr int SINKS_AT = ROWS - 16 + COLUMNS, KEYS = SINKS_AT + 16;
+    static constexpr uint32_t KEY_BYTES = KEYS * D * 2, STAGE_BYTES = ROWS * D * 2, WORDS_AT = KEY_BYTES + 2 * STAGE_BYTES;
 
     const ObservedParams& p;
-    int lane = threadIdx.x % 32, quad = lane % 4, window = p.window, tokens = p.sizes.tokens;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4, window = p.window, tokens = p.sizes.tokens;
+    hw::Tile keys = hw::tile(0, KEY_BYTES);
 
-    SFA_DEVICE void load(uint4 (&x)[HALVES], const Halves& source, size_t row) const {
+    SFA_DEVICE static hw::Tile stage(uint32_t index) {
+        return hw::tile(KEY_BYTES + index % 2 * STAGE_BYTES, STAGE_BYTES);
+    }
+
+    // Starts the copy of COUNT tokens from `first` on to rows from `row` on, by STEP threads. Those that do not exist, and
+    // from `end` on, become zeros: rows that see them decide nothing.
+    template <int COUNT, int STEP>
+    SFA_DEVICE void copy(const hw::Tile& to, int row, const Halves& source, const Rows& rows, uint32_t batch, uint32_t head,
+                         int first, int end) const {
+        static_assert(COUNT * CHUNKS % STEP == 0, "no thread has more than another");
+        int64_t start = rows.at(batch, head, 0);
+        int thread = threadIdx.x % STEP;
 #pragma unroll
-        for (int i = 0; i < HALVES; i++) {
-            uint32_t d = i * 32 + quad * 8;
-            x[i] = uint4{0, 0, 0, 0};
-            if (d < p.sizes.head_dim) x[i] = load_vector<uint4>(source, row + d);
+        for (int i = 0; i < COUNT * CHUNKS / STEP; i++) {
+            int index = i * STEP + thread, at = index / CHUNKS, chunk = index % CHUNKS, token = first + at;
+            bool valid = token >= 0 && token < end && chunk * 8 < int(p.sizes.head_dim);
+            hw::copy_async(to, Layout<D>::chunk(row + at, chunk), source, start + token * rows.token_stride + chunk * 8, valid);
         }
     }
 
-    // s (16 rows, 8 columns) = rows times columns.
-    SFA_DEVICE static void multiply(float (&s)[4], const uint4 (&low)[HALVES], const uint4 (&high)[HALVES],
-                                    const uint4 (&columns)[HALVES]) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) s[i] = 0;
-#pragma unroll
-        for (int i = 0; i < HALVES; i++) {
-            hw::multiply_add(T(), s, {low[i].x, high[i].x, low[i].y, high[i].y}, columns[i].x, columns[i].y);
-            hw::multiply_add(T(), s, {low[i].z, high[i].z, low[i].w, high[i].w}, columns[i].z, columns[i].w);
-        }
+    SFA_DEVICE void copy_keys(const Halves& k, uint32_t batch, uint32_t kv_head, int first) const {
+        copy<SINKS_AT, THREADS>(keys, 0, k, p.k, batch, kv_head, first, tokens);
+        if (p.sinks > 0 && warp == 0) copy<16, 32>(keys, SINKS_AT, k, p.k, batch, kv_head, 0, min(8, tokens));
     }
 
-    // Adds to the masses of the COLUMNS tokens from `first` on what the 16 rows from `row` on give them: lane l has
-    // columns 8 n + l % 4 * 2 + i, and the sum over rows l / 4 and l / 4 + 8. Tokens that do not exist are read as their
-    // neighbours, and the rows that see them decide nothing.
-    SFA_DEVICE void add(float (&masses)[BAND][2], const Halves& q, const Halves& k, uint32_t batch, uint32_t head,
-                        uint32_t kv_head, int row, int first) const {
-        auto token = [&](int t) { return max(0, min(t, tokens - 1)); };
-        uint4 low[HALVES], high[HALVES];
-        load(low, q, p.q.at(batch, head, token(row + lane / 4)));
-        load(high, q, p.q.at(batch, head, token(row + lane / 4 + 8)));
-        // The last eight columns are the sinks that have left the window.
-        float s[BAND + 1][4] = {};
-#pragma unroll
-        for (int n = 0; n < BAND; n++) {
-            uint4 keys[HALVES];
-            load(keys, k, p.k.at(batch, kv_head, token(first + n * 8 + lane / 4)));
-            multiply(s[n], low, high, keys);
-        }
-        if (p.sinks > 0) {
-            uint4 keys[HALVES];
-            load(keys, k, p.k.at(batch, kv_head, token(lane / 4)));
-            multiply(s[BAND], low, high, keys);
-        }
-        float scale = p.scale * LOG2_E;
-#pragma unroll
+    // This warp's rows of a stage, which are tokens from `first` on.
+    SFA_DEVICE void copy_own(uint32_t index, const Halves& source, const Rows& rows, uint32_t batch, uint32_t head,
+                             int first) const {
+        copy<16, 32>(stage(index), warp * 16, source, rows, batch, head, first, tokens);
+    }
+
+    // A bit for each number that a lane has of its row l / 4 (r = 0) or l / 4 + 8, of columns 8 n + l % 4 * 2 + i and then of
+    // sinks: the same for every head.
+    struct Marks {
+        uint32_t bits[2];
+        SFA_DEVICE bool has(int r, int i) const { return bits[r] >> i & 1; }
+    };
+
+    // What the rows from token `row` on see, and of it what counts as mass.
+    SFA_DEVICE void mark(Marks& seen, Marks& counted, int row) const {
+        int first = row - window + 1;
         for (int r = 0; r < 2; r++) {
+            seen.bits[r] = counted.bits[r] = 0;
             // How many tokens a row's own one comes after that of column 0; a younger one would have a negative age, which is
             // large as an unsigned number, and one before the first token a larger age than the row has.
             int own = row + lane / 4 + r * 8, age = own - first - quad * 2;
             uint32_t sees = min(window, own + 1), half = window / 2, ages = sees > half ? sees - half : 0;
+            for (int i = 0; i < 2 * BAND + 2; i++) {
+                int column = i / 2 * 8 + i % 2, sink = quad * 2 + i % 2;
+                bool sink_seen = sink < int(p.sinks) && own - sink >= window;
+                seen.bits[r] |= uint32_t(i < 2 * BAND ? uint32_t(age - column) < sees : sink_seen) << i;
+                counted.bits[r] |= uint32_t(i < 2 * BAND && uint32_t(age - column - int(half)) < ages) << i;
+            }
+            // Or the compiler works them out anew for every head, which only pays where it spills otherwise.
+            if (D > 64) continue;
+            hw::keep_in_place(seen.bits[r]);
+            hw::keep_in_place(counted.bits[r]);
+        }
+    }
+
+    // Adds to the masses of the COLUMNS tokens from `row` - window + 1 on what the warp's 16 rows, tokens from `row` on, give
+    // them: lane l has columns 8 n + l % 4 * 2 + i, and the sum over rows l / 4 and l / 4 + 8.
+    SFA_DEVICE void add(float (&masses)[BAND][2], uint32_t index, const Marks& seen, const Marks& counted) const {
+        // The last eight columns are the sinks that have left the window.
+        float s[BAND + 1][4] = {};
+        multiply(s, index);
+        float scale = p.scale * LOG2_E;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
             float maximum = -hw::infinity(), sum = 0;
 #pragma unroll
             for (int i = 0; i < 2 * BAND + 2; i++) {
                 float& logit = s[i / 2][r * 2 + i % 2];
-                int column = i / 2 * 8 + i % 2, sink = quad * 2 + i % 2;
-                bool seen = i < 2 * BAND ? uint32_t(age - column) < sees : sink < int(p.sinks) && own - sink >= window;
-                logit = seen ? logit * scale : -hw::infinity();
+                logit = seen.has(r, i) ? logit * scale : -hw::infinity();
                 maximum = hw::max(maximum, logit);
             }
             maximum = hw::max(maximum, hw::shuffle_xor(maximum, 1));
@@ -85,28 +106,41 @@ struct ObserveBand {
             sum += hw::shuffle_xor(sum, 2);
             float inverse = 1.f / sum;
 #pragma unroll
-            for (int i = 0; i < 2 * BAND; i++) {
-                bool counts = uint32_t(age - (i / 2 * 8 + i % 2) - int(half)) < ages;
-                masses[i / 2][i % 2] += counts ? s[i / 2][r * 2 + i % 2] * inverse : 0.f;
-            }
+            for (int i = 0; i < 2 * BAND; i++)
+                if (counted.has(r, i)) masses[i / 2][i % 2] += s[i / 2][r * 2 + i % 2] * inverse;
         }
     }
 
-    // The norms of the values of ROWS tokens from `first` on, into shared memory.
-    SFA_DEVICE void norms(const hw::Tile& to, const Halves& v, uint32_t batch, uint32_t kv_head, int first) const {
+    // s (16 rows, 8 columns each) = a stage's queries times keys, the sinks' last.
+    SFA_DEVICE void multiply(float (&s)[BAND + 1][4], uint32_t index) const {
+        Fragments<D> rows(false, warp * 16), columns(true, warp * 16), sinks(true, SINKS_AT);
 #pragma unroll
-        for (int pass = 0; pass < ROWS / 32; pass++) {
-            int at = pass * 32 + threadIdx.x / 8;
-            size_t row = p.v.at(batch, kv_head, min(first + at, tokens - 1));
-            float squares = 0;
-            for (uint32_t d = threadIdx.x % 8 * 8; d < p.sizes.head_dim; d += 64) {
-                uint4 x = load_vector<uint4>(v, row + d);
-                squares = hw::dot<T>(x, x, squares);
+        for (int k = 0; k < D / 16; k++) {
+            uint32_t a[4], b[4];
+            hw::load_matrices(a, stage(index), rows.at(0, k));
+#pragma unroll
+            for (int n = 0; n < BAND / 2; n++) {
+                hw::load_matrices(b, keys, columns.at(n * 16, k));
+                hw::multiply_add(T(), s[2 * n], a, b[0], b[1]);
+                hw::multiply_add(T(), s[2 * n + 1], a, b[2], b[3]);
             }
-#pragma unroll
-            for (int lanes = 1; lanes < 8; lanes *= 2) squares += hw::shuffle_xor(squares, lanes);
-            if (threadIdx.x % 8 == 0) hw::store(to, at * 4, sqrtf(squares));
+            if (p.sinks == 0) continue;
+            hw::load_matrices(b, keys, sinks.at(0, k));
+            hw::multiply_add(T(), s[BAND], a, b[0], b[1]);
         }
+    }
+
+    // The norms of this warp's values into shared memory: two lanes a row.
+    SFA_DEVICE void norms(const hw::Tile& to, uint32_t index) const {
+        int row = warp * 16 + lane / 2;
+        float squares = 0;
+#pragma unroll
+        for (int i = 0; i < CHUNKS / 2; i++) {
+            uint4 x = hw::load<uint4>(stage(index), Layout<D>::chunk(row, i / 4 * 8 + i % 4 + lane % 2 * 4));
+            squares = hw::dot<T>(x, x, squares);
+        }
+        squares += hw::shuffle_xor(squares, 1);
+        if (lane % 2 == 0) hw::store(to, row * 4, sqrtf(squares));
     }
 };
 
@@ -120,25 +154,43 @@ __device__ __forceinline__ void observe_band(const Halves& q, const Halves& k, c
     uint32_t batch = blockIdx.y / p.sizes.kv_heads, kv_head = blockIdx.y % p.sizes.kv_heads;
     uint32_t group = p.sizes.heads / p.sizes.kv_heads, first_head = kv_head * group;
     int window = p.window, pairs = band.tokens - 1, share = Band::ROWS + 1 - (window - window / 2);
-    int first_token = blockIdx.x * share, warp = threadIdx.x / 32;
+    int first_token = blockIdx.x * share;
     // Later tokens have not been looked at by all of their rows.
     int decided = min(pairs - window, first_token + share);
     constexpr uint32_t MASSES = Band::WARPS * Band::COLUMNS * 4;
-    hw::Tile masses = hw::tile(0, MASSES), norms = hw::tile(MASSES, Band::ROWS * 4);
-    // The first row of the warp.
-    int row = first_token + window / 2 + warp * 16;
+    hw::Tile masses = hw::tile(Band::WORDS_AT, MASSES), norms = hw::tile(Band::WORDS_AT + MASSES, Band::ROWS * 4);
+    // The first row of the block, and of the warp.
+    int block_row = first_token + window / 2, row = block_row + band.warp * 16;
+    // A stage of queries per head of the group, then one of values.
+    auto load = [&](uint32_t stage) {
+        if (stage < group) band.copy_own(stage, q, p.q, batch, first_head + stage, row);
+        else if (stage == group) band.copy_own(stage, v, p.v, batch, kv_head, first_token + band.warp * 16);
+        hw::copy_commit();
+    };
     if (decided > first_token) {
         float sums[BAND][2] = {};
-        band.norms(norms, v, batch, kv_head, first_token);
-        for (uint32_t head = first_head; head < first_head + group; head++) {
-            band.add(sums, q, k, batch, head, kv_head, row, row - window + 1);
+        typename Band::Marks seen, counted;
+        band.copy_keys(k, batch, kv_head, block_row - window + 1);
+        load(0);
+        load(1);
+        band.mark(seen, counted, row);
+        hw::copy_wait<1>();
+        __syncthreads();
+#pragma unroll 1
+        for (uint32_t head = 0; head < group; head++) {
+            band.add(sums, head, seen, counted);
+            __syncwarp();
+            load(head + 2);
+            hw::copy_wait<1>();
+            __syncwarp();
         }
+        band.norms(norms, group);
 #pragma unroll
         for (int i = 0; i < 2 * BAND; i++) {
             float& sum = sums[i / 2][i % 2];
 #pragma unroll
             for (int lanes = 4; lanes < 32; lanes *= 2) sum += hw::shuffle_xor(sum, lanes);
-            if (band.lane < 4) hw::store(masses, (warp * Band::COLUMNS + i / 2 * 8 + band.quad * 2 + i % 2) * 4, sum);
+            if (band.lane < 4) hw::store(masses, (band.warp * Band::COLUMNS + i / 2 * 8 + band.quad * 2 + i % 2) * 4, sum);
         }
     }
     __syncthreads();

@@ -137,6 +137,7 @@ fn observed_mass_decides_as_the_cpu_does_over_many_tiles() -> Result<()> {
         (Shape(2, 4, 1, 333, 24), 32, 4),
         (Shape(1, 4, 2, 300, 64), 131, 70),
         (Shape(1, 2, 2, 150, 72), 5, 0),
+        (Shape(1, 6, 2, 300, 128), 50, 3),
         (Shape(1, 1, 1, 200, 136), 150, 2),
     ] {
         let config = CompressionConfig {

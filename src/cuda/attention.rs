@@ -80,6 +80,7 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
             k: self.fold.k,
             v: self.fold.v,
             columns: folded.columns.as_ref(),
+            lists: self.fold.lists,
             window: self.window,
             bias: self.bias,
             options: self.options,
@@ -99,6 +100,15 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
     /// # Errors
     /// As [`backward::backward`].
     pub fn backward(&self, gpu: &G, saved: &Saved<'_, G, T>, grad_output: &G::Slice<T>) -> Result<Gradients<G, T>> {
+        let lists = match self.dense {
+            true => backward::lists::<G, T>(gpu, &self.fold.problem, self.options)?,
+            false => self.fold.lists,
+        };
+        let fold = FoldCall { lists, ..self.fold };
+        Attention { fold, ..*self }.gradients(gpu, saved, grad_output)
+    }
+
+    fn gradients(&self, gpu: &G, saved: &Saved<'_, G, T>, grad_output: &G::Slice<T>) -> Result<Gradients<G, T>> {
         let listed = self.can_list() && backward::fuses::<G, T>(gpu, &self.fold.problem, self.options)?;
         let folded = self.folded(gpu, listed)?;
         let gradients = backward::backward(gpu, &self.call(&folded), saved, grad_output)?;

@@ -59,6 +59,25 @@ pub(crate) fn fuses<G: Gpu, T: GpuElement>(gpu: &G, problem: &Problem, options: 
     Ok(Fused::on::<G, T>(gpu, problem, options)?.is_some())
 }
 
+/// The fewest tokens for which query heads are taken apart.
+const APART_TOKENS: usize = 256;
+
+/// Lists of columns per batch row of a backward pass where nothing is hidden: one per KV head; or one for each query head
+/// where one pass over columns would have few blocks, of which the first ones run long. Their gradients are added up after.
+///
+/// # Errors
+/// What the driver reports.
+pub(crate) fn lists<G: Gpu, T: GpuElement>(gpu: &G, problem: &Problem, options: &AttentionOptions) -> Result<usize> {
+    let Some(fused) = Fused::on::<G, T>(gpu, problem, options)? else {
+        return Ok(problem.kv_heads);
+    };
+    let blocks = problem.batch * problem.kv_heads * problem.tokens.div_ceil(COLUMNS);
+    // Registers leave a multiprocessor this many threads.
+    let at_a_time = gpu.multiprocessors()? * (256 / fused.threads);
+    let few = problem.tokens >= APART_TOKENS && blocks < 2 * at_a_time;
+    Ok(if few { problem.heads } else { problem.kv_heads })
+}
+
 /// Columns of a block of the fused kernels.
 const COLUMNS: usize = 128;
 

@@ -95,7 +95,6 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         // Where tokens are dropped none changes: edges read the raw ones.
         let changed = self.fold != Fold::Drop;
         let mut columns = Columns {
-            lists: self.lists,
             capacity: tokens,
             far_k: rows(!listed)?,
             far_v: rows(!listed)?,

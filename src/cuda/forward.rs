@@ -9,8 +9,6 @@ use candle_core::{bail, Result};
 
 /// The folded columns of one call; see `cuda/params.cuh` for the shapes.
 pub(crate) struct Columns<G: Gpu, T: GpuElement> {
-    /// Per batch row: the heads, or the KV heads.
-    pub lists: usize,
     /// Far columns that a list has room for.
     pub capacity: usize,
     /// None where only the lists of tokens are: kernels read raw ones then.
@@ -48,6 +46,8 @@ pub(crate) struct AttentionCall<'a, G: Gpu, T: GpuElement> {
     pub v: (&'a G::Slice<T>, RowLayout),
     /// None where nothing is hidden anywhere: the raw keys and values are the columns.
     pub columns: Option<&'a Columns<G, T>>,
+    /// Of columns, per batch row: the heads, or the KV heads.
+    pub lists: usize,
     pub window: usize,
     pub bias: Option<Bias<'a, G>>,
     pub options: &'a AttentionOptions,
@@ -116,7 +116,7 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
                 )
             }
         }
-        let (options, lists) = (self.options, self.columns.map_or(self.problem.kv_heads, |c| c.lists));
+        let options = self.options;
         let scale = options.scale(head_dim) * std::f64::consts::LOG2_E;
         let dropout = DropoutParams::new(options);
         let bias_strides = self.bias.as_ref().map_or([0; 4], |bias| bias.strides);
@@ -127,7 +127,7 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
             bias_offset: self.bias.as_ref().map_or(0, |bias| bias.offset as u64),
             bias_strides: bias_strides.map(|stride| stride as u64),
             dropout_cut: dropout.cut,
-            sizes: Sizes::new(&self.problem, lists)?,
+            sizes: Sizes::new(&self.problem, self.lists)?,
             capacity: self.columns.map_or(0, |columns| columns.capacity as u32),
             // A window beyond all tokens is one of all tokens.
             window: self.window.min(self.problem.tokens) as u32,

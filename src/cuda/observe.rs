@@ -54,13 +54,29 @@ impl Instance {
 const BAND_ROWS: usize = 128;
 const BAND_THREADS: usize = 256;
 
-/// How many times eight columns a warp's 16 rows see, of the kernels that hold them all; the padded head size.
-fn band(head_dim: usize, config: &CompressionConfig, instance: &Instance) -> Option<(usize, usize)> {
-    let dim = instance.dim.filter(|_| head_dim <= 128 && config.sinks <= 8)?;
-    match config.window {
-        0..=33 => Some((dim, 6)),
-        34..=65 => Some((dim, 10)),
-        _ => None,
+/// One instance of the kernel that decides in one pass.
+struct Band {
+    /// The padded head size.
+    dim: usize,
+    /// How many times eight columns a warp's 16 rows see.
+    eighths: usize,
+}
+
+impl Band {
+    fn pick(head_dim: usize, config: &CompressionConfig, instance: &Instance) -> Option<Self> {
+        let dim = instance.dim.filter(|_| head_dim <= 128 && config.sinks <= 8)?;
+        let eighths = match config.window {
+            0..=33 => 6,
+            34..=65 => 10,
+            _ => return None,
+        };
+        Some(Self { dim, eighths })
+    }
+
+    /// Keys, the sinks' among them, and two stages of rows; the masses that each warp's rows give, and the norms of values.
+    fn shared_bytes(&self) -> usize {
+        let columns = 8 * self.eighths;
+        (BAND_ROWS + columns + 2 * BAND_ROWS) * 2 * self.dim + (BAND_THREADS / 32 * columns + BAND_ROWS) * 4
     }
 }
 
@@ -103,8 +119,9 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(
     let (per_head, per_kv_head) = (params(heads)?, params(kv_heads)?);
     let instance = Instance::pick::<T>(head_dim, [&call.q.1, &call.k.1, &v.1]);
     let mut bits = gpu.alloc::<u8>(batch * heads * pairs)?;
-    if let Some((dim, band)) = band(head_dim, call.config, &instance) {
-        let (window, columns) = (per_kv_head.window as usize, 8 * band);
+    let limit = gpu.shared_limit()?;
+    if let Some(band) = Band::pick(head_dim, call.config, &instance).filter(|band| band.shared_bytes() <= limit) {
+        let window = per_kv_head.window as usize;
         let launch = Launch {
             grid: [
                 pairs.div_ceil(BAND_ROWS + 1 - (window - window / 2)),
@@ -112,8 +129,7 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(
                 1,
             ],
             threads: BAND_THREADS,
-            // The masses that each warp's rows give, and the norms of values.
-            shared_bytes: (BAND_THREADS / 32 * columns + BAND_ROWS) * 4,
+            shared_bytes: band.shared_bytes(),
         };
         let args = [
             gpu.read(call.q.0),
@@ -123,7 +139,7 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(
             gpu.write(&mut bits),
             gpu.value(&per_kv_head),
         ];
-        let kernel = Kernel::of::<T>(MODULE, &format!("observe_band_{dim}_{band}"));
+        let kernel = Kernel::of::<T>(MODULE, &format!("observe_band_{}_{}", band.dim, band.eighths));
         gpu.launch(&kernel, launch, &args)?;
         drop(args);
         return Ok(bits);

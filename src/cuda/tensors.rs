@@ -154,16 +154,19 @@ impl TensorCall<'_> {
         };
         let gpu = Cuda::new(q.0.device());
         // Where there is no pair the indicators are empty, and nothing may be looked up in them.
-        let none = gpu.zeros::<u8>(1)?;
+        let none = match self.problem.pairs() {
+            0 => Some(gpu.zeros::<u8>(1)?),
+            _ => None,
+        };
         let attention = Attention {
             fold: FoldCall {
                 problem: self.problem,
                 q: source::<T>(q)?,
                 k: source::<T>(k)?,
                 v: source::<T>(v)?,
-                bits: match self.problem.pairs() {
-                    0 => &none,
-                    _ => bits.as_cuda_slice::<u8>()?,
+                bits: match &none {
+                    Some(none) => none,
+                    None => bits.as_cuda_slice::<u8>()?,
                 },
                 fold: self.plan.config().fold,
                 lists: lists(&self.problem, self.plan.hides_nothing(), self.plan.heads_agree()),
