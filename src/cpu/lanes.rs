@@ -28,31 +28,9 @@ pub(crate) trait Lanes: Sized {
         weights: [[Self::Acc; 4]; G],
     );
     /// Brings a row into the order of lanes.
-    fn order(row: &mut [Self::Acc]) {
-        reorder(
-            row,
-            |half, i| if i < half { 2 * i } else { 2 * (i - half) + 1 },
-            Self::NUMBERS,
-        )
-    }
+    fn order(_: &mut [Self::Acc]) {}
     /// Brings it back.
-    fn restore(row: &mut [Self::Acc]) {
-        reorder(
-            row,
-            |half, i| if i % 2 == 0 { i / 2 } else { half + i / 2 },
-            Self::NUMBERS,
-        )
-    }
-}
-
-/// Number i of a row becomes the one at `from(half of the row, i)`, where a lane has two.
-fn reorder<A: Accumulator>(row: &mut [A], from: impl Fn(usize, usize) -> usize, numbers: usize) {
-    if numbers == 2 {
-        let (old, half) = (row.to_vec(), row.len() / 2);
-        for (i, x) in row.iter_mut().enumerate() {
-            *x = old[from(half, i)];
-        }
-    }
+    fn restore(_: &mut [Self::Acc]) {}
 }
 
 macro_rules! floats {
@@ -282,6 +260,19 @@ macro_rules! halves {
                     // Its address need not be one of a lane.
                     [] => Some(&[]),
                     _ => pulp::bytemuck::try_cast_slice(source.reinterpret_cast()).ok(),
+                }
+            }
+            fn order(row: &mut [f32]) {
+                let (even, odd): (Vec<f32>, Vec<f32>) =
+                    row.as_chunks().0.iter().map(|[even, odd]| (*even, *odd)).unzip();
+                row[..even.len()].copy_from_slice(&even);
+                row[even.len()..].copy_from_slice(&odd);
+            }
+            fn restore(row: &mut [f32]) {
+                let old = row.to_vec();
+                let (even, odd) = old.split_at(old.len() / 2);
+                for (pair, (even, odd)) in row.as_chunks_mut().0.iter_mut().zip(even.iter().zip(odd)) {
+                    *pair = [*even, *odd];
                 }
             }
             #[inline(always)]
