@@ -1,6 +1,9 @@
 //! One decoding step on the CPU against candle's own, in one run: `cargo bench --bench decode`.
 //!
 //! Decoding reads every kept key and value once, so the peer of last resort is a large copy on the same threads.
+//!
+//! What lost: halves widened into buffers, a tile at a time (2.2 and 2.1 times the time in bf16 and f16, 8 heads of 64, one
+//! thread; with 4 query heads a KV head 1.35 and 1.3). There products of queries and keys are bound by arithmetic.
 
 mod common;
 

@@ -10,6 +10,8 @@
 //! were slower, or no faster; so were blocks of 128 rows. Asking for the output's cache lines before a block's tiles gained
 //! 2 % at most. Observed mass with its sinks in lanes of the window's panels that a row does not look at, so that three
 //! panels are multiplied in place of four, gained 2 % at D=64 and nothing at 128.
+//! Asking for the rows of strided views 4, 16 or 24 rows ahead in place of 8, for every other cache line only, or into L2
+//! changed nothing: 1.05 of contiguous in all. Nor did asking for the rows of edges ahead.
 
 mod common;
 
