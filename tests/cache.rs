@@ -8,7 +8,7 @@ use candle_sfattention::{
     compressed_attention, AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, Criterion, Dropout,
     Fold, GroupRule, HeadStrategies, MergePlan, MergeStrategy,
 };
-use common::again::again;
+use common::again::on_every_instruction_set;
 use common::caches::{chunked, configs, part, plain, shapes, strategies};
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
 use proptest::prelude::*;
@@ -55,11 +55,7 @@ proptest! {
 #[test]
 fn every_instruction_set_agrees() -> Result<()> {
     let tests = ["any_chunking_equals_attention_over_all"];
-    for set in ["avx512", "avx2", "neon"] {
-        again("SFATTENTION_SIMD", set, &tests)?;
-    }
-    assert!(again("SFATTENTION_SIMD", "scalar", &tests)?, "every CPU can do without");
-    Ok(())
+    on_every_instruction_set(&tests)
 }
 
 /// Bias by token index and dropout by absolute position, over chunks and single tokens.

@@ -8,7 +8,7 @@ use candle_sfattention::{
     compressed_attention, AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, Fold, HeadStrategies,
     MergeStrategy,
 };
-use common::again::again;
+use common::again::{on_every_instruction_set, on_every_kernel};
 use common::caches::{chunked, configs, part_options, plain, shapes, strategies};
 use common::inputs::{assert_close, values, Shape};
 use proptest::prelude::*;
@@ -122,11 +122,7 @@ fn stored_halves_decode_as_their_numbers() -> Result<()> {
 #[test]
 fn every_instruction_set_decodes_alike() -> Result<()> {
     let tests = ["stored_halves_decode_as_their_numbers", "half_storage_rounds_once_more"];
-    for set in ["avx512", "avx2", "neon"] {
-        again("SFATTENTION_SIMD", set, &tests)?;
-    }
-    assert!(again("SFATTENTION_SIMD", "scalar", &tests)?, "every CPU can do without");
-    Ok(())
+    on_every_instruction_set(&tests)
 }
 
 /// Long chunks with each kind of instructions that this CPU has for halves, and with none.
@@ -136,11 +132,7 @@ fn long_chunks_agree_on_every_kernel() -> Result<()> {
         "long_chunks_equal_attention_over_all",
         "bad_numbers_stay_with_the_rows_that_see_them",
     ];
-    for kernel in ["amx", "avx512"] {
-        again("SFATTENTION_BF16", kernel, &tests)?;
-    }
-    assert!(again("SFATTENTION_BF16", "off", &tests)?, "every CPU can do without");
-    Ok(())
+    on_every_kernel(&tests)
 }
 
 /// A bad token in the cache spoils the rows that see it, now and later, and no row before it.

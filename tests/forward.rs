@@ -6,7 +6,7 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor, D};
 use candle_sfattention::reference::{self, Array4};
 use candle_sfattention::{attend, compressed_attention, AttentionOptions, HeadStrategies, MergePlan};
-use common::again::again;
+use common::again::{on_every_instruction_set, on_every_kernel, KERNEL};
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
 use common::judge::Expected;
 use common::settings::{reference_bits, settings, Setting};
@@ -102,9 +102,6 @@ fn f64_agrees_with_the_reference() -> Result<()> {
     })
 }
 
-/// Names the instructions that multiply halves.
-const KERNEL: &str = "SFATTENTION_BF16";
-
 /// Where halves are multiplied in f32: sums in f32 and one rounding at the end, so the error is that of one rounding of
 /// the exact result. Where they are multiplied in bf16 pairs, weights and folded rows are rounded too: to 16 bits in f16,
 /// and to 8 in bf16.
@@ -151,24 +148,13 @@ fn half_types_agree_on_every_kernel() -> Result<()> {
         "half_types_err_at_most_twice_as_much_as_candle",
         "half_types_err_at_most_twice_as_much_in_every_setting",
     ];
-    for kernel in ["amx", "avx512"] {
-        again(KERNEL, kernel, &tests)?;
-    }
-    assert!(again(KERNEL, "off", &tests)?, "every CPU can do without");
-    Ok(())
+    on_every_kernel(&tests)
 }
 
 /// The whole table in f32 again, with loops compiled for each instruction set.
 #[test]
 fn every_instruction_set_agrees() -> Result<()> {
-    for set in ["avx512", "avx2", "neon"] {
-        again("SFATTENTION_SIMD", set, &["f32_agrees_with_the_reference"])?;
-    }
-    assert!(
-        again("SFATTENTION_SIMD", "scalar", &["f32_agrees_with_the_reference"])?,
-        "every CPU can do without"
-    );
-    Ok(())
+    on_every_instruction_set(&["f32_agrees_with_the_reference"])
 }
 
 #[test]

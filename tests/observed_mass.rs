@@ -9,7 +9,7 @@ use candle_sfattention::{
     observed_mass, AttentionOptions, CompressedKvCache, CompressionConfig, Criterion, Fold, GroupRule, HeadStrategies,
     MergePlan, MergeStrategy,
 };
-use common::again::again;
+use common::again::on_every_instruction_set;
 use common::caches::{part, with_thresholds};
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
 
@@ -130,9 +130,5 @@ fn every_instruction_set_agrees() -> Result<()> {
         "caches_keep_what_plans_keep",
         "what_is_not_a_number_is_kept",
     ];
-    for set in ["avx512", "avx2", "neon"] {
-        again("SFATTENTION_SIMD", set, &tests)?;
-    }
-    assert!(again("SFATTENTION_SIMD", "scalar", &tests)?, "every CPU can do without");
-    Ok(())
+    on_every_instruction_set(&tests)
 }

@@ -3,7 +3,7 @@
 use candle_core::Result;
 use std::time::{Duration, Instant};
 
-/// How often each row has its turn; half of the turns decide.
+/// How often each row has its turn.
 const ROUNDS: usize = 21;
 /// A turn is as many calls as fill this.
 const TURN: Duration = Duration::from_millis(30);

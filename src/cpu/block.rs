@@ -8,7 +8,7 @@ use super::columns::{
 };
 use super::element::PANEL;
 use super::far::AHEAD;
-use super::fold::{all_finite, ChainFold, Check, Edge};
+use super::fold::{add_row, all_finite, ChainFold, Check, Edge};
 use super::gemm_tile::scores;
 use super::pairs::{Packed, PairTiles, PAD};
 use super::softmax::LANES;
@@ -88,10 +88,9 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
                     check.copy(block.queries.row(token - first_row), target);
                     if fold == Fold::PairSum && token > 0 && block.bits.hidden(token - 1) {
                         match block.previous_query {
-                            Some(previous) if token == first_row => left.copy_from_slice(previous),
-                            _ => Q::widen(block.queries.row(token - 1 - first_row), &mut left),
+                            Some(previous) if token == first_row => add_row(target, previous, &mut left),
+                            _ => add_row(target, block.queries.row(token - 1 - first_row), &mut left),
                         }
-                        target.iter_mut().zip(&left).for_each(|(x, y)| *x += *y);
                         check.take(target);
                     }
                 }

@@ -101,7 +101,8 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
     }
 
     fn attend(&self, lists: &[(ListHeads, List<S>)], chains: &[Option<ChainFold<S::Acc>>], output: &mut [Q]) {
-        let block_rows = block_rows(self.count, self.pairs());
+        let pairs = self.pairs();
+        let block_rows = block_rows(self.count, pairs);
         let longest = lists.iter().map(|(_, list)| list.tokens.len()).max().unwrap_or(0);
         let blocks = self.count.div_ceil(block_rows);
         let leases: Vec<_> = lists
@@ -111,8 +112,8 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
         let pool = Pool::new();
         let gather = |index: usize| {
             let (at, list) = &lists[index];
-            let gathers = self.pairs().is_some() || self.count * at.heads.len() >= GATHERED_ROWS;
-            gathers.then(|| GatheredList::borrow(list, &leases[index], self.pairs(), &pool))
+            let gathers = pairs.is_some() || self.count * at.heads.len() >= GATHERED_ROWS;
+            gathers.then(|| GatheredList::borrow(list, &leases[index], pairs, &pool))
         };
         let heads = lists.iter().map(|(at, _)| at.heads.clone());
         let tasks = row_tasks(heads, (self.count, self.head_dim, block_rows), output, None);
@@ -132,15 +133,13 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
                     None => list,
                 };
                 if worker.as_ref().is_none_or(|(last, _)| *last != index) {
-                    *worker = Some((index, Worker::new(self.settings(list, block_rows), longest)));
+                    *worker = Some((index, Worker::new(self.settings(list, block_rows, pairs), longest)));
                 }
                 if let Some((_, worker)) = worker {
                     self.block(worker, (at, list, far), &chains[index], task);
                 }
                 drop(gathered);
-                if let Some(columns) = leases[index].give_back() {
-                    pool.give(columns);
-                }
+                leases[index].give_back(&pool);
             },
         );
     }
@@ -154,7 +153,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
         }
     }
 
-    fn settings(&self, list: &List<S>, block_rows: usize) -> Settings<'a, S::Acc> {
+    fn settings(&self, list: &List<S>, block_rows: usize, pairs: Option<Pairs>) -> Settings<'a, S::Acc> {
         Settings {
             head_dim: self.head_dim,
             block_rows,
@@ -164,7 +163,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             causal: true,
             scale: self.scale,
             bias: self.bias,
-            pairs: self.pairs(),
+            pairs,
             gradients: false,
         }
     }
@@ -197,7 +196,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
     }
 
     fn decode(&self, lists: &[(ListHeads, List<S>)], output: &mut [Q]) {
-        let queries: Vec<Vec<S::Acc>> = lists.iter().map(|(at, list)| self.decode_queries(at, list)).collect();
+        let decoders: Vec<_> = lists.iter().map(|(at, list)| self.decoder(at, list)).collect();
         let splits: Vec<(usize, Range<usize>)> = lists
             .iter()
             .enumerate()
@@ -207,14 +206,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
                 starts.map(move |start| (index, start..entries.min(start + SPLIT)))
             })
             .collect();
-        let run = |(index, range): &(usize, Range<usize>)| {
-            let decoder = Decoder {
-                queries: &queries[*index],
-                dim: self.head_dim,
-                lanes: reads_lanes(&lists[*index].1),
-            };
-            decoder.split(&lists[*index].1, range.clone())
-        };
+        let run = |(index, range): &(usize, Range<usize>)| decoders[*index].split(&lists[*index].1, range.clone());
         let work: usize = lists.iter().map(|(at, list)| list.tokens.len() * at.heads.len()).sum();
         let partials: Vec<_> = if work * self.head_dim < SEQUENTIAL {
             splits.iter().map(run).collect()
@@ -227,14 +219,12 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             while let Some((_, other)) = partials.next_if(|(next, _)| *next == index) {
                 partial.merge(&other);
             }
-            if reads_lanes(&lists[index].1) {
-                partial.restore::<S>();
-            }
-            partial.finish(&mut outputs);
+            decoders[index].finish::<Q, S>(partial, &mut outputs);
         }
     }
 
-    fn decode_queries(&self, at: &ListHeads, list: &List<S>) -> Vec<S::Acc> {
+    fn decoder(&self, at: &ListHeads, list: &List<S>) -> Decoder<S::Acc> {
+        let lanes = reads_lanes(list);
         let mut queries = vec![S::Acc::ZERO; at.heads.len() * self.head_dim];
         let targets = queries.chunks_exact_mut(self.head_dim);
         for (index, (target, rows)) in targets.zip(self.queries(at)).enumerate() {
@@ -243,11 +233,15 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
                 .get(index * self.head_dim..(index + 1) * self.head_dim);
             let joins_left = list.seq_len > 1 && list.bits.last() == Some(&1);
             load_query(rows.row(0), previous.filter(|_| joins_left), self.scale, target);
-            if reads_lanes(list) {
+            if lanes {
                 S::order(target);
             }
         }
-        queries
+        Decoder {
+            queries,
+            dim: self.head_dim,
+            lanes,
+        }
     }
 }
 

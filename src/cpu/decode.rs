@@ -23,9 +23,9 @@ pub(crate) struct Partial<A> {
 }
 
 /// Scaled queries (group, D) of one list.
-pub(crate) struct Decoder<'a, A> {
+pub(crate) struct Decoder<A> {
     /// In the order of lanes where the list is read by them.
-    pub queries: &'a [A],
+    pub queries: Vec<A>,
     pub dim: usize,
     /// Whether the list is read by lanes: see [`reads_lanes`].
     pub lanes: bool,
@@ -62,25 +62,25 @@ impl<A: Accumulator> Partial<A> {
             rows.take(dim).for_each(|(x, y)| *x = *x * mine + *y * theirs);
         }
     }
+}
 
-    /// Brings the rows back from the order of lanes.
-    pub fn restore<S: Lanes<Acc = A>>(&mut self) {
-        let dim = self.output.len() / self.max.len();
-        self.output.chunks_exact_mut(dim).for_each(S::restore);
-    }
-
+impl<A: Accumulator> Decoder<A> {
     /// Writes the group's output rows.
-    pub fn finish<Q: Element<Acc = A>>(mut self, mut outputs: impl Iterator<Item = impl AsMut<[Q]>>) {
-        let dim = self.output.len() / self.max.len();
-        for (row, sum) in self.output.chunks_exact_mut(dim).zip(&self.sum) {
+    pub fn finish<Q: Element<Acc = A>, S: Element<Acc = A>>(
+        &self,
+        mut partial: Partial<A>,
+        mut outputs: impl Iterator<Item = impl AsMut<[Q]>>,
+    ) {
+        for (row, sum) in partial.output.chunks_exact_mut(self.dim).zip(&partial.sum) {
+            if self.lanes {
+                S::restore(row);
+            }
             if let Some(mut target) = outputs.next() {
                 finish_row(*sum, row, target.as_mut())
             }
         }
     }
-}
 
-impl<A: Accumulator> Decoder<'_, A> {
     /// Far columns `range` of a list; the first split also takes the open chain and the window.
     pub fn split<S: Element<Acc = A>>(&self, list: &List<S>, range: Range<usize>) -> Partial<A> {
         let partial = Partial::new(self.queries.len() / self.dim, self.dim);
@@ -256,7 +256,7 @@ fn by_lanes<A: Accumulator>(numbers: &[A; TILE], start: A, join: impl Fn(A, A) -
 
 /// One task, as code for one instruction set.
 struct Split<'a, A, S: Element<Acc = A>> {
-    decoder: &'a Decoder<'a, A>,
+    decoder: &'a Decoder<A>,
     list: &'a List<S>,
     range: Range<usize>,
     partial: Partial<A>,

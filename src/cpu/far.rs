@@ -2,7 +2,7 @@
 
 use super::aligned::PaddedRows;
 use super::columns::KeysValues;
-use super::fold::{log2_size, quarantine, ChainFold, Check};
+use super::fold::{add_row, log2_size, quarantine, ChainFold, Check};
 use super::pairs::{Packed, Pairs};
 use super::{vectorized, Accumulator, Element, HeadRows};
 use crate::config::Fold;
@@ -176,10 +176,8 @@ impl<A: Accumulator> FarColumns<A> {
                 T::widen(values.row(t), value);
             }
             if summed {
-                for (x, row) in [(&mut *key, keys.row(t - 1)), (&mut *value, values.row(t - 1))] {
-                    T::widen(row, &mut left);
-                    x.iter_mut().zip(&left).for_each(|(x, y)| *x += *y);
-                }
+                add_row(key, keys.row(t - 1), &mut left);
+                add_row(value, values.row(t - 1), &mut left);
             }
             match trusting {
                 true => {

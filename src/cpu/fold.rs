@@ -61,21 +61,12 @@ impl<A: Accumulator> ChainFold<A> {
     /// A pair sum from its two raw rows. What [`Self::step`] goes on from is not kept.
     #[inline(always)]
     pub fn pair<T: Element<Acc = A>>(&mut self, keys: (&[T], &[T]), values: (&[T], &[T])) {
-        for (sum, right, (left, next)) in [
+        for (sum, room, (left, next)) in [
             (&mut self.key, &mut self.raw_key, keys),
             (&mut self.value, &mut self.raw_value, values),
         ] {
-            match (T::as_acc(left), T::as_acc(next)) {
-                (Some(left), Some(next)) => {
-                    let pairs = sum.iter_mut().zip(left.iter().zip(next));
-                    pairs.for_each(|(x, (left, next))| *x = *left + *next);
-                }
-                _ => {
-                    T::widen(left, sum);
-                    T::widen(next, right);
-                    sum.iter_mut().zip(right.iter()).for_each(|(x, y)| *x += *y);
-                }
-            }
+            T::widen(next, sum);
+            add_row(sum, left, room);
         }
     }
 
@@ -149,6 +140,16 @@ impl<A: Accumulator> ChainFold<A> {
 pub(crate) fn log2_size<A: Accumulator>(size: usize) -> A {
     static LOGARITHMS: LazyLock<[f64; 64]> = LazyLock::new(|| std::array::from_fn(|size| (size as f64).log2()));
     A::of(LOGARITHMS.get(size).copied().unwrap_or_else(|| (size as f64).log2()))
+}
+
+/// Adds a raw row, through `room` where it has to be widened.
+#[inline(always)]
+pub(crate) fn add_row<T: Element>(sum: &mut [T::Acc], row: &[T], room: &mut [T::Acc]) {
+    let row = T::as_acc(row).unwrap_or_else(|| {
+        T::widen(row, room);
+        room
+    });
+    sum.iter_mut().zip(row).for_each(|(x, y)| *x += *y);
 }
 
 #[inline(always)]

@@ -143,9 +143,7 @@ fn run<T: Element>(
     let block = input.block(list.batch, task.head, task.rows, &far);
     worker.run(&block, task.output, task.log_sum_exp);
     drop(far);
-    if let Some(columns) = list.columns.give_back() {
-        pool.give(columns);
-    }
+    list.columns.give_back(pool);
 }
 
 /// A call's far columns, with the rows they were gathered from.

@@ -208,20 +208,7 @@ impl<S: Element> List<S> {
         if let Some(edge) = self.seq_len.checked_sub(self.settings.window + 1) {
             let next = if self.open.is_some() { base + 1 } else { 0 };
             let recent = (take(&mut self.recent_keys), take(&mut self.recent_values));
-            let (keys, values, base_of_rows) = match self.settings.window {
-                0 => (*keys, *values, first),
-                _ => (
-                    HeadRows::compact(&recent.0[..], self.dim),
-                    HeadRows::compact(&recent.1[..], self.dim),
-                    self.seq_len - recent.0.len() / self.dim,
-                ),
-            };
-            let raw = RawRows {
-                keys,
-                values,
-                base: base_of_rows,
-                clean: self.last_bad.is_none_or(|bad| bad < base_of_rows),
-            };
+            let raw = self.raw_of((&recent.0, &recent.1), (*keys, *values), count);
             let bits = Bits { bits: &bits, base };
             vectorized(
                 #[inline(always)]
@@ -299,20 +286,26 @@ impl<S: Element> List<S> {
 
     /// The raw rows that a chunk's blocks read: its own where nothing is kept raw, else those of the window and its own.
     pub fn raw<'a>(&'a self, keys: HeadRows<'a, S>, values: HeadRows<'a, S>, count: usize) -> RawRows<'a, S> {
-        let first = self.seq_len - count;
-        if self.settings.window == 0 {
-            let clean = self.last_bad.is_none_or(|bad| bad < first);
-            return RawRows {
-                keys,
-                values,
-                base: first,
-                clean,
-            };
-        }
-        let base = self.seq_len - self.recent_keys.len() / self.dim;
+        self.raw_of((&self.recent_keys, &self.recent_values), (keys, values), count)
+    }
+
+    fn raw_of<'a>(
+        &self,
+        recent: (&'a [S], &'a [S]),
+        chunk: (HeadRows<'a, S>, HeadRows<'a, S>),
+        count: usize,
+    ) -> RawRows<'a, S> {
+        let compact = |rows| HeadRows::compact(rows, self.dim);
+        let (base, (keys, values)) = match self.settings.window {
+            0 => (self.seq_len - count, chunk),
+            _ => (
+                self.seq_len - recent.0.len() / self.dim,
+                (compact(recent.0), compact(recent.1)),
+            ),
+        };
         RawRows {
-            keys: HeadRows::compact(&self.recent_keys, self.dim),
-            values: HeadRows::compact(&self.recent_values, self.dim),
+            keys,
+            values,
             base,
             clean: self.last_bad.is_none_or(|bad| bad < base),
         }

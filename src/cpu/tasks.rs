@@ -78,13 +78,13 @@ impl<T> Lease<T> {
         Arc::clone(leased.made.get_or_insert_with(|| Arc::new(make())))
     }
 
-    /// For each task once, when it has dropped what it borrowed; the last one gets it.
-    pub fn give_back(&self) -> Option<T> {
+    /// For each task once, when it has dropped what it borrowed; from the last one it goes to `pool`.
+    pub fn give_back(&self, pool: &Pool<T>) {
         let mut leased = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         leased.tasks_left -= 1;
-        match leased.tasks_left {
-            0 => leased.made.take().and_then(|made| Arc::try_unwrap(made).ok()),
-            _ => None,
+        if leased.tasks_left == 0 {
+            let made = leased.made.take().and_then(|made| Arc::try_unwrap(made).ok());
+            made.into_iter().for_each(|made| pool.give(made));
         }
     }
 }
