@@ -30,7 +30,11 @@ impl<T: Copy + Default> Aligned<T> {
 
 impl<T: Copy + Default> Default for Aligned<T> {
     fn default() -> Self {
-        Self::zeroed(0)
+        Self {
+            data: Vec::new(),
+            start: 0,
+            len: 0,
+        }
     }
 }
 

@@ -32,6 +32,8 @@ pub(crate) struct BlockReader<'a, Q: Element> {
     /// Logits in base 2 of one tile.
     pub tile: Aligned<Q::Acc>,
     scratch: RowScratch<Q::Acc>,
+    /// One row, widened.
+    left: Vec<Q::Acc>,
     /// Products in bf16 pairs, and raw columns for them.
     pub products: Option<(PairTiles, Packed)>,
     /// Stands on the token of the edge that is looked at.
@@ -62,6 +64,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             }),
             tile: Aligned::zeroed(leading * tile_columns),
             scratch: Default::default(),
+            left: vec![Q::Acc::ZERO; dim],
             chain: ChainFold::new(settings.fold, dim),
         }
     }
@@ -74,8 +77,8 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             ..
         } = self.settings;
         let factor = Q::Acc::of(self.settings.scale * std::f64::consts::LOG2_E);
-        let mut left = vec![Q::Acc::ZERO; dim];
         let width = self.width;
+        let left = &mut self.left;
         self.query_rows[block.rows.len() * width..].fill(Q::Acc::ZERO);
         let (fold, query_rows) = (self.settings.fold, &mut self.query_rows);
         vectorized(
@@ -85,13 +88,18 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
                 for (row, token) in block.rows.clone().enumerate() {
                     block.queries.prefetch_row(token + AHEAD - first_row);
                     let target = &mut query_rows[row * width..][..dim];
-                    check.copy(block.queries.row(token - first_row), target);
-                    if fold == Fold::PairSum && token > 0 && block.bits.hidden(token - 1) {
-                        match block.previous_query {
-                            Some(previous) if token == first_row => add_row(target, previous, &mut left),
-                            _ => add_row(target, block.queries.row(token - 1 - first_row), &mut left),
+                    let query = block.queries.row(token - first_row);
+                    if !(fold == Fold::PairSum && token > 0 && block.bits.hidden(token - 1)) {
+                        check.copy(query, target);
+                        continue;
+                    }
+                    match block.previous_query {
+                        Some(previous) if token == first_row => {
+                            Q::widen(query, target);
+                            add_row(target, previous, left);
+                            check.take(target);
                         }
-                        check.take(target);
+                        _ => check.sum((block.queries.row(token - 1 - first_row), query), left, target),
                     }
                 }
                 if !check.passed() {
@@ -146,11 +154,12 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
                         visit(self, Edge { key, value, log2_size }, token, row(token));
                         continue;
                     }
-                    match fold == Fold::PairSum && folded(token) && token > raw.base {
-                        true => chain.pair((raw.key(token - 1), key), (raw.value(token - 1), value)),
-                        false => chain.step(folded(token), key, value),
+                    if fold == Fold::PairSum && folded(token) && token > raw.base {
+                        chain.pair((raw.key(token - 1), key), (raw.value(token - 1), value));
+                    } else {
+                        chain.step(folded(token), key, value);
+                        chain.quarantine();
                     }
-                    chain.quarantine();
                     visit(self, chain.edge(), token, row(token));
                 }
             },

@@ -8,6 +8,7 @@ use super::list::{widened, List};
 use super::list_columns::GatheredList;
 use super::list_decide::Decided;
 use super::observe::Chunk;
+use super::output::{Blank, Output};
 use super::pairs::Pairs;
 use super::philox::DropoutMask;
 use super::tasks::{for_each_task, row_tasks, Lease, Pool, RowTask};
@@ -83,12 +84,12 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
         };
         let batches = lists.last().map_or(0, |(at, _)| at.batch + 1);
         let rows = if attend { batches * self.heads * self.count } else { 0 };
-        let mut output = vec![Q::zero(); rows * self.head_dim];
+        let mut output = Output::new(rows * self.head_dim);
         let plain = self.bias.is_none() && self.dropout.is_none();
         match (attend, self.count) {
             (false, _) => {}
-            (true, 1) if plain => self.decode(lists, &mut output),
-            _ => self.attend(lists, &chains, &mut output),
+            (true, 1) if plain => self.decode(lists, output.blank().clear()),
+            _ => self.attend(lists, &chains, output.blank()),
         }
         for (at, list) in lists {
             if list.settings.fold == Fold::PairSum {
@@ -97,10 +98,10 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             }
             list.trim(self.count);
         }
-        output
+        output.written()
     }
 
-    fn attend(&self, lists: &[(ListHeads, List<S>)], chains: &[Option<ChainFold<S::Acc>>], output: &mut [Q]) {
+    fn attend(&self, lists: &[(ListHeads, List<S>)], chains: &[Option<ChainFold<S::Acc>>], output: Blank<Q>) {
         let pairs = self.pairs();
         let block_rows = block_rows(self.count, pairs);
         let longest = lists.iter().map(|(_, list)| list.tokens.len()).max().unwrap_or(0);
@@ -192,7 +193,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
                 .dropout
                 .map(|dropout| DropoutMask::new(dropout, at.batch * self.heads + head)),
         };
-        worker.run(&block, output, None);
+        worker.run(&block, output.clear(), None);
     }
 
     fn decode(&self, lists: &[(ListHeads, List<S>)], output: &mut [Q]) {

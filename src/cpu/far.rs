@@ -2,7 +2,7 @@
 
 use super::aligned::PaddedRows;
 use super::columns::KeysValues;
-use super::fold::{add_row, log2_size, quarantine, ChainFold, Check};
+use super::fold::{log2_size, quarantine, ChainFold, Check};
 use super::pairs::{Packed, Pairs};
 use super::{vectorized, Accumulator, Element, HeadRows};
 use crate::config::Fold;
@@ -169,22 +169,17 @@ impl<A: Accumulator> FarColumns<A> {
             }
             let key = self.far.keys.row_mut(row);
             if folded {
-                key.copy_from_slice(&chain.key);
-                value.copy_from_slice(&chain.value);
+                check.copy(&chain.key[..], key);
+                check.copy(&chain.value[..], value);
+            } else if summed {
+                check.sum((keys.row(t - 1), keys.row(t)), &mut left, key);
+                check.sum((values.row(t - 1), values.row(t)), &mut left, value);
             } else {
-                T::widen(keys.row(t), key);
-                T::widen(values.row(t), value);
+                check.copy(keys.row(t), key);
+                check.copy(values.row(t), value);
             }
-            if summed {
-                add_row(key, keys.row(t - 1), &mut left);
-                add_row(value, values.row(t - 1), &mut left);
-            }
-            match trusting {
-                true => {
-                    check.take(key);
-                    check.take(value);
-                }
-                false => replaced |= quarantine(key, value),
+            if !trusting {
+                replaced |= quarantine(key, value);
             }
             match (&mut self.packed, &mut self.packed_values) {
                 (None, _) => {}

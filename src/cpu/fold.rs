@@ -58,15 +58,14 @@ impl<A: Accumulator> ChainFold<A> {
         }
     }
 
-    /// A pair sum from its two raw rows. What [`Self::step`] goes on from is not kept.
+    /// A quarantined pair sum from its two raw rows. What [`Self::step`] goes on from is not kept.
     #[inline(always)]
     pub fn pair<T: Element<Acc = A>>(&mut self, keys: (&[T], &[T]), values: (&[T], &[T])) {
-        for (sum, room, (left, next)) in [
-            (&mut self.key, &mut self.raw_key, keys),
-            (&mut self.value, &mut self.raw_value, values),
-        ] {
-            T::widen(next, sum);
-            add_row(sum, left, room);
+        let mut check = Check::default();
+        check.sum(keys, &mut self.raw_key, &mut self.key);
+        check.sum(values, &mut self.raw_value, &mut self.value);
+        if !check.passed() {
+            spoil(&mut self.key, &mut self.value);
         }
     }
 
@@ -175,10 +174,15 @@ fn running_mean<A: Accumulator>(mean: &mut [A], next: &[A], size: usize) {
 pub(crate) fn quarantine<A: Accumulator>(key: &mut [A], value: &mut [A]) -> bool {
     let bad = !(all_finite(key) && all_finite(value));
     if bad {
-        key.fill(A::NAN);
-        value.fill(A::ZERO);
+        spoil(key, value);
     }
     bad
+}
+
+#[cold]
+fn spoil<A: Accumulator>(key: &mut [A], value: &mut [A]) {
+    key.fill(A::NAN);
+    value.fill(A::ZERO);
 }
 
 #[inline(always)]
@@ -188,7 +192,8 @@ pub(crate) fn all_finite<A: Accumulator>(row: &[A]) -> bool {
     check.passed()
 }
 
-/// Finds out whether all numbers of some rows are finite: x * 0 is NaN for those that are not.
+/// Finds out whether all numbers of some rows are finite: x * 0 is NaN for those that are not. Chunks are worked on as
+/// values: written in place, number by number, they might be what is read next, and would be handled one by one.
 #[derive(Default)]
 pub(crate) struct Check<A>([A; CHECK_LANES]);
 
@@ -198,12 +203,14 @@ impl<A: Accumulator> Check<A> {
     #[inline(always)]
     pub fn take(&mut self, row: &[A]) {
         let (chunks, rest) = row.as_chunks::<CHECK_LANES>();
-        for chunk in chunks {
-            for (check, x) in self.0.iter_mut().zip(chunk) {
-                *check += *x * A::ZERO;
-            }
-        }
-        for (check, x) in self.0.iter_mut().zip(rest) {
+        chunks.iter().for_each(|chunk| self.lanes(chunk));
+        self.lanes(rest);
+    }
+
+    /// At most as many numbers as there are lanes.
+    #[inline(always)]
+    fn lanes(&mut self, row: &[A]) {
+        for (check, x) in self.0.iter_mut().zip(row) {
             *check += *x * A::ZERO;
         }
     }
@@ -220,21 +227,45 @@ impl<A: Accumulator> Check<A> {
         }
     }
 
+    /// Takes the sum of two rows while it is made; through `room` where they have to be widened.
+    #[inline(always)]
+    pub fn sum<T: Element<Acc = A>>(&mut self, (left, right): (&[T], &[T]), room: &mut [A], target: &mut [A]) {
+        let (Some(left), Some(right)) = (T::as_acc(left), T::as_acc(right)) else {
+            T::widen(right, target);
+            add_row(target, left, room);
+            return self.take(target);
+        };
+        let (left, left_rest) = left.as_chunks::<CHECK_LANES>();
+        let (right, right_rest) = right.as_chunks::<CHECK_LANES>();
+        let (targets, target_rest) = target.as_chunks_mut::<CHECK_LANES>();
+        for ((target, left), right) in targets.iter_mut().zip(left).zip(right) {
+            let mut sum = *right;
+            sum.iter_mut().zip(left).for_each(|(x, y)| *x += *y);
+            self.lanes(&sum);
+            *target = sum;
+        }
+        for ((target, left), right) in target_rest.iter_mut().zip(left_rest).zip(right_rest) {
+            *target = *right + *left;
+        }
+        self.lanes(target_rest);
+    }
+
     /// Takes a row while it is multiplied by `factor`.
     #[inline(always)]
     pub fn scale(&mut self, source: &[A], factor: A, target: &mut [A]) {
         let (chunks, rest) = source.as_chunks::<CHECK_LANES>();
         let (targets, target_rest) = target.as_chunks_mut::<CHECK_LANES>();
         for (target, chunk) in targets.iter_mut().zip(chunks) {
-            for ((target, x), check) in target.iter_mut().zip(chunk).zip(&mut self.0) {
-                *target = *x * factor;
-                *check += *target * A::ZERO;
-            }
+            let mut scaled = *chunk;
+            scaled.iter_mut().for_each(|x| *x *= factor);
+            self.lanes(&scaled);
+            *target = scaled;
         }
-        for ((target, x), check) in target_rest.iter_mut().zip(rest).zip(&mut self.0) {
-            *target = *x * factor;
-            *check += *target * A::ZERO;
-        }
+        target_rest
+            .iter_mut()
+            .zip(rest)
+            .for_each(|(target, x)| *target = *x * factor);
+        self.lanes(target_rest);
     }
 
     #[inline(always)]

@@ -6,6 +6,7 @@
 use super::attend::Worker;
 use super::columns::{block_rows, BiasView, Bits, Block, FarSource, KeysValues, RawRows, RowScratch, Settings};
 use super::far::{FarColumns, Layout};
+use super::output::Output;
 use super::pairs::{Packed, Pairs};
 use super::philox::DropoutMask;
 use super::tasks::{for_each_task, row_tasks, Lease, Pool, RowTask};
@@ -110,18 +111,23 @@ pub(crate) fn forward<T: Element>(input: &ForwardInput<T>, log_sum_exp: Option<&
         head_dim,
         ..
     } = input.problem;
-    let mut output = vec![T::zero(); batch * heads * tokens * head_dim];
+    let mut output = Output::new(batch * heads * tokens * head_dim);
     let settings = input.settings();
     let lists = head_lists(input, tokens.div_ceil(settings.block_rows));
     let pool = Pool::new();
     let heads = lists.iter().map(|list| list.heads.clone());
-    let tasks = row_tasks(heads, (tokens, head_dim, settings.block_rows), &mut output, log_sum_exp);
+    let tasks = row_tasks(
+        heads,
+        (tokens, head_dim, settings.block_rows),
+        output.blank(),
+        log_sum_exp,
+    );
     for_each_task(
         tasks,
         || Worker::new(settings, tokens),
         |worker, task| run(worker, input, &lists, &pool, task),
     );
-    output
+    output.written()
 }
 
 fn run<T: Element>(
@@ -141,7 +147,7 @@ fn run<T: Element>(
         values: input.v.head(list.batch, list.kv_head),
     };
     let block = input.block(list.batch, task.head, task.rows, &far);
-    worker.run(&block, task.output, task.log_sum_exp);
+    worker.run(&block, task.output.clear(), task.log_sum_exp);
     drop(far);
     list.columns.give_back(pool);
 }

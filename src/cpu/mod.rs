@@ -22,6 +22,7 @@ mod list_columns;
 mod list_decide;
 pub(crate) mod loss;
 pub(crate) mod observe;
+mod output;
 mod pairs;
 mod philox;
 mod product;

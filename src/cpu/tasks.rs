@@ -1,5 +1,6 @@
 //! Work shared among threads: a queue of tasks, what several of them read, and buffers that are handed on.
 
+use super::output::Blank;
 use super::Element;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,7 +13,7 @@ pub(crate) struct RowTask<'out, T: Element> {
     pub head: usize,
     /// From the first row of `output` on.
     pub rows: Range<usize>,
-    pub output: &'out mut [T],
+    pub output: Blank<'out, T>,
     pub log_sum_exp: Option<&'out mut [T::Acc]>,
 }
 
@@ -21,26 +22,25 @@ pub(crate) struct RowTask<'out, T: Element> {
 pub(crate) fn row_tasks<'out, T: Element>(
     lists: impl ExactSizeIterator<Item = Range<usize>>,
     (tokens, dim, block_rows): (usize, usize, usize),
-    output: &'out mut [T],
+    mut output: Blank<'out, T>,
     log_sum_exp: Option<&'out mut [T::Acc]>,
 ) -> Vec<RowTask<'out, T>> {
     let (count, threads) = (lists.len(), rayon::current_num_threads());
-    let mut outputs = output.chunks_mut(tokens * dim);
     let mut sums = log_sum_exp.map(|sums| sums.chunks_mut(tokens));
     let mut tasks = Vec::new();
     for (list, heads) in lists.enumerate() {
         let first = tasks.len();
-        for (head, output) in heads.zip(&mut outputs) {
+        for head in heads {
             let sums = sums.as_mut().and_then(Iterator::next);
             let mut sums = sums.map(|sums| sums.chunks_mut(block_rows));
-            for (block, output) in output.chunks_mut(block_rows * dim).enumerate() {
-                let start = block * block_rows;
+            for start in (0..tokens).step_by(block_rows) {
+                let rows = start..tokens.min(start + block_rows);
                 tasks.push(RowTask {
                     list,
                     ahead: None,
                     head,
-                    rows: start..start + output.len() / dim,
-                    output,
+                    output: output.take(rows.len() * dim),
+                    rows,
                     log_sum_exp: sums.as_mut().and_then(Iterator::next),
                 });
             }
