@@ -329,6 +329,8 @@ __device__ __forceinline__ void forward(const ForwardTensors& x, const Attention
     typedef ForwardBlock<T, D, MT, NB, EXTRAS, LISTED> Block;
     uint32_t blocks = (p.sizes.tokens + Block::ROWS - 1) / Block::ROWS;
     Place place(blockIdx.x, blocks, p.sizes.batch * p.sizes.heads);
+    hw::let_next_start();
+    hw::wait_for_previous();
     // Without causality no tile is masked by itself: every one is searched.
     Block(p, x).note_facts(place.unit, (blocks - 1 - place.block) * Block::ROWS, p.dense && !p.causal);
     for (;;) {
