@@ -281,8 +281,7 @@ SFA_DEVICE void let_next_start() {
 #endif
 }
 
-// Waits until the launches before are over and what they wrote is here. A kernel that is launched to be early calls this before
-// it touches memory that others write, or that they still read.
+// Waits until the launches before are over and what they wrote is here: an early kernel does before it touches memory.
 SFA_DEVICE void wait_for_previous() {
 #if !defined(SFA_EMULATION) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -159,8 +159,7 @@ pub(crate) fn backward<G: Gpu, T: GpuElement>(
         threads: THREADS,
         shared_bytes: 0,
     };
-    let kernel = Kernel::of::<T>(module::<T>(), "backward_delta");
-    let kernel = if T::HALF { kernel.early() } else { kernel };
+    let kernel = Kernel::of::<T>(module::<T>(), "backward_delta").early();
     gpu.launch(&kernel, launch, &args)?;
     drop(args);
     let pass = Pass {

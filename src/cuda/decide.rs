@@ -66,7 +66,7 @@ impl<G: Gpu, T: GpuElement> DecideCall<'_, G, T> {
     }
 }
 
-/// `Tests` in `cuda/cosine.cuh`: a copy to the device takes as long as deciding does where tokens are few.
+/// `Tests` in `cuda/cosine.cuh`: few go with the other arguments, which spares a copy to the device.
 pub(crate) struct Tests<G: Gpu> {
     pub many: Option<G::Slice<f32>>,
     pub few: FewTests,

@@ -43,6 +43,25 @@ pub(crate) enum CudaArg<'a> {
     Value(&'a u8),
 }
 
+impl CudaArg<'_> {
+    /// Where the driver finds it; it only reads.
+    fn pointer(&self) -> *mut c_void {
+        match self {
+            Self::Buffer(pointer, _) => std::ptr::from_ref(pointer).cast_mut().cast(),
+            Self::Value(first) => std::ptr::from_ref(*first).cast_mut().cast(),
+        }
+    }
+}
+
+/// What lets a launch start while the one before it on the stream ends: programmatic dependent launch.
+fn starts_early() -> CUlaunchAttribute {
+    // SAFETY: a struct of integers and a union of such, for which zeros are valid.
+    let mut attribute: CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+    attribute
+}
+
 impl Gpu for Cuda {
     type Slice<T: Number> = CudaSlice<T>;
     type Arg<'a> = CudaArg<'a>;
@@ -112,12 +131,9 @@ impl Gpu for Cuda {
             let granted = function.set_attribute(attribute, size(launch.shared_bytes)? as i32);
             granted.map_err(failed)?;
         }
-        // SAFETY: zeros are a valid attribute, which is then set to 1 and named.
-        let mut attribute: CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        attribute.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        attribute.value.programmaticStreamSerializationAllowed = 1;
         let version = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PTX_VERSION;
         let early = kernel.early && function.get_attribute(version).map_err(failed)? >= WAITS_BY_ITSELF;
+        let mut attribute = starts_early();
         let config = CUlaunchConfig {
             gridDimX: size(launch.grid[0])?,
             gridDimY: size(launch.grid[1])?,
@@ -130,17 +146,10 @@ impl Gpu for Cuda {
             attrs: &raw mut attribute,
             numAttrs: early.into(),
         };
-        let pointer = |arg: &CudaArg<'_>| -> *mut c_void {
-            match arg {
-                CudaArg::Buffer(pointer, _) => std::ptr::from_ref(pointer).cast_mut().cast(),
-                CudaArg::Value(first) => std::ptr::from_ref(*first).cast_mut().cast(),
-            }
-        };
-        let mut pointers: Vec<*mut c_void> = args.iter().map(pointer).collect();
+        let mut pointers: Vec<*mut c_void> = args.iter().map(CudaArg::pointer).collect();
         self.stream.context().bind_to_thread().map_err(failed)?;
         // SAFETY: the launcher passes what the kernel's signature asks for (the emulator checks that in tests: count,
-        // sizes, which buffers are written and every access), and `args` keeps all of it alive until it is enqueued. The
-        // driver reads arguments and writes none.
+        // sizes, which buffers are written and every access), and `args` keeps all of it alive until it is enqueued.
         let launched = unsafe {
             cuLaunchKernelEx(
                 &config,

@@ -294,9 +294,7 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
         threads: THREADS,
         shared_bytes,
     };
-    let kernel = Kernel::of::<T>(module, &name);
-    let kernel = if T::HALF { kernel.early() } else { kernel };
-    gpu.launch(&kernel, launch, &args)?;
+    gpu.launch(&Kernel::of::<T>(module, &name).early(), launch, &args)?;
     drop(args);
     if let Some(first_bad) = first_bad.filter(|_| blocks > 1) {
         spread_nan(gpu, &params, block_rows, &first_bad, &mut output)?;
