@@ -240,7 +240,6 @@ template <class T, unsigned PARTS> struct Causal {
 
 template <class T, unsigned PARTS>
 __device__ void causal(Global<const T> q, Global<const T> k, const Tests& tests, Global<uint8_t> bits, const DecideParams& p) {
-  // Without letting the next launch start: what is early finds places unevenly, and these blocks are few.
   hw::wait_for_previous();
   unsigned first = warp_pair() * WARP_PAIRS, pairs = p.sizes.tokens - 1, lane = threadIdx.x % 32;
   if (first >= pairs) return;
