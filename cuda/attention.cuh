@@ -211,15 +211,13 @@ SFA_DEVICE int quarantine(const hw::Tile& keys, const hw::Tile& values, const hw
 }
 
 // Which of `blocks` blocks of which of `units` heads or lists a block of the grid takes. Those that share a unit's columns
-// or rows run at about one time, so that the L2 cache holds them; but a few units go together, the longest blocks of all of
-// them first (a unit's first ones), or the last unit's longest would run on alone.
+// or rows run at about one time, so that the L2 cache holds them; but a few units go together, of about `together` blocks, the
+// longest blocks of all of them first (a unit's first ones), or the last unit's longest would run on alone.
 struct Place {
     uint32_t unit, block;
 
-    SFA_DEVICE Place(uint32_t index, uint32_t blocks, uint32_t units) {
-        // About two blocks for each that a device runs at a time.
-        constexpr uint32_t TOGETHER = 512;
-        uint32_t most = (TOGETHER + blocks - 1) / blocks, group = index / (most * blocks), inside = index % (most * blocks);
+    SFA_DEVICE Place(uint32_t index, uint32_t blocks, uint32_t units, uint32_t together) {
+        uint32_t most = (together + blocks - 1) / blocks, group = index / (most * blocks), inside = index % (most * blocks);
         uint32_t count = min(most, units - group * most);
         unit = group * most + inside % count, block = inside / count;
     }

@@ -8,6 +8,8 @@
 template <class T>
 __device__ __forceinline__ void row_products(Halves output, Halves rest, Halves grad_output, Global<float> delta,
                                              const AttentionParams& p) {
+    hw::let_next_start();
+    hw::wait_for_previous();
     uint32_t lanes = p.sizes.head_dim <= 64 ? 8 : p.sizes.head_dim <= 128 ? 16 : 32, lane = threadIdx.x % lanes;
     int64_t row = int64_t(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes;
     bool exists = row < int64_t(p.sizes.batch) * p.sizes.heads * p.sizes.tokens;

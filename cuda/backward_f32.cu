@@ -13,6 +13,8 @@
     }
 
 KERNEL backward_delta_f32(Floats output, Floats grad_output, Global<float> delta, AttentionParams p) {
+    hw::let_next_start();
+    hw::wait_for_previous();
     int64_t row = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
     bool exists = row < int64_t(p.sizes.batch) * p.sizes.heads * p.sizes.tokens;
     float sum = 0;

@@ -367,9 +367,12 @@ struct FusedGradients {
 template <class Gradients>
 __device__ __forceinline__ void fused(const BackwardTensors& x, const Global<float>& dq, const ColumnTarget& dk,
                                       const ColumnTarget& dv, const AttentionParams& p, bool near) {
+    hw::let_next_start();
+    hw::wait_for_previous();
     // Of listed columns there are two kinds, each with a last block of its own.
     uint32_t blocks = (p.sizes.tokens + Gradients::COLUMNS - 1) / Gradients::COLUMNS + Gradients::IS_LISTED;
-    Place place(blockIdx.x, blocks, p.sizes.batch * p.sizes.lists);
+    // Two blocks for each that a device runs at a time: of a unit there are rows and their gradients to hold in L2 too.
+    Place place(blockIdx.x, blocks, p.sizes.batch * p.sizes.lists, 512);
     Gradients(p, x, place.unit, place.block, near).run(dq, dk, dv);
 }
 

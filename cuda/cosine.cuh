@@ -41,12 +41,21 @@ __device__ Products products(A a, size_t at_a, B b, size_t at_b, unsigned dim) {
   return {warp_sum(dot), sqrtf(warp_sum(aa)), sqrtf(warp_sum(bb))};
 }
 
+// The tests of a call, in a buffer or with its other arguments, so that few need no copy to the device.
+struct Tests {
+  Global<const float> many;
+  const FewTests& few;
+
+  __device__ __forceinline__ float operator[](size_t i) const { return many ? many[i] : few.numbers[i]; }
+};
+
 // A head's strategy and threshold: two floats in a table (batch, heads, 2).
 struct HeadTest {
   unsigned strategy;
   float threshold;
 
-  __device__ __forceinline__ HeadTest(Global<const float> tests, size_t batch_head)
+  template <class Tests>
+  __device__ __forceinline__ HeadTest(const Tests& tests, size_t batch_head)
       : strategy((unsigned)tests[2 * batch_head]), threshold(tests[2 * batch_head + 1]) {}
 
   // Strict, and false for NaN.
@@ -79,7 +88,7 @@ __device__ float pair_cosine(Global<const T> q, Global<const T> k, const DecideP
 
 // Whether token a passes against token b for every head of the list; the same in all lanes.
 template <class T>
-__device__ bool passes(Global<const T> q, Global<const T> k, Global<const float> tests, const DecideParams& p,
+__device__ bool passes(Global<const T> q, Global<const T> k, const Tests& tests, const DecideParams& p,
                        const List& list, unsigned a, unsigned b) {
   float cosine = 0.0f;
   for (unsigned head = list.first_head; head < list.first_head + list.group; head++) {

@@ -1,5 +1,6 @@
 // Which pairs merge. Four warps a block.
 #include "cosine.cuh"
+#include "hw.cuh"
 #include "warp_row.cuh"
 
 // What every query head of a list asks of one cosine.
@@ -7,7 +8,7 @@ struct GroupTest {
   float similar = INFINITY, different = INFINITY;
   bool off = false, compares_similar = false, compares_different = false;
 
-  __device__ GroupTest(Global<const float> tests, size_t first, unsigned heads) {
+  __device__ GroupTest(const Tests& tests, size_t first, unsigned heads) {
     for (unsigned head = 0; head < heads; head++) {
       HeadTest test(tests, first + head);
       if (test.strategy == SIMILARITY) compares_similar = true, similar = fminf(similar, test.threshold);
@@ -96,7 +97,7 @@ __device__ __forceinline__ unsigned walk(const Track<T>& left, const Track<T>& r
 // Which pairs of one list pass by themselves.
 template <class T, unsigned PARTS> struct Candidates {
   Global<const T> q, k;
-  Global<const float> tests;
+  Tests tests;
   const DecideParams& p;
   const List& list;
 
@@ -238,8 +239,8 @@ template <class T, unsigned PARTS> struct Causal {
 };
 
 template <class T, unsigned PARTS>
-__device__ void causal(Global<const T> q, Global<const T> k, Global<const float> tests, Global<uint8_t> bits,
-                       const DecideParams& p) {
+__device__ void causal(Global<const T> q, Global<const T> k, const Tests& tests, Global<uint8_t> bits, const DecideParams& p) {
+  hw::wait_for_previous();
   unsigned first = warp_pair() * WARP_PAIRS, pairs = p.sizes.tokens - 1, lane = threadIdx.x % 32;
   if (first >= pairs) return;
   List list(p.sizes, blockIdx.y);
@@ -264,7 +265,7 @@ __device__ void causal(Global<const T> q, Global<const T> k, Global<const float>
 // The reference rule's candidates: bit l of levels[head][t] is whether token t + l + 1 passes against token t. Lists are
 // query heads, and a warp has a pair: grid (pairs / 4, batch * lists).
 template <class T>
-__device__ void levels(Global<const T> q, Global<const T> k, Global<const float> tests, Global<uint8_t> levels,
+__device__ void levels(Global<const T> q, Global<const T> k, const Tests& tests, Global<uint8_t> levels,
                        Global<uint8_t> bits, const DecideParams& p) {
   unsigned t = warp_pair(), pairs = p.sizes.tokens - 1, reached = 0;
   if (t >= pairs) return;
@@ -313,17 +314,18 @@ KERNEL decide_sweep(Global<const uint8_t> levels, Global<const uint8_t> bits, Gl
 // PARTS of 64 dimensions; 0 where rows are longer or no whole number of eights.
 #define DECIDE_CAUSAL(suffix, T, DIM, PARTS)                                                                          \
   KERNEL __launch_bounds__(128, PARTS < 4 ? 8 : 4) decide_causal_##DIM##_##suffix(                                    \
-      Global<const T> q, Global<const T> k, Global<const float> tests, Global<uint8_t> bits, DecideParams p) {        \
-    causal<T, PARTS>(q, k, tests, bits, p);                                                                           \
+      Global<const T> q, Global<const T> k, Global<const float> many, Global<uint8_t> bits, DecideParams p,           \
+      const __grid_constant__ FewTests few) {                                                                         \
+    causal<T, PARTS>(q, k, Tests{many, few}, bits, p);                                                                \
   }
 #define DECIDE(suffix, T)                                                                                             \
   DECIDE_CAUSAL(suffix, T, any, 0)                                                                                    \
   DECIDE_CAUSAL(suffix, T, 64, 1)                                                                                     \
   DECIDE_CAUSAL(suffix, T, 128, 2)                                                                                    \
   DECIDE_CAUSAL(suffix, T, 256, 4)                                                                                    \
-  KERNEL decide_levels_##suffix(Global<const T> q, Global<const T> k, Global<const float> tests, Global<uint8_t> out, \
-                                Global<uint8_t> bits, DecideParams p) {                                               \
-    levels(q, k, tests, out, bits, p);                                                                                \
+  KERNEL decide_levels_##suffix(Global<const T> q, Global<const T> k, Global<const float> many, Global<uint8_t> out,  \
+                                Global<uint8_t> bits, DecideParams p, const __grid_constant__ FewTests few) {         \
+    levels(q, k, Tests{many, few}, out, bits, p);                                                                     \
   }
 FOR_EACH_DTYPE(DECIDE)
 

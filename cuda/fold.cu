@@ -2,6 +2,7 @@
 // Tokens are given lanes: 4 warps a block, grid (tokens / (128 / lanes), batch * lists), except where it says otherwise. A
 // warp walks along a chain of means; else rows are on their own and as many share a warp as fit.
 #include "cosine.cuh"
+#include "hw.cuh"
 #include "warp_row.cuh"
 
 // A token and its lanes.
@@ -32,6 +33,8 @@ struct ListBits {
 constexpr unsigned SCAN_WARPS = 32, SCAN_EACH = 4;
 
 KERNEL fold_scan(Global<const uint8_t> all_bits, Global<uint32_t> far_index, Global<uint32_t> far_before, FoldParams p) {
+  hw::let_next_start();
+  hw::wait_for_previous();
   Shared<uint32_t> kept_in = shared_memory<uint32_t>(0, SCAN_WARPS);
   List list(p.sizes, blockIdx.x);
   ListBits bits(all_bits, p.sizes, list);
@@ -243,6 +246,8 @@ __device__ void reduce(Global<const float> unfolded, const FoldedGradients& grad
 template <class T>
 __device__ void unfold_queries(Global<const float> folded, Global<const uint8_t> all_bits, Global<T> out,
                                const FoldParams& p) {
+  hw::let_next_start();
+  hw::wait_for_previous();
   TokenLanes own(p, false);
   unsigned t = own.token, dim = p.sizes.head_dim;
   if (t >= p.sizes.tokens) return;

@@ -290,7 +290,6 @@ struct ForwardBlock : ForwardTiles<D, MT, NB, LISTED> {
         this->load_queries();
         if (LISTED) {
             // A row sees its own token: there is a step.
-            this->note_rows();
             this->template load_tokens<false>(this->bounds().steps() - 1);
             hw::copy_commit();
             hw::copy_wait<0>();
@@ -328,7 +327,10 @@ template <class T, int D, int MT, int NB, bool EXTRAS, bool LISTED>
 __device__ __forceinline__ void forward(const ForwardTensors& x, const AttentionParams& p) {
     typedef ForwardBlock<T, D, MT, NB, EXTRAS, LISTED> Block;
     uint32_t blocks = (p.sizes.tokens + Block::ROWS - 1) / Block::ROWS;
-    Place place(blockIdx.x, blocks, p.sizes.batch * p.sizes.heads);
+    // Several blocks for each that a device runs at a time.
+    Place place(blockIdx.x, blocks, p.sizes.batch * p.sizes.heads, 1024);
+    hw::let_next_start();
+    hw::wait_for_previous();
     // Without causality no tile is masked by itself: every one is searched.
     Block(p, x).note_facts(place.unit, (blocks - 1 - place.block) * Block::ROWS, p.dense && !p.causal);
     for (;;) {

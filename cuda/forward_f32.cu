@@ -7,6 +7,8 @@
 template <int D>
 __device__ __forceinline__ void forward_f32_rows(const ColumnsF32& x, Global<float> output, Global<float> log_sum_exp,
                                                  const AttentionParams& p) {
+    hw::let_next_start();
+    hw::wait_for_previous();
     constexpr int PART = D / 4;
     RowF32<D> row(x, p, 32);
     float sums[PART], query[PART];

@@ -10,6 +10,8 @@ typedef Global<const uint32_t> Words;
 constexpr uint32_t SPREAD_WARPS = 8;
 
 KERNEL forward_spread_nan(Words first_bad, Global<uint16_t> output, SpreadParams p) {
+    hw::let_next_start();
+    hw::wait_for_previous();
     Shared<uint32_t> of_warps = shared_memory<uint32_t>(0, SPREAD_WARPS);
     uint32_t blocks = (p.tokens + p.block_rows - 1) / p.block_rows, first = p.tokens;
     for (uint32_t block = threadIdx.x; block < blocks; block += SPREAD_WARPS * 32)

@@ -52,22 +52,20 @@ struct ForwardTiles {
 
     // What is the same for a whole block lies in shared memory: in registers it would be held while products need them all
     // (but see hw::HOLDS). Batch, head, KV head, first row; near_first, near_end, far_seen, careful; and where the keys and
-    // values of far columns start, or those of raw tokens. A meeting point.
+    // values of far columns start, or those of raw tokens. Where LISTED, what rows see, from the same reads. A meeting point.
     SFA_DEVICE void note_facts(uint32_t batch_head, int row, bool careful) {
         HeadIndex at(p, batch_head);
-        int end = min(int(p.sizes.tokens), row + ROWS), near_first, near_end, far_seen;
+        int end = min(int(p.sizes.tokens), row + ROWS);
         if (LISTED) {
-            int border = max(0, row - int(p.window));
-            near_first = border - stay_before(at, border), near_end = end - stay_before(at, end);
-            far_seen = stay_before(at, end);
-        } else {
-            near_first = max(0, row - int(p.window) + 1);
-            near_end = p.window > 0 && !p.dense ? end : near_first;
-            far_seen = far_count(p, x.far_before, at.list, end - 1);
+            note_rows(at, row, end);
+        } else if (hw::thread() == 0) {
+            int near_first = max(0, row - int(p.window) + 1), near_end = p.window > 0 && !p.dense ? end : near_first;
+            hw::store(facts, 16, uint2{uint32_t(near_first), uint32_t(near_end)});
+            hw::store(facts, 24, far_count(p, x.far_before, at.list, end - 1));
         }
         if (hw::thread() == 0) {
             hw::store(facts, 0, uint4{at.batch, at.head, at.kv_head, uint32_t(row)});
-            hw::store(facts, 16, uint4{uint32_t(near_first), uint32_t(near_end), uint32_t(far_seen), careful});
+            hw::store(facts, 28, int(careful));
             bool raw = LISTED || p.dense;
             int64_t far = at.list * p.capacity * p.sizes.head_dim;
             hw::store(facts, KEYS_START, raw ? int64_t(p.k.at(at.batch, at.kv_head, 0)) : far);
@@ -114,13 +112,15 @@ struct ForwardTiles {
         return int(x.far_before[at.list * (p.sizes.tokens + 1) + token]);
     }
 
-    // Where LISTED: per row, how many of the tokens that stay it sees, and the first hidden one.
-    SFA_DEVICE void note_rows() {
-        if (hw::thread() >= ROWS) return;
-        HeadIndex head = at();
-        int row = min(block_row() + int(hw::thread()), row_end() - 1), border = max(0, row - int(p.window));
-        uint32_t stay = stay_before(head, row + 1), hidden = border - stay_before(head, border);
-        hw::store(seen, hw::thread() * 8, uint2{stay, hidden});
+    // Where LISTED: per row from `first` to `end`, how many of the tokens that stay it sees, and the first hidden one; the first
+    // row and the last one have the block's facts.
+    SFA_DEVICE void note_rows(const HeadIndex& at, int first, int end) {
+        int thread = hw::thread(), row = min(first + thread, end - 1), border = max(0, row - int(p.window));
+        if (thread >= ROWS) return;
+        int stay = stay_before(at, row + 1), hidden = border - stay_before(at, border);
+        hw::store(seen, thread * 8, uint2{uint32_t(stay), uint32_t(hidden)});
+        if (thread == 0) hw::store(facts, 16, hidden);
+        if (first + thread == end - 1) hw::store(facts, 20, end - stay), hw::store(facts, 24, stay);
     }
 
     // The columns of one kind that a row of the block sees, which starts at `first`.

@@ -29,6 +29,17 @@ SFA_DEVICE float exp2(float x) {
 #endif
 }
 
+// 1 / x to a unit in the last place; where x is not near the smallest or the largest numbers.
+SFA_DEVICE float reciprocal(float x) {
+#ifdef SFA_EMULATION
+    return 1.f / x;
+#else
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
 SFA_DEVICE float log2(float x) { return log2f(x); }
 
 // The larger one; a NaN loses against a number.
@@ -259,6 +270,21 @@ SFA_DEVICE V load_once(const View& view, int64_t index) {
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                  : "l"(view.data + index));
     return *reinterpret_cast<V*>(&x);
+#endif
+}
+
+// Lets the next launch on the stream start its blocks beside this one's last, if it was launched to be early: it waits by itself
+// for what this one writes.
+SFA_DEVICE void let_next_start() {
+#if !defined(SFA_EMULATION) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Waits until the launches before are over and what they wrote is here: an early kernel does before it touches memory.
+SFA_DEVICE void wait_for_previous() {
+#if !defined(SFA_EMULATION) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 

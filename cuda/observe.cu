@@ -41,7 +41,7 @@ __device__ void observe_rows(Global<const T> q, Global<const T> k, Global<float>
 // the group's thresholds. Lists are KV heads.
 template <class T>
 __device__ void observe_bits(Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> log_sum_exp,
-                              Global<const float> tests, Global<uint8_t> bits, const ObservedParams& p) {
+                              const Tests& tests, Global<uint8_t> bits, const ObservedParams& p) {
   unsigned t = warp_pair(), pairs = p.sizes.tokens - 1, dim = p.sizes.head_dim;
   if (t >= pairs) return;
   List list(p.sizes, blockIdx.y);
@@ -67,9 +67,9 @@ __device__ void observe_bits(Global<const T> q, Global<const T> k, Global<const 
         observe_rows(q, k, log_sum_exp, p);                                                                            \
     }                                                                                                                  \
     KERNEL observe_bits_##suffix(Global<const T> q, Global<const T> k, Global<const T> v,                              \
-                                 Global<const float> log_sum_exp, Global<const float> tests, Global<uint8_t> bits,     \
-                                 ObservedParams p) {                                                                   \
-        observe_bits(q, k, v, log_sum_exp, tests, bits, p);                                                            \
+                                 Global<const float> log_sum_exp, Global<const float> many, Global<uint8_t> bits,      \
+                                 ObservedParams p, const __grid_constant__ FewTests few) {                             \
+        observe_bits(q, k, v, log_sum_exp, Tests{many, few}, bits, p);                                                 \
     }
 FOR_EACH_DTYPE(OBSERVE)
 
@@ -172,7 +172,7 @@ __device__ __forceinline__ void observe_row_tiles(const Halves& q, const Halves&
 // all the group's heads stream, with their log-sum-exps.
 template <class T, int D>
 __device__ __forceinline__ void observe_bit_tiles(const Halves& q, const Halves& k, const Halves& v,
-                                             const Floats& log_sum_exp, const Floats& tests,
+                                             const Floats& log_sum_exp, const Tests& tests,
                                              const Global<uint8_t>& bits, const ObservedParams& p) {
     typedef ObserveBlock<T, D> Block;
     Block block;
@@ -244,20 +244,25 @@ __device__ __forceinline__ void observe_bit_tiles(const Halves& q, const Halves&
         observe_row_tiles<T, D>(q, k, log_sum_exp, p);                                                                \
     }                                                                                                                 \
     KERNEL __launch_bounds__(128) observe_bits_##D##_##dtype(Halves q, Halves k, Halves v, Floats log_sum_exp,        \
-                                                             Floats tests, Global<uint8_t> bits, ObservedParams p) {  \
-        observe_bit_tiles<T, D>(q, k, v, log_sum_exp, tests, bits, p);                                                \
+                                                             Floats many, Global<uint8_t> bits, ObservedParams p,     \
+                                                             const __grid_constant__ FewTests few) {                  \
+        observe_bit_tiles<T, D>(q, k, v, log_sum_exp, Tests{many, few}, bits, p);                                     \
     }
 
-#define OBSERVE_BAND(D, BAND, dtype, T)                                                                               \
-    KERNEL __launch_bounds__(256, D == 64 && BAND == 6 ? 3 : 2) observe_band_##D##_##BAND##_##dtype(                  \
-        Halves q, Halves k, Halves v, Floats tests, Global<uint8_t> bits, ObservedParams p) {                         \
-        observe_band<T, D, BAND>(q, k, v, tests, bits, p);                                                            \
+// As `Band` in src/cuda/observe.rs has them: BLOCKS at a time on a multiprocessor.
+#define OBSERVE_BAND(D, BAND, WARPS, BLOCKS, dtype, T)                                                                \
+    OBSERVE_BAND_OF(observe_band_##D##_##BAND##_##dtype, D, BAND, WARPS, BLOCKS, false, T)                            \
+    OBSERVE_BAND_OF(observe_whole_##D##_##BAND##_##dtype, D, BAND, WARPS, BLOCKS, true, T)
+#define OBSERVE_BAND_OF(name, D, BAND, WARPS, BLOCKS, WHOLE, T)                                                       \
+    KERNEL __launch_bounds__(32 * WARPS, BLOCKS) name(Halves q, Halves k, Halves v, Floats many, Global<uint8_t> bits, \
+                                                      ObservedParams p, const __grid_constant__ FewTests few) {       \
+        observe_band<T, D, BAND, WARPS, WHOLE>(q, k, v, Tests{many, few}, bits, p);                                   \
     }
 
 #define OBSERVE_DTYPE(dtype, T)                                                                                       \
     OBSERVE_TILES(64, dtype, T) OBSERVE_TILES(128, dtype, T) OBSERVE_TILES(256, dtype, T)                             \
-    OBSERVE_BAND(64, 6, dtype, T) OBSERVE_BAND(128, 6, dtype, T) OBSERVE_BAND(64, 10, dtype, T)                       \
-    OBSERVE_BAND(128, 10, dtype, T)
+    OBSERVE_BAND(64, 6, 8, 3, dtype, T) OBSERVE_BAND(128, 6, 10, 2, dtype, T)                                         \
+    OBSERVE_BAND(64, 10, 8, 2, dtype, T) OBSERVE_BAND(128, 10, 8, 2, dtype, T)
 
 OBSERVE_DTYPE(f16, hw::F16)
 OBSERVE_DTYPE(bf16, hw::BF16)
@@ -266,6 +271,8 @@ OBSERVE_DTYPE(bf16, hw::BF16)
     ENTRY(observe_rows_64_##dtype) ENTRY(observe_rows_128_##dtype) ENTRY(observe_rows_256_##dtype)                    \
     ENTRY(observe_bits_64_##dtype) ENTRY(observe_bits_128_##dtype) ENTRY(observe_bits_256_##dtype)                    \
     ENTRY(observe_band_64_6_##dtype) ENTRY(observe_band_128_6_##dtype)                                                \
-    ENTRY(observe_band_64_10_##dtype) ENTRY(observe_band_128_10_##dtype)
+    ENTRY(observe_band_64_10_##dtype) ENTRY(observe_band_128_10_##dtype)                                              \
+    ENTRY(observe_whole_64_6_##dtype) ENTRY(observe_whole_128_6_##dtype)                                              \
+    ENTRY(observe_whole_64_10_##dtype) ENTRY(observe_whole_128_10_##dtype)
 
 MODULE(observe, ENTRIES(observe_rows) ENTRIES(observe_bits) DTYPE_ENTRIES(f16) DTYPE_ENTRIES(bf16))

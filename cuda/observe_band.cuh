@@ -5,48 +5,77 @@
 #include "attention.cuh"
 #include "observe_row.cuh"
 
-// A block's tiles: the keys that its rows see, with the sinks behind them, and two stages of 16 rows a warp, each copied and
-// read by that warp alone: queries of one head after the other, then values. Everything of a stage is asked for at once, and
-// the next one is on its way while it is computed.
-template <class T, int D, int BAND>
+// A block's tiles: the keys that its rows see, with the sinks behind them, and two stages of 16 rows a warp, 64 numbers of
+// each, copied and read by that warp alone: queries of one head after the other, then values. Everything of a stage is asked
+// for at once, and the next one is on its way while it is computed. WHOLE: windows of 8 BAND - 16 tokens, and a scale above 0.
+template <class T, int D, int BAND, int WARPS, bool WHOLE>
 struct ObserveBand {
-    static constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 16 * WARPS, COLUMNS = 8 * BAND, CHUNKS = D / 8;
-    static constexpr int SINKS_AT = ROWS - 16 + COLUMNS, KEYS = SINKS_AT + 16;
-    static constexpr uint32_t KEY_BYTES = KEYS * D * 2, STAGE_BYTES = ROWS * D * 2, WORDS_AT = KEY_BYTES + 2 * STAGE_BYTES;
+    static constexpr int THREADS = 32 * WARPS, ROWS = 16 * WARPS, COLUMNS = 8 * BAND, CHUNKS = D / 8;
+    static constexpr int SINKS_AT = ROWS - 16 + COLUMNS, KEYS = SINKS_AT + 16, PARTS = D / 64;
+    static constexpr uint32_t KEY_BYTES = KEYS * D * 2, STAGE_BYTES = ROWS * 128, WORDS_AT = KEY_BYTES + 2 * STAGE_BYTES;
+    // Where WHOLE, how many times eight tokens a window has, and how many times eight of a warp's columns have mass.
+    static constexpr int EIGHTHS = BAND - 2, MASSES = WHOLE ? EIGHTHS / 2 + 2 : BAND;
 
     const ObservedParams& p;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4, window = p.window, tokens = p.sizes.tokens;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4, tokens = p.sizes.tokens;
+    int window = WHOLE ? 8 * EIGHTHS : p.window;
     hw::Tile keys = hw::tile(0, KEY_BYTES);
 
     SFA_DEVICE static hw::Tile stage(uint32_t index) {
         return hw::tile(KEY_BYTES + index % 2 * STAGE_BYTES, STAGE_BYTES);
     }
 
-    // Starts the copy of COUNT tokens from `first` on to rows from `row` on, by STEP threads. Those that do not exist, and
-    // from `end` on, become zeros: rows that see them decide nothing.
+    // Starts the copy of COUNT keys, tokens from `first` on, to rows from `row` on, by STEP threads. For tokens that do not
+    // exist others stand in: rows that see them decide nothing.
     template <int COUNT, int STEP>
-    SFA_DEVICE void copy(const hw::Tile& to, int row, const Halves& source, const Rows& rows, uint32_t batch, uint32_t head,
-                         int first, int end) const {
-        static_assert(COUNT * CHUNKS % STEP == 0, "no thread has more than another");
-        int64_t start = rows.at(batch, head, 0);
-        int thread = threadIdx.x % STEP;
+    SFA_DEVICE void copy(int row, const Halves& k, int64_t start, int first) const {
+        static_assert(STEP % CHUNKS == 0 && COUNT * CHUNKS % 32 == 0, "a thread keeps to a chunk, a warp to the same pass");
+        int thread = threadIdx.x % STEP, at = thread / CHUNKS, chunk = thread % CHUNKS;
+        bool valid = chunk * 8 < int(p.sizes.head_dim);
 #pragma unroll
-        for (int i = 0; i < COUNT * CHUNKS / STEP; i++) {
-            int index = i * STEP + thread, at = index / CHUNKS, chunk = index % CHUNKS, token = first + at;
-            bool valid = token >= 0 && token < end && chunk * 8 < int(p.sizes.head_dim);
-            hw::copy_async(to, Layout<D>::chunk(row + at, chunk), source, start + token * rows.token_stride + chunk * 8, valid);
+        for (int pass = 0; pass < COUNT; pass += STEP / CHUNKS) {
+            int to = at + pass, token = min(max(first + to, 0), tokens - 1);
+            if (pass + STEP / CHUNKS > COUNT && to >= COUNT) continue;
+            hw::copy_async(keys, Layout<D>::chunk(row + to, chunk), k, start + token * p.k.token_stride + chunk * 8, valid);
         }
     }
 
     SFA_DEVICE void copy_keys(const Halves& k, uint32_t batch, uint32_t kv_head, int first) const {
-        copy<SINKS_AT, THREADS>(keys, 0, k, p.k, batch, kv_head, first, tokens);
-        if (p.sinks > 0 && warp == 0) copy<16, 32>(keys, SINKS_AT, k, p.k, batch, kv_head, 0, min(8, tokens));
+        int64_t start = p.k.at(batch, kv_head, 0);
+        copy<SINKS_AT, THREADS>(0, k, start, first);
+        if (p.sinks > 0 && warp == 0) copy<16, 32>(SINKS_AT, k, start, 0);
     }
 
-    // This warp's rows of a stage, which are tokens from `first` on.
-    SFA_DEVICE void copy_own(uint32_t index, const Halves& source, const Rows& rows, uint32_t batch, uint32_t head,
-                             int first) const {
-        copy<16, 32>(stage(index), warp * 16, source, rows, batch, head, first, tokens);
+    // Starts the copy of part `part` of this warp's rows, tokens from `first` on, of which the first is at `start`.
+    SFA_DEVICE void copy_own(uint32_t index, const Halves& source, const Rows& rows, int64_t start, int first, int part) const {
+        int at = lane / 8, chunk = lane % 8, column = part * 64 + chunk * 8, last = max(tokens - 1 - first, 0);
+        bool valid = column < int(p.sizes.head_dim);
+#pragma unroll
+        for (int pass = 0; pass < 16; pass += 4) {
+            uint32_t stride = rows.token_stride, row = at + pass;
+            int64_t index_of = start + int64_t(uint64_t(min(int(row), last)) * stride) + column;
+            hw::copy_async(stage(index), Layout<64>::chunk(warp * 16 + row, chunk), source, index_of, valid);
+        }
+    }
+
+    // s (16 rows, 8 columns each) += part `part` of a stage's queries times keys, the sinks' last.
+    SFA_DEVICE void multiply(float (&s)[BAND + 1][4], uint32_t index, int part) const {
+        Fragments<64> rows(false, warp * 16);
+        Fragments<D> columns(true, warp * 16), sinks(true, SINKS_AT);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            uint32_t a[4], b[4];
+            hw::load_matrices(a, stage(index), rows.at(0, k));
+#pragma unroll
+            for (int n = 0; n < BAND / 2; n++) {
+                hw::load_matrices(b, keys, columns.at(n * 16, part * 4 + k));
+                hw::multiply_add(T(), s[2 * n], a, b[0], b[1]);
+                hw::multiply_add(T(), s[2 * n + 1], a, b[2], b[3]);
+            }
+            if (p.sinks == 0) continue;
+            hw::load_matrices(b, keys, sinks.at(0, part * 4 + k));
+            hw::multiply_add(T(), s[BAND], a, b[0], b[1]);
+        }
     }
 
     // A bit for each number that a lane has of its row l / 4 (r = 0) or l / 4 + 8, of columns 8 n + l % 4 * 2 + i and then of
@@ -80,117 +109,161 @@ struct ObserveBand {
 
     // Adds to the masses of the COLUMNS tokens from `row` - window + 1 on what the warp's 16 rows, tokens from `row` on, give
     // them: lane l has columns 8 n + l % 4 * 2 + i, and the sum over rows l / 4 and l / 4 + 8.
-    SFA_DEVICE void add(float (&masses)[BAND][2], uint32_t index, const Marks& seen, const Marks& counted) const {
-        // The last eight columns are the sinks that have left the window.
-        float s[BAND + 1][4] = {};
-        multiply(s, index);
+    SFA_DEVICE void add(float (&masses)[MASSES][2], float (&s)[BAND + 1][4], const Marks& seen, const Marks& counted) const {
         float scale = p.scale * LOG2_E;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float maximum = -hw::infinity(), sum = 0;
+            float weights[BAND + 1][2];
 #pragma unroll
             for (int i = 0; i < 2 * BAND + 2; i++) {
-                float& logit = s[i / 2][r * 2 + i % 2];
-                logit = seen.has(r, i) ? logit * scale : -hw::infinity();
-                maximum = hw::max(maximum, logit);
+                float logit = s[i / 2][r * 2 + i % 2];
+                weights[i / 2][i % 2] = seen.has(r, i) ? logit * scale : -hw::infinity();
             }
-            maximum = hw::max(maximum, hw::shuffle_xor(maximum, 1));
-            maximum = hw::max(maximum, hw::shuffle_xor(maximum, 2));
-            float base = maximum == -hw::infinity() ? 0.f : maximum;
-#pragma unroll
-            for (int i = 0; i < 2 * BAND + 2; i++) {
-                float& weight = s[i / 2][r * 2 + i % 2];
-                weight = hw::exp2(weight - base), sum += weight;
-            }
-            sum += hw::shuffle_xor(sum, 1);
-            sum += hw::shuffle_xor(sum, 2);
-            float inverse = 1.f / sum;
+            float inverse = weigh(weights, 1);
 #pragma unroll
             for (int i = 0; i < 2 * BAND; i++)
-                if (counted.has(r, i)) masses[i / 2][i % 2] += s[i / 2][r * 2 + i % 2] * inverse;
+                if (counted.has(r, i)) masses[i / 2][i % 2] += weights[i / 2][i % 2] * inverse;
         }
     }
 
-    // s (16 rows, 8 columns each) = a stage's queries times keys, the sinks' last.
-    SFA_DEVICE void multiply(float (&s)[BAND + 1][4], uint32_t index) const {
-        Fragments<D> rows(false, warp * 16), columns(true, warp * 16), sinks(true, SINKS_AT);
+    // The same where WHOLE. A row r of the 16 sees columns from r on: of eight columns the end, and of those a window later
+    // the beginning. Both together make eight, so that only the first tokens' rows need a mask.
+    SFA_DEVICE void add_whole(float (&masses)[MASSES][2], float (&s)[BAND + 1][4], int row) const {
+        if (row < window + 8) hide_early(s, row);
+        bool from[2] = {quad * 2 >= lane / 4, quad * 2 + 1 >= lane / 4};
 #pragma unroll
-        for (int k = 0; k < D / 16; k++) {
-            uint32_t a[4], b[4];
-            hw::load_matrices(a, stage(index), rows.at(0, k));
+        for (int r = 0; r < 2; r++) {
+            float weights[EIGHTHS + 1][2];
 #pragma unroll
-            for (int n = 0; n < BAND / 2; n++) {
-                hw::load_matrices(b, keys, columns.at(n * 16, k));
-                hw::multiply_add(T(), s[2 * n], a, b[0], b[1]);
-                hw::multiply_add(T(), s[2 * n + 1], a, b[2], b[3]);
+            for (int i = 0; i < 2; i++) {
+                int at = r * 2 + i;
+                weights[0][i] = from[i] ? s[r][at] : s[r + EIGHTHS][at];
+#pragma unroll
+                for (int n = 1; n < EIGHTHS; n++) weights[n][i] = s[r + n][at];
+                weights[EIGHTHS][i] = quad * 2 + i < int(p.sinks) ? s[BAND][at] : -hw::infinity();
             }
-            if (p.sinks == 0) continue;
-            hw::load_matrices(b, keys, sinks.at(0, k));
-            hw::multiply_add(T(), s[BAND], a, b[0], b[1]);
+            float inverse = weigh(weights, p.scale * LOG2_E);
+            // The older half of the window counts.
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                constexpr int HALF = EIGHTHS / 2;
+                if (from[i]) masses[r][i] += weights[0][i] * inverse;
+#pragma unroll
+                for (int n = 1; n < HALF; n++) masses[r + n][i] += weights[n][i] * inverse;
+                if (!from[i]) masses[r + HALF][i] += weights[HALF][i] * inverse;
+            }
         }
     }
 
-    // The norms of this warp's values into shared memory: two lanes a row.
-    SFA_DEVICE void norms(const hw::Tile& to, uint32_t index) const {
-        int row = warp * 16 + lane / 2;
-        float squares = 0;
+    // Hides tokens before the first one, and sinks that are in the window still.
+    SFA_DEVICE void hide_early(float (&s)[BAND + 1][4], int row) const {
 #pragma unroll
-        for (int i = 0; i < CHUNKS / 2; i++) {
-            uint4 x = hw::load<uint4>(stage(index), Layout<D>::chunk(row, i / 4 * 8 + i % 4 + lane % 2 * 4));
-            squares = hw::dot<T>(x, x, squares);
+        for (int i = 0; i < 4 * BAND + 4; i++) {
+            int own = row + lane / 4 + i % 4 / 2 * 8, column = quad * 2 + i % 2;
+            bool hidden = i < 4 * BAND ? row - window + 1 + i / 4 * 8 + column < 0 : own - column < window;
+            if (hidden) s[i / 4][i % 4] = -hw::infinity();
         }
-        squares += hw::shuffle_xor(squares, 1);
-        if (lane % 2 == 0) hw::store(to, row * 4, sqrtf(squares));
+    }
+
+    // A row's logits, of which four lanes have a part each, to weights, and 1 over their sum.
+    template <int COUNT>
+    SFA_DEVICE static float weigh(float (&weights)[COUNT][2], float scale) {
+        float maximum = -hw::infinity(), sum = 0;
+#pragma unroll
+        for (int i = 0; i < 2 * COUNT; i++) maximum = hw::max(maximum, weights[i / 2][i % 2]);
+        maximum = hw::max(maximum, hw::shuffle_xor(maximum, 1));
+        maximum = hw::max(maximum, hw::shuffle_xor(maximum, 2));
+        float base = maximum == -hw::infinity() ? 0.f : maximum * scale;
+#pragma unroll
+        for (int i = 0; i < 2 * COUNT; i++) {
+            float& weight = weights[i / 2][i % 2];
+            weight = hw::exp2(weight * scale - base), sum += weight;
+        }
+        sum += hw::shuffle_xor(sum, 1);
+        sum += hw::shuffle_xor(sum, 2);
+        return hw::reciprocal(sum);
+    }
+
+    // The sum of squares of half a part of this lane's value, on top of `sum`: two lanes a row.
+    SFA_DEVICE float squares(uint32_t index, float sum) const {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            uint4 x = hw::load<uint4>(stage(index), Layout<64>::chunk(warp * 16 + lane / 2, i + lane % 2 * 4));
+            sum = hw::dot<T>(x, x, sum);
+        }
+        return sum;
     }
 };
 
-// Bits of every head of a KV head, as observe_bits. A block has eight times 16 rows: those that a stretch of tokens is
-// given mass by. Grid (pairs / (129 - (window - window / 2)), batch * kv_heads).
-template <class T, int D, int BAND>
-__device__ __forceinline__ void observe_band(const Halves& q, const Halves& k, const Halves& v, const Floats& tests,
+// Bits of every head of a KV head, as observe_bits. A block has WARPS times 16 rows: those that a stretch of tokens is given
+// mass by. Grid (pairs / (16 WARPS + 1 - (window - window / 2)), kv_heads, batch).
+template <class T, int D, int BAND, int WARPS, bool WHOLE>
+__device__ __forceinline__ void observe_band(const Halves& q, const Halves& k, const Halves& v, const Tests& tests,
                                              const Global<uint8_t>& bits, const ObservedParams& p) {
-    typedef ObserveBand<T, D, BAND> Band;
+    typedef ObserveBand<T, D, BAND, WARPS, WHOLE> Band;
+    hw::let_next_start();
+    hw::wait_for_previous();
     Band band = {p};
-    uint32_t batch = blockIdx.y / p.sizes.kv_heads, kv_head = blockIdx.y % p.sizes.kv_heads;
-    uint32_t group = p.sizes.heads / p.sizes.kv_heads, first_head = kv_head * group;
-    int window = p.window, pairs = band.tokens - 1, share = Band::ROWS + 1 - (window - window / 2);
+    uint32_t kv_head = blockIdx.y, batch = blockIdx.z, group = p.group, first_head = kv_head * group;
+    int window = band.window, pairs = band.tokens - 1, share = Band::ROWS + 1 - (window - window / 2);
     int first_token = blockIdx.x * share;
     // Later tokens have not been looked at by all of their rows.
     int decided = min(pairs - window, first_token + share);
-    constexpr uint32_t MASSES = Band::WARPS * Band::COLUMNS * 4;
+    constexpr uint32_t COLUMNS = 8 * Band::MASSES, MASSES = WARPS * COLUMNS * 4;
     hw::Tile masses = hw::tile(Band::WORDS_AT, MASSES), norms = hw::tile(Band::WORDS_AT + MASSES, Band::ROWS * 4);
-    // The first row of the block, and of the warp.
-    int block_row = first_token + window / 2, row = block_row + band.warp * 16;
-    // A stage of queries per head of the group, then one of values.
-    auto load = [&](uint32_t stage) {
-        if (stage < group) band.copy_own(stage, q, p.q, batch, first_head + stage, row);
-        else if (stage == group) band.copy_own(stage, v, p.v, batch, kv_head, first_token + band.warp * 16);
+    // The first row of the block, and of the warp; and the first token of which the warp has the value.
+    int block_row = first_token + window / 2, row = block_row + band.warp * 16, own = first_token + band.warp * 16;
+    int64_t queries = p.q.at(batch, first_head, min(row, pairs)), values = p.v.at(batch, kv_head, min(own, pairs));
+    // Stages of queries per head of the group, then of values.
+    auto load = [&](uint32_t head, int part) {
+        uint32_t index = head * Band::PARTS + part;
+        if (head < group) band.copy_own(index, q, p.q, queries + head * p.q.head_stride, row, part);
+        else if (head == group) band.copy_own(index, v, p.v, values, own, part);
         hw::copy_commit();
     };
+    auto wait = [&] {
+        hw::copy_wait<1>();
+        __syncwarp();
+    };
+    // Two stages are so many heads.
+    constexpr uint32_t NEXT = 2 / Band::PARTS;
     if (decided > first_token) {
-        float sums[BAND][2] = {};
+        float sums[Band::MASSES][2] = {};
         typename Band::Marks seen, counted;
         band.copy_keys(k, batch, kv_head, block_row - window + 1);
-        load(0);
-        load(1);
-        band.mark(seen, counted, row);
+        load(0, 0);
+        load(NEXT - 1, Band::PARTS - 1);
+        if (!WHOLE) band.mark(seen, counted, row);
         hw::copy_wait<1>();
         __syncthreads();
 #pragma unroll 1
         for (uint32_t head = 0; head < group; head++) {
-            band.add(sums, head, seen, counted);
-            __syncwarp();
-            load(head + 2);
-            hw::copy_wait<1>();
-            __syncwarp();
-        }
-        band.norms(norms, group);
+            float s[BAND + 1][4] = {};
 #pragma unroll
-        for (int i = 0; i < 2 * BAND; i++) {
+            for (int part = 0; part < Band::PARTS; part++) {
+                band.multiply(s, head * Band::PARTS + part, part);
+                __syncwarp();
+                load(head + NEXT, part);
+                if (part < Band::PARTS - 1) wait();
+            }
+            if (WHOLE) band.add_whole(sums, s, row);
+            else band.add(sums, s, seen, counted);
+            wait();
+        }
+        float squares = band.squares(group * Band::PARTS, 0);
+        if (Band::PARTS > 1) {
+            hw::copy_wait<0>();
+            __syncwarp();
+            squares = band.squares(group * Band::PARTS + 1, squares);
+        }
+        squares += hw::shuffle_xor(squares, 1);
+        if (band.lane % 2 == 0) hw::store(norms, (band.warp * 16 + band.lane / 2) * 4, sqrtf(squares));
+#pragma unroll
+        for (int i = 0; i < 2 * Band::MASSES; i++) {
             float& sum = sums[i / 2][i % 2];
 #pragma unroll
             for (int lanes = 4; lanes < 32; lanes *= 2) sum += hw::shuffle_xor(sum, lanes);
-            if (band.lane < 4) hw::store(masses, (band.warp * Band::COLUMNS + i / 2 * 8 + band.quad * 2 + i % 2) * 4, sum);
+            if (band.lane < 4) hw::store(masses, (band.warp * COLUMNS + i / 2 * 8 + band.quad * 2 + i % 2) * 4, sum);
         }
     }
     __syncthreads();
@@ -199,10 +272,11 @@ __device__ __forceinline__ void observe_band(const Halves& q, const Halves& k, c
     bool bit = false;
     if (token >= int(p.sinks) && token < decided) {
         float mass = 0;
-        // Each warp's columns begin 16 tokens after those of the one before; always in the same order.
-        int column = at + window - 1 - window / 2;
-        for (int other = 0; other < Band::WARPS; other++, column -= 16)
-            if (column >= 0 && column < Band::COLUMNS) mass += hw::load<float>(masses, (other * Band::COLUMNS + column) * 4);
+        // A warp's columns begin 16 tokens after those of the one before; always in the same order.
+        int column = at + window - 1 - window / 2, warp = column / 16;
+        column %= 16;
+        for (; column < int(COLUMNS) && warp >= 0; column += 16, warp--)
+            mass += hw::load<float>(masses, (warp * COLUMNS + column) * 4);
         float least = observed_threshold(tests, size_t(batch) * p.sizes.heads + first_head, group);
         bit = mass * hw::load<float>(norms, at * 4) < least;
     }

@@ -63,7 +63,8 @@ __device__ void observe_row(unsigned row, const CacheParams& p, Global<float> lo
 }
 
 // The score below which a list hides a token: the least of its heads' thresholds; below every score where one is off.
-__device__ inline float observed_threshold(Global<const float> tests, size_t first_head, unsigned group) {
+template <class Tests>
+__device__ __forceinline__ float observed_threshold(const Tests& tests, size_t first_head, unsigned group) {
   float least = INFINITY;
   for (unsigned head = 0; head < group; head++) {
     HeadTest test(tests, first_head + head);

@@ -38,6 +38,13 @@ struct DecideParams {
 
 static_assert(sizeof(DecideParams) == 104, "as in src/cuda/params.rs");
 
+// Strategy and threshold of every query head, (batch, heads, 2), where they are few; else a buffer has them.
+struct FewTests {
+  float numbers[256];
+};
+
+static_assert(sizeof(FewTests) == 1024, "as in src/cuda/params.rs");
+
 // One sweep of the reference rule; `heads` over all batch rows.
 struct SweepParams {
   unsigned heads, pairs, levels, sweep;
@@ -50,7 +57,8 @@ struct ObservedParams {
   Sizes sizes;
   unsigned window, sinks;
   float scale;
-  unsigned reserved;
+  // Query heads of a KV head.
+  unsigned group;
 };
 
 static_assert(sizeof(ObservedParams) == 136, "as in src/cuda/params.rs");

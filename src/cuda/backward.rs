@@ -159,7 +159,8 @@ pub(crate) fn backward<G: Gpu, T: GpuElement>(
         threads: THREADS,
         shared_bytes: 0,
     };
-    gpu.launch(&Kernel::of::<T>(module::<T>(), "backward_delta"), launch, &args)?;
+    let kernel = Kernel::of::<T>(module::<T>(), "backward_delta").early();
+    gpu.launch(&kernel, launch, &args)?;
     drop(args);
     let pass = Pass {
         gpu,
@@ -290,7 +291,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
                 &format!("backward_fused_{}_{}_{kind}", fused.dim, T::SUFFIX),
             ),
         };
-        self.gpu.launch(&kernel, launch, &args)
+        self.gpu.launch(&kernel.early(), launch, &args)
     }
 
     /// A pair of tiles of 64 rows, and one or two stages of another pair with two words per row: `stages` in

@@ -1,7 +1,7 @@
 //! Launches of `cuda/decide.cu`: which pairs merge.
 
 use super::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
-use super::params::{DecideParams, Rows, Sizes, SweepParams};
+use super::params::{DecideParams, FewTests, Rows, Sizes, SweepParams};
 use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, HeadTest, MergeRule, MergeStrategy};
 use crate::problem::Problem;
 use candle_core::Result;
@@ -45,12 +45,31 @@ impl<G: Gpu, T: GpuElement> DecideCall<'_, G, T> {
     }
 
     /// [`table`] of this call.
+    pub fn table(&self) -> Vec<f32> {
+        table(&head_tests(&self.problem, self.strategies, self.config))
+    }
+
+    /// [`table`] of this call, for kernels that take a few tests as an argument.
     ///
     /// # Errors
-    /// Those of the upload.
-    pub fn tests(&self, gpu: &G) -> Result<G::Slice<f32>> {
-        gpu.upload(&table(&head_tests(&self.problem, self.strategies, self.config)))
+    /// Those of an upload.
+    pub fn tests(&self, gpu: &G) -> Result<Tests<G>> {
+        let (table, mut few) = (self.table(), FewTests { numbers: [0.0; 256] });
+        let many = match few.numbers.get_mut(..table.len()) {
+            Some(numbers) => {
+                numbers.copy_from_slice(&table);
+                None
+            }
+            None => Some(gpu.upload(&table)?),
+        };
+        Ok(Tests { many, few })
     }
+}
+
+/// `Tests` in `cuda/cosine.cuh`: few go with the other arguments, which spares a copy to the device.
+pub(crate) struct Tests<G: Gpu> {
+    pub many: Option<G::Slice<f32>>,
+    pub few: FewTests,
 }
 
 /// The tests of every query head of every batch row.
@@ -104,9 +123,10 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>
     let args = [
         gpu.read(call.q.0),
         gpu.read(call.k.0),
-        gpu.read(&tests),
+        gpu.read_some(tests.many.as_ref()),
         gpu.write(&mut bits),
         gpu.value(&params),
+        gpu.value(&tests.few),
     ];
     let dim = match head_dim {
         dim if dim > 256 || dim % 8 != 0 => "any",
@@ -114,17 +134,14 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>
         65..=128 => "128",
         _ => "256",
     };
-    gpu.launch(&Kernel::of::<T>(MODULE, &format!("decide_causal_{dim}")), launch, &args)?;
+    let kernel = Kernel::of::<T>(MODULE, &format!("decide_causal_{dim}")).early();
+    gpu.launch(&kernel, launch, &args)?;
     drop(args);
     Ok(bits)
 }
 
 /// Candidates, then as many sweeps as there can be: those that have nothing to do copy their input.
-fn reference_rule<G: Gpu, T: GpuElement>(
-    gpu: &G,
-    call: &DecideCall<G, T>,
-    tests: &G::Slice<f32>,
-) -> Result<G::Slice<u8>> {
+fn reference_rule<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>, tests: &Tests<G>) -> Result<G::Slice<u8>> {
     let (pairs, rows) = (call.problem.pairs(), call.problem.batch * call.problem.heads);
     let (params, sweeps) = (call.params(call.problem.heads)?, 2 * call.levels());
     let mut levels = gpu.alloc::<u8>(rows * pairs)?;
@@ -132,10 +149,11 @@ fn reference_rule<G: Gpu, T: GpuElement>(
     let args = [
         gpu.read(call.q.0),
         gpu.read(call.k.0),
-        gpu.read(tests),
+        gpu.read_some(tests.many.as_ref()),
         gpu.write(&mut levels),
         gpu.write(&mut bits),
         gpu.value(&params),
+        gpu.value(&tests.few),
     ];
     gpu.launch(
         &Kernel::of::<T>(MODULE, "decide_levels"),

@@ -2,16 +2,23 @@
 
 use super::gpu::{Gpu, Kernel, Launch, Number, Params};
 use candle_core::cuda_backend::cudarc::driver::{
-    sys::{CUdevice_attribute_enum, CUdeviceptr, CUfunction_attribute_enum},
-    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, LaunchConfig, PushKernelArg, SyncOnDrop,
+    sys::{
+        cuLaunchKernelEx, CUdevice_attribute_enum, CUdeviceptr, CUfunction_attribute_enum, CUlaunchAttribute,
+        CUlaunchAttributeID, CUlaunchConfig,
+    },
+    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop,
 };
 use candle_core::{bail, CudaDevice, Result};
+use std::ffi::c_void;
 use std::sync::Arc;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
 /// More than this much shared memory must be asked for, kernel by kernel.
 const SHARED_BYTES_AS_IS: usize = 48 << 10;
+
+/// The PTX from which on kernels wait by themselves for the launch before: `hw::wait_for_previous` is nothing below.
+const WAITS_BY_ITSELF: i32 = 90;
 
 /// A device, with its stream held so that arguments can borrow it.
 pub(crate) struct Cuda {
@@ -34,6 +41,25 @@ pub(crate) enum CudaArg<'a> {
     Buffer(CUdeviceptr, #[allow(dead_code)] Option<SyncOnDrop<'a>>),
     /// The first byte of a struct.
     Value(&'a u8),
+}
+
+impl CudaArg<'_> {
+    /// Where the driver finds it; it only reads.
+    fn pointer(&self) -> *mut c_void {
+        match self {
+            Self::Buffer(pointer, _) => std::ptr::from_ref(pointer).cast_mut().cast(),
+            Self::Value(first) => std::ptr::from_ref(*first).cast_mut().cast(),
+        }
+    }
+}
+
+/// What lets a launch start while the one before it on the stream ends: programmatic dependent launch.
+fn starts_early() -> CUlaunchAttribute {
+    // SAFETY: a struct of integers and a union of such, for which zeros are valid.
+    let mut attribute: CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+    attribute
 }
 
 impl Gpu for Cuda {
@@ -105,21 +131,33 @@ impl Gpu for Cuda {
             let granted = function.set_attribute(attribute, size(launch.shared_bytes)? as i32);
             granted.map_err(failed)?;
         }
-        let config = LaunchConfig {
-            grid_dim: (size(launch.grid[0])?, size(launch.grid[1])?, size(launch.grid[2])?),
-            block_dim: (size(launch.threads)?, 1, 1),
-            shared_mem_bytes: size(launch.shared_bytes)?,
+        let version = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PTX_VERSION;
+        let early = kernel.early && function.get_attribute(version).map_err(failed)? >= WAITS_BY_ITSELF;
+        let mut attribute = starts_early();
+        let config = CUlaunchConfig {
+            gridDimX: size(launch.grid[0])?,
+            gridDimY: size(launch.grid[1])?,
+            gridDimZ: size(launch.grid[2])?,
+            blockDimX: size(launch.threads)?,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: size(launch.shared_bytes)?,
+            hStream: self.stream.cu_stream(),
+            attrs: &raw mut attribute,
+            numAttrs: early.into(),
         };
-        let mut builder = function.builder();
-        for arg in args {
-            match arg {
-                CudaArg::Buffer(pointer, _) => builder.arg(pointer),
-                CudaArg::Value(first) => builder.arg(*first),
-            };
-        }
+        let mut pointers: Vec<*mut c_void> = args.iter().map(CudaArg::pointer).collect();
+        self.stream.context().bind_to_thread().map_err(failed)?;
         // SAFETY: the launcher passes what the kernel's signature asks for (the emulator checks that in tests: count,
         // sizes, which buffers are written and every access), and `args` keeps all of it alive until it is enqueued.
-        unsafe { builder.launch(config) }.map_err(failed)?;
-        Ok(())
+        let launched = unsafe {
+            cuLaunchKernelEx(
+                &config,
+                function.cu_function(),
+                pointers.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        };
+        launched.result().map_err(failed)
     }
 }

@@ -116,7 +116,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
             threads: SCAN_THREADS,
             shared_bytes: SCAN_THREADS / 32 * 4,
         };
-        gpu.launch(&Kernel::plain(MODULE, "fold_scan"), launch, &args)?;
+        gpu.launch(&Kernel::plain(MODULE, "fold_scan").early(), launch, &args)?;
         drop(args);
         if listed {
             return Ok(columns);
@@ -236,7 +236,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
             gpu.value(&params),
         ];
         gpu.launch(
-            &Kernel::of::<T>(MODULE, "fold_unfold_queries"),
+            &Kernel::of::<T>(MODULE, "fold_unfold_queries").early(),
             self.launch(rows, false),
             &args,
         )?;

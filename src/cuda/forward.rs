@@ -294,7 +294,7 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
         threads: THREADS,
         shared_bytes,
     };
-    gpu.launch(&Kernel::of::<T>(module, &name), launch, &args)?;
+    gpu.launch(&Kernel::of::<T>(module, &name).early(), launch, &args)?;
     drop(args);
     if let Some(first_bad) = first_bad.filter(|_| blocks > 1) {
         spread_nan(gpu, &params, block_rows, &first_bad, &mut output)?;
@@ -321,5 +321,6 @@ fn spread_nan<G: Gpu, T: GpuElement>(
         shared_bytes: SPREAD_THREADS / 32 * 4,
     };
     let args = [gpu.read(first_bad), gpu.write(output), gpu.value(&params)];
-    gpu.launch(&Kernel::plain("forward_spread", "forward_spread_nan"), launch, &args)
+    let kernel = Kernel::plain("forward_spread", "forward_spread_nan").early();
+    gpu.launch(&kernel, launch, &args)
 }

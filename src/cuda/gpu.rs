@@ -56,6 +56,9 @@ pub(crate) struct Kernel {
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub module: &'static str,
     pub name: String,
+    /// Whether it may start while the launch before it ends: it waits by itself, see `hw::wait_for_previous`.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub early: bool,
 }
 
 impl Kernel {
@@ -64,6 +67,7 @@ impl Kernel {
         Self {
             module,
             name: name.to_string(),
+            early: false,
         }
     }
 
@@ -72,7 +76,13 @@ impl Kernel {
         Self {
             module,
             name: format!("{name}_{}", T::SUFFIX),
+            early: false,
         }
+    }
+
+    /// The same, of which every block calls `hw::wait_for_previous` before it touches memory.
+    pub fn early(self) -> Self {
+        Self { early: true, ..self }
     }
 }
 

@@ -15,7 +15,7 @@ const MODULE: &str = "loss";
 pub(crate) fn sums<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>) -> Result<G::Slice<f32>> {
     let rows = call.problem.batch * call.problem.heads;
     let params = call.params(call.problem.heads)?;
-    let tests = call.tests(gpu)?;
+    let tests = gpu.upload(&call.table())?;
     let launch = Launch {
         shared_bytes: 64,
         ..Launch::warps(call.problem.pairs(), rows)
@@ -63,7 +63,7 @@ pub(crate) fn gradients<G: Gpu, T: GpuElement>(
         ..
     } = call.problem;
     let params = call.params(heads)?;
-    let tests = call.tests(gpu)?;
+    let tests = gpu.upload(&call.table())?;
     let one = |name: &str, heads: usize| -> Result<G::Slice<T>> {
         let mut out = gpu.alloc::<T>(batch * heads * tokens * head_dim)?;
         let args = [

@@ -50,33 +50,44 @@ impl Instance {
     }
 }
 
-/// Rows of a block that decides in one pass, and its threads.
-const BAND_ROWS: usize = 128;
-const BAND_THREADS: usize = 256;
-
 /// One instance of the kernel that decides in one pass.
 struct Band {
     /// The padded head size.
     dim: usize,
     /// How many times eight columns a warp's 16 rows see.
     eighths: usize,
+    warps: usize,
+    /// Whether the window is the one that needs no masks.
+    whole: bool,
 }
 
 impl Band {
-    fn pick(head_dim: usize, config: &CompressionConfig, instance: &Instance) -> Option<Self> {
+    /// As `OBSERVE_DTYPE` in cuda/observe.cu has them.
+    fn pick(head_dim: usize, config: &CompressionConfig, instance: &Instance, params: &ObservedParams) -> Option<Self> {
         let dim = instance.dim.filter(|_| head_dim <= 128 && config.sinks <= 8)?;
         let eighths = match config.window {
             0..=33 => 6,
             34..=65 => 10,
             _ => return None,
         };
-        Some(Self { dim, eighths })
+        Some(Self {
+            dim,
+            eighths,
+            warps: if (dim, eighths) == (128, 6) { 10 } else { 8 },
+            whole: params.window as usize == 8 * eighths - 16 && params.scale > 0.0,
+        })
     }
 
-    /// Keys, the sinks' among them, and two stages of rows; the masses that each warp's rows give, and the norms of values.
+    fn rows(&self) -> usize {
+        16 * self.warps
+    }
+
+    /// Keys, the sinks' among them, and two stages of 64 numbers a row; the masses that each warp's rows give, and the norms
+    /// of values.
     fn shared_bytes(&self) -> usize {
-        let columns = 8 * self.eighths;
-        (BAND_ROWS + columns + 2 * BAND_ROWS) * 2 * self.dim + (BAND_THREADS / 32 * columns + BAND_ROWS) * 4
+        let masses = 8 * if self.whole { self.eighths / 2 + 1 } else { self.eighths };
+        let stages = 2 * self.rows() * 64;
+        ((self.rows() + 8 * self.eighths) * self.dim + stages) * 2 + (self.warps * masses + self.rows()) * 4
     }
 }
 
@@ -113,34 +124,34 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(
             window: call.config.window.min(tokens) as u32,
             sinks: call.config.sinks.min(tokens) as u32,
             scale: scale as f32,
-            reserved: 0,
+            group: (heads / kv_heads) as u32,
         })
     };
     let (per_head, per_kv_head) = (params(heads)?, params(kv_heads)?);
     let instance = Instance::pick::<T>(head_dim, [&call.q.1, &call.k.1, &v.1]);
     let mut bits = gpu.alloc::<u8>(batch * heads * pairs)?;
     let limit = gpu.shared_limit()?;
-    if let Some(band) = Band::pick(head_dim, call.config, &instance).filter(|band| band.shared_bytes() <= limit) {
+    let band = Band::pick(head_dim, call.config, &instance, &per_kv_head);
+    if let Some(band) = band.filter(|band| band.shared_bytes() <= limit) {
         let window = per_kv_head.window as usize;
+        let share = band.rows() + 1 - (window - window / 2);
         let launch = Launch {
-            grid: [
-                pairs.div_ceil(BAND_ROWS + 1 - (window - window / 2)),
-                batch * kv_heads,
-                1,
-            ],
-            threads: BAND_THREADS,
+            grid: [pairs.div_ceil(share), kv_heads, batch],
+            threads: 32 * band.warps,
             shared_bytes: band.shared_bytes(),
         };
         let args = [
             gpu.read(call.q.0),
             gpu.read(call.k.0),
             gpu.read(v.0),
-            gpu.read(&tests),
+            gpu.read_some(tests.many.as_ref()),
             gpu.write(&mut bits),
             gpu.value(&per_kv_head),
+            gpu.value(&tests.few),
         ];
-        let kernel = Kernel::of::<T>(MODULE, &format!("observe_band_{}_{}", band.dim, band.eighths));
-        gpu.launch(&kernel, launch, &args)?;
+        let name = if band.whole { "whole" } else { "band" };
+        let kernel = Kernel::of::<T>(MODULE, &format!("observe_{name}_{}_{}", band.dim, band.eighths));
+        gpu.launch(&kernel.early(), launch, &args)?;
         drop(args);
         return Ok(bits);
     }
@@ -159,9 +170,10 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(
         gpu.read(call.k.0),
         gpu.read(v.0),
         gpu.read(&log_sum_exp),
-        gpu.read(&tests),
+        gpu.read_some(tests.many.as_ref()),
         gpu.write(&mut bits),
         gpu.value(&per_kv_head),
+        gpu.value(&tests.few),
     ];
     let launch = instance.launch(pairs, batch * kv_heads, 1);
     gpu.launch(&instance.kernel::<T>("observe_bits"), launch, &args)?;

@@ -92,7 +92,7 @@ params!(BrokenParams: 4);
 
 // --- Decisions ---
 
-params!(DecideParams: 104, SweepParams: 16, ObservedParams: 136);
+params!(DecideParams: 104, FewTests: 1024, SweepParams: 16, ObservedParams: 136);
 
 /// What decide.cu and loss.cu read.
 #[repr(C)]
@@ -105,6 +105,13 @@ pub(crate) struct DecideParams {
     pub max_merge_level: u32,
     pub sinks: u32,
     pub levels: u32,
+}
+
+/// Strategy and threshold of every query head, (B, H, 2), where they fit.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FewTests {
+    pub numbers: [f32; 256],
 }
 
 /// One sweep of the reference rule.
@@ -128,7 +135,8 @@ pub(crate) struct ObservedParams {
     pub window: u32,
     pub sinks: u32,
     pub scale: f32,
-    pub reserved: u32,
+    /// Query heads of a KV head.
+    pub group: u32,
 }
 
 // --- Fold ---
