@@ -318,3 +318,38 @@ pub(crate) fn unfold<A: Accumulator>(fold: Fold, gradients: &mut [A], bits: &[u8
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Check;
+
+    /// Rows longer and shorter than a chunk, with one number at each place that is not finite.
+    #[test]
+    fn sums_and_products_are_checked_at_every_place() {
+        for dim in [1, 15, 16, 17, 40] {
+            let left: Vec<f32> = (0..dim).map(|i| i as f32).collect();
+            for bad in std::iter::once(None).chain((0..dim).map(Some)) {
+                let mut right: Vec<f32> = (0..dim).map(|i| 0.5 - i as f32).collect();
+                if let Some(bad) = bad {
+                    right[bad] = f32::INFINITY;
+                }
+                let (mut sum, mut scaled, mut room) = (vec![0.0; dim], vec![0.0; dim], vec![0.0; dim]);
+                let (mut of_sum, mut of_scaled) = (Check::default(), Check::default());
+                of_sum.sum((&left[..], &right[..]), &mut room, &mut sum);
+                of_scaled.scale(&right, 2.0, &mut scaled);
+                assert_eq!(
+                    (of_sum.passed(), of_scaled.passed()),
+                    (bad.is_none(), bad.is_none()),
+                    "{dim} {bad:?}"
+                );
+                for i in 0..dim {
+                    assert_eq!((sum[i], scaled[i]), (left[i] + right[i], right[i] * 2.0));
+                }
+            }
+        }
+        // Two finite numbers whose sum is not.
+        let (mut check, mut sum) = (Check::default(), [0.0]);
+        check.sum((&[f32::MAX][..], &[f32::MAX][..]), &mut [0.0], &mut sum);
+        assert!(!check.passed());
+    }
+}

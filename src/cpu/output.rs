@@ -78,3 +78,31 @@ impl<'o, T: Element> Blank<'o, T> {
         unsafe { &mut *(std::ptr::from_mut(self.data) as *mut [T]) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Output;
+
+    #[test]
+    fn pieces_are_cleared_and_written_by_whoever_takes_them() {
+        let mut output = Output::<f32>::new(10);
+        let mut blank = output.blank();
+        let (first, second, rest) = (blank.take(4), blank.take(4), blank.take(4));
+        assert_eq!((rest.len(), blank.len()), (2, 0));
+        std::thread::scope(|scope| {
+            scope.spawn(|| second.clear().fill(2.0));
+            scope.spawn(|| assert_eq!(first.clear(), [0.0; 4]));
+        });
+        rest.clear()[1] = 3.0;
+        blank.clear();
+        assert_eq!(output.written(), [0., 0., 0., 0., 2., 2., 2., 2., 0., 3.]);
+    }
+
+    #[test]
+    #[should_panic(expected = "a piece of an output was not written")]
+    fn what_was_not_cleared_is_never_handed_out() {
+        let mut output = Output::<f32>::new(10);
+        output.blank().take(9).clear();
+        output.written();
+    }
+}
