@@ -283,7 +283,9 @@ SFA_DEVICE void let_next_start() {
 
 // Waits until the launches before are over and what they wrote is here: an early kernel does before it touches memory.
 SFA_DEVICE void wait_for_previous() {
-#if !defined(SFA_EMULATION) && __CUDA_ARCH__ >= 900
+#ifdef SFA_EMULATION
+    emu::wait_for_previous();
+#elif __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }

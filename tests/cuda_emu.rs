@@ -60,6 +60,8 @@ fn every_detector_detects() {
             "expected every element to be written, got 49 of 50",
         ),
         ("broken_read_only", "argument 0: expected a buffer to write"),
+        ("broken_waits_late", "global buffer of 200 bytes: access before waiting"),
+        ("broken_waits_in_part", "ends without waiting"),
         ("broken_no_such_kernel", "no kernel of this name"),
     ] {
         match emulation::run_broken(kernel, &[1.0; 50], 1) {

@@ -1,5 +1,6 @@
 // For the emulator's own tests: one kernel that is right, and one for each thing that the emulator must detect. All take
 // the same arguments: `in` and `out` of `n` floats each, 64 threads a block, 64 floats of shared memory.
+#include "hw.cuh"
 #include "kernel.cuh"
 
 struct BrokenParams {
@@ -79,10 +80,23 @@ BROKEN(broken_unwritten_output) {
   if (i + 1 < p.n) out.set(i, 1.0f);
 }
 
+// Launched early.
+BROKEN(broken_waits_late) {
+  out.set(threadIdx.x % p.n, 1.0f);
+  hw::wait_for_previous();
+}
+
+BROKEN(broken_waits_in_part) {
+  if (threadIdx.x == 5) return;
+  hw::wait_for_previous();
+  out.set(threadIdx.x % p.n, in[threadIdx.x % p.n]);
+}
+
 KERNEL broken_read_only(Global<float> in, Global<float> out, BrokenParams p) { in.set(0, 1.0f); }
 
 MODULE(broken,
        ENTRY(broken_not) ENTRY(broken_global_read) ENTRY(broken_global_write) ENTRY(broken_before_buffer)
        ENTRY(broken_shared_bounds) ENTRY(broken_shared_size) ENTRY(broken_shared_unwritten)
        ENTRY(broken_global_unwritten) ENTRY(broken_misaligned) ENTRY(broken_early_return) ENTRY(broken_two_barriers)
-       ENTRY(broken_half_warp) ENTRY(broken_missing_barrier) ENTRY(broken_unwritten_output) ENTRY(broken_read_only))
+       ENTRY(broken_half_warp) ENTRY(broken_missing_barrier) ENTRY(broken_unwritten_output) ENTRY(broken_read_only)
+       ENTRY(broken_waits_late) ENTRY(broken_waits_in_part))

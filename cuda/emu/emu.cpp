@@ -19,6 +19,7 @@ EMU_MODULES(DECLARE_MODULE)
 namespace emu {
 
 __thread dim3 thread_index, block_index, block_dim, grid_dim;
+__thread bool has_to_wait;
 
 struct Registry {
   std::unordered_map<std::string, Entry> entries;
@@ -93,6 +94,7 @@ struct Fiber {
   // Where it waits.
   const char* what;
   int line;
+  bool has_waited;
 };
 
 struct Warp {
@@ -111,6 +113,8 @@ struct Machine {
   const Entry* entry = nullptr;
   const Argument* arguments = nullptr;
   size_t current = 0;
+  // Whether the launch may start before the one before it ends.
+  bool early = false;
   std::string error;
 
   ~Machine() {
@@ -151,10 +155,16 @@ void fail_access(const Span& span, const char* what, long long offset, size_t by
 
 Span shared_span() {
   Machine& m = here();
-  return Span{m.shared.data(), m.shared_written.data(), m.shared.size(), "shared memory"};
+  return Span{m.shared.data(), m.shared_written.data(), m.shared.size(), "shared memory", false};
 }
 
 unsigned lane() { return here().current % 32; }
+
+void wait_for_previous() {
+  Machine& m = here();
+  m.fibers[m.current].has_waited = true;
+  has_to_wait = false;
+}
 
 void barrier(int line) { yield(State::Barrier, "__syncthreads", line); }
 
@@ -172,6 +182,8 @@ const void* meet(const void* mine, size_t bytes, const char* what, int line) {
 static void run_fiber() {
   Machine& m = here();
   m.entry->call(m.arguments, m.entry->kernel);
+  // Else the launch could end before the one before it, and what waits for this one would not have waited for that.
+  if (has_to_wait) fail("a thread of an early launch ends without waiting for the launches before");
   for (;;) yield(State::Finished, "finished", 0);
 }
 
@@ -212,6 +224,7 @@ static bool run_warp(Machine& m, size_t begin, bool descending) {
       Fiber& fiber = m.fibers[m.current];
       if (fiber.state != State::Ready) continue;
       thread_index = fiber.index;
+      has_to_wait = m.early && !fiber.has_waited;
       Context::change(m.scheduler, fiber.context);
       if (!m.error.empty()) return false;
     }
@@ -233,6 +246,7 @@ static bool run_block(Machine& m) {
                        (unsigned)(i / block_dim.x / block_dim.y)};
     fiber.what = "";
     fiber.line = 0;
+    fiber.has_waited = false;
     fiber.context.start(m.stacks[i], STACK_BYTES, run_fiber);
   }
   for (;;) {
@@ -296,7 +310,7 @@ static const Registry& registry() {
 
 // 0 when the kernel ran; otherwise `message` says what was wrong.
 extern "C" int emu_launch(const char* name, const unsigned grid[3], const unsigned block[3], size_t shared,
-                          const emu::Argument* arguments, size_t count, char* message, size_t capacity) {
+                          bool early, const emu::Argument* arguments, size_t count, char* message, size_t capacity) {
   using namespace emu;
   auto refuse = [&](const std::string& text) {
     snprintf(message, capacity, "%s", text.c_str());
@@ -319,6 +333,7 @@ extern "C" int emu_launch(const char* name, const unsigned grid[3], const unsign
   grid_dim = dim3{grid[0], grid[1], grid[2]};
   block_dim = dim3{block[0], block[1], block[2]};
   Machine& m = here();
+  m.early = early;
   if (!prepare(m, entry, arguments, threads, shared) || !run_grid(m)) return refuse(m.error);
   return 0;
 }

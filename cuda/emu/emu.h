@@ -3,8 +3,9 @@
 //
 // Proves index arithmetic, masks and numerics. Detects accesses outside of a buffer or of shared memory, reads of memory
 // that nothing has written, writes through a read-only argument, misaligned vectors, and barriers or collectives that
-// not every thread reaches. Threads run in ascending order in even blocks and in descending order in odd ones, so that
-// a missing barrier changes results. It knows nothing of asynchronous copies' order or of speed.
+// not every thread reaches; and of launches that start early, threads that touch memory or end before they have waited.
+// Threads run in ascending order in even blocks and in descending order in odd ones, so that a missing barrier changes
+// results. It knows nothing of asynchronous copies' order or of speed.
 #pragma once
 
 #include <cmath>
@@ -59,6 +60,8 @@ void barrier(int line);
 // this one.
 const void* meet(const void* mine, size_t bytes, const char* what, int line);
 unsigned lane();
+// This thread waits for the launches before; there is nothing to wait for, but it is noted.
+void wait_for_previous();
 
 // What all lanes brought.
 template <class T> const T* gather(const T& mine, const char* what, int line) {
@@ -87,7 +90,7 @@ template <class T> struct Unpack<Global<T>> {
   }
   static Global<T> get(const Argument& a) {
     Global<T> view;
-    view.span = Span{(unsigned char*)a.data, a.written, a.bytes, "global buffer"};
+    view.span = Span{(unsigned char*)a.data, a.written, a.bytes, "global buffer", true};
     view.first = view.begin = 0;
     view.end = a.bytes;
     return view;

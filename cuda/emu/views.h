@@ -12,7 +12,11 @@ struct Span {
   unsigned char* written;
   size_t bytes;
   const char* kind;
+  bool global;
 };
+
+// Whether the thread that runs has yet to wait for the launches before: an early one may not touch memory until then.
+extern __thread bool has_to_wait;
 
 // Reports an access and does not return to the kernel.
 [[noreturn]] void fail_access(const Span& span, const char* what, long long offset, size_t bytes);
@@ -26,6 +30,7 @@ template <class T> struct View {
   // `align` is that of the access.
   unsigned char* check(long long i, size_t bytes, size_t align, const char* what) const {
     long long at = first + i * (long long)sizeof(T);
+    if (span.global && has_to_wait) fail_access(span, "access before waiting for the launches before", at, bytes);
     if (at < begin || at + (long long)bytes > end) fail_access(span, what, at, bytes);
     if (((size_t)(span.data + at)) % align != 0) fail_access(span, "misaligned access", at, bytes);
     return span.data + at;

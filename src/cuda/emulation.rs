@@ -32,8 +32,10 @@ pub fn run_broken(name: &str, input: &[f32], blocks: usize) -> Result<Vec<f32>> 
         threads: 64,
         shared_bytes: 256,
     };
+    let kernel = Kernel::plain("broken", name);
+    let early = name.starts_with("broken_waits");
     gpu.launch(
-        &Kernel::plain("broken", name),
+        &if early { kernel.early() } else { kernel },
         launch,
         &[gpu.read(&source), gpu.write(&mut target), gpu.value(&params)],
     )?;

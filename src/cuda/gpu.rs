@@ -57,7 +57,6 @@ pub(crate) struct Kernel {
     pub module: &'static str,
     pub name: String,
     /// Whether it may start while the launch before it ends: it waits by itself, see `hw::wait_for_previous`.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub early: bool,
 }
 
