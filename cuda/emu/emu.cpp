@@ -94,7 +94,7 @@ struct Fiber {
   // Where it waits.
   const char* what;
   int line;
-  bool has_waited;
+  bool has_to_wait;
 };
 
 struct Warp {
@@ -150,20 +150,19 @@ void fail(const char* format, ...) {
 }
 
 void fail_access(const Span& span, const char* what, long long offset, size_t bytes) {
-  fail("%s of %zu bytes: %s, at byte %lld for %zu bytes", span.kind, span.bytes, what, offset, bytes);
+  fail("%s of %zu bytes: %s, at byte %lld for %zu bytes", span.kind(), span.bytes, what, offset, bytes);
 }
 
 Span shared_span() {
   Machine& m = here();
-  return Span{m.shared.data(), m.shared_written.data(), m.shared.size(), "shared memory", false};
+  return Span{m.shared.data(), m.shared_written.data(), m.shared.size(), false};
 }
 
 unsigned lane() { return here().current % 32; }
 
 void wait_for_previous() {
   Machine& m = here();
-  m.fibers[m.current].has_waited = true;
-  has_to_wait = false;
+  has_to_wait = m.fibers[m.current].has_to_wait = false;
 }
 
 void barrier(int line) { yield(State::Barrier, "__syncthreads", line); }
@@ -224,7 +223,7 @@ static bool run_warp(Machine& m, size_t begin, bool descending) {
       Fiber& fiber = m.fibers[m.current];
       if (fiber.state != State::Ready) continue;
       thread_index = fiber.index;
-      has_to_wait = m.early && !fiber.has_waited;
+      has_to_wait = fiber.has_to_wait;
       Context::change(m.scheduler, fiber.context);
       if (!m.error.empty()) return false;
     }
@@ -246,7 +245,7 @@ static bool run_block(Machine& m) {
                        (unsigned)(i / block_dim.x / block_dim.y)};
     fiber.what = "";
     fiber.line = 0;
-    fiber.has_waited = false;
+    fiber.has_to_wait = m.early;
     fiber.context.start(m.stacks[i], STACK_BYTES, run_fiber);
   }
   for (;;) {

@@ -90,7 +90,7 @@ template <class T> struct Unpack<Global<T>> {
   }
   static Global<T> get(const Argument& a) {
     Global<T> view;
-    view.span = Span{(unsigned char*)a.data, a.written, a.bytes, "global buffer", true};
+    view.span = Span{(unsigned char*)a.data, a.written, a.bytes, true};
     view.first = view.begin = 0;
     view.end = a.bytes;
     return view;

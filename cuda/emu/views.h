@@ -11,8 +11,9 @@ struct Span {
   unsigned char* data;
   unsigned char* written;
   size_t bytes;
-  const char* kind;
+  // A buffer; else shared memory.
   bool global;
+  const char* kind() const { return global ? "global buffer" : "shared memory"; }
 };
 
 // Whether the thread that runs has yet to wait for the launches before: an early one may not touch memory until then.

@@ -2,7 +2,7 @@
 
 use super::aligned::PaddedRows;
 use super::columns::KeysValues;
-use super::fold::{log2_size, quarantine, ChainFold, Check};
+use super::fold::{log2_size, spoil, ChainFold, Check};
 use super::pairs::{Packed, Pairs};
 use super::{vectorized, Accumulator, Element, HeadRows};
 use crate::config::Fold;
@@ -167,19 +167,21 @@ impl<A: Accumulator> FarColumns<A> {
                 check.copy(values.row(t), value);
                 continue;
             }
-            let key = self.far.keys.row_mut(row);
+            let (key, mut own) = (self.far.keys.row_mut(row), Check::default());
+            let row_check = if trusting { &mut check } else { &mut own };
             if folded {
-                check.copy(&chain.key[..], key);
-                check.copy(&chain.value[..], value);
+                row_check.copy(&chain.key[..], key);
+                row_check.copy(&chain.value[..], value);
             } else if summed {
-                check.sum((keys.row(t - 1), keys.row(t)), &mut left, key);
-                check.sum((values.row(t - 1), values.row(t)), &mut left, value);
+                row_check.sum((keys.row(t - 1), keys.row(t)), &mut left, key);
+                row_check.sum((values.row(t - 1), values.row(t)), &mut left, value);
             } else {
-                check.copy(keys.row(t), key);
-                check.copy(values.row(t), value);
+                row_check.copy(keys.row(t), key);
+                row_check.copy(values.row(t), value);
             }
-            if !trusting {
-                replaced |= quarantine(key, value);
+            if !trusting && !own.passed() {
+                spoil(key, value);
+                replaced = true;
             }
             match (&mut self.packed, &mut self.packed_values) {
                 (None, _) => {}
