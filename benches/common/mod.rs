@@ -34,10 +34,13 @@ impl Shape {
 
     /// A plan that hides the given share of all pairs: 0, or r = l / (l + 1) in chains of l hidden tokens.
     pub fn plan(&self, chain: usize, config: &CompressionConfig) -> Result<MergePlan> {
+        self.plan_of(|token| token % (chain + 1) < chain, config)
+    }
+
+    /// A plan that hides these tokens in every head.
+    pub fn plan_of(&self, hidden: impl Fn(usize) -> bool, config: &CompressionConfig) -> Result<MergePlan> {
         let pairs = self.tokens - 1;
-        let bits: Vec<u8> = (0..self.heads * pairs)
-            .map(|i| u8::from(i % pairs % (chain + 1) < chain))
-            .collect();
+        let bits: Vec<u8> = (0..self.heads * pairs).map(|i| u8::from(hidden(i % pairs))).collect();
         MergePlan::from_indicators(&Tensor::from_vec(bits, (1, self.heads, pairs), &Device::Cpu)?, config)
     }
 }

@@ -4,7 +4,7 @@
 
 use super::aligned::{padded, Aligned};
 use super::columns::{
-    near_rows, BiasView, Block, ColumnKind, Columns, RowScratch, Settings, EDGE_COLUMNS, NEAR_COLUMNS,
+    near_rows, BiasView, Block, ColumnKind, Columns, RowScratch, Settings, EDGE_COLUMNS, FAR_COLUMNS, NEAR_COLUMNS,
 };
 use super::element::PANEL;
 use super::far::AHEAD;
@@ -221,6 +221,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             false => seen_by_all,
         };
         let mut scratch = std::mem::take(&mut self.scratch);
+        let mut keys_apart = [&[][..]; FAR_COLUMNS];
         let mut start = 0;
         while start < seen {
             let (kind, end) = if start < seen_by_all {
@@ -239,8 +240,10 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
                 true => Default::default(),
                 false => far.rows(start..end, &mut scratch),
             };
+            let apart = !packed && far.keys_apart(start..end, &mut keys_apart);
             let columns = Columns {
                 keys,
+                keys_apart: apart.then_some(&keys_apart[..end - start]),
                 values,
                 kind,
                 first: start,
@@ -281,6 +284,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             };
             let columns = Columns {
                 keys,
+                keys_apart: None,
                 values,
                 kind: ColumnKind::Near,
                 first: start,
@@ -303,7 +307,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
                 let packed = columns.packed(block.far, near);
                 products.scores(Q::Acc::singles_mut(tile.data), packed, columns.count);
             }
-            None => scores(&mut tile, &self.queries, &columns.keys),
+            None => scores(&mut tile, &self.queries, columns.left(), self.settings.head_dim),
         }
         let masked = columns.kind != ColumnKind::FarForAll;
         if self.settings.bias.is_some() || columns.log2_sizes.is_some() || masked {

@@ -7,6 +7,7 @@ use super::fold::{quarantine, ChainFold};
 use super::gemm_tile::Tile;
 use super::pairs::{Packed, PackedTile, Pairs};
 use super::philox::DropoutMask;
+use super::product::Left;
 use super::softmax::LANES;
 use super::{Accumulator, Element, HeadRows};
 use crate::config::Fold;
@@ -17,7 +18,7 @@ const BLOCK_ROWS: usize = 64;
 /// Columns of a tile that every row sees. In f32 and at D = 64 the tile of logits, the queries, the keys and the values
 /// are 16 KiB each, so that every product finds two of its operands in an L1 cache of 32 to 48 KiB and the third in L2.
 /// Of 32, 48, 64, 96, 192 and 512 columns 64 was the fastest, forward and backward.
-const FAR_COLUMNS: usize = 64;
+pub(super) const FAR_COLUMNS: usize = 64;
 /// Columns of a tile that only some rows see (the causal diagonal, the window's band): small, since the rest is wasted.
 pub(super) const EDGE_COLUMNS: usize = 32;
 /// The same for the window's band, of which a row sees as much as the window: 0.98 of the time of 32, with four fifths hidden.
@@ -105,6 +106,10 @@ pub(crate) trait FarSource<A>: Sync {
     fn log2_sizes(&self, columns: Range<usize>) -> Option<&[A]>;
     /// Keys and values of some columns as padded rows, through `scratch` where they are not stored so.
     fn rows<'s>(&'s self, columns: Range<usize>, scratch: &'s mut RowScratch<A>) -> KeysValues<'s, A>;
+    /// Whether keys are not in `rows`, but wherever they were found: `keys` then holds those of these columns.
+    fn keys_apart<'s>(&'s self, _columns: Range<usize>, _keys: &mut [&'s [A]; FAR_COLUMNS]) -> bool {
+        false
+    }
     /// All columns as bf16 pairs, where [`Settings::pairs`] wants them; then nobody asks for `rows`. For gradients keys
     /// stand in the place of values too.
     fn packed(&self) -> Option<&Packed> {
@@ -176,6 +181,8 @@ pub(crate) struct Block<'b, Q: Element, R: Element<Acc = Q::Acc>> {
 /// A tile's columns and who sees them.
 pub(crate) struct Columns<'c, A> {
     pub keys: HeadRows<'c, A>,
+    /// In the place of `keys`: see [`FarSource::keys_apart`].
+    pub keys_apart: Option<&'c [&'c [A]]>,
     pub values: HeadRows<'c, A>,
     pub kind: ColumnKind,
     /// The first far column, or the first near token.
@@ -196,7 +203,12 @@ pub(crate) enum ColumnKind {
     Near,
 }
 
-impl<A> Columns<'_, A> {
+impl<'c, A> Columns<'c, A> {
+    /// The keys as the left operand of a product.
+    pub fn left(&self) -> Left<'c, A> {
+        self.keys_apart.map_or_else(|| Left::from(&self.keys), Left::Rows)
+    }
+
     /// The token index of a column.
     pub fn token(&self, far: &dyn FarSource<A>, index: usize) -> usize {
         match self.kind {

@@ -1,11 +1,12 @@
 //! What merging leaves of one head's keys and values: compact far columns.
 
 use super::aligned::PaddedRows;
-use super::columns::KeysValues;
+use super::columns::{KeysValues, FAR_COLUMNS};
 use super::fold::{log2_size, spoil, ChainFold, Check};
 use super::pairs::{Packed, Pairs};
 use super::{vectorized, Accumulator, Element, HeadRows};
 use crate::config::Fold;
+use std::ops::Range;
 
 /// Rows that are asked for before they are read: the hardware does not follow strides of some KiB.
 pub(crate) const AHEAD: usize = 8;
@@ -47,11 +48,26 @@ impl<A: Accumulator> FoldedRows<A> {
 pub(crate) enum Layout {
     /// Values as rows, and keys too, unless they can be read where they are.
     ValueRows,
+    /// The same, but of keys only those that merging makes: never more, together with the values, than one of the tensors
+    /// that they are gathered from. The others are read where they are, if they are accumulators.
+    Lean,
     Rows,
     /// As bf16 pairs, in place of rows.
     Pairs(Pairs),
     /// As bf16 pairs for gradients: keys by rows and by dimension, values by rows.
     Gradients(Pairs),
+}
+
+/// Where far keys are.
+#[derive(Default)]
+enum Keys {
+    /// Each in its row.
+    #[default]
+    Rows,
+    /// They are the raw ones, and read where they are.
+    InPlace,
+    /// Those that merging made are in rows, with the column of each; the others are the raw ones of their tokens.
+    Made(Vec<u32>),
 }
 
 /// What merging leaves of one list of heads that share keys, values and bits, in the accumulator's dtype. Columns are in
@@ -60,8 +76,7 @@ pub(crate) enum Layout {
 pub(crate) struct FarColumns<A: Accumulator> {
     /// The tokens that are not hidden; a single row where they are packed alone.
     far: FoldedRows<A>,
-    /// Whether far keys are the raw ones, and read where they are.
-    raw_keys: bool,
+    keys: Keys,
     sizes_differ: bool,
     /// The token index of each column; None where nothing is hidden.
     pub tokens: Option<Vec<u32>>,
@@ -90,9 +105,14 @@ impl<A: Accumulator> FarColumns<A> {
         columns.columns = count;
         // Rows are read where they are if they are compact accumulators.
         let readable = T::as_acc(&[]).is_some();
-        columns.raw_keys = matches!(layout, Layout::ValueRows) && hidden == 0 && readable && keys.stride == dim;
+        let in_place = hidden == 0 && readable && keys.stride == dim;
+        columns.keys = match layout {
+            Layout::ValueRows | Layout::Lean if in_place => Keys::InPlace,
+            Layout::Lean if readable => Keys::Made(Vec::new()),
+            _ => Keys::Rows,
+        };
         let rows = match layout {
-            Layout::ValueRows | Layout::Rows => count,
+            Layout::ValueRows | Layout::Lean | Layout::Rows => count,
             Layout::Pairs(pairs) => {
                 columns.packed = Some(Packed::new(pairs, dim, count));
                 1
@@ -104,7 +124,13 @@ impl<A: Accumulator> FarColumns<A> {
             }
         };
         let fill = |columns: &mut Self, trusting: bool| {
-            columns.far.start(if columns.raw_keys { 0 } else { rows }, rows, dim);
+            let key_rows = match columns.keys {
+                Keys::Rows => rows,
+                Keys::InPlace => 0,
+                Keys::Made(_) if fold == Fold::Drop => 0,
+                Keys::Made(_) => chains(bits, tokens),
+            };
+            columns.far.start(key_rows, rows, dim);
             vectorized(
                 #[inline(always)]
                 || columns.fill((keys, values), bits, tokens, (fold, rows), trusting),
@@ -114,7 +140,7 @@ impl<A: Accumulator> FarColumns<A> {
         fill(&mut columns, trusting);
         if trusting && !columns.clean {
             // Rows that are not finite are replaced, which takes copies of all.
-            columns.raw_keys = false;
+            columns.keys = Keys::Rows;
             fill(&mut columns, false);
         }
         let kept = || (0..tokens as u32).filter(|t| bits.get(*t as usize) != Some(&1));
@@ -149,25 +175,29 @@ impl<A: Accumulator> FarColumns<A> {
             let folded = chained && merged;
             merged = hides;
             if hides {
-                for row in [keys.row(t), values.row(t)] {
-                    match T::as_acc(row) {
-                        Some(row) => check.take(row),
-                        None => check.copy(row, &mut left),
-                    }
-                }
+                check.raw(keys.row(t), &mut left);
+                check.raw(values.row(t), &mut left);
                 continue;
             }
             // A column that is packed alone passes through the only row.
             let row = far.min(room - 1);
+            let column = far as u32;
             far += 1;
             self.far.push_size(fold, if folded { chain.size } else { 1 });
             let value = self.far.values.row_mut(row);
-            if self.raw_keys {
-                check.take(T::as_acc(keys.row(t)).unwrap_or_default());
-                check.copy(values.row(t), value);
-                continue;
-            }
-            let (key, mut own) = (self.far.keys.row_mut(row), Check::default());
+            let key_row = match &mut self.keys {
+                Keys::Rows => row,
+                Keys::Made(made) if folded || summed => {
+                    made.push(column);
+                    made.len() - 1
+                }
+                Keys::Made(_) | Keys::InPlace => {
+                    check.raw(keys.row(t), &mut left);
+                    check.copy(values.row(t), value);
+                    continue;
+                }
+            };
+            let (key, mut own) = (self.far.keys.row_mut(key_row), Check::default());
             let row_check = if trusting { &mut check } else { &mut own };
             if folded {
                 row_check.copy(&chain.key[..], key);
@@ -217,10 +247,102 @@ impl<A: Accumulator> FarColumns<A> {
         self.tokens.as_ref().map_or(column, |tokens| tokens[column] as usize)
     }
 
-    /// Keys and values from `column` on; `keys` are the head's.
+    /// Keys and values from `column` on; `keys` are the head's. Without keys where they lie apart.
     pub fn rows<'r, T: Element<Acc = A>>(&'r self, column: usize, keys: &HeadRows<'r, T>) -> KeysValues<'r, A> {
-        let raw = keys.skip(column).as_acc().filter(|_| self.raw_keys);
-        let keys = raw.unwrap_or_else(|| self.far.keys.rows(column));
-        (keys, self.far.values.rows(column))
+        let values = self.far.values.rows(column);
+        let keys = match (&self.keys, keys.skip(column).as_acc()) {
+            (Keys::InPlace, Some(keys)) => keys,
+            (Keys::Made(_), _) => HeadRows::default(),
+            _ => self.far.keys.rows(column),
+        };
+        (keys, values)
+    }
+
+    /// Where the keys of some columns are, if they lie apart; `keys` are the head's.
+    pub fn keys_apart<'r, T: Element<Acc = A>>(
+        &'r self,
+        columns: Range<usize>,
+        keys: &HeadRows<'r, T>,
+        apart: &mut [&'r [A]; FAR_COLUMNS],
+    ) -> bool {
+        let (Keys::Made(made), Some(keys)) = (&self.keys, keys.as_acc()) else {
+            return false;
+        };
+        let stored = self.far.keys.rows(0);
+        let mut next = made.partition_point(|column| (*column as usize) < columns.start);
+        for (key, column) in apart.iter_mut().zip(columns) {
+            if made.get(next) == Some(&(column as u32)) {
+                *key = stored.row(next);
+                next += 1;
+            } else {
+                *key = keys.row(self.token(column));
+            }
+        }
+        true
+    }
+}
+
+/// How many chains of more than one token end within these tokens.
+fn chains(bits: &[u8], tokens: usize) -> usize {
+    let hides = |token: usize| bits.get(token) == Some(&1);
+    (1..tokens).filter(|t| hides(t - 1) && !hides(*t)).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{FarColumns, Layout};
+    use crate::config::Fold;
+    use crate::cpu::columns::FAR_COLUMNS;
+    use crate::cpu::HeadRows;
+
+    /// Lean columns are those gathered as rows, bit for bit, and of keys and values together no more than one tensor.
+    #[test]
+    fn lean_columns_are_the_gathered_ones() {
+        let (tokens, dim, stride) = (157, 16, 40);
+        let number = |i: usize| ((i * 7919 + 13) % 1009) as f32 / 500.0 - 1.0;
+        let keys: Vec<f32> = (0..tokens * stride).map(number).collect();
+        let values: Vec<f32> = (1..=tokens * stride).map(number).collect();
+        for (name, keys) in [
+            ("finite", keys.clone()),
+            ("one infinite", with_infinity(keys, 50 * stride)),
+        ] {
+            let rows = |data| HeadRows { data, stride, dim };
+            let (keys, values) = (rows(&keys[..]), rows(&values[..]));
+            for fold in [Fold::Mean, Fold::PairSum, Fold::Drop] {
+                for period in [2, 3, 5, 1000] {
+                    let bits: Vec<u8> = (0..tokens - 1)
+                        .map(|t| u8::from(t % period == 0 || t % 7 == 3))
+                        .collect();
+                    let gather = |layout| FarColumns::gather((&keys, &values), &bits, tokens, fold, layout, None);
+                    let (whole, lean) = (gather(Layout::Rows), gather(Layout::Lean));
+                    assert_eq!(whole.columns, lean.columns);
+                    for start in (0..lean.columns).step_by(FAR_COLUMNS) {
+                        let columns = start..lean.columns.min(start + FAR_COLUMNS);
+                        let mut apart = [&[][..]; FAR_COLUMNS];
+                        let found = lean.keys_apart(columns.clone(), &keys, &mut apart);
+                        assert_eq!(found, name == "finite");
+                        let (expected, got) = (whole.rows(start, &keys), lean.rows(start, &keys));
+                        for row in 0..columns.len() {
+                            let key = if found { apart[row] } else { got.0.row(row) };
+                            let same = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
+                            assert!(same(expected.0.row(row), key), "{name} {fold:?} {period}: key {row}");
+                            assert!(
+                                same(expected.1.row(row), got.1.row(row)),
+                                "{name} {fold:?} {period}: value {row}"
+                            );
+                        }
+                    }
+                    if name == "finite" {
+                        let held = lean.far.keys.rows(0).data.len() + lean.far.values.rows(0).data.len();
+                        assert!(held <= tokens * dim, "{fold:?} {period}: {held} numbers");
+                    }
+                }
+            }
+        }
+    }
+
+    fn with_infinity(mut keys: Vec<f32>, at: usize) -> Vec<f32> {
+        keys[at] = f32::INFINITY;
+        keys
     }
 }

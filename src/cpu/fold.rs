@@ -206,6 +206,15 @@ impl<A: Accumulator> Check<A> {
         self.lanes(rest);
     }
 
+    /// Takes a row as it is stored; through `room` where it has to be widened.
+    #[inline(always)]
+    pub fn raw<T: Element<Acc = A>>(&mut self, row: &[T], room: &mut [A]) {
+        match T::as_acc(row) {
+            Some(row) => self.take(row),
+            None => self.copy(row, room),
+        }
+    }
+
     /// At most as many numbers as there are lanes.
     #[inline(always)]
     fn lanes(&mut self, row: &[A]) {

@@ -1,10 +1,12 @@
 //! One forward pass: a head's far columns are gathered once, and blocks of rows attend to them.
 //!
 //! Work is split over (batch, head, row block). A head's far columns are gathered by the first worker that needs them
-//! and dropped by the last, so that about one head per thread is held at a time: memory O(N·D) beyond the output.
+//! and dropped by the last, so that two or three heads are held at a time: memory O(N·D) beyond the output.
 
 use super::attend::Worker;
-use super::columns::{block_rows, BiasView, Bits, Block, FarSource, KeysValues, RawRows, RowScratch, Settings};
+use super::columns::{
+    block_rows, BiasView, Bits, Block, FarSource, KeysValues, RawRows, RowScratch, Settings, FAR_COLUMNS,
+};
 use super::far::{FarColumns, Layout};
 use super::output::Output;
 use super::pairs::{Packed, Pairs};
@@ -102,6 +104,14 @@ struct HeadList<A: Accumulator> {
     columns: Lease<FarColumns<A>>,
 }
 
+/// A call's lists, and how their columns are gathered.
+struct HeadLists<'c, 'a, T: Element> {
+    input: &'c ForwardInput<'a, T>,
+    lists: Vec<HeadList<T::Acc>>,
+    layout: Layout,
+    pool: Pool<FarColumns<T::Acc>>,
+}
+
 /// The output (B, H, N, D), contiguous; also each row's log-sum-exp in base 2, where `log_sum_exp` (B, H, N) is given.
 pub(crate) fn forward<T: Element>(input: &ForwardInput<T>, log_sum_exp: Option<&mut [T::Acc]>) -> Vec<T> {
     let Problem {
@@ -113,9 +123,8 @@ pub(crate) fn forward<T: Element>(input: &ForwardInput<T>, log_sum_exp: Option<&
     } = input.problem;
     let mut output = Output::new(batch * heads * tokens * head_dim);
     let settings = input.settings();
-    let lists = head_lists(input, tokens.div_ceil(settings.block_rows));
-    let pool = Pool::new();
-    let heads = lists.iter().map(|list| list.heads.clone());
+    let lists = HeadLists::new(input, tokens.div_ceil(settings.block_rows));
+    let heads = lists.lists.iter().map(|list| list.heads.clone());
     let tasks = row_tasks(
         heads,
         (tokens, head_dim, settings.block_rows),
@@ -125,31 +134,9 @@ pub(crate) fn forward<T: Element>(input: &ForwardInput<T>, log_sum_exp: Option<&
     for_each_task(
         tasks,
         || Worker::new(settings, tokens),
-        |worker, task| run(worker, input, &lists, &pool, task),
+        |worker, task| lists.run(worker, task),
     );
     output.written()
-}
-
-fn run<T: Element>(
-    worker: &mut Worker<T>,
-    input: &ForwardInput<T>,
-    lists: &[HeadList<T::Acc>],
-    pool: &Pool<FarColumns<T::Acc>>,
-    task: RowTask<T>,
-) {
-    if let Some(ahead) = task.ahead {
-        lists[ahead].borrow(input, pool);
-    }
-    let list = &lists[task.list];
-    let far = Gathered {
-        columns: list.borrow(input, pool),
-        keys: input.k.head(list.batch, list.kv_head),
-        values: input.v.head(list.batch, list.kv_head),
-    };
-    let block = input.block(list.batch, task.head, task.rows, &far);
-    worker.run(&block, task.output.clear(), task.log_sum_exp);
-    drop(far);
-    list.columns.give_back(pool);
 }
 
 /// A call's far columns, with the rows they were gathered from.
@@ -211,6 +198,10 @@ impl<T: Element> FarSource<T::Acc> for Gathered<'_, T> {
         self.columns.rows(columns.start, &self.keys)
     }
 
+    fn keys_apart<'s>(&'s self, columns: Range<usize>, keys: &mut [&'s [T::Acc]; FAR_COLUMNS]) -> bool {
+        self.columns.keys_apart(columns, &self.keys, keys)
+    }
+
     fn packed(&self) -> Option<&Packed> {
         self.columns.packed.as_ref()
     }
@@ -220,45 +211,87 @@ impl<T: Element> FarSource<T::Acc> for Gathered<'_, T> {
     }
 }
 
-fn head_lists<T: Element>(input: &ForwardInput<T>, blocks: usize) -> Vec<HeadList<T::Acc>> {
-    let (problem, group) = (input.problem, input.problem.group());
-    let bits = |batch: usize, head: usize| input.head_bits(batch, head);
-    let mut lists = Vec::new();
-    for batch in 0..problem.batch {
-        for kv_head in 0..problem.kv_heads {
-            let heads = kv_head * group..(kv_head + 1) * group;
-            let shared = heads.clone().all(|head| bits(batch, head) == bits(batch, heads.start));
-            let mut push = |heads: Range<usize>| {
-                lists.push(HeadList {
-                    batch,
-                    kv_head,
-                    columns: Lease::new(heads.len() * blocks),
-                    heads,
-                })
-            };
-            if shared {
-                push(heads);
-            } else {
-                heads.for_each(|head| push(head..head + 1));
+impl<'c, 'a, T: Element> HeadLists<'c, 'a, T> {
+    /// `blocks` of rows will read each head's columns.
+    fn new(input: &'c ForwardInput<'a, T>, blocks: usize) -> Self {
+        let (problem, group) = (input.problem, input.problem.group());
+        let bits = |batch: usize, head: usize| input.head_bits(batch, head);
+        let mut lists = Vec::new();
+        for batch in 0..problem.batch {
+            for kv_head in 0..problem.kv_heads {
+                let heads = kv_head * group..(kv_head + 1) * group;
+                let shared = heads.clone().all(|head| bits(batch, head) == bits(batch, heads.start));
+                let mut push = |heads: Range<usize>| {
+                    lists.push(HeadList {
+                        batch,
+                        kv_head,
+                        columns: Lease::new(heads.len() * blocks),
+                        heads,
+                    })
+                };
+                if shared {
+                    push(heads);
+                } else {
+                    heads.for_each(|head| push(head..head + 1));
+                }
             }
         }
+        let mut lists = Self {
+            input,
+            lists,
+            layout: input.pairs().map_or(Layout::ValueRows, Layout::Pairs),
+            pool: Pool::new(),
+        };
+        if matches!(lists.layout, Layout::ValueRows) && !lists.rows_fit(blocks) {
+            lists.layout = Layout::Lean;
+        }
+        lists
     }
-    lists
-}
 
-impl<A: Accumulator> HeadList<A> {
-    /// The list's columns, gathered now if this is the first call.
-    fn borrow<T: Element<Acc = A>>(&self, input: &ForwardInput<T>, pool: &Pool<FarColumns<A>>) -> Arc<FarColumns<A>> {
-        self.columns.borrow(|| {
-            let keys = input.k.head(self.batch, self.kv_head);
-            let values = input.v.head(self.batch, self.kv_head);
+    /// Whether keys and values of the lists that are held at a time take no more than the output. Threads take blocks of
+    /// rows in order: theirs are of as many lists as that many blocks touch, and the next list is gathered meanwhile.
+    fn rows_fit(&self, blocks: usize) -> bool {
+        let (problem, threads) = (self.input.problem, rayon::current_num_threads());
+        let touched = (threads.div_ceil(blocks) + 1).min(threads);
+        let held = self.lists.len().min(touched + usize::from(threads > 1));
+        let fit = |columns: usize| 2 * held * columns <= problem.batch * problem.heads * problem.tokens;
+        let kept = |list: &HeadList<T::Acc>| {
+            let bits = self.input.head_bits(list.batch, list.heads.start);
+            problem.tokens - bits.iter().filter(|bit| **bit == 1).count()
+        };
+        fit(problem.tokens) || self.lists.iter().all(|list| fit(kept(list)))
+    }
+
+    fn run(&self, worker: &mut Worker<T>, task: RowTask<T>) {
+        if let Some(ahead) = task.ahead {
+            self.borrow(&self.lists[ahead]);
+        }
+        let list = &self.lists[task.list];
+        let far = Gathered {
+            columns: self.borrow(list),
+            keys: self.input.k.head(list.batch, list.kv_head),
+            values: self.input.v.head(list.batch, list.kv_head),
+        };
+        let block = self.input.block(list.batch, task.head, task.rows, &far);
+        worker.run(&block, task.output.clear(), task.log_sum_exp);
+        drop(far);
+        list.columns.give_back(&self.pool);
+    }
+
+    /// A list's columns, gathered now if this is the first call.
+    fn borrow(&self, list: &HeadList<T::Acc>) -> Arc<FarColumns<T::Acc>> {
+        let input = self.input;
+        list.columns.borrow(|| {
             FarColumns::gather(
-                (&keys, &values),
-                input.head_bits(self.batch, self.heads.start),
+                (
+                    &input.k.head(list.batch, list.kv_head),
+                    &input.v.head(list.batch, list.kv_head),
+                ),
+                input.head_bits(list.batch, list.heads.start),
                 input.problem.tokens,
                 input.fold,
-                input.pairs().map_or(Layout::ValueRows, Layout::Pairs),
-                pool.take(),
+                self.layout,
+                self.pool.take(),
             )
         })
     }

@@ -1,7 +1,7 @@
 //! The matrix products of a tile: in our own registers ([`super::product`]), or, where there are none, through the gemm
 //! crate.
 
-use super::product::{Multiply, Product};
+use super::product::{Left, Multiply, Product};
 use super::{arch, Accumulator, HeadRows};
 use gemm::{gemm, Parallelism};
 use std::ops::Range;
@@ -15,16 +15,15 @@ pub(crate) struct Tile<'a, A> {
     pub rows: Range<usize>,
 }
 
-/// `tile[r, c] = query[r] . key[c]`; `queries` is (D, leading), transposed so that rows are the vector axis.
-pub(crate) fn scores<A: Accumulator>(tile: &mut Tile<A>, queries: &[A], keys: &HeadRows<A>) {
+/// `tile[r, c] = query[r] . key[c]` for keys of `dim` numbers; `queries` is (D, leading), transposed so that rows are the
+/// vector axis.
+pub(crate) fn scores<A: Accumulator>(tile: &mut Tile<A>, queries: &[A], keys: Left<A>, dim: usize) {
     let first = tile.rows.start;
     multiply(Product {
         m: tile.columns,
         n: tile.rows.len(),
-        k: keys.dim,
-        a: keys.data,
-        a_row: keys.stride,
-        a_step: 1,
+        k: dim,
+        a: keys,
         b: &queries[first..],
         ldb: tile.leading,
         c: &mut tile.data[first..],
@@ -40,9 +39,11 @@ pub(crate) fn accumulate<A: Accumulator>(output: &mut [A], width: usize, tile: &
         m: tile.rows.len(),
         n: width,
         k: tile.columns,
-        a: &tile.data[first..],
-        a_row: 1,
-        a_step: tile.leading,
+        a: Left::Grid {
+            data: &tile.data[first..],
+            row: 1,
+            step: tile.leading,
+        },
         b: values.data,
         ldb: values.stride,
         c: &mut output[first * width..],
@@ -58,9 +59,11 @@ pub(crate) fn accumulate_columns<A: Accumulator>(target: &mut [A], width: usize,
         m: tile.columns,
         n: width,
         k: tile.rows.len(),
-        a: &tile.data[first..],
-        a_row: tile.leading,
-        a_step: 1,
+        a: Left::Grid {
+            data: &tile.data[first..],
+            row: tile.leading,
+            step: 1,
+        },
         b: &rows[first * width..],
         ldb: width,
         c: target,
@@ -79,14 +82,36 @@ fn multiply<A: Accumulator>(mut product: Product<A>) {
         n,
         k,
         a,
-        a_row,
-        a_step,
         b,
         ldb,
         c,
         ldc,
         add,
     } = product;
+    let (a, a_row, a_step) = match a {
+        Left::Grid { data, row, step } => (data, row, step),
+        Left::Rows(rows) => {
+            for (row, c) in rows.iter().zip(c.chunks_mut(ldc)).take(m) {
+                let a = Left::Grid {
+                    data: row,
+                    row: 0,
+                    step: 1,
+                };
+                multiply(Product {
+                    m: 1,
+                    n,
+                    k,
+                    a,
+                    b,
+                    ldb,
+                    c,
+                    ldc,
+                    add,
+                });
+            }
+            return;
+        }
+    };
     // SAFETY: the check bounds every index of the three operands, and nothing else borrows C.
     unsafe {
         gemm(

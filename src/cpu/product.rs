@@ -3,17 +3,34 @@
 //! have any strides and nothing is ever packed. All operands should lie in the first two levels of the cache: that is
 //! what the sizes of tiles see to.
 
-use super::Accumulator;
+use super::{Accumulator, HeadRows};
 use pulp::Simd;
 
-/// One product. Rows of B and C are `ldb` and `ldc` apart; A's number (m, k) is `a[m * a_row + k * a_step]`.
+/// The left operand.
+#[derive(Clone, Copy)]
+pub(crate) enum Left<'a, A> {
+    /// Number (m, k) is `data[m * row + k * step]`.
+    Grid { data: &'a [A], row: usize, step: usize },
+    /// Rows wherever they are.
+    Rows(&'a [&'a [A]]),
+}
+
+impl<'a, A> From<&HeadRows<'a, A>> for Left<'a, A> {
+    fn from(rows: &HeadRows<'a, A>) -> Self {
+        Self::Grid {
+            data: rows.data,
+            row: rows.stride,
+            step: 1,
+        }
+    }
+}
+
+/// One product. Rows of B and C are `ldb` and `ldc` apart.
 pub(crate) struct Product<'a, A> {
     pub m: usize,
     pub n: usize,
     pub k: usize,
-    pub a: &'a [A],
-    pub a_row: usize,
-    pub a_step: usize,
+    pub a: Left<'a, A>,
     pub b: &'a [A],
     pub ldb: usize,
     pub c: &'a mut [A],
@@ -26,7 +43,10 @@ impl<A> Product<'_, A> {
     /// Panics where an index would leave its slice: what the kernels rely on.
     pub fn check(&self) {
         assert!(self.m > 0 && self.n > 0 && self.k > 0);
-        assert!((self.m - 1) * self.a_row + (self.k - 1) * self.a_step < self.a.len());
+        match self.a {
+            Left::Grid { data, row, step } => assert!((self.m - 1) * row + (self.k - 1) * step < data.len()),
+            Left::Rows(rows) => assert!(self.m <= rows.len() && rows.iter().all(|row| self.k <= row.len())),
+        }
         assert!(self.n <= self.ldb && (self.k - 1) * self.ldb + self.n <= self.b.len());
         assert!(self.n <= self.ldc && (self.m - 1) * self.ldc + self.n <= self.c.len());
     }
@@ -51,34 +71,36 @@ macro_rules! kernel {
             row: usize,
             column: usize,
         ) {
-            let Product {
-                k,
-                a_row,
-                a_step,
-                ldb,
-                ldc,
-                ..
-            } = *product;
+            let Product { k, a, ldb, ldc, .. } = *product;
             // SAFETY: what the caller vouches for bounds every address: A's (row + M - 1, k - 1), B's (k - 1, column + V
             // registers), C's (row + M - 1, column + V registers). Registers are read and written unaligned, and any
             // bits are a float.
             unsafe {
-                let mut a = product.a.as_ptr().add(row * a_row);
+                let (a, a_step): ([*const $float; M], usize) = match a {
+                    Left::Grid {
+                        data,
+                        row: a_row,
+                        step,
+                    } => (
+                        std::array::from_fn(|m| data.as_ptr().add((row + m) * a_row)),
+                        step,
+                    ),
+                    Left::Rows(rows) => (std::array::from_fn(|m| rows.get_unchecked(row + m).as_ptr()), 1),
+                };
                 let mut b = product.b.as_ptr().add(column);
                 let c = product.c.as_mut_ptr().add(row * ldc + column);
                 let mut sums = [[simd.$splat(0.0); V]; M];
-                for _ in 0..k {
+                for k in 0..k {
                     let mut columns = [simd.$splat(0.0); V];
                     for v in 0..V {
                         columns[v] = b.cast::<S::$floats>().add(v).read_unaligned();
                     }
                     for m in 0..M {
-                        let x = simd.$splat(*a.add(m * a_row));
+                        let x = simd.$splat(*a[m].add(k * a_step));
                         for v in 0..V {
                             sums[m][v] = simd.$fma(x, columns[v], sums[m][v]);
                         }
                     }
-                    a = a.wrapping_add(a_step);
                     b = b.wrapping_add(ldb);
                 }
                 let one = simd.$splat(1.0);

@@ -162,7 +162,7 @@ impl<A: Accumulator> Sums<A> {
         }
         let mut weights = columns.tile(&mut reader.tile, leading);
         let mut logits = columns.tile(&mut self.tile, leading);
-        scores(&mut logits, &self.grads, &columns.values);
+        scores(&mut logits, &self.grads, (&columns.values).into(), columns.values.dim);
         let token = |index| columns.token(block.far, index);
         if let Some(mask) = block.dropout {
             drop_weights(&mut logits, mask, block.rows.start, token);
