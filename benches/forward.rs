@@ -52,6 +52,10 @@ const WINDOWED: [(usize, &str); 3] = [
 const CACHED: &str = "ours, r = 0, through the cache";
 const DECIDE: &str = "ours, deciding only (KeyKey)";
 const OBSERVED: &str = "ours, deciding only (observed)";
+/// Reading, folding, edges and writing: what a row costs whatever it sees.
+const NO_PRODUCTS: &str = "ours, all hidden: no products";
+/// The same with an eighth of the folding: what the other seven cost is between the two.
+const FOLDED_ONCE: &str = "ours, all hidden, one KV head";
 const STRIDED: &str = "ours, r = 0, (B, N, H, D) views";
 const GROUPED: &str = "ours, r = 0, 4 heads a KV head";
 const BF16: &str = "ours, r = 0, bf16";
@@ -146,6 +150,7 @@ fn turns(shape: Shape) -> Result<()> {
         ..Default::default()
     };
     let nothing = &shape.plan(0, &plain)?;
+    let everything = &shape.plan_of(|_| true, &plain)?;
     let options = &AttentionOptions::default();
     let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
     // Their thresholds depend on the model; the time does not depend on them.
@@ -170,6 +175,10 @@ fn turns(shape: Shape) -> Result<()> {
     let quarter = |x: &Tensor| x.narrow(1, 0, shape.heads / 4)?.contiguous();
     let grouped = [q.clone(), quarter(k)?, quarter(v)?];
     turns.row(GROUPED, move || run(&grouped, nothing));
+    turns.row(NO_PRODUCTS, move || run(qkv, everything));
+    let first = |x: &Tensor| x.narrow(1, 0, 1)?.contiguous();
+    let folded_once = [q.clone(), first(k)?, first(v)?];
+    turns.row(FOLDED_ONCE, move || run(&folded_once, everything));
     verify(CACHED, &cached(qkv)?, &expected)?;
     turns.row(CACHED, || cached(qkv));
     let single = rayon::ThreadPoolBuilder::new().num_threads(1).build();

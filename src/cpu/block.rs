@@ -243,7 +243,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             let apart = !packed && far.keys_apart(start..end, &mut keys_apart);
             let columns = Columns {
                 keys,
-                keys_apart: apart.then_some(&keys_apart[..end - start]),
+                keys_apart: apart.then(|| &keys_apart[..end - start]),
                 values,
                 kind,
                 first: start,
