@@ -11,7 +11,7 @@ use super::observe::Chunk;
 use super::output::{Blank, Output};
 use super::pairs::Pairs;
 use super::philox::DropoutMask;
-use super::tasks::{for_each_task, row_tasks, Lease, Pool, RowTask};
+use super::tasks::{for_each_list_task, row_tasks, Lease, Pool, RowTask};
 use super::{Accumulator, Element, HeadRows, Rows};
 use crate::config::{Dropout, Fold};
 use rayon::prelude::*;
@@ -119,13 +119,11 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
         let heads = lists.iter().map(|(at, _)| at.heads.clone());
         let tasks = row_tasks(heads, (self.count, self.head_dim, block_rows), output, None);
         // Lists that never merge have other settings; a worker is made anew where they change.
-        for_each_task(
+        for_each_list_task(
             tasks,
+            usize::MAX,
             || None::<(usize, Worker<Q>)>,
             |worker, task| {
-                if let Some(ahead) = task.ahead {
-                    gather(ahead);
-                }
                 let index = task.list;
                 let (at, list) = &lists[index];
                 let gathered = gather(index);

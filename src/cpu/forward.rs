@@ -1,7 +1,7 @@
 //! One forward pass: a head's far columns are gathered once, and blocks of rows attend to them.
 //!
-//! Work is split over (batch, head, row block). A head's far columns are gathered by the first worker that needs them
-//! and dropped by the last, so that two or three heads are held at a time: memory O(N·D) beyond the output.
+//! Work is split over (batch, head, row block). A head's far columns are gathered by the worker that begins with it and
+//! dropped by the last that reads them, so that one head per thread is held at a time: memory O(N·D) beyond the output.
 
 use super::attend::Worker;
 use super::columns::{
@@ -11,7 +11,7 @@ use super::far::{FarColumns, Layout};
 use super::output::Output;
 use super::pairs::{Packed, Pairs};
 use super::philox::DropoutMask;
-use super::tasks::{for_each_task, row_tasks, Lease, Pool, RowTask};
+use super::tasks::{for_each_list_task, row_tasks, Lease, Pool, RowTask};
 use super::{Accumulator, Element, HeadRows, Rows};
 use crate::config::{Dropout, Fold};
 use crate::problem::Problem;
@@ -109,6 +109,8 @@ struct HeadLists<'c, 'a, T: Element> {
     input: &'c ForwardInput<'a, T>,
     lists: Vec<HeadList<T::Acc>>,
     layout: Layout,
+    /// How many may be begun at a time.
+    open: usize,
     pool: Pool<FarColumns<T::Acc>>,
 }
 
@@ -131,8 +133,9 @@ pub(crate) fn forward<T: Element>(input: &ForwardInput<T>, log_sum_exp: Option<&
         output.blank(),
         log_sum_exp,
     );
-    for_each_task(
+    for_each_list_task(
         tasks,
+        lists.open,
         || Worker::new(settings, tokens),
         |worker, task| lists.run(worker, task),
     );
@@ -240,32 +243,34 @@ impl<'c, 'a, T: Element> HeadLists<'c, 'a, T> {
             input,
             lists,
             layout: input.pairs().map_or(Layout::ValueRows, Layout::Pairs),
+            open: usize::MAX,
             pool: Pool::new(),
         };
-        if matches!(lists.layout, Layout::ValueRows) && !lists.rows_fit(blocks) {
-            lists.layout = Layout::Lean;
+        if matches!(lists.layout, Layout::ValueRows) {
+            lists.fit();
         }
         lists
     }
 
-    /// Whether keys and values of the lists that are held at a time take no more than the output. Threads take blocks of
-    /// rows in order: theirs are of as many lists as that many blocks touch, and the next list is gathered meanwhile.
-    fn rows_fit(&self, blocks: usize) -> bool {
+    /// Sees to it that the lists that are held at a time take no more than the output, in f32: those that may be begun, and
+    /// one that ends. Fewer are begun at a time than there are threads, but not a single one, which all would wait for.
+    fn fit(&mut self) {
         let (problem, threads) = (self.input.problem, rayon::current_num_threads());
-        let touched = (threads.div_ceil(blocks) + 1).min(threads);
-        let held = self.lists.len().min(touched + usize::from(threads > 1));
-        let fit = |columns: usize| 2 * held * columns <= problem.batch * problem.heads * problem.tokens;
-        let kept = |list: &HeadList<T::Acc>| {
+        let kept = self.lists.iter().map(|list| {
             let bits = self.input.head_bits(list.batch, list.heads.start);
             problem.tokens - bits.iter().filter(|bit| **bit == 1).count()
-        };
-        fit(problem.tokens) || self.lists.iter().all(|list| fit(kept(list)))
+        });
+        let room = problem.batch * problem.heads * problem.tokens / (2 * kept.max().unwrap_or(1));
+        if room >= self.lists.len().min(threads) {
+            return;
+        }
+        self.open = room.saturating_sub(1);
+        if self.open < 2 {
+            (self.layout, self.open) = (Layout::Lean, usize::MAX);
+        }
     }
 
     fn run(&self, worker: &mut Worker<T>, task: RowTask<T>) {
-        if let Some(ahead) = task.ahead {
-            self.borrow(&self.lists[ahead]);
-        }
         let list = &self.lists[task.list];
         let far = Gathered {
             columns: self.borrow(list),

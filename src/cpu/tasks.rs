@@ -1,4 +1,4 @@
-//! Work shared among threads: a queue of tasks, what several of them read, and buffers that are handed on.
+//! Work shared among threads: queues of tasks, what several of them read, and buffers that are handed on.
 
 use super::output::Blank;
 use super::Element;
@@ -8,8 +8,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// One block of rows of one query head, and where its output goes.
 pub(crate) struct RowTask<'out, T: Element> {
     pub list: usize,
-    /// The list whose columns are to be made before: the next one, so that no thread waits for them in the end.
-    pub ahead: Option<usize>,
     pub head: usize,
     /// From the first row of `output` on.
     pub rows: Range<usize>,
@@ -17,19 +15,17 @@ pub(crate) struct RowTask<'out, T: Element> {
     pub log_sum_exp: Option<&'out mut [T::Acc]>,
 }
 
-/// Tasks for an output (.., H, `tokens`, `dim`) and its log-sum-exps, of which the lists have so many heads each, in
-/// order. List by list, the longest rows first: the last tasks to end are short ones.
+/// Each list's tasks for an output (.., H, `tokens`, `dim`) and its log-sum-exps, of which the lists have so many heads
+/// each, in order. The longest rows come first: the last tasks to end are short ones.
 pub(crate) fn row_tasks<'out, T: Element>(
-    lists: impl ExactSizeIterator<Item = Range<usize>>,
+    lists: impl Iterator<Item = Range<usize>>,
     (tokens, dim, block_rows): (usize, usize, usize),
     mut output: Blank<'out, T>,
     log_sum_exp: Option<&'out mut [T::Acc]>,
-) -> Vec<RowTask<'out, T>> {
-    let (count, threads) = (lists.len(), rayon::current_num_threads());
+) -> Vec<Vec<RowTask<'out, T>>> {
     let mut sums = log_sum_exp.map(|sums| sums.chunks_mut(tokens));
-    let mut tasks = Vec::new();
-    for (list, heads) in lists.enumerate() {
-        let first = tasks.len();
+    let mut tasks_of = |(list, heads): (usize, Range<usize>)| {
+        let mut tasks = Vec::new();
         for head in heads {
             let sums = sums.as_mut().and_then(Iterator::next);
             let mut sums = sums.map(|sums| sums.chunks_mut(block_rows));
@@ -37,7 +33,6 @@ pub(crate) fn row_tasks<'out, T: Element>(
                 let rows = start..tokens.min(start + block_rows);
                 tasks.push(RowTask {
                     list,
-                    ahead: None,
                     head,
                     output: output.take(rows.len() * dim),
                     rows,
@@ -45,15 +40,10 @@ pub(crate) fn row_tasks<'out, T: Element>(
                 });
             }
         }
-        tasks[first..].sort_by_key(|task| std::cmp::Reverse(task.rows.start));
-        // A second thread begins with the second list, while the first one gathers the first.
-        let tasks = &mut tasks[first..];
-        let early = if list == 0 { 1 } else { (tasks.len() / 2).max(1) };
-        if let Some(task) = tasks.get_mut(early).filter(|_| threads > 1) {
-            task.ahead = Some(list + 1).filter(|next| *next < count);
-        }
-    }
-    tasks
+        tasks.sort_by_key(|task| std::cmp::Reverse(task.rows.start));
+        tasks
+    };
+    lists.enumerate().map(&mut tasks_of).collect()
 }
 
 /// What several tasks read: made by the first that asks for it, given up by the last that has read it.
@@ -95,12 +85,29 @@ pub(crate) fn for_each_task<T: Send, W>(
     new_worker: impl Fn() -> W + Sync,
     run: impl Fn(&mut W, T) + Sync,
 ) {
-    let workers = rayon::current_num_threads().min(tasks.len());
-    let tasks = Mutex::new(tasks.into_iter());
+    for_each_list_task(vec![tasks], usize::MAX, new_worker, run);
+}
+
+/// Hands each list's tasks, in order, to one worker as long as there are lists for all of them: what it has made for a
+/// list is in its own caches. Then workers help each other, and they do before more than `open` lists are begun.
+pub(crate) fn for_each_list_task<T: Send, W>(
+    lists: Vec<Vec<T>>,
+    open: usize,
+    new_worker: impl Fn() -> W + Sync,
+    run: impl Fn(&mut W, T) + Sync,
+) {
+    let workers = rayon::current_num_threads().min(lists.iter().map(Vec::len).sum());
+    let lists = lists.into_iter().filter(|tasks| !tasks.is_empty());
+    let queue = Mutex::new(ListQueue {
+        lists: lists.map(Vec::into_iter).collect(),
+        begun: 0,
+        open: 0,
+        limit: open.max(1),
+    });
     let work = || {
-        let mut worker = new_worker();
+        let (mut worker, mut own) = (new_worker(), None);
         // A worker that panics is reported by rayon; the queue itself is never left half-changed.
-        let next = || tasks.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let mut next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next(&mut own);
         while let Some(task) = next() {
             run(&mut worker, task)
         }
@@ -109,6 +116,36 @@ pub(crate) fn for_each_task<T: Send, W>(
         work();
     } else {
         rayon::scope(|scope| (0..workers).for_each(|_| scope.spawn(|_| work())));
+    }
+}
+
+/// Lists of tasks, begun in order.
+struct ListQueue<T> {
+    lists: Vec<std::vec::IntoIter<T>>,
+    begun: usize,
+    /// Of those that were begun how many have tasks left, and how many may.
+    open: usize,
+    limit: usize,
+}
+
+impl<T> ListQueue<T> {
+    /// The next task of a worker's own list; of another, from then on its own, when there is none.
+    fn next(&mut self, own: &mut Option<usize>) -> Option<T> {
+        let list = match *own {
+            Some(list) if self.lists[list].len() > 0 => list,
+            _ if self.begun < self.lists.len() && self.open < self.limit => {
+                self.begun += 1;
+                self.open += 1;
+                self.begun - 1
+            }
+            _ => (0..self.begun).max_by_key(|list| self.lists[*list].len())?,
+        };
+        *own = Some(list);
+        let task = self.lists[list].next()?;
+        if self.lists[list].len() == 0 {
+            self.open -= 1;
+        }
+        Some(task)
     }
 }
 
@@ -126,5 +163,51 @@ impl<T> Pool<T> {
 
     pub fn give(&self, buffer: T) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(buffer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_keep_to_their_lists_and_then_help() {
+        let mut queue = ListQueue {
+            lists: vec![
+                vec![0, 1, 2].into_iter(),
+                vec![10, 11].into_iter(),
+                vec![20].into_iter(),
+            ],
+            begun: 0,
+            open: 0,
+            limit: 2,
+        };
+        let (mut a, mut b, mut c) = (None, None, None);
+        // Two lists are open, so that the third worker helps where most is left.
+        assert_eq!(
+            [queue.next(&mut a), queue.next(&mut b), queue.next(&mut c)],
+            [Some(0), Some(10), Some(1)]
+        );
+        assert_eq!(
+            [queue.next(&mut b), queue.next(&mut b), queue.next(&mut b)],
+            [Some(11), Some(20), Some(2)]
+        );
+        assert_eq!((queue.next(&mut a), queue.next(&mut c), queue.open), (None, None, 0));
+    }
+
+    #[test]
+    fn every_task_runs_once() {
+        for (lists, open) in [(0, 1), (1, 1), (5, 1), (5, 3), (40, usize::MAX)] {
+            let tasks: Vec<Vec<usize>> = (0..lists)
+                .map(|list| (0..list % 7).map(|task| list * 100 + task).collect())
+                .collect();
+            let mut expected: Vec<usize> = tasks.iter().flatten().copied().collect();
+            let done = Mutex::new(Vec::new());
+            for_each_list_task(tasks, open, || (), |(), task| done.lock().unwrap().push(task));
+            let mut done = done.into_inner().unwrap();
+            done.sort();
+            expected.sort();
+            assert_eq!(done, expected);
+        }
     }
 }
