@@ -88,28 +88,13 @@ fn multiply<A: Accumulator>(mut product: Product<A>) {
         ldc,
         add,
     } = product;
+    // Rows are brought together: one product, whose sums do not depend on where the rows were.
+    let together: Vec<A>;
     let (a, a_row, a_step) = match a {
         Left::Grid { data, row, step } => (data, row, step),
         Left::Rows(rows) => {
-            for (row, c) in rows.iter().zip(c.chunks_mut(ldc)).take(m) {
-                let a = Left::Grid {
-                    data: row,
-                    row: 0,
-                    step: 1,
-                };
-                multiply(Product {
-                    m: 1,
-                    n,
-                    k,
-                    a,
-                    b,
-                    ldb,
-                    c,
-                    ldc,
-                    add,
-                });
-            }
-            return;
+            together = rows.iter().take(m).flat_map(|row| &row[..k]).copied().collect();
+            (&together[..], k, 1)
         }
     };
     // SAFETY: the check bounds every index of the three operands, and nothing else borrows C.
