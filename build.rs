@@ -120,7 +120,7 @@ mod ptx {
     fn split(ptx: &str) -> Result<Vec<(&str, String)>> {
         const ENTRY: &str = ".visible .entry ";
         let mut kernels: Vec<(&str, std::ops::Range<usize>)> = Vec::new();
-        let (mut start, mut open) = (0, false);
+        let (mut start, mut open, mut depth) = (0, false, 0);
         for line in ptx.split_inclusive('\n') {
             let end = start + line.len();
             if let Some(rest) = line.strip_prefix(ENTRY) {
@@ -128,15 +128,25 @@ mod ptx {
                 let name = rest.split('(').next().unwrap_or_default();
                 kernels.push((name.trim(), start..end));
                 open = true;
-            } else if let Some((_, range)) = kernels.last_mut().filter(|_| open) {
+            }
+            if let Some((_, range)) = kernels.last_mut().filter(|_| open) {
+                // Braces are blocks of inline assembly and lists of registers, too.
+                let code = line.split("//").next().unwrap_or_default();
+                depth += code.matches('{').count();
+                let closed = code.matches('}').count();
+                ensure!(
+                    closed <= depth,
+                    "expected no more braces to close than to open, got {line}"
+                );
+                depth -= closed;
                 range.end = end;
-                open = !line.starts_with('}');
+                open = depth > 0 || closed == 0;
             }
             start = end;
         }
         ensure!(
             !kernels.is_empty() && !open,
-            "expected kernels from {ENTRY:?} to a brace of their own, got {} and an open one",
+            "expected kernels from {ENTRY:?} to the brace that closes each, got {} (the last one open: {open})",
             kernels.len()
         );
         let without_others = |own: &std::ops::Range<usize>| {
