@@ -72,58 +72,124 @@ mod emulation {
 #[cfg(feature = "cuda")]
 mod ptx {
     use super::sources::{files, stem};
-    use anyhow::{ensure, Result};
+    use anyhow::{ensure, Context, Result};
+    use std::collections::BTreeMap;
     use std::fmt::Write;
-    use std::path::PathBuf;
+    use std::path::{Path, PathBuf};
     use std::time::SystemTime;
 
-    /// Leaves `OUT_DIR/kernels.rs`: a function from a file's stem to its PTX.
+    /// Leaves `OUT_DIR/kernels.rs`: the PTX of every kernel, by its name.
     pub fn build() -> Result<()> {
         println!("cargo:rerun-if-env-changed=CUDA_COMPUTE_CAP");
         println!("cargo:rerun-if-env-changed=CUDA_HOME");
         let (kernels, headers) = (files("cuda", "cu")?, files("cuda", "cuh")?);
-        remove_stale(&kernels, &headers)?;
-        let builder = bindgen_cuda::Builder::default()
+        let out_dir = PathBuf::from(std::env::var("OUT_DIR")?);
+        // Lines for profilers and sanitizers are half of the text, and change no instruction.
+        let lines = std::env::var("DEBUG").is_ok_and(|debug| debug != "false");
+        remove_stale(&out_dir, &kernels, &headers, lines)?;
+        let mut builder = bindgen_cuda::Builder::default()
             .kernel_paths(kernels.clone())
             .include_paths(headers)
             .arg("-std=c++17")
-            .arg("-O3")
-            .arg("-lineinfo");
+            .arg("-O3");
+        if lines {
+            builder = builder.arg("-lineinfo");
+        }
         ensure!(
             builder.build_ptx().is_ok(),
             "nvcc: expected PTX of every file in cuda/, got an error; see its messages above"
         );
-        let out_dir = PathBuf::from(std::env::var("OUT_DIR")?);
-        let mut table = String::from("/// The PTX of the kernels in `cuda/<stem>.cu`.\n");
-        writeln!(
-            table,
-            "pub(crate) fn ptx(stem: &str) -> Option<&'static str> {{\n    match stem {{"
-        )?;
+        let mut all = BTreeMap::new();
         for kernel in &kernels {
-            let stem = stem(kernel)?;
+            let path = out_dir.join(stem(kernel)?).with_extension("ptx");
+            let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+            let modules = split(&text).with_context(|| path.display().to_string())?;
+            for (name, module) in modules {
+                let twin = all.insert(name.to_string(), module);
+                ensure!(
+                    twin.is_none(),
+                    "{name}: expected kernels of unlike names, got two of this one"
+                );
+            }
+        }
+        write_table(&out_dir, &all)
+    }
+
+    /// A module for each kernel of a file: the file's PTX without the other kernels. The driver compiles a module as a
+    /// whole when a device first meets it, so that a call waits for the kernels it runs and for no others.
+    fn split(ptx: &str) -> Result<Vec<(&str, String)>> {
+        const ENTRY: &str = ".visible .entry ";
+        let mut kernels: Vec<(&str, std::ops::Range<usize>)> = Vec::new();
+        let (mut start, mut open, mut depth) = (0, false, 0);
+        for line in ptx.split_inclusive('\n') {
+            let end = start + line.len();
+            if let Some(rest) = line.strip_prefix(ENTRY) {
+                ensure!(!open, "expected the end of a kernel, got {line}");
+                let name = rest.split('(').next().unwrap_or_default();
+                kernels.push((name.trim(), start..end));
+                open = true;
+            }
+            if let Some((_, range)) = kernels.last_mut().filter(|_| open) {
+                // Braces are blocks of inline assembly and lists of registers, too.
+                let code = line.split("//").next().unwrap_or_default();
+                depth += code.matches('{').count();
+                let closed = code.matches('}').count();
+                ensure!(
+                    closed <= depth,
+                    "expected no more braces to close than to open, got {line}"
+                );
+                depth -= closed;
+                range.end = end;
+                open = depth > 0 || closed == 0;
+            }
+            start = end;
+        }
+        ensure!(
+            !kernels.is_empty() && !open,
+            "expected kernels from {ENTRY:?} to the brace that closes each, got {} (the last one open: {open})",
+            kernels.len()
+        );
+        let without_others = |own: &std::ops::Range<usize>| {
+            let (mut module, mut start) = (String::new(), 0);
+            for (_, range) in kernels.iter().filter(|(_, range)| range != own) {
+                module += &ptx[start..range.start];
+                start = range.end;
+            }
+            module + &ptx[start..]
+        };
+        Ok(kernels.iter().map(|(name, own)| (*name, without_others(own))).collect())
+    }
+
+    /// Every kernel's PTX in a file of its own, and the table that includes them, in the order of names.
+    fn write_table(out_dir: &Path, kernels: &BTreeMap<String, String>) -> Result<()> {
+        let folder = out_dir.join("kernels");
+        if folder.exists() {
+            std::fs::remove_dir_all(&folder)?;
+        }
+        std::fs::create_dir(&folder)?;
+        let mut table = String::from("/// Every kernel of `cuda/` and its PTX, in the order of names.\n");
+        writeln!(table, "static KERNELS: &[(&str, &str)] = &[")?;
+        for (name, module) in kernels {
+            std::fs::write(folder.join(name).with_extension("ptx"), module)?;
             writeln!(
                 table,
-                "        {stem:?} => Some(include_str!(concat!(env!(\"OUT_DIR\"), \"/{stem}.ptx\"))),"
+                "    ({name:?}, include_str!(concat!(env!(\"OUT_DIR\"), \"/kernels/{name}.ptx\"))),"
             )?;
         }
-        table.push_str("        _ => None,\n    }\n}\n");
+        table.push_str("];\n");
         std::fs::write(out_dir.join("kernels.rs"), table)?;
         Ok(())
     }
 
     /// bindgen_cuda keeps PTX that is newer than its .cu file, whatever headers, architecture or arguments it had.
-    fn remove_stale(kernels: &[PathBuf], headers: &[PathBuf]) -> Result<()> {
-        let out_dir = PathBuf::from(std::env::var("OUT_DIR")?);
-        let made_for = std::env::var("CUDA_COMPUTE_CAP").unwrap_or_default();
-        let stamp = out_dir.join("compute_cap");
+    fn remove_stale(out_dir: &Path, kernels: &[PathBuf], headers: &[PathBuf], lines: bool) -> Result<()> {
+        let capability = std::env::var("CUDA_COMPUTE_CAP").unwrap_or_default();
+        let made_for = format!("{capability}, lines {lines}");
+        let stamp = out_dir.join("made_for");
         let same = std::fs::read_to_string(&stamp).is_ok_and(|text| text == made_for);
         std::fs::write(&stamp, made_for)?;
         let mut newest = SystemTime::UNIX_EPOCH;
-        for header in headers
-            .iter()
-            .map(PathBuf::as_path)
-            .chain([std::path::Path::new("build.rs")])
-        {
+        for header in headers.iter().map(PathBuf::as_path).chain([Path::new("build.rs")]) {
             newest = newest.max(header.metadata()?.modified()?);
         }
         for kernel in kernels {

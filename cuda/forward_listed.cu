@@ -1,5 +1,5 @@
-// Attention forward over raw tokens by their lists: see forward_tiles.cuh. A file of its own, so that a device compiles these
-// kernels where something is dropped and only there.
+// Attention forward over raw tokens by their lists: see forward_tiles.cuh. A file of its own, which nvcc compiles beside
+// forward.cu.
 #include "forward_block.cuh"
 
 // As FORWARD_DTYPE in forward.cu.

@@ -2,8 +2,10 @@
 //! as a share of what this device does in a plain matrix product and a plain copy, both measured first.
 //!
 //! `cargo run --release --features cuda --example bench_gpu [LONGEST [SHORTEST [PARTS]]]` (N, and some of
-//! decide,attention,decode; these by default; and deterministic: both passes with one owner per sum). The same lines for
-//! PyTorch's flash attention: `python3 benches/pytorch_gpu.py`.
+//! decide,attention,decode; these by default; and deterministic: both passes with one owner per sum; and cold: what first
+//! calls wait for, before anything else). The same lines for PyTorch's flash attention: `python3 benches/pytorch_gpu.py`.
+//!
+//! `CUDA_CACHE_DISABLE=1 bench_gpu 0 0 cold` is a process that finds nothing in the driver's cache.
 //!
 //! Memory that is freed stays with the process, as PyTorch's allocator has it; with `SFA_GIVE_BACK` set it goes back to the
 //! driver whenever the host waits, which is what candle leaves at the driver's default.
@@ -184,6 +186,66 @@ fn bench_decide(device: &Device, shape: Shape) -> Result<()> {
     Ok(())
 }
 
+/// How long the first call of each kind takes, most of which the driver spends on compiling kernels it has not met, and how
+/// long the same call takes again. candle's own kernels have run before.
+fn bench_cold(device: &Device, dim: usize) -> Result<()> {
+    let shape = Shape {
+        batch: 1,
+        heads: 8,
+        kv_heads: 2,
+        tokens: 512,
+        dim,
+    };
+    let [q, k, v] = shape.qkv(device, DType::BF16)?;
+    let one = Shape { tokens: 1, ..shape }.qkv(device, DType::BF16)?;
+    let used = Var::from_tensor(&q)?;
+    used.zeros_like()?.add(&used)?.sum_all()?.backward()?;
+    let options = AttentionOptions::default();
+    let similar = HeadStrategies::uniform(MergeStrategy::Similarity);
+    let scored = similar
+        .clone()
+        .with_thresholds(&Tensor::full(0.01f64, shape.heads, &Device::Cpu)?)?;
+    let line = |what: String, call: &mut dyn FnMut() -> Result<()>| -> Result<()> {
+        let mut seconds = [0.0; 2];
+        for seconds in &mut seconds {
+            device.synchronize()?;
+            let start = Instant::now();
+            call()?;
+            device.synchronize()?;
+            *seconds = start.elapsed().as_secs_f64();
+        }
+        println!(
+            "cold, D {dim:>3} {what:<32} {:>7.3} s, again {:.6}",
+            seconds[0], seconds[1]
+        );
+        Ok(())
+    };
+    let rules = [
+        ("means", similar, CompressionConfig::pretrained()),
+        ("dropped", scored, CompressionConfig::calibrated()),
+    ];
+    for (fold, strategies, config) in rules {
+        let plan = || MergePlan::new(&q, &k, &v, &strategies, &config, &options);
+        line(format!("{fold}: decide"), &mut || Ok(plan().map(drop)?))?;
+        let plan = plan()?;
+        line(format!("{fold}: forward"), &mut || {
+            Ok(attend(&q, &k, &v, &plan, &options).map(drop)?)
+        })?;
+        line(format!("{fold}: forward and backward"), &mut || {
+            Ok(attend(&used, &k, &v, &plan, &options)?.backward().map(drop)?)
+        })?;
+        let mut cache = CompressedKvCache::new(strategies.clone(), config.clone(), CacheOptions::default())?;
+        line(format!("{fold}: a cache's prompt"), &mut || {
+            cache.reset();
+            Ok(cache.append_and_attend(&q, &k, &v, &options).map(drop)?)
+        })?;
+        line(format!("{fold}: a token decoded"), &mut || {
+            Ok(cache.append_and_attend(&one[0], &one[1], &one[2], &options).map(drop)?)
+        })?;
+    }
+    Ok(())
+}
+
 /// What candle's own backward pass adds to that of one op: ones for the output's gradient, and the op's gradients, each
 /// added to zeros.
 fn bench_candle(device: &Device, shape: Shape) -> Result<()> {
@@ -293,6 +355,12 @@ fn main() -> Result<()> {
     match std::env::var_os("SFA_GIVE_BACK") {
         Some(_) => println!("memory: freed to the driver"),
         None => keep_memory(&device)?,
+    }
+    if has("cold") {
+        bench_cold(&device, 64)?;
+        bench_cold(&device, 128)?;
+        verify(&device)?;
+        return Ok(());
     }
     verify(&device)?;
     let ceilings = ceilings(&device)?;

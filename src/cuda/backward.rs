@@ -159,7 +159,7 @@ pub(crate) fn backward<G: Gpu, T: GpuElement>(
         threads: THREADS,
         shared_bytes: 0,
     };
-    let kernel = Kernel::of::<T>(module::<T>(), "backward_delta").early();
+    let kernel = Kernel::of::<T>("backward_delta").early();
     gpu.launch(&kernel, launch, &args)?;
     drop(args);
     let pass = Pass {
@@ -171,14 +171,6 @@ pub(crate) fn backward<G: Gpu, T: GpuElement>(
         delta,
     };
     pass.gradients()
-}
-
-fn module<T: GpuElement>() -> &'static str {
-    if T::HALF {
-        "backward"
-    } else {
-        "backward_f32"
-    }
 }
 
 impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
@@ -285,11 +277,8 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         }
         args.push(self.gpu.value(&self.params));
         let kernel = match kind {
-            "listed" => Kernel::of::<T>("backward_listed", &format!("backward_listed_{}", fused.dim)),
-            _ => Kernel::plain(
-                "backward_fused",
-                &format!("backward_fused_{}_{}_{kind}", fused.dim, T::SUFFIX),
-            ),
+            "listed" => Kernel::of::<T>(&format!("backward_listed_{}", fused.dim)),
+            _ => Kernel::plain(&format!("backward_fused_{}_{}_{kind}", fused.dim, T::SUFFIX)),
         };
         self.gpu.launch(&kernel.early(), launch, &args)
     }
@@ -319,7 +308,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
             threads: THREADS,
             shared_bytes,
         };
-        self.gpu.launch(&Kernel::plain(module::<T>(), name), launch, args)
+        self.gpu.launch(&Kernel::plain(name), launch, args)
     }
 
     fn queries(&self) -> Result<G::Slice<f32>> {

@@ -6,7 +6,6 @@ use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, Hea
 use crate::problem::Problem;
 use candle_core::Result;
 
-const MODULE: &str = "decide";
 /// Threads of a block where each has a pair of its own.
 const THREADS: usize = 128;
 /// As in `cuda/decide.cu`.
@@ -134,7 +133,7 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>
         65..=128 => "128",
         _ => "256",
     };
-    let kernel = Kernel::of::<T>(MODULE, &format!("decide_causal_{dim}")).early();
+    let kernel = Kernel::of::<T>(&format!("decide_causal_{dim}")).early();
     gpu.launch(&kernel, launch, &args)?;
     drop(args);
     Ok(bits)
@@ -155,11 +154,7 @@ fn reference_rule<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>, tests
         gpu.value(&params),
         gpu.value(&tests.few),
     ];
-    gpu.launch(
-        &Kernel::of::<T>(MODULE, "decide_levels"),
-        Launch::warps(pairs, rows),
-        &args,
-    )?;
+    gpu.launch(&Kernel::of::<T>("decide_levels"), Launch::warps(pairs, rows), &args)?;
     drop(args);
     let mut swept = gpu.alloc::<u8>(rows * pairs)?;
     let mut flags = gpu.zeros::<u32>(2 * sweeps)?;
@@ -176,7 +171,7 @@ fn reference_rule<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>, tests
             sweep: sweep as u32,
         };
         let args = [gpu.read(&bits), gpu.write(&mut flags), gpu.value(&params)];
-        gpu.launch(&Kernel::plain(MODULE, "decide_adjacent"), launch, &args)?;
+        gpu.launch(&Kernel::plain("decide_adjacent"), launch, &args)?;
         drop(args);
         let args = [
             gpu.read(&levels),
@@ -185,7 +180,7 @@ fn reference_rule<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>, tests
             gpu.write(&mut flags),
             gpu.value(&params),
         ];
-        gpu.launch(&Kernel::plain(MODULE, "decide_sweep"), launch, &args)?;
+        gpu.launch(&Kernel::plain("decide_sweep"), launch, &args)?;
         drop(args);
         std::mem::swap(&mut bits, &mut swept);
     }

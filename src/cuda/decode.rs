@@ -131,11 +131,7 @@ pub(crate) fn decode<G: Gpu, T: GpuElement>(
         // One row of partial output, its maximum and its sum, per warp and query head.
         shared_bytes: together * 4 * (dim + 4) * 4,
     };
-    gpu.launch(
-        &Kernel::of::<T>("decode", &format!("decode_{dim}_{together}")),
-        launch,
-        &args,
-    )?;
+    gpu.launch(&Kernel::of::<T>(&format!("decode_{dim}_{together}")), launch, &args)?;
     drop(args);
     // A launch that failed leaves no counters behind.
     *scratch = Some(kept);

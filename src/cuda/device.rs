@@ -115,15 +115,17 @@ impl Gpu for Cuda {
     }
 
     fn launch(&self, kernel: &Kernel, launch: Launch, args: &[CudaArg<'_>]) -> Result<()> {
-        let Some(ptx) = ptx(kernel.module) else {
+        // A module of its own for every kernel: a first call waits for the driver to compile what it runs.
+        let Ok(found) = KERNELS.binary_search_by_key(&kernel.name.as_str(), |(name, _)| name) else {
             bail!(
-                "kernel {}: expected a file cuda/{}.cu; this is a defect of the crate, please report it",
-                kernel.name,
-                kernel.module
+                "kernel {}: expected one of cuda/*.cu; this is a defect of the crate, please report it",
+                kernel.name
             )
         };
-        let module = format!("candle-sfattention-{}", kernel.module);
-        let function = self.device.get_or_load_custom_func(&kernel.name, &module, ptx)?;
+        let module = format!("candle-sfattention-{}", kernel.name);
+        let function = self
+            .device
+            .get_or_load_custom_func(&kernel.name, &module, KERNELS[found].1)?;
         let failed = |error| candle_core::Error::Msg(format!("kernel {}: {error} ({launch:?})", kernel.name));
         let size = |value: usize| u32::try_from(value).map_err(candle_core::Error::wrap);
         if launch.shared_bytes > SHARED_BYTES_AS_IS {

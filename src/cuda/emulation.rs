@@ -32,7 +32,7 @@ pub fn run_broken(name: &str, input: &[f32], blocks: usize) -> Result<Vec<f32>> 
         threads: 64,
         shared_bytes: 256,
     };
-    let kernel = Kernel::plain("broken", name);
+    let kernel = Kernel::plain(name);
     let early = name.starts_with("broken_waits");
     gpu.launch(
         &if early { kernel.early() } else { kernel },

@@ -7,7 +7,6 @@ use crate::config::Fold;
 use crate::problem::{Problem, RowLayout};
 use candle_core::Result;
 
-const MODULE: &str = "fold";
 /// `SCAN_WARPS` of `cuda/fold.cu`.
 const SCAN_THREADS: usize = 32 * 32;
 
@@ -116,7 +115,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
             threads: SCAN_THREADS,
             shared_bytes: SCAN_THREADS / 32 * 4,
         };
-        gpu.launch(&Kernel::plain(MODULE, "fold_scan").early(), launch, &args)?;
+        gpu.launch(&Kernel::plain("fold_scan").early(), launch, &args)?;
         drop(args);
         if listed {
             return Ok(columns);
@@ -134,7 +133,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
             gpu.write_some(columns.folded_ln.as_mut()),
             gpu.value(&params),
         ];
-        gpu.launch(&Kernel::of::<T>(MODULE, "fold_gather"), self.launch(lists, true), &args)?;
+        gpu.launch(&Kernel::of::<T>("fold_gather"), self.launch(lists, true), &args)?;
         drop(args);
         Ok(columns)
     }
@@ -156,11 +155,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
             gpu.write(&mut out),
             gpu.value(&params),
         ];
-        gpu.launch(
-            &Kernel::of::<T>(MODULE, "fold_queries"),
-            self.launch(rows, false),
-            &args,
-        )?;
+        gpu.launch(&Kernel::of::<T>("fold_queries"), self.launch(rows, false), &args)?;
         drop(args);
         Ok(Some(out))
     }
@@ -197,7 +192,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
                 gpu.value(&params),
             ];
             let launch = self.launch(batch * self.lists, true);
-            gpu.launch(&Kernel::plain(MODULE, "fold_unfold"), launch, &args)?;
+            gpu.launch(&Kernel::plain("fold_unfold"), launch, &args)?;
             drop(args);
             unfolded = Some(target);
         }
@@ -214,7 +209,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
             gpu.value(&params),
         ];
         let launch = self.launch(batch * kv_heads, false);
-        gpu.launch(&Kernel::of::<T>(MODULE, "fold_reduce"), launch, &args)?;
+        gpu.launch(&Kernel::of::<T>("fold_reduce"), launch, &args)?;
         drop(args);
         Ok(out)
     }
@@ -236,7 +231,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
             gpu.value(&params),
         ];
         gpu.launch(
-            &Kernel::of::<T>(MODULE, "fold_unfold_queries").early(),
+            &Kernel::of::<T>("fold_unfold_queries").early(),
             self.launch(rows, false),
             &args,
         )?;

@@ -260,14 +260,13 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
         }),
         false => None,
     };
-    let (module, name, block_rows, shared_bytes) = match T::HALF {
+    let (name, block_rows, shared_bytes) = match T::HALF {
         true => {
             let instance = Instance::pick(head_dim, call.extras(), call.listed());
             let shared_bytes = instance.shared_bytes();
-            let module = if instance.listed { "forward_listed" } else { "forward" };
-            (module, instance.name.to_string(), instance.rows, shared_bytes)
+            (instance.name.to_string(), instance.rows, shared_bytes)
         }
-        false => ("forward_f32", format!("forward_{}", padded(head_dim)), F32_ROWS, 0),
+        false => (format!("forward_{}", padded(head_dim)), F32_ROWS, 0),
     };
     let blocks = tokens.div_ceil(block_rows);
     // Only where the tensor-core kernels attend to raw tokens throughout is this left to a second kernel.
@@ -294,7 +293,7 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
         threads: THREADS,
         shared_bytes,
     };
-    gpu.launch(&Kernel::of::<T>(module, &name).early(), launch, &args)?;
+    gpu.launch(&Kernel::of::<T>(&name).early(), launch, &args)?;
     drop(args);
     if let Some(first_bad) = first_bad.filter(|_| blocks > 1) {
         spread_nan(gpu, &params, block_rows, &first_bad, &mut output)?;
@@ -321,6 +320,6 @@ fn spread_nan<G: Gpu, T: GpuElement>(
         shared_bytes: SPREAD_THREADS / 32 * 4,
     };
     let args = [gpu.read(first_bad), gpu.write(output), gpu.value(&params)];
-    let kernel = Kernel::plain("forward_spread", "forward_spread_nan").early();
+    let kernel = Kernel::plain("forward_spread_nan").early();
     gpu.launch(&kernel, launch, &args)
 }

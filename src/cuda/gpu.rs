@@ -49,12 +49,9 @@ impl GpuElement for bf16 {
 /// A tensor's buffer and where its rows start in it.
 pub(crate) type Source<'a, G, T> = (&'a <G as Gpu>::Slice<T>, RowLayout);
 
-/// One kernel: `name` in `cuda/<module>.cu`. Names are unique over all modules.
+/// One kernel of `cuda/*.cu`: its name is unique over all files.
 #[derive(Clone, Debug)]
 pub(crate) struct Kernel {
-    // The emulator finds a kernel by its name alone.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    pub module: &'static str,
     pub name: String,
     /// Whether it may start while the launch before it ends: it waits by itself, see `hw::wait_for_previous`.
     pub early: bool,
@@ -62,18 +59,16 @@ pub(crate) struct Kernel {
 
 impl Kernel {
     /// A kernel that reads no q, k or v.
-    pub fn plain(module: &'static str, name: &str) -> Self {
+    pub fn plain(name: &str) -> Self {
         Self {
-            module,
             name: name.to_string(),
             early: false,
         }
     }
 
     /// The instance of a kernel for one dtype.
-    pub fn of<T: GpuElement>(module: &'static str, name: &str) -> Self {
+    pub fn of<T: GpuElement>(name: &str) -> Self {
         Self {
-            module,
             name: format!("{name}_{}", T::SUFFIX),
             early: false,
         }

@@ -6,8 +6,6 @@ use super::params::TotalParams;
 use crate::problem::Problem;
 use candle_core::Result;
 
-const MODULE: &str = "loss";
-
 /// [S, M], added up in the same order on every run. N is at least 2.
 ///
 /// # Errors
@@ -29,7 +27,7 @@ pub(crate) fn sums<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>) -> R
         gpu.write(&mut partial),
         gpu.value(&params),
     ];
-    gpu.launch(&Kernel::of::<T>(MODULE, "loss_sums"), launch, &args)?;
+    gpu.launch(&Kernel::of::<T>("loss_sums"), launch, &args)?;
     drop(args);
     let total = TotalParams { blocks: blocks as u32 };
     let mut out = gpu.alloc::<f32>(2)?;
@@ -39,7 +37,7 @@ pub(crate) fn sums<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>) -> R
         threads: 256,
         shared_bytes: 4096,
     };
-    gpu.launch(&Kernel::plain(MODULE, "loss_total"), launch, &args)?;
+    gpu.launch(&Kernel::plain("loss_total"), launch, &args)?;
     drop(args);
     Ok(out)
 }
@@ -74,11 +72,7 @@ pub(crate) fn gradients<G: Gpu, T: GpuElement>(
             gpu.write(&mut out),
             gpu.value(&params),
         ];
-        gpu.launch(
-            &Kernel::of::<T>(MODULE, name),
-            Launch::warps(tokens, batch * heads),
-            &args,
-        )?;
+        gpu.launch(&Kernel::of::<T>(name), Launch::warps(tokens, batch * heads), &args)?;
         drop(args);
         Ok(out)
     };

@@ -8,7 +8,6 @@ use crate::config::CompressionConfig;
 use crate::problem::{Problem, RowLayout};
 use candle_core::Result;
 
-const MODULE: &str = "observe";
 /// Rows of a tile, and threads of its block.
 const TILE: usize = 64;
 const THREADS: usize = 128;
@@ -31,8 +30,8 @@ impl Instance {
 
     fn kernel<T: GpuElement>(&self, name: &str) -> Kernel {
         match self.dim {
-            Some(dim) => Kernel::of::<T>(MODULE, &format!("{name}_{dim}")),
-            None => Kernel::of::<T>(MODULE, name),
+            Some(dim) => Kernel::of::<T>(&format!("{name}_{dim}")),
+            None => Kernel::of::<T>(name),
         }
     }
 
@@ -150,7 +149,7 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(
             gpu.value(&tests.few),
         ];
         let name = if band.whole { "whole" } else { "band" };
-        let kernel = Kernel::of::<T>(MODULE, &format!("observe_{name}_{}_{}", band.dim, band.eighths));
+        let kernel = Kernel::of::<T>(&format!("observe_{name}_{}_{}", band.dim, band.eighths));
         gpu.launch(&kernel.early(), launch, &args)?;
         drop(args);
         return Ok(bits);

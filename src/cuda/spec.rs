@@ -30,7 +30,7 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(gpu: &G, call: &AttentionCall<'_, G
         threads: 64,
         shared_bytes: 0,
     };
-    gpu.launch(&Kernel::of::<T>("spec", "spec_forward"), launch, &args)?;
+    gpu.launch(&Kernel::of::<T>("spec_forward"), launch, &args)?;
     drop(args);
     Ok(Attended {
         output,

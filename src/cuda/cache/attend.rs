@@ -60,7 +60,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             // A warp's maximum and sum, and its part of the output.
             shared_bytes: WARPS * (2 + head_dim) * size_of::<f32>(),
         };
-        gpu.launch(&Kernel::of::<T>("cache_attend", "cache_attend"), launch, &args)?;
+        gpu.launch(&Kernel::of::<T>("cache_attend"), launch, &args)?;
         drop(args);
         Ok(output)
     }

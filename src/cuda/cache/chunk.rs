@@ -1,6 +1,6 @@
 //! A cache's first chunk: attention over a whole sequence decides and folds it, and its columns become the cache's own.
 
-use super::{room, DeviceLists, MODULE};
+use super::{room, DeviceLists};
 use crate::config::{AttentionOptions, Criterion};
 use crate::cuda::attention::Attention;
 use crate::cuda::decide::{self, DecideCall};
@@ -95,7 +95,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         args.extend(chunk_args(gpu, &qkv, bits, columns));
         args.extend(self.state.args(gpu));
         args.push(gpu.value(&params));
-        gpu.launch(&Kernel::of::<T>(MODULE, "cache_adopt_state"), launch, &args)?;
+        gpu.launch(&Kernel::of::<T>("cache_adopt_state"), launch, &args)?;
         drop(args);
         self.read_bound(gpu)?;
         // Nothing is in the old buffers yet.
@@ -110,11 +110,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let mut args = chunk_args(gpu, &qkv, bits, columns);
         args.extend(self.state.args(gpu));
         args.push(gpu.value(&params));
-        gpu.launch(
-            &Kernel::of::<T>(MODULE, "cache_adopt_rows"),
-            Launch::warps(count, all),
-            &args,
-        )?;
+        gpu.launch(&Kernel::of::<T>("cache_adopt_rows"), Launch::warps(count, all), &args)?;
         drop(args);
         if self.state.observed.is_some() {
             let mut args = vec![gpu.read(qkv[0].0)];
@@ -122,7 +118,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             args.push(gpu.read(&self.tests));
             args.extend(self.state.args(gpu));
             args.push(gpu.value(&params));
-            gpu.launch(&Kernel::of::<T>(MODULE, "cache_adopt_observed"), launch, &args)?;
+            gpu.launch(&Kernel::of::<T>("cache_adopt_observed"), launch, &args)?;
             drop(args);
         }
         self.seq_len = count;

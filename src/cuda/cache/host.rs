@@ -1,7 +1,7 @@
 //! Lists brought to the host and back: what a saved cache keeps of them.
 
 use super::state::{Observed, State};
-use super::{room, DeviceLists, MODULE, NO_RUN};
+use super::{room, DeviceLists, NO_RUN};
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest, MergeStrategy};
 use crate::cuda::decode::StateArgs;
 use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch};
@@ -165,7 +165,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let mut args = vec![gpu.read(k), gpu.read(v), gpu.read(sizes)];
         args.extend(self.state.args(gpu));
         args.push(gpu.value(&params));
-        gpu.launch(&Kernel::of::<T>(MODULE, "cache_restore"), launch, &args)
+        gpu.launch(&Kernel::of::<T>("cache_restore"), launch, &args)
     }
 
     /// Whether no list merges: each has a head that is off.
@@ -191,7 +191,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         };
         let mut args = self.state.args(gpu);
         args.push(gpu.value(&params));
-        gpu.launch(&Kernel::of::<T>(MODULE, "cache_truncate"), launch, &args)?;
+        gpu.launch(&Kernel::of::<T>("cache_truncate"), launch, &args)?;
         drop(args);
         self.seq_len = tokens;
         self.bound = self.bound.min(tokens.saturating_sub(self.settings.config.window + 1));

@@ -23,7 +23,6 @@ mod moves;
 mod state;
 mod stream;
 
-const MODULE: &str = "cache";
 /// The widest window: a list holds so many raw tokens from the start.
 const WIDEST: usize = 1 << 16;
 /// Room for this many entries at least, and for an eighth more than there are.

@@ -1,7 +1,7 @@
 //! Lists moved between buffers: when they outgrow them, when batch rows are reordered, and for a clone.
 
 use super::state::{Observed, State};
-use super::{DeviceLists, MODULE};
+use super::DeviceLists;
 use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch, Number};
 use crate::cuda::params::CopyParams;
 use candle_core::{bail, Result};
@@ -182,5 +182,5 @@ pub(super) fn copy<G: Gpu, T: Number>(
         gpu.write(to),
         gpu.value(params),
     ];
-    gpu.launch(&Kernel::plain(MODULE, &format!("cache_copy_{suffix}")), launch, &args)
+    gpu.launch(&Kernel::plain(&format!("cache_copy_{suffix}")), launch, &args)
 }

@@ -1,7 +1,7 @@
 //! Tokens taken in one after another, and the rooms that lists need.
 
 use super::moves::{copy, Mover};
-use super::{room, DeviceLists, GROWTH, MODULE};
+use super::{room, DeviceLists, GROWTH};
 use crate::config::{AttentionOptions, Fold};
 use crate::cuda::decode::{decode, Appended, DecodeCall, StateArgs};
 use crate::cuda::forward::Bias;
@@ -79,7 +79,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         ];
         args.extend(self.state.args(gpu));
         args.push(gpu.value(&params));
-        gpu.launch(&Kernel::of::<T>(MODULE, "cache_append"), launch, &args)?;
+        gpu.launch(&Kernel::of::<T>("cache_append"), launch, &args)?;
         drop(args);
         self.count(count);
         // A long chunk that merged well leaves more room than is needed.
