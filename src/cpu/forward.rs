@@ -252,15 +252,16 @@ impl<'c, 'a, T: Element> HeadLists<'c, 'a, T> {
         lists
     }
 
-    /// Sees to it that the lists that are held at a time take no more than the output, in f32: those that may be begun, and
-    /// one that ends. Fewer are begun at a time than there are threads, but not a single one, which all would wait for.
+    /// Sees to it that the lists that are held at a time, those with rows left and one that ends, take no more than the
+    /// output in f32. Where each thread cannot have its own, fewer are begun at a time; where that would be a single one,
+    /// which all threads would wait for, columns are lean.
     fn fit(&mut self) {
         let (problem, threads) = (self.input.problem, rayon::current_num_threads());
         let kept = self.lists.iter().map(|list| {
             let bits = self.input.head_bits(list.batch, list.heads.start);
             problem.tokens - bits.iter().filter(|bit| **bit == 1).count()
         });
-        let room = problem.batch * problem.heads * problem.tokens / (2 * kept.max().unwrap_or(1));
+        let room = problem.batch * problem.heads * problem.tokens / (2 * kept.max().unwrap_or(0).max(1));
         if room >= self.lists.len().min(threads) {
             return;
         }
