@@ -175,12 +175,12 @@ fn turns(shape: Shape) -> Result<()> {
     ];
     verify(STRIDED, &run(&views, nothing)?, &expected)?;
     turns.row(STRIDED, move || run(&views, nothing));
-    let quarter = |x: &Tensor| x.narrow(1, 0, shape.heads / 4)?.contiguous();
-    let grouped = [q.clone(), quarter(k)?, quarter(v)?];
+    let first = |x: &Tensor, heads: usize| x.narrow(1, 0, heads)?.contiguous();
+    let quarter = shape.heads / 4;
+    let grouped = [q.clone(), first(k, quarter)?, first(v, quarter)?];
     turns.row(GROUPED, move || run(&grouped, nothing));
     turns.row(NO_PRODUCTS, move || run(qkv, everything));
-    let first = |x: &Tensor| x.narrow(1, 0, 1)?.contiguous();
-    let folded_once = [q.clone(), first(k)?, first(v)?];
+    let folded_once = [q.clone(), first(k, 1)?, first(v, 1)?];
     turns.row(FOLDED_ONCE, move || run(&folded_once, everything));
     verify(CACHED, &cached(qkv)?, &expected)?;
     turns.row(CACHED, || cached(qkv));

@@ -50,11 +50,7 @@ struct Row {
 }
 
 impl Row {
-    fn print(&self, shape: Shape) {
-        self.print_as(&shape.name(), shape);
-    }
-
-    fn print_as(&self, name: &str, shape: Shape) {
+    fn print(&self, name: &str, shape: Shape) {
         let output = (shape.heads * shape.tokens * shape.dim * 4) as f64 / MIB;
         println!(
             "{name:<22}{output:>12.1}{}{}{}{}",
@@ -94,13 +90,19 @@ fn views(shape: Shape) -> Result<[Tensor; 3]> {
     Ok([view(q)?, view(k)?, view(v)?])
 }
 
-/// Ours, one of each of [`HIDDEN`]; fails where one holds more than the output, as much again, and a few MiB a thread.
-fn ours([q, k, v]: &[Tensor; 3], shape: Shape) -> Result<[f64; 4]> {
-    let mut ours = [0.0; 4];
-    for (ours, hidden) in ours.iter_mut().zip(HIDDEN) {
+/// The peak of `of` each output of ours, one of each of [`HIDDEN`].
+fn peaks<T>([q, k, v]: &[Tensor; 3], shape: Shape, of: impl Fn(Tensor) -> Result<T>) -> Result<[f64; 4]> {
+    let mut peaks = [0.0; 4];
+    for (bytes, hidden) in peaks.iter_mut().zip(HIDDEN) {
         let plan = shape.plan_of(hidden, &CompressionConfig::default())?;
-        *ours = peak(|| attend(q, k, v, &plan, &AttentionOptions::default()))?;
+        *bytes = peak(|| of(attend(q, k, v, &plan, &AttentionOptions::default())?))?;
     }
+    Ok(peaks)
+}
+
+/// Outputs alone; fails where one takes more than itself, as much again, and a few MiB a thread.
+fn outputs(qkv: &[Tensor; 3], shape: Shape) -> Result<[f64; 4]> {
+    let ours = peaks(qkv, shape, Ok)?;
     let tensor = (shape.heads * shape.tokens * shape.dim * 4) as f64 / MIB;
     let allowed = 2.0 * tensor + 4.0 * rayon::current_num_threads() as f64;
     if ours.iter().any(|ours| *ours > allowed) {
@@ -111,7 +113,7 @@ fn ours([q, k, v]: &[Tensor; 3], shape: Shape) -> Result<[f64; 4]> {
 
 fn forward(pytorch: &mut Option<PyTorch>, shape: Shape) -> Result<Row> {
     let qkv = shape.qkv()?;
-    let ours = ours(&qkv, shape)?;
+    let ours = outputs(&qkv, shape)?;
     let plain = (shape.tokens <= LONGEST_PLAIN).then(|| peak(|| candle_plain(&qkv, &causal_mask(shape.tokens)?)));
     let by_token = token_major(&qkv)?;
     let flash = (shape.tokens <= LONGEST_FLASH).then(|| peak(|| candle_flash(&by_token)));
@@ -131,13 +133,8 @@ fn backward(pytorch: &mut Option<PyTorch>, shape: Shape) -> Result<Row> {
         Var::from_tensor(&qkv[2])?,
     ];
     let tensors = [&vars[0], &vars[1], &vars[2]].map(|var| var.as_tensor().clone());
-    let options = AttentionOptions::default();
     let gradients = |output: Tensor| output.sum_all()?.backward();
-    let mut ours = [0.0; 4];
-    for (ours, hidden) in ours.iter_mut().zip(HIDDEN) {
-        let plan = shape.plan_of(hidden, &CompressionConfig::default())?;
-        *ours = peak(|| gradients(attend(&tensors[0], &tensors[1], &tensors[2], &plan, &options)?))?;
-    }
+    let ours = peaks(&tensors, shape, gradients)?;
     let plain = (shape.tokens < LONGEST_PLAIN)
         .then(|| peak(|| gradients(plain_with_gradients(&tensors, &causal_mask(shape.tokens)?)?)));
     Ok(Row {
@@ -157,27 +154,29 @@ fn main() -> Result<()> {
     };
     title("forward, f32, causal");
     for tokens in [1024, 2048, 4096, 8192, 16384, 32768] {
-        forward(&mut pytorch, shape(tokens))?.print(shape(tokens));
+        let shape = shape(tokens);
+        forward(&mut pytorch, shape)?.print(&shape.name(), shape);
     }
     // Few heads: what is gathered of one is a good part of what they are.
     for heads in [1, 2, 5] {
         let few = Shape { heads, ..shape(32768) };
-        forward(&mut pytorch, few)?.print(few);
+        forward(&mut pytorch, few)?.print(&few.name(), few);
     }
-    let few = Shape {
+    let alone = Shape {
         heads: 1,
         ..shape(32768)
     };
     Row {
-        ours: ours(&views(few)?, few)?,
+        ours: outputs(&views(alone)?, alone)?,
         plain: None,
         flash: None,
         pytorch: None,
     }
-    .print_as("the same in views of 8", few);
+    .print("one head, a view of 8", alone);
     title("forward + backward, f32, causal");
     for tokens in [1024, 2048, 4096, 8192, 16384] {
-        backward(&mut pytorch, shape(tokens))?.print(shape(tokens));
+        let shape = shape(tokens);
+        backward(&mut pytorch, shape)?.print(&shape.name(), shape);
     }
     Ok(())
 }

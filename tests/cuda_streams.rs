@@ -35,10 +35,12 @@ fn chosen() -> Vec<Setting> {
         "observed mass, window 32",
         "mean, bias",
     ];
-    settings()
+    let chosen: Vec<Setting> = settings()
         .into_iter()
         .filter(|setting| names.contains(&setting.name))
-        .collect()
+        .collect();
+    assert_eq!(chosen.len(), names.len(), "a setting has another name now");
+    chosen
 }
 
 /// What one turn starts from.

@@ -99,13 +99,13 @@ impl<A: Accumulator> FarColumns<A> {
         layout: Layout,
         room: Option<Self>,
     ) -> Self {
-        let hidden = bits.iter().filter(|bit| **bit == 1).count();
         let mut columns = room.unwrap_or_default();
-        let (dim, count) = (keys.dim, tokens - hidden);
+        let (dim, count) = (keys.dim, kept(bits, tokens));
+        let nothing_hidden = count == tokens;
         columns.columns = count;
         // Rows are read where they are if they are compact accumulators.
         let readable = T::as_acc(&[]).is_some();
-        let in_place = hidden == 0 && readable && keys.stride == dim;
+        let in_place = nothing_hidden && readable && keys.stride == dim;
         columns.keys = match layout {
             Layout::ValueRows | Layout::Lean if in_place => Keys::InPlace,
             Layout::Lean if readable => Keys::Made(Vec::new()),
@@ -143,8 +143,8 @@ impl<A: Accumulator> FarColumns<A> {
             columns.keys = Keys::Rows;
             fill(&mut columns, false);
         }
-        let kept = || (0..tokens as u32).filter(|t| bits.get(*t as usize) != Some(&1));
-        columns.tokens = (hidden > 0).then(|| kept().collect());
+        let tokens_kept = || (0..tokens as u32).filter(|t| bits.get(*t as usize) != Some(&1));
+        columns.tokens = (!nothing_hidden).then(|| tokens_kept().collect());
         columns
     }
 
@@ -280,6 +280,11 @@ impl<A: Accumulator> FarColumns<A> {
         }
         true
     }
+}
+
+/// How many of these tokens are not hidden: the far columns of a list.
+pub(crate) fn kept(bits: &[u8], tokens: usize) -> usize {
+    tokens - bits.iter().filter(|bit| **bit == 1).count()
 }
 
 /// How many chains of more than one token end within these tokens.

@@ -7,7 +7,7 @@ use super::attend::Worker;
 use super::columns::{
     block_rows, BiasView, Bits, Block, FarSource, KeysValues, RawRows, RowScratch, Settings, FAR_COLUMNS,
 };
-use super::far::{FarColumns, Layout};
+use super::far::{kept, FarColumns, Layout};
 use super::output::Output;
 use super::pairs::{Packed, Pairs};
 use super::philox::DropoutMask;
@@ -256,13 +256,16 @@ impl<'c, 'a, T: Element> HeadLists<'c, 'a, T> {
     /// output in f32. Where each thread cannot have its own, fewer are begun at a time; where that would be a single one,
     /// which all threads would wait for, columns are lean.
     fn fit(&mut self) {
-        let (problem, threads) = (self.input.problem, rayon::current_num_threads());
-        let kept = self.lists.iter().map(|list| {
-            let bits = self.input.head_bits(list.batch, list.heads.start);
-            problem.tokens - bits.iter().filter(|bit| **bit == 1).count()
-        });
-        let room = problem.batch * problem.heads * problem.tokens / (2 * kept.max().unwrap_or(0).max(1));
-        if room >= self.lists.len().min(threads) {
+        let problem = self.input.problem;
+        let wanted = self.lists.len().min(rayon::current_num_threads());
+        // How many lists of so many columns fit.
+        let room = |columns: usize| problem.batch * problem.heads * problem.tokens / (2 * columns.max(1));
+        if room(problem.tokens) >= wanted {
+            return;
+        }
+        let columns = |list: &HeadList<_>| kept(self.input.head_bits(list.batch, list.heads.start), problem.tokens);
+        let room = room(self.lists.iter().map(columns).max().unwrap_or(0));
+        if room >= wanted {
             return;
         }
         self.open = room.saturating_sub(1);

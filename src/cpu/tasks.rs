@@ -24,7 +24,7 @@ pub(crate) fn row_tasks<'out, T: Element>(
     log_sum_exp: Option<&'out mut [T::Acc]>,
 ) -> Vec<Vec<RowTask<'out, T>>> {
     let mut sums = log_sum_exp.map(|sums| sums.chunks_mut(tokens));
-    let mut tasks_of = |(list, heads): (usize, Range<usize>)| {
+    let tasks_of = |(list, heads): (usize, Range<usize>)| {
         let mut tasks = Vec::new();
         for head in heads {
             let sums = sums.as_mut().and_then(Iterator::next);
@@ -43,7 +43,7 @@ pub(crate) fn row_tasks<'out, T: Element>(
         tasks.sort_by_key(|task| std::cmp::Reverse(task.rows.start));
         tasks
     };
-    lists.enumerate().map(&mut tasks_of).collect()
+    lists.enumerate().map(tasks_of).collect()
 }
 
 /// What several tasks read: made by the first that asks for it, given up by the last that has read it.
