@@ -87,18 +87,25 @@ mod ptx {
         // Lines for profilers and sanitizers are half of the text, and change no instruction.
         let lines = std::env::var("DEBUG").is_ok_and(|debug| debug != "false");
         remove_stale(&out_dir, &kernels, &headers, lines)?;
-        let mut builder = bindgen_cuda::Builder::default()
-            .kernel_paths(kernels.clone())
-            .include_paths(headers)
-            .arg("-std=c++17")
-            .arg("-O3");
-        if lines {
-            builder = builder.arg("-lineinfo");
+        let (hopper, common): (Vec<_>, Vec<_>) = kernels.iter().cloned().partition(|path| is_hopper(path));
+        for (sources, architecture) in [(common, None), (hopper, Some("--gpu-architecture=sm_90a"))] {
+            let mut builder = bindgen_cuda::Builder::default()
+                .kernel_paths(sources)
+                .include_paths(headers.clone())
+                .arg("-std=c++17")
+                .arg("-O3");
+            // The last one counts.
+            if let Some(architecture) = architecture {
+                builder = builder.arg(architecture);
+            }
+            if lines {
+                builder = builder.arg("-lineinfo");
+            }
+            ensure!(
+                builder.build_ptx().is_ok(),
+                "nvcc: expected PTX of every file in cuda/, got an error; see its messages above"
+            );
         }
-        ensure!(
-            builder.build_ptx().is_ok(),
-            "nvcc: expected PTX of every file in cuda/, got an error; see its messages above"
-        );
         let mut all = BTreeMap::new();
         for kernel in &kernels {
             let path = out_dir.join(stem(kernel)?).with_extension("ptx");
@@ -113,6 +120,12 @@ mod ptx {
             }
         }
         write_table(&out_dir, &all)
+    }
+
+    /// Files whose names end in `_sm90a` use what devices of capability 9.0 have and no other: their kernels are built for
+    /// these alone, whatever the rest is built for, and chosen where the device is one.
+    fn is_hopper(path: &Path) -> bool {
+        stem(path).is_ok_and(|stem| stem.ends_with("_sm90a"))
     }
 
     /// A module for each kernel of a file: the file's PTX without the other kernels. The driver compiles a module as a

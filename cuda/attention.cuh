@@ -14,6 +14,8 @@ typedef Global<const float> Floats;
 template <int D>
 struct Layout {
     static constexpr uint32_t ROW = D * 2, CHUNKS = D / 8, GROUP = ROW % 128 == 0 ? 128 : 64;
+    // From one row to the next, and from one swizzled group of a row to the next.
+    static constexpr uint32_t ROW_STRIDE = ROW, GROUP_STRIDE = GROUP;
 
     SFA_DEVICE static uint32_t swizzle(uint32_t row) { return (GROUP == 128 ? row & 7 : (row >> 1) & 3) * 16; }
     SFA_DEVICE static uint32_t chunk(uint32_t row, uint32_t index) {
@@ -21,59 +23,67 @@ struct Layout {
     }
 };
 
-// Starts the copy of `count` of `ROWS` rows; the others, and columns from `dim` on, become zeros. A row's elements are
-// `stride` apart. FULL: all rows are there. A thread keeps to one chunk of each swizzled group, so that its addresses
-// are one register and constants. `thread`: this one's index, as the caller reads it.
-template <int D, int ROWS, int THREADS, bool FULL>
+// Starts the copy of `count` of `ROWS` rows into a tile of layout L; the others, and columns from `dim` on, become zeros. A
+// row's elements are `stride` apart. FULL: all rows are there. A thread keeps to one chunk of each swizzled group, so that
+// its addresses are one register and constants. `thread`: this one's index, as the caller reads it.
+template <class L, int ROWS, int THREADS, bool FULL>
 SFA_DEVICE void load_rows(const hw::Tile& tile, const Halves& source, int64_t first, int64_t stride, int count,
                           uint32_t dim, uint32_t thread = threadIdx.x) {
-    constexpr uint32_t GROUP = Layout<D>::GROUP, CHUNKS = GROUP / 16, STEP = THREADS / CHUNKS;
-    static_assert(ROWS % STEP == 0 && STEP % 8 == 0, "every pass has the same swizzle");
+    constexpr uint32_t CHUNKS = L::GROUP / 16, STEP = THREADS / CHUNKS;
+    static_assert(ROWS % STEP == 0 && (STEP % 8 == 0 || (STEP == 4 && L::GROUP == 128)), "a pass flips bits of the swizzle");
     uint32_t row = thread / CHUNKS, chunk = thread % CHUNKS;
     hw::keep_in_place(stride);
-    uint32_t target = hw::lane_offset(Layout<D>::chunk(row, chunk));
+    uint32_t target = hw::lane_offset(L::chunk(row, chunk));
     int64_t index = first + row * stride + chunk * 8;
 #pragma unroll
     for (uint32_t pass = 0; pass < ROWS / STEP; pass++) {
 #pragma unroll
-        for (uint32_t group = 0; group < Layout<D>::ROW / GROUP; group++) {
+        for (uint32_t group = 0; group < L::CHUNKS / CHUNKS; group++) {
             bool valid = (FULL || int(row + pass * STEP) < count) && (group * CHUNKS + chunk) * 8 < dim;
-            uint32_t offset = target + pass * STEP * Layout<D>::ROW + group * GROUP;
+            uint32_t offset = (target ^ pass * STEP % 8 * 16) + pass * STEP * L::ROW_STRIDE + group * L::GROUP_STRIDE;
             hw::copy_async(tile, offset, source, index + group * CHUNKS * 8, valid);
         }
         index += STEP * stride;
     }
 }
 
-// The same where row r is token `tokens[r]` of a list, words `stride` bytes apart: `first` is where token 0 starts,
-// and tokens are less than 2^31 elements apart.
-template <int D, int ROWS, int THREADS, bool FULL>
+// A token of a list, words `stride` bytes apart, for each row: what `load_listed_rows` asks for.
+struct TokensInMemory {
+    hw::Tile tokens;
+    uint32_t stride;
+
+    SFA_DEVICE uint32_t operator()(uint32_t, uint32_t row) const { return hw::load<uint32_t>(tokens, row * stride); }
+};
+
+// The same where `tokens(pass, row)` is each row's token: `first` is where token 0 starts, and tokens are less than 2^31
+// elements apart.
+template <class L, int ROWS, int THREADS, bool FULL, class Tokens>
 SFA_DEVICE void load_listed_rows(const hw::Tile& tile, const Halves& source, int64_t first, uint32_t token_stride,
-                                 const hw::Tile& tokens, uint32_t stride, int count, uint32_t dim,
-                                 uint32_t thread = threadIdx.x) {
-    constexpr uint32_t GROUP = Layout<D>::GROUP, CHUNKS = GROUP / 16, STEP = THREADS / CHUNKS;
-    static_assert(ROWS % STEP == 0 && STEP % 8 == 0, "every pass has the same swizzle");
+                                 const Tokens& tokens, int count, uint32_t dim, uint32_t thread = threadIdx.x) {
+    constexpr uint32_t CHUNKS = L::GROUP / 16, STEP = THREADS / CHUNKS;
+    static_assert(ROWS % STEP == 0 && (STEP % 8 == 0 || (STEP == 4 && L::GROUP == 128)), "a pass flips bits of the swizzle");
     uint32_t row = thread / CHUNKS, chunk = thread % CHUNKS;
-    uint32_t target = hw::lane_offset(Layout<D>::chunk(row, chunk));
+    uint32_t target = hw::lane_offset(L::chunk(row, chunk));
     Halves start = source + (first + chunk * 8);
 #pragma unroll
     for (uint32_t pass = 0; pass < ROWS / STEP; pass++) {
-        uint32_t token = hw::load<uint32_t>(tokens, (row + pass * STEP) * stride);
+        uint32_t token = tokens(pass, row + pass * STEP);
         uint64_t bytes = uint64_t(token) * (2 * token_stride);
 #pragma unroll
-        for (uint32_t group = 0; group < Layout<D>::ROW / GROUP; group++) {
+        for (uint32_t group = 0; group < L::CHUNKS / CHUNKS; group++) {
             bool valid = (FULL || int(row + pass * STEP) < count) && (group * CHUNKS + chunk) * 8 < dim;
-            uint32_t offset = target + pass * STEP * Layout<D>::ROW + group * GROUP;
-            hw::copy_async_bytes(tile, offset, start, bytes + group * GROUP, valid);
+            uint32_t offset = (target ^ pass * STEP % 8 * 16) + pass * STEP * L::ROW_STRIDE + group * L::GROUP_STRIDE;
+            hw::copy_async_bytes(tile, offset, start, bytes + group * L::GROUP, valid);
         }
     }
 }
 
-// One word per row.
-template <int ROWS, class View>
+// One word per row, by THREADS threads; by default there are at least as many.
+template <int ROWS, int THREADS = ROWS, class View>
 SFA_DEVICE void load_words(const hw::Tile& tile, const View& source, int64_t first, int count,
                            uint32_t thread = threadIdx.x) {
-    if (thread < ROWS) hw::copy_async_word(tile, thread * 4, source, first + thread, int(thread) < count);
+    for (uint32_t i = thread; i < ROWS; i += THREADS)
+        hw::copy_async_word(tile, i * 4, source, first + i, int(i) < count);
 }
 
 // This lane's part of the addresses of a tile's fragments. Chunk pairs of a swizzled group differ in bits that no row
@@ -181,45 +191,47 @@ SFA_DEVICE bool any_not_finite(uint4 x) {
 
 // Replaces rows of which key or value is not finite by NaN keys and zero values, so that whoever sees the column becomes
 // NaN through its logit and nobody else is touched by 0 * NaN. `bad` has ROWS + 1 words, zero before and after; returns
-// the first such row, or ROWS. A meeting point of the block; both tiles have arrived.
-template <class T, int D, int ROWS, int THREADS>
-SFA_DEVICE int quarantine(const hw::Tile& keys, const hw::Tile& values, const hw::Tile& bad) {
-    constexpr uint32_t CHUNKS = Layout<D>::CHUNKS;
+// the first such row, or ROWS. THREADS threads take part, and `meet` is where they meet; both tiles have arrived.
+template <class T, class L, int ROWS, int THREADS, class Meet>
+SFA_DEVICE int quarantine(const hw::Tile& keys, const hw::Tile& values, const hw::Tile& bad, const Meet& meet) {
+    constexpr uint32_t CHUNKS = L::CHUNKS;
     for (uint32_t i = 0; i < ROWS * CHUNKS / THREADS; i++) {
-        uint32_t index = threadIdx.x + i * THREADS, row = index / CHUNKS, at = Layout<D>::chunk(row, index % CHUNKS);
+        uint32_t index = threadIdx.x + i * THREADS, row = index / CHUNKS, at = L::chunk(row, index % CHUNKS);
         if (any_not_finite<T>(hw::load<uint4>(keys, at)) || any_not_finite<T>(hw::load<uint4>(values, at))) {
             hw::store(bad, row * 4, 1u);
             hw::store(bad, ROWS * 4, 1u);
         }
     }
-    __syncthreads();
+    meet();
     int first = ROWS;
     if (hw::load<uint32_t>(bad, ROWS * 4) == 0) return first;
     for (uint32_t i = 0; i < ROWS * CHUNKS / THREADS; i++) {
-        uint32_t index = threadIdx.x + i * THREADS, row = index / CHUNKS, at = Layout<D>::chunk(row, index % CHUNKS);
+        uint32_t index = threadIdx.x + i * THREADS, row = index / CHUNKS, at = L::chunk(row, index % CHUNKS);
         if (hw::load<uint32_t>(bad, row * 4) == 0) continue;
         hw::store(keys, at, uint4{0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu});
         hw::store(values, at, uint4{0, 0, 0, 0});
     }
     for (int row = ROWS - 1; row >= 0; row--)
         if (hw::load<uint32_t>(bad, row * 4) != 0) first = row;
-    __syncthreads();
+    meet();
     if (threadIdx.x <= ROWS) hw::store(bad, threadIdx.x * 4, 0u);
     if (threadIdx.x == 0) hw::store(bad, ROWS * 4, 0u);
-    __syncthreads();
+    meet();
     return first;
 }
 
 // Which of `blocks` blocks of which of `units` heads or lists a block of the grid takes. Those that share a unit's columns
 // or rows run at about one time, so that the L2 cache holds them; but a few units go together, of about `together` blocks, the
-// longest blocks of all of them first (a unit's first ones), or the last unit's longest would run on alone.
+// longest blocks of all of them first (a unit's first ones), or the last unit's longest would run on alone. For the same reason
+// the last ones that go together are about as many as the others.
 struct Place {
     uint32_t unit, block;
 
     SFA_DEVICE Place(uint32_t index, uint32_t blocks, uint32_t units, uint32_t together) {
-        uint32_t most = (together + blocks - 1) / blocks, group = index / (most * blocks), inside = index % (most * blocks);
-        uint32_t count = min(most, units - group * most);
-        unit = group * most + inside % count, block = inside / count;
+        uint32_t most = (together + blocks - 1) / blocks, groups = (units + most - 1) / most;
+        uint32_t group = ((index / blocks + 1) * groups - 1) / units, first = group * units / groups;
+        uint32_t count = (group + 1) * units / groups - first, inside = index - first * blocks;
+        unit = first + inside % count, block = inside / count;
     }
 };
 

@@ -99,8 +99,8 @@ struct QueryGradients {
         int64_t key = raw ? p.k.at(at.batch, at.kv_head, c.first) : first;
         int64_t value = raw ? p.v.at(at.batch, at.kv_head, c.first) : first;
         int64_t key_stride = raw ? p.k.token_stride : dim, value_stride = raw ? p.v.token_stride : dim;
-        load_rows<D, NB, THREADS, FULL>(keys(stage), raw ? x.k : x.far_k, key, key_stride, c.count, dim);
-        load_rows<D, NB, THREADS, FULL>(values(stage), raw ? x.v : x.far_v, value, value_stride, c.count, dim);
+        load_rows<Layout<D>, NB, THREADS, FULL>(keys(stage), raw ? x.k : x.far_k, key, key_stride, c.count, dim);
+        load_rows<Layout<D>, NB, THREADS, FULL>(values(stage), raw ? x.v : x.far_v, value, value_stride, c.count, dim);
         hw::copy_commit();
     }
 
@@ -212,8 +212,8 @@ struct QueryGradients {
 
     SFA_DEVICE void run(const Global<float>& target) {
         uint32_t dim = p.sizes.head_dim;
-        load_rows<D, ROWS, THREADS, false>(q, x.q, p.q.at(at.batch, at.head, block_row), p.q.token_stride, row_end - block_row, dim);
-        load_rows<D, ROWS, THREADS, false>(grad, x.grad_output, (at.batch_head * p.sizes.tokens + block_row) * dim, dim, row_end - block_row, dim);
+        load_rows<Layout<D>, ROWS, THREADS, false>(q, x.q, p.q.at(at.batch, at.head, block_row), p.q.token_stride, row_end - block_row, dim);
+        load_rows<Layout<D>, ROWS, THREADS, false>(grad, x.grad_output, (at.batch_head * p.sizes.tokens + block_row) * dim, dim, row_end - block_row, dim);
         int steps = far_tiles + near_tiles;
         if (steps > 0) load_next(0);
         hw::copy_commit();
@@ -299,12 +299,12 @@ struct ColumnGradients {
     SFA_DEVICE void load_columns(int count) {
         uint32_t dim = p.sizes.head_dim;
         if (near || p.dense) {
-            load_rows<D, 64, THREADS, false>(k, x.k, p.k.at(batch, kv_head, first), p.k.token_stride, count, dim);
-            load_rows<D, 64, THREADS, false>(v, x.v, p.v.at(batch, kv_head, first), p.v.token_stride, count, dim);
+            load_rows<Layout<D>, 64, THREADS, false>(k, x.k, p.k.at(batch, kv_head, first), p.k.token_stride, count, dim);
+            load_rows<Layout<D>, 64, THREADS, false>(v, x.v, p.v.at(batch, kv_head, first), p.v.token_stride, count, dim);
         } else {
             int64_t index = (list * p.capacity + first) * dim;
-            load_rows<D, 64, THREADS, false>(k, x.far_k, index, dim, count, dim);
-            load_rows<D, 64, THREADS, false>(v, x.far_v, index, dim, count, dim);
+            load_rows<Layout<D>, 64, THREADS, false>(k, x.far_k, index, dim, count, dim);
+            load_rows<Layout<D>, 64, THREADS, false>(v, x.far_v, index, dim, count, dim);
         }
     }
 
@@ -318,8 +318,8 @@ struct ColumnGradients {
         uint32_t dim = p.sizes.head_dim;
         int count = min(NB, int(p.sizes.tokens) - row);
         int64_t index = at.batch_head * p.sizes.tokens + row;
-        load_rows<D, NB, THREADS, false>(part(stage, 0), x.q, p.q.at(at.batch, at.head, row), p.q.token_stride, count, dim);
-        load_rows<D, NB, THREADS, false>(part(stage, 1), x.grad_output, index * dim, dim, count, dim);
+        load_rows<Layout<D>, NB, THREADS, false>(part(stage, 0), x.q, p.q.at(at.batch, at.head, row), p.q.token_stride, count, dim);
+        load_rows<Layout<D>, NB, THREADS, false>(part(stage, 1), x.grad_output, index * dim, dim, count, dim);
         load_words<NB>(part(stage, 2), x.log_sum_exp, index, count);
         load_words<NB>(part(stage, 3), x.delta, index, count);
         hw::copy_commit();

@@ -90,16 +90,17 @@ struct FusedGradients {
         if constexpr (LISTED) {
             __syncthreads();
             int64_t key = p.k.at(batch, kv_head, 0), value = p.v.at(batch, kv_head, 0);
-            load_listed_rows<D, COLUMNS, THREADS, false>(k, x.k, key, uint32_t(p.k.token_stride), words, 16, count, dim);
-            load_listed_rows<D, COLUMNS, THREADS, false>(v, x.v, value, uint32_t(p.v.token_stride), words, 16, count, dim);
+            TokensInMemory tokens{words, 16};
+            load_listed_rows<Layout<D>, COLUMNS, THREADS, false>(k, x.k, key, uint32_t(p.k.token_stride), tokens, count, dim);
+            load_listed_rows<Layout<D>, COLUMNS, THREADS, false>(v, x.v, value, uint32_t(p.v.token_stride), tokens, count, dim);
             return;
         }
         bool raw = near || p.dense;
         int64_t index = (list * p.capacity + first) * dim;
         int64_t key = raw ? p.k.at(batch, kv_head, first) : index, value = raw ? p.v.at(batch, kv_head, first) : index;
         int64_t key_stride = raw ? p.k.token_stride : dim, value_stride = raw ? p.v.token_stride : dim;
-        load_rows<D, COLUMNS, THREADS, false>(k, raw ? x.k : x.far_k, key, key_stride, count, dim);
-        load_rows<D, COLUMNS, THREADS, false>(v, raw ? x.v : x.far_v, value, value_stride, count, dim);
+        load_rows<Layout<D>, COLUMNS, THREADS, false>(k, raw ? x.k : x.far_k, key, key_stride, count, dim);
+        load_rows<Layout<D>, COLUMNS, THREADS, false>(v, raw ? x.v : x.far_v, value, value_stride, count, dim);
     }
 
     // Whether a row of the tile may see one of `columns` columns from `own` on: both borders only ever rise.
@@ -121,8 +122,8 @@ struct FusedGradients {
         uint32_t dim = p.sizes.head_dim;
         int count = min(NB, int(p.sizes.tokens) - row);
         int64_t index = at.batch_head * p.sizes.tokens + row;
-        load_rows<D, NB, THREADS, false>(part(stage, 0), x.q, p.q.at(at.batch, at.head, row), p.q.token_stride, count, dim);
-        load_rows<D, NB, THREADS, false>(part(stage, 1), x.grad_output, index * dim, dim, count, dim);
+        load_rows<Layout<D>, NB, THREADS, false>(part(stage, 0), x.q, p.q.at(at.batch, at.head, row), p.q.token_stride, count, dim);
+        load_rows<Layout<D>, NB, THREADS, false>(part(stage, 1), x.grad_output, index * dim, dim, count, dim);
         load_words<NB>(part(stage, 2), x.log_sum_exp, index, count);
         load_words<NB>(part(stage, 3), x.delta, index, count);
         hw::copy_commit();

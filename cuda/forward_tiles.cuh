@@ -19,13 +19,32 @@ struct ForwardTensors {
     Global<uint32_t> first_bad;
 };
 
-// Four warps of 16 * MT rows, tiles of NB columns.
-template <int D, int MT, int NB, bool LISTED>
+// Four warps of 16 * M rows, tiles of N columns; each warp multiplies its rows on its own.
+template <int DIM, int M, int N, bool BY_LISTS>
+struct WarpShape {
+    static constexpr int D = DIM, MT = M, NB = N, THREADS = 128, ROWS = 64 * M;
+    static constexpr bool LISTED = BY_LISTS;
+    // Rows that are multiplied together; tiles of which keys and values are held at a time, and of which words are.
+    static constexpr int TOGETHER = 16 * M, STAGES = 2, WORDS = 2;
+    // Blocks of rows whose facts are held at a time; bytes for the output on its way, which else takes the queries' place.
+    static constexpr int SLOTS = 1, STAGING = 0, QUEUE = 1024;
+    typedef Layout<D> Queries;
+    typedef Layout<D> Tile;
+
+    // Where those threads meet that attend.
+    SFA_DEVICE static void meet() { __syncthreads(); }
+};
+
+// A block of query rows and its columns, in the shape S: D numbers a row, MT times 16 rows a warp, tiles of NB columns.
+template <class S>
 struct ForwardTiles {
-    static constexpr int THREADS = 128, ROWS = 64 * MT;
+    static constexpr int D = S::D, MT = S::MT, NB = S::NB, THREADS = S::THREADS, ROWS = S::ROWS;
+    static constexpr bool LISTED = S::LISTED;
     static constexpr uint32_t Q_BYTES = ROWS * D * 2, K_BYTES = NB * D * 2, LN_BYTES = NB * 4;
-    static constexpr uint32_t BAD_AT = Q_BYTES + 4 * K_BYTES + 2 * LN_BYTES, FACTS_AT = BAD_AT + (NB + 4) * 4;
-    static constexpr uint32_t KEYS_START = 32, VALUES_START = 40, FACTS = 48, SEEN_AT = FACTS_AT + FACTS;
+    static constexpr uint32_t STAGING_AT = Q_BYTES + 2 * S::STAGES * K_BYTES, WORDS_AT = STAGING_AT + S::STAGING;
+    static constexpr uint32_t BAD_AT = WORDS_AT + S::WORDS * LN_BYTES, FACTS_AT = BAD_AT + (NB + 4) * 4;
+    static constexpr uint32_t KEYS_START = 32, VALUES_START = 40, FACTS = 48, SEEN = LISTED ? ROWS * 8 : 0;
+    static constexpr uint32_t NOTES_AT = FACTS_AT + S::SLOTS * (FACTS + SEEN);
     static_assert(NB <= THREADS && ROWS <= THREADS, "a thread per column and per row");
 
     // A tile's columns: far columns, or tokens (hidden ones where LISTED), from `first` on.
@@ -36,15 +55,18 @@ struct ForwardTiles {
 
     const AttentionParams& p;
     const ForwardTensors& x;
-    // `seen`: two words a row, see `note_rows`; `facts`: see `note_facts`; `held`: the first two, where hw::HOLDS.
-    hw::Tile q, bad, facts, seen;
+    // `staging`: for the output; `seen`: two words a row, see `note_rows`; `facts`: see `note_facts`; `held`: the first two, where
+    // hw::HOLDS.
+    hw::Tile q, staging, bad, facts, seen;
     uint4 held[2];
 
-    SFA_DEVICE ForwardTiles(const AttentionParams& p, const ForwardTensors& x) : p(p), x(x) {
+    // `turn`: how many blocks of rows were before this one.
+    SFA_DEVICE ForwardTiles(const AttentionParams& p, const ForwardTensors& x, uint32_t turn = 0) : p(p), x(x) {
         q = hw::tile(0, Q_BYTES);
+        staging = S::STAGING == 0 ? q : hw::tile(STAGING_AT, S::STAGING);
         bad = hw::tile(BAD_AT, (NB + 4) * 4);
-        facts = hw::tile(FACTS_AT, FACTS);
-        seen = hw::tile(SEEN_AT, LISTED ? ROWS * 8 : 0);
+        facts = hw::tile(FACTS_AT + turn % S::SLOTS * (FACTS + SEEN), FACTS);
+        seen = hw::tile(FACTS_AT + turn % S::SLOTS * (FACTS + SEEN) + FACTS, SEEN);
     }
 
     SFA_DEVICE int lane() const { return hw::thread() % 32; }
@@ -52,18 +74,20 @@ struct ForwardTiles {
 
     // What is the same for a whole block lies in shared memory: in registers it would be held while products need them all
     // (but see hw::HOLDS). Batch, head, KV head, first row; near_first, near_end, far_seen, careful; and where the keys and
-    // values of far columns start, or those of raw tokens. Where LISTED, what rows see, from the same reads. A meeting point.
-    SFA_DEVICE void note_facts(uint32_t batch_head, int row, bool careful) {
+    // values of far columns start, or those of raw tokens. Where LISTED, what rows see, from the same reads. By COUNT threads,
+    // of which this is `thread`; who reads meets them after.
+    template <int COUNT>
+    SFA_DEVICE void note_facts(uint32_t batch_head, int row, bool careful, uint32_t thread) {
         HeadIndex at(p, batch_head);
         int end = min(int(p.sizes.tokens), row + ROWS);
         if (LISTED) {
-            note_rows(at, row, end);
-        } else if (hw::thread() == 0) {
+            for (int i = thread; i < ROWS; i += COUNT) note_row(at, row, i, end);
+        } else if (thread == 0) {
             int near_first = max(0, row - int(p.window) + 1), near_end = p.window > 0 && !p.dense ? end : near_first;
             hw::store(facts, 16, uint2{uint32_t(near_first), uint32_t(near_end)});
             hw::store(facts, 24, far_count(p, x.far_before, at.list, end - 1));
         }
-        if (hw::thread() == 0) {
+        if (thread == 0) {
             hw::store(facts, 0, uint4{at.batch, at.head, at.kv_head, uint32_t(row)});
             hw::store(facts, 28, int(careful));
             bool raw = LISTED || p.dense;
@@ -71,7 +95,6 @@ struct ForwardTiles {
             hw::store(facts, KEYS_START, raw ? int64_t(p.k.at(at.batch, at.kv_head, 0)) : far);
             hw::store(facts, VALUES_START, raw ? int64_t(p.v.at(at.batch, at.kv_head, 0)) : far);
         }
-        __syncthreads();
     }
 
     SFA_DEVICE void hold() {
@@ -112,15 +135,14 @@ struct ForwardTiles {
         return int(x.far_before[at.list * (p.sizes.tokens + 1) + token]);
     }
 
-    // Where LISTED: per row from `first` to `end`, how many of the tokens that stay it sees, and the first hidden one; the first
-    // row and the last one have the block's facts.
-    SFA_DEVICE void note_rows(const HeadIndex& at, int first, int end) {
-        int thread = hw::thread(), row = min(first + thread, end - 1), border = max(0, row - int(p.window));
-        if (thread >= ROWS) return;
+    // Where LISTED: of row `first + i`, how many of the tokens that stay it sees, and the first hidden one; the first row and
+    // the last one have the block's facts.
+    SFA_DEVICE void note_row(const HeadIndex& at, int first, int i, int end) {
+        int row = min(first + i, end - 1), border = max(0, row - int(p.window));
         int stay = stay_before(at, row + 1), hidden = border - stay_before(at, border);
-        hw::store(seen, thread * 8, uint2{uint32_t(stay), uint32_t(hidden)});
-        if (thread == 0) hw::store(facts, 16, hidden);
-        if (first + thread == end - 1) hw::store(facts, 20, end - stay), hw::store(facts, 24, stay);
+        hw::store(seen, i * 8, uint2{uint32_t(stay), uint32_t(hidden)});
+        if (i == 0) hw::store(facts, 16, hidden);
+        if (first + i == end - 1) hw::store(facts, 20, end - stay), hw::store(facts, 24, stay);
     }
 
     // The columns of one kind that a row of the block sees, which starts at `first`.
@@ -133,23 +155,28 @@ struct ForwardTiles {
         return {0, far_count(p, x.far_before, at().list, row)};
     }
 
-    // A step goes by how many are left after it. Its buffers; `words`: ln n of far columns, or where LISTED the columns'
-    // tokens.
-    SFA_DEVICE hw::Tile keys(uint32_t left) const { return hw::tile(Q_BYTES + left % 2 * 2 * K_BYTES, K_BYTES); }
-    SFA_DEVICE hw::Tile values(uint32_t left) const { return hw::tile(Q_BYTES + (left % 2 * 2 + 1) * K_BYTES, K_BYTES); }
-    SFA_DEVICE hw::Tile words(uint32_t left) const {
-        return hw::tile(Q_BYTES + 4 * K_BYTES + left % 2 * LN_BYTES, LN_BYTES);
+    // The far columns that every row sees make so many tiles.
+    SFA_DEVICE int full_tiles() const {
+        return p.dense && !p.causal ? 0 : span(false, block_row(), block_row()).end / NB;
     }
+
+    // The buffers of a tile, by a number that goes up or down by one from tile to tile; `words`: ln n of far columns, or where
+    // LISTED the columns' tokens.
+    SFA_DEVICE hw::Tile keys(uint32_t tile) const { return hw::tile(Q_BYTES + tile % S::STAGES * 2 * K_BYTES, K_BYTES); }
+    SFA_DEVICE hw::Tile values(uint32_t tile) const {
+        return hw::tile(Q_BYTES + (tile % S::STAGES * 2 + 1) * K_BYTES, K_BYTES);
+    }
+    SFA_DEVICE hw::Tile words(uint32_t tile) const { return hw::tile(WORDS_AT + tile % S::WORDS * LN_BYTES, LN_BYTES); }
 
     SFA_DEVICE int token(const Columns& c, int column) const {
         if (LISTED) return int(x.far_index[listed_at(c, column)]);
         return c.near || p.dense ? c.first + column : int(x.far_index[at().list * p.capacity + c.first + column]);
     }
 
-    // The columns, counted from the tile's first, that rows of this warp see.
+    // The columns, counted from the tile's first, that rows see which are multiplied together with this thread's.
     SFA_DEVICE Span reach(const Columns& c) const {
         int block = block_row(), end = min(int(p.sizes.tokens), block + ROWS);
-        int first = block + warp_row(), last = min(first + 16 * MT, end) - 1;
+        int first = block + warp_row() / S::TOGETHER * S::TOGETHER, last = min(first + S::TOGETHER, end) - 1;
         if (last < first) return {0, 0};
         Span top = span(c.near, first, block), bottom = span(c.near, last, block);
         return {max(0, top.begin - c.first), min(c.count, bottom.end - c.first)};
@@ -168,78 +195,73 @@ struct ForwardTiles {
         return {false, first, min(NB, b.far_seen - first)};
     }
 
-    template <bool FULL>
+    // Starts the copies of a tile's keys or values, by THREADS threads of which this is `thread`. `start`: KEYS_START or
+    // VALUES_START. LISTED: `tokens` are as `load_listed_rows` takes them.
+    template <bool FULL, int THREADS, class Tokens>
     SFA_DEVICE void load_columns(const Columns& c, const hw::Tile& tile, Halves raw, const Rows& rows, Halves far,
-                                 uint32_t start) {
+                                 uint32_t start, const Tokens& tokens, uint32_t thread) {
+        uint32_t dim = p.sizes.head_dim;
+        if constexpr (LISTED) {
+            int64_t first = hw::load<int64_t>(facts, start);
+            load_listed_rows<typename S::Tile, NB, THREADS, FULL>(tile, raw, first, uint32_t(rows.token_stride), tokens,
+                                                                  c.count, dim, thread);
+            return;
+        }
         bool from_raw = (!FULL && c.near) || p.dense;
-        int64_t stride = from_raw ? rows.token_stride : p.sizes.head_dim, first = c.first * stride;
+        int64_t stride = from_raw ? rows.token_stride : dim, first = c.first * stride;
         if (!FULL && c.near) {
             HeadIndex head = at();
             first += rows.at(head.batch, head.kv_head, 0);
         } else {
             first += hw::load<int64_t>(facts, start);
         }
-        load_rows<D, NB, THREADS, FULL>(tile, from_raw ? raw : far, first, stride, c.count, p.sizes.head_dim, hw::thread());
+        load_rows<typename S::Tile, NB, THREADS, FULL>(tile, from_raw ? raw : far, first, stride, c.count, dim, thread);
+    }
+
+    template <bool FULL, int THREADS, class Tokens>
+    SFA_DEVICE void load_keys(const Columns& c, const hw::Tile& tile, const Tokens& tokens, uint32_t thread) {
+        load_columns<FULL, THREADS>(c, tile, x.k, p.k, x.far_k, KEYS_START, tokens, thread);
+    }
+
+    template <bool FULL, int THREADS, class Tokens>
+    SFA_DEVICE void load_values(const Columns& c, const hw::Tile& tile, const Tokens& tokens, uint32_t thread) {
+        load_columns<FULL, THREADS>(c, tile, x.v, p.v, x.far_v, VALUES_START, tokens, thread);
     }
 
     SFA_DEVICE bool has_sizes(const Columns& c) const { return !LISTED && !c.near && x.far_ln; }
 
-    // Where the token of this thread's column is, if LISTED.
+    template <int COUNT>
+    SFA_DEVICE void load_sizes(const Columns& c, const hw::Tile& words, uint32_t thread) {
+        if (has_sizes(c)) load_words<NB, COUNT>(words, x.far_ln, at().list * p.capacity + c.first, c.count, thread);
+    }
+
+    // Where the token of a column is, if LISTED.
     SFA_DEVICE int64_t listed_at(const Columns& c, int column) const {
         int64_t list = at().list * p.capacity;
         return c.near ? list + p.sizes.tokens - 1 - (c.first + column) : list + c.first + column;
     }
 
-    // Starts the tokens of a step's columns on their way.
-    template <bool FULL>
-    SFA_DEVICE void load_tokens(uint32_t left) {
-        Columns c = columns<FULL>(left);
-        bool there = int(hw::thread()) < c.count;
-        if (hw::thread() < NB)
-            hw::copy_async_word(words(left), hw::thread() * 4, x.far_index, there ? listed_at(c, hw::thread()) : 0, there);
-    }
-
-    template <bool FULL>
-    SFA_DEVICE void load_listed(uint32_t left, const Columns& c, const hw::Tile& tile, Halves raw, const Rows& rows,
-                                uint32_t start) {
-        int64_t first = hw::load<int64_t>(facts, start);
-        load_listed_rows<D, NB, THREADS, FULL>(tile, raw, first, uint32_t(rows.token_stride), words(left), 4,
-                                               c.count, p.sizes.head_dim, hw::thread());
-    }
-
-    // Starts on its way what a step reads.
-    template <bool FULL>
-    SFA_DEVICE void load(uint32_t left) {
-        Columns c = columns<FULL>(left);
-        if constexpr (LISTED) {
-            load_listed<FULL>(left, c, keys(left), x.k, p.k, KEYS_START);
-            load_listed<FULL>(left, c, values(left), x.v, p.v, VALUES_START);
-            if (left > 0) load_tokens<FULL>(left - 1);
-        } else {
-            load_columns<FULL>(c, keys(left), x.k, p.k, x.far_k, KEYS_START);
-            load_columns<FULL>(c, values(left), x.v, p.v, x.far_v, VALUES_START);
-            if (has_sizes(c)) {
-                int64_t first = at().list * p.capacity + c.first;
-                load_words<NB>(words(left), x.far_ln, first, c.count, hw::thread());
-            }
-        }
-        hw::copy_commit();
-    }
-
-    SFA_DEVICE void load_queries() {
+    // Starts the copies of the queries, by COUNT threads of which this is `thread`.
+    template <int COUNT>
+    SFA_DEVICE void load_queries(uint32_t thread) {
         HeadIndex head = at();
         int64_t first = p.q.at(head.batch, head.head, block_row());
-        load_rows<D, ROWS, THREADS, false>(q, x.q, first, p.q.token_stride, row_end() - block_row(), p.sizes.head_dim,
-                                            hw::thread());
+        load_rows<typename S::Queries, ROWS, COUNT, false>(q, x.q, first, p.q.token_stride, row_end() - block_row(),
+                                                           p.sizes.head_dim, thread);
+    }
+
+    // No column is known to be bad.
+    SFA_DEVICE void clear_marks() {
         if (hw::thread() < NB) hw::store(bad, hw::thread() * 4, 0u);
         if (hw::thread() < 2) hw::store(bad, (NB + hw::thread()) * 4, 0u);
-        if (hw::thread() == 0) hw::store(bad, FIRST_BAD, p.sizes.tokens);
-        hw::copy_commit();
     }
 
     // The first token that is not finite and that all later rows see: the first thread's.
     static constexpr uint32_t FIRST_BAD = (NB + 2) * 4;
     SFA_DEVICE uint32_t first_bad() const { return hw::load<uint32_t>(bad, FIRST_BAD); }
+    SFA_DEVICE void clear_first_bad() {
+        if (hw::thread() == 0) hw::store(bad, FIRST_BAD, p.sizes.tokens);
+    }
     SFA_DEVICE void note_bad(int token) {
         if (hw::thread() == 0) hw::store(bad, FIRST_BAD, min(first_bad(), uint32_t(token)));
     }
@@ -248,6 +270,6 @@ struct ForwardTiles {
     SFA_DEVICE void negate_queries() {
         for (uint32_t i = hw::thread(); i < Q_BYTES / 4; i += THREADS)
             hw::store(q, i * 4, hw::load<uint32_t>(q, i * 4) ^ 0x80008000u);
-        __syncthreads();
+        S::meet();
     }
 };

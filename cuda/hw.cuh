@@ -120,6 +120,9 @@ SFA_DEVICE X shuffle(X x, int lane) {
     return __shfl_sync(0xffffffffu, x, lane);
 }
 
+// A number that is the same in all lanes, which the compiler need not know.
+SFA_DEVICE int uniform(int x) { return shuffle(x, 0); }
+
 SFA_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x) != 0; }
 
 // ---- shared memory by byte offsets
@@ -322,6 +325,31 @@ SFA_DEVICE void copy_wait() {
 #endif
 }
 
+// Adds numbers of shared memory to neighbours in memory, whatever the order of others that do, without waiting. Bytes and both
+// places are multiples of 16.
+SFA_DEVICE void add_bulk(const Global<float>& target, int64_t index, const Tile& tile, uint32_t bytes) {
+#ifdef SFA_EMULATION
+    for (uint32_t i = 0; i < bytes / 4; i++) target.add(index + i, load<float>(tile, i * 4));
+#else
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(
+                     target.data + index),
+                 "r"(tile.address), "r"(bytes)
+                 : "memory");
+#endif
+}
+
+// Waits until what this thread adds has been read, or until it is added.
+SFA_DEVICE void wait_for_bulk_reads() {
+#ifndef SFA_EMULATION
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#endif
+}
+SFA_DEVICE void wait_for_bulk() {
+#ifndef SFA_EMULATION
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+#endif
+}
+
 // ---- tensor cores
 
 // Four 8x8 matrices of halves; lane l gives the byte offset of row l % 8 of matrix l / 8.
@@ -350,6 +378,21 @@ SFA_DEVICE void load_matrices_transposed(uint32_t (&fragment)[4], const Tile& ti
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
                  : "r"(tile.address + offset));
+#endif
+}
+
+// Four 8x8 matrices of halves, as `load_matrices` reads them.
+SFA_DEVICE void store_matrices(const Tile& tile, uint32_t offset, const uint32_t (&fragment)[4]) {
+#ifdef SFA_EMULATION
+    struct Lane {
+        uint32_t offset, fragment[4];
+    } mine{offset, {fragment[0], fragment[1], fragment[2], fragment[3]}};
+    const Lane* all = emu::gather(mine, "stmatrix", __builtin_LINE());
+    for (int m = 0; m < 4; m++) store(tile, all[m * 8 + emu::lane() / 4].offset + emu::lane() % 4 * 4, fragment[m]);
+#else
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(tile.address + offset), "r"(fragment[0]),
+                 "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
+                 : "memory");
 #endif
 }
 

@@ -98,7 +98,7 @@ struct ObserveBlock {
 
     SFA_DEVICE static void load(const hw::Tile& tile, const Halves& source, const Rows& rows, uint32_t batch,
                                 uint32_t head, int first, int count, uint32_t dim) {
-        load_rows<D, ROWS, THREADS, false>(tile, source, rows.at(batch, head, first), rows.token_stride, count, dim);
+        load_rows<Layout<D>, ROWS, THREADS, false>(tile, source, rows.at(batch, head, first), rows.token_stride, count, dim);
     }
 
     // Own rows times the first `count` of the others.

@@ -2,7 +2,7 @@
 # Prints a table of what ptxas makes of every kernel: registers, stack, spills.
 # Needs nvcc on the PATH (cuda/toolkit.sh sets one up).
 #
-#   cuda/ptxas.sh [80]     compute capability
+#   cuda/ptxas.sh [80]     compute capability; files for one alone keep theirs
 set -euo pipefail
 cd "$(dirname "$0")/.."
 arch=sm_${1:-80}
@@ -11,7 +11,9 @@ trap 'rm -rf "$work"' EXIT
 echo "| kernel ($arch) | registers | stack | spill stores | spill loads |"
 echo "| --- | ---: | ---: | ---: | ---: |"
 for file in cuda/*.cu; do
-  nvcc -std=c++17 -O3 -Icuda --gpu-architecture="$arch" -Xptxas -v --cubin -o "$work/out.cubin" "$file" 2>&1 |
+  of_file=$arch
+  case $file in *_sm90a.cu) of_file=sm_90a ;; esac
+  nvcc -std=c++17 -O3 -Icuda --gpu-architecture="$of_file" -Xptxas -v --cubin -o "$work/out.cubin" "$file" 2>&1 |
     awk '
       /Compiling entry function/ { split($0, part, "\x27"); name = part[2] }
       /bytes stack frame/ { stack = $1; stores = $5; loads = $9 }

@@ -30,6 +30,33 @@ fn wanted(setting: &Setting) -> bool {
     std::env::var("SFA_CASE").map_or(true, |part| setting.name.contains(&part))
 }
 
+/// Which of a dtype's kernels run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kernels {
+    Plain,
+    Deterministic,
+    Warpgroups,
+    /// Those of small blocks.
+    ShortWarpgroups,
+}
+
+impl Kernels {
+    const ALL: [Self; 4] = [
+        Self::Plain,
+        Self::Deterministic,
+        Self::Warpgroups,
+        Self::ShortWarpgroups,
+    ];
+
+    fn run<R>(self, run: impl FnOnce() -> R) -> R {
+        match self {
+            Self::Warpgroups => emulation::with_warpgroups(0, run),
+            Self::ShortWarpgroups => emulation::with_warpgroups(usize::MAX, run),
+            _ => run(),
+        }
+    }
+}
+
 /// Output and gradients of the table, as the kernels compute them and as those for nothing hidden do.
 fn check(dtype: DType, memory: Memory) -> Result<()> {
     let (mut worst, mut at) = (0.0, String::new());
@@ -41,28 +68,36 @@ fn check(dtype: DType, memory: Memory) -> Result<()> {
             let grad_output = Shape(batch, heads, heads, tokens, dim).qkv(seed as u64 + 77, dtype)?[2].clone();
             let expected = Expected::new(&qkv, &grad_output, setting, &options)?;
             let [q, k, v] = &laid_out(&qkv, memory)?;
-            // Gradients have kernels of their own for nothing hidden, and where sums must have one owner.
-            for (dense, deterministic) in [(false, false), (false, true), (true, false), (true, true)] {
-                if (dense && setting.strategy != MergeStrategy::Off) || (deterministic && dtype == DType::F32) {
+            // Gradients have kernels of their own for nothing hidden, and where sums must have one owner; halves have others for
+            // devices with warpgroups.
+            for (dense, kernels) in [false, true]
+                .into_iter()
+                .flat_map(|dense| Kernels::ALL.map(|kernels| (dense, kernels)))
+            {
+                if (dense && setting.strategy != MergeStrategy::Off)
+                    || (dtype == DType::F32 && kernels != Kernels::Plain)
+                {
                     continue;
                 }
+                // Those without warpgroups run then.
+                let extras = options.bias.is_some() || options.dropout.is_some();
+                if (extras || dim > 128) && matches!(kernels, Kernels::Warpgroups | Kernels::ShortWarpgroups) {
+                    continue;
+                }
+                let deterministic = kernels == Kernels::Deterministic;
                 let what = format!(
-                    "{} {shape:?} {dtype:?} {memory:?} dense {dense} deterministic {deterministic}",
+                    "{} {shape:?} {dtype:?} {memory:?} dense {dense} {kernels:?}",
                     setting.name
                 );
                 let options = AttentionOptions {
                     deterministic,
                     ..options.clone()
                 };
-                let pass = emulation::attend(
-                    [q, k, v],
-                    &expected.bits,
-                    &setting.config,
-                    &options,
-                    dense,
-                    Some(&grad_output),
-                )
-                .with_context(|| what.clone())?;
+                let attend = || {
+                    let (config, grad) = (&setting.config, Some(&grad_output));
+                    emulation::attend([q, k, v], &expected.bits, config, &options, dense, grad)
+                };
+                let pass = kernels.run(attend).with_context(|| what.clone())?;
                 let [dq, dk, dv] = &pass.gradients.context("gradients were asked for")?;
                 let share = expected.check(&what, [&pass.output, dq, dk, dv])?;
                 if share > worst {
@@ -117,6 +152,14 @@ fn golden_outputs_and_gradients_agree() -> Result<()> {
     Ok(())
 }
 
+/// Dtypes, and the kernels that are tried with numbers that are not finite.
+const BAD_CASES: [(DType, Kernels); 4] = [
+    (DType::F32, Kernels::Plain),
+    (DType::BF16, Kernels::Plain),
+    (DType::BF16, Kernels::Warpgroups),
+    (DType::BF16, Kernels::ShortWarpgroups),
+];
+
 /// A token that is not a number, or infinite, makes the rows that see it NaN throughout and touches no other row.
 #[test]
 fn bad_numbers_stay_where_they_are() -> Result<()> {
@@ -126,7 +169,7 @@ fn bad_numbers_stay_where_they_are() -> Result<()> {
         .iter()
         .filter(|setting| ["off", "off, window"].contains(&setting.name))
     {
-        for dtype in [DType::F32, DType::BF16] {
+        for (dtype, kernels) in BAD_CASES {
             for (part, bad) in [
                 (1, f64::NAN),
                 (1, f64::INFINITY),
@@ -148,7 +191,7 @@ fn bad_numbers_stay_where_they_are() -> Result<()> {
                     };
                     let run = |qkv: &[Tensor; 3]| -> Result<Vec<f64>> {
                         let inputs = [&qkv[0], &qkv[1], &qkv[2]];
-                        let pass = emulation::attend(inputs, &bits, &config, &options, dense, None)?;
+                        let pass = kernels.run(|| emulation::attend(inputs, &bits, &config, &options, dense, None))?;
                         Ok(values(&pass.output)?)
                     };
                     let (clean, got) = (run(&qkv)?, run(&broken)?);
@@ -160,7 +203,7 @@ fn bad_numbers_stay_where_they_are() -> Result<()> {
                             row >= token
                         };
                         let what = format!(
-                            "{} {fold:?} {dtype:?} part {part} {bad} dense {dense} row {row}",
+                            "{} {fold:?} {dtype:?} {kernels:?} part {part} {bad} dense {dense} row {row}",
                             setting.name
                         );
                         assert!(if sees { got.is_nan() } else { got == clean }, "{what}: {got}");
@@ -180,11 +223,8 @@ fn bad_numbers_of_dropped_tokens_stay_where_they_are() -> Result<()> {
     let bits: Vec<u8> = (0..2 * 299).map(|i| hides(i % 299).into()).collect();
     let bits = Tensor::from_vec(bits, (1, 2, 299), &Device::Cpu)?;
     let options = AttentionOptions::default();
-    for (dtype, group_rule) in [
-        (DType::F32, GroupRule::Unanimous),
-        (DType::BF16, GroupRule::Unanimous),
-        (DType::BF16, GroupRule::PerQueryHead),
-    ] {
+    let rules = [GroupRule::Unanimous, GroupRule::PerQueryHead];
+    for ((dtype, kernels), group_rule) in BAD_CASES.into_iter().flat_map(|case| rules.map(|rule| (case, rule))) {
         let config = CompressionConfig {
             fold: Fold::Drop,
             window,
@@ -193,7 +233,7 @@ fn bad_numbers_of_dropped_tokens_stay_where_they_are() -> Result<()> {
         };
         let run = |qkv: &[Tensor; 3]| -> Result<Vec<f64>> {
             let inputs = [&qkv[0], &qkv[1], &qkv[2]];
-            let pass = emulation::attend(inputs, &bits, &config, &options, false, None)?;
+            let pass = kernels.run(|| emulation::attend(inputs, &bits, &config, &options, false, None))?;
             Ok(values(&pass.output)?)
         };
         let qkv = shape.qkv(3, dtype)?;
@@ -211,7 +251,7 @@ fn bad_numbers_of_dropped_tokens_stay_where_they_are() -> Result<()> {
             for (index, (clean, got)) in clean.iter().zip(&run(&broken)?).enumerate() {
                 let row = index / shape.4 % 300;
                 let sees = row >= token && (!hides(token) || row <= token + window);
-                let what = format!("{dtype:?} {group_rule:?} token {token} part {part} {bad} row {row}");
+                let what = format!("{dtype:?} {kernels:?} {group_rule:?} token {token} part {part} {bad} row {row}");
                 assert!(if sees { got.is_nan() } else { got == clean }, "{what}: {got}");
             }
         }

@@ -28,6 +28,18 @@ fn a_correct_kernel_runs() -> Result<()> {
     Ok(())
 }
 
+/// One warp waits for the other by mbarriers, from phase to phase.
+#[test]
+fn threads_wait_for_one_another() -> Result<()> {
+    let input: Vec<f32> = (0..50).map(|i| i as f32).collect();
+    let output = emulation::run_broken("broken_not_by_mbarriers", &input, 1)?;
+    assert!(
+        output.iter().enumerate().all(|(i, x)| *x == (i % 32) as f32),
+        "{output:?}"
+    );
+    Ok(())
+}
+
 #[test]
 fn every_detector_detects() {
     for (kernel, expected) in [
@@ -62,6 +74,8 @@ fn every_detector_detects() {
         ("broken_read_only", "argument 0: expected a buffer to write"),
         ("broken_waits_late", "global buffer of 200 bytes: access before waiting"),
         ("broken_waits_in_part", "ends without waiting"),
+        ("broken_part_meets", "stuck: thread 0,0,0 waits in a named barrier"),
+        ("broken_too_few_arrive", "stuck: thread 0,0,0 waits in an mbarrier"),
         ("broken_no_such_kernel", "no kernel of this name"),
     ] {
         match emulation::run_broken(kernel, &[1.0; 50], 1) {

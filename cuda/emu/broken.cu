@@ -1,7 +1,7 @@
 // For the emulator's own tests: one kernel that is right, and one for each thing that the emulator must detect. All take
 // the same arguments: `in` and `out` of `n` floats each, 64 threads a block, 64 floats of shared memory.
-#include "hw.cuh"
 #include "kernel.cuh"
+#include "mbarrier.cuh"
 
 struct BrokenParams {
   unsigned n;
@@ -92,6 +92,36 @@ BROKEN(broken_waits_in_part) {
   out.set(threadIdx.x % p.n, in[threadIdx.x % p.n]);
 }
 
+// Of 64 threads half come to the barrier.
+BROKEN(broken_part_meets) {
+  if (threadIdx.x < 32) hw::meet<1, 64>();
+  out.set(threadIdx.x % p.n, 1.0f);
+}
+
+// 63 threads arrive where 64 are waited for.
+BROKEN(broken_too_few_arrive) {
+  hw::Mbarrier gate(0);
+  if (threadIdx.x == 0) gate.init(64);
+  __syncthreads();
+  if (threadIdx.x > 0) gate.arrive();
+  gate.wait(0);
+  out.set(threadIdx.x % p.n, 1.0f);
+}
+
+// 64 arrive, twice, and one warp waits for the other by name.
+BROKEN(broken_not_by_mbarriers) {
+  hw::Mbarrier gate(8);
+  if (threadIdx.x == 0) gate.init(32);
+  hw::meet<2, 64>();
+  Shared<float> shared = shared_memory<float>(16, 48);
+  for (int turn = 0; turn < 2; turn++) {
+    if (threadIdx.x < 32) shared.set(threadIdx.x, in[threadIdx.x % p.n]), gate.arrive();
+    else gate.wait(turn);
+    __syncthreads();
+  }
+  if (threadIdx.x < p.n) out.set(threadIdx.x, shared[threadIdx.x % 32]);
+}
+
 KERNEL broken_read_only(Global<float> in, Global<float> out, BrokenParams p) { in.set(0, 1.0f); }
 
 MODULE(broken,
@@ -99,4 +129,5 @@ MODULE(broken,
        ENTRY(broken_shared_bounds) ENTRY(broken_shared_size) ENTRY(broken_shared_unwritten)
        ENTRY(broken_global_unwritten) ENTRY(broken_misaligned) ENTRY(broken_early_return) ENTRY(broken_two_barriers)
        ENTRY(broken_half_warp) ENTRY(broken_missing_barrier) ENTRY(broken_unwritten_output) ENTRY(broken_read_only)
-       ENTRY(broken_waits_late) ENTRY(broken_waits_in_part))
+       ENTRY(broken_waits_late) ENTRY(broken_waits_in_part) ENTRY(broken_part_meets) ENTRY(broken_too_few_arrive)
+       ENTRY(broken_not_by_mbarriers))

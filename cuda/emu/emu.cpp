@@ -83,9 +83,9 @@ struct Context {
 
 // --- One launch -----------------------------------------------------------------------------------------------------
 
-constexpr size_t STACK_BYTES = 256 << 10, GUARD_BYTES = 4096, MEETING_BYTES = 256;
+constexpr size_t STACK_BYTES = 256 << 10, GUARD_BYTES = 4096, MEETING_BYTES = 512;
 
-enum class State { Ready, Barrier, Warp, Finished };
+enum class State { Ready, Barrier, Named, Progress, Warp, Finished };
 
 struct Fiber {
   Context context;
@@ -94,6 +94,8 @@ struct Fiber {
   // Where it waits.
   const char* what;
   int line;
+  // Of a named barrier.
+  unsigned number, threads;
   bool has_to_wait;
 };
 
@@ -115,6 +117,8 @@ struct Machine {
   size_t current = 0;
   // Whether the launch may start before the one before it ends.
   bool early = false;
+  // Whether something happened that threads may wait for.
+  bool progress = false;
   std::string error;
 
   ~Machine() {
@@ -167,6 +171,17 @@ void wait_for_previous() {
 
 void barrier(int line) { yield(State::Barrier, "__syncthreads", line); }
 
+void named_barrier(unsigned number, unsigned threads, int line) {
+  Machine& m = here();
+  Fiber& fiber = m.fibers[m.current];
+  fiber.number = number, fiber.threads = threads;
+  yield(State::Named, "a named barrier", line);
+}
+
+void wait_for_progress(const char* what, int line) { yield(State::Progress, what, line); }
+
+void note_progress() { here().progress = true; }
+
 const void* meet(const void* mine, size_t bytes, const char* what, int line) {
   Machine& m = here();
   if (bytes > MEETING_BYTES) fail("%s: a lane brings %zu bytes, at most %zu are possible", what, bytes, MEETING_BYTES);
@@ -215,6 +230,45 @@ static bool release(Machine& m, size_t begin, size_t end) {
   return true;
 }
 
+// Lets the threads of a named barrier go on to which as many have come as it waits for; whether there is one.
+static bool release_named(Machine& m) {
+  for (const Fiber& first : m.fibers) {
+    if (first.state != State::Named) continue;
+    auto here = [&](const Fiber& other) { return same_place(first, other) && first.number == other.number; };
+    size_t come = 0;
+    for (const Fiber& other : m.fibers) come += here(other);
+    if (come != first.threads) continue;
+    Fiber place = first;
+    for (Fiber& other : m.fibers)
+      if (same_place(place, other) && place.number == other.number) other.state = State::Ready;
+    return true;
+  }
+  return false;
+}
+
+// Lets those go on that wait for what others have done since; whether there are any.
+static bool release_progress(Machine& m) {
+  bool any = false;
+  for (Fiber& fiber : m.fibers) {
+    if (!m.progress || fiber.state != State::Progress) continue;
+    fiber.state = State::Ready;
+    any = true;
+  }
+  m.progress = false;
+  return any;
+}
+
+// Whether no thread waits for what no other will do; otherwise reports one.
+static bool none_stuck(Machine& m) {
+  for (const Fiber& fiber : m.fibers) {
+    if (fiber.state != State::Named && fiber.state != State::Progress) continue;
+    char text[160];
+    m.error = std::string("stuck: ") + describe(fiber, text, sizeof text) + ", and no other thread can go on";
+    return false;
+  }
+  return true;
+}
+
 // Runs one warp until all of its lanes wait for the block or have finished.
 static bool run_warp(Machine& m, size_t begin, bool descending) {
   for (;;) {
@@ -254,7 +308,8 @@ static bool run_block(Machine& m) {
     bool waiting = false;
     for (const Fiber& fiber : m.fibers) waiting |= fiber.state != State::Finished;
     if (!waiting) return true;
-    if (!release(m, 0, threads)) return false;
+    if (release_progress(m) || release_named(m)) continue;
+    if (!none_stuck(m) || !release(m, 0, threads)) return false;
   }
 }
 

@@ -3,7 +3,7 @@
 //
 // Proves index arithmetic, masks and numerics. Detects accesses outside of a buffer or of shared memory, reads of memory
 // that nothing has written, writes through a read-only argument, misaligned vectors, and barriers or collectives that
-// not every thread reaches; and of launches that start early, threads that touch memory or end before they have waited.
+// not every thread reaches, or that nobody comes to; and of launches that start early, threads that touch memory or end before they have waited.
 // Threads run in ascending order in even blocks and in descending order in odd ones, so that a missing barrier changes
 // results. It knows nothing of asynchronous copies' order or of speed.
 #pragma once
@@ -56,6 +56,12 @@ struct Argument {
 
 // Waits for every thread of the block.
 void barrier(int line);
+// Waits until `threads` threads have come to the barrier of this number, which is not 0.
+void named_barrier(unsigned number, unsigned threads, int line);
+// Lets other threads run, until `note_progress` was called: for loops that wait for what they write. It is an error where all
+// others wait, too.
+void wait_for_progress(const char* what, int line);
+void note_progress();
 // Waits for every lane of the warp; returns what all 32 lanes brought, `bytes` each, valid until the second call after
 // this one.
 const void* meet(const void* mine, size_t bytes, const char* what, int line);

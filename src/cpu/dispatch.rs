@@ -21,7 +21,7 @@ pub(crate) fn choose<T: Copy>(variable: &str, known: &[(&'static str, T)], other
         None => {
             let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
             Err(format!(
-                "{variable}: expected one of {names:?}, which this CPU has, got {wanted:?}; unset it"
+                "{variable}: expected one of {names:?}, which this machine has, got {wanted:?}; unset it"
             ))
         }
     }

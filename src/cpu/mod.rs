@@ -32,6 +32,8 @@ mod tasks;
 mod transpose;
 
 pub(crate) use dispatch::{arch, check_environment};
+#[cfg(feature = "cuda")]
+pub(crate) use dispatch::{choose, Choice};
 pub(crate) use element::{Accumulator, Element};
 
 use crate::problem::RowLayout;

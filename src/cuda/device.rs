@@ -1,6 +1,6 @@
 //! [`Gpu`] on a CUDA device, on candle's own stream.
 
-use super::gpu::{Gpu, Kernel, Launch, Number, Params};
+use super::gpu::{warpgroups_wanted, Gpu, Kernel, Launch, Number, Params};
 use candle_core::cuda_backend::cudarc::driver::{
     sys::{
         cuLaunchKernelEx, CUdevice_attribute_enum, CUdeviceptr, CUfunction_attribute_enum, CUlaunchAttribute,
@@ -19,6 +19,12 @@ const SHARED_BYTES_AS_IS: usize = 48 << 10;
 
 /// The PTX from which on kernels wait by themselves for the launch before: `hw::wait_for_previous` is nothing below.
 const WAITS_BY_ITSELF: i32 = 90;
+
+/// The one capability that runs PTX for sm_90a.
+const HAS_WARPGROUPS: (i32, i32) = (9, 0);
+
+/// The most tokens for which more and smaller blocks are faster: `forward_wgmma_short_64` and its like.
+const SHORT: usize = 1024;
 
 /// A device, with its stream held so that arguments can borrow it.
 pub(crate) struct Cuda {
@@ -93,6 +99,13 @@ impl Gpu for Cuda {
         let attribute = CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let count = self.stream.context().attribute(attribute);
         usize::try_from(count.map_err(candle_core::Error::wrap)?).map_err(candle_core::Error::wrap)
+    }
+
+    fn warpgroups(&self) -> Result<Option<usize>> {
+        let context = self.stream.context();
+        let (major, minor) = context.compute_capability().map_err(candle_core::Error::wrap)?;
+        let has = (major, minor) == HAS_WARPGROUPS && warpgroups_wanted()?;
+        Ok(has.then_some(SHORT))
     }
 
     fn read<'a, T: Number>(&'a self, slice: &'a CudaSlice<T>) -> CudaArg<'a> {

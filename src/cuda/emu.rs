@@ -2,10 +2,28 @@
 
 use super::gpu::{Gpu, Kernel, Launch, Number, Params};
 use candle_core::{bail, Result};
+use std::cell::Cell;
 use std::ffi::{c_char, c_int, c_void, CStr, CString};
 use std::marker::PhantomData;
 
-/// The emulator. It has no state.
+thread_local! {
+    static WARPGROUPS: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+/// Runs a closure on a device that has warpgroups (capability 9.0), as far as this thread's launches know; up to `short` tokens
+/// the kernels of small blocks run.
+pub(crate) fn with_warpgroups<R>(short: usize, run: impl FnOnce() -> R) -> R {
+    struct Restored(Option<usize>);
+    impl Drop for Restored {
+        fn drop(&mut self) {
+            WARPGROUPS.set(self.0);
+        }
+    }
+    let _restored = Restored(WARPGROUPS.replace(Some(short)));
+    run()
+}
+
+/// The emulator. What it is besides [`with_warpgroups`] is the same everywhere.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Emulator;
 
@@ -130,8 +148,13 @@ impl Gpu for Emulator {
     }
 
     fn multiprocessors(&self) -> Result<usize> {
-        // Those of an H100: what is split there is split here.
-        Ok(132)
+        // Those of an H100: what is split there is split here. Blocks for warpgroups take one piece of work after the other, also
+        // where a test has few.
+        Ok(if WARPGROUPS.get().is_some() { 3 } else { 132 })
+    }
+
+    fn warpgroups(&self) -> Result<Option<usize>> {
+        Ok(WARPGROUPS.get())
     }
 
     fn read<'a, T: Number>(&'a self, slice: &'a EmuSlice<T>) -> EmuArg<'a> {

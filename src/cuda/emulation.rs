@@ -42,6 +42,12 @@ pub fn run_broken(name: &str, input: &[f32], blocks: usize) -> Result<Vec<f32>> 
     target.download()
 }
 
+/// Runs a closure, whose launches take the kernels for warpgroups (wgmma) where there are such; up to `short` tokens those of
+/// small blocks.
+pub fn with_warpgroups<R>(short: usize, run: impl FnOnce() -> R) -> R {
+    super::emu::with_warpgroups(short, run)
+}
+
 /// A tensor where the emulator finds it.
 pub(super) type Held<T> = (EmuSlice<T>, RowLayout);
 

@@ -1,7 +1,9 @@
-//! Launches of `cuda/forward.cu`, `forward_listed.cu`, `forward_spread.cu` and `forward_f32.cu`: attention over the columns that folding left.
+//! Launches of `cuda/forward.cu`, `forward_listed.cu`, `forward_sm90a.cu`, `forward_spread.cu` and `forward_f32.cu`: attention
+//! over the columns that folding left.
 
 use super::backward::padded;
 use super::gpu::{Gpu, GpuElement, Kernel, Launch};
+use super::instance::{Instance, THREADS};
 use super::params::{AttentionParams, DropoutParams, Rows, Sizes};
 use crate::config::AttentionOptions;
 use crate::problem::{Problem, RowLayout};
@@ -179,53 +181,9 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
     }
 }
 
-/// One instance of the tensor-core kernel.
-struct Instance {
-    name: &'static str,
-    /// Of the kernel's template: padded head size, rows of a block, columns of a tile.
-    dim: usize,
-    rows: usize,
-    columns: usize,
-    listed: bool,
-}
-
 /// Head sizes to this have kernels that read raw tokens by their lists.
 pub(super) const LARGEST_LISTED: usize = 128;
 
-impl Instance {
-    /// The smallest that holds the head size; as `FORWARD_DTYPE` in cuda/forward.cu and forward_listed.cu has them.
-    fn pick(head_dim: usize, extras: bool, listed: bool) -> Self {
-        let (name, dim, rows, columns) = match (head_dim, extras, listed) {
-            (..=64, _, true) => ("forward_listed_64", 64, 128, 64),
-            (..=96, _, true) => ("forward_listed_96", 96, 128, 32),
-            (_, _, true) => ("forward_listed_128", 128, 128, 64),
-            (..=64, false, _) => ("forward_64", 64, 128, 64),
-            (..=96, false, _) => ("forward_96", 96, 128, 32),
-            (..=128, false, _) => ("forward_128", 128, 128, 64),
-            (_, false, _) => ("forward_256", 256, 64, 32),
-            (..=64, true, _) => ("forward_64_extras", 64, 128, 32),
-            (..=128, true, _) => ("forward_128_extras", 128, 64, 32),
-            (_, true, _) => ("forward_256_extras", 256, 64, 32),
-        };
-        Self {
-            name,
-            dim,
-            rows,
-            columns,
-            listed,
-        }
-    }
-
-    /// Queries, two buffers of keys, values and words, the marks of columns that are not finite, what is the same for a
-    /// block, and what rows see.
-    fn shared_bytes(&self) -> usize {
-        let seen = if self.listed { 8 * self.rows } else { 0 };
-        2 * self.dim * (self.rows + 4 * self.columns) + 2 * 4 * self.columns + 4 * (self.columns + 4) + 48 + seen
-    }
-}
-
-/// Threads of a block of every forward kernel.
-const THREADS: usize = 128;
 /// `SPREAD_WARPS` of `cuda/forward_spread.cu`.
 const SPREAD_THREADS: usize = 8 * 32;
 /// Rows of a block of the f32 kernels.
@@ -260,14 +218,20 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
         }),
         false => None,
     };
-    let (name, block_rows, shared_bytes) = match T::HALF {
+    let instance = match T::HALF {
         true => {
-            let instance = Instance::pick(head_dim, call.extras(), call.listed());
-            let shared_bytes = instance.shared_bytes();
-            (instance.name.to_string(), instance.rows, shared_bytes)
+            // Where every tile is searched for numbers that are not finite warpgroups have no advantage.
+            let searches = params.dense == 1 && params.causal == 0;
+            let short = match searches || call.extras() {
+                true => None,
+                false => gpu.warpgroups()?,
+            };
+            let warpgroups = short.and_then(|short| Instance::by_warpgroups(head_dim, tokens, call.listed(), short));
+            Some(warpgroups.unwrap_or_else(|| Instance::pick(head_dim, call.extras(), call.listed())))
         }
-        false => (format!("forward_{}", padded(head_dim)), F32_ROWS, 0),
+        false => None,
     };
+    let block_rows = instance.as_ref().map_or(F32_ROWS, |instance| instance.rows);
     let blocks = tokens.div_ceil(block_rows);
     // Only where the tensor-core kernels attend to raw tokens throughout is this left to a second kernel.
     let mut first_bad = match T::HALF && (params.dense | params.listed) == 1 && params.causal == 1 {
@@ -288,10 +252,23 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
         args.push(gpu.write_some(first_bad.as_mut()));
     }
     args.push(gpu.value(&params));
-    let launch = Launch {
-        grid: [rows * blocks, 1, 1],
-        threads: THREADS,
-        shared_bytes,
+    let (name, launch) = match &instance {
+        Some(instance) => {
+            let launch = Launch {
+                grid: [instance.grid(gpu, rows * blocks)?, 1, 1],
+                threads: instance.threads(),
+                shared_bytes: instance.shared_bytes(),
+            };
+            (instance.name.to_string(), launch)
+        }
+        None => {
+            let launch = Launch {
+                grid: [rows * blocks, 1, 1],
+                threads: THREADS,
+                shared_bytes: 0,
+            };
+            (format!("forward_{}", padded(head_dim)), launch)
+        }
     };
     gpu.launch(&Kernel::of::<T>(&name).early(), launch, &args)?;
     drop(args);

@@ -1,8 +1,12 @@
 //! What launchers need of a GPU: buffers, and launches of kernels by name.
 
+#[cfg(feature = "cuda")]
+use crate::cpu::{choose, Choice};
 use crate::problem::RowLayout;
 use candle_core::{Result, WithDType};
 use half::{bf16, f16};
+#[cfg(feature = "cuda")]
+use std::sync::LazyLock;
 
 /// What a buffer holds: every bit pattern is a value.
 pub(crate) trait Number: WithDType + DeviceNumber {}
@@ -102,6 +106,20 @@ impl Launch {
     }
 }
 
+/// Whether kernels for warpgroups may be chosen: unless the environment variable says "off".
+///
+/// # Errors
+/// Another value of the variable than "on" and "off".
+#[cfg(feature = "cuda")]
+pub(crate) fn warpgroups_wanted() -> Result<bool> {
+    static WANTED: LazyLock<Choice<bool>> =
+        LazyLock::new(|| choose("SFATTENTION_WGMMA", &[("on", true), ("off", false)], true));
+    match &*WANTED {
+        Ok(wanted) => Ok(*wanted),
+        Err(message) => candle_core::bail!("{message}"),
+    }
+}
+
 /// A struct that a kernel takes by value.
 ///
 /// # Safety
@@ -147,6 +165,13 @@ pub(crate) trait Gpu {
     /// # Errors
     /// What the driver reports.
     fn multiprocessors(&self) -> Result<usize>;
+
+    /// Whether it is built for products of warpgroups (wgmma): kernels of `cuda/*_sm90a.cu` run then. Up to so many tokens those
+    /// of small blocks do.
+    ///
+    /// # Errors
+    /// What the driver reports, or a value of `SFATTENTION_WGMMA` that means nothing.
+    fn warpgroups(&self) -> Result<Option<usize>>;
 
     /// Starts a kernel; does not wait for it.
     ///

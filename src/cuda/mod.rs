@@ -21,6 +21,7 @@ pub mod emulation;
 pub(crate) mod fold;
 pub(crate) mod forward;
 pub(crate) mod gpu;
+mod instance;
 pub(crate) mod loss;
 pub(crate) mod observe;
 mod params;

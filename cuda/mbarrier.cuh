@@ -1,0 +1,72 @@
+// Where a part of a block's threads meets, or waits for what others do: named barriers and mbarriers.
+//
+// Sources: PTX ISA 8.0, sections 9.7.12 (bar.sync, mbarrier) and 9.7.8.22 (cp.async).
+#pragma once
+
+#include "hw.cuh"
+
+namespace hw {
+
+// Where THREADS threads meet, whole warps; NUMBER is 1 to 15, __syncthreads has 0.
+template <int NUMBER, int THREADS>
+SFA_DEVICE void meet() {
+#ifdef SFA_EMULATION
+    emu::named_barrier(NUMBER, THREADS, __builtin_LINE());
+#else
+    asm volatile("bar.sync %0, %1;" ::"n"(NUMBER), "n"(THREADS) : "memory");
+#endif
+}
+
+// An mbarrier: 8 bytes of shared memory that count arrivals, from phase to phase. Whoever waits for the end of a phase names
+// its parity, the first one's being 0.
+struct Mbarrier {
+    static constexpr uint32_t BYTES = 8;
+    Tile word;
+
+    SFA_DEVICE Mbarrier(uint32_t offset) : word(tile(offset, BYTES)) {}
+
+    // By one thread, before the block meets. `count`: the arrivals of a phase.
+    SFA_DEVICE void init(uint32_t count) const {
+#ifdef SFA_EMULATION
+        store(word, 0, uint2{count << 16 | count, 0});
+#else
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(word.address), "r"(count) : "memory");
+#endif
+    }
+
+    SFA_DEVICE void arrive() const {
+#ifdef SFA_EMULATION
+        uint2 state = load<uint2>(word, 0);
+        state.x--;
+        if ((state.x & 0xffff) == 0) state.x |= state.x >> 16, state.y++;
+        store(word, 0, state);
+        emu::note_progress();
+#else
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(word.address) : "memory");
+#endif
+    }
+
+    // The same once all copies that this thread has started are there.
+    SFA_DEVICE void arrive_after_copies() const {
+#ifdef SFA_EMULATION
+        arrive();
+#else
+        asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(word.address) : "memory");
+#endif
+    }
+
+    // Waits for the end of the last phase of this parity; the one before the first has ended.
+    SFA_DEVICE void wait(uint32_t parity) const {
+#ifdef SFA_EMULATION
+        while ((load<uint2>(word, 0).y & 1) == parity) emu::wait_for_progress("an mbarrier", __builtin_LINE());
+#else
+        asm volatile(
+            "{\n.reg .pred p;\nretry:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra retry;\ndone:\n}\n" ::"r"(
+                word.address),
+            "r"(parity)
+            : "memory");
+#endif
+    }
+};
+
+}  // namespace hw

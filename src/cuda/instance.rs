@@ -1,0 +1,111 @@
+//! The instances of the tensor-core forward kernels, and which of them a call takes.
+
+use super::gpu::Gpu;
+use candle_core::Result;
+
+/// One instance of a tensor-core kernel: its template's padded head size, rows of a block, columns of a tile.
+pub(super) struct Instance {
+    pub name: &'static str,
+    dim: usize,
+    pub rows: usize,
+    columns: usize,
+    listed: bool,
+    warpgroups: Option<Warpgroups>,
+}
+
+/// Of kernels by warpgroups: the threads of a block that load; and how many blocks of a multiprocessor take one block of rows
+/// after the other, or 0 where each takes one.
+#[derive(Clone, Copy)]
+struct Warpgroups {
+    producers: usize,
+    at_a_time: usize,
+}
+
+impl Instance {
+    /// The smallest that holds the head size; as `FORWARD_DTYPE` in cuda/forward.cu and forward_listed.cu has them.
+    pub fn pick(head_dim: usize, extras: bool, listed: bool) -> Self {
+        let (name, dim, rows, columns) = match (head_dim, extras, listed) {
+            (..=64, _, true) => ("forward_listed_64", 64, 128, 64),
+            (..=96, _, true) => ("forward_listed_96", 96, 128, 32),
+            (_, _, true) => ("forward_listed_128", 128, 128, 64),
+            (..=64, false, _) => ("forward_64", 64, 128, 64),
+            (..=96, false, _) => ("forward_96", 96, 128, 32),
+            (..=128, false, _) => ("forward_128", 128, 128, 64),
+            (_, false, _) => ("forward_256", 256, 64, 32),
+            (..=64, true, _) => ("forward_64_extras", 64, 128, 32),
+            (..=128, true, _) => ("forward_128_extras", 128, 64, 32),
+            (_, true, _) => ("forward_256_extras", 256, 64, 32),
+        };
+        Self {
+            name,
+            dim,
+            rows,
+            columns,
+            listed,
+            warpgroups: None,
+        }
+    }
+
+    /// The one by warpgroups, if there is one that is faster, as `FORWARD_DTYPE` in cuda/forward_sm90a.cu has them. `short`: the
+    /// most tokens for which more and smaller blocks are faster.
+    pub fn by_warpgroups(head_dim: usize, tokens: usize, listed: bool, short: usize) -> Option<Self> {
+        let (name, dim, rows, columns, producers, at_a_time) = match (head_dim, listed) {
+            // Of lists half the tiles of short calls are masked ones, in which the others' smaller tiles waste less.
+            (..=64, true) if tokens <= 4 * short => return None,
+            (..=64, true) => ("forward_wgmma_listed_64", 64, 192, 128, 128, 1),
+            // Three of these run on a multiprocessor, of which an early launch would not find places for all.
+            (..=64, false) if tokens <= short => ("forward_wgmma_short_64", 64, 64, 64, 32, 0),
+            (..=64, false) => ("forward_wgmma_64", 64, 192, 128, 128, 1),
+            (..=128, true) if tokens <= short => ("forward_wgmma_short_listed_128", 128, 64, 64, 64, 2),
+            (..=128, true) => ("forward_wgmma_listed_128", 128, 128, 128, 128, 1),
+            (..=128, false) => ("forward_wgmma_128", 128, 128, 128, 128, 1),
+            _ => return None,
+        };
+        Some(Self {
+            name,
+            dim,
+            rows,
+            columns,
+            listed,
+            warpgroups: Some(Warpgroups { producers, at_a_time }),
+        })
+    }
+
+    /// Four warps, or a warpgroup for each 64 rows and those that load.
+    pub fn threads(&self) -> usize {
+        self.warpgroups
+            .map_or(THREADS, |warpgroups| 2 * self.rows + warpgroups.producers)
+    }
+
+    /// As `ForwardTiles` has it: queries, two buffers of keys and values, words of a few tiles, the marks of columns that are
+    /// not finite, what is the same for a block and what its rows see; for warpgroups the output on its way, the facts of two
+    /// blocks, what is to be done again, and mbarriers.
+    pub fn shared_bytes(&self) -> usize {
+        let queries = 2 * self.dim * self.rows;
+        let (output, words, slots, notes) = match self.warpgroups {
+            Some(_) => (queries, 4, 2, 4 * (4 + 32) + 8 * (4 * 2 + 2)),
+            None => (0, 2, 1, 0),
+        };
+        let facts = 48 + if self.listed { 8 * self.rows } else { 0 };
+        let tiles = 4 * 2 * self.dim * self.columns + words * 4 * self.columns;
+        queries + tiles + output + 4 * (self.columns + 4) + slots * facts + notes
+    }
+
+    /// Blocks of a grid for so many blocks of rows. By warpgroups, as many as run at a time take several, and load the next
+    /// one's while they end one; where there are more than go together (`QUEUE` in cuda/forward_wgmma.cuh) the device hands
+    /// them out, which keeps blocks of unlike length in balance.
+    pub fn grid(&self, gpu: &impl Gpu, blocks: usize) -> Result<usize> {
+        match self.warpgroups {
+            Some(Warpgroups { at_a_time, .. }) if at_a_time > 0 && blocks <= TOGETHER => {
+                Ok(blocks.min(at_a_time * gpu.multiprocessors()?))
+            }
+            _ => Ok(blocks),
+        }
+    }
+}
+
+/// Blocks of rows by warpgroups that go together, the longest first.
+const TOGETHER: usize = 2048;
+
+/// Threads of a block of the forward kernels that have no warpgroups.
+pub(super) const THREADS: usize = 128;
