@@ -3,22 +3,16 @@
 // queries get from them is added to memory as it comes, so that the last bits of theirs differ from run to run.
 #pragma once
 
-#include "backward_block.cuh"
-
-// Where gradients of columns go: sums for the fold to take home, or, where columns are tokens, done as they are. Either
-// way where LISTED at their tokens.
-struct ColumnTarget {
-    Global<float> sums;
-    Global<uint16_t> done;
-};
+#include "backward_columns.cuh"
 
 // WARPS warps, SPLIT (1 or 2) of them for each 16 * MT columns: they share out the rows of a tile, of NB, for logits, and D
-// for keys and values, and meet for each other's weights. LISTED (see params.cuh): columns are tokens that stay, or `near` in
-// this file's terms, hidden ones.
-template <class T, int D, int MT, int WARPS, int SPLIT, int NB, bool LISTED>
-struct FusedGradients {
-    static constexpr bool IS_LISTED = LISTED;
-    static constexpr int THREADS = 32 * WARPS, COLUMNS = 16 * MT * WARPS / SPLIT, R = 2 * MT;
+// for keys and values, and meet for each other's weights.
+template <class T, int D, int MT, int WARPS, int SPLIT, int NB, bool BY_LISTS>
+struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
+    typedef OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> Owned;
+    using Owned::p, Owned::x, Owned::batch, Owned::list, Owned::first, Owned::count, Owned::words;
+    using Owned::COLUMNS, Owned::LISTED;
+    static constexpr int THREADS = 32 * WARPS, R = 2 * MT, TOGETHER = 512;
     // A warp's rows and numbers.
     static constexpr int OWN_ROWS = NB / SPLIT, NT = OWN_ROWS / 8, WIDTH = D / SPLIT;
     // Where columns are one warp's alone, what the queries get of a tile is added up while the next one is computed: the
@@ -33,36 +27,17 @@ struct FusedGradients {
     static constexpr int PART = D * 2 / WARPS, MQ = NB / 32;
     static_assert(NB % 32 == 0 && PART % 16 == 0, "half of the warps per half of the rows");
 
-    const AttentionParams& p;
-    const BackwardTensors& x;
-    bool near;
-    uint32_t batch, kv_head;
-    int64_t list;
-    int first, count;
-    hw::Tile k, v, words;
+    hw::Tile k, v;
     Fragments<D> own_columns, row_rows, right_rows;
     Fragments<NB> logit_rows;
     float dk[MT][WIDTH / 8][4], dv[MT][WIDTH / 8][4];
     int lane, warp;
 
-    // `unit`: batch * lists + list; `block`: of its columns.
     SFA_DEVICE FusedGradients(const AttentionParams& p, const BackwardTensors& x, uint32_t unit, uint32_t block, bool is_near)
-        : p(p), x(x), near(is_near), list(unit), first(int(block) * COLUMNS), own_columns(false, threadIdx.x / 32 / SPLIT * 16 * MT),
+        : Owned(p, x, unit, block, is_near, WORDS_AT), own_columns(false, threadIdx.x / 32 / SPLIT * 16 * MT),
           row_rows(true, threadIdx.x / 32 % SPLIT * OWN_ROWS), right_rows(false, 0), logit_rows(true, 0),
           lane(threadIdx.x % 32), warp(threadIdx.x / 32) {
-        int64_t tokens = p.sizes.tokens;
-        int columns = near || p.dense ? int(tokens) : int(x.far_before[list * (tokens + 1) + tokens]);
-        if (LISTED) {
-            // Blocks of tokens that stay come first: most rows see these.
-            int stay_end = (columns + COLUMNS - 1) / COLUMNS * COLUMNS;
-            near = first >= stay_end;
-            if (near) first -= stay_end, columns = int(tokens) - columns;
-        }
-        count = min(COLUMNS, columns - first);
-        batch = unit / p.sizes.lists;
-        kv_head = unit % p.sizes.lists / (p.sizes.lists / p.sizes.kv_heads);
         k = hw::tile(0, OWN), v = hw::tile(OWN, OWN);
-        words = hw::tile(WORDS_AT, COLUMNS * 16);
 #pragma unroll
         for (int i = 0; i < MT * WIDTH / 2; i++)
             dk[i / (WIDTH / 2)][i / 4 % (WIDTH / 8)][i % 4] = 0, dv[i / (WIDTH / 2)][i / 4 % (WIDTH / 8)][i % 4] = 0;
@@ -71,37 +46,6 @@ struct FusedGradients {
     // The warp's first column in the block and its first row in a tile.
     SFA_DEVICE int own_column() const { return warp / SPLIT * 16 * MT; }
     SFA_DEVICE int own_row() const { return warp % SPLIT * OWN_ROWS; }
-
-    SFA_DEVICE ColumnRows rows_of(int column) const {
-        if constexpr (!LISTED) return ColumnRows(p, x.far_before, x.far_index, x.far_ln, list, column, near);
-        int tokens = int(p.sizes.tokens);
-        if (column >= first + count) return ColumnRows{tokens, tokens, tokens, 0};
-        int token = int(x.far_index[list * p.capacity + (near ? tokens - 1 - column : column)]);
-        return ColumnRows{token, token, near ? min(tokens, token + int(p.window) + 1) : tokens, 0};
-    }
-
-    SFA_DEVICE void load_columns() {
-        uint32_t dim = p.sizes.head_dim;
-        if (threadIdx.x < COLUMNS) {
-            ColumnRows mine = rows_of(first + threadIdx.x);
-            uint4 word{uint32_t(mine.token), uint32_t(mine.begin), uint32_t(mine.end), __float_as_uint(mine.addend)};
-            hw::store(words, threadIdx.x * 16, word);
-        }
-        if constexpr (LISTED) {
-            __syncthreads();
-            int64_t key = p.k.at(batch, kv_head, 0), value = p.v.at(batch, kv_head, 0);
-            TokensInMemory tokens{words, 16};
-            load_listed_rows<Layout<D>, COLUMNS, THREADS, false>(k, x.k, key, uint32_t(p.k.token_stride), tokens, count, dim);
-            load_listed_rows<Layout<D>, COLUMNS, THREADS, false>(v, x.v, value, uint32_t(p.v.token_stride), tokens, count, dim);
-            return;
-        }
-        bool raw = near || p.dense;
-        int64_t index = (list * p.capacity + first) * dim;
-        int64_t key = raw ? p.k.at(batch, kv_head, first) : index, value = raw ? p.v.at(batch, kv_head, first) : index;
-        int64_t key_stride = raw ? p.k.token_stride : dim, value_stride = raw ? p.v.token_stride : dim;
-        load_rows<Layout<D>, COLUMNS, THREADS, false>(k, raw ? x.k : x.far_k, key, key_stride, count, dim);
-        load_rows<Layout<D>, COLUMNS, THREADS, false>(v, raw ? x.v : x.far_v, value, value_stride, count, dim);
-    }
 
     // Whether a row of the tile may see one of `columns` columns from `own` on: both borders only ever rise.
     SFA_DEVICE bool seen(int own, int columns, int row) const {
@@ -313,8 +257,7 @@ struct FusedGradients {
         for (int r = 0; r < R; r++) {
             int column = own_column() + r * 8 + lane / 4;
             if (column >= count) continue;
-            int index = LISTED ? hw::load<int>(words, column * 16) : first + column;
-            int64_t at = (list * p.sizes.tokens + index) * p.sizes.head_dim;
+            int64_t at = this->target_of(column);
 #pragma unroll
             for (int d = 0; d < WIDTH / 8; d++) {
                 uint32_t element = warp % SPLIT * WIDTH + d * 8 + lane % 4 * 2;
@@ -328,9 +271,9 @@ struct FusedGradients {
 
     SFA_DEVICE void run(const Global<float>& dq, const ColumnTarget& keys, const ColumnTarget& values) {
         if (count <= 0) return;
-        load_columns();
+        this->template load_columns<Layout<D>, THREADS>(k, v, [] { __syncthreads(); });
         hw::copy_commit();
-        ColumnRows head_column = rows_of(first), last = rows_of(first + count - 1);
+        ColumnRows head_column = this->rows_of(first), last = this->rows_of(first + count - 1);
         int begin = head_column.begin / NB * NB, end = last.end, full_end = head_column.end - NB;
         bool plain = count == COLUMNS && !x.bias && p.dropout_cut == 0;
         uint32_t heads = p.sizes.heads / p.sizes.lists, head = uint32_t(list) % p.sizes.lists * heads, last_head = head + heads;
@@ -364,19 +307,3 @@ struct FusedGradients {
         store(values, dv, 1.f);
     }
 };
-
-template <class Gradients>
-__device__ __forceinline__ void fused(const BackwardTensors& x, const Global<float>& dq, const ColumnTarget& dk,
-                                      const ColumnTarget& dv, const AttentionParams& p, bool near) {
-    hw::let_next_start();
-    hw::wait_for_previous();
-    // Of listed columns there are two kinds, each with a last block of its own.
-    uint32_t blocks = (p.sizes.tokens + Gradients::COLUMNS - 1) / Gradients::COLUMNS + Gradients::IS_LISTED;
-    // Two blocks for each that a device runs at a time: of a unit there are rows and their gradients to hold in L2 too.
-    Place place(blockIdx.x, blocks, p.sizes.batch * p.sizes.lists, 512);
-    Gradients(p, x, place.unit, place.block, near).run(dq, dk, dv);
-}
-
-#define TARGETS                                                                                                       \
-    Global<float> dq, Global<float> dk, Global<float> dv, Global<uint16_t> done_k, Global<uint16_t> done_v,           \
-        AttentionParams p

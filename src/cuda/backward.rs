@@ -1,8 +1,9 @@
-//! Launches of `cuda/backward.cu`, `backward_fused.cu`, `backward_listed.cu` and `backward_f32.cu`: gradients of the
-//! columns and of the (folded) queries.
+//! Launches of `cuda/backward.cu`, `backward_fused.cu`, `backward_listed.cu`, `backward_sm90a.cu` and `backward_f32.cu`:
+//! gradients of the columns and of the (folded) queries.
 
 use super::fold::rows_of_warp;
 use super::forward::{AttentionCall, Saved};
+use super::fused::{Fused, COLUMNS};
 use super::gpu::{Gpu, GpuElement, Kernel, Launch};
 use super::params::AttentionParams;
 use crate::config::AttentionOptions;
@@ -56,7 +57,7 @@ enum ColumnTargets<'a, G: Gpu, T: GpuElement> {
 /// # Errors
 /// What the driver reports.
 pub(crate) fn fuses<G: Gpu, T: GpuElement>(gpu: &G, problem: &Problem, options: &AttentionOptions) -> Result<bool> {
-    Ok(Fused::on::<G, T>(gpu, problem, options)?.is_some())
+    Ok(Fused::on::<G, T>(gpu, problem, options, has_extras(options))?.is_some())
 }
 
 /// The fewest tokens for which query heads are taken apart.
@@ -68,53 +69,18 @@ const APART_TOKENS: usize = 256;
 /// # Errors
 /// What the driver reports.
 pub(crate) fn lists<G: Gpu, T: GpuElement>(gpu: &G, problem: &Problem, options: &AttentionOptions) -> Result<usize> {
-    let Some(fused) = Fused::on::<G, T>(gpu, problem, options)? else {
+    let Some(fused) = Fused::on::<G, T>(gpu, problem, options, has_extras(options))? else {
         return Ok(problem.kv_heads);
     };
     let blocks = problem.batch * problem.kv_heads * problem.tokens.div_ceil(COLUMNS);
-    // Registers leave a multiprocessor this many threads.
-    let at_a_time = gpu.multiprocessors()? * (256 / fused.threads);
+    let at_a_time = gpu.multiprocessors()? * fused.at_a_time();
     let few = problem.tokens >= APART_TOKENS && blocks < 2 * at_a_time;
     Ok(if few { problem.heads } else { problem.kv_heads })
 }
 
-/// Columns of a block of the fused kernels.
-const COLUMNS: usize = 128;
-
-/// One instance of the fused kernels: as in `cuda/backward_fused.cu` and `backward_listed.cu`.
-struct Fused {
-    dim: usize,
-    threads: usize,
-    /// Of a tile.
-    rows: usize,
-}
-
-impl Fused {
-    /// None where every sum must have one owner, and where no fused kernel is.
-    fn pick<T: GpuElement>(problem: &Problem, options: &AttentionOptions) -> Option<Self> {
-        let (dim, threads, rows) = match problem.head_dim {
-            _ if options.deterministic || !T::HALF => return None,
-            0..=64 => (64, 128, 32),
-            65..=128 => (128, 256, 64),
-            _ => return None,
-        };
-        Some(Self { dim, threads, rows })
-    }
-
-    /// [`Self::pick`], where the device has the shared memory: 99 KiB on some consumer devices, where the one of 128
-    /// does not run.
-    fn on<G: Gpu, T: GpuElement>(gpu: &G, problem: &Problem, options: &AttentionOptions) -> Result<Option<Self>> {
-        match Self::pick::<T>(problem, options) {
-            Some(fused) if fused.shared_bytes() <= gpu.shared_limit()? => Ok(Some(fused)),
-            _ => Ok(None),
-        }
-    }
-
-    /// `WORDS_AT` in `cuda/backward_fused.cuh`, and the words.
-    fn shared_bytes(&self) -> usize {
-        let stage = self.rows * (2 * 2 * self.dim + 2 * 4);
-        COLUMNS * (2 * 2 * self.dim + 2 * 2 * self.rows + 16) + 2 * stage
-    }
+/// Whether a bias or dropout is in the way of the kernels by warpgroups.
+fn has_extras(options: &AttentionOptions) -> bool {
+    options.bias.is_some() || options.dropout.is_some()
 }
 
 struct Pass<'a, G: Gpu, T: GpuElement> {
@@ -175,7 +141,7 @@ pub(crate) fn backward<G: Gpu, T: GpuElement>(
 
 impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
     fn gradients(&self) -> Result<Gradients<G, T>> {
-        match Fused::on::<G, T>(self.gpu, &self.call.problem, self.call.options)? {
+        match Fused::on::<G, T>(self.gpu, &self.call.problem, self.call.options, self.call.extras())? {
             Some(fused) => self.fused_gradients(&fused),
             None => self.owned_gradients(),
         }
@@ -276,11 +242,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
             }
         }
         args.push(self.gpu.value(&self.params));
-        let kernel = match kind {
-            "listed" => Kernel::of::<T>(&format!("backward_listed_{}", fused.dim)),
-            _ => Kernel::plain(&format!("backward_fused_{}_{}_{kind}", fused.dim, T::SUFFIX)),
-        };
-        self.gpu.launch(&kernel.early(), launch, &args)
+        self.gpu.launch(&fused.kernel::<T>(kind).early(), launch, &args)
     }
 
     /// A pair of tiles of 64 rows, and one or two stages of another pair with two words per row: `stages` in

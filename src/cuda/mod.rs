@@ -20,6 +20,7 @@ mod emulated_decode;
 pub mod emulation;
 pub(crate) mod fold;
 pub(crate) mod forward;
+mod fused;
 pub(crate) mod gpu;
 mod instance;
 pub(crate) mod loss;

@@ -1,0 +1,99 @@
+//! The instances of the kernels that make gradients in one pass over columns, and which of them a call takes.
+
+use super::gpu::{Gpu, GpuElement, Kernel};
+use crate::config::AttentionOptions;
+use crate::problem::Problem;
+use candle_core::Result;
+
+/// Columns of a block of the fused kernels.
+pub(super) const COLUMNS: usize = 128;
+
+/// One instance of the fused kernels: as in `cuda/backward_fused.cu` and `backward_listed.cu`, or, by warpgroups,
+/// `backward_sm90a.cu`.
+pub(super) struct Fused {
+    dim: usize,
+    pub threads: usize,
+    /// Of a tile.
+    rows: usize,
+    warpgroups: bool,
+}
+
+/// Tiles on their way of the kernels by warpgroups.
+const WARPGROUP_STAGES: usize = 3;
+
+impl Fused {
+    /// None where every sum must have one owner, and where no fused kernel is.
+    fn pick<T: GpuElement>(problem: &Problem, options: &AttentionOptions) -> Option<Self> {
+        let (dim, threads, rows) = match problem.head_dim {
+            _ if options.deterministic || !T::HALF => return None,
+            0..=64 => (64, 128, 32),
+            65..=128 => (128, 256, 64),
+            _ => return None,
+        };
+        Some(Self {
+            dim,
+            threads,
+            rows,
+            warpgroups: false,
+        })
+    }
+
+    /// The same by warpgroups.
+    fn by_warpgroups(self) -> Self {
+        Self {
+            threads: 384,
+            rows: 8192 / self.dim,
+            warpgroups: true,
+            ..self
+        }
+    }
+
+    /// [`Self::pick`], by warpgroups where the device and the call (`extras`: a bias or dropout) allow that, and where the
+    /// device has the shared memory: 99 KiB on some consumer devices, where the one of 128 does not run.
+    pub fn on<G: Gpu, T: GpuElement>(
+        gpu: &G,
+        problem: &Problem,
+        options: &AttentionOptions,
+        extras: bool,
+    ) -> Result<Option<Self>> {
+        let Some(mut fused) = Self::pick::<T>(problem, options) else {
+            return Ok(None);
+        };
+        if !extras && gpu.warpgroups()?.is_some() {
+            fused = fused.by_warpgroups();
+        }
+        let limit = gpu.shared_limit()?;
+        Ok((fused.shared_bytes() <= limit).then_some(fused))
+    }
+
+    /// Blocks that registers let a multiprocessor run at a time.
+    pub fn at_a_time(&self) -> usize {
+        match self.warpgroups {
+            true => 1,
+            false => 256 / self.threads,
+        }
+    }
+
+    pub fn kernel<T: GpuElement>(&self, kind: &str) -> Kernel {
+        let (dim, family) = (self.dim, if self.warpgroups { "wgmma" } else { "fused" });
+        match (kind, self.warpgroups) {
+            ("listed", true) => Kernel::of::<T>(&format!("backward_wgmma_listed_{dim}")),
+            ("listed", false) => Kernel::of::<T>(&format!("backward_listed_{dim}")),
+            _ => Kernel::plain(&format!("backward_{family}_{dim}_{}_{kind}", T::SUFFIX)),
+        }
+    }
+
+    /// `WORDS_AT` in `cuda/backward_fused.cuh`, and the words; `BYTES` in `cuda/backward_wgmma.cuh`.
+    pub fn shared_bytes(&self) -> usize {
+        let stage = self.rows * (2 * 2 * self.dim + 2 * 4);
+        let (stages, columns, others) = match self.warpgroups {
+            true => (
+                WARPGROUP_STAGES,
+                2 * self.rows,
+                4 * self.rows * self.dim + 8 * (2 * WARPGROUP_STAGES + 3),
+            ),
+            false => (2, 2 * 2 * self.rows, 0),
+        };
+        COLUMNS * (2 * 2 * self.dim + columns + 16) + stages * stage + others
+    }
+}
