@@ -8,8 +8,8 @@
 #include "forward_rows.cuh"
 #include "wgmma.cuh"
 
-// WARPGROUPS of 64 rows, tiles of N columns, STAGES_ of these in shared memory. PRODUCERS_: threads that load; where TAKEN_ is not 0, a warpgroup of
-// these which leaves registers to the others, who take TAKEN_ each.
+// WARPGROUPS of 64 rows, tiles of N columns, STAGES_ of these in shared memory, PRODUCERS_ threads that load. Where TAKEN_ is not
+// 0 the latter are a warpgroup that leaves registers to the others, who take so many each.
 template <int DIM, int WARPGROUPS, int N, int STAGES_, int PRODUCERS_, int TAKEN_, bool BY_LISTS>
 struct WarpgroupShape {
     static constexpr int D = DIM, MT = 1, NB = N, THREADS = 128 * WARPGROUPS, ROWS = 64 * WARPGROUPS;
@@ -18,7 +18,7 @@ struct WarpgroupShape {
     static constexpr int REGISTERS = 65536 / (THREADS + PRODUCERS) / 8 * 8;
     static constexpr int KEPT = REGISTERS * (WARPGROUPS + 1) - TAKEN * WARPGROUPS;
     static constexpr bool LISTED = BY_LISTS;
-    // Keys are done with two tiles before their words may be overwritten.
+    // Words are read when keys are done with, and those of up to two tiles more are on their way then.
     static constexpr int TOGETHER = 64, STAGES = STAGES_, WORDS = STAGES + 2;
     static constexpr int SLOTS = 2, STAGING = ROWS * D * 2, QUEUE = 2048;
     typedef Panels<D, ROWS> Queries;
@@ -31,7 +31,6 @@ struct WarpgroupShape {
 // which rise by one.
 template <class S>
 struct Ring {
-    static constexpr uint32_t BYTES = (4 * S::STAGES + 2) * hw::Mbarrier::BYTES;
     uint32_t at;
 
     SFA_DEVICE hw::Mbarrier queries(bool free) const { return hw::Mbarrier(at + (4 * S::STAGES + free) * hw::Mbarrier::BYTES); }

@@ -49,7 +49,7 @@ SFA_DEVICE Factor along_rows(const Tile& tile, int row = 0, int first = 0) {
     return factor(tile, first / 64 * Panels<D, ROWS>::GROUP_STRIDE + row * 128 + first % 64 * 2, 16);
 }
 
-// The same, of 16 numbers further on, is `.from(32)`; 64 numbers are a panel's bytes.
+// The same 16 * k numbers further on.
 template <int D, int ROWS>
 SFA_DEVICE Factor along_rows_step(const Factor& factor, int k) {
     return factor.from(k / 4 * Panels<D, ROWS>::GROUP_STRIDE + k % 4 * 32);
