@@ -11,7 +11,7 @@ fn again(variable: &str, value: &str, tests: &[&str]) -> Result<bool> {
         .args(tests)
         .output()?;
     let text = String::from_utf8_lossy(&output.stdout);
-    if text.contains("which this CPU has") {
+    if text.contains("which this machine has") {
         println!("skipped: this CPU has no {value}");
         return Ok(false);
     }
