@@ -51,7 +51,7 @@ impl Instance {
     pub fn by_warpgroups(head_dim: usize, tokens: usize, listed: bool, short: usize) -> Option<Self> {
         let (name, dim, rows, columns, producers, at_a_time) = match (head_dim, listed) {
             // Of lists half the tiles of short calls are masked ones, in which the others' smaller tiles waste less.
-            (..=64, true) if tokens <= 4 * short => return None,
+            (..=64, true) if tokens.div_ceil(4) <= short => return None,
             (..=64, true) => ("forward_wgmma_listed_64", 64, 192, 128, 128, 1),
             // Three of these run on a multiprocessor, of which an early launch would not find places for all.
             (..=64, false) if tokens <= short => ("forward_wgmma_short_64", 64, 64, 64, 32, 0),
