@@ -13,7 +13,7 @@
 template <int D, int ROWS>
 struct Panels {
     static_assert(D % 64 == 0 && ROWS % 8 == 0, "whole groups of 8 rows of 128 bytes");
-    static constexpr uint32_t GROUP = 128, CHUNKS = D / 8, ROW_STRIDE = 128, GROUP_STRIDE = ROWS * 128, BYTES = ROWS * D * 2;
+    static constexpr uint32_t GROUP = 128, CHUNKS = D / 8, ROW_STRIDE = 128, GROUP_STRIDE = ROWS * 128;
 
     SFA_DEVICE static uint32_t chunk(uint32_t row, uint32_t index) {
         return index / 8 * GROUP_STRIDE + row * 128 + ((index % 8 ^ (row & 7)) * 16);
@@ -200,6 +200,13 @@ inline void emulated_product(float (&c)[N / 8][4], const uint32_t (&a)[4], const
 #define SFA_SHARED_PRODUCT(N, dtype, io, add, r0, r1, r2, r3, r4)                                             \
     SFA_PRODUCT(N, dtype, io, r2, r0, r1, ", " r3, ", " r4, "l"(a.descriptor()), "l"(b.descriptor()), "r"(int(add)), \
                 "n"(int(ACROSS_A)), "n"(int(ACROSS_B)))
+// The one of these that T and N name.
+#define SFA_SHARED_PRODUCTS(io, add)                                                                                         \
+    constexpr bool F = std::is_same<T, F16>::value;                                                                          \
+    if constexpr (N == 64 && F) SFA_SHARED_PRODUCT(64, "f16", io, add, "%32", "%33", "%34", "%35", "%36");                   \
+    if constexpr (N == 64 && !F) SFA_SHARED_PRODUCT(64, "bf16", io, add, "%32", "%33", "%34", "%35", "%36");                 \
+    if constexpr (N == 128 && F) SFA_SHARED_PRODUCT(128, "f16", io, add, "%64", "%65", "%66", "%67", "%68");                 \
+    if constexpr (N == 128 && !F) SFA_SHARED_PRODUCT(128, "bf16", io, add, "%64", "%65", "%66", "%67", "%68")
 #define SFA_HELD_PRODUCT(N, dtype, r0, r1, r2, r3, r4, r5, r6)                                                    \
     SFA_PRODUCT(N, dtype, "+f", r5, "{" r0 "," r1 "," r2 "," r3 "}", r4, "", ", " r6, "r"(a[0]), "r"(a[1]), "r"(a[2]), \
                 "r"(a[3]), "l"(b.descriptor()), "r"(int(add)), "n"(int(ACROSS_B)))
@@ -209,39 +216,31 @@ inline void emulated_product(float (&c)[N / 8][4], const uint32_t (&a)[4], const
 // `multiply_add`. ACROSS: the factor is one `across_rows`.
 template <class T, int N, bool ACROSS_A, bool ACROSS_B>
 SFA_DEVICE void product(float (&c)[N / 8][4], const Factor& a, const Factor& b, bool add) {
-    static_assert(N == 64 || N == 128, "has a form in PTX below");
+    static_assert(N == 64 || N == 128, "the forms above");
 #ifdef SFA_EMULATION
     uint32_t left[4];
     emulated_left(left, a, ACROSS_A);
     emulated_product<T, N, ACROSS_B>(c, left, b, add);
 #else
-    constexpr bool F = std::is_same<T, F16>::value;
-    if constexpr (N == 64 && F) SFA_SHARED_PRODUCT(64, "f16", "+f", add, "%32", "%33", "%34", "%35", "%36");
-    if constexpr (N == 64 && !F) SFA_SHARED_PRODUCT(64, "bf16", "+f", add, "%32", "%33", "%34", "%35", "%36");
-    if constexpr (N == 128 && F) SFA_SHARED_PRODUCT(128, "f16", "+f", add, "%64", "%65", "%66", "%67", "%68");
-    if constexpr (N == 128 && !F) SFA_SHARED_PRODUCT(128, "bf16", "+f", add, "%64", "%65", "%66", "%67", "%68");
+    SFA_SHARED_PRODUCTS("+f", add);
 #endif
 }
 
 // The same not on top of c, whose registers are free until here: `product` holds what was in them, also where it adds nothing.
 template <class T, int N, bool ACROSS_A, bool ACROSS_B>
 SFA_DEVICE void first_product(float (&c)[N / 8][4], const Factor& a, const Factor& b) {
-    static_assert(N == 64 || N == 128, "has a form in PTX below");
+    static_assert(N == 64 || N == 128, "the forms above");
 #ifdef SFA_EMULATION
     product<T, N, ACROSS_A, ACROSS_B>(c, a, b, false);
 #else
-    constexpr bool F = std::is_same<T, F16>::value;
-    if constexpr (N == 64 && F) SFA_SHARED_PRODUCT(64, "f16", "=f", false, "%32", "%33", "%34", "%35", "%36");
-    if constexpr (N == 64 && !F) SFA_SHARED_PRODUCT(64, "bf16", "=f", false, "%32", "%33", "%34", "%35", "%36");
-    if constexpr (N == 128 && F) SFA_SHARED_PRODUCT(128, "f16", "=f", false, "%64", "%65", "%66", "%67", "%68");
-    if constexpr (N == 128 && !F) SFA_SHARED_PRODUCT(128, "bf16", "=f", false, "%64", "%65", "%66", "%67", "%68");
+    SFA_SHARED_PRODUCTS("=f", false);
 #endif
 }
 
 // The same with A in registers, as `multiply_add` has it for each warp's 16 rows.
 template <class T, int N, bool ACROSS_B>
 SFA_DEVICE void product(float (&c)[N / 8][4], const uint32_t (&a)[4], const Factor& b, bool add) {
-    static_assert(N == 64 || N == 128, "has a form in PTX below");
+    static_assert(N == 64 || N == 128, "the forms above");
 #ifdef SFA_EMULATION
     emulated_product<T, N, ACROSS_B>(c, a, b, add);
 #else

@@ -234,13 +234,13 @@ static bool release(Machine& m, size_t begin, size_t end) {
 static bool release_named(Machine& m) {
   for (const Fiber& first : m.fibers) {
     if (first.state != State::Named) continue;
-    auto here = [&](const Fiber& other) { return same_place(first, other) && first.number == other.number; };
+    const Fiber place = first;
+    auto waits_there = [&](const Fiber& other) { return same_place(place, other) && place.number == other.number; };
     size_t come = 0;
-    for (const Fiber& other : m.fibers) come += here(other);
-    if (come != first.threads) continue;
-    Fiber place = first;
+    for (const Fiber& other : m.fibers) come += waits_there(other);
+    if (come != place.threads) continue;
     for (Fiber& other : m.fibers)
-      if (same_place(place, other) && place.number == other.number) other.state = State::Ready;
+      if (waits_there(other)) other.state = State::Ready;
     return true;
   }
   return false;
