@@ -16,6 +16,7 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
     using Owned::COLUMNS;
     static constexpr int OWNERS = 256, LOADERS = 64, THREADS = 384, NB = 8192 / D, NT = NB / 8, STAGES = 3;
     static constexpr int TOGETHER = 264;
+    static constexpr uint32_t OWNERS_ARRIVE = OWNERS / 32 * hw::Mbarrier::WARP;
     // Registers of a thread of each kind, which are those of 384 threads of 168.
     static constexpr int OWNERS_HAVE = 240, OTHERS_HAVE = 24;
     // A warpgroup's part of the queries' gradients: 64 rows, PART numbers.
@@ -91,14 +92,8 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
     SFA_DEVICE hw::Mbarrier added() const { return mark(2 * STAGES + 2); }
 
     SFA_DEVICE void init_marks() const {
-        for (int stage = 0; stage < STAGES; stage++) come(stage).init(LOADERS), left(stage).init(OWNERS / 32);
-        multiplied().init(OWNERS / 32), gathered().init(OWNERS / 32), added().init(1);
-    }
-
-    // This warp of the owners has come to a mark.
-    SFA_DEVICE void pass(const hw::Mbarrier& mark) const {
-        __syncwarp();
-        if (lane() == 0) mark.arrive();
+        for (int stage = 0; stage < STAGES; stage++) come(stage).init(LOADERS), left(stage).init(OWNERS_ARRIVE);
+        multiplied().init(OWNERS_ARRIVE), gathered().init(OWNERS_ARRIVE), added().init(1);
     }
 
     SFA_DEVICE void load_tile(const Step& step) const {
@@ -293,7 +288,7 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         uint32_t weights[NT / 2][4], slopes[NT / 2][4];
         hw::products_wait<0>();
         hw::settle(s);
-        if (now.index > 0) pass(left((now.index - 1) % STAGES));
+        if (now.index > 0) left((now.index - 1) % STAGES).arrive_as_warp();
         multiply_own(g, v, grad);
         if (full) weigh<true>(s, now.row, stage);
         else weigh<false>(s, now.row, stage);
@@ -313,11 +308,11 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         multiply_own(s, k, queries(next));
         hw::products_wait<2>();
         hw::settle(c);
-        pass(multiplied());
+        multiplied().arrive_as_warp();
         if (now.index > 0) added().wait((now.index - 1) % 2);
         gather_queries(c);
         hw::publish_to_products();
-        pass(gathered());
+        gathered().arrive_as_warp();
     }
 
     SFA_DEVICE void own(const Steps& steps, const ColumnTarget& keys, const ColumnTarget& values) {

@@ -4,20 +4,22 @@
 
 // As `Instance::pick` in src/cuda/forward.rs: warpgroups, columns, stages, threads that load, registers that the others take,
 // blocks of one multiprocessor at a time. The short ones are for few tokens: more and smaller blocks.
-#define FORWARD_DTYPE(dtype, T)                                                             \
-    FORWARD_WGMMA(forward_wgmma_64_##dtype, T, 64, 3, 128, 2, 128, 160, 1, false)           \
-    FORWARD_WGMMA(forward_wgmma_128_##dtype, T, 128, 2, 128, 2, 128, 232, 1, false)         \
-    FORWARD_WGMMA(forward_wgmma_listed_64_##dtype, T, 64, 3, 128, 2, 128, 160, 1, true)     \
-    FORWARD_WGMMA(forward_wgmma_listed_128_##dtype, T, 128, 2, 128, 2, 128, 232, 1, true)   \
-    FORWARD_WGMMA(forward_wgmma_short_64_##dtype, T, 64, 1, 64, 2, 32, 0, 3, false)         \
+#define FORWARD_DTYPE(dtype, T)                                                              \
+    FORWARD_WGMMA(forward_wgmma_64_##dtype, T, 64, 3, 128, 2, 128, 160, 1, false)            \
+    FORWARD_WGMMA(forward_wgmma_128_##dtype, T, 128, 2, 128, 2, 128, 232, 1, false)          \
+    FORWARD_WGMMA(forward_wgmma_listed_64_##dtype, T, 64, 3, 128, 2, 128, 160, 1, true)      \
+    FORWARD_WGMMA(forward_wgmma_listed_128_##dtype, T, 128, 2, 128, 2, 128, 232, 1, true)    \
+    FORWARD_WGMMA(forward_wgmma_short_64_##dtype, T, 64, 1, 64, 2, 32, 0, 3, false)          \
+    FORWARD_WGMMA(forward_wgmma_short_listed_64_##dtype, T, 64, 1, 64, 2, 128, 136, 3, true) \
     FORWARD_WGMMA(forward_wgmma_short_listed_128_##dtype, T, 128, 1, 64, 2, 64, 0, 2, true)
 
 FORWARD_DTYPE(f16, hw::F16)
 FORWARD_DTYPE(bf16, hw::BF16)
 
-#define DTYPE_ENTRIES(dtype)                                                      \
-    ENTRY(forward_wgmma_64_##dtype) ENTRY(forward_wgmma_128_##dtype)              \
-    ENTRY(forward_wgmma_listed_64_##dtype) ENTRY(forward_wgmma_listed_128_##dtype) \
-    ENTRY(forward_wgmma_short_64_##dtype) ENTRY(forward_wgmma_short_listed_128_##dtype)
+#define DTYPE_ENTRIES(dtype)                                                           \
+    ENTRY(forward_wgmma_64_##dtype) ENTRY(forward_wgmma_128_##dtype)                   \
+    ENTRY(forward_wgmma_listed_64_##dtype) ENTRY(forward_wgmma_listed_128_##dtype)     \
+    ENTRY(forward_wgmma_short_64_##dtype) ENTRY(forward_wgmma_short_listed_64_##dtype) \
+    ENTRY(forward_wgmma_short_listed_128_##dtype)
 
 MODULE(forward_sm90a, DTYPE_ENTRIES(f16) DTYPE_ENTRIES(bf16))

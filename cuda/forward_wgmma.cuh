@@ -8,14 +8,15 @@
 #include "forward_rows.cuh"
 #include "wgmma.cuh"
 
-// WARPGROUPS of 64 rows, tiles of N columns, STAGES_ of these in shared memory, PRODUCERS_ threads that load. Where TAKEN_ is not
-// 0 the latter are a warpgroup that leaves registers to the others, who take so many each.
-template <int DIM, int WARPGROUPS, int N, int STAGES_, int PRODUCERS_, int TAKEN_, bool BY_LISTS>
+// WARPGROUPS of 64 rows, tiles of N columns, STAGES_ of these in shared memory, PRODUCERS_ threads that load, BLOCKS of a
+// multiprocessor at a time. Where TAKEN_ is not 0 those that load are a warpgroup that leaves registers to the others, who take
+// so many each.
+template <int DIM, int WARPGROUPS, int N, int STAGES_, int PRODUCERS_, int TAKEN_, int BLOCKS, bool BY_LISTS>
 struct WarpgroupShape {
     static constexpr int D = DIM, MT = 1, NB = N, THREADS = 128 * WARPGROUPS, ROWS = 64 * WARPGROUPS;
     static constexpr int PRODUCERS = PRODUCERS_, TAKEN = TAKEN_;
-    // What a block of one multiprocessor starts with, and what loading keeps.
-    static constexpr int REGISTERS = 65536 / (THREADS + PRODUCERS) / 8 * 8;
+    // What a thread starts with, and what loading keeps.
+    static constexpr int REGISTERS = 65536 / BLOCKS / (THREADS + PRODUCERS) / 8 * 8;
     static constexpr int KEPT = REGISTERS * (WARPGROUPS + 1) - TAKEN * WARPGROUPS;
     static constexpr bool LISTED = BY_LISTS;
     // Words are read when keys are done with, and those of up to two tiles more are on their way then.
@@ -39,13 +40,18 @@ struct Ring {
         return hw::Mbarrier(at + ((tile % S::STAGES * 2 + values) * 2 + free) * hw::Mbarrier::BYTES);
     }
 
+    // Every block of rows is attended, as far as that goes without care.
+    SFA_DEVICE hw::Mbarrier over() const { return hw::Mbarrier(at + (4 * S::STAGES + 2) * hw::Mbarrier::BYTES); }
+
     SFA_DEVICE void init() const {
+        constexpr uint32_t ATTEND = S::THREADS / 32 * hw::Mbarrier::WARP;
         for (uint32_t i = 0; i < 2 * S::STAGES; i++) {
             here(i / 2, i % 2, false).init(S::PRODUCERS);
-            here(i / 2, i % 2, true).init(S::THREADS / 32);
+            here(i / 2, i % 2, true).init(ATTEND);
         }
         queries(false).init(2 * S::PRODUCERS);
-        queries(true).init(S::THREADS / 32);
+        queries(true).init(ATTEND);
+        over().init(ATTEND);
     }
 
     // Until the queries and facts of a block of rows are there; may be overwritten by its.
@@ -57,9 +63,7 @@ struct Ring {
         queries(false).arrive();
     }
     // This warp is done with the queries.
-    SFA_DEVICE void leave_queries() const {
-        if (hw::thread() % 32 == 0) queries(true).arrive();
-    }
+    SFA_DEVICE void leave_queries() const { queries(true).arrive_as_warp(); }
 
     // Until the keys or values of tile number `tile` have arrived; may be overwritten by those of this number.
     SFA_DEVICE void wait_for(uint32_t tile, bool values) const { here(tile, values, false).wait(tile / S::STAGES % 2); }
@@ -68,8 +72,12 @@ struct Ring {
     // This thread's copies to keys or values are all started.
     SFA_DEVICE void loaded(uint32_t tile, bool values) const { here(tile, values, false).arrive_after_copies(); }
     // This warp is done with them.
-    SFA_DEVICE void leave(uint32_t tile, bool values) const {
-        if (hw::thread() % 32 == 0) here(tile, values, true).arrive();
+    SFA_DEVICE void leave(uint32_t tile, bool values) const { here(tile, values, true).arrive_as_warp(); }
+
+    // Until all who attend are through with everything; `attends`: this warp is of these.
+    SFA_DEVICE void wait_for_all(bool attends) const {
+        if (attends) over().arrive_as_warp();
+        over().wait(0);
     }
 };
 
@@ -119,6 +127,7 @@ struct ForwardProducers : ForwardTiles<S> {
     typedef ForwardTiles<S> Tiles;
     typedef typename Tiles::Columns Columns;
     using Tiles::p, Tiles::x, Tiles::NB, Tiles::LISTED;
+    static constexpr bool ATTENDS = false;
     static constexpr uint32_t STEP = S::PRODUCERS / (S::Tile::GROUP / 16), PASSES = NB / STEP;
 
     // The tokens of this thread's rows of a tile.
@@ -187,6 +196,7 @@ struct ForwardWarpgroups : ForwardRows<T, S, false> {
     typedef typename Rows::Columns Columns;
     using Rows::p, Rows::q, Rows::keys, Rows::values, Rows::output;
     using Rows::D, Rows::NB, Rows::NT, Rows::R, Rows::ROWS, Rows::LISTED;
+    static constexpr bool ATTENDS = true;
 
     Ring<S> ring;
 
@@ -366,7 +376,7 @@ struct Rounds {
         bool all = p.dense && !p.causal;
         if (!all) {
             run<false>(true);
-            __syncthreads();
+            ring_of<S>().wait_for_all(Role::ATTENDS);
             if (!Redo<S>().any()) return;
         }
         run<true>(all);
@@ -392,4 +402,4 @@ SFA_DEVICE void attend_by_warpgroups(const ForwardTensors& x, const AttentionPar
 
 #define FORWARD_WGMMA(name, T, D, WARPGROUPS, NB, STAGES, PRODUCERS, TAKEN, BLOCKS, LISTED)         \
     FORWARD_KERNEL(name, 128 * WARPGROUPS + PRODUCERS, BLOCKS, attend_by_warpgroups, T,             \
-                   WarpgroupShape<D, WARPGROUPS, NB, STAGES, PRODUCERS, TAKEN, LISTED>)
+                   WarpgroupShape<D, WARPGROUPS, NB, STAGES, PRODUCERS, TAKEN, BLOCKS, LISTED>)

@@ -23,6 +23,15 @@ struct Mbarrier {
     static constexpr uint32_t BYTES = 8;
     Tile word;
 
+    // Arrivals that a warp counts for in `arrive_as_warp`. compute-sanitizer's racecheck does not see that a warp's lanes meet
+    // before one of them arrives for all, and takes what these read before for overwritten. For it, each arrives by itself:
+    // NVCC_APPEND_FLAGS=-DSFA_EVERY_LANE_ARRIVES, in a target folder of its own.
+#ifdef SFA_EVERY_LANE_ARRIVES
+    static constexpr uint32_t WARP = 32;
+#else
+    static constexpr uint32_t WARP = 1;
+#endif
+
     SFA_DEVICE Mbarrier(uint32_t offset) : word(tile(offset, BYTES)) {}
 
     // By one thread, before the block meets. `count`: the arrivals of a phase.
@@ -46,7 +55,13 @@ struct Mbarrier {
 #endif
     }
 
-    // The same once all copies that this thread has started are there.
+    // This warp's lanes have all come here.
+    SFA_DEVICE void arrive_as_warp() const {
+        __syncwarp();
+        if (WARP == 32 || thread() % 32 == 0) arrive();
+    }
+
+    // The same as `arrive` once all copies that this thread has started are there.
     SFA_DEVICE void arrive_after_copies() const {
 #ifdef SFA_EMULATION
         arrive();

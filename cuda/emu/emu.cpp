@@ -96,6 +96,8 @@ struct Fiber {
   int line;
   // Of a named barrier.
   unsigned number, threads;
+  // Of what it waits for others to do: how much had been done when it last looked.
+  size_t seen;
   bool has_to_wait;
 };
 
@@ -117,8 +119,8 @@ struct Machine {
   size_t current = 0;
   // Whether the launch may start before the one before it ends.
   bool early = false;
-  // Whether something happened that threads may wait for.
-  bool progress = false;
+  // How often something happened that threads may wait for.
+  size_t progress = 0;
   std::string error;
 
   ~Machine() {
@@ -178,9 +180,13 @@ void named_barrier(unsigned number, unsigned threads, int line) {
   yield(State::Named, "a named barrier", line);
 }
 
-void wait_for_progress(const char* what, int line) { yield(State::Progress, what, line); }
+void wait_for_progress(const char* what, int line) {
+  Machine& m = here();
+  m.fibers[m.current].seen = m.progress;
+  yield(State::Progress, what, line);
+}
 
-void note_progress() { here().progress = true; }
+void note_progress() { here().progress++; }
 
 const void* meet(const void* mine, size_t bytes, const char* what, int line) {
   Machine& m = here();
@@ -246,15 +252,15 @@ static bool release_named(Machine& m) {
   return false;
 }
 
-// Lets those go on that wait for what others have done since; whether there are any.
-static bool release_progress(Machine& m) {
+// Lets those of threads [begin, end) go on that wait for what others have done since; whether there are any.
+static bool release_progress(Machine& m, size_t begin, size_t end) {
   bool any = false;
-  for (Fiber& fiber : m.fibers) {
-    if (!m.progress || fiber.state != State::Progress) continue;
+  for (size_t i = begin; i < end; i++) {
+    Fiber& fiber = m.fibers[i];
+    if (fiber.state != State::Progress || fiber.seen == m.progress) continue;
     fiber.state = State::Ready;
     any = true;
   }
-  m.progress = false;
   return any;
 }
 
@@ -281,9 +287,14 @@ static bool run_warp(Machine& m, size_t begin, bool descending) {
       Context::change(m.scheduler, fiber.context);
       if (!m.error.empty()) return false;
     }
-    bool collective = false;
-    for (size_t i = begin; i < begin + 32; i++) collective |= m.fibers[i].state == State::Warp;
-    if (!collective) return true;
+    if (release_progress(m, begin, begin + 32)) continue;
+    bool collective = false, behind = false;
+    for (size_t i = begin; i < begin + 32; i++) {
+      collective |= m.fibers[i].state == State::Warp;
+      behind |= m.fibers[i].state == State::Progress;
+    }
+    // Lanes may leave a loop one after the other, and wait for those behind them.
+    if (!collective || behind) return true;
     m.warps[begin / 32].turn++;
     if (!release(m, begin, begin + 32)) return false;
   }
@@ -308,7 +319,7 @@ static bool run_block(Machine& m) {
     bool waiting = false;
     for (const Fiber& fiber : m.fibers) waiting |= fiber.state != State::Finished;
     if (!waiting) return true;
-    if (release_progress(m) || release_named(m)) continue;
+    if (release_progress(m, 0, threads) || release_named(m)) continue;
     if (!none_stuck(m) || !release(m, 0, threads)) return false;
   }
 }

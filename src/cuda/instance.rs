@@ -50,8 +50,8 @@ impl Instance {
     /// most tokens for which more and smaller blocks are faster.
     pub fn by_warpgroups(head_dim: usize, tokens: usize, listed: bool, short: usize) -> Option<Self> {
         let (name, dim, rows, columns, producers, at_a_time) = match (head_dim, listed) {
-            // Of lists half the tiles of short calls are masked ones, in which the others' smaller tiles waste less.
-            (..=64, true) if tokens.div_ceil(4) <= short => return None,
+            // Of lists half the tiles of short calls are masked ones, in which smaller tiles waste less.
+            (..=64, true) if tokens.div_ceil(4) <= short => ("forward_wgmma_short_listed_64", 64, 64, 64, 128, 3),
             (..=64, true) => ("forward_wgmma_listed_64", 64, 192, 128, 128, 1),
             // Three of these run on a multiprocessor, of which an early launch would not find places for all.
             (..=64, false) if tokens <= short => ("forward_wgmma_short_64", 64, 64, 64, 32, 0),
@@ -83,7 +83,7 @@ impl Instance {
     pub fn shared_bytes(&self) -> usize {
         let queries = 2 * self.dim * self.rows;
         let (output, words, slots, notes) = match self.warpgroups {
-            Some(_) => (queries, 4, 2, 4 * (4 + 32) + 8 * (4 * 2 + 2)),
+            Some(_) => (queries, 4, 2, 4 * (4 + 32) + 8 * (4 * 2 + 3)),
             None => (0, 2, 1, 0),
         };
         let facts = 48 + if self.listed { 8 * self.rows } else { 0 };
