@@ -194,9 +194,10 @@ SFA_DEVICE bool any_not_finite(uint4 x) {
 // the first such row, or ROWS. THREADS threads take part, and `meet` is where they meet; both tiles have arrived.
 template <class T, class L, int ROWS, int THREADS, class Meet>
 SFA_DEVICE int quarantine(const hw::Tile& keys, const hw::Tile& values, const hw::Tile& bad, const Meet& meet) {
-    constexpr uint32_t CHUNKS = L::CHUNKS;
-    for (uint32_t i = 0; i < ROWS * CHUNKS / THREADS; i++) {
+    constexpr uint32_t CHUNKS = L::CHUNKS, ALL = ROWS * CHUNKS, PASSES = (ALL + THREADS - 1) / THREADS;
+    for (uint32_t i = 0; i < PASSES; i++) {
         uint32_t index = threadIdx.x + i * THREADS, row = index / CHUNKS, at = L::chunk(row, index % CHUNKS);
+        if (ALL % THREADS != 0 && index >= ALL) break;
         if (any_not_finite<T>(hw::load<uint4>(keys, at)) || any_not_finite<T>(hw::load<uint4>(values, at))) {
             hw::store(bad, row * 4, 1u);
             hw::store(bad, ROWS * 4, 1u);
@@ -205,8 +206,9 @@ SFA_DEVICE int quarantine(const hw::Tile& keys, const hw::Tile& values, const hw
     meet();
     int first = ROWS;
     if (hw::load<uint32_t>(bad, ROWS * 4) == 0) return first;
-    for (uint32_t i = 0; i < ROWS * CHUNKS / THREADS; i++) {
+    for (uint32_t i = 0; i < PASSES; i++) {
         uint32_t index = threadIdx.x + i * THREADS, row = index / CHUNKS, at = L::chunk(row, index % CHUNKS);
+        if (ALL % THREADS != 0 && index >= ALL) break;
         if (hw::load<uint32_t>(bad, row * 4) == 0) continue;
         hw::store(keys, at, uint4{0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu});
         hw::store(values, at, uint4{0, 0, 0, 0});

@@ -11,7 +11,7 @@ struct ForwardRows : ForwardTiles<S> {
     typedef ForwardTiles<S> Tiles;
     typedef typename Tiles::Columns Columns;
     using Tiles::p, Tiles::x, Tiles::at, Tiles::q, Tiles::staging, Tiles::words, Tiles::bad;
-    using Tiles::lane, Tiles::warp_row, Tiles::block_row, Tiles::row_end, Tiles::has_sizes, Tiles::span, Tiles::token;
+    using Tiles::lane, Tiles::warp_row, Tiles::block_row, Tiles::row_end, Tiles::has_sizes, Tiles::token;
     using Tiles::D, Tiles::MT, Tiles::NB, Tiles::THREADS, Tiles::ROWS, Tiles::LISTED;
     static constexpr int R = 2 * MT, NT = NB / 8;
 
@@ -107,15 +107,13 @@ struct ForwardRows : ForwardTiles<S> {
         int row = block + thread / 32 * 16 * MT + thread % 32 / 4, first = c.first + thread % 4 * 2;
 #pragma unroll
         for (int r = 0; r < R; r++) {
-            Span visible = span(c.near, min(row + r / 2 * 16 + r % 2 * 8, last), block);
-            int begin = visible.begin - first, end = visible.end - first;
+            uint32_t visible = this->visible(c.near, min(row + r / 2 * 16 + r % 2 * 8, last), block).from(first).bits();
 #pragma unroll
             for (int n = 0; n < NT; n++) {
                 if (!wanted.touches(n / 2 * 16)) continue;
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    int column = n * 8 + i;
-                    if (column < begin || column >= end) s[r / 2][n][r % 2 * 2 + i] = -hw::infinity();
+                    if (!(visible >> (n * 2 + i) & 1)) s[r / 2][n][r % 2 * 2 + i] = -hw::infinity();
                 }
             }
         }
@@ -198,7 +196,7 @@ struct ForwardRows : ForwardTiles<S> {
         if (!(LISTED || c.near || p.dense)) return;
         int row = quarantine<T, typename S::Tile, NB, THREADS>(keys, values, bad, [] { S::meet(); });
         // Who sees a hidden token is in a block that finds it by itself.
-        if (row < NB && !(LISTED && c.near)) this->note_bad(token(c, row));
+        if (row < NB && !(LISTED && c.first + row >= this->bounds().far_seen)) this->note_bad(token(c, row));
     }
 
     // Divides by the sums. Of a row that holds anything not finite, or saw nothing, the first number becomes NaN.

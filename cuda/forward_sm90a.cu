@@ -10,7 +10,7 @@
     FORWARD_WGMMA(forward_wgmma_listed_64_##dtype, T, 64, 3, 128, 2, 128, 160, 1, true)      \
     FORWARD_WGMMA(forward_wgmma_listed_128_##dtype, T, 128, 2, 128, 2, 128, 232, 1, true)    \
     FORWARD_WGMMA(forward_wgmma_short_64_##dtype, T, 64, 1, 64, 2, 32, 0, 3, false)          \
-    FORWARD_WGMMA(forward_wgmma_short_listed_64_##dtype, T, 64, 1, 64, 2, 128, 136, 3, true) \
+    FORWARD_WGMMA(forward_wgmma_short_listed_64_##dtype, T, 64, 1, 64, 2, 128, 128, 3, true) \
     FORWARD_WGMMA(forward_wgmma_short_listed_128_##dtype, T, 128, 1, 64, 2, 64, 0, 2, true)
 
 FORWARD_DTYPE(f16, hw::F16)

@@ -1,8 +1,8 @@
 // The columns of a block of query rows in tiles: which rows see which, and how tiles get into shared memory.
 //
 // A row's columns: the edge first, row by row; then near tiles of raw tokens, then far tiles, each from the last to the
-// first, so that the tiles that need a mask come first and the rest runs without one. LISTED (see params.cuh): no edge;
-// hidden tokens in place of the near ones, and tokens that stay, up to the row's own, in place of the far ones.
+// first, so that the tiles that need a mask come first and the rest runs without one. LISTED (see params.cuh): no edge; tokens
+// that stay, up to the row's own, and after the last of these the hidden ones of the window, in tiles of both.
 #pragma once
 
 #include "attention.cuh"
@@ -47,7 +47,8 @@ struct ForwardTiles {
     static constexpr uint32_t NOTES_AT = FACTS_AT + S::SLOTS * (FACTS + SEEN);
     static_assert(NB <= THREADS && ROWS <= THREADS, "a thread per column and per row");
 
-    // A tile's columns: far columns, or tokens (hidden ones where LISTED), from `first` on.
+    // A tile's columns: far columns, or tokens if `near`, from `first` on. LISTED: of those that the block sees, the ones that stay
+    // before the hidden ones.
     struct Columns {
         bool near;
         int first, count;
@@ -121,9 +122,14 @@ struct ForwardTiles {
     struct Bounds {
         int near_first, near_end, far_seen;
 
-        SFA_DEVICE int near_tiles() const { return (near_end - near_first + NB - 1) / NB; }
+        SFA_DEVICE int near_count() const { return near_end - near_first; }
+        SFA_DEVICE int near_tiles() const { return (near_count() + NB - 1) / NB; }
         SFA_DEVICE int far_tiles() const { return (far_seen + NB - 1) / NB; }
-        SFA_DEVICE int steps() const { return near_tiles() + far_tiles(); }
+        SFA_DEVICE int steps() const {
+            return LISTED ? (far_seen + near_count() + NB - 1) / NB : near_tiles() + far_tiles();
+        }
+        // Where LISTED: from the number of a hidden token to its column.
+        SFA_DEVICE int near_shift() const { return far_seen - near_first; }
     };
     SFA_DEVICE Bounds bounds() const {
         uint4 found = fact(1);
@@ -145,19 +151,39 @@ struct ForwardTiles {
         if (first + i == end - 1) hw::store(facts, 20, end - stay), hw::store(facts, 24, stay);
     }
 
-    // The columns of one kind that a row of the block sees, which starts at `first`.
-    SFA_DEVICE Span span(bool near, int row, int first) const {
+    // The columns, or those of one kind, that a row sees: from `begin` to `end`, and where LISTED those before `stay` too.
+    struct Visible {
+        int stay, begin, end;
+
+        SFA_DEVICE Visible from(int first) const { return {stay - first, begin - first, end - first}; }
+
+        // Of columns 0, 1, 8, 9, 16 ... of a tile, which a thread holds of a row, a bit each.
+        SFA_DEVICE uint32_t bits() const {
+            uint32_t near = before(end) & ~before(begin);
+            return LISTED ? near | before(stay) : near;
+        }
+        SFA_DEVICE static uint32_t before(int column) {
+            uint32_t within = uint32_t(max(0, min(column, NB))), count = within / 8 * 2 + min(within % 8, 2u);
+            return count < 32 ? (1u << count) - 1 : ~0u;
+        }
+    };
+
+    // For a row of the block, which starts at `first`.
+    SFA_DEVICE Visible visible(bool near, int row, int first) const {
         if (LISTED) {
             uint2 counts = hw::load<uint2>(seen, (row - first) * 8);
-            return near ? Span{int(counts.y), row + 1 - int(counts.x)} : Span{0, int(counts.x)};
+            int stay = int(counts.x), shift = bounds().near_shift();
+            return {stay, int(counts.y) + shift, row + 1 - stay + shift};
         }
-        if (near) return {row - int(p.window) + 1, row + 1};
-        return {0, far_count(p, x.far_before, at().list, row)};
+        if (near) return {0, row - int(p.window) + 1, row + 1};
+        return {0, 0, int(far_count(p, x.far_before, at().list, row))};
     }
 
-    // The far columns that every row sees make so many tiles.
+    // The far columns, or tokens that stay, that every row sees make so many tiles.
     SFA_DEVICE int full_tiles() const {
-        return p.dense && !p.causal ? 0 : span(false, block_row(), block_row()).end / NB;
+        if (p.dense && !p.causal) return 0;
+        Visible first = visible(false, block_row(), block_row());
+        return (LISTED ? first.stay : first.end) / NB;
     }
 
     // The buffers of a tile, by a number that goes up or down by one from tile to tile; `words`: ln n of far columns, or where
@@ -178,8 +204,10 @@ struct ForwardTiles {
         int block = block_row(), end = min(int(p.sizes.tokens), block + ROWS);
         int first = block + warp_row() / S::TOGETHER * S::TOGETHER, last = min(first + S::TOGETHER, end) - 1;
         if (last < first) return {0, 0};
-        Span top = span(c.near, first, block), bottom = span(c.near, last, block);
-        return {max(0, top.begin - c.first), min(c.count, bottom.end - c.first)};
+        Visible top = visible(c.near, first, block).from(c.first), bottom = visible(c.near, last, block).from(c.first);
+        Span all{max(0, top.begin), min(c.count, bottom.end)};
+        if (LISTED && bottom.stay > 0) all = {0, max(all.end, min(c.count, bottom.stay))};
+        return all;
     }
 
     // FULL: not one of the masked.
@@ -188,6 +216,7 @@ struct ForwardTiles {
         int first = int(left) * NB;
         if (FULL) return {false, first, NB};
         Bounds b = bounds();
+        if (LISTED) return {false, first, min(NB, b.far_seen + b.near_count() - first)};
         if (int(left) >= b.far_tiles()) {
             first = b.near_first + (int(left) - b.far_tiles()) * NB;
             return {true, first, min(NB, b.near_end - first)};
@@ -237,8 +266,11 @@ struct ForwardTiles {
 
     // Where the token of a column is, if LISTED.
     SFA_DEVICE int64_t listed_at(const Columns& c, int column) const {
-        int64_t list = at().list * p.capacity;
-        return c.near ? list + p.sizes.tokens - 1 - (c.first + column) : list + c.first + column;
+        Bounds b = bounds();
+        int index = c.first + column;
+        // Hidden ones are listed from the end on.
+        if (index >= b.far_seen) index = int(p.sizes.tokens) - 1 - (index - b.near_shift());
+        return at().list * p.capacity + index;
     }
 
     // Starts the copies of the queries, by COUNT threads of which this is `thread`.

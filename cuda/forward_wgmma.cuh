@@ -21,7 +21,8 @@ struct WarpgroupShape {
     static constexpr bool LISTED = BY_LISTS;
     // Words are read when keys are done with, and those of up to two tiles more are on their way then.
     static constexpr int TOGETHER = 64, STAGES = STAGES_, WORDS = STAGES + 2;
-    static constexpr int SLOTS = 2, STAGING = ROWS * D * 2, QUEUE = 2048;
+    // Facts are noted of a block of rows while the one before is attended, and some still read those of the one before that.
+    static constexpr int SLOTS = 3, STAGING = ROWS * D * 2, QUEUE = 2048;
     typedef Panels<D, ROWS> Queries;
     typedef Panels<D, NB> Tile;
 
@@ -173,14 +174,14 @@ struct ForwardProducers : ForwardTiles<S> {
     // Notes and loads what a block of rows needs, whose first tile has number `tile`; returns that of the next one's.
     template <bool CAREFUL>
     SFA_DEVICE uint32_t run(uint32_t turn, uint32_t tile, uint2 place, uint32_t) {
-        ring.wait_for_room(turn);
         this->template note_facts<S::PRODUCERS>(place.x, place.y, CAREFUL, thread());
         hw::meet<2, S::PRODUCERS>();
         this->hold();
-        this->template load_queries<S::PRODUCERS>(thread());
-        ring.loaded_queries();
         int steps = this->bounds().steps(), full = this->full_tiles();
         read_tokens(steps - 1);
+        ring.wait_for_room(turn);
+        this->template load_queries<S::PRODUCERS>(thread());
+        ring.loaded_queries();
 #pragma unroll 1
         for (int left = steps - 1; left >= full; left--) load<false>(tile++, left);
 #pragma unroll 1

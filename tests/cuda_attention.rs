@@ -170,14 +170,17 @@ fn bad_numbers_stay_where_they_are() -> Result<()> {
         .filter(|setting| ["off", "off, window"].contains(&setting.name))
     {
         for (dtype, kernels) in BAD_CASES {
-            for (part, bad) in [
-                (1, f64::NAN),
-                (1, f64::INFINITY),
-                (1, f64::NEG_INFINITY),
-                (2, f64::INFINITY),
-                (0, f64::NAN),
+            // In different parts of a tile.
+            for (token, part, bad) in [
+                (77, 1, f64::NAN),
+                (77, 1, f64::INFINITY),
+                (77, 1, f64::NEG_INFINITY),
+                (77, 2, f64::INFINITY),
+                (77, 0, f64::NAN),
+                (121, 1, f64::NEG_INFINITY),
+                (121, 2, f64::INFINITY),
             ] {
-                let (token, dim) = (77, shape.4);
+                let dim = shape.4;
                 let qkv = shape.qkv(3, dtype)?;
                 let mut data = values(&qkv[part])?;
                 data[token * dim + 5] = bad;
@@ -203,7 +206,7 @@ fn bad_numbers_stay_where_they_are() -> Result<()> {
                             row >= token
                         };
                         let what = format!(
-                            "{} {fold:?} {dtype:?} {kernels:?} part {part} {bad} dense {dense} row {row}",
+                            "{} {fold:?} {dtype:?} {kernels:?} token {token} part {part} {bad} dense {dense} row {row}",
                             setting.name
                         );
                         assert!(if sees { got.is_nan() } else { got == clean }, "{what}: {got}");
@@ -243,6 +246,7 @@ fn bad_numbers_of_dropped_tokens_stay_where_they_are() -> Result<()> {
             (78, 1, f64::INFINITY),
             (79, 2, f64::NAN),
             (81, 2, f64::INFINITY),
+            (291, 2, f64::INFINITY),
         ] {
             let mut data = values(&qkv[part])?;
             data[token * shape.4 + 5] = bad;

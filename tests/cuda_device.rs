@@ -270,10 +270,17 @@ fn bad_numbers_stay_where_they_are() -> Result<()> {
     for (setting, shape, dtype) in every.chain(long) {
         if (setting.options)(&shape).causal {
             checked += 1;
-            for (part, bad) in [(0, f64::NAN), (1, f64::INFINITY), (2, f64::NEG_INFINITY), (1, f64::NAN)] {
+            // In different parts of a tile.
+            for (token, part, bad) in [
+                (77, 0, f64::NAN),
+                (77, 1, f64::INFINITY),
+                (121, 1, f64::NEG_INFINITY),
+                (121, 2, f64::NEG_INFINITY),
+                (77, 1, f64::NAN),
+            ] {
                 let mut qkv = shape.qkv(3, dtype)?;
                 let mut data = values(&qkv[part])?;
-                data[77 * shape.4 + 5] = bad;
+                data[token * shape.4 + 5] = bad;
                 qkv[part] = Tensor::from_vec(data, qkv[part].dims(), &Device::Cpu)?.to_dtype(dtype)?;
                 let options = (setting.options)(&shape);
                 let strategies = setting.strategies(&shape)?;
@@ -290,7 +297,7 @@ fn bad_numbers_stay_where_they_are() -> Result<()> {
                 let got = run(&on(&device, &qkv)?, &options)?;
                 ensure!(
                     got == expected,
-                    "{} {shape:?} {dtype:?} part {part} {bad}",
+                    "{} {shape:?} {dtype:?} token {token} part {part} {bad}",
                     setting.name
                 );
             }

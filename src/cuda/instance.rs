@@ -78,12 +78,12 @@ impl Instance {
     }
 
     /// As `ForwardTiles` has it: queries, two buffers of keys and values, words of a few tiles, the marks of columns that are
-    /// not finite, what is the same for a block and what its rows see; for warpgroups the output on its way, the facts of two
-    /// blocks, what is to be done again, and mbarriers.
+    /// not finite, what is the same for a block and what its rows see; for warpgroups the output on its way, the facts of
+    /// three blocks, what is to be done again, and mbarriers.
     pub fn shared_bytes(&self) -> usize {
         let queries = 2 * self.dim * self.rows;
         let (output, words, slots, notes) = match self.warpgroups {
-            Some(_) => (queries, 4, 2, 4 * (4 + 32) + 8 * (4 * 2 + 3)),
+            Some(_) => (queries, 4, 3, 4 * (4 + 32) + 8 * (4 * 2 + 3)),
             None => (0, 2, 1, 0),
         };
         let facts = 48 + if self.listed { 8 * self.rows } else { 0 };
