@@ -191,10 +191,12 @@ SFA_DEVICE bool any_not_finite(uint4 x) {
 
 // Replaces rows of which key or value is not finite by NaN keys and zero values, so that whoever sees the column becomes
 // NaN through its logit and nobody else is touched by 0 * NaN. `bad` has ROWS + 1 words, zero before and after; returns
-// the first such row, or ROWS. THREADS threads take part, and `meet` is where they meet; both tiles have arrived.
+// the first such row, or ROWS. THREADS threads take part, and `meet` is where they meet; both tiles have arrived. Unrolled, this
+// would take registers from what runs without bad numbers.
 template <class T, class L, int ROWS, int THREADS, class Meet>
 SFA_DEVICE int quarantine(const hw::Tile& keys, const hw::Tile& values, const hw::Tile& bad, const Meet& meet) {
     constexpr uint32_t CHUNKS = L::CHUNKS, ALL = ROWS * CHUNKS, PASSES = (ALL + THREADS - 1) / THREADS;
+#pragma unroll 1
     for (uint32_t i = 0; i < PASSES; i++) {
         uint32_t index = threadIdx.x + i * THREADS, row = index / CHUNKS, at = L::chunk(row, index % CHUNKS);
         if (ALL % THREADS != 0 && index >= ALL) break;
@@ -206,6 +208,7 @@ SFA_DEVICE int quarantine(const hw::Tile& keys, const hw::Tile& values, const hw
     meet();
     int first = ROWS;
     if (hw::load<uint32_t>(bad, ROWS * 4) == 0) return first;
+#pragma unroll 1
     for (uint32_t i = 0; i < PASSES; i++) {
         uint32_t index = threadIdx.x + i * THREADS, row = index / CHUNKS, at = L::chunk(row, index % CHUNKS);
         if (ALL % THREADS != 0 && index >= ALL) break;
