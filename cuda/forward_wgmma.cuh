@@ -18,6 +18,7 @@ struct WarpgroupShape {
     // What a thread starts with, and what loading keeps.
     static constexpr int REGISTERS = 65536 / BLOCKS / (THREADS + PRODUCERS) / 8 * 8;
     static constexpr int KEPT = REGISTERS * (WARPGROUPS + 1) - TAKEN * WARPGROUPS;
+    static_assert(TAKEN == 0 || (PRODUCERS == 128 && KEPT >= 24), "registers that one takes the others have given");
     static constexpr bool LISTED = BY_LISTS;
     // Words are read when keys are done with, and those of up to two tiles more are on their way then.
     static constexpr int TOGETHER = 64, STAGES = STAGES_, WORDS = STAGES + 2;
