@@ -307,10 +307,16 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
                 let packed = columns.packed(block.far, near);
                 products.scores(Q::Acc::singles_mut(tile.data), packed, columns.count);
             }
-            None => scores(&mut tile, &self.queries, columns.left(), self.settings.head_dim),
+            None => scores(
+                &mut tile,
+                &self.queries,
+                (columns.left(), self.settings.head_dim),
+                columns.log2_sizes,
+            ),
         }
         let masked = columns.kind != ColumnKind::FarForAll;
-        if self.settings.bias.is_some() || columns.log2_sizes.is_some() || masked {
+        let sizes_left = self.settings.pairs.is_some() && columns.log2_sizes.is_some();
+        if self.settings.bias.is_some() || sizes_left || masked {
             arch().dispatch(Adjust {
                 reader: self,
                 block,
@@ -321,7 +327,8 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         self.tile = data;
     }
 
-    /// Adds log2 n and the bias to one column of logits, and hides it from the rows that do not see it.
+    /// Adds the bias to one column of logits, and log2 n where products in bf16 pairs have not, and hides it from the rows
+    /// that do not see it.
     #[inline(always)]
     fn adjust<S: Simd, R: Element<Acc = Q::Acc>>(
         &self,
@@ -337,7 +344,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             .pairs
             .map(|pairs| Q::Acc::of(1.0 / f64::from(pairs.factor)));
         let unit = unit.unwrap_or(Q::Acc::ONE);
-        if let Some(sizes) = columns.log2_sizes {
+        if let (Some(sizes), Some(_)) = (columns.log2_sizes, self.settings.pairs) {
             let size = sizes[index] * unit;
             column[columns.rows.clone()].iter_mut().for_each(|x| *x += size);
         }

@@ -1,7 +1,7 @@
 //! The matrix products of a tile: in our own registers ([`super::product`]), or, where there are none, through the gemm
 //! crate.
 
-use super::product::{Left, Multiply, Product};
+use super::product::{Left, Multiply, Onto, Product};
 use super::{arch, Accumulator, HeadRows};
 use gemm::{gemm, Parallelism};
 use std::ops::Range;
@@ -15,9 +15,14 @@ pub(crate) struct Tile<'a, A> {
     pub rows: Range<usize>,
 }
 
-/// `tile[r, c] = query[r] . key[c]` for keys of `dim` numbers; `queries` is (D, leading), transposed so that rows are the
-/// vector axis.
-pub(crate) fn scores<A: Accumulator>(tile: &mut Tile<A>, queries: &[A], keys: Left<A>, dim: usize) {
+/// `tile[r, c] = query[r] . key[c] (+ added[c])` for keys of `dim` numbers; `queries` is (D, leading), transposed so that
+/// rows are the vector axis.
+pub(crate) fn scores<A: Accumulator>(
+    tile: &mut Tile<A>,
+    queries: &[A],
+    (keys, dim): (Left<A>, usize),
+    added: Option<&[A]>,
+) {
     let first = tile.rows.start;
     multiply(Product {
         m: tile.columns,
@@ -28,7 +33,7 @@ pub(crate) fn scores<A: Accumulator>(tile: &mut Tile<A>, queries: &[A], keys: Le
         ldb: tile.leading,
         c: &mut tile.data[first..],
         ldc: tile.leading,
-        add: false,
+        onto: added.map_or(Onto::Zero, Onto::Rows),
     })
 }
 
@@ -48,7 +53,7 @@ pub(crate) fn accumulate<A: Accumulator>(output: &mut [A], width: usize, tile: &
         ldb: values.stride,
         c: &mut output[first * width..],
         ldc: width,
-        add: true,
+        onto: Onto::C,
     })
 }
 
@@ -68,7 +73,7 @@ pub(crate) fn accumulate_columns<A: Accumulator>(target: &mut [A], width: usize,
         ldb: width,
         c: target,
         ldc: width,
-        add: true,
+        onto: Onto::C,
     })
 }
 
@@ -86,8 +91,13 @@ fn multiply<A: Accumulator>(mut product: Product<A>) {
         ldb,
         c,
         ldc,
-        add,
+        onto,
     } = product;
+    if let Onto::Rows(numbers) = onto {
+        for (row, number) in c.chunks_mut(ldc).zip(&numbers[..m]) {
+            row[..n].fill(*number);
+        }
+    }
     // Rows are brought together: one product, whose sums do not depend on where the rows were.
     let together: Vec<A>;
     let (a, a_row, a_step) = match a {
@@ -106,7 +116,7 @@ fn multiply<A: Accumulator>(mut product: Product<A>) {
             c.as_mut_ptr(),
             1,
             ldc as isize,
-            add,
+            !matches!(onto, Onto::Zero),
             a.as_ptr(),
             a_step as isize,
             a_row as isize,

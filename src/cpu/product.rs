@@ -1,5 +1,5 @@
 //! Matrix products of a tile in registers, for every instruction set: `C (M, N) = A (M, K) · B (K, N)`, or added to what
-//! is there. B and C lie by rows, which are the vector axis; single numbers of A are spread over a register, so A may
+//! is there or to a number for each row. B and C lie by rows, which are the vector axis; single numbers of A are spread over a register, so A may
 //! have any strides and nothing is ever packed. All operands should lie in the first two levels of the cache: that is
 //! what the sizes of tiles see to.
 
@@ -25,6 +25,16 @@ impl<'a, A> From<&HeadRows<'a, A>> for Left<'a, A> {
     }
 }
 
+/// What a product is added to.
+#[derive(Clone, Copy)]
+pub(crate) enum Onto<'a, A> {
+    Zero,
+    /// One number for each row of C.
+    Rows(&'a [A]),
+    /// What is there.
+    C,
+}
+
 /// One product. Rows of B and C are `ldb` and `ldc` apart.
 pub(crate) struct Product<'a, A> {
     pub m: usize,
@@ -35,8 +45,7 @@ pub(crate) struct Product<'a, A> {
     pub ldb: usize,
     pub c: &'a mut [A],
     pub ldc: usize,
-    /// Whether to add to C.
-    pub add: bool,
+    pub onto: Onto<'a, A>,
 }
 
 impl<A> Product<'_, A> {
@@ -46,6 +55,9 @@ impl<A> Product<'_, A> {
         match self.a {
             Left::Grid { data, row, step } => assert!((self.m - 1) * row + (self.k - 1) * step < data.len()),
             Left::Rows(rows) => assert!(self.m <= rows.len() && rows.iter().all(|row| self.k <= row.len())),
+        }
+        if let Onto::Rows(numbers) = self.onto {
+            assert!(self.m <= numbers.len());
         }
         assert!(self.n <= self.ldb && (self.k - 1) * self.ldb + self.n <= self.b.len());
         assert!(self.n <= self.ldc && (self.m - 1) * self.ldc + self.n <= self.c.len());
@@ -71,10 +83,12 @@ macro_rules! kernel {
             row: usize,
             column: usize,
         ) {
-            let Product { k, a, ldb, ldc, .. } = *product;
+            let Product {
+                k, a, ldb, ldc, onto, ..
+            } = *product;
             // SAFETY: what the caller vouches for bounds every address: A's (row + M - 1, k - 1), B's (k - 1, column + V
-            // registers), C's (row + M - 1, column + V registers). Registers are read and written unaligned, and any
-            // bits are a float.
+            // registers), C's (row + M - 1, column + V registers), and the number of row row + M - 1. Registers are read
+            // and written unaligned, and any bits are a float.
             unsafe {
                 let (a, a_step): ([*const $float; M], usize) = match a {
                     Left::Grid {
@@ -90,6 +104,11 @@ macro_rules! kernel {
                 let mut b = product.b.as_ptr().add(column);
                 let c = product.c.as_mut_ptr().add(row * ldc + column);
                 let mut sums = [[simd.$splat(0.0); V]; M];
+                if let Onto::Rows(numbers) = onto {
+                    for m in 0..M {
+                        sums[m] = [simd.$splat(*numbers.get_unchecked(row + m)); V];
+                    }
+                }
                 for k in 0..k {
                     let mut columns = [simd.$splat(0.0); V];
                     for v in 0..V {
@@ -108,9 +127,9 @@ macro_rules! kernel {
                     let target = c.add(m * ldc).cast::<S::$floats>();
                     for v in 0..V {
                         let target = target.add(v);
-                        let sum = match product.add {
-                            true => simd.$fma(one, target.read_unaligned(), sums[m][v]),
-                            false => sums[m][v],
+                        let sum = match onto {
+                            Onto::C => simd.$fma(one, target.read_unaligned(), sums[m][v]),
+                            _ => sums[m][v],
                         };
                         target.write_unaligned(sum);
                     }

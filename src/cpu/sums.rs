@@ -9,6 +9,7 @@ use super::fold::{unfold, Edge};
 use super::forward::ForwardInput;
 use super::gemm_tile::{accumulate, accumulate_columns, scores};
 use super::pairs::{ColumnSums, PairGradients};
+use super::product::Left;
 use super::softmax::differentiate;
 use super::transpose::to_columns;
 use super::{dot, vectorized, Accumulator, Element, HeadRows};
@@ -162,7 +163,8 @@ impl<A: Accumulator> Sums<A> {
         }
         let mut weights = columns.tile(&mut reader.tile, leading);
         let mut logits = columns.tile(&mut self.tile, leading);
-        scores(&mut logits, &self.grads, (&columns.values).into(), columns.values.dim);
+        let left = (Left::from(&columns.values), columns.values.dim);
+        scores(&mut logits, &self.grads, left, None);
         let token = |index| columns.token(block.far, index);
         if let Some(mask) = block.dropout {
             drop_weights(&mut logits, mask, block.rows.start, token);
