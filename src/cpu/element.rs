@@ -77,8 +77,8 @@ pub(crate) trait Accumulator:
     /// weight * (g - delta). `rows` are minus each row's log_sum_exp, and its delta; a tile has a multiple of
     /// [`super::softmax::LANES`] rows.
     fn differentiate<S: Simd>(simd: S, weights: &mut Tile<Self>, logits: &mut Tile<Self>, rows: (&[Self], &[Self]));
-    /// 2^x for x <= 0, 0 below the smallest normal number, NaN for NaN. Relative error at most 3e-7 in f32 and 1e-15
-    /// in f64 (rounding included; the polynomials alone are good to 1.9e-9 and 3.1e-18).
+    /// 2^x for x <= 0 or not far above, 0 below the smallest normal number, NaN for NaN. Relative error at most 3e-7 in
+    /// f32 and 1e-15 in f64 (rounding included; the polynomials alone are good to 1.9e-9 and 3.1e-18).
     fn exp2_nonpositive(self) -> Self;
 
     /// The larger one; a NaN in `other` is passed over, to be caught when its weight is summed.
