@@ -1,13 +1,14 @@
 //! Forward and backward attention on the CPU against candle's plain operations with autograd, in one run:
 //! `cargo bench --bench backward`; with SFATTENTION_PYTHON=python3 (one that has torch) against PyTorch's SDPA too. The
 //! output's gradient is ones for all: what else would make one is not attention's time. candle adds every gradient to a
-//! tensor of zeros, which in bf16 is much of a call; a row times that alone.
+//! tensor of zeros, which in halves is much of a call; rows that have their turns with ours time that alone.
 
 mod common;
 
 use candle_core::{DType, Result, Tensor, Var};
 use candle_sfattention::{attend, AttentionOptions, CompressionConfig, Fold, MergePlan};
 use common::pytorch::PyTorch;
+use common::turns::Turns;
 use common::{causal_mask, plain_with_gradients, print_ratios, verify, verify_within, Shape};
 use criterion::{Criterion, SamplingMode};
 use std::path::Path;
@@ -59,44 +60,43 @@ fn bench_shape(criterion: &mut Criterion, pytorch: &mut Option<PyTorch>, folder:
     let weights = qkv[0].randn_like(0.0, 1.0)?;
     let mask = causal_mask(shape.tokens)?;
     let options = AttentionOptions::default();
-    let attended = |plan: &MergePlan| attend(&tensors[0], &tensors[1], &tensors[2], plan, &options);
-    let ours = |plan: &MergePlan| gradients(&attended(plan)?, &vars);
-    let nothing = shape.plan(0, &CompressionConfig::default())?;
+    let run = |[q, k, v]: &[Var; 3], plan: &MergePlan| attend(q, k, v, plan, &options);
+    let ours = |vars: &[Var; 3], plan: &MergePlan| gradients(&run(vars, plan)?, vars);
+    let nothing = &shape.plan(0, &CompressionConfig::default())?;
     let plain = || plain_with_gradients(&tensors, &mask);
     let theirs = || gradients(&plain()?, &vars);
     // Under weights that differ: a row's gradients of logits would cancel under ones.
     let weighted = |output: Tensor| gradients(&(output * &weights)?, &vars);
-    let verified = weighted(attended(&nothing)?)?;
+    let verified = weighted(run(&vars, nothing)?)?;
     for (name, (ours, theirs)) in NAMES.iter().zip(verified.iter().zip(weighted(plain()?)?)) {
         verify(name, ours, &theirs)?;
     }
     let mut group = criterion.benchmark_group(shape.name());
     group.sampling_mode(SamplingMode::Flat);
-    group.bench_function(FORWARD, |bencher| {
-        bencher.iter(|| attend(&tensors[0], &tensors[1], &tensors[2], &nothing, &options))
-    });
+    group.bench_function(FORWARD, |bencher| bencher.iter(|| run(&vars, nothing)));
     let config = CompressionConfig {
         fold: Fold::Mean,
         ..Default::default()
     };
     for (chain, name) in RATIOS {
         let plan = shape.plan(chain, &config)?;
-        group.bench_function(name, |bencher| bencher.iter(|| ours(&plan)));
+        group.bench_function(name, |bencher| bencher.iter(|| ours(&vars, &plan)));
     }
+    let mut turns = Turns::new();
+    turns.row(RATIOS[0].1, || ours(&vars, nothing));
     for (dtype, name, sums) in HALVES {
         let halves = [half(&vars[0], dtype)?, half(&vars[1], dtype)?, half(&vars[2], dtype)?];
-        let run = |vars: &[Var; 3]| attend(&vars[0], &vars[1], &vars[2], &nothing, &options);
-        let narrow = gradients(&(run(&halves)? * weights.to_dtype(dtype)?)?, &halves)?;
+        let narrow = gradients(&(run(&halves, nothing)? * weights.to_dtype(dtype)?)?, &halves)?;
         for (name, (narrow, wide)) in NAMES.iter().zip(narrow.iter().zip(&verified)) {
             // Gradients are up to about 5; the inputs were rounded too.
             verify_within(name, &narrow.to_dtype(DType::F32)?, wide, 0.1)?;
         }
-        group.bench_function(name, |bencher| bencher.iter(|| gradients(&run(&halves)?, &halves)));
-        let sum = || {
-            let one = |gradient: &Tensor| gradient.zeros_like()? + gradient;
-            narrow.iter().map(one).collect::<Result<Vec<_>>>()
-        };
-        group.bench_function(sums, |bencher| bencher.iter(sum));
+        group.bench_function(name, |bencher| bencher.iter(|| ours(&halves, nothing)));
+        turns.row(name, move || ours(&halves, nothing));
+        turns.row(sums, move || {
+            let sum = |gradient: &Tensor| gradient.zeros_like()? + gradient;
+            narrow.iter().map(sum).collect::<Result<Vec<_>>>()
+        });
     }
     if let Some(pytorch) = pytorch {
         pytorch.record(folder, "time backward", PYTORCH, shape, "f32")?;
@@ -104,6 +104,7 @@ fn bench_shape(criterion: &mut Criterion, pytorch: &mut Option<PyTorch>, folder:
     }
     group.bench_function(PLAIN, |bencher| bencher.iter(theirs));
     group.finish();
+    turns.run(&shape.name())?;
     Ok(())
 }
 
@@ -118,7 +119,7 @@ fn main() -> Result<()> {
     criterion.final_summary();
     let mut rows: Vec<&str> = RATIOS.iter().map(|(_, name)| *name).collect();
     rows.push(FORWARD);
-    rows.extend(HALVES.iter().flat_map(|(_, ours, sums)| [*ours, *sums]));
+    rows.extend(HALVES.map(|(_, ours, _)| ours));
     print_ratios(
         &folder,
         &shapes.map(|shape| shape.name()),

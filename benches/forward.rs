@@ -17,12 +17,16 @@
 //! Keys of strided views read where they are, in place of a copy by head: 1.15 to 1.26. Where memory asks for that,
 //! copying them tile by tile took 1.1 to 1.2 of the time of whole heads, pointers to rows 0.97 to 1.05 (contiguous; 1.14
 //! with pair sums at D=128). All threads on one head, the next one gathered ahead: 1.03 to 1.07 of a head to each thread.
+//! Columns gathered block by block as rows come to see them, the next block's keys, values and queries asked for between the
+//! products of tiles: 0.99 to 1.01 (what gathering and queries then took less, the products took more). A line of each page
+//! asked for 40 rows ahead: 1.00. More than half of what views cost is looking pages up, of which each head touches all: with
+//! pages of 2 MiB they took 1.03 in place of 1.05.
 //! The columns that all rows see past the last whole tile in one tile with those that some see: 1.00. The window's band by
 //! 32 rows in tiles of 64 columns, in place of 64 rows and 16 columns: 1.01 to 1.04.
 
 mod common;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use candle_sfattention::{
     attend, AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, Fold, HeadStrategies, MergePlan,
     MergeStrategy,
@@ -114,7 +118,7 @@ fn rounded(qkv: &[Tensor; 3], dtype: DType) -> Result<[[Tensor; 3]; 2]> {
     Ok([half, wide])
 }
 
-/// Halves, and the gemm crate alone.
+/// Halves, for PyTorch's.
 fn bench_dtypes(bench: &mut Bench, folder: &Path, shape: Shape) -> Result<()> {
     let qkv = shape.qkv()?;
     let nothing = shape.plan(0, &CompressionConfig::default())?;
@@ -129,8 +133,6 @@ fn bench_dtypes(bench: &mut Bench, folder: &Path, shape: Shape) -> Result<()> {
     if let Some(pytorch) = &mut bench.pytorch {
         pytorch.record(folder, "time forward", PYTORCH_BF16, shape, "bf16")?;
     }
-    let square = Tensor::randn(0f32, 1.0, (GEMM_SIZE, GEMM_SIZE), &Device::Cpu)?;
-    group.bench_function(GEMM, |bencher| bencher.iter(|| square.matmul(&square)));
     group.finish();
     Ok(())
 }
@@ -142,7 +144,8 @@ fn cached([q, k, v]: &[Tensor; 3]) -> Result<Tensor> {
     cache.append_and_attend(q, k, v, &AttentionOptions::default())
 }
 
-/// What else there is of ours, against nothing hidden: ratios, windows, layouts, the cache, one thread, deciding.
+/// What else there is of ours, against nothing hidden: ratios, windows, layouts, halves, the cache, one thread, deciding; and
+/// the gemm crate alone.
 fn turns(shape: Shape) -> Result<()> {
     let qkv = &shape.qkv()?;
     let [q, k, v] = qkv;
@@ -182,6 +185,11 @@ fn turns(shape: Shape) -> Result<()> {
     turns.row(NO_PRODUCTS, move || run(qkv, everything));
     let folded_once = [q.clone(), first(k, 1)?, first(v, 1)?];
     turns.row(FOLDED_ONCE, move || run(&folded_once, everything));
+    let halves = [(BF16, DType::BF16), (F16, DType::F16)].map(|(name, dtype)| (name, rounded(qkv, dtype)));
+    for (name, halves) in halves {
+        let [half, _] = halves?;
+        turns.row(name, move || run(&half, nothing));
+    }
     verify(CACHED, &cached(qkv)?, &expected)?;
     turns.row(CACHED, || cached(qkv));
     let single = rayon::ThreadPoolBuilder::new().num_threads(1).build();
@@ -193,7 +201,9 @@ fn turns(shape: Shape) -> Result<()> {
     ] {
         turns.row(name, move || MergePlan::new(q, k, v, strategies, &config, options));
     }
-    turns.run(&shape.name())?;
+    let square = Tensor::randn(0f32, 1.0, (GEMM_SIZE, GEMM_SIZE), q.device())?;
+    turns.row(GEMM, move || square.matmul(&square));
+    print_gemm_share(shape, &turns.run(&shape.name())?);
 
     let [half, wide] = rounded(qkv, DType::BF16)?;
     let output = cached(&half)?.to_dtype(DType::F32)?;
@@ -201,7 +211,21 @@ fn turns(shape: Shape) -> Result<()> {
     let mut turns = Turns::new();
     turns.row(BF16, || run(&half, nothing));
     turns.row(CACHED, || cached(&half));
-    turns.run(&format!("{}, bf16", shape.name()))
+    turns.run(&format!("{}, bf16", shape.name()))?;
+    Ok(())
+}
+
+/// How much of the gemm crate's own speed causal attention reaches, of their times in turns.
+fn print_gemm_share(shape: Shape, ratios: &[(&str, f64)]) {
+    if let Some((_, gemm)) = ratios.iter().find(|(name, _)| *name == GEMM) {
+        let pairs = (shape.tokens * (shape.tokens + 1) / 2) as f64;
+        let ours = 4.0 * pairs * (shape.heads * shape.dim) as f64;
+        let share = gemm * ours / (2.0 * (GEMM_SIZE as f64).powi(3));
+        println!(
+            "ours, r = 0: {:.0} % of gemm's floating-point operations a second",
+            100.0 * share
+        );
+    }
 }
 
 /// Time against tokens, and against the hidden ratio.
@@ -253,23 +277,6 @@ fn plots(folder: &Path) -> Result<()> {
     )
 }
 
-/// Nothing hidden, in GFLOP/s of causal attention, against the gemm crate's own in the same group.
-fn print_gemm_shares(folder: &Path, shapes: &[Shape]) {
-    for shape in shapes {
-        let group = shape.name();
-        let (ours, gemm) = (median(folder, &group, RATIOS[0].1), median(folder, &group, GEMM));
-        if let (Some(ours), Some(gemm)) = (ours, gemm) {
-            let pairs = (shape.tokens * (shape.tokens + 1) / 2) as f64;
-            let ours = 4.0 * pairs * (shape.heads * shape.dim) as f64 / ours / 1e9;
-            let gemm = 2.0 * (GEMM_SIZE as f64).powi(3) / gemm / 1e9;
-            println!(
-                "{group}: ours {ours:.0} GFLOP/s, gemm alone {gemm:.0}: {:.0} %",
-                100.0 * ours / gemm
-            );
-        }
-    }
-}
-
 fn main() -> Result<()> {
     let (criterion, folder) = common::criterion("forward");
     let mut bench = Bench {
@@ -297,6 +304,5 @@ fn main() -> Result<()> {
     rows.extend([BF16, F16, PLAIN]);
     let names: Vec<String> = shapes.iter().chain(&sweep).chain(&small).map(Shape::name).collect();
     print_ratios(&folder, &names, &rows, &[FLASH, PLAIN, PYTORCH, PYTORCH_BF16]);
-    print_gemm_shares(&folder, &shapes);
     plots(&folder)
 }

@@ -24,14 +24,15 @@ impl<'r> Turns<'r> {
         self.rows.push((name, Box::new(move || call().map(drop))));
     }
 
-    /// Prints each row's median, and the median of its ratios to what the first row took just before and just after. With
-    /// criterion's `--test` each row runs once.
-    pub fn run(mut self, title: &str) -> Result<()> {
+    /// Prints each row's median, and the median of its ratios to what the first row took just before and just after, and
+    /// returns the ratios. With criterion's `--test` each row runs once and has none.
+    pub fn run(mut self, title: &str) -> Result<Vec<(&'static str, f64)>> {
         if std::env::args().any(|arg| arg == "--test") {
-            return self.rows.iter_mut().try_for_each(|(_, call)| call());
+            self.rows.iter_mut().try_for_each(|(_, call)| call())?;
+            return Ok(Vec::new());
         }
         let Some(((first, base), others)) = self.rows.split_first_mut() else {
-            return Ok(());
+            return Ok(Vec::new());
         };
         let mut times = vec![Vec::new(); others.len() + 1];
         let mut ratios = vec![Vec::new(); others.len() + 1];
@@ -52,11 +53,14 @@ impl<'r> Turns<'r> {
             "\n{title}, in turns with its first row\n{:<42}{:>11}{:>8}",
             "median of", "ms", "ratio"
         );
-        let names = std::iter::once(&*first).chain(others.iter().map(|(name, _)| name));
+        let names = std::iter::once(*first).chain(others.iter().map(|(name, _)| *name));
+        let mut medians = Vec::new();
         for ((name, times), ratios) in names.zip(&mut times).zip(&mut ratios) {
-            println!("{name:<42}{:>11.3}{:>8.3}", median(times) * 1e3, median(ratios));
+            let ratio = median(ratios);
+            println!("{name:<42}{:>11.3}{ratio:>8.3}", median(times) * 1e3);
+            medians.push((name, ratio));
         }
-        Ok(())
+        Ok(medians)
     }
 }
 
