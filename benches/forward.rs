@@ -67,6 +67,7 @@ const STRIDED: &str = "ours, r = 0, (B, N, H, D) views";
 const GROUPED: &str = "ours, r = 0, 4 heads a KV head";
 const BF16: &str = "ours, r = 0, bf16";
 const F16: &str = "ours, r = 0, f16";
+const HALVES: [(&str, DType); 2] = [(BF16, DType::BF16), (F16, DType::F16)];
 /// What the gemm crate reaches at its best, through candle.
 const GEMM: &str = "gemm alone, 2048 cubed";
 const GEMM_SIZE: usize = 2048;
@@ -124,7 +125,7 @@ fn bench_dtypes(bench: &mut Bench, folder: &Path, shape: Shape) -> Result<()> {
     let nothing = shape.plan(0, &CompressionConfig::default())?;
     let mut group = bench.criterion.benchmark_group(shape.name());
     group.sampling_mode(SamplingMode::Flat);
-    for (name, dtype) in [(BF16, DType::BF16), (F16, DType::F16)] {
+    for (name, dtype) in HALVES {
         let [half, wide] = rounded(&qkv, dtype)?;
         let output = run(&half, &nothing)?.to_dtype(DType::F32)?;
         verify_within(name, &output, &run(&wide, &nothing)?, HALF_BOUND)?;
@@ -185,9 +186,8 @@ fn turns(shape: Shape) -> Result<()> {
     turns.row(NO_PRODUCTS, move || run(qkv, everything));
     let folded_once = [q.clone(), first(k, 1)?, first(v, 1)?];
     turns.row(FOLDED_ONCE, move || run(&folded_once, everything));
-    let halves = [(BF16, DType::BF16), (F16, DType::F16)].map(|(name, dtype)| (name, rounded(qkv, dtype)));
-    for (name, halves) in halves {
-        let [half, _] = halves?;
+    for (name, dtype) in HALVES {
+        let [half, _] = rounded(qkv, dtype)?;
         turns.row(name, move || run(&half, nothing));
     }
     verify(CACHED, &cached(qkv)?, &expected)?;
