@@ -1,9 +1,10 @@
 //! One softmax per row over the columns it sees, and its gradients.
 
-use candle_core::{bail, Result, Tensor};
+use candle_core::{bail, Result};
 
+use super::bias::Bias;
 use super::fold::{fold, unfold, visible_columns, Column};
-use super::{add_scaled, dot, dropout_keeps, to_f64, Array4, Indicators, Rows, Sizes};
+use super::{add_scaled, dot, dropout_keeps, Array4, Indicators, Rows, Sizes};
 use crate::config::{AttentionOptions, CompressionConfig, Fold};
 
 /// Compressed attention of shape (B, H, N, D), for q (B, H, N, D), k and v (B, Hk, N, D) and bits (B, H, N-1).
@@ -13,11 +14,12 @@ use crate::config::{AttentionOptions, CompressionConfig, Fold};
 /// are folded by the query head's own bits; so are the queries under [`Fold::PairSum`], whatever the window is.
 ///
 /// A row is NaN when its query, or the key or value of any column it sees, has an entry that is not finite, whatever
-/// bias or dropout say about the column. Other rows are not touched by that token. A row is also NaN when the bias hides
-/// all its columns.
+/// bias or dropout say about the column. Other rows are not touched by that token. A row all of whose columns have a bias
+/// of -inf is zeros, and sends no gradient; a finite bias of any size hides nothing.
 ///
 /// # Errors
-/// Shapes or settings that do not fit together.
+/// Shapes or settings that do not fit together, or a bias of -inf at a column that a row would see in a head that hides
+/// tokens.
 pub fn attention(
     q: &Array4,
     k: &Array4,
@@ -92,7 +94,7 @@ struct Call<'a> {
     config: &'a CompressionConfig,
     options: &'a AttentionOptions,
     scale: f64,
-    bias: Option<Array4>,
+    bias: Option<Bias>,
 }
 
 /// One query head's vectors, raw and folded.
@@ -143,6 +145,10 @@ impl<'a> Call<'a> {
                 indicators.dims
             )
         }
+        let bias = options.bias.as_ref().map(|b| Bias::read(b, sizes)).transpose()?;
+        if let Some(bias) = &bias {
+            bias.check(indicators, options.causal)?;
+        }
         Ok(Self {
             sizes,
             inputs: (q, k, v),
@@ -150,7 +156,7 @@ impl<'a> Call<'a> {
             config,
             options,
             scale: options.scale(q.dims[3]),
-            bias: options.bias.as_ref().map(|b| read_bias(b, sizes)).transpose()?,
+            bias,
         })
     }
 
@@ -198,7 +204,7 @@ impl<'a> Call<'a> {
     /// `scale · query · key + ln n + bias`.
     fn logit(&self, head: &Head, row: usize, column: Column) -> f64 {
         let bias = match &self.bias {
-            Some(bias) => broadcast_get(bias, [head.batch, head.head, row, column.token()]),
+            Some(bias) => bias.get([head.batch, head.head, row, column.token()]),
             None => 0.0,
         };
         head.scale * dot(&head.queries[row], head.key(column)) + head.size(column).ln() + bias
@@ -236,8 +242,11 @@ impl Head<'_> {
     }
 }
 
-/// `exp(l - max l) / Σ exp(l - max l)`. All minus infinity gives NaN.
+/// `exp(l - max l) / Σ exp(l - max l)`. All minus infinity gives zeros.
 fn softmax(logits: Vec<f64>) -> Vec<f64> {
+    if logits.iter().all(|logit| *logit == f64::NEG_INFINITY) {
+        return vec![0.0; logits.len()];
+    }
     let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let exps: Vec<f64> = logits.iter().map(|l| (l - max).exp()).collect();
     let sum: f64 = exps.iter().sum();
@@ -285,30 +294,4 @@ impl HeadGradients {
             add_scaled(d_value, weights[j] * keep[j], grad);
         }
     }
-}
-
-/// The bias with ones for the axes it lacks, to be read with [`broadcast_get`].
-fn read_bias(bias: &Tensor, sizes: Sizes) -> Result<Array4> {
-    let full = [sizes.batch, sizes.heads, sizes.tokens, sizes.tokens];
-    let got = bias.dims();
-    let padding = 4usize.saturating_sub(got.len());
-    let mut dims = [1; 4];
-    let fits = got.len() <= 4 && got.iter().zip(&full[padding..]).all(|(&d, &f)| d == f || d == 1);
-    if !fits {
-        bail!("bias: expected a shape that broadcasts to {full:?}, got {got:?}; reshape it or add axes of size 1")
-    }
-    dims[padding..].copy_from_slice(got);
-    Ok(Array4 {
-        dims,
-        data: to_f64(bias)?,
-    })
-}
-
-fn broadcast_get(array: &Array4, index: [usize; 4]) -> f64 {
-    let flat = array
-        .dims
-        .iter()
-        .zip(index)
-        .fold(0, |flat, (&dim, i)| flat * dim + if dim == 1 { 0 } else { i });
-    array.data[flat]
 }

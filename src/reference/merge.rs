@@ -1,7 +1,8 @@
 //! Which tokens merge: the pair test, the two run rules, and the groups of heads that decide together.
 
-use candle_core::{bail, Result};
+use candle_core::{bail, Result, Tensor};
 
+use super::bias::Bias;
 use super::{dot, Array4, Indicators, Sizes};
 use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, HeadTest, MergeRule, MergeStrategy};
 
@@ -127,12 +128,32 @@ pub fn indicators(
     strategies: &HeadStrategies,
     config: &CompressionConfig,
 ) -> Result<Indicators> {
+    indicators_under(q, k, strategies, config, None)
+}
+
+/// [`indicators`] beside a bias that broadcasts to (B, H, N, N): under [`MergeRule::Causal`] a pair (t, t + 1) qualifies
+/// only where row t + 1 sees both tokens, so that neither reaches a row through the other that the bias hides it from.
+///
+/// # Errors
+/// As [`indicators`], or a bias of another shape.
+pub fn indicators_under(
+    q: &Array4,
+    k: &Array4,
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    bias: Option<&Tensor>,
+) -> Result<Indicators> {
     config.check(true)?;
     if config.criterion == Criterion::ObservedMass {
         bail!("criterion: expected QueryKey or KeyKey, got ObservedMass; use reference::observed_indicators")
     }
     let sizes = Sizes::new(q, k)?;
     strategies.check(sizes.batch, sizes.heads)?;
+    let bias = bias.map(|bias| Bias::read(bias, sizes)).transpose()?;
+    let seen = |batch: usize, head: usize, a: usize| {
+        let bias = bias.as_ref();
+        bias.is_none_or(|bias| bias.pair_is_seen([batch, head], a - 1))
+    };
     let crit = |batch: usize, head: usize, a: usize, p: usize| {
         let at = (batch, head, sizes.kv_head(head));
         p >= config.sinks
@@ -153,7 +174,9 @@ pub fn indicators(
             .map(|(batch, head)| {
                 let voters = voters(config.group_rule, sizes, head);
                 causal_rule(sizes.pairs(), config.max_merge_level, |a, p| {
-                    voters.clone().all(|voter| crit(batch, voter, a, p))
+                    voters
+                        .clone()
+                        .all(|voter| seen(batch, voter, a) && crit(batch, voter, a, p))
                 })
             })
             .collect(),

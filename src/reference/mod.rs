@@ -17,6 +17,7 @@
 //! whose cosine lies within rounding of its threshold may be decided differently there.
 
 mod attend;
+mod bias;
 mod dropout;
 mod fold;
 mod loss;
@@ -27,7 +28,7 @@ pub use attend::{attention, attention_gradients};
 pub use dropout::{dropout_keeps, philox4x32_10};
 pub use fold::{fold, unfold, visible_columns, Column};
 pub use loss::{compression_loss, compression_loss_gradients, LossTerms};
-pub use merge::{causal_rule, cosine, indicators, norm, qualifies, reference_rule, unit, NORM_FLOOR};
+pub use merge::{causal_rule, cosine, indicators, indicators_under, norm, qualifies, reference_rule, unit, NORM_FLOOR};
 pub use observe::{local_columns, local_weights, observed_indicators, observed_mass, observing_rows};
 
 use candle_core::{bail, DType, Device, Result, Tensor};

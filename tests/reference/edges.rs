@@ -3,7 +3,8 @@
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_sfattention::reference::{
-    attention, attention_gradients, compression_loss, compression_loss_gradients, indicators, Array4, Indicators,
+    attention, attention_gradients, compression_loss, compression_loss_gradients, indicators, indicators_under, Array4,
+    Indicators,
 };
 use candle_sfattention::{
     AttentionOptions, CompressionConfig, Fold, GroupRule, HeadStrategies, MergeRule, MergeStrategy,
@@ -30,6 +31,7 @@ fn nan_rows(fold: Fold, window: usize, m: &str, qkv: &[Array4; 3], bias: Option<
     let [q, k, v] = qkv;
     let rows = attention(q, k, v, &indicators, &config, &options)?;
     let mark = |row: usize| match rows.row(0, 0, row) {
+        r if r.iter().all(|x| *x == 0.0) => '0',
         r if r.iter().all(|x| x.is_nan()) => 'N',
         r if r.iter().all(|x| x.is_finite()) => '.',
         _ => '?',
@@ -96,17 +98,93 @@ fn rows_that_do_not_see_a_nan_are_untouched() -> Result<()> {
 }
 
 #[test]
-fn bias_of_minus_infinity_hides_columns_and_a_row_without_any_is_nan() -> Result<()> {
+fn bias_of_minus_infinity_hides_columns_and_a_row_without_any_is_zeros() -> Result<()> {
     let rng = &mut StdRng::seed_from_u64(8);
     let qkv = random_qkv(rng, [1, 1, 1, 5, 2]);
     // Columns 0 and 1 are hidden from all rows.
     let hidden = f64::NEG_INFINITY;
     let bias = Tensor::new(&[hidden, hidden, 0.0, 0.0, 0.0], &Device::Cpu)?;
-    assert_eq!(nan_rows(Fold::Drop, 0, "0000", &qkv, Some(bias.clone()))?, "NN...");
+    assert_eq!(nan_rows(Fold::Drop, 0, "0000", &qkv, Some(bias.clone()))?, "00...");
     // A bias does not stop a NaN: the row still sees the column.
     let mut bad = qkv.clone();
     bad[1].row_mut(0, 0, 1)[0] = f64::NAN;
-    assert_eq!(nan_rows(Fold::Drop, 0, "0000", &bad, Some(bias))?, "NNNNN");
+    assert_eq!(nan_rows(Fold::Drop, 0, "0000", &bad, Some(bias))?, "0NNNN");
+    Ok(())
+}
+
+/// The dtype's least number as a mask: a row of nothing else is the softmax of equal logits.
+#[test]
+fn a_finite_bias_of_any_size_hides_nothing_by_itself() -> Result<()> {
+    let rng = &mut StdRng::seed_from_u64(10);
+    let [q, k, v] = random_qkv(rng, [1, 1, 1, 3, 2]);
+    let least = f64::MIN;
+    let options = AttentionOptions {
+        bias: Some(Tensor::new(&[least, least, 0.0], &Device::Cpu)?),
+        ..Default::default()
+    };
+    let config = CompressionConfig::default();
+    let rows = attention(&q, &k, &v, &no_bits([1, 1, 2]), &config, &options)?;
+    for d in 0..2 {
+        let mean = (v.row(0, 0, 0)[d] + v.row(0, 0, 1)[d]) / 2.0;
+        assert!((rows.row(0, 0, 1)[d] - mean).abs() < 1e-15);
+        assert_eq!(rows.row(0, 0, 0)[d], v.row(0, 0, 0)[d]);
+        assert_eq!(rows.row(0, 0, 2)[d], v.row(0, 0, 2)[d]);
+    }
+    Ok(())
+}
+
+/// Rows without a column send nothing, whatever gradient comes to them.
+#[test]
+fn a_row_that_sees_nothing_sends_no_gradient() -> Result<()> {
+    let rng = &mut StdRng::seed_from_u64(11);
+    let [q, k, v] = random_qkv(rng, [1, 1, 1, 3, 2]);
+    let mut grad = Array4::zeros(q.dims);
+    grad.row_mut(0, 0, 0).fill(1.0);
+    let options = AttentionOptions {
+        bias: Some(Tensor::new(&[f64::NEG_INFINITY, 0.0, 0.0], &Device::Cpu)?),
+        ..Default::default()
+    };
+    let m = no_bits([1, 1, 2]);
+    let (dq, dk, dv) = attention_gradients(&q, &k, &v, &grad, &m, &CompressionConfig::default(), &options)?;
+    for gradient in [dq, dk, dv] {
+        assert!(gradient.data.iter().all(|x| *x == 0.0));
+    }
+    Ok(())
+}
+
+/// A hidden token neither comes back inside its neighbour nor takes a visible one with it: such pairs are not merged, and
+/// a plan that hides tokens all the same is refused.
+#[test]
+fn a_bias_of_minus_infinity_keeps_pairs_apart() -> Result<()> {
+    let mut k = Array4::zeros([1, 1, 6, 2]);
+    (0..6).for_each(|t| k.row_mut(0, 0, t).fill(1.0));
+    let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+    let config = CompressionConfig::default();
+    let bias = Tensor::new(
+        &[f64::NEG_INFINITY, f64::NEG_INFINITY, 0.0, 0.0, f64::NEG_INFINITY, 0.0],
+        &Device::Cpu,
+    )?;
+    let m = indicators_under(&k, &k, &strategies, &config, Some(&bias))?;
+    assert_eq!(m.bits, bits("00100"));
+    assert_eq!(
+        indicators_under(&k, &k, &strategies, &config, None)?.bits,
+        bits("11111")
+    );
+    let options = AttentionOptions {
+        bias: Some(bias),
+        ..Default::default()
+    };
+    refuses("segment", attention(&k, &k, &k, &m, &config, &options));
+    attention(&k, &k, &k, &no_bits([1, 1, 5]), &config, &options)?;
+    // A causal mask says nothing about what a row sees.
+    let causal: Vec<f64> = (0..36)
+        .map(|i| if i % 6 > i / 6 { f64::NEG_INFINITY } else { 0.0 })
+        .collect();
+    let options = AttentionOptions {
+        bias: Some(Tensor::from_vec(causal, (6, 6), &Device::Cpu)?),
+        ..Default::default()
+    };
+    attention(&k, &k, &k, &m, &config, &options)?;
     Ok(())
 }
 

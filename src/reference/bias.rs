@@ -1,0 +1,68 @@
+//! The additive bias, and the pairs of tokens that it keeps apart.
+
+use candle_core::{bail, Result, Tensor};
+
+use super::{to_f64, Indicators, Sizes};
+
+/// A bias that broadcasts to (B, H, N, N), as f64.
+pub(super) struct Bias {
+    dims: [usize; 4],
+    data: Vec<f64>,
+}
+
+impl Bias {
+    pub(super) fn read(bias: &Tensor, sizes: Sizes) -> Result<Self> {
+        let full = [sizes.batch, sizes.heads, sizes.tokens, sizes.tokens];
+        let got = bias.dims();
+        let padding = 4usize.saturating_sub(got.len());
+        let mut dims = [1; 4];
+        let fits = got.len() <= 4 && got.iter().zip(&full[padding..]).all(|(&d, &f)| d == f || d == 1);
+        if !fits {
+            bail!("bias: expected a shape that broadcasts to {full:?}, got {got:?}; reshape it or add axes of size 1")
+        }
+        dims[padding..].copy_from_slice(got);
+        Ok(Self {
+            dims,
+            data: to_f64(bias)?,
+        })
+    }
+
+    /// The entry of (batch, query head, row, column).
+    pub(super) fn get(&self, index: [usize; 4]) -> f64 {
+        let pairs = self.dims.iter().zip(index);
+        let flat = pairs.fold(0, |flat, (&dim, i)| flat * dim + if dim == 1 { 0 } else { i });
+        self.data[flat]
+    }
+
+    fn hides(&self, [batch, head]: [usize; 2], row: usize, column: usize) -> bool {
+        self.get([batch, head, row, column]) == f64::NEG_INFINITY
+    }
+
+    /// Whether row `t + 1`, with which the pair (t, t + 1) is decided, sees both of its tokens. A pair that it does not
+    /// see never qualifies.
+    pub(super) fn pair_is_seen(&self, head: [usize; 2], t: usize) -> bool {
+        !self.hides(head, t + 1, t) && !self.hides(head, t + 1, t + 1)
+    }
+
+    /// Refuses a head that hides tokens while its bias is -inf at a column that a row would see: the bias says nothing
+    /// about the tokens that are folded together.
+    pub(super) fn check(&self, indicators: &Indicators, causal: bool) -> Result<()> {
+        let [batch, heads, pairs] = indicators.dims;
+        for (b, h) in (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h))) {
+            if !indicators.head(b, h).contains(&true) {
+                continue;
+            }
+            for row in 0..=pairs {
+                let last = if causal { row } else { pairs };
+                if let Some(column) = (0..=last).find(|&column| self.hides([b, h], row, column)) {
+                    bail!(
+                        "bias: expected no -inf where tokens are hidden, got one at row {row}, column {column} of batch \
+                         row {b}, head {h}; give each segment (padded row, packed document) its own call, or make the \
+                         head MergeStrategy::Off"
+                    )
+                }
+            }
+        }
+        Ok(())
+    }
+}
