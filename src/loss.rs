@@ -126,6 +126,7 @@ impl LossSumsOp {
 
     fn input<'a, T: Element>(&'a self, q: Rows<'a, T>, k: Rows<'a, T>) -> DecideInput<'a, T> {
         DecideInput {
+            apart: None,
             q,
             k,
             problem: self.problem,

@@ -2,13 +2,12 @@
 
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 use crate::cpu::backward::{backward, BackwardInput, Gradients};
-use crate::cpu::columns::BiasView;
 use crate::cpu::forward::{forward, ForwardInput};
 use crate::cpu::{Accumulator, Element, Rows};
 #[cfg(feature = "cuda")]
 use crate::cuda::tensors::TensorCall;
 use crate::loss::compression_loss;
-use crate::plan::{cpu_slice, not_on_cpu, MergePlan};
+use crate::plan::{bias_view, cpu_slice, not_on_cpu, MergePlan};
 use crate::problem::{Problem, RowLayout};
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, CudaStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor};
@@ -54,14 +53,18 @@ pub fn compressed_attention(
 /// gradients have the shapes and dtypes of their tensors, keep O(N·D) memory besides them, and do not depend on the
 /// number of threads. The bias gets none.
 ///
-/// A row is NaN throughout when its query or any column it sees is not finite; other rows are untouched by it.
+/// A row is NaN throughout when its query or any column it sees is not finite; other rows are untouched by it. A row whose
+/// columns all have a bias of -inf is zeros and sends no gradient. A finite bias of any size, the dtype's least number
+/// included, is finite.
 ///
 /// With the feature `cuda`, tensors on a CUDA device are taken in f32, f16 and bf16, with a D that is a multiple of 8 up to
 /// 256 and rows that start at multiples of 8 elements; nothing waits for the device. The same call gives the same bits,
 /// except for gradients there without [`AttentionOptions::deterministic`].
 ///
 /// # Errors
-/// Shapes, dtypes or devices that do not fit together or are not supported, or a plan made for other shapes.
+/// Shapes, dtypes or devices that do not fit together or are not supported, or a plan made for other shapes. On the CPU, a
+/// bias of -inf at a column that a row would see, in a head that hides tokens: a bias does not say which of the tokens that
+/// were folded together a row may see. On CUDA that is not looked for, since it would mean waiting for the device.
 pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &AttentionOptions) -> Result<Tensor> {
     let problem = Problem::new(q, k, v)?;
     problem.check_options(options)?;
@@ -69,15 +72,7 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &At
     if !(q.device().is_cpu() || cfg!(feature = "cuda") && q.device().is_cuda()) {
         return not_on_cpu(q.device());
     }
-    let accumulator = if problem.dtype == DType::F64 {
-        DType::F64
-    } else {
-        DType::F32
-    };
-    let bias = match &options.bias {
-        Some(bias) => Some(bias.to_dtype(accumulator)?.broadcast_as(&problem.bias_dims())?),
-        None => None,
-    };
+    let bias = problem.bias(options)?;
     let op = CompressedAttentionOp {
         problem,
         plan: plan.clone(),
@@ -99,8 +94,8 @@ struct CompressedAttentionOp {
     /// Whether a gradient may be asked for.
     tracked: bool,
     /// What the backward pass needs of the forward where `tracked`, besides the output; tensors without a graph: each
-    /// row's log-sum-exp (base 2), (B, H, N); on CUDA, where gradients are better for it, what rounding left of the
-    /// output too, (B, H, N, D).
+    /// row's log-sum-exp (base 2), (B, H, N), on the CPU as two numbers (B, H, N, 2); on CUDA, where gradients are better for
+    /// it, what rounding left of the output too, (B, H, N, D).
     kept: OnceLock<Vec<Tensor>>,
 }
 
@@ -113,12 +108,13 @@ impl CompressedAttentionOp {
             head_dim,
             ..
         } = self.problem;
-        let mut log_sum_exp = vec![T::Acc::ZERO; if self.tracked { batch * heads * tokens } else { 0 }];
+        let mut log_sum_exp = vec![[T::Acc::ZERO; 2]; if self.tracked { batch * heads * tokens } else { 0 }];
         let output = self.with_input(qkv, |input| {
-            forward(input, self.tracked.then_some(log_sum_exp.as_mut_slice()))
+            input.check_bias()?;
+            Ok(forward(input, self.tracked.then_some(log_sum_exp.as_mut_slice())))
         })?;
         if self.tracked {
-            let kept = Tensor::from_vec(log_sum_exp, (batch, heads, tokens), &Device::Cpu)?;
+            let kept = Tensor::from_vec(log_sum_exp.into_flattened(), (batch, heads, tokens, 2), &Device::Cpu)?;
             self.kept.get_or_init(|| vec![kept]);
         }
         Ok((
@@ -140,7 +136,7 @@ impl CompressedAttentionOp {
     fn with_input<T: Element, R>(
         &self,
         [q, k, v]: [(&[T], &Layout); 3],
-        body: impl FnOnce(&ForwardInput<T>) -> R,
+        body: impl FnOnce(&ForwardInput<T>) -> Result<R>,
     ) -> Result<R> {
         let indicators = self.plan.indicators().storage_and_layout();
         let bias = self.bias.as_ref().map(Tensor::storage_and_layout);
@@ -148,7 +144,7 @@ impl CompressedAttentionOp {
             Some((storage, layout)) => Some(bias_view(storage, layout)?),
             None => None,
         };
-        Ok(body(&ForwardInput {
+        body(&ForwardInput {
             q: rows(q),
             k: rows(k),
             v: rows(v),
@@ -160,7 +156,7 @@ impl CompressedAttentionOp {
             scale: self.options.scale(self.problem.head_dim),
             dropout: self.options.dropout,
             bias,
-        }))
+        })
     }
 
     fn kept(&self) -> Result<&[Tensor]> {
@@ -187,14 +183,14 @@ impl CompressedAttentionOp {
                 slices.len()
             )
         };
-        let log_sum_exp = contiguous::<T::Acc>(&log_sum_exp.0, log_sum_exp.1)?;
+        let log_sum_exp = contiguous::<T::Acc>(&log_sum_exp.0, log_sum_exp.1)?.as_chunks().0;
         let Gradients { dq, dk, dv } = self.with_input([q, k, v], |input| {
-            backward(&BackwardInput {
+            Ok(backward(&BackwardInput {
                 forward: *input,
                 output: rows(output),
                 grad_output: rows(grad_output),
                 log_sum_exp,
-            })
+            }))
         })?;
         let like = |data: Vec<T>, tensor: &Tensor| Tensor::from_vec(data, tensor.dims(), &Device::Cpu);
         Ok([like(dq, qkv[0])?, like(dk, qkv[1])?, like(dv, qkv[2])?])
@@ -215,15 +211,6 @@ fn contiguous<'a, T: candle_core::WithDType>(storage: &'a Storage, layout: &Layo
             storage.device().location()
         ),
     }
-}
-
-fn bias_view<'a, A: Element>(storage: &'a Storage, layout: &Layout) -> Result<BiasView<'a, A>> {
-    let strides = layout.stride();
-    Ok(BiasView {
-        data: cpu_slice(storage)?,
-        offset: layout.start_offset(),
-        strides: [strides[0], strides[1], strides[2], strides[3]],
-    })
 }
 
 impl CustomOp3 for CompressedAttentionOp {

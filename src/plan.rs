@@ -1,6 +1,7 @@
 //! [`MergePlan`]: which tokens of which heads are hidden, and what that saves.
 
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
+use crate::cpu::bias::{Apart, BiasView};
 use crate::cpu::decide::{self, DecideInput};
 use crate::cpu::{Element, Rows};
 use crate::observed;
@@ -45,6 +46,9 @@ impl MergePlan {
     /// Decides from query (B, H, N, D), key and value (B, Hk, N, D): f64, f32, f16 or bf16, any strides with a
     /// contiguous last axis. Cosines and masses are computed in f32 (f64 for f64). O(N·D) per head; under
     /// [`Criterion::ObservedMass`] O(N·(window + sinks)·D).
+    ///
+    /// Under [`MergeRule::Causal`](crate::MergeRule) two neighbours of which a bias of -inf hides one or both from the later
+    /// one's row do not merge: padding stays apart, and so do packed documents.
     ///
     /// # Errors
     /// Shapes, dtypes, devices or settings that do not fit together; each message says what was expected, what came
@@ -174,6 +178,7 @@ fn decide(
                 problem,
                 strategies,
                 config,
+                bias: problem.bias(options)?.as_ref(),
             },
         )?,
     };
@@ -226,6 +231,16 @@ pub(crate) fn cpu_slice<T: Element>(storage: &Storage) -> Result<&[T]> {
     }
 }
 
+/// A bias in the accumulator's dtype, as a view of four axes.
+pub(crate) fn bias_view<'a, A: Element>(storage: &'a Storage, layout: &Layout) -> Result<BiasView<'a, A>> {
+    let strides = layout.stride();
+    Ok(BiasView {
+        data: cpu_slice(storage)?,
+        offset: layout.start_offset(),
+        strides: [strides[0], strides[1], strides[2], strides[3]],
+    })
+}
+
 pub(crate) fn not_on_cpu<R>(device: &Device) -> Result<R> {
     bail!(
         "device: expected the CPU, got {:?}; compressed attention has no kernels for it in this version, \
@@ -238,15 +253,22 @@ struct Decide<'a> {
     problem: Problem,
     strategies: &'a HeadStrategies,
     config: &'a CompressionConfig,
+    bias: Option<&'a Tensor>,
 }
 
 impl QueryKeyVisitor for Decide<'_> {
     type Output = Vec<u8>;
 
     fn visit<T: Element>(self, q: Rows<T>, k: Rows<T>) -> Result<Vec<u8>> {
+        let stored = self.bias.map(Tensor::storage_and_layout);
+        let bias = match &stored {
+            Some((storage, layout)) => Some(bias_view::<T::Acc>(storage, layout)?),
+            None => None,
+        };
         Ok(decide::indicators(&DecideInput {
             q,
             k,
+            apart: bias.map(|bias| Apart::new(bias, 0)),
             problem: self.problem,
             strategies: self.strategies,
             config: self.config,

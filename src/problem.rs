@@ -149,6 +149,20 @@ impl Problem {
         Ok(())
     }
 
+    /// The bias of checked options as a (B, H, N, N) view, in f32, or f64 for f64.
+    ///
+    /// # Errors
+    /// Those of converting it.
+    pub fn bias(&self, options: &AttentionOptions) -> Result<Option<Tensor>> {
+        let accumulator = if self.dtype == DType::F64 {
+            DType::F64
+        } else {
+            DType::F32
+        };
+        let view = |bias: &Tensor| bias.to_dtype(accumulator)?.broadcast_as(&self.bias_dims());
+        options.bias.as_ref().map(view).transpose()
+    }
+
     /// (B, H, N, N): the shape a bias broadcasts to.
     pub fn bias_dims(&self) -> [usize; 4] {
         [self.batch, self.heads, self.tokens, self.tokens]

@@ -136,8 +136,8 @@ impl CompressedKvCache {
     ///
     /// # Errors
     /// Shapes or dtypes that do not fit together or the first call's, options that have no meaning or are not causal,
-    /// a device without kernels or other than the first call's, or more entries than [`CacheOptions::max_entries`]. The
-    /// cache is then unchanged.
+    /// a device without kernels or other than the first call's, more entries than [`CacheOptions::max_entries`], or (on the
+    /// CPU) a bias of -inf at a column that a new row of a head which hides tokens would see. The cache is then unchanged.
     pub fn append_and_attend(
         &mut self,
         q: &Tensor,

@@ -3,9 +3,8 @@
 use super::{Lists, ListsOf, Sizes, State};
 use crate::config::AttentionOptions;
 use crate::cpu::cached::Step;
-use crate::cpu::columns::BiasView;
 use crate::cpu::{Element, Rows};
-use crate::plan::{cpu_slice, not_on_cpu};
+use crate::plan::{self, cpu_slice, not_on_cpu};
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor};
 
@@ -46,6 +45,7 @@ pub(super) fn step(
         tensors: [q, &k, &v],
         options,
         bias,
+        first: state.seq_len,
         max_entries,
     };
     let output = match (&mut state.lists, problem.dtype) {
@@ -83,6 +83,8 @@ struct Call<'a> {
     /// None to take the tokens in without attending.
     options: Option<&'a AttentionOptions>,
     bias: Option<Tensor>,
+    /// The token index of the first new token.
+    first: usize,
     max_entries: Option<usize>,
 }
 
@@ -91,11 +93,7 @@ impl Call<'_> {
         let [q, k, v] = self.tensors.map(Tensor::storage_and_layout);
         let bias = self.bias.as_ref().map(Tensor::storage_and_layout);
         let bias = match &bias {
-            Some((storage, layout)) => Some(BiasView {
-                data: cpu_slice::<S::Acc>(storage)?,
-                offset: layout.start_offset(),
-                strides: [0, 1, 2, 3].map(|axis| layout.stride()[axis]),
-            }),
+            Some((storage, layout)) => Some(plan::bias_view::<S::Acc>(storage, layout)?),
             None => None,
         };
         let Problem {
@@ -120,6 +118,7 @@ impl Call<'_> {
             bias,
         };
         let decided = step.decide(lists);
+        step.check_bias(self.first, lists, &decided)?;
         if let Some(limit) = self.max_entries {
             let needed = lists.iter().zip(&decided);
             let needed = needed

@@ -33,12 +33,13 @@ impl<'a, Q: Element> Worker<'a, Q> {
         Self { reader, rows }
     }
 
-    /// Writes the block's output rows, (rows, D), and the log-sum-exp (base 2) of each row where it is wanted.
+    /// Writes the block's output rows, (rows, D), and the log-sum-exp of each row where it is wanted: see
+    /// [`OnlineSoftmax::log_sum_exp`].
     pub fn run<R: Element<Acc = Q::Acc>>(
         &mut self,
         block: &Block<Q, R>,
         output: &mut [Q],
-        log_sum_exp: Option<&mut [Q::Acc]>,
+        log_sum_exp: Option<&mut [[Q::Acc; 2]]>,
     ) {
         let Self { reader, rows } = self;
         let (dim, width) = (reader.settings.head_dim, reader.width);
@@ -63,6 +64,9 @@ impl<'a, Q: Element> Worker<'a, Q> {
         if let Some((products, _)) = &mut reader.products {
             products.store_output(Q::Acc::singles_mut(&mut rows.output), (dim, width));
         }
+        rows.softmax.settle(block.rows.len(), |row| {
+            reader.sees_nothing(block, block.rows.start + row)
+        });
         if let Some(log_sum_exp) = log_sum_exp {
             for (row, target) in log_sum_exp.iter_mut().enumerate() {
                 *target = rows.softmax.log_sum_exp(row);

@@ -27,8 +27,8 @@ pub(crate) struct BackwardInput<'a, T: Element> {
     /// The forward's output (B, H, N, D) and its gradient.
     pub output: Rows<'a, T>,
     pub grad_output: Rows<'a, T>,
-    /// The forward's log-sum-exp in base 2, (B, H, N).
-    pub log_sum_exp: &'a [T::Acc],
+    /// The forward's log-sum-exp in base 2, (B, H, N), as two numbers that add up to it.
+    pub log_sum_exp: &'a [[T::Acc; 2]],
 }
 
 /// (B, H, N, D) for the query, (B, Hk, N, D) for key and value.
@@ -218,7 +218,7 @@ impl<'a, T: Element> Worker<'a, T> {
         for rows in blocks(input).skip(unit % shares).step_by(shares) {
             let block = forward.block(batch, head, rows.clone(), &far);
             reader.load_queries(&block);
-            sums.load_rows(input, &block);
+            sums.load_rows(input, &block, reader);
             reader.edges(
                 &block,
                 #[inline(always)]

@@ -3,8 +3,9 @@
 //! Forward and backward walk the same tiles.
 
 use super::aligned::{padded, Aligned};
+use super::bias::BiasUnit;
 use super::columns::{
-    near_rows, BiasView, Block, ColumnKind, Columns, RowScratch, Settings, EDGE_COLUMNS, FAR_COLUMNS, NEAR_COLUMNS,
+    near_rows, Block, ColumnKind, Columns, RowScratch, Settings, EDGE_COLUMNS, FAR_COLUMNS, NEAR_COLUMNS,
 };
 use super::element::PANEL;
 use super::far::AHEAD;
@@ -38,6 +39,9 @@ pub(crate) struct BlockReader<'a, Q: Element> {
     pub products: Option<(PairTiles, Packed)>,
     /// Stands on the token of the edge that is looked at.
     pub chain: ChainFold<Q::Acc>,
+    /// What a bias becomes beside an edge's logit, and in a tile.
+    edge_bias: BiasUnit<Q::Acc>,
+    tile_bias: BiasUnit<Q::Acc>,
 }
 
 impl<'a, Q: Element> BlockReader<'a, Q> {
@@ -66,6 +70,8 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             scratch: Default::default(),
             left: vec![Q::Acc::ZERO; dim],
             chain: ChainFold::new(settings.fold, dim),
+            edge_bias: BiasUnit::new(1.0),
+            tile_bias: BiasUnit::new(settings.pairs.map_or(1.0, |pairs| f64::from(pairs.factor))),
         }
     }
 
@@ -119,6 +125,19 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         );
         if self.products.is_none() {
             to_columns(&self.query_rows, (dim, width), self.leading, &mut self.queries);
+        }
+    }
+
+    /// Makes rows (relative to the block) NaN where logits are made of them, and 0 where gradients are: see
+    /// [`super::sums::Sums::load_rows`].
+    pub fn poison(&mut self, rows: &[bool]) {
+        let poisoned = rows.iter().enumerate().filter(|(_, poisoned)| **poisoned);
+        for (row, _) in poisoned {
+            self.query_rows[row * self.width..][..self.width].fill(Q::Acc::ZERO);
+            match &mut self.products {
+                Some((products, _)) => products.poison(row),
+                None => self.queries[row] = Q::Acc::NAN,
+            }
         }
     }
 
@@ -180,22 +199,33 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         let mut logit = dot(query, edge.key) + edge.log2_size;
         let row = block.rows.start + row;
         if let Some(bias) = self.bias(block, token, row..row + 1) {
-            bias.for_each(|bias| logit += bias);
+            bias.for_each(|bias| logit += self.edge_bias.of(bias));
         }
         logit
     }
 
-    /// The bias of `rows` (token indices) against one column, times log2(e).
+    /// Whether the bias hides every column from a row (a token index). Beside hidden tokens that is refused, so that the
+    /// columns are the tokens.
+    pub fn sees_nothing<R: Element<Acc = Q::Acc>>(&self, block: &Block<Q, R>, row: usize) -> bool {
+        let columns = if self.settings.causal {
+            row + 1
+        } else {
+            block.far.columns()
+        };
+        let at = [block.batch, block.head, row - self.settings.first_row];
+        self.settings.bias.is_some_and(|bias| bias.hides_all(at, columns))
+    }
+
+    /// The bias of `rows` (token indices) against one column.
     fn bias<R: Element<Acc = Q::Acc>>(
         &self,
         block: &Block<Q, R>,
         token: usize,
         rows: Range<usize>,
     ) -> Option<impl Iterator<Item = Q::Acc> + use<'a, Q, R>> {
-        let BiasView { data, offset, strides } = self.settings.bias?;
-        let column = offset + block.batch * strides[0] + block.head * strides[1] + token * strides[3];
-        let (to_base_2, first_row) = (Q::Acc::of(std::f64::consts::LOG2_E), self.settings.first_row);
-        Some(rows.map(move |row| data[column + (row - first_row) * strides[2]] * to_base_2))
+        let first = self.settings.first_row;
+        let rows = rows.start - first..rows.end - first;
+        Some(self.settings.bias?.column([block.batch, block.head], rows, token))
     }
 
     /// Calls `visit` with the far columns of the block, tile by tile.
@@ -274,7 +304,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         };
         for start in tokens.step_by(columns) {
             let end = rows.end.min(start + columns);
-            let (keys, values) = near_rows(&block.raw, start..end, &mut scratch);
+            let (keys, values) = near_rows(&block.raw, start..end, self.settings.gradients, &mut scratch);
             let (first_row, last_row) = match self.products {
                 Some(_) => (0, rows.len()),
                 None => (
@@ -338,20 +368,16 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         index: usize,
         column: &mut [Q::Acc],
     ) {
-        // From base 2 to what the tile holds.
-        let unit = self
-            .settings
-            .pairs
-            .map(|pairs| Q::Acc::of(1.0 / f64::from(pairs.factor)));
-        let unit = unit.unwrap_or(Q::Acc::ONE);
-        if let (Some(sizes), Some(_)) = (columns.log2_sizes, self.settings.pairs) {
-            let size = sizes[index] * unit;
+        if let (Some(sizes), Some(pairs)) = (columns.log2_sizes, self.settings.pairs) {
+            // From base 2 to what the tile holds.
+            let size = sizes[index] * Q::Acc::of(1.0 / f64::from(pairs.factor));
             column[columns.rows.clone()].iter_mut().for_each(|x| *x += size);
         }
         let token = columns.token(block.far, index);
         // Rows past the block's end are computed with the others and never stored.
         if let Some(bias) = self.bias(block, token, block.rows.clone()) {
-            column.iter_mut().zip(bias).for_each(|(x, bias)| *x += bias * unit);
+            let pairs = column.iter_mut().zip(bias);
+            pairs.for_each(|(x, bias)| *x += self.tile_bias.of(bias));
         }
         let (window, rows) = (self.settings.window, &block.rows);
         let visible = match columns.kind {

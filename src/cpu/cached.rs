@@ -1,7 +1,8 @@
 //! One step of a KV cache: decide, take the new tokens in, attend.
 
 use super::attend::Worker;
-use super::columns::{block_rows, BiasView, Block, FarSource, Settings, PAIR_ROWS};
+use super::bias::{Apart, BiasView};
+use super::columns::{block_rows, Block, FarSource, Settings, PAIR_ROWS};
 use super::decode::{load_query, reads_lanes, Decoder, SPLIT};
 use super::fold::ChainFold;
 use super::list::{widened, List};
@@ -14,6 +15,7 @@ use super::philox::DropoutMask;
 use super::tasks::{for_each_list_task, row_tasks, Lease, Pool, RowTask};
 use super::{Accumulator, Element, HeadRows, Rows};
 use crate::config::{Dropout, Fold};
+use candle_core::Result;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -63,6 +65,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
                 values,
                 count: self.count,
                 scale: self.scale,
+                apart: self.bias.map(|bias| (Apart::new(bias, list.seq_len), at)),
             })
         };
         match self.count {
@@ -70,6 +73,17 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             1 => lists.iter().map(decide).collect(),
             _ => lists.par_iter().map(decide).collect(),
         }
+    }
+
+    /// Refuses a bias of -inf at a column that a row of a head which hides tokens would see; the step is of token `first` on.
+    pub fn check_bias(&self, first: usize, lists: &[(ListHeads, List<S>)], decided: &[Decided<S>]) -> Result<()> {
+        let Some(bias) = self.bias else { return Ok(()) };
+        let lists = lists
+            .iter()
+            .zip(decided)
+            .filter(|((_, list), decided)| list.hides(decided));
+        let hiding = lists.flat_map(|((at, _), _)| at.heads.clone().map(|head| [at.batch, head]));
+        Apart::new(bias, first).check_all(hiding, (self.count, first + self.count), true)
     }
 
     /// Takes the tokens in and returns their output rows (B, H, count, D); none unless `attend`.

@@ -2,7 +2,8 @@
 //!
 //! Where far columns come from is a trait, so that one call's gathered columns and a cache's store take the same way.
 
-use super::aligned::{padded, PaddedRows};
+use super::aligned::PaddedRows;
+use super::bias::BiasView;
 use super::fold::{quarantine, ChainFold};
 use super::gemm_tile::Tile;
 use super::pairs::{Packed, PackedTile, Pairs};
@@ -39,14 +40,6 @@ pub(crate) fn block_rows(tokens: usize, pairs: Option<Pairs>) -> usize {
         return PAIR_ROWS;
     }
     BLOCK_ROWS.min(tokens.next_multiple_of(LANES))
-}
-
-/// An additive bias as a strided (B, H, rows, N) view; its first row is the call's first row.
-#[derive(Clone, Copy)]
-pub(crate) struct BiasView<'a, A> {
-    pub data: &'a [A],
-    pub offset: usize,
-    pub strides: [usize; 4],
 }
 
 /// What is the same for all blocks of a call.
@@ -268,15 +261,17 @@ impl<'c, A> Columns<'c, A> {
     }
 }
 
-/// Raw rows as accumulators, padded and quarantined: where they are, if they are so there.
+/// Raw rows as accumulators, padded and quarantined: where they are, if they are so there. For gradients the key of a row
+/// that is not finite is 0: see [`super::far::FarColumns`].
 pub(crate) fn near_rows<'b, R: Element>(
     raw: &RawRows<'b, R>,
     tokens: Range<usize>,
+    for_gradients: bool,
     scratch: &'b mut RowScratch<R::Acc>,
 ) -> KeysValues<'b, R::Acc> {
     let first = tokens.start - raw.base;
     if let (true, Some(keys), Some(values)) = (
-        raw.clean && raw.keys.dim == padded(raw.keys.dim),
+        raw.clean && [&raw.keys, &raw.values].iter().all(|rows| rows.are_padded()),
         raw.keys.skip(first).as_acc(),
         raw.values.skip(first).as_acc(),
     ) {
@@ -288,8 +283,8 @@ pub(crate) fn near_rows<'b, R: Element>(
     for (row, token) in tokens.enumerate() {
         keys.widen(row, raw.key(token));
         values.widen(row, raw.value(token));
-        if !raw.clean {
-            quarantine(keys.row_mut(row), values.row_mut(row));
+        if !raw.clean && quarantine(keys.row_mut(row), values.row_mut(row)) && for_gradients {
+            keys.row_mut(row).fill(R::Acc::ZERO);
         }
     }
     (keys.rows(0), values.rows(0))

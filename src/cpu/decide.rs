@@ -1,5 +1,6 @@
 //! Which pairs merge: cosines and the two rules. O(N·D) per head for the causal rule.
 
+use super::bias::Apart;
 use super::{dot, Accumulator, Element, HeadRows, Rows};
 use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, HeadTest, MergeRule, MergeStrategy};
 use crate::problem::Problem;
@@ -74,12 +75,14 @@ pub(crate) fn qualifies<A: Accumulator>(test: HeadTest, cosine: A) -> bool {
 
 /// What the decisions of one call read.
 #[derive(Clone, Copy)]
-pub(crate) struct DecideInput<'a, T> {
+pub(crate) struct DecideInput<'a, T: Element> {
     pub q: Rows<'a, T>,
     pub k: Rows<'a, T>,
     pub problem: Problem,
     pub strategies: &'a HeadStrategies,
     pub config: &'a CompressionConfig,
+    /// The call's bias, where a pair must be seen to merge.
+    pub apart: Option<Apart<'a, T::Acc>>,
 }
 
 impl<T: Element> DecideInput<'_, T> {
@@ -152,6 +155,7 @@ fn decide_group<T: Element>(input: &DecideInput<T>, batch: usize, heads: std::op
     let queries: Vec<_> = match input.config.criterion {
         Criterion::KeyKey => Vec::new(),
         _ => heads
+            .clone()
             .zip(&mut query_buffers)
             .map(|(head, buffer)| normed(input.q.head(batch, head), tokens, buffer))
             .collect(),
@@ -166,7 +170,11 @@ fn decide_group<T: Element>(input: &DecideInput<T>, batch: usize, heads: std::op
             .zip(&tests)
             .all(|(query, test)| qualifies(*test, cosine(query, a, &keys, p))),
     };
-    causal_run(first, input.config, passes);
+    let seen = |t: usize| {
+        let apart = input.apart.as_ref();
+        apart.is_none_or(|apart| apart.pair_is_seen(batch, heads.clone(), t))
+    };
+    causal_run(first, input.config, |a, p| (p + 1 < a || seen(p)) && passes(a, p));
     for copy in rest.chunks_exact_mut(pairs) {
         copy.copy_from_slice(first);
     }

@@ -75,8 +75,10 @@ impl<A: Accumulator> Decoder<A> {
             if self.lanes {
                 S::restore(row);
             }
+            // There is no bias: logits that are all minus infinity have overflowed.
+            let sum = if *sum == A::ZERO { A::NAN } else { *sum };
             if let Some(mut target) = outputs.next() {
-                finish_row(*sum, row, target.as_mut())
+                finish_row(sum, row, target.as_mut())
             }
         }
     }

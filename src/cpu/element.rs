@@ -5,7 +5,7 @@ use super::gemm_tile::Tile;
 use super::lanes::Lanes;
 use super::pairs::Split;
 use super::product::Product;
-use super::softmax::OnlineSoftmax;
+use super::softmax::{OnlineSoftmax, RowSums};
 use candle_core::WithDType;
 use pulp::Simd;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Sub};
@@ -42,6 +42,8 @@ pub(crate) trait Accumulator:
     const ONE: Self;
     const NAN: Self;
     const NEG_INFINITY: Self;
+    /// log2 of what no number reaches.
+    const MAX_EXPONENT: f64;
 
     fn of(value: f64) -> Self;
     fn double(self) -> f64;
@@ -74,9 +76,8 @@ pub(crate) trait Accumulator:
     /// register's.
     fn add_weights<S: Simd>(simd: S, logits: &mut [Self], top: Self, sums: &mut [Self]);
     /// `weights` come as logits and become 2^(logit - log_sum_exp); `logits` come as gradients g of weights and become
-    /// weight * (g - delta). `rows` are minus each row's log_sum_exp, and its delta; a tile has a multiple of
-    /// [`super::softmax::LANES`] rows.
-    fn differentiate<S: Simd>(simd: S, weights: &mut Tile<Self>, logits: &mut Tile<Self>, rows: (&[Self], &[Self]));
+    /// weight * (g - delta). A tile has a multiple of [`super::softmax::LANES`] rows.
+    fn differentiate<S: Simd>(simd: S, weights: &mut Tile<Self>, logits: &mut Tile<Self>, rows: RowSums<Self>);
     /// 2^x for x <= 0 or not far above, 0 below the smallest normal number, NaN for NaN. Relative error at most 3e-7 in
     /// f32 and 1e-15 in f64 (rounding included; the polynomials alone are good to 1.9e-9 and 3.1e-18).
     fn exp2_nonpositive(self) -> Self;
@@ -89,6 +90,11 @@ pub(crate) trait Accumulator:
         } else {
             self
         }
+    }
+
+    #[inline(always)]
+    fn is_nan(self) -> bool {
+        self.partial_cmp(&self).is_none()
     }
 
     #[inline(always)]
@@ -154,6 +160,7 @@ macro_rules! accumulator {
             const ONE: Self = 1.0;
             const NAN: Self = $float::NAN;
             const NEG_INFINITY: Self = $float::NEG_INFINITY;
+            const MAX_EXPONENT: f64 = $float::MAX_EXP as f64;
 
             #[inline(always)]
             fn of(value: f64) -> Self {
@@ -258,12 +265,7 @@ macro_rules! accumulator {
                 super::softmax::$add_weights(simd, logits, top, sums)
             }
             #[inline(always)]
-            fn differentiate<S: Simd>(
-                simd: S,
-                weights: &mut Tile<Self>,
-                logits: &mut Tile<Self>,
-                rows: (&[Self], &[Self]),
-            ) {
+            fn differentiate<S: Simd>(simd: S, weights: &mut Tile<Self>, logits: &mut Tile<Self>, rows: RowSums<Self>) {
                 super::softmax::$differentiate(simd, weights, logits, rows)
             }
             #[inline(always)]

@@ -51,6 +51,7 @@ pub(crate) enum Layout {
     /// The same, but of keys only those that merging makes: never more, together with the values, than one of the tensors
     /// that they are gathered from. The others are read where they are, if they are accumulators.
     Lean,
+    /// For gradients.
     Rows,
     /// As bf16 pairs, in place of rows.
     Pairs(Pairs),
@@ -123,6 +124,7 @@ impl<A: Accumulator> FarColumns<A> {
                 1
             }
         };
+        let for_gradients = matches!(layout, Layout::Rows | Layout::Gradients(_));
         let fill = |columns: &mut Self, trusting: bool| {
             let key_rows = match columns.keys {
                 Keys::Rows => rows,
@@ -133,7 +135,7 @@ impl<A: Accumulator> FarColumns<A> {
             columns.far.start(key_rows, rows, dim);
             vectorized(
                 #[inline(always)]
-                || columns.fill((keys, values), bits, tokens, (fold, rows), trusting),
+                || columns.fill((keys, values), bits, tokens, (fold, rows), (trusting, for_gradients)),
             );
         };
         let trusting = readable && columns.packed.is_none();
@@ -149,7 +151,8 @@ impl<A: Accumulator> FarColumns<A> {
     }
 
     /// `trusting` only finds out whether all rows are finite; else each row that is kept is looked at, and replaced where it
-    /// is not finite.
+    /// is not finite. The rows that see such a column are NaN and stay out of gradients' products, where its key is 0: any
+    /// other one would reach the rows of its tile that do not see it.
     #[inline(always)]
     fn fill<T: Element<Acc = A>>(
         &mut self,
@@ -157,7 +160,7 @@ impl<A: Accumulator> FarColumns<A> {
         bits: &[u8],
         tokens: usize,
         (fold, room): (Fold, usize),
-        trusting: bool,
+        (trusting, for_gradients): (bool, bool),
     ) {
         let (mut chain, mut left) = (ChainFold::new(fold, keys.dim), vec![A::ZERO; keys.dim]);
         let (mut merged, mut far, mut replaced) = (false, 0, false);
@@ -211,6 +214,9 @@ impl<A: Accumulator> FarColumns<A> {
             }
             if !trusting && !own.passed() {
                 spoil(key, value);
+                if for_gradients {
+                    key.fill(A::ZERO);
+                }
                 replaced = true;
             }
             match (&mut self.packed, &mut self.packed_values) {
@@ -319,7 +325,7 @@ mod tests {
                         .map(|t| u8::from(t % period == 0 || t % 7 == 3))
                         .collect();
                     let gather = |layout| FarColumns::gather((&keys, &values), &bits, tokens, fold, layout, None);
-                    let (whole, lean) = (gather(Layout::Rows), gather(Layout::Lean));
+                    let (whole, lean) = (gather(Layout::ValueRows), gather(Layout::Lean));
                     assert_eq!(whole.columns, lean.columns);
                     for start in (0..lean.columns).step_by(FAR_COLUMNS) {
                         let columns = start..lean.columns.min(start + FAR_COLUMNS);

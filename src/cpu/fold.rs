@@ -169,12 +169,14 @@ fn running_mean<A: Accumulator>(mean: &mut [A], next: &[A], size: usize) {
 }
 
 /// Replaces a key or value that is not finite by a NaN key and a zero value: whoever sees the column becomes NaN
-/// through its logit, and nobody else is touched by 0 * NaN.
+/// through its logit, and nobody else is touched by 0 * NaN. Whether it did.
 #[inline(always)]
-pub(crate) fn quarantine<A: Accumulator>(key: &mut [A], value: &mut [A]) {
-    if !(all_finite(key) && all_finite(value)) {
+pub(crate) fn quarantine<A: Accumulator>(key: &mut [A], value: &mut [A]) -> bool {
+    let bad = !(all_finite(key) && all_finite(value));
+    if bad {
         spoil(key, value);
     }
+    bad
 }
 
 /// What [`quarantine`] makes of a key and a value.

@@ -4,9 +4,8 @@
 //! dropped by the last that reads them, so that one head per thread is held at a time: memory O(N·D) beyond the output.
 
 use super::attend::Worker;
-use super::columns::{
-    block_rows, BiasView, Bits, Block, FarSource, KeysValues, RawRows, RowScratch, Settings, FAR_COLUMNS,
-};
+use super::bias::{Apart, BiasView};
+use super::columns::{block_rows, Bits, Block, FarSource, KeysValues, RawRows, RowScratch, Settings, FAR_COLUMNS};
 use super::far::{kept, FarColumns, Layout};
 use super::output::Output;
 use super::pairs::{Packed, Pairs};
@@ -15,6 +14,7 @@ use super::tasks::{for_each_list_task, row_tasks, Lease, Pool, RowTask};
 use super::{Accumulator, Element, HeadRows, Rows};
 use crate::config::{Dropout, Fold};
 use crate::problem::Problem;
+use candle_core::Result;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -59,6 +59,17 @@ impl<'a, T: Element> ForwardInput<'a, T> {
             Some(_) => None,
             None => Pairs::new(T::SPLIT?, self.scale),
         }
+    }
+
+    /// Refuses a bias of -inf at a column that a row of a head which hides tokens would see.
+    pub fn check_bias(&self) -> Result<()> {
+        let Some(bias) = self.bias else { return Ok(()) };
+        let Problem {
+            batch, heads, tokens, ..
+        } = self.problem;
+        let all = (0..batch).flat_map(|batch| (0..heads).map(move |head| [batch, head]));
+        let hiding = all.filter(|[batch, head]| self.head_bits(*batch, *head).contains(&1));
+        Apart::new(bias, 0).check_all(hiding, (tokens, tokens), self.causal)
     }
 
     /// The merge bits of one query head.
@@ -114,8 +125,9 @@ struct HeadLists<'c, 'a, T: Element> {
     pool: Pool<FarColumns<T::Acc>>,
 }
 
-/// The output (B, H, N, D), contiguous; also each row's log-sum-exp in base 2, where `log_sum_exp` (B, H, N) is given.
-pub(crate) fn forward<T: Element>(input: &ForwardInput<T>, log_sum_exp: Option<&mut [T::Acc]>) -> Vec<T> {
+/// The output (B, H, N, D), contiguous; also each row's log-sum-exp in base 2, as two numbers that add up to it, where
+/// `log_sum_exp` (B, H, N) is given.
+pub(crate) fn forward<T: Element>(input: &ForwardInput<T>, log_sum_exp: Option<&mut [[T::Acc; 2]]>) -> Vec<T> {
     let Problem {
         batch,
         heads,

@@ -17,6 +17,11 @@ pub(crate) struct Decided<S: Element> {
 }
 
 impl<S: Element> List<S> {
+    /// Whether tokens are hidden, now or by what was decided, though all may still be in the window.
+    pub fn hides(&self, decided: &Decided<S>) -> bool {
+        self.bits_base() > self.tokens.len() || decided.bits.contains(&1)
+    }
+
     /// Decides for a chunk of tokens.
     pub fn decide<Q: Element<Acc = S::Acc>>(&self, chunk: &Chunk<Q, S>) -> Decided<S> {
         let (first, count) = (self.seq_len, chunk.count);
@@ -30,7 +35,7 @@ impl<S: Element> List<S> {
             .bits
             .resize(self.bits.len() + count - usize::from(first == 0), 0);
         if self.settings.compares() {
-            self.scan(chunk.queries, &chunk.keys, &mut decided);
+            self.scan(chunk, &mut decided);
             decided.run.last_key = widened(chunk.keys.row(count - 1));
         } else if self.settings.observes() {
             self.observe(chunk, &mut decided);
@@ -66,8 +71,9 @@ impl<S: Element> List<S> {
             });
     }
 
-    fn scan<Q: Element<Acc = S::Acc>>(&self, queries: &[HeadRows<Q>], keys: &HeadRows<S>, decided: &mut Decided<S>) {
+    fn scan<Q: Element<Acc = S::Acc>>(&self, chunk: &Chunk<Q, S>, decided: &mut Decided<S>) {
         let (settings, first) = (&self.settings, self.seq_len);
+        let Chunk { queries, keys, .. } = chunk;
         let norm = |row: &[S::Acc]| dot(row, row).root();
         let Run {
             mut start,
@@ -86,7 +92,7 @@ impl<S: Element> List<S> {
             if token > 0 {
                 let t = token - 1;
                 let long = start.as_ref().is_some_and(|(p, _)| t - p >= settings.max_merge_level);
-                let mut merges = t >= settings.sinks && !long;
+                let mut merges = t >= settings.sinks && !long && chunk.pair_is_seen(t);
                 let passes = |a: &[S::Acc], a_norm: S::Acc, tests: &[HeadTest]| {
                     let beside = cosine_of(a, a_norm, &left, left_norm);
                     let mut pass = tests.iter().all(|test| qualifies(*test, beside));

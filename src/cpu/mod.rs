@@ -3,6 +3,7 @@
 mod aligned;
 mod attend;
 pub(crate) mod backward;
+pub(crate) mod bias;
 mod block;
 pub(crate) mod cached;
 pub(crate) mod columns;
@@ -148,6 +149,12 @@ impl<'a, T> HeadRows<'a, T> {
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = (token, ahead);
+    }
+
+    /// Whether they are whole registers of any instruction set, none of which lies in another: tokens may be nearer to each
+    /// other than D numbers, or one token may stand for all.
+    pub fn are_padded(&self) -> bool {
+        self.dim == aligned::padded(self.dim) && self.stride >= self.dim
     }
 
     /// The same rows where nothing needs widening.

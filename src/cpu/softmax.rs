@@ -40,10 +40,26 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         self.sum.fill(A::ZERO);
     }
 
-    /// A row's first column, whose weight is 1 until far larger logits come. Minus infinity leaves the row empty.
+    /// A row's first column, whose weight is 1 until far larger logits come. Minus infinity leaves the row empty, and a NaN
+    /// is kept, whether or not a tile follows.
     pub fn start(&mut self, row: usize, logit: A) {
         self.max[row] = logit;
-        self.sum[row] = if logit == A::NEG_INFINITY { A::ZERO } else { A::ONE };
+        self.sum[row] = if logit == A::NEG_INFINITY {
+            A::ZERO
+        } else if logit.is_nan() {
+            A::NAN
+        } else {
+            A::ONE
+        };
+    }
+
+    /// After a row's last column: a row of logits that are all minus infinity is NaN, unless it `sees_nothing`.
+    pub fn settle(&mut self, rows: usize, sees_nothing: impl Fn(usize) -> bool) {
+        for (row, sum) in self.sum[..rows].iter_mut().enumerate() {
+            if *sum == A::ZERO && !sees_nothing(row) {
+                *sum = A::NAN;
+            }
+        }
     }
 
     /// Turns a tile of logits into weights relative to the maximum, in place, adds them to the sums, and scales `output`
@@ -62,9 +78,13 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         (&mut self.max, &mut self.sum)
     }
 
-    /// log2 of the sum of 2^logit over the row's columns; minus infinity where it saw none.
-    pub fn log_sum_exp(&self, row: usize) -> A {
-        self.max[row] + A::of(self.sum[row].double().log2())
+    /// log2 of the sum of 2^logit over the row's columns, as a sum of two numbers: beside a large first one the second would
+    /// be rounded away. Both are 0 where the row saw nothing: its logits are minus infinity, whatever is taken from them.
+    pub fn log_sum_exp(&self, row: usize) -> [A; 2] {
+        match self.sum[row] == A::ZERO {
+            true => [A::ZERO; 2],
+            false => [self.max[row], A::of(self.sum[row].double().log2())],
+        }
     }
 
     /// See [`finish_row`].
@@ -100,11 +120,7 @@ impl<A: Accumulator> WithSimd for Push<'_, '_, A> {
 
 /// Makes weights of a tile of logits, and gradients of logits of the gradients of weights: see
 /// [`Accumulator::differentiate`].
-pub(crate) fn differentiate<'t, A: Accumulator>(
-    weights: &mut Tile<'t, A>,
-    logits: &mut Tile<'t, A>,
-    rows: (&[A], &[A]),
-) {
+pub(crate) fn differentiate<'t, A: Accumulator>(weights: &mut Tile<'t, A>, logits: &mut Tile<'t, A>, rows: RowSums<A>) {
     arch().dispatch(Differentiate { weights, logits, rows })
 }
 
@@ -112,7 +128,17 @@ pub(crate) fn differentiate<'t, A: Accumulator>(
 struct Differentiate<'s, 't, A> {
     weights: &'s mut Tile<'t, A>,
     logits: &'s mut Tile<'t, A>,
-    rows: (&'s [A], &'s [A]),
+    rows: RowSums<'s, A>,
+}
+
+/// What gradients take of each row's softmax.
+#[derive(Clone, Copy)]
+pub(crate) struct RowSums<'s, A> {
+    /// Minus the two parts of [`OnlineSoftmax::log_sum_exp`].
+    pub minus_max: &'s [A],
+    pub minus_log2_sum: &'s [A],
+    /// Output gradient times output.
+    pub delta: &'s [A],
 }
 
 impl<A: Accumulator> WithSimd for Differentiate<'_, '_, A> {
@@ -218,20 +244,20 @@ macro_rules! weigh {
             simd: S,
             weights: &mut Tile<$float>,
             logits: &mut Tile<$float>,
-            (minus_log_sum_exp, delta): (&[$float], &[$float]),
+            sums: RowSums<$float>,
         ) {
             let rows = weights.rows.clone();
-            let (sums, delta) = (
-                S::$as(&minus_log_sum_exp[rows.clone()]).0,
-                S::$as(&delta[rows.clone()]).0,
-            );
+            let max = S::$as(&sums.minus_max[rows.clone()]).0;
+            let log2_sum = S::$as(&sums.minus_log2_sum[rows.clone()]).0;
+            let delta = S::$as(&sums.delta[rows.clone()]).0;
             let columns = weights.data.chunks_exact_mut(weights.leading);
             let columns = columns.zip(logits.data.chunks_exact_mut(logits.leading));
             for (weight, logit) in columns.take(weights.columns) {
                 let weight = S::$as_mut(&mut weight[rows.clone()]).0.iter_mut();
                 let logit = S::$as_mut(&mut logit[rows.clone()]).0.iter_mut();
-                for ((weight, logit), (sum, delta)) in weight.zip(logit).zip(sums.iter().zip(delta)) {
-                    *weight = $exp2(simd, simd.$add(*weight, *sum));
+                let sums = max.iter().zip(log2_sum).zip(delta);
+                for ((weight, logit), ((max, log2_sum), delta)) in weight.zip(logit).zip(sums) {
+                    *weight = $exp2(simd, simd.$add(simd.$add(*weight, *max), *log2_sum));
                     *logit = simd.$mul(*weight, simd.$sub(*logit, *delta));
                 }
             }
@@ -256,10 +282,13 @@ macro_rules! weigh {
 weigh!(f32, exp2_f32, strip_f32, weigh_f32, differentiate_f32, add_weights_f32, simd (F32_LANES, f32s, u32, as_simd_f32s, as_mut_simd_f32s, splat_f32s, splat_u32s, mul_add_e_f32s, add_f32s, sub_f32s, mul_f32s, max_f32s, equal_f32s, less_than_f32s, select_f32s, transmute_u32s_f32s, transmute_f32s_u32s, wrapping_dyn_shl_u32s), magic 12_583_039.0, mantissa 23, min -126.0, EXP2_F32);
 weigh!(f64, exp2_f64, strip_f64, weigh_f64, differentiate_f64, add_weights_f64, simd (F64_LANES, f64s, u64, as_simd_f64s, as_mut_simd_f64s, splat_f64s, splat_u64s, mul_add_e_f64s, add_f64s, sub_f64s, mul_f64s, max_f64s, equal_f64s, less_than_f64s, select_f64s, transmute_u64s_f64s, transmute_f64s_u64s, mul_u64s), magic 6_755_399_441_056_767.0, mantissa 1 << 52, min -1022.0, EXP2_F64);
 
-/// Divides a row by its sum and stores it. A row that holds anything not finite, or that saw nothing, becomes NaN
-/// throughout, so that no part of it passes for a result.
+/// Divides a row by its sum and stores it. A row that holds anything not finite becomes NaN throughout, so that no part of
+/// it passes for a result; a row that saw nothing, whose sum is 0, is zeros.
 #[inline(always)]
 pub(crate) fn finish_row<T: Element>(sum: T::Acc, row: &mut [T::Acc], output: &mut [T]) {
+    if sum == T::Acc::ZERO {
+        return output.fill(T::zero());
+    }
     let inverse = T::Acc::ONE / sum;
     let mut check = Check::default();
     match T::as_acc_mut(output) {
@@ -320,7 +349,8 @@ mod tests {
                 (got - mean).abs() <= tolerance * mean,
                 "step {step}, row {row}: {got} for {mean}"
             );
-            let (got, exact) = (softmax.log_sum_exp(row).double(), top + sum.log2());
+            let [max, log2_sum] = softmax.log_sum_exp(row).map(A::double);
+            let (got, exact) = (max + log2_sum, top + sum.log2());
             assert!(
                 (got - exact).abs() <= tolerance * exact.abs().max(1.0),
                 "step {step}, row {row}: {got} for {exact}"

@@ -10,7 +10,7 @@ use super::forward::ForwardInput;
 use super::gemm_tile::{accumulate, accumulate_columns, scores};
 use super::pairs::{ColumnSums, PairGradients};
 use super::product::Left;
-use super::softmax::differentiate;
+use super::softmax::{differentiate, RowSums};
 use super::transpose::to_columns;
 use super::{dot, vectorized, Accumulator, Element, HeadRows};
 use crate::config::Fold;
@@ -35,9 +35,12 @@ pub(crate) struct Sums<A> {
     products: Option<PairGradients>,
     /// What the block's queries are multiplied by in products with tiles, to be as those at edges.
     query_factor: A,
-    /// Per row: minus log-sum-exp (base 2), and output gradient times output.
-    minus_log_sum_exp: Vec<A>,
+    /// See [`RowSums`].
+    minus_max: Vec<A>,
+    minus_log2_sum: Vec<A>,
     delta: Vec<A>,
+    /// The block's rows whose gradients are NaN: see [`Self::load_rows`].
+    poisoned: Vec<bool>,
     /// Gradients of the weights of one tile, then of its logits.
     tile: Aligned<A>,
 }
@@ -60,8 +63,10 @@ impl<A: Accumulator> Sums<A> {
             dq: Aligned::zeroed(leading * width),
             grad_rows: Aligned::zeroed(leading * width),
             grads: Aligned::zeroed(if settings.pairs.is_none() { leading * dim } else { 0 }),
-            minus_log_sum_exp: vec![A::ZERO; leading],
+            minus_max: vec![A::ZERO; leading],
+            minus_log2_sum: vec![A::ZERO; leading],
             delta: vec![A::ZERO; leading],
+            poisoned: vec![false; leading],
             tile: Aligned::default(),
         }
     }
@@ -82,23 +87,42 @@ impl<A: Accumulator> Sums<A> {
         }
     }
 
-    /// Rows past the block's end have no gradient.
-    pub fn load_rows<T: Element<Acc = A>>(&mut self, input: &BackwardInput<T>, block: &Block<T, T>) {
+    /// Rows past the block's end have no gradient. A row that is NaN, or whose gradient is not finite, must make NaN of the
+    /// tokens that it sees and of no other one of a tile: its logits become NaN, which a mask replaces, and all that is
+    /// multiplied with them is 0.
+    pub fn load_rows<T: Element<Acc = A>>(
+        &mut self,
+        input: &BackwardInput<T>,
+        block: &Block<T, T>,
+        reader: &mut BlockReader<T>,
+    ) {
         let (dim, width) = (self.dim, self.width);
         let grads: HeadRows<T> = input.grad_output.head(block.batch, block.head);
         let outputs = input.output.head(block.batch, block.head);
         let first = (block.batch * input.forward.problem.heads + block.head) * input.forward.problem.tokens;
         self.dq.fill(A::ZERO);
         self.grad_rows.fill(A::ZERO);
-        self.minus_log_sum_exp.fill(A::ZERO);
+        self.minus_max.fill(A::ZERO);
+        self.minus_log2_sum.fill(A::ZERO);
         self.delta.fill(A::ZERO);
+        self.poisoned.fill(false);
         let mut output = vec![A::ZERO; dim];
         for (row, token) in block.rows.clone().enumerate() {
             let grad = &mut self.grad_rows[row * width..][..dim];
             T::widen(grads.row(token), grad);
             T::widen(outputs.row(token), &mut output);
-            self.delta[row] = dot(grad, &output);
-            self.minus_log_sum_exp[row] = A::ZERO - input.log_sum_exp[first + token];
+            let delta = dot(grad, &output);
+            let [max, log2_sum] = input.log_sum_exp[first + token].map(|part| A::ZERO - part);
+            if delta.finite() && log2_sum.finite() && max.finite() {
+                self.delta[row] = delta;
+                (self.minus_max[row], self.minus_log2_sum[row]) = (max, log2_sum);
+            } else {
+                self.poisoned[row] = true;
+                grad.fill(A::ZERO);
+            }
+        }
+        if self.poisoned.contains(&true) {
+            reader.poison(&self.poisoned);
         }
         let leading = self.delta.len();
         match &mut self.products {
@@ -115,7 +139,13 @@ impl<A: Accumulator> Sums<A> {
         (token, row): (usize, usize),
     ) {
         let (dim, width) = (self.dim, self.width);
-        let weight = (reader.edge_logit(block, edge, token, row) + self.minus_log_sum_exp[row]).exp2_nonpositive();
+        let weight = match self.poisoned[row] {
+            true => A::NAN,
+            false => {
+                let logit = reader.edge_logit(block, edge, token, row);
+                (logit + self.minus_max[row] + self.minus_log2_sum[row]).exp2_nonpositive()
+            }
+        };
         let kept = match block.dropout {
             Some(mask) => mask.factor(block.rows.start + row, token),
             None => A::ONE,
@@ -145,7 +175,11 @@ impl<A: Accumulator> Sums<A> {
         };
         let at = columns.first * width..(columns.first + columns.count) * width;
         let (keys, values) = (&mut keys[at.clone()], &mut values[at]);
-        let rows = (&self.minus_log_sum_exp[..], &self.delta[..]);
+        let rows = RowSums {
+            minus_max: &self.minus_max[..],
+            minus_log2_sum: &self.minus_log2_sum[..],
+            delta: &self.delta[..],
+        };
         if let (Some(products), Some((queries, near))) = (&mut self.products, &mut reader.products) {
             columns.pack_raw_values(&mut products.near);
             return products.tile(
@@ -153,7 +187,11 @@ impl<A: Accumulator> Sums<A> {
                 queries,
                 (columns.packed(block.far, near), columns.packed_values(block.far)),
                 columns.count,
-                (A::singles(rows.0), A::singles(rows.1)),
+                RowSums {
+                    minus_max: A::singles(rows.minus_max),
+                    minus_log2_sum: A::singles(rows.minus_log2_sum),
+                    delta: A::singles(rows.delta),
+                },
                 ColumnSums {
                     keys: A::singles_mut(keys),
                     values: A::singles_mut(values),

@@ -12,7 +12,7 @@ pub(crate) struct RowTask<'out, T: Element> {
     /// From the first row of `output` on.
     pub rows: Range<usize>,
     pub output: Blank<'out, T>,
-    pub log_sum_exp: Option<&'out mut [T::Acc]>,
+    pub log_sum_exp: Option<&'out mut [[T::Acc; 2]]>,
 }
 
 /// Each list's tasks for an output (.., H, `tokens`, `dim`) and its log-sum-exps, of which the lists have so many heads
@@ -21,7 +21,7 @@ pub(crate) fn row_tasks<'out, T: Element>(
     lists: impl Iterator<Item = Range<usize>>,
     (tokens, dim, block_rows): (usize, usize, usize),
     mut output: Blank<'out, T>,
-    log_sum_exp: Option<&'out mut [T::Acc]>,
+    log_sum_exp: Option<&'out mut [[T::Acc; 2]]>,
 ) -> Vec<Vec<RowTask<'out, T>>> {
     let mut sums = log_sum_exp.map(|sums| sums.chunks_mut(tokens));
     let tasks_of = |(list, heads): (usize, Range<usize>)| {

@@ -34,7 +34,7 @@ pub fn reference_bits(
 ) -> Result<Indicators> {
     Ok(match config.criterion {
         Criterion::ObservedMass => reference::observed_indicators(q, k, v, strategies, config, options)?,
-        _ => reference::indicators(q, k, strategies, config)?,
+        _ => reference::indicators_under(q, k, strategies, config, options.bias.as_ref())?,
     })
 }
 
@@ -57,17 +57,31 @@ fn everywhere(_: &Shape) -> AttentionOptions {
     }
 }
 
-/// A bias per head and per pair of tokens, with hidden columns and a broadcast batch axis.
+/// A bias per head and per pair of tokens, with a broadcast batch axis and columns that are masked by the least number.
 fn biased(shape: &Shape) -> AttentionOptions {
+    masked(shape, |row, column| {
+        match row != column && (row * 7 + column * 3) % 5 == 0 {
+            true => Some(f32::MIN),
+            false => None,
+        }
+    })
+}
+
+/// The same with hidden columns, and rows that see none.
+fn hiding(shape: &Shape) -> AttentionOptions {
+    masked(shape, |row, column| {
+        match row % 7 == 0 || (row * 7 + column * 3) % 5 == 0 {
+            true => Some(f32::NEG_INFINITY),
+            false => None,
+        }
+    })
+}
+
+fn masked(shape: &Shape, mask: impl Fn(usize, usize) -> Option<f32>) -> AttentionOptions {
     let &Shape(_, heads, _, tokens, _) = shape;
     let entry = |i: usize| {
         let (row, column) = (i / tokens % tokens, i % tokens);
-        let hidden = row != column && (row * 7 + column * 3) % 5 == 0;
-        if hidden {
-            f32::NEG_INFINITY
-        } else {
-            ((i * 37 % 101) as f32 - 50.0) / 40.0
-        }
+        mask(row, column).unwrap_or(((i * 37 % 101) as f32 - 50.0) / 40.0)
     };
     let bias: Vec<f32> = (0..heads * tokens * tokens).map(entry).collect();
     AttentionOptions {
@@ -259,6 +273,7 @@ pub fn settings() -> Vec<Setting> {
             biased,
             true,
         ),
+        setting("off, hidden columns", Off, unanimous, hiding, false),
         setting("off, dropout", Off, base, dropping, false),
     ]
 }

@@ -3,6 +3,8 @@
 use super::keys::Keys;
 use super::masses::{Observation, Scratch};
 use super::{weigh, Local};
+use crate::cpu::bias::Apart;
+use crate::cpu::cached::ListHeads;
 use crate::cpu::{Accumulator, Element, HeadRows};
 
 /// What a cache's list keeps to go on observing.
@@ -25,6 +27,16 @@ pub(crate) struct Chunk<'a, Q: Element, S: Element> {
     pub count: usize,
     /// On `query . key`.
     pub scale: f64,
+    /// The call's bias, and the batch row and query heads that the list serves.
+    pub apart: Option<(Apart<'a, S::Acc>, &'a ListHeads)>,
+}
+
+impl<Q: Element<Acc = S::Acc>, S: Element> Chunk<'_, Q, S> {
+    /// Whether the call's bias lets the tokens `t` and `t + 1`, a new one, merge.
+    pub fn pair_is_seen(&self, t: usize) -> bool {
+        let apart = self.apart.as_ref();
+        apart.is_none_or(|(apart, at)| apart.pair_is_seen(at.batch, at.heads.clone(), t))
+    }
 }
 
 /// The last tokens before a chunk, raw: the latest of them, in order.

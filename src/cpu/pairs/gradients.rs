@@ -2,6 +2,7 @@
 
 use super::{x86, Packed, PackedTile, PairTiles, Pairs, Product, Split, Step, PAD};
 use crate::cpu::aligned::Aligned;
+use crate::cpu::softmax::RowSums;
 
 /// A tile of products and what gradients are made of it.
 pub(super) struct Differentials<'a> {
@@ -14,9 +15,7 @@ pub(super) struct Differentials<'a> {
     /// From products to logits in base 2.
     pub factor: f32,
     pub split: Split,
-    /// Per row: minus log-sum-exp (base 2), and output gradient times output.
-    pub minus_log_sum_exp: &'a [f32],
-    pub delta: &'a [f32],
+    pub rows: RowSums<'a, f32>,
     /// (columns, parts, leading), with zeros up to a multiple of [`PAD`] columns.
     pub weights: &'a mut [u16],
     /// Gradients of logits, likewise.
@@ -79,7 +78,7 @@ impl PairGradients {
         queries: &mut PairTiles,
         (keys, values): (PackedTile, Option<PackedTile>),
         count: usize,
-        (minus_log_sum_exp, delta): (&[f32], &[f32]),
+        rows: RowSums<f32>,
         sums: ColumnSums,
     ) {
         let values = values.unwrap_or(PackedTile {
@@ -94,8 +93,7 @@ impl PairGradients {
             count,
             factor: self.rows.pairs.factor,
             split: self.rows.pairs.split,
-            minus_log_sum_exp,
-            delta,
+            rows,
             weights: &mut self.weights,
             logits: &mut self.logits,
             plane: self.rows.capacity * self.rows.leading,
@@ -109,6 +107,16 @@ impl PairGradients {
 }
 
 impl PairTiles {
+    /// Makes a query NaN for [`Self::scores`] and 0 for [`Self::accumulate_columns`].
+    pub fn poison(&mut self, row: usize) {
+        let (dim, leading) = (self.dim, self.leading);
+        self.queries[2 * row] = half::bf16::NAN.to_bits();
+        for part in self.row_pairs.chunks_exact_mut(leading * dim) {
+            let pairs = &mut part[row / 2 * 2 * dim..][..2 * dim];
+            pairs.iter_mut().skip(row % 2).step_by(2).for_each(|x| *x = 0);
+        }
+    }
+
     /// `target[c, d] += sum_r tile[c, r] * row[r, d]` for a tile (columns, parts, leading) and the rows that were loaded;
     /// `target` has `count` rows of at least D numbers.
     fn accumulate_columns(&mut self, tile: &[u16], count: usize, target: &mut [f32], width: usize) {

@@ -1,6 +1,7 @@
 //! The products of pairs against f64, in every kernel that this CPU has.
 
 use super::*;
+use crate::cpu::softmax::RowSums;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -153,7 +154,11 @@ fn gradients_agree(pairs: Pairs, (leading, dim): (usize, usize), counts: [usize;
             &mut query_tiles,
             (packed.tile(first), Some(packed_values.tile(first))),
             count,
-            (&minus_log_sum_exp, &delta),
+            RowSums {
+                minus_max: &minus_log_sum_exp,
+                minus_log2_sum: &vec![0.0; leading],
+                delta: &delta,
+            },
             ColumnSums {
                 keys: &mut dk[at.clone()],
                 values: &mut dv[at],

@@ -166,18 +166,19 @@ fn softmax_parts<const PARTS: usize>(strip: Strip, max: &mut [f32], sum: &mut [f
         // A row that saw only minus infinities keeps weight 0: nothing is subtracted from them.
         let unseen = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(new, empty);
         let base = _mm512_mask_mov_ps(new, unseen, _mm512_setzero_ps());
+        // Products are multiplied and rounded as the maximum was, so that no weight is above 1, however large logits are.
         let mut sums = [_mm512_setzero_ps(); 2];
         for pair in 0..padded / 2 {
             let mut both = [_mm512_setzero_ps(); 2];
             let column = 2 * pair;
             if column < count {
                 let x = load(tile, column * leading + row);
-                both[0] = exp2::<PARTS>(_mm512_fmsub_ps(x, factor, base));
+                both[0] = exp2::<PARTS>(_mm512_sub_ps(_mm512_mul_ps(x, factor), base));
                 sums[0] = _mm512_add_ps(sums[0], both[0]);
             }
             if column + 1 < count {
                 let x = load(tile, (column + 1) * leading + row);
-                both[1] = exp2::<PARTS>(_mm512_fmsub_ps(x, factor, base));
+                both[1] = exp2::<PARTS>(_mm512_sub_ps(_mm512_mul_ps(x, factor), base));
                 sums[1] = _mm512_add_ps(sums[1], both[1]);
             }
             for part in 0..PARTS {
@@ -235,8 +236,7 @@ fn differentiate_parts<const PARTS: usize>(tile: Differentials) {
         leading,
         count,
         factor,
-        minus_log_sum_exp,
-        delta,
+        rows,
         weights,
         logits,
         logit_pairs,
@@ -250,11 +250,14 @@ fn differentiate_parts<const PARTS: usize>(tile: Differentials) {
             let mut logit = weight;
             for half in 0..2 {
                 let at = row + 16 * half;
-                let (sum, delta) = (load(minus_log_sum_exp, at), load(delta, at));
+                let (max, log2_sum) = (load(rows.minus_max, at), load(rows.minus_log2_sum, at));
+                let delta = load(rows.delta, at);
                 for column in 0..2 {
                     if 2 * pair + column < count {
                         let at = (2 * pair + column) * leading + at;
-                        let x = exp2::<PARTS>(_mm512_fmadd_ps(load(products, at), factor, sum));
+                        // Rounded before the maximum is taken away, as in the forward: large logits cancel exactly.
+                        let logit_2 = _mm512_mul_ps(load(products, at), factor);
+                        let x = exp2::<PARTS>(_mm512_add_ps(_mm512_add_ps(logit_2, max), log2_sum));
                         weight[column][half] = x;
                         logit[column][half] = _mm512_mul_ps(x, _mm512_sub_ps(load(grads, at), delta));
                     }
