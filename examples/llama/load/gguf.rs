@@ -6,16 +6,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::quantized::gguf_file::{Content, Value};
-use candle_core::quantized::tokenizer::TokenizerFromGguf;
 use candle_core::quantized::{QMatMul, QTensor};
 use candle_core::{DType, Device, Tensor};
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::pre_tokenizers::digits::Digits;
-use tokenizers::pre_tokenizers::sequence::Sequence;
-use tokenizers::Tokenizer;
 
+use super::gguf_tokenizer::{chat_template, end_tokens, tokenizer};
 use super::{Checkpoint, LoadOptions};
-use crate::chat::ChatTemplate;
 use crate::model::LlamaConfig;
 use crate::rope::{Pairing, RopeScaling};
 use crate::weights::{Linear, Weights};
@@ -150,87 +145,19 @@ fn rope_scaling(weights: &mut GgufWeights) -> Result<RopeScaling> {
     }
 }
 
-/// The tokenizer that candle makes of the file, with what it lacks: names that llama.cpp writes for Llama 3, and
-/// SmolLM2's way to split. (For names it does not know, candle also puts a space before every text.)
-fn tokenizer(content: &mut Content) -> Result<Tokenizer> {
-    let pre = match content.metadata.get("tokenizer.ggml.pre") {
-        Some(value) => value.to_string()?.clone(),
-        None => String::from("default"),
-    };
-    if matches!(pre.as_str(), "llama-bpe" | "llama-v3" | "llama3") {
-        for key in ["tokenizer.ggml.ignore_merges", "tokenizer.ggml.add_bos_token"] {
-            content.metadata.entry(key.into()).or_insert(Value::Bool(true));
-        }
-        content
-            .metadata
-            .insert("tokenizer.ggml.pre".into(), Value::String("llama3".into()));
-    }
-    let mut tokenizer = Tokenizer::from_gguf(content)
-        .context("expected a byte-level BPE (tokenizer.ggml.model gpt2); for another, use the Hugging Face folder")?;
-    let prefix = content
-        .metadata
-        .get("tokenizer.ggml.add_space_prefix")
-        .is_some_and(|value| matches!(value, Value::Bool(true)));
-    let bytes = ByteLevel::new(prefix, true, true);
-    match pre.as_str() {
-        "llama-bpe" | "llama-v3" | "llama3" | "qwen2" | "smaug-bpe" | "lfm2" => {}
-        "smollm" => {
-            let split = Sequence::new(vec![Digits::new(true).into(), bytes.into()]);
-            tokenizer.with_pre_tokenizer(Some(split));
-        }
-        _ => {
-            tokenizer.with_pre_tokenizer(Some(bytes));
-        }
-    }
-    Ok(tokenizer)
-}
-
-fn end_tokens(content: &Content) -> Vec<u32> {
-    ["eos", "eot", "eom"]
-        .iter()
-        .filter_map(|name| count(content, &format!("tokenizer.ggml.{name}_token_id")).ok())
-        .filter_map(|id| u32::try_from(id).ok())
-        .collect()
-}
-
-fn chat_template(content: &Content) -> Option<ChatTemplate> {
-    let token = |name: &str| {
-        let id = count(content, &format!("tokenizer.ggml.{name}_token_id")).ok()?;
-        content
-            .metadata
-            .get("tokenizer.ggml.tokens")?
-            .to_vec()
-            .ok()?
-            .get(id)?
-            .to_string()
-            .ok()
-            .cloned()
-    };
-    Some(ChatTemplate {
-        source: content
-            .metadata
-            .get("tokenizer.chat_template")?
-            .to_string()
-            .ok()?
-            .clone(),
-        bos_token: token("bos").unwrap_or_default(),
-        eos_token: token("eos").unwrap_or_default(),
-    })
-}
-
-fn metadata<'a>(content: &'a Content, key: &str) -> Result<&'a Value> {
+pub(super) fn metadata<'a>(content: &'a Content, key: &str) -> Result<&'a Value> {
     content
         .metadata
         .get(key)
         .with_context(|| format!("{key}: expected this metadata, found none; the file is damaged"))
 }
 
-fn string<'a>(content: &'a Content, key: &str) -> Result<&'a str> {
+pub(super) fn string<'a>(content: &'a Content, key: &str) -> Result<&'a str> {
     Ok(metadata(content, key)?.to_string().with_context(|| key.to_string())?)
 }
 
 /// A count in whichever integer type the writer chose.
-fn count(content: &Content, key: &str) -> Result<usize> {
+pub(super) fn count(content: &Content, key: &str) -> Result<usize> {
     let value = metadata(content, key)?;
     let wide = match *value {
         Value::I8(v) => i128::from(v),
@@ -244,7 +171,7 @@ fn count(content: &Content, key: &str) -> Result<usize> {
         .with_context(|| format!("{key}: expected a count, got {wide}; the file is damaged"))
 }
 
-fn count_or(content: &Content, key: &str, default: usize) -> Result<usize> {
+pub(super) fn count_or(content: &Content, key: &str, default: usize) -> Result<usize> {
     match content.metadata.contains_key(key) {
         true => count(content, key),
         false => Ok(default),

@@ -4,16 +4,15 @@ use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{anyhow, bail, ensure, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 use serde::de::DeserializeOwned;
 use serde::Deserialize;
-use tokenizers::Tokenizer;
 
+use super::hf_tokenizer::{chat_template, end_tokens, tokenizer, TextFiles};
+use super::hub::Hub;
 use super::Checkpoint;
-use crate::chat::ChatTemplate;
 use crate::model::LlamaConfig;
 use crate::rope::{Llama3Scaling, Pairing, RopeScaling};
 use crate::weights::{Linear, Weights};
@@ -21,25 +20,22 @@ use crate::weights::{Linear, Weights};
 /// The files of one checkpoint on this machine.
 pub struct Files {
     config: PathBuf,
-    tokenizer: PathBuf,
-    /// tokenizer_config.json and chat_template.jinja: where a chat template may be.
-    tokenizer_config: Option<PathBuf>,
-    chat_template: Option<PathBuf>,
-    generation_config: Option<PathBuf>,
+    text: TextFiles,
     weights: Vec<PathBuf>,
 }
 
 /// Where [`Files`] are taken from, by their name in the checkpoint.
-trait Origin {
+pub(super) trait Origin {
     fn required(&self, name: &str) -> Result<PathBuf>;
-    fn optional(&self, name: &str) -> Option<PathBuf>;
+    /// None where the checkpoint has no such file; an error where that cannot be told.
+    fn optional(&self, name: &str) -> Result<Option<PathBuf>>;
 }
 
 struct Folder<'a>(&'a Path);
 
 impl Origin for Folder<'_> {
     fn required(&self, name: &str) -> Result<PathBuf> {
-        self.optional(name).with_context(|| {
+        self.optional(name)?.with_context(|| {
             format!(
                 "{}: expected a folder with {name} in it, found no such file; fetch the whole checkpoint",
                 self.0.display()
@@ -47,30 +43,9 @@ impl Origin for Folder<'_> {
         })
     }
 
-    fn optional(&self, name: &str) -> Option<PathBuf> {
+    fn optional(&self, name: &str) -> Result<Option<PathBuf>> {
         let path = self.0.join(name);
-        path.is_file().then_some(path)
-    }
-}
-
-struct Hub<'a> {
-    id: &'a str,
-    repo: ApiRepo,
-}
-
-impl Origin for Hub<'_> {
-    fn required(&self, name: &str) -> Result<PathBuf> {
-        self.repo.get(name).with_context(|| {
-            format!(
-                "model: {id} is no file or folder here, and its {name} could not be fetched from the Hugging Face hub; \
-                 check the name and the network, and HF_TOKEN for a gated model",
-                id = self.id
-            )
-        })
-    }
-
-    fn optional(&self, name: &str) -> Option<PathBuf> {
-        self.repo.get(name).ok()
+        Ok(path.is_file().then_some(path))
     }
 }
 
@@ -79,16 +54,8 @@ impl Files {
         Self::collect(&Folder(folder))
     }
 
-    /// Downloads what the cache (HF_HOME) does not have yet, with a progress bar per file.
     pub fn from_hub(id: &str) -> Result<Self> {
-        let api = ApiBuilder::from_env()
-            .with_progress(true)
-            .build()
-            .context("Hugging Face hub")?;
-        Self::collect(&Hub {
-            id,
-            repo: api.model(id.to_string()),
-        })
+        Self::collect(&Hub::new(id)?)
     }
 
     fn collect(origin: &dyn Origin) -> Result<Self> {
@@ -98,8 +65,8 @@ impl Files {
             weight_map: HashMap<String, String>,
         }
         let config = origin.required("config.json")?;
-        let tokenizer = origin.required("tokenizer.json")?;
-        let weights = match origin.optional(INDEX) {
+        let text = TextFiles::collect(origin)?;
+        let weights = match origin.optional(INDEX)? {
             Some(path) => {
                 let shards: BTreeSet<String> = read_json::<Index>(&path)?.weight_map.into_values().collect();
                 ensure!(
@@ -114,26 +81,12 @@ impl Files {
             }
             None => vec![origin.required("model.safetensors")?],
         };
-        Ok(Self {
-            config,
-            tokenizer,
-            tokenizer_config: origin.optional("tokenizer_config.json"),
-            chat_template: origin.optional("chat_template.jinja"),
-            generation_config: origin.optional("generation_config.json"),
-            weights,
-        })
+        Ok(Self { config, text, weights })
     }
 }
 
 pub fn open(files: &Files, dtype: DType, device: &Device) -> Result<Checkpoint> {
     let raw: RawConfig = read_json(&files.config)?;
-    let mut end_tokens = raw.eos_token_id.clone().map_or_else(Vec::new, OneOrMany::into_vec);
-    if let Some(path) = &files.generation_config {
-        let generation: GenerationConfig = read_json(path)?;
-        end_tokens.extend(generation.eos_token_id.map_or_else(Vec::new, OneOrMany::into_vec));
-    }
-    let tokenizer = Tokenizer::from_file(&files.tokenizer)
-        .map_err(|error| anyhow!("{}: expected a tokenizer, got: {error}", files.tokenizer.display()))?;
     // SAFETY: the maps are only read, and live no longer than this process; a checkpoint that another process
     // rewrites meanwhile is outside what mapping a file can promise.
     let tensors = unsafe { VarBuilder::from_mmaped_safetensors(&files.weights, dtype, device) };
@@ -147,9 +100,9 @@ pub fn open(files: &Files, dtype: DType, device: &Device) -> Result<Checkpoint> 
         config: raw
             .into_config()
             .with_context(|| format!("{}", files.config.display()))?,
-        tokenizer,
-        end_tokens,
-        chat_template: chat_template(files)?,
+        tokenizer: tokenizer(&files.text)?,
+        end_tokens: end_tokens(&files.text)?,
+        chat_template: chat_template(&files.text)?,
         weights: Box::new(HfWeights {
             name: files.weights[0].display().to_string(),
             tensors,
@@ -223,32 +176,10 @@ struct RawConfig {
     tie_word_embeddings: bool,
     #[serde(default = "silu")]
     hidden_act: String,
-    eos_token_id: Option<OneOrMany>,
 }
 
 fn silu() -> String {
     "silu".into()
-}
-
-#[derive(Deserialize)]
-struct GenerationConfig {
-    eos_token_id: Option<OneOrMany>,
-}
-
-#[derive(Clone, Deserialize)]
-#[serde(untagged)]
-enum OneOrMany {
-    One(u32),
-    Many(Vec<u32>),
-}
-
-impl OneOrMany {
-    fn into_vec(self) -> Vec<u32> {
-        match self {
-            Self::One(id) => vec![id],
-            Self::Many(ids) => ids,
-        }
-    }
 }
 
 #[derive(Deserialize)]
@@ -330,61 +261,7 @@ impl RawConfig {
     }
 }
 
-/// tokenizer_config.json, as far as it is read.
-#[derive(Default, Deserialize)]
-struct TokenizerConfig {
-    chat_template: Option<Templates>,
-    bos_token: Option<SpecialToken>,
-    eos_token: Option<SpecialToken>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Templates {
-    One(String),
-    Named(Vec<NamedTemplate>),
-}
-
-#[derive(Deserialize)]
-struct NamedTemplate {
-    name: String,
-    template: String,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum SpecialToken {
-    Text(String),
-    Object { content: String },
-}
-
-fn chat_template(files: &Files) -> Result<Option<ChatTemplate>> {
-    let config: TokenizerConfig = match &files.tokenizer_config {
-        Some(path) => read_json(path)?,
-        None => TokenizerConfig::default(),
-    };
-    let text = |token: Option<SpecialToken>| match token {
-        Some(SpecialToken::Text(text) | SpecialToken::Object { content: text }) => text,
-        None => String::new(),
-    };
-    let source = match (config.chat_template, &files.chat_template) {
-        (_, Some(path)) => Some(fs::read_to_string(path).with_context(|| format!("{}", path.display()))?),
-        (Some(Templates::One(template)), None) => Some(template),
-        (Some(Templates::Named(named)), None) => named
-            .into_iter()
-            .find(|named| named.name == "default")
-            .map(|named| named.template),
-        (None, None) => None,
-    };
-    let (bos_token, eos_token) = (text(config.bos_token), text(config.eos_token));
-    Ok(source.map(|source| ChatTemplate {
-        source,
-        bos_token,
-        eos_token,
-    }))
-}
-
-fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let text = fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
     serde_json::from_str(&text).with_context(|| format!("{}", path.display()))
 }

@@ -1,7 +1,10 @@
 //! Opening a checkpoint: a GGUF file, a folder of Hugging Face files, or a model id of the Hugging Face hub.
 
 mod gguf;
+mod gguf_tokenizer;
 mod hf;
+mod hf_tokenizer;
+mod hub;
 
 use std::path::Path;
 
