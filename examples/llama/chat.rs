@@ -1,48 +1,70 @@
 //! A checkpoint's own chat template, rendered as the Hugging Face libraries render it.
 
-use anyhow::{Context, Result};
-use minijinja::value::{from_args, Value};
-use minijinja::{context, Environment, Error, ErrorKind, State};
+#[path = "chat/json.rs"]
+mod json;
+#[path = "chat/python.rs"]
+mod python;
+#[path = "chat/tags.rs"]
+mod tags;
 
-/// A Jinja template and the two tokens it may name.
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
+use minijinja::value::Value;
+use minijinja::{context, Environment, Error, ErrorKind};
+
+/// A Jinja template and the special tokens that it may name.
 #[derive(Clone, Debug)]
 pub struct ChatTemplate {
-    pub source: String,
-    pub bos_token: String,
-    pub eos_token: String,
+    source: String,
+    /// `bos_token` and its kin: only those that the checkpoint has, as templates ask whether one is defined.
+    tokens: BTreeMap<String, Value>,
 }
 
 impl ChatTemplate {
+    pub fn new(source: String) -> Self {
+        Self {
+            source,
+            tokens: BTreeMap::new(),
+        }
+    }
+
+    /// Lets the template name a token: `<s>` as `bos_token`.
+    pub fn name_token(&mut self, name: &str, token: &str) {
+        self.tokens.insert(name.into(), token.into());
+    }
+
+    /// As [`Self::name_token`], for a name of several tokens.
+    pub fn name_tokens(&mut self, name: &str, tokens: Vec<String>) {
+        self.tokens.insert(name.into(), tokens.into());
+    }
+
     /// The text of a conversation with one message of the user, up to where the assistant begins.
     pub fn render(&self, prompt: &str) -> Result<String> {
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
-        environment.set_unknown_method_callback(strip_method);
+        environment.set_unknown_method_callback(python::method);
+        environment.add_filter("tojson", json::to_json);
+        environment.add_function("strftime_now", python::strftime_now);
         environment.add_function("raise_exception", |message: String| -> Result<String, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
+        let source = tags::without_generation(&self.source);
         let template = environment
-            .template_from_str(&self.source)
-            .context("chat template: expected Jinja")?;
-        let messages = [context! { role => "user", content => prompt }];
-        let text = template.render(context! {
-            messages => messages,
-            bos_token => self.bos_token,
-            eos_token => self.eos_token,
-            add_generation_prompt => true,
-        });
-        text.context("chat template: it could not be rendered; leave --chat out")
-    }
-}
-
-/// Python's `str.strip`, the one method that Llama's templates call.
-fn strip_method(_: &State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
-    match (value.as_str(), method) {
-        (Some(text), "strip") => {
-            let () = from_args(args)?;
-            Ok(Value::from(text.trim()))
+            .template_from_str(&source)
+            .context("chat template: expected Jinja; leave --chat out")?;
+        let mut variables = self.tokens.clone();
+        let message = context! { role => "user", content => prompt };
+        for (name, value) in [
+            ("messages", Value::from(vec![message])),
+            ("tools", Value::from(())),
+            ("documents", Value::from(())),
+            ("add_generation_prompt", Value::from(true)),
+        ] {
+            variables.insert(name.into(), value);
         }
-        _ => Err(Error::from(ErrorKind::UnknownMethod)),
+        let text = template.render(Value::from(variables));
+        text.context("chat template: it could not be rendered; leave --chat out")
     }
 }

@@ -3,7 +3,7 @@
 use std::io::{stderr, stdout, Write};
 use std::time::Instant;
 
-use anyhow::{anyhow, ensure, Context, Result};
+use anyhow::{ensure, Context, Result};
 use candle_sfattention::MergeRule;
 use candle_transformers::generation::LogitsProcessor;
 use serde::Serialize;
@@ -14,6 +14,7 @@ use crate::load::Checkpoint;
 use crate::report::{check_path, write_json, RunReport};
 use crate::session::Session;
 use crate::stats::Stats;
+use crate::stream::TextStream;
 
 #[derive(Serialize)]
 struct GenerateReport {
@@ -45,7 +46,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
 
     let start = Instant::now();
     write!(stdout(), "{}", if args.chat { "" } else { &args.prompt })?;
-    let (text, tokens) = generate(&mut session, &checkpoint, &prompt, args.max_tokens, &mut sampler)?;
+    let (text, tokens) = generate(&mut session, &checkpoint, &prompt, args, &mut sampler)?;
     let seconds = start.elapsed().as_secs_f64();
     let stats = session.stats(tokens);
     let out = &mut stderr().lock();
@@ -106,7 +107,7 @@ fn sampler(args: &GenerateArgs) -> Result<LogitsProcessor> {
 fn encode_prompt(checkpoint: &Checkpoint, args: &GenerateArgs) -> Result<Vec<u32>> {
     let tokens = match args.chat {
         true => {
-            let template = checkpoint.chat_template.as_ref();
+            let template = checkpoint.text.chat_template.as_ref();
             let template =
                 template.context("chat: expected a checkpoint with a chat template, found none; leave --chat out")?;
             checkpoint.encode(&template.render(&args.prompt)?, false)?
@@ -127,18 +128,25 @@ fn encode_prompt(checkpoint: &Checkpoint, args: &GenerateArgs) -> Result<Vec<u32
     Ok(tokens)
 }
 
-/// Generates up to `max_tokens`, printing text as it comes; returns the text and how many tokens it is.
+/// Generates up to `args.max_tokens`, printing text as it comes; returns the text and how many tokens it is.
 fn generate(
     session: &mut Session,
     checkpoint: &Checkpoint,
     prompt: &[u32],
-    max_tokens: usize,
+    args: &GenerateArgs,
     sampler: &mut LogitsProcessor,
 ) -> Result<(String, usize)> {
     let out = &mut stdout().lock();
-    let mut decoder = checkpoint.tokenizer.decode_stream(true);
+    // An answer is a text of its own; anything else goes on where the prompt ends.
+    let before = if args.chat { &[] } else { prompt };
+    let mut stream = TextStream::new(&checkpoint.text.tokenizer, before)?;
     let (mut text, mut generated, mut last) = (String::new(), 0, None);
-    while generated < max_tokens {
+    let mut show = |piece: String| -> Result<()> {
+        write!(out, "{piece}")?;
+        text.push_str(&piece);
+        Ok(out.flush()?)
+    };
+    while generated < args.max_tokens {
         let tokens = prompt.len() + generated;
         if tokens >= checkpoint.config.context_length {
             writeln!(stderr(), "\nnote: stopped at the model's context of {tokens} tokens")?;
@@ -149,17 +157,14 @@ fn generate(
             Some(token) => session.step(token)?,
         };
         let token = sampler.sample(&logits).context("sampling: the logits are not usable")?;
-        if checkpoint.end_tokens.contains(&token) {
+        if checkpoint.text.ends.contains(&token) {
             break;
         }
         last = Some(token);
         generated += 1;
-        if let Some(piece) = decoder.step(token).map_err(|error| anyhow!("tokenizer: {error}"))? {
-            write!(out, "{piece}")?;
-            out.flush()?;
-            text.push_str(&piece);
-        }
+        show(stream.step(token)?)?;
     }
-    writeln!(out)?;
+    show(stream.finish()? + "\n")?;
+    text.pop();
     Ok((text, generated))
 }

@@ -18,6 +18,7 @@ mod report;
 mod rope;
 mod session;
 mod stats;
+mod stream;
 mod study;
 mod weights;
 mod windows;

@@ -9,7 +9,7 @@ use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::quantized::{QMatMul, QTensor};
 use candle_core::{DType, Device, Tensor};
 
-use super::gguf_tokenizer::{chat_template, end_tokens, tokenizer};
+use super::gguf_tokenizer::text;
 use super::{Checkpoint, LoadOptions};
 use crate::model::LlamaConfig;
 use crate::rope::{Pairing, RopeScaling};
@@ -19,12 +19,12 @@ use crate::weights::{Linear, Weights};
 pub fn open(path: &Path, options: LoadOptions) -> Result<Checkpoint> {
     let name = path.display();
     let mut file = BufReader::new(File::open(path).with_context(|| format!("{name}"))?);
-    let mut content = Content::read(&mut file).with_context(|| {
+    let content = Content::read(&mut file).with_context(|| {
         format!("{name}: expected a whole GGUF file, got a damaged or truncated one; fetch it again")
     })?;
     check_architecture(&content).with_context(|| format!("{name}"))?;
     check_size(&content, file.get_ref().metadata()?.len()).with_context(|| format!("{name}"))?;
-    let tokenizer = tokenizer(&mut content).with_context(|| format!("{name}: tokenizer"))?;
+    let text = text(&content).with_context(|| format!("{name}: tokenizer"))?;
     let mut weights = GgufWeights {
         path: path.into(),
         content,
@@ -33,9 +33,7 @@ pub fn open(path: &Path, options: LoadOptions) -> Result<Checkpoint> {
     };
     Ok(Checkpoint {
         config: config(&mut weights).with_context(|| format!("{name}"))?,
-        end_tokens: end_tokens(&weights.content),
-        chat_template: chat_template(&weights.content),
-        tokenizer,
+        text,
         weights: Box::new(weights),
     })
 }

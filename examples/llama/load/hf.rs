@@ -10,7 +10,7 @@ use candle_nn::VarBuilder;
 use serde::de::DeserializeOwned;
 use serde::Deserialize;
 
-use super::hf_tokenizer::{chat_template, end_tokens, tokenizer, TextFiles};
+use super::hf_tokenizer::{text, TextFiles};
 use super::hub::Hub;
 use super::Checkpoint;
 use crate::model::LlamaConfig;
@@ -100,9 +100,7 @@ pub fn open(files: &Files, dtype: DType, device: &Device) -> Result<Checkpoint> 
         config: raw
             .into_config()
             .with_context(|| format!("{}", files.config.display()))?,
-        tokenizer: tokenizer(&files.text)?,
-        end_tokens: end_tokens(&files.text)?,
-        chat_template: chat_template(&files.text)?,
+        text: text(&files.text)?,
         weights: Box::new(HfWeights {
             name: files.weights[0].display().to_string(),
             tensors,

@@ -1,5 +1,6 @@
 //! What a Hugging Face checkpoint says of text: its tokenizer, the tokens that end one, its chat template.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::PathBuf;
 
@@ -8,6 +9,7 @@ use serde::Deserialize;
 use tokenizers::Tokenizer;
 
 use super::hf::{read_json, Origin};
+use super::text::{Edge, Text};
 use crate::chat::ChatTemplate;
 
 /// The files that say it.
@@ -32,13 +34,36 @@ impl TextFiles {
     }
 }
 
-pub fn tokenizer(files: &TextFiles) -> Result<Tokenizer> {
-    Tokenizer::from_file(&files.tokenizer)
-        .map_err(|error| anyhow!("{}: expected a tokenizer, got: {error}", files.tokenizer.display()))
+pub fn text(files: &TextFiles) -> Result<Text> {
+    let mut tokenizer = Tokenizer::from_file(&files.tokenizer)
+        .map_err(|error| anyhow!("{}: expected a tokenizer, got: {error}", files.tokenizer.display()))?;
+    // What someone trained with: a text that is read here is neither cut nor filled up.
+    tokenizer.with_padding(None);
+    tokenizer
+        .with_truncation(None)
+        .map_err(|error| anyhow!("{}: {error}", files.tokenizer.display()))?;
+    let config: TokenizerConfig = match &files.tokenizer_config {
+        Some(path) => read_json(path)?,
+        None => TokenizerConfig::default(),
+    };
+    let edge = |name: &str, add| Edge {
+        id: config.token(name).and_then(|token| tokenizer.token_to_id(token)),
+        add,
+    };
+    let (bos, eos) = (
+        edge("bos_token", config.add_bos_token),
+        edge("eos_token", config.add_eos_token),
+    );
+    let chat = chat_template(files, &config)?;
+    let source = || match &files.tokenizer_config {
+        Some(path) => path.display().to_string(),
+        None => files.tokenizer.display().to_string(),
+    };
+    Text::new(tokenizer, bos, eos, ends(files)?, chat).with_context(source)
 }
 
 /// Those of config.json and of generation_config.json.
-pub fn end_tokens(files: &TextFiles) -> Result<Vec<u32>> {
+fn ends(files: &TextFiles) -> Result<Vec<u32>> {
     let mut ids = Vec::new();
     for path in [Some(&files.config), files.generation_config.as_ref()]
         .into_iter()
@@ -76,8 +101,13 @@ impl OneOrMany {
 #[derive(Default, Deserialize)]
 struct TokenizerConfig {
     chat_template: Option<Templates>,
-    bos_token: Option<SpecialToken>,
-    eos_token: Option<SpecialToken>,
+    add_bos_token: Option<bool>,
+    add_eos_token: Option<bool>,
+    additional_special_tokens: Option<Vec<SpecialToken>>,
+    extra_special_tokens: Option<Extra>,
+    /// The special tokens are among them.
+    #[serde(flatten)]
+    others: HashMap<String, serde_json::Value>,
 }
 
 #[derive(Deserialize)]
@@ -100,28 +130,63 @@ enum SpecialToken {
     Object { content: String },
 }
 
-pub fn chat_template(files: &TextFiles) -> Result<Option<ChatTemplate>> {
-    let config: TokenizerConfig = match &files.tokenizer_config {
-        Some(path) => read_json(path)?,
-        None => TokenizerConfig::default(),
-    };
-    let text = |token: Option<SpecialToken>| match token {
-        Some(SpecialToken::Text(text) | SpecialToken::Object { content: text }) => text,
-        None => String::new(),
-    };
-    let source = match (config.chat_template, &files.chat_template) {
+/// More special tokens: with names of their own, or without.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Extra {
+    Named(HashMap<String, SpecialToken>),
+    Listed(Vec<SpecialToken>),
+}
+
+impl SpecialToken {
+    fn content(&self) -> &str {
+        match self {
+            Self::Text(text) | Self::Object { content: text } => text,
+        }
+    }
+}
+
+impl TokenizerConfig {
+    /// The text of a special token, in either form.
+    fn token(&self, name: &str) -> Option<&str> {
+        let token = self.others.get(name)?;
+        token.as_str().or_else(|| token.get("content")?.as_str())
+    }
+
+    fn name_tokens(&self, template: &mut ChatTemplate) {
+        for name in ["bos", "eos", "unk", "pad", "sep", "cls", "mask"] {
+            let name = format!("{name}_token");
+            if let Some(token) = self.token(&name) {
+                template.name_token(&name, token);
+            }
+        }
+        let texts = |tokens: &[SpecialToken]| tokens.iter().map(|token| token.content().to_string()).collect();
+        if let Some(tokens) = &self.additional_special_tokens {
+            template.name_tokens("additional_special_tokens", texts(tokens));
+        }
+        match &self.extra_special_tokens {
+            Some(Extra::Named(tokens)) => tokens
+                .iter()
+                .for_each(|(name, token)| template.name_token(name, token.content())),
+            Some(Extra::Listed(tokens)) => template.name_tokens("extra_special_tokens", texts(tokens)),
+            None => {}
+        }
+    }
+}
+
+fn chat_template(files: &TextFiles, config: &TokenizerConfig) -> Result<Option<ChatTemplate>> {
+    let source = match (&config.chat_template, &files.chat_template) {
         (_, Some(path)) => Some(fs::read_to_string(path).with_context(|| format!("{}", path.display()))?),
-        (Some(Templates::One(template)), None) => Some(template),
+        (Some(Templates::One(template)), None) => Some(template.clone()),
         (Some(Templates::Named(named)), None) => named
-            .into_iter()
+            .iter()
             .find(|named| named.name == "default")
-            .map(|named| named.template),
+            .map(|named| named.template.clone()),
         (None, None) => None,
     };
-    let (bos_token, eos_token) = (text(config.bos_token), text(config.eos_token));
-    Ok(source.map(|source| ChatTemplate {
-        source,
-        bos_token,
-        eos_token,
+    Ok(source.map(|source| {
+        let mut template = ChatTemplate::new(source);
+        config.name_tokens(&mut template);
+        template
     }))
 }

@@ -5,17 +5,20 @@ mod gguf_tokenizer;
 mod hf;
 mod hf_tokenizer;
 mod hub;
+mod pre_tokenizer;
+mod sentencepiece;
+mod text;
 
 use std::path::Path;
 
 use anyhow::{bail, ensure, Result};
 use candle_core::{DType, Device};
 use candle_sfattention::CompressedAttention;
-use tokenizers::Tokenizer;
 
-use crate::chat::ChatTemplate;
 use crate::model::{Llama, LlamaConfig};
 use crate::weights::Weights;
+
+use self::text::Text;
 
 /// How weights are held.
 #[derive(Clone, Debug)]
@@ -30,10 +33,7 @@ pub struct LoadOptions {
 /// A checkpoint whose header and tokenizer are read, but not its weights.
 pub struct Checkpoint {
     pub config: LlamaConfig,
-    pub tokenizer: Tokenizer,
-    /// Token ids that end a text.
-    pub end_tokens: Vec<u32>,
-    pub chat_template: Option<ChatTemplate>,
+    pub text: Text,
     weights: Box<dyn Weights>,
 }
 
@@ -73,13 +73,18 @@ impl Checkpoint {
         Llama::load(self.weights.as_mut(), &self.config, attention)
     }
 
-    /// Token ids of `text`; `special` adds what the tokenizer puts around a text, such as a BOS token.
+    /// Token ids of `text`; `special` adds what belongs around a text, such as a BOS token.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding = self
-            .tokenizer
-            .encode_fast(text, special)
-            .map_err(|error| anyhow::anyhow!("tokenizer: {error}"))?;
-        Ok(encoding.get_ids().to_vec())
+        let ids = self.text.encode(text, special)?;
+        let vocabulary = self.config.vocab_size;
+        if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary) {
+            let token = self.text.tokenizer.id_to_token(*id).unwrap_or_default();
+            bail!(
+                "tokenizer: expected ids below {vocabulary}, the vocabulary of the weights, got {id} for {token:?}; the \
+                 tokenizer belongs to another checkpoint, or the embedding was not enlarged for its added tokens"
+            );
+        }
+        Ok(ids)
     }
 }
 

@@ -1,0 +1,125 @@
+//! What a checkpoint says of text: how it becomes tokens, which of them end it, how a conversation is written.
+
+use std::iter::repeat_n;
+
+use anyhow::{anyhow, ensure, Result};
+use tokenizers::Tokenizer;
+
+use crate::chat::ChatTemplate;
+
+/// Names of tokens that end a turn or a text in the models that have them. A checkpoint's own `eos` is often another
+/// one: the end of a document, where a conversation never comes to.
+const ENDS: [&str; 18] = [
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|eot|>",
+    "<|EOT|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|end_of_turn|>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<end_of_turn>",
+    "<end_of_utterance>",
+    "<eos>",
+    "</s>",
+    "<EOT>",
+    "▁<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<｜end▁of▁sentence｜>",
+];
+
+/// A tokenizer with what its checkpoint says of it.
+pub struct Text {
+    pub tokenizer: Tokenizer,
+    pub bos: Edge,
+    pub eos: Edge,
+    /// Token ids that end a text.
+    pub ends: Vec<u32>,
+    pub chat_template: Option<ChatTemplate>,
+}
+
+/// A token at an edge of texts.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Edge {
+    pub id: Option<u32>,
+    /// Whether it is put there; None where the tokenizer's own post-processor decides.
+    pub add: Option<bool>,
+}
+
+impl Text {
+    /// `ends` are those that the checkpoint names; tokens that are known to end a turn join them.
+    pub fn new(
+        tokenizer: Tokenizer,
+        bos: Edge,
+        eos: Edge,
+        mut ends: Vec<u32>,
+        chat: Option<ChatTemplate>,
+    ) -> Result<Self> {
+        for (name, edge) in [("bos", bos), ("eos", eos)] {
+            ensure!(
+                edge.add != Some(true) || edge.id.is_some(),
+                "tokenizer: expected a {name} token, as add_{name}_token is true, found none; the checkpoint is damaged"
+            );
+        }
+        ends.extend(ENDS.iter().filter_map(|name| tokenizer.token_to_id(name)));
+        ends.extend(eos.id);
+        ends.sort_unstable();
+        ends.dedup();
+        Ok(Self {
+            tokenizer,
+            bos,
+            eos,
+            ends,
+            chat_template: chat,
+        })
+    }
+
+    /// Token ids of `text`; `special` adds what belongs around a text, such as BOS. A text that has its own BOS gets no
+    /// second one.
+    pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        let encode = |special| -> Result<Vec<u32>> {
+            let encoding = self.tokenizer.encode_fast(text, special);
+            Ok(encoding
+                .map_err(|error| anyhow!("tokenizer: {error}"))?
+                .get_ids()
+                .to_vec())
+        };
+        let own = encode(false)?;
+        if !special {
+            return Ok(own);
+        }
+        let mut ids = encode(true)?;
+        if let Some(eos) = self.eos.id {
+            let there = trailing(&ids, eos);
+            ids.truncate(ids.len() - there);
+            ids.extend(repeat_n(eos, self.eos.wanted(trailing(&own, eos), there)));
+        }
+        if let Some(bos) = self.bos.id {
+            let there = leading(&ids, bos);
+            ids.splice(..there, repeat_n(bos, self.bos.wanted(leading(&own, bos), there)));
+        }
+        Ok(ids)
+    }
+}
+
+impl Edge {
+    /// How many of it belong there, where the text itself has `own`, and `processed` are there with what the
+    /// tokenizer's post-processor adds.
+    fn wanted(self, own: usize, processed: usize) -> usize {
+        match self.add {
+            Some(true) => own.max(1),
+            Some(false) => own,
+            None => own.max(processed.min(1)),
+        }
+    }
+}
+
+fn leading(ids: &[u32], id: u32) -> usize {
+    ids.iter().take_while(|other| **other == id).count()
+}
+
+fn trailing(ids: &[u32], id: u32) -> usize {
+    ids.iter().rev().take_while(|other| **other == id).count()
+}
