@@ -89,11 +89,13 @@ pub fn measure(
     let bar = ProgressBar::new(2 * windows.len() as u64).with_style(style);
     let each = |what: &'static str, visit: &mut dyn FnMut(&LayerCall, &Window) -> Result<()>| -> Result<()> {
         bar.set_message(what);
-        for window in windows {
-            model.forward_planned(&window.tokens, &mut HiddenCounts::default(), |call| {
+        for (index, window) in windows.iter().enumerate() {
+            let hidden = model.forward_planned(&window.tokens, &mut HiddenCounts::default(), |call| {
                 visit(call, window)?;
                 nothing(call)
             })?;
+            // Scores of a model that computes NaN would be nonsense without a word.
+            corpus::check(model, &hidden).with_context(|| format!("window {index}"))?;
             bar.inc(1);
         }
         Ok(())

@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{ensure, Context, Result};
 use candle_core::{Device, Tensor, D};
 
+use crate::finite;
 use crate::load::Checkpoint;
 use crate::model::Llama;
 
@@ -56,12 +57,28 @@ impl Window {
             let rows = LOGIT_ROWS.min(end - first);
             // Row t predicts token t + 1.
             sum += nll(
-                &model.logits(hidden, first - 1, rows)?,
+                &logits(model, hidden, first - 1, rows)?,
                 &self.tokens[first..first + rows],
             )?;
         }
         Ok(sum)
     }
+}
+
+/// Logits `(n, vocabulary)` of rows `first..first + n` of hidden states `(1, N, hidden)`; both are finite or an error.
+pub fn logits(model: &Llama, hidden: &Tensor, first: usize, n: usize) -> Result<Tensor> {
+    let logits = model.logits(hidden, first, n)?;
+    // A quantized product takes NaN for 0, so that logits alone do not tell.
+    finite::check("hidden state", &hidden.narrow(1, first, n)?.squeeze(0)?, first)?;
+    finite::check("logits", &logits, first)?;
+    Ok(logits)
+}
+
+/// Refuses hidden states `(1, N, hidden)` with NaN in any row, or with such logits of the last one.
+pub fn check(model: &Llama, hidden: &Tensor) -> Result<()> {
+    let n = hidden.dim(1)?;
+    finite::check("hidden state", &hidden.squeeze(0)?, 0)?;
+    finite::check("logits", &model.logits(hidden, n - 1, 1)?, n - 1)
 }
 
 /// Σ log Σ exp(logits) - logits[target] over rows `(n, vocabulary)`; rows in f32, their sum in f64.

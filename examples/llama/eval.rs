@@ -3,7 +3,7 @@
 use std::io::{stdout, Write};
 use std::time::Instant;
 
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
@@ -112,9 +112,9 @@ fn score(model: &Llama, windows: &[Window]) -> Result<(f64, HiddenCounts)> {
     let bar = ProgressBar::new(windows.len() as u64).with_style(style);
     let (mut sum, mut predicted) = (0.0, 0);
     let mut counts = HiddenCounts::default();
-    for window in windows {
+    for (index, window) in windows.iter().enumerate() {
         let hidden = model.forward(&window.tokens, &mut counts)?;
-        sum += window.nll(model, &hidden)?;
+        sum += window.nll(model, &hidden).with_context(|| format!("window {index}"))?;
         predicted += window.predicted();
         bar.set_message(format!("perplexity {:.2}", (sum / predicted as f64).exp()));
         bar.inc(1);

@@ -8,6 +8,7 @@ mod compression;
 mod corpus;
 mod error;
 mod eval;
+mod finite;
 mod generate;
 mod load;
 mod model;

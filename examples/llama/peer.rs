@@ -8,6 +8,7 @@ use candle_core::quantized::gguf_file::Content;
 use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama::{ModelWeights, MAX_SEQ_LEN};
 
+use crate::finite;
 use crate::stats::{memory, Hidden, Stats};
 
 /// Tokens that it holds, whatever the file says.
@@ -24,8 +25,10 @@ pub fn measure(model: &str, tokens: &[u32], prompt: usize) -> Result<(Option<u64
     let loaded = memory("VmRSS");
     let mut forward = |tokens: &[u32], position: usize| -> Result<f64> {
         let start = Instant::now();
-        weights.forward(&Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)?, position)?;
-        Ok(start.elapsed().as_secs_f64())
+        let logits = weights.forward(&Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)?, position)?;
+        let seconds = start.elapsed().as_secs_f64();
+        finite::check("candle's logits", &logits, position + tokens.len() - 1)?;
+        Ok(seconds)
     };
     let prefill = forward(&tokens[..prompt], 0)?;
     let mut decode = 0.0;

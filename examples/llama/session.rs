@@ -6,6 +6,7 @@ use anyhow::Result;
 use candle_core::Tensor;
 use candle_sfattention::{CacheOptions, CompressedKvCache};
 
+use crate::finite;
 use crate::model::{HiddenCounts, Llama};
 use crate::stats::{Hidden, KvUse, Stats};
 
@@ -55,11 +56,11 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Takes the prompt in and returns the logits `(vocabulary)` of its last token. `watch` sees the caches after each
-    /// chunk.
+    /// Takes the prompt in and returns the logits `(vocabulary)` of its last token, which are finite or an error. `watch`
+    /// sees the caches after each chunk.
     pub fn prefill(&mut self, prompt: &[u32], mut watch: impl FnMut(&KvUse)) -> Result<Tensor> {
         let start = Instant::now();
-        let logits = match &mut self.sequence {
+        let output = match &mut self.sequence {
             Sequence::Cached { caches, chunk } => {
                 let last = (prompt.len() - 1) / *chunk * *chunk;
                 for tokens in prompt[..last].chunks(*chunk) {
@@ -68,28 +69,28 @@ impl<'a> Session<'a> {
                 }
                 let hidden = self.model.forward_cached(&prompt[last..], caches)?;
                 watch(&KvUse::of(caches));
-                self.model.last_logits(&hidden)?
+                Output::of(self.model, hidden)?
             }
             Sequence::Recomputed { tokens, counts } => again(self.model, tokens, prompt, counts)?,
         };
         self.prompt_tokens += prompt.len();
         self.prefill_seconds += start.elapsed().as_secs_f64();
-        Ok(logits)
+        output.check(self.prompt_tokens + self.steps)
     }
 
-    /// Takes one more token in and returns its logits `(vocabulary)`.
+    /// Takes one more token in and returns its logits `(vocabulary)`, which are finite or an error.
     pub fn step(&mut self, token: u32) -> Result<Tensor> {
         let start = Instant::now();
-        let logits = match &mut self.sequence {
+        let output = match &mut self.sequence {
             Sequence::Cached { caches, .. } => {
                 let hidden = self.model.forward_cached(&[token], caches)?;
-                self.model.last_logits(&hidden)?
+                Output::of(self.model, hidden)?
             }
             Sequence::Recomputed { tokens, counts } => again(self.model, tokens, &[token], counts)?,
         };
         self.steps += 1;
         self.decode_seconds += start.elapsed().as_secs_f64();
-        Ok(logits)
+        output.check(self.prompt_tokens + self.steps)
     }
 
     /// What the sequence has cost so far; `generated` tokens came of it, the first of them from the prompt's logits.
@@ -115,9 +116,37 @@ impl<'a> Session<'a> {
     }
 }
 
-fn again(model: &Llama, tokens: &mut Vec<u32>, more: &[u32], counts: &mut HiddenCounts) -> Result<Tensor> {
+fn again(model: &Llama, tokens: &mut Vec<u32>, more: &[u32], counts: &mut HiddenCounts) -> Result<Output> {
     tokens.extend_from_slice(more);
     *counts = HiddenCounts::default();
-    let hidden = model.forward(tokens, counts)?;
-    model.last_logits(&hidden)
+    Output::of(model, model.forward(tokens, counts)?)
+}
+
+/// What a model makes of tokens.
+struct Output {
+    /// `(1, n, hidden)`
+    hidden: Tensor,
+    /// `(vocabulary)`, of the last token.
+    logits: Tensor,
+}
+
+impl Output {
+    fn of(model: &Llama, hidden: Tensor) -> Result<Self> {
+        let logits = model.last_logits(&hidden)?;
+        Ok(Self { hidden, logits })
+    }
+
+    /// The logits, where they are finite; `tokens` are all that the sequence has.
+    fn check(self, tokens: usize) -> Result<Tensor> {
+        let n = self.hidden.dim(1)?;
+        let last = self.hidden.narrow(1, n - 1, 1)?.squeeze(0)?;
+        let logits = self.logits.unsqueeze(0)?;
+        // A quantized product takes NaN for 0, so that logits alone do not tell.
+        let checked = finite::check("hidden state", &last, tokens - 1)
+            .and_then(|()| finite::check("logits", &logits, tokens - 1));
+        if checked.is_err() {
+            finite::check("hidden state", &self.hidden.squeeze(0)?, tokens - n)?;
+        }
+        checked.map(|()| self.logits)
+    }
 }

@@ -3,7 +3,7 @@
 use anyhow::{ensure, Result};
 use candle_core::{Tensor, D};
 
-use crate::corpus::nll;
+use crate::corpus::{logits, nll};
 use crate::load::Checkpoint;
 use crate::model::Llama;
 
@@ -51,7 +51,7 @@ impl Passkey {
     /// greedy decoding would write.
     pub fn score(&self, model: &Llama, hidden: &Tensor) -> Result<(f64, bool)> {
         let first = self.tokens.len() - self.answer;
-        let logits = model.logits(hidden, first - 1, self.answer)?;
+        let logits = logits(model, hidden, first - 1, self.answer)?;
         let answer = &self.tokens[first..];
         let found = logits.argmax(D::Minus1)?.to_vec1::<u32>()? == answer;
         Ok((nll(&logits, answer)?, found))

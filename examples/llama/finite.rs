@@ -1,0 +1,23 @@
+//! Numbers that are none: a model's output is held to be finite before anything is made of it.
+
+use anyhow::{ensure, Result};
+use candle_core::{DType, Tensor};
+
+/// Refuses rows `(n, width)` with a NaN or an infinite number in them. Row i belongs to the token at `position + i` of
+/// its sequence; `what` names the rows.
+pub fn check(what: &str, rows: &Tensor, position: usize) -> Result<()> {
+    let (n, width) = rows.dims2()?;
+    let values = rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    for (row, values) in values.chunks_exact(width).enumerate().take(n) {
+        let bad = values.iter().position(|value| !value.is_finite());
+        ensure!(
+            bad.is_none(),
+            "{what}: expected finite numbers, got {} at token position {}, entry {}; the weights are damaged, or too \
+             large for this dtype: fetch the checkpoint again, or use --dtype f32",
+            values[bad.unwrap_or(0)],
+            position + row,
+            bad.unwrap_or(0)
+        );
+    }
+    Ok(())
+}
