@@ -9,6 +9,11 @@ use crate::fixture::Fixture;
 
 /// The example's binary, which cargo builds next to the tests.
 pub fn llama(args: &[&str]) -> Output {
+    llama_with(args, &[])
+}
+
+/// [`llama`] with variables of the environment.
+pub fn llama_with(args: &[&str], variables: &[(&str, &str)]) -> Output {
     let deps = std::env::current_exe().unwrap();
     let binary = deps
         .ancestors()
@@ -26,7 +31,11 @@ pub fn llama(args: &[&str]) -> Output {
     command
         .args(args)
         .env("RUST_BACKTRACE", "1")
-        .env("HF_ENDPOINT", "http://127.0.0.1:9");
+        .env("HF_ENDPOINT", "http://127.0.0.1:9")
+        .env_remove("HF_HUB_OFFLINE")
+        .env_remove("TRANSFORMERS_OFFLINE")
+        .env_remove("HF_HUB_CACHE")
+        .envs(variables.iter().copied());
     command.output().unwrap()
 }
 
@@ -51,6 +60,12 @@ pub fn number(report: &Value, key: &str) -> f64 {
 /// Exit code 1 and one line on stderr that starts with `error: ` and has every part.
 pub fn assert_error(args: &[&str], parts: &[&str]) {
     let output = llama(args);
+    assert_failed(args, &output, parts);
+    assert!(output.stdout.is_empty(), "{args:?}: {}", text(&output.stdout));
+}
+
+/// [`assert_error`] of what has run, which may have printed.
+pub fn assert_failed(args: &[&str], output: &Output, parts: &[&str]) {
     let stderr = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{args:?}: {stderr}");
     assert!(
@@ -60,5 +75,4 @@ pub fn assert_error(args: &[&str], parts: &[&str]) {
     for part in parts {
         assert!(stderr.contains(part), "{args:?}: {part:?} is not in {stderr}");
     }
-    assert!(output.stdout.is_empty(), "{args:?}: {}", text(&output.stdout));
 }

@@ -5,9 +5,9 @@ mod gguf_tokenizer;
 mod hf;
 mod hf_tokenizer;
 mod hub;
-mod pre_tokenizer;
+pub mod pre_tokenizer;
 mod sentencepiece;
-mod text;
+pub mod text;
 
 use std::path::Path;
 
