@@ -43,7 +43,9 @@ impl Hub {
 }
 
 fn answer(mut stream: TcpStream, folder: &Path, answers: &[(&'static str, Answer)], asked: &Mutex<Vec<String>>) {
-    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
+    let mut lines = BufReader::new(stream.try_clone().unwrap())
+        .lines()
+        .map_while(Result::ok);
     let Some(request) = lines.next() else { return };
     let mut range = None;
     for line in lines.take_while(|line| !line.is_empty()) {
