@@ -158,7 +158,7 @@ fn norms_and_heads_are_seen_in_every_command() {
 
 #[test]
 fn eval_and_calibrate_say_in_which_window() {
-    // Windows of 16 tokens, one a letter: of the third one the sixth, and of the fourth, which is there to calibrate on.
+    // Windows of 16 tokens, one a letter: the sixth of the third window, and of the fourth, which is to calibrate on.
     let mut scored = "the whale went down ".repeat(20);
     let mut calibrated = scored.clone();
     scored.replace_range(37..38, "x");

@@ -44,6 +44,7 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
+        environment.set_formatter(python::write);
         environment.set_unknown_method_callback(python::method);
         environment.add_filter("tojson", json::to_json);
         environment.add_function("strftime_now", python::strftime_now);

@@ -56,8 +56,8 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Takes the prompt in and returns the logits `(vocabulary)` of its last token, which are finite or an error. `watch`
-    /// sees the caches after each chunk.
+    /// Takes the prompt in and returns the logits `(vocabulary)` of its last token, which are finite or an error.
+    /// `watch` sees the caches after each chunk.
     pub fn prefill(&mut self, prompt: &[u32], mut watch: impl FnMut(&KvUse)) -> Result<Tensor> {
         let start = Instant::now();
         let output = match &mut self.sequence {

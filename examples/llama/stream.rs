@@ -30,8 +30,8 @@ pub struct TextStream<'t> {
 }
 
 impl<'t> TextStream<'t> {
-    /// Of tokens that continue those `before`, or of a text of its own where there are none: then a space in front, which
-    /// some tokenizers add, is taken away.
+    /// Of tokens that continue those `before`, or of a text of its own where there are none: then a space in front,
+    /// which some tokenizers add, is taken away.
     pub fn new(tokenizer: &'t Tokenizer, before: &[u32]) -> Result<Self> {
         let added = tokenizer.get_added_tokens_decoder();
         let marks = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id);
@@ -124,7 +124,7 @@ impl<'t> TextStream<'t> {
         Ok(())
     }
 
-    /// Goes on behind bytes: a letter as a byte stands for them, so that the next token is not taken for a text's first.
+    /// Goes on behind bytes. A letter as a byte stands for them: the next token is not the first of a text.
     fn follow_bytes(&mut self) -> Result<()> {
         let letter = self.tokenizer.token_to_id("<0x41>");
         self.follow(letter.into_iter().collect())

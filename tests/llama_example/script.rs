@@ -1,5 +1,5 @@
-//! A Llama that says what it is told: after each token of a sequence comes the next one. With any tokens, as a GGUF file
-//! or a folder.
+//! A Llama that says what it is told: after each token of a sequence comes the next one. With any tokens, as a GGUF
+//! file or a folder.
 
 use std::collections::HashMap;
 use std::fs::{self, File};

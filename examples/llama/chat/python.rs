@@ -1,9 +1,9 @@
-//! What templates call of Python beside Jinja: methods of strings, and the time.
+//! What templates call of Python beside Jinja: methods of strings, the look of lists, and the time.
 
 use jiff::fmt::strtime::BrokenDownTime;
 use jiff::Zoned;
-use minijinja::value::{from_args, Value};
-use minijinja::{Error, ErrorKind, State};
+use minijinja::value::{from_args, Value, ValueKind};
+use minijinja::{escape_formatter, Error, ErrorKind, Output, State};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
 /// Python's methods of strings, lists and dicts: those of minijinja-contrib, and some of strings that it lacks.
@@ -127,6 +127,56 @@ fn pad(text: &str, method: &str, width: usize, fill: Option<char>) -> String {
             format!("{}{text}{}", fill(left), fill(missing - left))
         }
     }
+}
+
+/// Writes `{{ value }}`: lists and dicts as Python's `repr` has them, anything else as Jinja does.
+pub fn write(out: &mut Output, state: &State, value: &Value) -> Result<(), Error> {
+    match value.kind() {
+        ValueKind::Seq | ValueKind::Map => Ok(out.write_str(&repr(value)?)?),
+        _ => escape_formatter(out, state, value),
+    }
+}
+
+fn repr(value: &Value) -> Result<String, Error> {
+    Ok(match value.kind() {
+        ValueKind::String => quoted(value.as_str().unwrap_or_default()),
+        ValueKind::Seq => {
+            let items = value
+                .try_iter()?
+                .map(|item| repr(&item))
+                .collect::<Result<Vec<_>, _>>()?;
+            format!("[{}]", items.join(", "))
+        }
+        ValueKind::Map => {
+            let item = |key: Value| Ok(format!("{}: {}", repr(&key)?, repr(&value.get_item(&key)?)?));
+            let items = value.try_iter()?.map(item).collect::<Result<Vec<_>, Error>>()?;
+            format!("{{{}}}", items.join(", "))
+        }
+        _ => value.to_string(),
+    })
+}
+
+/// In single quotes, unless only those are inside.
+fn quoted(text: &str) -> String {
+    let quote = if text.contains('\'') && !text.contains('"') {
+        '"'
+    } else {
+        '\''
+    };
+    let mut out = String::from(quote);
+    for c in text.chars() {
+        match c {
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            '\\' => out.push_str("\\\\"),
+            c if c == quote => out.extend(['\\', c]),
+            c if c.is_control() => out.push_str(&format!("\\x{:02x}", u32::from(c))),
+            c => out.push(c),
+        }
+    }
+    out.push(quote);
+    out
 }
 
 /// The local time, as Python's `datetime.now().strftime(format)` writes it.

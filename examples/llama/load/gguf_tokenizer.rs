@@ -32,8 +32,8 @@ pub fn text(content: &Content) -> Result<Text> {
         "gpt2" => byte_level(content, &vocabulary)?,
         "llama" => (sentencepiece::tokenizer(content, &vocabulary)?, true),
         other => bail!(
-            "tokenizer.ggml.model: expected gpt2 (byte-level BPE) or llama (SentencePiece), got {other}; use the Hugging \
-             Face folder of the model"
+            "tokenizer.ggml.model: expected gpt2 (byte-level BPE) or llama (SentencePiece), got {other}; use the \
+             Hugging Face folder of the model"
         ),
     };
     let ids = Ids::read(content, &vocabulary, model)?;
@@ -75,7 +75,10 @@ impl Vocabulary {
         let mut seen = HashMap::with_capacity(tokens.len());
         for (id, token) in tokens.iter().enumerate() {
             if let Some(other) = seen.insert(token.as_str(), id) {
-                bail!("tokenizer.ggml.tokens: expected every token once, got {token:?} as {other} and {id}; the file is damaged");
+                bail!(
+                    "tokenizer.ggml.tokens: expected every token once, got {token:?} as {other} and {id}; the file is \
+                     damaged"
+                );
             }
         }
         let kinds = match content.metadata.get("tokenizer.ggml.token_type") {
@@ -150,7 +153,10 @@ fn byte_level(content: &Content, vocabulary: &Vocabulary) -> Result<(Tokenizer, 
         .into_iter()
         .map(|merge| match merge.split_once(' ') {
             Some((left, right)) => Ok((left.to_string(), right.to_string())),
-            None => bail!("tokenizer.ggml.merges: expected two tokens and a space between them, got {merge:?}; the file is damaged"),
+            None => bail!(
+                "tokenizer.ggml.merges: expected two tokens and a space between them, got {merge:?}; the file is \
+                 damaged"
+            ),
         })
         .collect::<Result<_>>()?;
     let pre = match content.metadata.contains_key("tokenizer.ggml.pre") {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{anyhow, Context, Result};
 use serde::Deserialize;
+use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use super::hf::{read_json, Origin};
@@ -103,11 +104,9 @@ struct TokenizerConfig {
     chat_template: Option<Templates>,
     add_bos_token: Option<bool>,
     add_eos_token: Option<bool>,
-    additional_special_tokens: Option<Vec<SpecialToken>>,
-    extra_special_tokens: Option<Extra>,
     /// The special tokens are among them.
     #[serde(flatten)]
-    others: HashMap<String, serde_json::Value>,
+    others: HashMap<String, Value>,
 }
 
 #[derive(Deserialize)]
@@ -123,36 +122,13 @@ struct NamedTemplate {
     template: String,
 }
 
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum SpecialToken {
-    Text(String),
-    Object { content: String },
-}
-
-/// More special tokens: with names of their own, or without.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Extra {
-    Named(HashMap<String, SpecialToken>),
-    Listed(Vec<SpecialToken>),
-}
-
-impl SpecialToken {
-    fn content(&self) -> &str {
-        match self {
-            Self::Text(text) | Self::Object { content: text } => text,
-        }
-    }
-}
-
 impl TokenizerConfig {
-    /// The text of a special token, in either form.
+    /// The text of a special token.
     fn token(&self, name: &str) -> Option<&str> {
-        let token = self.others.get(name)?;
-        token.as_str().or_else(|| token.get("content")?.as_str())
+        text_of(self.others.get(name)?)
     }
 
+    /// Lets the template name all special tokens, those of a model's own too.
     fn name_tokens(&self, template: &mut ChatTemplate) {
         for name in ["bos", "eos", "unk", "pad", "sep", "cls", "mask"] {
             let name = format!("{name}_token");
@@ -160,18 +136,24 @@ impl TokenizerConfig {
                 template.name_token(&name, token);
             }
         }
-        let texts = |tokens: &[SpecialToken]| tokens.iter().map(|token| token.content().to_string()).collect();
-        if let Some(tokens) = &self.additional_special_tokens {
-            template.name_tokens("additional_special_tokens", texts(tokens));
-        }
-        match &self.extra_special_tokens {
-            Some(Extra::Named(tokens)) => tokens
-                .iter()
-                .for_each(|(name, token)| template.name_token(name, token.content())),
-            Some(Extra::Listed(tokens)) => template.name_tokens("extra_special_tokens", texts(tokens)),
-            None => {}
+        for name in ["additional_special_tokens", "extra_special_tokens"] {
+            match self.others.get(name) {
+                Some(Value::Array(tokens)) => {
+                    template.name_tokens(name, tokens.iter().filter_map(text_of).map(String::from).collect());
+                }
+                Some(Value::Object(tokens)) => tokens
+                    .iter()
+                    .filter_map(|(name, token)| Some((name, text_of(token)?)))
+                    .for_each(|(name, token)| template.name_token(name, token)),
+                _ => {}
+            }
         }
     }
+}
+
+/// A token's text: files have it as it is, or in an object that also says how it is found.
+fn text_of(token: &Value) -> Option<&str> {
+    token.as_str().or_else(|| token.get("content")?.as_str())
 }
 
 fn chat_template(files: &TextFiles, config: &TokenizerConfig) -> Result<Option<ChatTemplate>> {

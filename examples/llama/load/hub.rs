@@ -1,7 +1,7 @@
 //! Files of a checkpoint on the Hugging Face hub, kept in the cache that Python's huggingface_hub uses too.
 //!
-//! hf-hub fetches and stores them. What it does not do is done here: `HF_HUB_OFFLINE`, `HF_HUB_CACHE`, `HF_TOKEN`, a limit
-//! on how long a hub may say nothing, and a note in the cache of files that a checkpoint does not have.
+//! hf-hub fetches and stores them. This file adds `HF_HUB_OFFLINE`, `HF_HUB_CACHE`, `HF_TOKEN`, a limit on how long a
+//! hub may say nothing, and a note in the cache of files that a checkpoint does not have.
 
 use std::env;
 use std::fs;
@@ -79,8 +79,9 @@ impl<'a> Hub<'a> {
 
     fn no_answer(&self, name: &str) -> String {
         format!(
-            "model: {id} is no file or folder here, and its {name} could not be fetched from the Hugging Face hub; check the \
-             name and the network, and HF_TOKEN for a gated model, or set HF_HUB_OFFLINE=1 to use what the cache has",
+            "model: {id} is no file or folder here, and its {name} could not be fetched from the Hugging Face hub; \
+             check the name and the network, and HF_TOKEN for a gated model, or set HF_HUB_OFFLINE=1 to use what the \
+             cache has",
             id = self.id
         )
     }
@@ -130,8 +131,8 @@ impl Origin for Hub<'_> {
             (Some(path), _) => Ok(path),
             (None, Some(_)) => bail!("{}: status 404, no such file", self.no_answer(name)),
             (None, None) => bail!(
-                "model: expected {name} of {} in the cache {}, as HF_HUB_OFFLINE is set, found no such file; unset it to \
-                 fetch the model",
+                "model: expected {name} of {} in the cache {}, as HF_HUB_OFFLINE is set, found no such file; unset it \
+                 to fetch the model",
                 self.id,
                 self.folder.display()
             ),

@@ -80,8 +80,8 @@ impl Checkpoint {
         if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary) {
             let token = self.text.tokenizer.id_to_token(*id).unwrap_or_default();
             bail!(
-                "tokenizer: expected ids below {vocabulary}, the vocabulary of the weights, got {id} for {token:?}; the \
-                 tokenizer belongs to another checkpoint, or the embedding was not enlarged for its added tokens"
+                "tokenizer: expected ids below {vocabulary}, the vocabulary of the weights, got {id} for {token:?}; \
+                 the tokenizer belongs to another checkpoint, or the embedding was not enlarged for its added tokens"
             );
         }
         Ok(ids)

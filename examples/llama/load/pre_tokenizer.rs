@@ -1,7 +1,7 @@
 //! How text is cut into words before byte-level BPE merges anything: what the names in `tokenizer.ggml.pre` stand for.
 //!
-//! A name stands for the pre-tokenizer of the model that it comes from, in the order of that model's tokenizer.json. Each
-//! step cuts the pieces of the step before it; a piece that a pattern does not match stays whole.
+//! A name stands for the pre-tokenizer of the model that it comes from, in the order of that model's tokenizer.json.
+//! Each step cuts the pieces of the step before it; a piece that a pattern does not match stays whole.
 
 use anyhow::{anyhow, bail, Result};
 use tokenizers::normalizers::unicode::NFC;
@@ -48,10 +48,10 @@ impl PreTokenizer {
             "qwen2" | "deepseek-r1-qwen" | "kormo" | "megrez" | "stablelm2" | "hunyuan" | "solar-open" | "grok-2" => {
                 (words(""), Begins::Plain)
             }
-            "tekken" => (vec![Matches(cased_words("", r"\p{N}"))], Begins::Bos),
+            "tekken" => (cased_words("", r"\p{N}"), Begins::Bos),
             "gpt-4o" | "llama4" | "kanana2" => {
                 let endings = format!("(?i:{SMALL_ENDINGS})?");
-                (vec![Matches(cased_words(&endings, r"\p{N}{1,3}"))], Begins::Plain)
+                (cased_words(&endings, r"\p{N}{1,3}"), Begins::Plain)
             }
             "deepseek-llm" => (deepseek_llm(), Begins::Plain),
             "deepseek-coder" => (deepseek_coder(), Begins::Plain),
@@ -63,7 +63,7 @@ impl PreTokenizer {
             | "exaone4" | "a.x-4.0" => (vec![gpt2()], Begins::Plain),
             "falcon" => (falcon("`", &[]), Begins::Plain),
             "default" => (falcon("", &[r"\p{N}+"]), Begins::Plain),
-            "seed-coder" => (vec![Matches(seed_coder())], Begins::Plain),
+            "seed-coder" => (seed_coder(), Begins::Plain),
             "poro-chat" | "bloom" | "gpt3-finnish" => (vec![finnish()], Begins::Plain),
             "viking" => (vec![finnish(), EachDigit], Begins::Plain),
             other => bail!(
@@ -106,34 +106,44 @@ impl Step {
     }
 }
 
-/// Words with the character before them, digits (as many as `count` says), signs with the lines that end after them.
-fn words(count: &str) -> Vec<Step> {
-    vec![Matches(format!(
-        r"(?i:{SMALL_ENDINGS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{count}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|{SPACES}"
-    ))]
+/// One of these, the first that matches.
+fn any(patterns: &[&str]) -> String {
+    patterns.join("|")
 }
 
-/// As [`words`], but a capital after a small letter begins a word.
-fn cased_words(endings: &str, digits: &str) -> String {
+/// A word with the character before it, where that is none of a word, a number or a line's end.
+const WORD: &str = r"[^\r\n\p{L}\p{N}]?\p{L}+";
+/// Signs, a space before them, and the lines' ends behind them.
+const SIGNS: &str = r" ?[^\s\p{L}\p{N}]+[\r\n]*";
+const LINE_ENDS: &str = r"\s*[\r\n]+";
+
+/// English endings, words, digits (as many as `count` says), signs, spaces.
+fn words(count: &str) -> Vec<Step> {
+    let (endings, digits) = (format!("(?i:{SMALL_ENDINGS})"), format!(r"\p{{N}}{count}"));
+    vec![Matches(any(&[&endings, WORD, &digits, SIGNS, LINE_ENDS, SPACES]))]
+}
+
+/// As [`words`], but a capital after a small letter begins a word, and a slash goes with the signs before it.
+fn cased_words(endings: &str, digits: &str) -> Vec<Step> {
+    const BEFORE: &str = r"[^\r\n\p{L}\p{N}]?";
     const CAPITALS: &str = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]";
     const SMALL: &str = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]";
-    const BEFORE: &str = r"[^\r\n\p{L}\p{N}]?";
-    format!(
-        r"{BEFORE}{CAPITALS}*{SMALL}+{endings}|{BEFORE}{CAPITALS}+{SMALL}*{endings}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|{SPACES}"
-    )
+    let small = format!("{BEFORE}{CAPITALS}*{SMALL}+{endings}");
+    let capitals = format!("{BEFORE}{CAPITALS}+{SMALL}*{endings}");
+    let signs = r" ?[^\s\p{L}\p{N}]+[\r\n/]*";
+    vec![Matches(any(&[&small, &capitals, digits, signs, LINE_ENDS, SPACES]))]
 }
 
 /// As [`words`] with digits one by one, but signs do not take the ends of lines with them.
-fn seed_coder() -> String {
-    format!(
-        r"(?i:{SMALL_ENDINGS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|{SPACES}"
-    )
+fn seed_coder() -> Vec<Step> {
+    let endings = format!("(?i:{SMALL_ENDINGS})");
+    let signs = r" ?[^\s\p{L}\p{N}\r\n]+";
+    vec![Matches(any(&[&endings, WORD, r"\p{N}", signs, LINE_ENDS, SPACES]))]
 }
 
 fn gpt2() -> Step {
-    Matches(format!(
-        r"{SMALL_ENDINGS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|{SPACES}"
-    ))
+    let signs = r" ?[^\s\p{L}\p{N}]+";
+    Matches(any(&[SMALL_ENDINGS, r" ?\p{L}+", r" ?\p{N}+", signs, SPACES]))
 }
 
 /// Signs, then GPT-2's words, then digits by three. `signs` are some more.
@@ -154,12 +164,12 @@ const EASTERN: &str = r"[\x{800}-\x{9fa5}\x{ac00}-\x{d7ff}]+";
 
 fn deepseek_llm() -> Vec<Step> {
     // Letters that have a case, without Georgian, the later Latin ones, Medefaidrin's and the mathematical ones.
-    const LETTERS: &str = r"[\p{Lu}\p{Ll}\p{Lt}&&[^\x{10d0}-\x{10ff}\x{a790}-\x{a7ff}\x{ab30}-\x{ab68}\x{16e40}-\x{16e7f}\x{1d400}-\x{1d7cb}]]";
-    const SIGNS: &str = r"[!-/:-~\x{ff01}-\x{ff0f}\x{ff1a}-\x{ff5e}\x{2018}-\x{201f}\x{3000}-\x{3002}]";
+    const OTHERS: &str = r"\x{10d0}-\x{10ff}\x{a790}-\x{a7ff}\x{ab30}-\x{ab68}\x{16e40}-\x{16e7f}\x{1d400}-\x{1d7cb}";
+    const MARKS: &str = r"[!-/:-~\x{ff01}-\x{ff0f}\x{ff1a}-\x{ff5e}\x{2018}-\x{201f}\x{3000}-\x{3002}]";
     vec![
         Matches(r"[\r\n]".into()),
-        Matches(format!(r"\s?{LETTERS}+")),
-        Matches(format!(r"\s?{SIGNS}+")),
+        Matches(format!(r"\s?[\p{{Lu}}\p{{Ll}}\p{{Lt}}&&[^{OTHERS}]]+")),
+        Matches(format!(r"\s?{MARKS}+")),
         Matches(r"\s+$".into()),
         Matches(EASTERN.into()),
         EachDigit,
@@ -177,12 +187,16 @@ fn deepseek_coder() -> Vec<Step> {
 }
 
 fn deepseek_v3() -> Vec<Step> {
-    const SIGNS: &str = r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"##;
+    const MARKS: &str = r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"##;
     vec![
         Matches(r"\p{N}{1,3}".into()),
         Matches(r"[\x{4e00}-\x{9fa5}\x{3040}-\x{309f}\x{30a0}-\x{30ff}]+".into()),
-        Matches(format!(
-            r"{SIGNS}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|\s*[\r\n]+|{SPACES}"
-        )),
+        Matches(any(&[
+            &format!("{MARKS}[A-Za-z]+"),
+            r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
+            r" ?[\p{P}\p{S}]+[\r\n]*",
+            LINE_ENDS,
+            SPACES,
+        ])),
     ]
 }

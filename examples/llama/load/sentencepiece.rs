@@ -44,7 +44,10 @@ pub fn tokenizer(content: &Content, vocabulary: &Vocabulary) -> Result<Tokenizer
 fn scores(content: &Content, tokens: usize) -> Result<Vec<f32>> {
     const KEY: &str = "tokenizer.ggml.scores";
     let value = content.metadata.get(KEY).with_context(|| {
-        format!("{KEY}: expected the scores of a SentencePiece vocabulary, found none; use the Hugging Face folder of the model")
+        format!(
+            "{KEY}: expected the scores of a SentencePiece vocabulary, found none; use the Hugging Face folder of the \
+             model"
+        )
     })?;
     let scores = array(KEY, value)?
         .iter()

@@ -1,0 +1,75 @@
+//! The llama example's text: tokenizers, chat templates, what ends a text, and tokens printed as they come.
+
+#[allow(dead_code)]
+#[path = "../llama_example/binary.rs"]
+mod binary;
+#[allow(dead_code)]
+#[path = "../llama_example/fixture.rs"]
+mod fixture;
+#[allow(dead_code)]
+#[path = "../llama_example/script.rs"]
+mod script;
+
+#[path = "../../examples/llama/chat.rs"]
+mod chat;
+#[allow(dead_code)]
+#[path = "../../examples/llama/load/mod.rs"]
+mod load;
+#[allow(dead_code)]
+#[path = "../../examples/llama/model.rs"]
+mod model;
+#[allow(dead_code)]
+#[path = "../../examples/llama/rope.rs"]
+mod rope;
+#[path = "../../examples/llama/stream.rs"]
+mod stream;
+#[allow(dead_code)]
+#[path = "../../examples/llama/weights.rs"]
+mod weights;
+
+mod ends;
+mod sentencepiece;
+mod splits;
+mod templates;
+mod vocabulary;
+
+use binary::{llama, text};
+use candle_core::quantized::gguf_file::Value;
+use candle_core::{DType, Device};
+use load::{Checkpoint, LoadOptions};
+use script::{says, strings, write_gguf, Tokens, BYTE};
+
+fn open(model: &str) -> Checkpoint {
+    let options = LoadOptions {
+        dtype: DType::F32,
+        dequantize: false,
+        device: Device::Cpu,
+    };
+    Checkpoint::open(model, options).unwrap()
+}
+
+fn string(text: &str) -> Value {
+    Value::String(text.into())
+}
+
+/// What greedy generation prints after a prompt, and how many tokens it takes at most.
+fn say(model: &str, prompt: &str, more: &[&str]) -> String {
+    let args = ["generate", "--model", model, "--prompt", prompt, "--dense"];
+    let output = llama(&[&args[..], &["--max-tokens", "20"], more].concat());
+    assert!(output.status.success(), "{model}: {}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+/// A GGUF file of bytes and these tokens, with a way to split text.
+fn split_by(pre: &str, tokens: &Tokens, merges: &[&str], more: &[(&str, Value)]) -> String {
+    let metadata = [
+        ("tokenizer.ggml.pre", string(pre)),
+        ("tokenizer.ggml.merges", strings(merges)),
+    ];
+    write_gguf(pre, &says(tokens.len(), &[]), tokens, &[&metadata[..], more].concat())
+}
+
+/// Bytes as tokens, as vocabularies of SentencePiece have them.
+fn byte_tokens() -> Vec<(String, i32)> {
+    (0..=255).map(|byte| (format!("<0x{byte:02X}>"), BYTE)).collect()
+}
