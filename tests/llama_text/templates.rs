@@ -136,6 +136,16 @@ fn templates_have_what_pythons_have() {
         ),
         ("{% if %}", &["chat template: expected Jinja"]),
         ("{{ messages[0].content.no_such_method() }}", &["no_such_method"]),
+        (
+            "{{ 'a'.ljust(9999999999) }}",
+            &["ljust: expected a width of at most 4096, got 9999999999"],
+        ),
+        (
+            "{{ [1] | tojson(indent=9999999999) }}",
+            &["tojson: expected a width of at most 4096"],
+        ),
+        ("{{ 'a' * 99999999999 }}", &["could not be rendered"]),
+        ("{{ range(99999999999) | list }}", &["could not be rendered"]),
         ("{{ strftime_now('%!') }}", &["strftime_now: expected a format"]),
         ("{{ nothing | tojson }}", &["tojson: expected a value, got undefined"]),
     ] {

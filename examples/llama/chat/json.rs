@@ -7,6 +7,8 @@ use minijinja::{Error, ErrorKind};
 use serde::Serialize;
 use serde_json::ser::{CharEscape, Formatter, Serializer};
 
+use super::python::check_width;
+
 /// `value | tojson(ensure_ascii, indent, separators, sort_keys)`, all of them optional.
 pub fn to_json(
     value: Value,
@@ -67,7 +69,11 @@ pub fn to_json(
 /// A number of spaces, or the text itself.
 fn indentation(value: &Value) -> Result<String, Error> {
     match value.kind() {
-        ValueKind::Number => Ok(" ".repeat(usize::try_from(value.clone())?)),
+        ValueKind::Number => {
+            let width = usize::try_from(value.clone())?;
+            check_width("tojson", width)?;
+            Ok(" ".repeat(width))
+        }
         _ => Ok(value.to_string()),
     }
 }

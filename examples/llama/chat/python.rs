@@ -72,11 +72,24 @@ fn string_method(text: &str, name: &str, args: &[Value]) -> Result<Value, Error>
         }
         "ljust" | "rjust" | "center" | "zfill" => {
             let (width, fill): (usize, Option<char>) = from_args(args)?;
+            check_width(name, width)?;
             Ok(pad(text, name, width, fill).into())
         }
         _ => Err(Error::new(
             ErrorKind::UnknownMethod,
             format!("string has no method named {name}"),
+        )),
+    }
+}
+
+/// Refuses a width that no text has, before memory is taken for it.
+pub fn check_width(name: &str, width: usize) -> Result<(), Error> {
+    const MOST: usize = 1 << 12;
+    match width {
+        0..=MOST => Ok(()),
+        _ => Err(Error::new(
+            ErrorKind::InvalidOperation,
+            format!("{name}: expected a width of at most {MOST}, got {width}"),
         )),
     }
 }
