@@ -3,7 +3,7 @@
 use candle_core::quantized::gguf_file::Value;
 use serde_json::json;
 
-use crate::binary::{llama, text};
+use crate::binary::{assert_error, llama, text};
 use crate::script::{says, strings, tokenizer_json, write_folder, write_gguf, Tokens, CONTROL, NORMAL, USER_DEFINED};
 use crate::{byte_tokens, open, say, string};
 
@@ -85,6 +85,18 @@ fn every_eos_of_generation_config_ends_a_text() {
             assert!(said.starts_with(expected), "{eos}: {said}");
         }
     }
+    let files = [
+        ("tokenizer.json", tokenizer_json(&tokens, &[])),
+        ("generation_config.json", json!({"eos_token_id": "</s>"})),
+    ];
+    let model = write_folder("eos", &says(tokens.len(), &[]), &files);
+    assert_error(
+        &["generate", "--model", &model, "--prompt", "a"],
+        &[
+            "generation_config.json: ",
+            "eos_token_id: expected a token id or a list of them",
+        ],
+    );
 }
 
 /// A tokenizer.json whose BPE falls back to bytes.

@@ -83,7 +83,7 @@ struct Ends {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "eos_token_id: expected a token id or a list of them")]
 enum OneOrMany {
     One(u32),
     Many(Vec<u32>),
