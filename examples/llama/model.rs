@@ -3,7 +3,7 @@
 //! Activations are `(1, N, hidden)`. The model asks a [`Weights`] for its matrices by their Hugging Face names and does
 //! not know which kind of file they come from.
 
-use anyhow::{ensure, Result};
+use anyhow::{bail, ensure, Result};
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::{ops, RmsNorm};
 use candle_sfattention::{
@@ -30,6 +30,7 @@ pub struct LlamaConfig {
     pub rope_pairing: Pairing,
     /// The most tokens the model was made for.
     pub context_length: usize,
+    /// Whether any layer has biases of q, k, v or o, and of its feed-forward part.
     pub attention_bias: bool,
     pub mlp_bias: bool,
     /// Whether the output matrix is the embedding matrix.
@@ -77,8 +78,57 @@ impl LlamaConfig {
             "head dimension: expected an even number, as rotary embeddings need, got {}; the checkpoint is damaged",
             self.head_dim
         );
+        ensure!(
+            self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0,
+            "rms norm epsilon: expected a number of at least 0, got {}; the checkpoint is damaged",
+            self.rms_norm_eps
+        );
+        ensure!(
+            self.rope_theta.is_finite() && self.rope_theta > 0.0,
+            "rope theta: expected a number above 0, got {}; the checkpoint is damaged",
+            self.rope_theta
+        );
+        self.rope_scaling.check(self.head_dim / 2)
+    }
+
+    /// Refuses sizes that `weights` are too few for: what is allocated by these sizes then fits what was stored.
+    pub fn check_held(&self, weights: &dyn Weights) -> Result<()> {
+        ensure!(
+            self.layers <= weights.len(),
+            "number of layers: expected at most {}, as many as there are tensors, got {}; the checkpoint is damaged",
+            weights.len(),
+            self.layers
+        );
+        let (hidden, first) = (self.hidden_size, "model.layers.0");
+        for (path, rows) in [
+            ("model.embed_tokens".into(), self.vocab_size),
+            (format!("{first}.self_attn.q_proj"), self.heads * self.head_dim),
+            (format!("{first}.self_attn.k_proj"), self.kv_heads * self.head_dim),
+            (format!("{first}.mlp.gate_proj"), self.intermediate_size),
+        ] {
+            let (expected, got) = ([rows, hidden], weights.shape(&path));
+            ensure!(
+                got.as_deref() == Some(&expected),
+                "{path}.weight: expected shape {expected:?}, got {}; fetch the checkpoint again",
+                got.map_or_else(|| "none".into(), |got| format!("{got:?}"))
+            );
+        }
         Ok(())
     }
+}
+
+/// Refuses ids that a vocabulary does not have. candle takes some of them for a row of zeros.
+pub fn check_ids(ids: &[u32], vocab_size: usize) -> Result<()> {
+    let beyond = ids
+        .iter()
+        .find(|&&id| usize::try_from(id).map_or(true, |id| id >= vocab_size));
+    if let Some(id) = beyond {
+        bail!(
+            "token id: expected one below {vocab_size}, the size of the model's vocabulary, got {id}; the tokenizer does \
+             not belong to this model"
+        )
+    }
+    Ok(())
 }
 
 /// Pairs seen and hidden, per layer, over every call that counted into it.
@@ -147,12 +197,11 @@ impl SelfAttention {
     ) -> Result<Self> {
         let hidden = config.hidden_size;
         let (query_rows, kv_rows) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        let bias = config.attention_bias;
         Ok(Self {
-            query: weights.linear(&format!("{path}.q_proj"), query_rows, hidden, bias)?,
-            key: weights.linear(&format!("{path}.k_proj"), kv_rows, hidden, bias)?,
-            value: weights.linear(&format!("{path}.v_proj"), kv_rows, hidden, bias)?,
-            output: weights.linear(&format!("{path}.o_proj"), hidden, query_rows, bias)?,
+            query: weights.linear(&format!("{path}.q_proj"), query_rows, hidden)?,
+            key: weights.linear(&format!("{path}.k_proj"), kv_rows, hidden)?,
+            value: weights.linear(&format!("{path}.v_proj"), kv_rows, hidden)?,
+            output: weights.linear(&format!("{path}.o_proj"), hidden, query_rows)?,
             attention,
             heads: config.heads,
             kv_heads: config.kv_heads,
@@ -199,11 +248,11 @@ struct Mlp {
 
 impl Mlp {
     fn load(weights: &mut dyn Weights, path: &str, config: &LlamaConfig) -> Result<Self> {
-        let (hidden, inner, bias) = (config.hidden_size, config.intermediate_size, config.mlp_bias);
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         Ok(Self {
-            gate: weights.linear(&format!("{path}.gate_proj"), inner, hidden, bias)?,
-            up: weights.linear(&format!("{path}.up_proj"), inner, hidden, bias)?,
-            down: weights.linear(&format!("{path}.down_proj"), hidden, inner, bias)?,
+            gate: weights.linear(&format!("{path}.gate_proj"), inner, hidden)?,
+            up: weights.linear(&format!("{path}.up_proj"), inner, hidden)?,
+            down: weights.linear(&format!("{path}.down_proj"), hidden, inner)?,
         })
     }
 
@@ -243,6 +292,7 @@ impl Layer {
 /// The whole model.
 pub struct Llama {
     device: Device,
+    vocab_size: usize,
     embedding: Linear,
     layers: Vec<Layer>,
     norm: RmsNorm,
@@ -259,7 +309,7 @@ impl Llama {
             config.layers,
             attention.len()
         );
-        let embedding = weights.linear("model.embed_tokens", config.vocab_size, config.hidden_size, false)?;
+        let embedding = weights.table("model.embed_tokens", config.vocab_size, config.hidden_size)?;
         let mut layers = Vec::with_capacity(config.layers);
         for (index, attention) in attention.into_iter().enumerate() {
             layers.push(Layer::load(
@@ -271,10 +321,11 @@ impl Llama {
         }
         let head = match config.tied {
             true => embedding.clone(),
-            false => weights.linear("lm_head", config.vocab_size, config.hidden_size, false)?,
+            false => weights.table("lm_head", config.vocab_size, config.hidden_size)?,
         };
         Ok(Self {
             device: weights.device(),
+            vocab_size: config.vocab_size,
             embedding,
             layers,
             norm: RmsNorm::new(weights.vector("model.norm", config.hidden_size)?, config.rms_norm_eps),
@@ -354,6 +405,7 @@ impl Llama {
         tokens: &[u32],
         mut attend: impl FnMut(usize, &Layer, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
+        check_ids(tokens, self.vocab_size)?;
         let ids = Tensor::new(tokens, &self.device)?;
         let mut xs = self.embedding.rows(&ids)?.unsqueeze(0)?;
         for (index, layer) in self.layers.iter().enumerate() {

@@ -56,7 +56,10 @@ pub struct ModelArgs {
     #[arg(long, value_enum)]
     dtype: Option<Dtype>,
     /// Turn a GGUF file's quantized weights into f32 while loading. Takes more memory, and is faster where candle has
-    /// no fast kernel for the format: ten times for Q4_1 on x86.
+    /// no fast kernel for the format: ten times for Q4_1 on x86. On a GPU they become --dtype, bf16 by default, in any
+    /// case: candle's quantized product there has one kernel for a single row and another for many, which round
+    /// otherwise (1.4e-2 against 5e-3 of error for Q4_0, the other way round for Q4_K), so that a decoded token would
+    /// differ from the same token in a prompt.
     #[arg(long)]
     dequantize: bool,
     /// Write the results to this file as JSON.

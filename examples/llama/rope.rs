@@ -26,7 +26,7 @@ pub enum RopeScaling {
     Linear(f64),
     Llama3(Llama3Scaling),
     /// Each frequency is divided by its own factor: how GGUF files store Llama 3's.
-    Factors(Vec<f32>),
+    Factors(Vec<f64>),
 }
 
 /// Llama 3: wavelengths beyond `original_context / low_freq_factor` are stretched by `factor`, those within
@@ -48,6 +48,45 @@ impl Llama3Scaling {
     }
 }
 
+impl RopeScaling {
+    /// Refuses numbers that rotate by nothing, or by no number; `half` is half the head dimension.
+    pub fn check(&self, half: usize) -> Result<()> {
+        let numbers = match self {
+            Self::None => Vec::new(),
+            Self::Linear(factor) => vec![*factor],
+            Self::Llama3(scaling) => {
+                ensure!(
+                    scaling.high_freq_factor > scaling.low_freq_factor,
+                    "rope scaling: expected high_freq_factor above low_freq_factor {}, got {}; the checkpoint is damaged",
+                    scaling.low_freq_factor,
+                    scaling.high_freq_factor
+                );
+                vec![
+                    scaling.factor,
+                    scaling.low_freq_factor,
+                    scaling.high_freq_factor,
+                    scaling.original_context,
+                ]
+            }
+            Self::Factors(factors) => {
+                ensure!(
+                    factors.len() == half,
+                    "rope factors: expected {half}, half the head dimension, got {}; the checkpoint is damaged",
+                    factors.len()
+                );
+                factors.clone()
+            }
+        };
+        for number in numbers {
+            ensure!(
+                number.is_finite() && number > 0.0,
+                "rope scaling: expected numbers above 0, got {number}; the checkpoint is damaged"
+            );
+        }
+        Ok(())
+    }
+}
+
 /// The frequencies of a model, and the rotations of the positions it has met.
 pub struct Rope {
     pairing: Pairing,
@@ -62,22 +101,16 @@ pub struct Rope {
 impl Rope {
     pub fn new(config: &LlamaConfig, dtype: DType, device: &Device) -> Result<Self> {
         let half = config.head_dim / 2;
+        config.rope_scaling.check(half)?;
         let plain = (0..half).map(|i| config.rope_theta.powf(-(i as f64) / half as f64));
         let frequencies = match &config.rope_scaling {
             RopeScaling::None => plain.collect(),
             RopeScaling::Linear(factor) => plain.map(|frequency| frequency / factor).collect(),
             RopeScaling::Llama3(scaling) => plain.map(|frequency| scaling.apply(frequency)).collect(),
-            RopeScaling::Factors(factors) => {
-                ensure!(
-                    factors.len() == half,
-                    "rope factors: expected {half}, half the head dimension, got {}; the checkpoint is damaged",
-                    factors.len()
-                );
-                plain
-                    .zip(factors)
-                    .map(|(frequency, &factor)| frequency / f64::from(factor))
-                    .collect()
-            }
+            RopeScaling::Factors(factors) => plain
+                .zip(factors)
+                .map(|(frequency, factor)| frequency / factor)
+                .collect(),
         };
         Ok(Self {
             pairing: config.rope_pairing,

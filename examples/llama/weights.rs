@@ -4,7 +4,7 @@ use anyhow::Result;
 use candle_core::quantized::QMatMul;
 use candle_core::{DType, Device, Module, Tensor};
 
-/// Where a model's weights come from.
+/// Where a model's weights come from. Paths are Hugging Face's, without `.weight` and `.bias`.
 pub trait Weights {
     /// The dtype of activations.
     fn dtype(&self) -> DType;
@@ -12,10 +12,18 @@ pub trait Weights {
     fn device(&self) -> Device {
         Device::Cpu
     }
-    /// The matrix `PATH.weight` of shape `(rows, columns)`, and `PATH.bias` of shape `(rows)` where asked for.
-    fn linear(&mut self, path: &str, rows: usize, columns: usize, bias: bool) -> Result<Linear>;
+    /// How many tensors there are.
+    fn len(&self) -> usize;
+    /// The shape of `PATH.weight`, where there is one; known before any weight is loaded.
+    fn shape(&self, path: &str) -> Option<Vec<usize>>;
+    /// The matrix `PATH.weight` of shape `(rows, columns)`, which has no bias.
+    fn table(&mut self, path: &str, rows: usize, columns: usize) -> Result<Linear>;
+    /// The matrix `PATH.weight` of shape `(rows, columns)`, and `PATH.bias` of shape `(rows)` where this one has one.
+    fn linear(&mut self, path: &str, rows: usize, columns: usize) -> Result<Linear>;
     /// The vector `PATH.weight`.
     fn vector(&mut self, path: &str, len: usize) -> Result<Tensor>;
+    /// An error that names tensors which nothing has read: the model would compute something else than they mean.
+    fn check_all_read(&mut self) -> Result<()>;
 }
 
 /// A matrix `(rows, columns)`: as it came, or still quantized.

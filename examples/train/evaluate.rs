@@ -95,12 +95,29 @@ impl Weights for VarWeights {
         DType::F32
     }
 
-    fn linear(&mut self, path: &str, _rows: usize, _columns: usize, _bias: bool) -> Result<Linear> {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn shape(&self, path: &str) -> Option<Vec<usize>> {
+        self.0.get(&format!("{path}.weight")).map(|var| var.dims().to_vec())
+    }
+
+    fn table(&mut self, path: &str, _rows: usize, _columns: usize) -> Result<Linear> {
         Ok(Linear::Float(candle_nn::Linear::new(self.get(path)?, None)))
+    }
+
+    fn linear(&mut self, path: &str, rows: usize, columns: usize) -> Result<Linear> {
+        self.table(path, rows, columns)
     }
 
     fn vector(&mut self, path: &str, _len: usize) -> Result<Tensor> {
         self.get(path)
+    }
+
+    /// The names are those of the model in training, which are the same model's.
+    fn check_all_read(&mut self) -> Result<()> {
+        Ok(())
     }
 }
 

@@ -1,146 +1,31 @@
-//! GGUF files of architecture `llama`, with their own tokenizer. Quantized weights stay quantized.
+//! GGUF files of architecture `llama`, with their own tokenizer. On the CPU quantized weights stay quantized.
 
-use std::fs::File;
-use std::io::BufReader;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{Context, Result};
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::quantized::{QMatMul, QTensor};
 use candle_core::{DType, Device, Tensor};
 
+use super::gguf_config::{check_kind, config};
+use super::gguf_tensors::{self, Tensors};
 use super::gguf_tokenizer::text;
 use super::{Checkpoint, LoadOptions};
-use crate::model::LlamaConfig;
-use crate::rope::{Pairing, RopeScaling};
 use crate::weights::{Linear, Weights};
 
 /// The options are those of [`Checkpoint::open`].
 pub fn open(path: &Path, options: LoadOptions) -> Result<Checkpoint> {
     let name = path.display();
-    let mut file = BufReader::new(File::open(path).with_context(|| format!("{name}"))?);
-    let content = Content::read(&mut file).with_context(|| {
-        format!("{name}: expected a whole GGUF file, got a damaged or truncated one; fetch it again")
-    })?;
-    check_architecture(&content).with_context(|| format!("{name}"))?;
-    check_size(&content, file.get_ref().metadata()?.len()).with_context(|| format!("{name}"))?;
+    let (content, mut tensors) = gguf_tensors::open(path)?;
+    check_kind(&content).with_context(|| format!("{name}"))?;
+    let config = config(&content, &mut tensors).with_context(|| format!("{name}"))?;
     let text = text(&content).with_context(|| format!("{name}: tokenizer"))?;
-    let mut weights = GgufWeights {
-        path: path.into(),
-        content,
-        file,
-        options,
-    };
     Ok(Checkpoint {
-        config: config(&mut weights).with_context(|| format!("{name}"))?,
+        config,
+        companions: Vec::new(),
         text,
-        weights: Box::new(weights),
+        weights: Box::new(GgufWeights { tensors, options }),
     })
-}
-
-fn check_architecture(content: &Content) -> Result<()> {
-    let architecture = string(content, "general.architecture")?;
-    ensure!(
-        architecture == "llama",
-        "architecture: expected llama, got {architecture}; this example runs Llama checkpoints only"
-    );
-    let experts = count_or(content, "llama.expert_count", 0)?;
-    ensure!(
-        experts <= 1,
-        "experts: expected a dense Llama, got {experts} experts; mixtures are not supported"
-    );
-    Ok(())
-}
-
-/// Compares the file's length to what its own header says, so that a broken download is seen before it is loaded.
-fn check_size(content: &Content, len: u64) -> Result<()> {
-    let end = content.tensor_infos.values().map(|info| {
-        let blocks = info
-            .shape
-            .dims()
-            .iter()
-            .fold(1u64, |product, &dim| product.saturating_mul(dim as u64))
-            / info.ggml_dtype.block_size() as u64;
-        content
-            .tensor_data_offset
-            .saturating_add(info.offset)
-            .saturating_add(blocks.saturating_mul(info.ggml_dtype.type_size() as u64))
-    });
-    let expected = end.max().unwrap_or(0);
-    ensure!(
-        expected <= len,
-        "expected at least {expected} bytes, as its header says, got {len}: the file is truncated; fetch it again"
-    );
-    Ok(())
-}
-
-fn config(weights: &mut GgufWeights) -> Result<LlamaConfig> {
-    let content = &weights.content;
-    let required = |key: &str| count(content, &format!("llama.{key}"));
-    let optional = |key: &str, default| count_or(content, &format!("llama.{key}"), default);
-    let hidden_size = required("embedding_length")?;
-    let heads = required("attention.head_count")?;
-    ensure!(
-        heads > 0,
-        "llama.attention.head_count: expected at least 1, got 0; the file is damaged"
-    );
-    let head_dim = optional("attention.key_length", hidden_size / heads)?;
-    for key in ["attention.value_length", "rope.dimension_count"] {
-        let got = optional(key, head_dim)?;
-        ensure!(
-            got == head_dim,
-            "llama.{key}: expected the head dimension {head_dim}, got {got}; not supported"
-        );
-    }
-    let Some(embedding) = content.tensor_infos.get("token_embd.weight") else {
-        bail!("token_embd.weight: expected this tensor, found none; the file is damaged")
-    };
-    let vocab_size = embedding.shape.dims().first().copied().unwrap_or(0);
-    let rope_theta = match content.metadata.get("llama.rope.freq_base") {
-        Some(value) => f64::from(value.to_f32()?),
-        None => 10_000.0,
-    };
-    let config = LlamaConfig {
-        hidden_size,
-        intermediate_size: required("feed_forward_length")?,
-        vocab_size,
-        layers: required("block_count")?,
-        heads,
-        kv_heads: optional("attention.head_count_kv", heads)?,
-        head_dim,
-        rms_norm_eps: f64::from(metadata(content, "llama.attention.layer_norm_rms_epsilon")?.to_f32()?),
-        rope_theta,
-        rope_scaling: RopeScaling::None,
-        rope_pairing: Pairing::Interleaved,
-        context_length: required("context_length")?,
-        attention_bias: content.tensor_infos.contains_key("blk.0.attn_q.bias"),
-        mlp_bias: content.tensor_infos.contains_key("blk.0.ffn_up.bias"),
-        tied: !content.tensor_infos.contains_key("output.weight"),
-    };
-    Ok(LlamaConfig {
-        rope_scaling: rope_scaling(weights)?,
-        ..config
-    })
-}
-
-fn rope_scaling(weights: &mut GgufWeights) -> Result<RopeScaling> {
-    if weights.content.tensor_infos.contains_key("rope_freqs.weight") {
-        let factors = weights.tensor("rope_freqs.weight")?.dequantize(&Device::Cpu)?;
-        return Ok(RopeScaling::Factors(factors.flatten_all()?.to_vec1()?));
-    }
-    let content = &weights.content;
-    let kind = match content.metadata.get("llama.rope.scaling.type") {
-        Some(value) => value.to_string()?.as_str(),
-        None => "none",
-    };
-    match kind {
-        "none" => Ok(RopeScaling::None),
-        "linear" => {
-            let factor = metadata(content, "llama.rope.scaling.factor")?.to_f32()?;
-            Ok(RopeScaling::Linear(f64::from(factor)))
-        }
-        other => bail!("llama.rope.scaling.type: expected none or linear, got {other}; not supported"),
-    }
 }
 
 pub(super) fn metadata<'a>(content: &'a Content, key: &str) -> Result<&'a Value> {
@@ -176,35 +61,30 @@ pub(super) fn count_or(content: &Content, key: &str, default: usize) -> Result<u
     }
 }
 
-/// The tensors of an open GGUF file, read one at a time.
+/// The tensors under their Hugging Face names.
 struct GgufWeights {
-    path: PathBuf,
-    content: Content,
-    file: BufReader<File>,
+    tensors: Tensors,
     options: LoadOptions,
 }
 
 impl GgufWeights {
-    fn tensor(&mut self, name: &str) -> Result<QTensor> {
-        let tensor = self.content.tensor(&mut self.file, name, &Device::Cpu);
-        tensor.with_context(|| format!("{}: {name}", self.path.display()))
-    }
-
     /// On the device, in the dtype of the activations.
     fn floats(&self, tensor: &QTensor) -> Result<Tensor> {
         let floats = tensor.dequantize(&Device::Cpu)?.to_dtype(self.options.dtype)?;
         Ok(floats.to_device(&self.options.device)?)
     }
 
-    fn shaped(&mut self, name: &str, shape: &[usize]) -> Result<QTensor> {
-        let tensor = self.tensor(name)?;
-        let got = tensor.shape().dims();
-        ensure!(
-            got == shape,
-            "{}: {name}: expected shape {shape:?}, got {got:?}; the file is damaged",
-            self.path.display()
-        );
-        Ok(tensor)
+    /// On a GPU always floats. There candle multiplies quantized weights by one row with another kernel than by many,
+    /// and the two round otherwise, so that a token decoded alone would differ from the same token in a prompt.
+    fn product(&self, weight: QTensor, bias: Option<Tensor>) -> Result<Linear> {
+        if !self.options.device.is_cpu() {
+            return Ok(Linear::Float(candle_nn::Linear::new(self.floats(&weight)?, bias)));
+        }
+        let weight = match self.options.dequantize {
+            true => QMatMul::Tensor(self.floats(&weight)?),
+            false => QMatMul::from_qtensor(weight)?,
+        };
+        Ok(Linear::Quantized { weight, bias })
     }
 }
 
@@ -217,27 +97,42 @@ impl Weights for GgufWeights {
         self.options.device.clone()
     }
 
-    fn linear(&mut self, path: &str, rows: usize, columns: usize, bias: bool) -> Result<Linear> {
-        let name = gguf_name(path);
-        let weight = self.shaped(&format!("{name}.weight"), &[rows, columns])?;
-        let bias = match bias {
-            true => Some(self.shaped(&format!("{name}.bias"), &[rows])?),
-            false => None,
+    fn len(&self) -> usize {
+        self.tensors.len()
+    }
+
+    fn shape(&self, path: &str) -> Option<Vec<usize>> {
+        let shape = self.tensors.shape(&format!("{}.weight", gguf_name(path)));
+        shape.map(<[usize]>::to_vec)
+    }
+
+    fn table(&mut self, path: &str, rows: usize, columns: usize) -> Result<Linear> {
+        let weight = self
+            .tensors
+            .read(&format!("{}.weight", gguf_name(path)), &[rows, columns])?;
+        self.product(weight, None)
+    }
+
+    fn linear(&mut self, path: &str, rows: usize, columns: usize) -> Result<Linear> {
+        let weight = self
+            .tensors
+            .read(&format!("{}.weight", gguf_name(path)), &[rows, columns])?;
+        let bias = format!("{}.bias", gguf_name(path));
+        let bias = match self.tensors.shape(&bias) {
+            Some(_) => Some(self.tensors.read(&bias, &[rows])?),
+            None => None,
         };
         let bias = bias.map(|bias| self.floats(&bias)).transpose()?;
-        if !self.options.device.is_cpu() {
-            return Ok(Linear::Float(candle_nn::Linear::new(self.floats(&weight)?, bias)));
-        }
-        let weight = match self.options.dequantize {
-            true => QMatMul::Tensor(self.floats(&weight)?),
-            false => QMatMul::from_qtensor(weight)?,
-        };
-        Ok(Linear::Quantized { weight, bias })
+        self.product(weight, bias)
     }
 
     fn vector(&mut self, path: &str, len: usize) -> Result<Tensor> {
-        let tensor = self.shaped(&format!("{}.weight", gguf_name(path)), &[len])?;
+        let tensor = self.tensors.read(&format!("{}.weight", gguf_name(path)), &[len])?;
         self.floats(&tensor)
+    }
+
+    fn check_all_read(&mut self) -> Result<()> {
+        self.tensors.check_all_read()
     }
 }
 

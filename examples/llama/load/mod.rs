@@ -1,17 +1,24 @@
 //! Opening a checkpoint: a GGUF file, a folder of Hugging Face files, or a model id of the Hugging Face hub.
 
+mod fp8;
 mod gguf;
+mod gguf_config;
+mod gguf_header;
+mod gguf_tensors;
 mod gguf_tokenizer;
 mod hf;
+mod hf_config;
+mod hf_tensors;
 mod hf_tokenizer;
 mod hub;
 pub mod pre_tokenizer;
 mod sentencepiece;
 pub mod text;
+mod unread;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{bail, ensure, Result};
+use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device};
 use candle_sfattention::CompressedAttention;
 
@@ -25,7 +32,8 @@ use self::text::Text;
 pub struct LoadOptions {
     /// Of weights and activations; f32 for GGUF files on the CPU.
     pub dtype: DType,
-    /// Whether a GGUF file's quantized matrices become floats; on a GPU they do in any case.
+    /// Whether a GGUF file's quantized matrices become floats; on a GPU they do in any case, so that one kernel serves
+    /// prompts and single tokens.
     pub dequantize: bool,
     pub device: Device,
 }
@@ -34,6 +42,9 @@ pub struct LoadOptions {
 pub struct Checkpoint {
     pub config: LlamaConfig,
     pub text: Text,
+    /// Files of a Hugging Face checkpoint that say how a text is framed, for whoever writes the model anew.
+    #[allow(dead_code)] // the train example reads them
+    pub companions: Vec<PathBuf>,
     weights: Box<dyn Weights>,
 }
 
@@ -64,13 +75,24 @@ impl Checkpoint {
                  examples/llama/fetch.sh fetches a small one"
             )
         };
-        checkpoint.config.check()?;
+        let held = |checkpoint: &Self| {
+            checkpoint.config.check()?;
+            checkpoint.config.check_held(checkpoint.weights.as_ref())
+        };
+        held(&checkpoint).with_context(|| model.to_string())?;
         Ok(checkpoint)
     }
 
     /// Loads the weights; `attention` holds one entry per layer.
     pub fn load(&mut self, attention: Vec<CompressedAttention>) -> Result<Llama> {
-        Llama::load(self.weights.as_mut(), &self.config, attention)
+        self.read(|weights, config| Llama::load(weights, config, attention))
+    }
+
+    /// Gives the weights to `read`, which must take all of them.
+    pub fn read<T>(&mut self, read: impl FnOnce(&mut dyn Weights, &LlamaConfig) -> Result<T>) -> Result<T> {
+        let result = read(self.weights.as_mut(), &self.config)?;
+        self.weights.check_all_read()?;
+        Ok(result)
     }
 
     /// Token ids of `text`; `special` adds what belongs around a text, such as a BOS token.

@@ -1,0 +1,249 @@
+//! What a GGUF file's metadata says of the model. A key that nobody reads is an error, unless it changes nothing.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+
+use anyhow::{bail, ensure, Context, Result};
+use candle_core::quantized::gguf_file::{Content, Value};
+use candle_core::Device;
+
+use super::gguf::{count, count_or, string};
+use super::gguf_tensors::Tensors;
+use super::unread::list;
+use crate::model::LlamaConfig;
+use crate::rope::{Pairing, RopeScaling};
+
+const PREFIX: &str = "llama.";
+
+/// Keys that change nothing of what is computed.
+const HARMLESS: [&str; 4] = [
+    // Of the file's making.
+    "tensor_data_layout",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    // Of experts, which there are none of.
+    "expert_used_count",
+];
+
+/// The keys `llama.*`, and which of them were read.
+struct Keys<'a> {
+    content: &'a Content,
+    read: RefCell<BTreeSet<String>>,
+}
+
+impl<'a> Keys<'a> {
+    fn new(content: &'a Content) -> Self {
+        Self {
+            content,
+            read: RefCell::default(),
+        }
+    }
+
+    fn get(&self, key: &str) -> Option<&'a Value> {
+        let key = format!("{PREFIX}{key}");
+        let value = self.content.metadata.get(&key);
+        self.read.borrow_mut().insert(key);
+        value
+    }
+
+    fn count(&self, key: &str) -> Result<usize> {
+        self.optional_count(key)?
+            .with_context(|| format!("{PREFIX}{key}: expected this metadata, found none; the file is damaged"))
+    }
+
+    /// A count, or a list of one per layer that are all the same.
+    fn optional_count(&self, key: &str) -> Result<Option<usize>> {
+        let name = format!("{PREFIX}{key}");
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Array(values)) => {
+                let first = values.first().map(|first| format!("{first:?}"));
+                ensure!(
+                    values.iter().all(|value| Some(format!("{value:?}")) == first),
+                    "{name}: expected the same count for every layer, got {values:?}; not supported"
+                );
+                let first = values
+                    .first()
+                    .and_then(|first| first.to_u64().ok().or(first.to_i32().ok()?.try_into().ok()));
+                let first = first.with_context(|| format!("{name}: expected a count, got {values:?}"))?;
+                Ok(Some(usize::try_from(first)?))
+            }
+            Some(_) => count(self.content, &name).map(Some),
+        }
+    }
+
+    fn number(&self, key: &str) -> Result<Option<f64>> {
+        Ok(match self.get(key) {
+            None => None,
+            Some(Value::F32(value)) => Some(f64::from(*value)),
+            Some(Value::F64(value)) => Some(*value),
+            Some(value) => bail!("{PREFIX}{key}: expected a number, got {value:?}; the file is damaged"),
+        })
+    }
+
+    /// Refuses keys that were not read and say something: llama.cpp takes 0 and false for a key's absence.
+    fn check_all_read(&self) -> Result<()> {
+        let read = self.read.borrow();
+        let silent = |value: &Value| match value {
+            Value::Bool(on) => !on,
+            Value::F32(value) => *value == 0.0,
+            Value::F64(value) => *value == 0.0,
+            Value::I8(0) | Value::I16(0) | Value::I32(0) | Value::I64(0) => true,
+            value => value.to_u64().is_ok_and(|value| value == 0),
+        };
+        let left = self.content.metadata.iter().filter(|(key, value)| {
+            key.strip_prefix(PREFIX).is_some_and(|key| !HARMLESS.contains(&key))
+                && !read.contains(*key)
+                && !silent(value)
+        });
+        let mut left: Vec<&str> = left.map(|(key, _)| key.as_str()).collect();
+        left.sort_unstable();
+        ensure!(
+            left.is_empty(),
+            "metadata: expected keys of a plain Llama, got also {}, which is not supported; use a plain Llama",
+            list(left.into_iter())
+        );
+        Ok(())
+    }
+}
+
+/// Refuses files of other kinds than a dense Llama.
+pub fn check_kind(content: &Content) -> Result<()> {
+    if content.metadata.contains_key("general.type") {
+        let kind = string(content, "general.type")?;
+        ensure!(
+            kind == "model",
+            "general.type: expected model, got {kind}; give the model's own file"
+        );
+    }
+    let architecture = string(content, "general.architecture")?;
+    ensure!(
+        architecture == "llama",
+        "architecture: expected llama, got {architecture}; this example runs Llama checkpoints only"
+    );
+    let experts = count_or(content, "llama.expert_count", 0)?;
+    ensure!(
+        experts <= 1,
+        "experts: expected a dense Llama, got {experts} experts; mixtures are not supported"
+    );
+    Ok(())
+}
+
+pub fn config(content: &Content, tensors: &mut Tensors) -> Result<LlamaConfig> {
+    let keys = Keys::new(content);
+    let hidden_size = keys.count("embedding_length")?;
+    let heads = keys.count("attention.head_count")?;
+    ensure!(
+        heads > 0,
+        "llama.attention.head_count: expected at least 1, got 0; the file is damaged"
+    );
+    let head_dim = keys
+        .optional_count("attention.key_length")?
+        .unwrap_or(hidden_size / heads);
+    for key in ["attention.value_length", "rope.dimension_count"] {
+        let got = keys.optional_count(key)?.unwrap_or(head_dim);
+        ensure!(
+            got == head_dim,
+            "llama.{key}: expected the head dimension {head_dim}, got {got}; not supported"
+        );
+    }
+    let Some(&[vocab_size, _]) = tensors.shape("token_embd.weight") else {
+        bail!("token_embd.weight: expected this matrix, found none; the file is damaged")
+    };
+    let said = keys.optional_count("vocab_size")?.unwrap_or(vocab_size);
+    ensure!(
+        said == vocab_size,
+        "llama.vocab_size: expected {vocab_size}, the rows of token_embd.weight, got {said}; the file is damaged"
+    );
+    // A dense model may say that it has one expert.
+    keys.optional_count("expert_count")?;
+    let causal = keys.get("attention.causal");
+    ensure!(
+        causal.is_none_or(|causal| matches!(causal, Value::Bool(true))),
+        "llama.attention.causal: expected true, got {causal:?}; not supported"
+    );
+    let has_bias = |parts: &[&str]| {
+        let of_part = |name: &str| parts.iter().any(|part| name.ends_with(&format!(".{part}.bias")));
+        tensors.names().any(of_part)
+    };
+    let config = LlamaConfig {
+        hidden_size,
+        intermediate_size: keys.count("feed_forward_length")?,
+        vocab_size,
+        layers: keys.count("block_count")?,
+        heads,
+        kv_heads: keys.optional_count("attention.head_count_kv")?.unwrap_or(heads),
+        head_dim,
+        rms_norm_eps: keys.number("attention.layer_norm_rms_epsilon")?.with_context(|| {
+            "llama.attention.layer_norm_rms_epsilon: expected this metadata, found none; the file is damaged"
+        })?,
+        rope_theta: keys.number("rope.freq_base")?.unwrap_or(10_000.0),
+        rope_scaling: RopeScaling::None,
+        rope_pairing: Pairing::Interleaved,
+        context_length: keys.count("context_length")?,
+        attention_bias: has_bias(&["attn_q", "attn_k", "attn_v", "attn_output"]),
+        mlp_bias: has_bias(&["ffn_gate", "ffn_up", "ffn_down"]),
+        tied: tensors.shape("output.weight").is_none(),
+    };
+    let rope_scaling = rope_scaling(&keys, tensors, head_dim / 2)?;
+    keys.check_all_read()?;
+    Ok(LlamaConfig { rope_scaling, ..config })
+}
+
+/// As llama.cpp reads it: a factor without a type is linear, `scale_linear` is the factor's old name, and factors per
+/// frequency (`rope_freqs.weight`) multiply with it.
+fn rope_scaling(keys: &Keys, tensors: &mut Tensors, half: usize) -> Result<RopeScaling> {
+    let factor = linear_factor(keys)?;
+    const FREQUENCIES: &str = "rope_freqs.weight";
+    if tensors.shape(FREQUENCIES).is_some() {
+        let factors = tensors.read(FREQUENCIES, &[half])?.dequantize(&Device::Cpu)?;
+        let factors = factors.to_vec1::<f32>()?.into_iter().map(f64::from);
+        return Ok(RopeScaling::Factors(factors.map(|each| each * factor).collect()));
+    }
+    Ok(match factor {
+        1.0 => RopeScaling::None,
+        factor => RopeScaling::Linear(factor),
+    })
+}
+
+fn linear_factor(keys: &Keys) -> Result<f64> {
+    let kind = match keys.get("rope.scaling.type") {
+        Some(value) => Some(value.to_string().context("llama.rope.scaling.type")?.as_str()),
+        None => None,
+    };
+    ensure!(
+        matches!(kind, None | Some("none" | "linear")),
+        "llama.rope.scaling.type: expected none or linear, got {}; not supported",
+        kind.unwrap_or_default()
+    );
+    let attention = keys.number("rope.scaling.attn_factor")?.unwrap_or(1.0);
+    ensure!(
+        attention == 1.0,
+        "llama.rope.scaling.attn_factor: expected 1, got {attention}; not supported"
+    );
+    // 0 says that there is none.
+    let factor = |key: &str| Ok::<_, anyhow::Error>(keys.number(key)?.filter(|&factor| factor != 0.0));
+    let (new, old) = (factor("rope.scaling.factor")?, factor("rope.scale_linear")?);
+    if let (Some(new), Some(old)) = (new, old) {
+        ensure!(
+            new == old,
+            "llama.rope.scale_linear: expected llama.rope.scaling.factor, {new}, got {old}; the file contradicts itself"
+        );
+    }
+    let Some(factor) = new.or(old) else {
+        ensure!(
+            kind != Some("linear"),
+            "llama.rope.scaling.factor: expected a factor beside the type linear, found none; the file is damaged"
+        );
+        return Ok(1.0);
+    };
+    ensure!(
+        factor.is_finite() && factor > 0.0,
+        "llama.rope.scaling.factor: expected a number above 0, got {factor}; the file is damaged"
+    );
+    ensure!(
+        kind != Some("none") || factor == 1.0,
+        "llama.rope.scaling.type: expected linear beside the factor {factor}, got none; the file contradicts itself"
+    );
+    Ok(factor)
+}

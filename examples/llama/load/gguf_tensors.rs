@@ -1,0 +1,171 @@
+//! The tensors of a GGUF file, or of all parts of one that was split.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+
+use anyhow::{bail, ensure, Context, Result};
+use candle_core::quantized::gguf_file::{Content, TensorInfo};
+use candle_core::quantized::QTensor;
+use candle_core::{Device, Shape};
+
+use super::gguf::count_or;
+use super::gguf_header::{Entry, Header};
+use super::unread::Unread;
+
+pub struct Tensors {
+    parts: Vec<(PathBuf, BufReader<File>)>,
+    /// The part that holds it, and where there.
+    entries: HashMap<String, (usize, Entry)>,
+    unread: Unread,
+}
+
+/// The metadata, and the tensors of all parts. `path` is the file, or its first part.
+pub fn open(path: &Path) -> Result<(Content, Tensors)> {
+    let first = Header::read(path)?;
+    let count = count_or(&first.content, "split.count", 1)?.max(1);
+    let paths = match count {
+        1 => vec![path.to_path_buf()],
+        count => part_paths(path, count_or(&first.content, "split.no", 0)?, count)?,
+    };
+    let content = first.content;
+    let mut tensors = Tensors {
+        parts: Vec::new(),
+        entries: HashMap::new(),
+        unread: Unread::default(),
+    };
+    tensors.add(path, first.tensors)?;
+    for (number, path) in paths.iter().enumerate().skip(1) {
+        let part = Header::read(path)?;
+        check_part(&content, &part.content, number, count).with_context(|| format!("{}", path.display()))?;
+        tensors.add(path, part.tensors)?;
+    }
+    if count > 1 {
+        let expected = count_or(&content, "split.tensors.count", tensors.entries.len())?;
+        ensure!(
+            tensors.entries.len() == expected,
+            "{}: expected {expected} tensors in its {count} parts, got {}; fetch all parts again",
+            path.display(),
+            tensors.entries.len()
+        );
+    }
+    tensors.unread = Unread::new(tensors.entries.keys().cloned());
+    Ok((content, tensors))
+}
+
+/// The parts' paths, from NAME-00001-of-0000N.gguf, which `path` must be.
+fn part_paths(path: &Path, number: usize, count: usize) -> Result<Vec<PathBuf>> {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let suffix = |number: usize| format!("-{:05}-of-{count:05}.gguf", number + 1);
+    let Some(stem) = name.strip_suffix(&suffix(number)) else {
+        bail!(
+            "{}: expected the name NAME{}, as it is part {} of {count} of a split GGUF file, got {name}; give it its name \
+             back and put the other parts beside it",
+            path.display(),
+            suffix(number),
+            number + 1
+        )
+    };
+    let paths: Vec<PathBuf> = (0..count)
+        .map(|number| path.with_file_name(format!("{stem}{}", suffix(number))))
+        .collect();
+    ensure!(
+        number == 0,
+        "{}: expected the first part of a split GGUF file, got part {} of {count}; give {}",
+        path.display(),
+        number + 1,
+        paths[0].display()
+    );
+    for part in &paths {
+        ensure!(
+            part.is_file(),
+            "{}: expected this part of a GGUF file split into {count}, found no such file; fetch all parts",
+            part.display()
+        );
+    }
+    Ok(paths)
+}
+
+/// A further part belongs to the first, and has nothing to say that the first does not.
+fn check_part(first: &Content, part: &Content, number: usize, count: usize) -> Result<()> {
+    let got = (count_or(part, "split.no", 0)?, count_or(part, "split.count", 1)?);
+    ensure!(
+        got == (number, count),
+        "expected part {} of {count} of a split GGUF file, got part {} of {}; fetch all parts again",
+        number + 1,
+        got.0.saturating_add(1),
+        got.1
+    );
+    for (key, value) in &part.metadata {
+        let same = || {
+            first
+                .metadata
+                .get(key)
+                .is_some_and(|first| format!("{first:?}") == format!("{value:?}"))
+        };
+        ensure!(
+            key.starts_with("split.") || same(),
+            "{key}: expected metadata of the first part alone, got it in part {} too; fetch all parts again",
+            number + 1
+        );
+    }
+    Ok(())
+}
+
+impl Tensors {
+    fn add(&mut self, path: &Path, tensors: HashMap<String, Entry>) -> Result<()> {
+        let file = File::open(path).with_context(|| format!("{}", path.display()))?;
+        for (name, entry) in tensors {
+            ensure!(
+                self.entries.insert(name.clone(), (self.parts.len(), entry)).is_none(),
+                "{}: expected tensors that no other part has, got {name}; fetch all parts again",
+                path.display()
+            );
+        }
+        self.parts.push((path.into(), BufReader::new(file)));
+        Ok(())
+    }
+
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.entries.get(name).map(|(_, entry)| entry.shape.as_slice())
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// The tensor, which must have this shape; it then counts as read.
+    pub fn read(&mut self, name: &str, shape: &[usize]) -> Result<QTensor> {
+        let first = self.parts[0].0.display();
+        let Some((part, entry)) = self.entries.get(name) else {
+            bail!("{first}: expected {name} of shape {shape:?}, found none; fetch the checkpoint again")
+        };
+        let (path, file) = &mut self.parts[*part];
+        ensure!(
+            entry.shape == shape,
+            "{}: {name}: expected shape {shape:?}, got {:?}; the file is damaged",
+            path.display(),
+            entry.shape
+        );
+        let info = TensorInfo {
+            ggml_dtype: entry.dtype,
+            shape: Shape::from(entry.shape.clone()),
+            offset: entry.start,
+        };
+        let tensor = info.read(file, 0, &Device::Cpu);
+        self.unread.take(name);
+        tensor.with_context(|| format!("{}: {name}", path.display()))
+    }
+
+    /// An error that names the tensors which nothing has read.
+    pub fn check_all_read(&self) -> Result<()> {
+        self.unread
+            .check()
+            .with_context(|| format!("{}", self.parts[0].0.display()))
+    }
+}

@@ -1,0 +1,322 @@
+//! config.json. A key that nobody reads is an error, unless it changes nothing of what is computed.
+
+use anyhow::{bail, ensure, Context, Result};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::fp8::Quantization;
+use super::unread::list;
+use crate::model::LlamaConfig;
+use crate::rope::{Llama3Scaling, Pairing, RopeScaling};
+
+/// Keys that change nothing of what a model computes: what made the file, what trained the model, what its tokenizer
+/// and its way to generate are. Keys that begin with `_` are such too.
+const HARMLESS: &[&str] = &[
+    "architectures",
+    "attention_dropout",
+    "attention_probs_dropout_prob",
+    "attn_implementation",
+    "attn_pdrop",
+    "auto_map",
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "decoder_start_token_id",
+    "diversity_penalty",
+    "do_sample",
+    "dtype",
+    "early_stopping",
+    "embd_pdrop",
+    "encoder_no_repeat_ngram_size",
+    "eos_token_id",
+    "exponential_decay_length_penalty",
+    "finetuning_task",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "hidden_dropout",
+    "hidden_dropout_prob",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "is_llama_config",
+    "label2id",
+    "length_penalty",
+    "max_length",
+    "max_seq_len",
+    "max_sequence_length",
+    "min_length",
+    "model_max_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_labels",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "output_past",
+    "output_router_logits",
+    "output_scores",
+    "pad_token_id",
+    "prefix",
+    // Only splits products into parts.
+    "pretraining_tp",
+    "problem_type",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "resid_pdrop",
+    "return_dict",
+    "return_dict_in_generate",
+    "sep_token_id",
+    "suppress_tokens",
+    "task_specific_params",
+    "temperature",
+    "tf_legacy_loss",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torch_dtype",
+    "torchscript",
+    "transformers.js_config",
+    "transformers_version",
+    "typical_p",
+    "unk_token_id",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_bfloat16",
+    "use_cache",
+    "use_flash_attention",
+    "use_flash_attention_2",
+    "vocab_file",
+];
+
+/// Keys that [`RawConfig`] and this file read.
+const READ: &[&str] = &[
+    "attention_bias",
+    "compression_config",
+    "head_dim",
+    "hidden_act",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "mlp_bias",
+    "model_type",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "quantization_config",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "tie_word_embeddings",
+    "vocab_size",
+];
+
+#[derive(Deserialize)]
+struct RawConfig {
+    hidden_size: usize,
+    intermediate_size: usize,
+    vocab_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    rms_norm_eps: f64,
+    max_position_embeddings: usize,
+    rope_theta: Option<f64>,
+    attention_bias: Option<bool>,
+    mlp_bias: Option<bool>,
+    tie_word_embeddings: Option<bool>,
+    hidden_act: Option<String>,
+}
+
+pub fn read(json: &Value) -> Result<LlamaConfig> {
+    let keys = json
+        .as_object()
+        .with_context(|| format!("expected an object of settings, got {json}"))?;
+    let model_type = keys
+        .get("model_type")
+        .and_then(Value::as_str)
+        .unwrap_or("no model_type");
+    ensure!(
+        model_type == "llama",
+        "model_type: expected llama, got {model_type}; this example runs Llama checkpoints only"
+    );
+    check_all_read(keys)?;
+    let raw = RawConfig::deserialize(json)?;
+    let act = raw.hidden_act.as_deref().unwrap_or("silu");
+    ensure!(
+        matches!(act, "silu" | "swish"),
+        "hidden_act: expected silu, got {act}; not supported"
+    );
+    let heads = raw.num_attention_heads;
+    ensure!(heads > 0, "num_attention_heads: expected at least 1, got 0");
+    let (theta, rope_scaling) = rope(json, raw.rope_theta)?;
+    Ok(LlamaConfig {
+        hidden_size: raw.hidden_size,
+        intermediate_size: raw.intermediate_size,
+        vocab_size: raw.vocab_size,
+        layers: raw.num_hidden_layers,
+        heads,
+        kv_heads: raw.num_key_value_heads.unwrap_or(heads),
+        head_dim: raw.head_dim.unwrap_or(raw.hidden_size / heads),
+        rms_norm_eps: raw.rms_norm_eps,
+        rope_theta: theta.unwrap_or(10_000.0),
+        rope_scaling,
+        rope_pairing: Pairing::Halves,
+        context_length: raw.max_position_embeddings,
+        attention_bias: raw.attention_bias.unwrap_or(false),
+        mlp_bias: raw.mlp_bias.unwrap_or(false),
+        tied: raw.tie_word_embeddings.unwrap_or(false),
+    })
+}
+
+/// How the weights are quantized, where config.json says that they are.
+pub fn quantization(json: &Value) -> Result<Option<Quantization>> {
+    let keys = ["quantization_config", "compression_config"];
+    let configs: Vec<&Value> = keys
+        .iter()
+        .filter_map(|key| json.get(key))
+        .filter(|config| !config.is_null())
+        .collect();
+    match configs[..] {
+        [] => Ok(None),
+        [config] => Quantization::read(config).map(Some),
+        _ => bail!("quantization_config: expected one such key, got compression_config too; remove one"),
+    }
+}
+
+/// Refuses keys that are not read and say something. What is null, false, 0 or empty is taken for a key's absence.
+fn check_all_read(keys: &Map<String, Value>) -> Result<()> {
+    let mut left = Vec::new();
+    for (key, value) in keys {
+        let known = READ.contains(&key.as_str()) || HARMLESS.contains(&key.as_str()) || key.starts_with('_');
+        if !known && !says_nothing(key, value, keys) {
+            left.push(key.as_str());
+        }
+    }
+    ensure!(
+        left.is_empty(),
+        "expected settings of a plain Llama, got also {}, which is not read and may change what the model computes; \
+         use a plain Llama, or remove the key where it changes nothing",
+        list(left.into_iter())
+    );
+    Ok(())
+}
+
+fn says_nothing(key: &str, value: &Value, keys: &Map<String, Value>) -> bool {
+    match (key, value) {
+        // On in every Llama.
+        ("is_causal" | "scale_attn_weights" | "use_rope" | "use_rms_norm", Value::Bool(on)) => *on,
+        ("partial_rotary_factor" | "rotary_pct", _) => value.as_f64() == Some(1.0),
+        ("layer_types", Value::Array(types)) => types.iter().all(|layer| layer == "full_attention"),
+        ("sliding_window" | "max_window_layers", _) => {
+            value.is_null() || keys.get("use_sliding_window") == Some(&Value::Bool(false))
+        }
+        (_, Value::Null | Value::Bool(false)) => true,
+        (_, Value::Number(number)) => number.as_f64() == Some(0.0),
+        (_, Value::Array(values)) => values.is_empty(),
+        (_, Value::Object(values)) => values.is_empty(),
+        _ => false,
+    }
+}
+
+/// One of the objects that say what is done to the frequencies.
+#[derive(Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+struct RawRope {
+    rope_type: Option<String>,
+    #[serde(rename = "type")]
+    old_type: Option<String>,
+    rope_theta: Option<f64>,
+    partial_rotary_factor: Option<f64>,
+    factor: Option<f64>,
+    low_freq_factor: Option<f64>,
+    high_freq_factor: Option<f64>,
+    original_max_position_embeddings: Option<f64>,
+}
+
+/// Theta and scaling, from `rope_scaling`, or `rope_parameters` as newer files call it, and the key of its own.
+fn rope(json: &Value, own_theta: Option<f64>) -> Result<(Option<f64>, RopeScaling)> {
+    let (mut theta, mut scaling) = (own_theta, None);
+    for key in ["rope_scaling", "rope_parameters"] {
+        let Some(value) = json.get(key).filter(|value| !value.is_null()) else {
+            continue;
+        };
+        let raw = RawRope::deserialize(value).with_context(|| key.to_string())?;
+        if let Some(here) = raw.rope_theta {
+            ensure!(
+                theta.is_none_or(|theta| theta == here),
+                "{key}: expected the rope_theta named before, {}, got {here}; the file contradicts itself",
+                theta.unwrap_or_default()
+            );
+            theta = Some(here);
+        }
+        let here = raw.scaling().with_context(|| key.to_string())?;
+        ensure!(
+            scaling.as_ref().is_none_or(|scaling| *scaling == here),
+            "{key}: expected what rope_scaling says, got something else; the file contradicts itself"
+        );
+        scaling = Some(here);
+    }
+    Ok((theta, scaling.unwrap_or(RopeScaling::None)))
+}
+
+impl RawRope {
+    fn scaling(&self) -> Result<RopeScaling> {
+        let kind = match (&self.rope_type, &self.old_type) {
+            (Some(new), Some(old)) if new != old => {
+                bail!("expected one type, got rope_type {new} and type {old}; the file contradicts itself")
+            }
+            (new, old) => new.as_deref().or(old.as_deref()),
+        };
+        ensure!(
+            self.partial_rotary_factor.is_none_or(|factor| factor == 1.0),
+            "partial_rotary_factor: expected 1, got {}; not supported",
+            self.partial_rotary_factor.unwrap_or_default()
+        );
+        let number = |name: &str, value: Option<f64>| -> Result<f64> {
+            let value = value.with_context(|| format!("expected {name}, found none"))?;
+            ensure!(value.is_finite() && value > 0.0, "expected {name} above 0, got {value}");
+            Ok(value)
+        };
+        // What another type than the named one would read.
+        let ramp = [
+            ("low_freq_factor", self.low_freq_factor),
+            ("high_freq_factor", self.high_freq_factor),
+        ];
+        let unused: Vec<&str> = match kind {
+            None | Some("default") => [("factor", self.factor.filter(|&factor| factor != 1.0))]
+                .into_iter()
+                .chain(ramp)
+                .filter_map(|(name, value)| value.map(|_| name))
+                .collect(),
+            Some("linear") => ramp
+                .into_iter()
+                .filter_map(|(name, value)| value.map(|_| name))
+                .collect(),
+            Some(_) => Vec::new(),
+        };
+        ensure!(
+            unused.is_empty(),
+            "expected a rope_type that reads {}, got {}; the file contradicts itself",
+            unused.join(", "),
+            kind.unwrap_or("none")
+        );
+        Ok(match kind {
+            None | Some("default") => RopeScaling::None,
+            Some("linear") => RopeScaling::Linear(number("factor", self.factor)?),
+            Some("llama3") => RopeScaling::Llama3(Llama3Scaling {
+                factor: number("factor", self.factor)?,
+                low_freq_factor: number("low_freq_factor", self.low_freq_factor)?,
+                high_freq_factor: number("high_freq_factor", self.high_freq_factor)?,
+                original_context: number(
+                    "original_max_position_embeddings",
+                    self.original_max_position_embeddings,
+                )?,
+            }),
+            Some(other) => bail!("rope scaling: expected default, linear or llama3, got {other}; not supported"),
+        })
+    }
+}

@@ -1,0 +1,153 @@
+//! The tensors of safetensors files.
+
+use std::path::PathBuf;
+
+use anyhow::{bail, ensure, Context, Result};
+use candle_core::safetensors::MmapedSafetensors;
+use candle_core::{DType, Device, Tensor};
+use safetensors::tensor::TensorView;
+
+use super::fp8::{is_of_activations, scaled, Quantization};
+use super::unread::Unread;
+
+pub struct Tensors {
+    /// Where they come from, for messages.
+    name: String,
+    files: MmapedSafetensors,
+    count: usize,
+    quantization: Option<Quantization>,
+    unread: Unread,
+}
+
+impl Tensors {
+    pub fn open(paths: &[PathBuf], quantization: Option<Quantization>) -> Result<Self> {
+        // SAFETY: the maps are only read, and live no longer than this process; a checkpoint that another process
+        // rewrites meanwhile is outside what mapping a file can promise.
+        let files = unsafe { MmapedSafetensors::multi(paths) };
+        let name = paths[0].display().to_string();
+        let files = files.with_context(|| {
+            format!("{name}: expected whole safetensors files, got a damaged or truncated one; fetch it again")
+        })?;
+        let mut names: Vec<String> = files.tensors().into_iter().map(|(name, _)| name).collect();
+        let count = names.len();
+        names.sort();
+        for pair in names.windows(2) {
+            ensure!(
+                pair[0] != pair[1],
+                "{name}: expected each tensor in one file, got {} in two; fetch the checkpoint again",
+                pair[0]
+            );
+        }
+        let mut unread = Unread::new(names);
+        unread.pass(|name| is_buffer(name) || (quantization.is_some() && is_of_activations(name)));
+        Ok(Self {
+            name,
+            files,
+            count,
+            quantization,
+            unread,
+        })
+    }
+
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    fn view(&self, name: &str) -> Option<TensorView<'_>> {
+        self.files.get(name).ok()
+    }
+
+    pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.view(name).map(|view| view.shape().to_vec())
+    }
+
+    /// The tensor as floats, on the CPU, which must have this shape; it then counts as read, with its scale.
+    pub fn read(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let Some(view) = self.view(name) else {
+            bail!(
+                "{}: expected {name} of shape {shape:?}, found none; fetch the checkpoint again",
+                self.name
+            )
+        };
+        ensure!(
+            view.shape() == shape,
+            "{}: expected {name} of shape {shape:?}, got {:?}; config.json does not fit, fetch the checkpoint again",
+            self.name,
+            view.shape()
+        );
+        let kind = view.dtype();
+        use safetensors::Dtype::{BF16, F16, F32, F64, F8_E4M3};
+        ensure!(
+            matches!(kind, F64 | F32 | F16 | BF16 | F8_E4M3),
+            "{}: {name}: expected F64, F32, F16, BF16 or F8_E4M3, got {kind:?}, which is not supported; use the unquantized \
+             checkpoint or a GGUF file",
+            self.name
+        );
+        let tensor = self.files.load(name, &Device::Cpu)?;
+        self.unread.take(name);
+        match kind {
+            F8_E4M3 => self
+                .scaled(name, &tensor)
+                .with_context(|| format!("{}: {name}", self.name)),
+            _ => Ok(tensor),
+        }
+    }
+
+    /// FP8 values times their scale. Without `quantization_config` and without a scale they are what they are.
+    fn scaled(&mut self, name: &str, values: &Tensor) -> Result<Tensor> {
+        let names = ["_scale", "_scale_inv"].map(|suffix| format!("{name}{suffix}"));
+        let found: Vec<String> = names.into_iter().filter(|name| self.view(name).is_some()).collect();
+        let scale = match &found[..] {
+            [] => {
+                ensure!(
+                    self.quantization.is_none(),
+                    "expected {name}_scale or {name}_scale_inv beside FP8 weights, found neither; fetch the checkpoint again"
+                );
+                return Ok(values.to_dtype(DType::F32)?);
+            }
+            [scale] => scale,
+            _ => bail!("expected one scale, got {}; not supported", found.join(" and ")),
+        };
+        let tensor = self.files.load(scale, &Device::Cpu)?;
+        ensure!(
+            matches!(tensor.dtype(), DType::F64 | DType::F32 | DType::F16 | DType::BF16),
+            "{scale}: expected F64, F32, F16 or BF16, got {}, which is not supported",
+            tensor.dtype().as_str()
+        );
+        self.unread.take(scale);
+        let quantization = self.quantization.clone().unwrap_or_default();
+        scaled(values, &tensor, &quantization).with_context(|| scale.clone())
+    }
+
+    /// Passes over the tensor `copy` where it holds what `of` holds, which the model reads in its place.
+    pub fn pass_copy(&mut self, copy: &str, of: &str) -> Result<()> {
+        if !self.unread.contains(copy) {
+            return Ok(());
+        }
+        let same = match (self.view(copy), self.view(of)) {
+            (Some(a), Some(b)) => a.dtype() == b.dtype() && a.shape() == b.shape() && a.data() == b.data(),
+            _ => false,
+        };
+        ensure!(
+            same,
+            "{}: {copy}: expected the values of {of}, as tie_word_embeddings says, got others; set tie_word_embeddings to \
+             false in config.json where {copy} is meant",
+            self.name
+        );
+        self.unread.take(copy);
+        Ok(())
+    }
+
+    /// An error that names the tensors which nothing has read.
+    pub fn check_all_read(&self) -> Result<()> {
+        self.unread.check().with_context(|| self.name.clone())
+    }
+}
+
+/// Whether a tensor holds what older versions of transformers saved and no version reads: rotations, which follow from
+/// config.json.
+fn is_buffer(name: &str) -> bool {
+    ["inv_freq", "cos_cached", "sin_cached"]
+        .iter()
+        .any(|buffer| name.ends_with(&format!("rotary_emb.{buffer}")))
+}
