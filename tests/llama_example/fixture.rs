@@ -93,7 +93,7 @@ fn text(words: usize) -> String {
 }
 
 /// Tokens in the order of their ids: bytes, merges, specials.
-fn tokens() -> Vec<String> {
+pub fn tokens() -> Vec<String> {
     let mut alphabet: Vec<String> = ByteLevel::alphabet().into_iter().map(String::from).collect();
     alphabet.sort();
     let merged = MERGES.iter().map(|(a, b)| format!("{a}{b}"));
@@ -104,7 +104,7 @@ fn tokens() -> Vec<String> {
         .collect()
 }
 
-fn tokenizer() -> Tokenizer {
+pub fn tokenizer() -> Tokenizer {
     let vocab: HashMap<String, u32> = tokens().into_iter().zip(0..).collect();
     let merges = MERGES.iter().map(|(a, b)| (a.to_string(), b.to_string())).collect();
     let vocab = vocab.into_iter().collect::<tokenizers::models::bpe::Vocab>();
@@ -119,7 +119,7 @@ fn tokenizer() -> Tokenizer {
 }
 
 /// Every weight by its Hugging Face name.
-fn weights() -> HashMap<String, Tensor> {
+pub fn weights() -> HashMap<String, Tensor> {
     let mut rng = StdRng::seed_from_u64(1);
     let mut random = |shape: &[usize], center: f32, spread: f32| {
         let n = shape.iter().product();
@@ -217,21 +217,17 @@ fn gguf_tensor(name: &str, tensor: &Tensor) -> (String, Tensor) {
     if !name.contains("q_proj") && !name.contains("k_proj") {
         return (gguf, tensor.clone());
     }
-    let (rows, columns) = tensor.dims2().unwrap();
-    let halves = tensor.reshape((rows / HEAD_DIM, 2, HEAD_DIM / 2, columns)).unwrap();
-    (
-        gguf,
-        halves
-            .transpose(1, 2)
-            .unwrap()
-            .contiguous()
-            .unwrap()
-            .reshape((rows, columns))
-            .unwrap(),
-    )
+    let rows = tensor.dim(0).unwrap();
+    let halves = tensor.reshape((rows / HEAD_DIM, 2, HEAD_DIM / 2, ())).unwrap();
+    let pairs = halves.transpose(1, 2).unwrap().contiguous().unwrap();
+    (gguf, pairs.reshape(tensor.shape()).unwrap())
 }
 
 fn write_gguf(path: &Path, weights: &HashMap<String, Tensor>, dtype: GgmlDType, architecture: &str) {
+    save_gguf(path, &gguf_metadata(architecture), &gguf_tensors(weights, dtype));
+}
+
+pub fn gguf_metadata(architecture: &str) -> Vec<(String, Value)> {
     let strings = |list: Vec<String>| Value::Array(list.into_iter().map(Value::String).collect());
     let count = |n: usize| Value::U32(n as u32);
     let tokens = tokens();
@@ -260,17 +256,23 @@ fn write_gguf(path: &Path, weights: &HashMap<String, Tensor>, dtype: GgmlDType, 
         ("tokenizer.ggml.tokens", strings(tokens)),
         ("tokenizer.chat_template", Value::String(CHAT_TEMPLATE.into())),
     ];
-    let metadata: Vec<_> = metadata.iter().map(|(key, value)| (*key, value)).collect();
+    metadata.map(|(key, value)| (key.to_string(), value)).into()
+}
+
+/// In the order of their names; vectors stay f32.
+pub fn gguf_tensors(weights: &HashMap<String, Tensor>, dtype: GgmlDType) -> Vec<(String, QTensor)> {
     let mut names: Vec<_> = weights.keys().collect();
     names.sort();
-    let tensors: Vec<(String, QTensor)> = names
-        .into_iter()
-        .map(|name| {
-            let (gguf, tensor) = gguf_tensor(name, &weights[name]);
-            let dtype = if tensor.rank() == 1 { GgmlDType::F32 } else { dtype };
-            (gguf, QTensor::quantize(&tensor, dtype).unwrap())
-        })
-        .collect();
+    let quantized = |name: &String| {
+        let (gguf, tensor) = gguf_tensor(name, &weights[name]);
+        let dtype = if tensor.rank() == 1 { GgmlDType::F32 } else { dtype };
+        (gguf, QTensor::quantize(&tensor, dtype).unwrap())
+    };
+    names.into_iter().map(quantized).collect()
+}
+
+pub fn save_gguf(path: &Path, metadata: &[(String, Value)], tensors: &[(String, QTensor)]) {
+    let metadata: Vec<_> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
     let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     gguf_file::write(&mut File::create(path).unwrap(), &metadata, &tensors).unwrap();
 }

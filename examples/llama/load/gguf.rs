@@ -39,9 +39,12 @@ pub(super) fn string<'a>(content: &'a Content, key: &str) -> Result<&'a str> {
     Ok(metadata(content, key)?.to_string().with_context(|| key.to_string())?)
 }
 
-/// A count in whichever integer type the writer chose.
 pub(super) fn count(content: &Content, key: &str) -> Result<usize> {
-    let value = metadata(content, key)?;
+    whole(metadata(content, key)?, key)
+}
+
+/// A count in whichever integer type the writer chose.
+pub(super) fn whole(value: &Value, key: &str) -> Result<usize> {
     let wide = match *value {
         Value::I8(v) => i128::from(v),
         Value::I16(v) => i128::from(v),

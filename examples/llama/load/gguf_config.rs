@@ -7,7 +7,7 @@ use anyhow::{bail, ensure, Context, Result};
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::Device;
 
-use super::gguf::{count, count_or, string};
+use super::gguf::{count_or, string, whole};
 use super::gguf_tensors::Tensors;
 use super::unread::list;
 use crate::model::LlamaConfig;
@@ -57,18 +57,15 @@ impl<'a> Keys<'a> {
         match self.get(key) {
             None => Ok(None),
             Some(Value::Array(values)) => {
-                let first = values.first().map(|first| format!("{first:?}"));
+                let counts = values.iter().map(|value| whole(value, &name));
+                let counts = counts.collect::<Result<BTreeSet<usize>>>()?;
                 ensure!(
-                    values.iter().all(|value| Some(format!("{value:?}")) == first),
-                    "{name}: expected the same count for every layer, got {values:?}; not supported"
+                    counts.len() == 1,
+                    "{name}: expected the same count for every layer, got {counts:?}; not supported"
                 );
-                let first = values
-                    .first()
-                    .and_then(|first| first.to_u64().ok().or(first.to_i32().ok()?.try_into().ok()));
-                let first = first.with_context(|| format!("{name}: expected a count, got {values:?}"))?;
-                Ok(Some(usize::try_from(first)?))
+                Ok(counts.first().copied())
             }
-            Some(_) => count(self.content, &name).map(Some),
+            Some(value) => whole(value, &name).map(Some),
         }
     }
 
