@@ -1,8 +1,17 @@
 //! The train example's binary on a generated text, and the gradients of its model.
 
 #[allow(dead_code)]
+#[path = "../examples/llama/model.rs"]
+mod model;
+#[allow(dead_code)]
+#[path = "../examples/llama/rope.rs"]
+mod rope;
+#[allow(dead_code)]
 #[path = "../examples/train/trainable.rs"]
 mod trainable;
+#[allow(dead_code)]
+#[path = "../examples/llama/weights.rs"]
+mod weights;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,8 +20,10 @@ use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
 use candle_sfattention::{AttentionOptions, CompressedAttention, CompressionConfig, HeadStrategies, MergeStrategy};
+use model::LlamaConfig;
+use rope::{Pairing, RopeScaling};
 use serde_json::Value;
-use trainable::{ModelConfig, Trainable};
+use trainable::Trainable;
 
 const SIZES: &str =
     "--hidden 32 --intermediate 48 --layers 2 --heads 4 --kv-heads 2 --vocab 320 --batch 4 --context 32 \
@@ -96,20 +107,29 @@ fn mean(values: &[f64]) -> f64 {
 
 #[test]
 fn every_weight_gets_a_gradient() {
-    let config = ModelConfig {
-        model_type: "llama".into(),
-        hidden_act: "silu".into(),
+    let tied = LlamaConfig {
         hidden_size: 32,
         intermediate_size: 48,
         vocab_size: 64,
-        num_hidden_layers: 2,
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
         head_dim: 8,
         rms_norm_eps: 1e-5,
-        max_position_embeddings: 32,
         rope_theta: 10_000.0,
-        tie_word_embeddings: true,
+        rope_scaling: RopeScaling::Linear(2.0),
+        rope_pairing: Pairing::Halves,
+        context_length: 32,
+        attention_bias: false,
+        mlp_bias: false,
+        tied: true,
+    };
+    // The embedding and the last norm, and 9 weights a layer; or a head and 7 biases a layer more.
+    let untied = LlamaConfig {
+        attention_bias: true,
+        mlp_bias: true,
+        tied: false,
+        ..tied.clone()
     };
     let ids = |first: u32| {
         let ids: Vec<u32> = (0..64).map(|i| (first + i * i * 7) % 64).collect();
@@ -123,18 +143,20 @@ fn every_weight_gets_a_gradient() {
     ] {
         let strategies = HeadStrategies::uniform(strategy);
         let attention = CompressedAttention::new(strategies, compression, AttentionOptions::default()).unwrap();
-        let model = Trainable::new(&config, vec![attention; 2], 7).unwrap();
-        let losses = model.losses(&ids(1), &ids(2)).unwrap();
-        let total = (&losses.cross_entropy + losses.compression.unwrap() * 0.1).unwrap();
-        for loss in [losses.cross_entropy, total] {
-            let gradients = loss.backward().unwrap();
-            assert_eq!(model.vars().len(), 2 + 2 * 9);
-            for (name, var) in model.vars() {
-                let gradient = gradients
-                    .get(&var)
-                    .unwrap_or_else(|| panic!("{strategy:?}: {name} has none"));
-                let size = gradient.abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
-                assert!(size.is_finite() && size > 0.0, "{strategy:?}: {name}: {size}");
+        for (config, weights) in [(&tied, 2 + 2 * 9), (&untied, 3 + 2 * 16)] {
+            let model = Trainable::new(config, vec![attention.clone(); 2], 7).unwrap();
+            let losses = model.losses(&ids(1), &ids(2)).unwrap();
+            let total = (&losses.cross_entropy + losses.compression.unwrap() * 0.1).unwrap();
+            for loss in [losses.cross_entropy, total] {
+                let gradients = loss.backward().unwrap();
+                assert_eq!(model.vars().len(), weights);
+                for (name, var) in model.vars() {
+                    let gradient = gradients
+                        .get(&var)
+                        .unwrap_or_else(|| panic!("{strategy:?}: {name} has none"));
+                    let size = gradient.abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+                    assert!(size.is_finite() && size > 0.0, "{strategy:?}: {name}: {size}");
+                }
             }
         }
     }
@@ -297,7 +319,10 @@ fn bad_input_ends_in_one_line() {
     bad("--lambda inf", "lambda: expected a number");
     bad("--max-merge-level 0", "max_merge_level: expected at least 1");
     bad("--strategy similar", "expected similarity, difference, off or");
-    bad("--finetune nowhere", "nowhere/config.json: No such file");
+    bad(
+        "--finetune nowhere",
+        "finetune: model: expected a .gguf file, a folder or a model id",
+    );
     bad("--tokenizer nowhere.json", "nowhere.json: expected a tokenizer");
     fs::write(folder.join("text.txt"), "the sea\n").unwrap();
     bad("", "text: expected more than 32 tokens, got");

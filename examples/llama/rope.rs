@@ -40,7 +40,8 @@ pub struct Llama3Scaling {
 }
 
 impl Llama3Scaling {
-    fn apply(&self, frequency: f64) -> f64 {
+    /// What becomes of a frequency.
+    pub fn scaled(&self, frequency: f64) -> f64 {
         let turns = self.original_context * frequency / TAU;
         let kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor);
         let kept = kept.clamp(0.0, 1.0);
@@ -106,7 +107,7 @@ impl Rope {
         let frequencies = match &config.rope_scaling {
             RopeScaling::None => plain.collect(),
             RopeScaling::Linear(factor) => plain.map(|frequency| frequency / factor).collect(),
-            RopeScaling::Llama3(scaling) => plain.map(|frequency| scaling.apply(frequency)).collect(),
+            RopeScaling::Llama3(scaling) => plain.map(|frequency| scaling.scaled(frequency)).collect(),
             RopeScaling::Factors(factors) => plain
                 .zip(factors)
                 .map(|(frequency, factor)| frequency / factor)
@@ -163,6 +164,16 @@ impl Rotation {
         Ok(match self.pairing {
             Pairing::Interleaved => rotary_emb::rope_i(&xs, &self.cos, &self.sin)?,
             Pairing::Halves => rotary_emb::rope(&xs, &self.cos, &self.sin)?,
+        })
+    }
+
+    /// The same with a gradient, which candle's fused operations cut.
+    #[allow(dead_code)] // the train example needs it
+    pub fn apply_diff(&self, xs: &Tensor) -> Result<Tensor> {
+        let xs = xs.contiguous()?;
+        Ok(match self.pairing {
+            Pairing::Interleaved => rotary_emb::rope_i_slow(&xs, &self.cos, &self.sin)?,
+            Pairing::Halves => rotary_emb::rope_slow(&xs, &self.cos, &self.sin)?,
         })
     }
 }

@@ -57,6 +57,15 @@ impl Linear {
         })
     }
 
+    /// The bias `(rows)`, where there is one.
+    #[allow(dead_code)] // the train example reads it
+    pub fn bias(&self) -> Option<&Tensor> {
+        match self {
+            Self::Float(linear) => linear.bias(),
+            Self::Quantized { bias, .. } => bias.as_ref(),
+        }
+    }
+
     /// The rows `ids (n) -> (n, columns)`: the matrix as an embedding table.
     pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
         match self {

@@ -8,7 +8,8 @@ use clap::{Args, Parser, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use crate::compression::CompressionArgs;
-use crate::trainable::ModelConfig;
+use crate::model::LlamaConfig;
+use crate::rope::{Pairing, RopeScaling};
 
 /// `train ...` or `train experiment ...`.
 pub enum Command {
@@ -44,10 +45,11 @@ pub struct RunArgs {
     /// Continue from the last checkpoint in --out, as if it had never stopped.
     #[arg(long)]
     pub resume: bool,
-    /// Start from the weights and the tokenizer of this folder: an export, a checkpoint, or a Hugging Face Llama with
-    /// tied embeddings. The model's sizes are its.
-    #[arg(long, value_name = "DIR")]
-    pub finetune: Option<PathBuf>,
+    /// Start from this model: an export, a checkpoint, or whatever `llama --model` reads: a .gguf file, a folder of
+    /// Hugging Face files, or an id OWNER/NAME. Weights become f32. Sizes, tokenizer, ends of texts and chat template
+    /// are its; the embedding grows where the tokenizer has ids beyond it.
+    #[arg(long, value_name = "PATH_OR_ID")]
+    pub finetune: Option<String>,
     /// Use this tokenizer.json instead of training one.
     #[arg(long, value_name = "FILE", conflicts_with = "finetune")]
     pub tokenizer: Option<PathBuf>,
@@ -180,21 +182,23 @@ impl TrainingArgs {
         Ok(())
     }
 
-    pub fn model(&self, vocab_size: usize) -> ModelConfig {
-        ModelConfig {
-            model_type: "llama".into(),
-            hidden_act: "silu".into(),
+    pub fn model(&self, vocab_size: usize) -> LlamaConfig {
+        LlamaConfig {
             hidden_size: self.hidden,
             intermediate_size: self.intermediate,
             vocab_size,
-            num_hidden_layers: self.layers,
-            num_attention_heads: self.heads,
-            num_key_value_heads: self.kv_heads,
+            layers: self.layers,
+            heads: self.heads,
+            kv_heads: self.kv_heads,
             head_dim: self.hidden / self.heads,
             rms_norm_eps: 1e-5,
-            max_position_embeddings: self.context,
             rope_theta: 10_000.0,
-            tie_word_embeddings: true,
+            rope_scaling: RopeScaling::None,
+            rope_pairing: Pairing::Halves,
+            context_length: self.context,
+            attention_bias: false,
+            mlp_bias: false,
+            tied: true,
         }
     }
 

@@ -4,17 +4,18 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use anyhow::{ensure, Context, Result};
-use candle_core::{safetensors, DType, Device, Tensor};
+use anyhow::{Context, Result};
+use candle_core::{safetensors, DType, Device};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-use crate::data::{load_tokenizer, END_OF_TEXT};
 use crate::evaluate::HeldOut;
+use crate::model::LlamaConfig;
 use crate::optimizer::AdamW;
-use crate::trainable::{ModelConfig, Trainable};
+use crate::source::{config_json, Framing, Source};
+use crate::trainable::Trainable;
 
 const PREFIX: &str = "step-";
 
@@ -31,18 +32,19 @@ pub struct State {
     pub settings: Value,
 }
 
+/// A model as it is written to a folder.
+pub struct Model<'a> {
+    pub weights: &'a Trainable,
+    pub config: &'a LlamaConfig,
+    pub tokenizer: &'a Tokenizer,
+    pub framing: &'a Framing,
+}
+
 /// Writes OUT/checkpoints/step-N and removes all but it and the one before.
-pub fn save(
-    out: &Path,
-    state: &State,
-    model: &Trainable,
-    config: &ModelConfig,
-    tokenizer: &Tokenizer,
-    optimizer: &AdamW,
-) -> Result<()> {
+pub fn save(out: &Path, state: &State, model: &Model, optimizer: &AdamW) -> Result<()> {
     let folder = out.join("checkpoints").join(format!("{PREFIX}{:08}", state.step));
     replace_folder(&folder, |folder| {
-        write_model(folder, model, config, tokenizer, DType::F32)?;
+        write_model(folder, model, DType::F32)?;
         safetensors::save(&optimizer.state()?, folder.join("optimizer.safetensors"))?;
         write_json(&folder.join("state.json"), state)
     })?;
@@ -78,8 +80,9 @@ fn list(out: &Path) -> Vec<PathBuf> {
     all
 }
 
-pub fn restore(folder: &Path, state: &State, model: &Trainable, optimizer: &mut AdamW) -> Result<()> {
-    load_weights(folder, model)?;
+/// Sets the weights from `source`, which was read from `folder`, and the moments from its other file.
+pub fn restore(folder: &Path, source: &Source, state: &State, model: &Trainable, optimizer: &mut AdamW) -> Result<()> {
+    source.fill(model)?;
     let moments = folder.join("optimizer.safetensors");
     let restored = safetensors::load(&moments, &Device::Cpu)
         .map_err(anyhow::Error::from)
@@ -88,90 +91,39 @@ pub fn restore(folder: &Path, state: &State, model: &Trainable, optimizer: &mut 
 }
 
 /// Writes OUT/model, which `llama --model` takes.
-pub fn export(
-    out: &Path,
-    model: &Trainable,
-    config: &ModelConfig,
-    tokenizer: &Tokenizer,
-    dtype: DType,
-) -> Result<PathBuf> {
+pub fn export(out: &Path, model: &Model, dtype: DType) -> Result<PathBuf> {
     let folder = out.join("model");
-    replace_folder(&folder, |folder| write_model(folder, model, config, tokenizer, dtype))?;
+    replace_folder(&folder, |folder| write_model(folder, model, dtype))?;
     Ok(folder)
 }
 
-fn write_model(
-    folder: &Path,
-    model: &Trainable,
-    config: &ModelConfig,
-    tokenizer: &Tokenizer,
-    dtype: DType,
-) -> Result<()> {
+fn write_model(folder: &Path, model: &Model, dtype: DType) -> Result<()> {
     let mut weights = HashMap::new();
-    for (name, var) in model.vars() {
+    for (name, var) in model.weights.vars() {
         weights.insert(name, var.as_detached_tensor().to_dtype(dtype)?);
     }
     safetensors::save(&weights, folder.join("model.safetensors"))?;
-    let mut json = serde_json::to_value(config)?;
+    let mut json = config_json(model.config);
     json["architectures"] = serde_json::json!(["LlamaForCausalLM"]);
     json["torch_dtype"] = match dtype {
         DType::F16 => "float16",
         _ => "float32",
     }
     .into();
-    if let Some(id) = tokenizer.token_to_id(END_OF_TEXT) {
-        json["eos_token_id"] = id.into();
+    match model.framing.ends[..] {
+        [] => {}
+        [id] => json["eos_token_id"] = id.into(),
+        ref ids => json["eos_token_id"] = ids.into(),
     }
     write_json(&folder.join("config.json"), &json)?;
+    for (name, content) in &model.framing.files {
+        fs::write(folder.join(name), content).with_context(|| name.clone())?;
+    }
     let path = folder.join("tokenizer.json");
-    tokenizer
+    model
+        .tokenizer
         .save(&path, false)
         .map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))
-}
-
-/// A model to start from: its sizes, which take at least `context` tokens, and its tokenizer.
-pub fn open(folder: &Path, context: usize) -> Result<(ModelConfig, Tokenizer)> {
-    let path = folder.join("config.json");
-    let json: Value = read_json(&path)?;
-    let mut config: ModelConfig =
-        serde_json::from_value(json.clone()).with_context(|| format!("{}", path.display()))?;
-    ensure!(
-        config.model_type == "llama" && config.hidden_act == "silu" && config.tie_word_embeddings,
-        "{}: expected a llama with silu and tied embeddings, got {} with {} and tie_word_embeddings {}",
-        path.display(),
-        config.model_type,
-        config.hidden_act,
-        config.tie_word_embeddings
-    );
-    ensure!(
-        json["rope_scaling"].is_null() && json["attention_bias"] != true && json["mlp_bias"] != true,
-        "{}: expected a model without rope scaling and biases; not supported",
-        path.display()
-    );
-    config.max_position_embeddings = config.max_position_embeddings.max(context);
-    Ok((config, load_tokenizer(&folder.join("tokenizer.json"))?))
-}
-
-/// Sets every weight from FOLDER/model.safetensors.
-pub fn load_weights(folder: &Path, model: &Trainable) -> Result<()> {
-    let path = folder.join("model.safetensors");
-    let load = || -> Result<()> {
-        let weights = safetensors::load(&path, &Device::Cpu)?;
-        for (name, var) in model.vars() {
-            let weight: &Tensor = weights
-                .get(&name)
-                .with_context(|| format!("expected {name}, found none; give the whole checkpoint"))?;
-            ensure!(
-                weight.dims() == var.dims(),
-                "{name}: expected shape {:?}, got {:?}; config.json does not fit",
-                var.dims(),
-                weight.dims()
-            );
-            var.set(&weight.to_dtype(DType::F32)?)?;
-        }
-        Ok(())
-    };
-    load().with_context(|| format!("{}", path.display()))
 }
 
 /// Fills a folder beside `folder`, then puts it in its place.

@@ -73,6 +73,21 @@ pub fn load_tokenizer(path: &Path) -> Result<Tokenizer> {
     Tokenizer::from_file(path).map_err(|error| anyhow!("{}: expected a tokenizer, got: {error}", path.display()))
 }
 
+/// How many rows an embedding needs: one more than the largest id. Ids may have gaps, but no such gaps that a few bytes
+/// of a tokenizer.json ask for gigabytes.
+pub fn vocabulary_size(tokenizer: &Tokenizer) -> Result<usize> {
+    let vocabulary = tokenizer.get_vocab(true);
+    let most = (2 * vocabulary.len()).max(1 << 16);
+    let largest = vocabulary.values().copied().max();
+    let largest = largest.context("tokenizer: expected some tokens, got none; give another tokenizer.json")?;
+    ensure!(
+        (largest as usize) < most,
+        "tokenizer: expected ids below {most} for its {} tokens, got {largest}; the file is damaged",
+        vocabulary.len()
+    );
+    Ok(largest as usize + 1)
+}
+
 pub fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
     let encoding = tokenizer.encode_fast(text, false);
     Ok(encoding

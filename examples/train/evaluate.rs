@@ -8,8 +8,7 @@ use candle_sfattention::CompressedAttention;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::model::{HiddenCounts, Llama, LlamaConfig};
-use crate::rope::{Pairing, RopeScaling};
-use crate::trainable::{ModelConfig, Trainable};
+use crate::trainable::Trainable;
 use crate::weights::{Linear, Weights};
 use crate::windows::{self, Purpose};
 
@@ -51,10 +50,10 @@ impl Evaluator {
     pub fn measure(
         &self,
         model: &Trainable,
-        config: &ModelConfig,
+        config: &LlamaConfig,
         attention: Vec<CompressedAttention>,
     ) -> Result<HeldOut> {
-        let model = Llama::load(&mut VarWeights(model.vars()), &llama_config(config), attention)?;
+        let model = Llama::load(&mut VarWeights(model.vars()), config, attention)?;
         let mut counts = HiddenCounts::default();
         let (mut sum, mut predicted) = (0.0, 0);
         for window in &self.windows {
@@ -107,8 +106,9 @@ impl Weights for VarWeights {
         Ok(Linear::Float(candle_nn::Linear::new(self.get(path)?, None)))
     }
 
-    fn linear(&mut self, path: &str, rows: usize, columns: usize) -> Result<Linear> {
-        self.table(path, rows, columns)
+    fn linear(&mut self, path: &str, _rows: usize, _columns: usize) -> Result<Linear> {
+        let bias = self.0.get(&format!("{path}.bias")).map(Var::as_detached_tensor);
+        Ok(Linear::Float(candle_nn::Linear::new(self.get(path)?, bias)))
     }
 
     fn vector(&mut self, path: &str, _len: usize) -> Result<Tensor> {
@@ -118,25 +118,5 @@ impl Weights for VarWeights {
     /// The names are those of the model in training, which are the same model's.
     fn check_all_read(&mut self) -> Result<()> {
         Ok(())
-    }
-}
-
-fn llama_config(config: &ModelConfig) -> LlamaConfig {
-    LlamaConfig {
-        hidden_size: config.hidden_size,
-        intermediate_size: config.intermediate_size,
-        vocab_size: config.vocab_size,
-        layers: config.num_hidden_layers,
-        heads: config.num_attention_heads,
-        kv_heads: config.num_key_value_heads,
-        head_dim: config.head_dim,
-        rms_norm_eps: config.rms_norm_eps,
-        rope_theta: config.rope_theta,
-        rope_scaling: RopeScaling::None,
-        rope_pairing: Pairing::Halves,
-        context_length: config.max_position_embeddings,
-        attention_bias: false,
-        mlp_bias: false,
-        tied: true,
     }
 }

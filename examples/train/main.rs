@@ -1,9 +1,12 @@
 //! Trains a small Llama with compressed attention on a text file, on the CPU. `--help` says what it can do.
 //!
-//! Shared with the llama example: its compression flags, and its model, which does the held-out evaluation, so that what
-//! is measured here is what that example measures on the exported folder.
+//! Shared with the llama example: its compression flags, its way to read a checkpoint, and its model, which does the
+//! held-out evaluation, so that what is measured here is what that example measures on the exported folder.
 
 mod args;
+#[allow(dead_code)]
+#[path = "../llama/chat.rs"]
+mod chat;
 mod checkpoint;
 #[path = "../llama/compression.rs"]
 #[allow(dead_code)] // the llama example uses the rest
@@ -14,6 +17,9 @@ mod error;
 mod evaluate;
 mod experiment;
 #[allow(dead_code)]
+#[path = "../llama/load/mod.rs"]
+mod load;
+#[allow(dead_code)]
 #[path = "../llama/model.rs"]
 mod model;
 mod optimizer;
@@ -22,6 +28,7 @@ mod record;
 #[allow(dead_code)]
 #[path = "../llama/rope.rs"]
 mod rope;
+mod source;
 mod trainable;
 mod trainer;
 #[allow(dead_code)]

@@ -84,6 +84,12 @@ impl AdamW {
 
     /// Takes back what [`Self::state`] gave after `step` steps.
     pub fn restore(&mut self, state: &HashMap<String, Tensor>, step: usize) -> Result<()> {
+        let expected = 2 * self.parameters.len();
+        ensure!(
+            state.len() == expected,
+            "expected {expected} moments, two for each weight, got {}; the checkpoint is damaged",
+            state.len()
+        );
         for (name, parameter) in &mut self.parameters {
             let shape = parameter.var.dims().to_vec();
             let get = |moment: &str| -> Result<Vec<f32>> {

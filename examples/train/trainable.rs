@@ -4,47 +4,61 @@ use std::collections::BTreeMap;
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Module, Tensor, Var};
-use candle_nn::{linear_no_bias, rms_norm, Linear, RmsNorm, VarBuilder, VarMap};
-use candle_sfattention::{
-    CompressedAttention, CompressedSelfAttention, CompressionLossSink, MergeStats, ModelShape, RotaryConfig,
-    RotaryLayout, SelfAttentionConfig,
-};
+use candle_nn::{linear_b, rms_norm, Linear, RmsNorm, VarBuilder, VarMap};
+use candle_sfattention::{CompressedAttention, CompressionLossSink, MergeStats};
 use rand::{rngs::StdRng, Rng, SeedableRng};
-use serde::{Deserialize, Serialize};
 
-/// The model's sizes under their names in a Hugging Face config.json.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ModelConfig {
-    pub model_type: String,
-    pub hidden_act: String,
-    pub hidden_size: usize,
-    pub intermediate_size: usize,
-    pub vocab_size: usize,
-    pub num_hidden_layers: usize,
-    pub num_attention_heads: usize,
-    pub num_key_value_heads: usize,
-    pub head_dim: usize,
-    pub rms_norm_eps: f64,
-    pub max_position_embeddings: usize,
-    pub rope_theta: f64,
-    pub tie_word_embeddings: bool,
+use crate::model::LlamaConfig;
+use crate::rope::{Rope, Rotation};
+
+/// Projections and the attention between them.
+struct SelfAttention {
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    output: Linear,
+    attention: CompressedAttention,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
 }
 
-impl ModelConfig {
-    /// What policies are made for.
-    pub fn shape(&self) -> ModelShape {
-        ModelShape {
-            layers: self.num_hidden_layers,
-            heads: self.num_attention_heads,
-            kv_heads: self.num_key_value_heads,
-            head_dim: self.head_dim,
-        }
+impl SelfAttention {
+    fn new(config: &LlamaConfig, attention: CompressedAttention, vb: VarBuilder) -> Result<Self> {
+        let (hidden, bias) = (config.hidden_size, config.attention_bias);
+        let (queries, keys) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        Ok(Self {
+            query: linear_b(hidden, queries, bias, vb.pp("q_proj"))?,
+            key: linear_b(hidden, keys, bias, vb.pp("k_proj"))?,
+            value: linear_b(hidden, keys, bias, vb.pp("v_proj"))?,
+            output: linear_b(queries, hidden, bias, vb.pp("o_proj"))?,
+            attention,
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+        })
+    }
+
+    /// xs (B, N, hidden) -> output of the same shape, compression loss, and what was hidden.
+    fn forward(&self, xs: &Tensor, rotation: &Rotation) -> Result<(Tensor, Option<Tensor>, MergeStats)> {
+        let (batch, tokens, _) = xs.dims3()?;
+        let split = |projection: &Linear, heads| -> Result<Tensor> {
+            let rows = projection.forward(xs)?.reshape((batch, tokens, heads, self.head_dim))?;
+            Ok(rows.transpose(1, 2)?)
+        };
+        let q = rotation.apply_diff(&split(&self.query, self.heads)?)?;
+        let k = rotation.apply_diff(&split(&self.key, self.kv_heads)?)?;
+        let result = self
+            .attention
+            .forward_with_loss(&q, &k, &split(&self.value, self.kv_heads)?)?;
+        let output = self.output.forward(&result.output.transpose(1, 2)?.flatten_from(2)?)?;
+        Ok((output, result.compression_loss, result.plan.stats()?))
     }
 }
 
 struct Layer {
     attention_norm: RmsNorm,
-    attention: CompressedSelfAttention,
+    attention: SelfAttention,
     mlp_norm: RmsNorm,
     gate: Linear,
     up: Linear,
@@ -52,45 +66,27 @@ struct Layer {
 }
 
 impl Layer {
-    fn new(
-        config: &ModelConfig,
-        attention: CompressedAttention,
-        sink: CompressionLossSink,
-        vb: VarBuilder,
-    ) -> Result<Self> {
+    fn new(config: &LlamaConfig, attention: CompressedAttention, vb: VarBuilder) -> Result<Self> {
         let (hidden, inner, eps) = (config.hidden_size, config.intermediate_size, config.rms_norm_eps);
-        let sizes = SelfAttentionConfig {
-            hidden_size: hidden,
-            num_heads: config.num_attention_heads,
-            num_kv_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
-            qkv_bias: false,
-            output_bias: false,
-            rotary: Some(RotaryConfig {
-                theta: config.rope_theta,
-                max_tokens: config.max_position_embeddings,
-                layout: RotaryLayout::Half,
-            }),
-        };
-        let mlp = vb.pp("mlp");
+        let (mlp, bias) = (vb.pp("mlp"), config.mlp_bias);
         Ok(Self {
             attention_norm: rms_norm(hidden, eps, vb.pp("input_layernorm"))?,
-            attention: CompressedSelfAttention::new(sizes, attention, vb.pp("self_attn"))?.with_loss_sink(sink),
+            attention: SelfAttention::new(config, attention, vb.pp("self_attn"))?,
             mlp_norm: rms_norm(hidden, eps, vb.pp("post_attention_layernorm"))?,
-            gate: linear_no_bias(hidden, inner, mlp.pp("gate_proj"))?,
-            up: linear_no_bias(hidden, inner, mlp.pp("up_proj"))?,
-            down: linear_no_bias(inner, hidden, mlp.pp("down_proj"))?,
+            gate: linear_b(hidden, inner, bias, mlp.pp("gate_proj"))?,
+            up: linear_b(hidden, inner, bias, mlp.pp("up_proj"))?,
+            down: linear_b(inner, hidden, bias, mlp.pp("down_proj"))?,
         })
     }
 
-    fn forward(&self, xs: &Tensor) -> candle_core::Result<(Tensor, MergeStats)> {
-        let (output, plan) = self
+    fn forward(&self, xs: &Tensor, rotation: &Rotation) -> Result<(Tensor, Option<Tensor>, MergeStats)> {
+        let (output, loss, stats) = self
             .attention
-            .forward_with_plan(&self.attention_norm.forward_diff(xs)?)?;
+            .forward(&self.attention_norm.forward_diff(xs)?, rotation)?;
         let xs = (xs + output)?;
         let normed = self.mlp_norm.forward_diff(&xs)?;
         let inner = (self.gate.forward(&normed)?.silu()? * self.up.forward(&normed)?)?;
-        Ok(((&xs + self.down.forward(&inner)?)?, plan.stats()?))
+        Ok(((&xs + self.down.forward(&inner)?)?, loss, stats))
     }
 }
 
@@ -100,7 +96,9 @@ pub struct Trainable {
     embedding: Tensor,
     layers: Vec<Layer>,
     norm: RmsNorm,
-    sink: CompressionLossSink,
+    /// The embedding, where these are tied.
+    head: Tensor,
+    rope: Rope,
 }
 
 /// What one forward pass found; both are scalars with a graph.
@@ -114,40 +112,51 @@ pub struct Losses {
 
 impl Trainable {
     /// Fresh weights, the same for the same seed; `attention` holds one entry per layer.
-    pub fn new(config: &ModelConfig, attention: Vec<CompressedAttention>, seed: u64) -> Result<Self> {
+    pub fn new(config: &LlamaConfig, attention: Vec<CompressedAttention>, seed: u64) -> Result<Self> {
         ensure!(
-            attention.len() == config.num_hidden_layers,
+            attention.len() == config.layers,
             "attention: expected {} layers, got {}; give one per layer",
-            config.num_hidden_layers,
+            config.layers,
             attention.len()
         );
-        let (vars, sink) = (VarMap::new(), CompressionLossSink::new());
-        let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu).pp("model");
-        let embedding = vb.get((config.vocab_size, config.hidden_size), "embed_tokens.weight")?;
+        let vars = VarMap::new();
+        let root = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+        let (vb, table) = (root.pp("model"), (config.vocab_size, config.hidden_size));
+        let embedding = vb.get(table, "embed_tokens.weight")?;
+        let head = match config.tied {
+            true => embedding.clone(),
+            false => root.get(table, "lm_head.weight")?,
+        };
         let mut layers = Vec::with_capacity(attention.len());
         for (index, attention) in attention.into_iter().enumerate() {
             let vb = vb.pp("layers").pp(index);
-            layers.push(Layer::new(config, attention, sink.clone(), vb)?);
+            layers.push(Layer::new(config, attention, vb)?);
         }
         let model = Self {
             norm: rms_norm(config.hidden_size, config.rms_norm_eps, vb.pp("norm"))?,
             vars,
             embedding,
             layers,
-            sink,
+            head,
+            rope: Rope::new(config, DType::F32, &Device::Cpu)?,
         };
         model.initialize(seed)?;
         Ok(model)
     }
 
     /// Normal values: 0.02 for the embedding, `fan_in^-1/2` for matrices, and less by the root of the number of
-    /// residual additions for those that add to the stream. Norms start at 1. candle's own CPU generator has no seed.
+    /// residual additions for those that add to the stream. Norms start at 1, biases at 0. candle's own CPU generator
+    /// has no seed.
     fn initialize(&self, seed: u64) -> Result<()> {
         let mut rng = StdRng::seed_from_u64(seed);
         let residual = (2.0 * self.layers.len() as f64).sqrt();
         for (name, var) in self.vars() {
             let &[rows, columns] = var.dims() else {
-                var.set(&var.ones_like()?)?;
+                let start = match name.ends_with(".bias") {
+                    true => var.zeros_like()?,
+                    false => var.ones_like()?,
+                };
+                var.set(&start)?;
                 continue;
             };
             let std = match name.rsplit('.').nth(1) {
@@ -177,19 +186,20 @@ impl Trainable {
         let (batch, tokens) = inputs.dims2()?;
         let rows = self.embedding.index_select(&inputs.flatten_all()?, 0)?;
         let mut xs = rows.reshape((batch, tokens, ()))?;
-        self.sink.take()?;
+        let (rotation, sum) = (self.rope.at(0, tokens)?, CompressionLossSink::new());
         let (mut hidden_tokens, mut pairs) = (0, 0);
         for layer in &self.layers {
-            let (output, stats) = layer.forward(&xs)?;
+            let (output, loss, stats) = layer.forward(&xs, &rotation)?;
             xs = output;
+            loss.into_iter().for_each(|loss| sum.push(loss));
             hidden_tokens += stats.hidden;
             pairs += stats.pairs;
         }
         let hidden = self.norm.forward_diff(&xs)?.flatten_to(1)?;
-        let logits = hidden.matmul(&self.embedding.t()?)?;
+        let logits = hidden.matmul(&self.head.t()?)?;
         Ok(Losses {
             cross_entropy: candle_nn::loss::cross_entropy(&logits, &targets.flatten_all()?)?,
-            compression: self.sink.take()?,
+            compression: sum.take()?,
             hidden_ratio: hidden_tokens as f64 / pairs.max(1) as f64,
         })
     }

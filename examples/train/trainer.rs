@@ -17,10 +17,12 @@ use crate::checkpoint::{self, State};
 use crate::compression::Compression;
 use crate::data::{self, Text};
 use crate::evaluate::{number_or_nan, Evaluator, HeldOut};
+use crate::model::{check_ids, LlamaConfig};
 use crate::optimizer::AdamW;
 use crate::plot::plot_runs;
 use crate::record::{self, Record, Row, StepLosses};
-use crate::trainable::{ModelConfig, Trainable};
+use crate::source::{config_json, Framing, Source};
+use crate::trainable::Trainable;
 
 /// How a run ended.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -67,8 +69,9 @@ pub fn train(args: &RunArgs) -> Result<Summary> {
 struct Run<'a> {
     args: &'a RunArgs,
     settings: Value,
-    config: ModelConfig,
+    config: LlamaConfig,
     tokenizer: Tokenizer,
+    framing: Framing,
     attention: Vec<CompressedAttention>,
     tokens: Vec<u32>,
     evaluator: Evaluator,
@@ -93,15 +96,14 @@ impl<'a> Run<'a> {
         let compression = Compression::from_args(&args.compression)?;
         let text = Text::read(&args.text)?;
         let resumed = find_checkpoint(args)?;
-        let (config, tokenizer) = match (&resumed, &args.finetune) {
-            (Some(folder), _) | (None, Some(folder)) => checkpoint::open(folder, training.context)?,
-            (None, None) => {
-                let tokenizer = match &args.tokenizer {
-                    Some(file) => data::load_tokenizer(file)?,
-                    None => data::train_tokenizer(&text.training, training.vocab)?,
-                };
-                (training.model(tokenizer.get_vocab_size(true)), tokenizer)
-            }
+        let source = match (&resumed, &args.finetune) {
+            (Some(folder), _) => Some(Source::open(&folder.to_string_lossy(), training.context)?),
+            (None, Some(model)) => Some(Source::open(model, training.context).context("finetune")?),
+            (None, None) => None,
+        };
+        let (config, tokenizer, framing) = match &source {
+            Some(source) => (source.config.clone(), source.tokenizer.clone(), source.framing.clone()),
+            None => fresh(args, &text)?,
         };
         let tokens = data::encode(&tokenizer, &text.training)?;
         ensure!(
@@ -111,17 +113,20 @@ impl<'a> Run<'a> {
             tokens.len()
         );
         let held_out_tokens = data::encode(&tokenizer, &text.held_out)?;
+        check_ids(&tokens, config.vocab_size)?;
+        check_ids(&held_out_tokens, config.vocab_size)?;
         let evaluator = Evaluator::new(&held_out_tokens, training.context, training.eval_windows)?;
         let settings = settings(args, &compression, &config, &tokenizer, &text.hash)?;
         let attention = compression.attention(&config.shape())?;
         let model = Trainable::new(&config, attention.clone(), training.seed)?;
         let mut optimizer = AdamW::new(model.vars(), training.weight_decay, training.clip);
         let mut state = None;
-        if let Some(folder) = &resumed {
-            state = Some(resume(folder, &settings, &model, &mut optimizer)?);
-        } else if let Some(folder) = &args.finetune {
-            checkpoint::load_weights(folder, &model)?;
+        match (&resumed, &source) {
+            (Some(folder), Some(source)) => state = Some(resume(folder, source, &settings, &model, &mut optimizer)?),
+            (None, Some(source)) => source.fill(&model)?,
+            (_, None) => {}
         }
+        drop(source);
         fs::create_dir_all(&args.out).with_context(|| format!("out {}", args.out.display()))?;
         checkpoint::write_file(&args.out.join("held_out.txt"), &text.held_out)?;
         Ok(Self {
@@ -133,6 +138,7 @@ impl<'a> Run<'a> {
             settings,
             config,
             tokenizer,
+            framing,
             attention,
             tokens,
             evaluator,
@@ -237,8 +243,17 @@ impl<'a> Run<'a> {
             held_out: self.held_out,
             settings: self.settings.clone(),
         };
-        let Self { args, model, .. } = self;
-        checkpoint::save(&args.out, &state, model, &self.config, &self.tokenizer, &self.optimizer)
+        checkpoint::save(&self.args.out, &state, &self.model(), &self.optimizer)
+    }
+
+    /// What is written of the model.
+    fn model(&self) -> checkpoint::Model<'_> {
+        checkpoint::Model {
+            weights: &self.model,
+            config: &self.config,
+            tokenizer: &self.tokenizer,
+            framing: &self.framing,
+        }
     }
 
     fn finish(mut self, diverged_at: Option<usize>) -> Result<Summary> {
@@ -251,7 +266,7 @@ impl<'a> Run<'a> {
             ExportDtype::F16 => DType::F16,
         };
         let out: &Path = &self.args.out;
-        checkpoint::export(out, &self.model, &self.config, &self.tokenizer, dtype)?;
+        checkpoint::export(out, &self.model(), dtype)?;
         let rows = record::read(out)?;
         let last: Vec<StepLosses> = rows.iter().rev().filter_map(|row| row.losses).take(20).collect();
         let mean = |value: fn(&StepLosses) -> f64| last.iter().map(value).sum::<f64>() / last.len() as f64;
@@ -282,7 +297,19 @@ fn find_checkpoint(args: &RunArgs) -> Result<Option<std::path::PathBuf>> {
     }
 }
 
-fn resume(folder: &Path, settings: &Value, model: &Trainable, optimizer: &mut AdamW) -> Result<State> {
+/// A new model's sizes, its tokenizer, and how its texts end.
+fn fresh(args: &RunArgs, text: &Text) -> Result<(LlamaConfig, Tokenizer, Framing)> {
+    let tokenizer = match &args.tokenizer {
+        Some(file) => data::load_tokenizer(file)?,
+        None => data::train_tokenizer(&text.training, args.training.vocab)?,
+    };
+    let config = args.training.model(data::vocabulary_size(&tokenizer)?);
+    config.check()?;
+    let framing = Framing::new(&tokenizer)?;
+    Ok((config, tokenizer, framing))
+}
+
+fn resume(folder: &Path, source: &Source, settings: &Value, model: &Trainable, optimizer: &mut AdamW) -> Result<State> {
     let state: State = checkpoint::read_json(&folder.join("state.json"))?;
     let names = settings.as_object().into_iter().flatten();
     for (name, value) in names {
@@ -292,7 +319,7 @@ fn resume(folder: &Path, settings: &Value, model: &Trainable, optimizer: &mut Ad
             "resume: expected the checkpoint's {name}, {saved}, got {value}; give the flags of the first run"
         );
     }
-    checkpoint::restore(folder, &state, model, optimizer)?;
+    checkpoint::restore(folder, source, &state, model, optimizer)?;
     Ok(state)
 }
 
@@ -300,7 +327,7 @@ fn resume(folder: &Path, settings: &Value, model: &Trainable, optimizer: &mut Ad
 fn settings(
     args: &RunArgs,
     compression: &Compression,
-    config: &ModelConfig,
+    config: &LlamaConfig,
     tokenizer: &Tokenizer,
     text_hash: &str,
 ) -> Result<Value> {
@@ -319,7 +346,7 @@ fn settings(
         "weight_decay": training.weight_decay,
         "clip": training.clip,
         "seed": training.seed,
-        "layers, hidden and the like": config,
+        "layers, hidden and the like": config_json(config),
         "lambda": args.lambda,
         "lambda_schedule": args.lambda_schedule,
         "strategy": compression.label,

@@ -6,10 +6,12 @@ use anyhow::{Context, Result};
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::quantized::{QMatMul, QTensor};
 use candle_core::{DType, Device, Tensor};
+use serde_json::json;
 
 use super::gguf_config::{check_kind, config};
 use super::gguf_tensors::{self, Tensors};
 use super::gguf_tokenizer::text;
+use super::text::{Edge, Text};
 use super::{Checkpoint, LoadOptions};
 use crate::weights::{Linear, Weights};
 
@@ -22,10 +24,30 @@ pub fn open(path: &Path, options: LoadOptions) -> Result<Checkpoint> {
     let text = text(&content).with_context(|| format!("{name}: tokenizer"))?;
     Ok(Checkpoint {
         config,
-        companions: Vec::new(),
+        companions: companions(&content, &text)?,
         text,
         weights: Box::new(GgufWeights { tensors, options }),
     })
+}
+
+/// The tokenizer_config.json that a folder of the same model has.
+fn companions(content: &Content, text: &Text) -> Result<Vec<(String, Vec<u8>)>> {
+    let token = |edge: Edge| edge.id.and_then(|id| text.tokenizer.id_to_token(id));
+    let template = match content.metadata.get("tokenizer.chat_template") {
+        Some(template) => Some(template.to_string().context("tokenizer.chat_template")?),
+        None => None,
+    };
+    let config = json!({
+        "chat_template": template,
+        "bos_token": token(text.bos),
+        "eos_token": token(text.eos),
+        "add_bos_token": text.bos.add,
+        "add_eos_token": text.eos.add,
+    });
+    Ok(vec![(
+        "tokenizer_config.json".into(),
+        serde_json::to_vec_pretty(&config)?,
+    )])
 }
 
 pub(super) fn metadata<'a>(content: &'a Content, key: &str) -> Result<&'a Value> {

@@ -20,7 +20,7 @@ use crate::weights::{Linear, Weights};
 pub struct Files {
     config: PathBuf,
     text: TextFiles,
-    companions: Vec<PathBuf>,
+    companions: Vec<(String, Vec<u8>)>,
     weights: Vec<PathBuf>,
 }
 
@@ -99,22 +99,29 @@ fn weights(origin: &dyn Origin) -> Result<Vec<PathBuf>> {
     shards.iter().map(|shard| origin.required(shard)).collect()
 }
 
-/// Files that say how a text is framed; whoever writes the model anew takes them along.
-fn companions(origin: &dyn Origin) -> Result<Vec<PathBuf>> {
+/// Files that say how a text is framed.
+fn companions(origin: &dyn Origin) -> Result<Vec<(String, Vec<u8>)>> {
     const NAMES: [&str; 4] = [
         "tokenizer_config.json",
         "chat_template.jinja",
         "generation_config.json",
         "special_tokens_map.json",
     ];
-    let found: Vec<Option<PathBuf>> = NAMES.iter().map(|name| origin.optional(name)).collect::<Result<_>>()?;
-    Ok(found.into_iter().flatten().collect())
+    let mut companions = Vec::new();
+    for name in NAMES {
+        if let Some(path) = origin.optional(name)? {
+            let content = fs::read(&path).with_context(|| format!("{}", path.display()))?;
+            companions.push((name.to_string(), content));
+        }
+    }
+    Ok(companions)
 }
 
 pub fn open(files: &Files, dtype: DType, device: &Device) -> Result<Checkpoint> {
     let raw: serde_json::Value = read_json(&files.config)?;
-    let config = hf_config::read(&raw).with_context(|| format!("{}", files.config.display()))?;
-    let tensors = Tensors::open(&files.weights, hf_config::quantization(&raw)?)?;
+    let read = || Ok::<_, anyhow::Error>((hf_config::read(&raw)?, hf_config::quantization(&raw)?));
+    let (config, quantization) = read().with_context(|| format!("{}", files.config.display()))?;
+    let tensors = Tensors::open(&files.weights, quantization)?;
     Ok(Checkpoint {
         text: text(&files.text)?,
         companions: files.companions.clone(),

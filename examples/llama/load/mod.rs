@@ -16,7 +16,7 @@ mod sentencepiece;
 pub mod text;
 mod unread;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device};
@@ -42,9 +42,10 @@ pub struct LoadOptions {
 pub struct Checkpoint {
     pub config: LlamaConfig,
     pub text: Text,
-    /// Files of a Hugging Face checkpoint that say how a text is framed, for whoever writes the model anew.
-    #[allow(dead_code)] // the train example reads them
-    pub companions: Vec<PathBuf>,
+    /// Name and content of the files of a Hugging Face folder that say how a text is framed, beside the tokenizer. A
+    /// model that is written anew takes them along.
+    #[allow(dead_code)] // the train example does so
+    pub companions: Vec<(String, Vec<u8>)>,
     weights: Box<dyn Weights>,
 }
 

@@ -1,0 +1,213 @@
+//! The model that a run starts from: a checkpoint, read as the llama example reads it, or nothing yet.
+
+use std::collections::BTreeMap;
+
+use anyhow::{bail, ensure, Context, Result};
+use candle_core::{DType, Device, Tensor};
+use serde_json::{json, Value};
+use tokenizers::Tokenizer;
+
+use crate::data::{vocabulary_size, END_OF_TEXT};
+use crate::load::text::{Edge, Text};
+use crate::load::{Checkpoint, LoadOptions};
+use crate::model::LlamaConfig;
+use crate::rope::{Llama3Scaling, Pairing, RopeScaling};
+use crate::trainable::Trainable;
+use crate::weights::{Linear, Weights};
+
+/// What an export says of text besides its tokenizer.
+#[derive(Clone, Debug)]
+pub struct Framing {
+    /// Ids that end a text.
+    pub ends: Vec<u32>,
+    /// Name and content of further files: tokenizer_config.json and its like.
+    pub files: Vec<(String, Vec<u8>)>,
+}
+
+impl Framing {
+    /// Of a tokenizer that was trained here.
+    pub fn new(tokenizer: &Tokenizer) -> Result<Self> {
+        let end = tokenizer.token_to_id(END_OF_TEXT).into_iter().collect();
+        let text = Text::new(tokenizer.clone(), Edge::default(), Edge::default(), end, None)?;
+        Ok(Self {
+            ends: text.ends,
+            files: Vec::new(),
+        })
+    }
+}
+
+/// A checkpoint with its weights in f32, by their Hugging Face names, for pairs of halves.
+pub struct Source {
+    pub config: LlamaConfig,
+    pub tokenizer: Tokenizer,
+    pub framing: Framing,
+    weights: BTreeMap<String, Tensor>,
+}
+
+impl Source {
+    /// `model` is what `llama --model` takes. The context becomes at least `context`, and the embedding has a row for
+    /// each of the tokenizer's ids.
+    pub fn open(model: &str, context: usize) -> Result<Self> {
+        let options = LoadOptions {
+            dtype: DType::F32,
+            dequantize: true,
+            device: Device::Cpu,
+        };
+        let mut checkpoint = Checkpoint::open(model, options)?;
+        let weights = checkpoint.read(all_weights)?;
+        let mut config = checkpoint.config.clone();
+        config.rope_pairing = Pairing::Halves;
+        config.rope_scaling = named(&config).with_context(|| model.to_string())?;
+        config.context_length = config.context_length.max(context);
+        let ids = vocabulary_size(&checkpoint.text.tokenizer).with_context(|| model.to_string())?;
+        config.vocab_size = config.vocab_size.max(ids);
+        Ok(Self {
+            config,
+            framing: Framing {
+                ends: checkpoint.text.ends,
+                files: checkpoint.companions,
+            },
+            tokenizer: checkpoint.text.tokenizer,
+            weights,
+        })
+    }
+
+    /// Sets the model's weights. Biases that the checkpoint lacks stay 0, and rows for ids that it lacks as they are.
+    pub fn fill(&self, model: &Trainable) -> Result<()> {
+        for (name, var) in model.vars() {
+            let weight = match self.weights.get(&name) {
+                Some(weight) => weight.clone(),
+                None if name.ends_with(".bias") => continue,
+                None => bail!("{name}: expected this weight, found none; this is a defect of the example"),
+            };
+            let (rows, missing) = (weight.dim(0)?, var.dim(0)?.saturating_sub(weight.dim(0)?));
+            let weight = match missing {
+                0 => weight,
+                missing => Tensor::cat(&[weight, var.as_detached_tensor().narrow(0, rows, missing)?], 0)?,
+            };
+            ensure!(
+                weight.dims() == var.dims(),
+                "{name}: expected shape {:?}, got {:?}; this is a defect of the example",
+                var.dims(),
+                weight.dims()
+            );
+            var.set(&weight)?;
+        }
+        Ok(())
+    }
+}
+
+/// Every tensor of the checkpoint.
+fn all_weights(weights: &mut dyn Weights, config: &LlamaConfig) -> Result<BTreeMap<String, Tensor>> {
+    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+    let (queries, keys) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+    let mut all = BTreeMap::new();
+    let mut add = |path: &str, linear: Linear, turn: bool| -> Result<()> {
+        let turned = |tensor: &Tensor| match turn {
+            true => halves(tensor, config.head_dim),
+            false => Ok(tensor.clone()),
+        };
+        all.insert(format!("{path}.weight"), turned(&linear.weight()?)?);
+        if let Some(bias) = linear.bias() {
+            all.insert(format!("{path}.bias"), turned(bias)?);
+        }
+        Ok(())
+    };
+    let embedding = "model.embed_tokens";
+    add(embedding, weights.table(embedding, config.vocab_size, hidden)?, false)?;
+    if !config.tied {
+        add("lm_head", weights.table("lm_head", config.vocab_size, hidden)?, false)?;
+    }
+    let interleaved = config.rope_pairing == Pairing::Interleaved;
+    for layer in 0..config.layers {
+        for (part, rows, columns, rotated) in [
+            ("self_attn.q_proj", queries, hidden, true),
+            ("self_attn.k_proj", keys, hidden, true),
+            ("self_attn.v_proj", keys, hidden, false),
+            ("self_attn.o_proj", hidden, queries, false),
+            ("mlp.gate_proj", inner, hidden, false),
+            ("mlp.up_proj", inner, hidden, false),
+            ("mlp.down_proj", hidden, inner, false),
+        ] {
+            let path = format!("model.layers.{layer}.{part}");
+            add(&path, weights.linear(&path, rows, columns)?, rotated && interleaved)?;
+        }
+    }
+    let norms = (0..config.layers).flat_map(|layer| {
+        ["input_layernorm", "post_attention_layernorm"].map(|norm| format!("model.layers.{layer}.{norm}"))
+    });
+    for path in norms.chain(["model.norm".to_string()]) {
+        all.insert(format!("{path}.weight"), weights.vector(&path, hidden)?);
+    }
+    Ok(all)
+}
+
+/// Rows of heads whose coordinates `2i` and `2i + 1` are rotated together -> `i` and `i + D/2`.
+fn halves(rows: &Tensor, head_dim: usize) -> Result<Tensor> {
+    let pairs = rows.reshape((rows.dim(0)? / head_dim, head_dim / 2, 2, ()))?;
+    Ok(pairs.transpose(1, 2)?.contiguous()?.reshape(rows.shape())?)
+}
+
+/// The scaling by a name that config.json has. GGUF files keep Llama 3's as a factor per frequency, which all of Llama 3
+/// made with the same three numbers.
+fn named(config: &LlamaConfig) -> Result<RopeScaling> {
+    let RopeScaling::Factors(factors) = &config.rope_scaling else {
+        return Ok(config.rope_scaling.clone());
+    };
+    let most = factors.iter().copied().fold(1.0, f64::max);
+    let llama3 = Llama3Scaling {
+        factor: most,
+        low_freq_factor: 1.0,
+        high_freq_factor: 4.0,
+        original_context: 8192.0,
+    };
+    let half = factors.len() as f64;
+    let same = factors.iter().enumerate().all(|(i, factor)| {
+        let frequency = config.rope_theta.powf(-(i as f64) / half);
+        (frequency / llama3.scaled(frequency) - factor).abs() <= 1e-4 * factor
+    });
+    ensure!(
+        same,
+        "rope_freqs.weight: expected Llama 3's factors, got others, which config.json has no name for; fine-tune the \
+         Hugging Face folder of the model"
+    );
+    Ok(RopeScaling::Llama3(llama3))
+}
+
+/// config.json, as far as a model's own numbers go.
+pub fn config_json(config: &LlamaConfig) -> Value {
+    let mut json = json!({
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.context_length,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tied,
+    });
+    for (key, on) in [("attention_bias", config.attention_bias), ("mlp_bias", config.mlp_bias)] {
+        if on {
+            json[key] = true.into();
+        }
+    }
+    match &config.rope_scaling {
+        RopeScaling::None | RopeScaling::Factors(_) => {}
+        RopeScaling::Linear(factor) => json["rope_scaling"] = json!({"rope_type": "linear", "factor": factor}),
+        RopeScaling::Llama3(scaling) => {
+            json["rope_scaling"] = json!({
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_context as u64,
+            });
+        }
+    }
+    json
+}
