@@ -23,6 +23,8 @@ mod rope;
 #[path = "../examples/llama/weights.rs"]
 mod weights;
 
+#[path = "llama_example/fp8_checkpoints.rs"]
+mod fp8_checkpoints;
 #[path = "llama_example/gguf_checkpoints.rs"]
 mod gguf_checkpoints;
 #[path = "llama_example/hf_checkpoints.rs"]

@@ -72,7 +72,8 @@ impl Source {
         })
     }
 
-    /// Sets the model's weights. Biases that the checkpoint lacks stay 0, and rows for ids that it lacks as they are.
+    /// Sets the model's weights. Biases that the checkpoint lacks stay 0. Rows for ids that it lacks become the mean of
+    /// the others, so that none of these ids is likelier than the average one.
     pub fn fill(&self, model: &Trainable) -> Result<()> {
         for (name, var) in model.vars() {
             let weight = match self.weights.get(&name) {
@@ -80,10 +81,12 @@ impl Source {
                 None if name.ends_with(".bias") => continue,
                 None => bail!("{name}: expected this weight, found none; this is a defect of the example"),
             };
-            let (rows, missing) = (weight.dim(0)?, var.dim(0)?.saturating_sub(weight.dim(0)?));
-            let weight = match missing {
+            let weight = match var.dim(0)?.saturating_sub(weight.dim(0)?) {
                 0 => weight,
-                missing => Tensor::cat(&[weight, var.as_detached_tensor().narrow(0, rows, missing)?], 0)?,
+                missing => {
+                    let row = weight.mean_keepdim(0)?;
+                    Tensor::cat(&[&weight, &row.repeat((missing, 1))?], 0)?
+                }
             };
             ensure!(
                 weight.dims() == var.dims(),

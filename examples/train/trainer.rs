@@ -96,25 +96,15 @@ impl<'a> Run<'a> {
         let compression = Compression::from_args(&args.compression)?;
         let text = Text::read(&args.text)?;
         let resumed = find_checkpoint(args)?;
-        let source = match (&resumed, &args.finetune) {
-            (Some(folder), _) => Some(Source::open(&folder.to_string_lossy(), training.context)?),
-            (None, Some(model)) => Some(Source::open(model, training.context).context("finetune")?),
-            (None, None) => None,
-        };
-        let (config, tokenizer, framing) = match &source {
-            Some(source) => (source.config.clone(), source.tokenizer.clone(), source.framing.clone()),
-            None => fresh(args, &text)?,
-        };
-        let tokens = data::encode(&tokenizer, &text.training)?;
+        let (source, (config, tokenizer, framing)) = start(args, &text, resumed.as_deref())?;
+        let tokens = encode(&text.training, &tokenizer, &config)?;
         ensure!(
             tokens.len() > training.context,
             "text: expected more than {} tokens, got {}; lower --context or give a longer text",
             training.context,
             tokens.len()
         );
-        let held_out_tokens = data::encode(&tokenizer, &text.held_out)?;
-        check_ids(&tokens, config.vocab_size)?;
-        check_ids(&held_out_tokens, config.vocab_size)?;
+        let held_out_tokens = encode(&text.held_out, &tokenizer, &config)?;
         let evaluator = Evaluator::new(&held_out_tokens, training.context, training.eval_windows)?;
         let settings = settings(args, &compression, &config, &tokenizer, &text.hash)?;
         let attention = compression.attention(&config.shape())?;
@@ -297,8 +287,29 @@ fn find_checkpoint(args: &RunArgs) -> Result<Option<std::path::PathBuf>> {
     }
 }
 
-/// A new model's sizes, its tokenizer, and how its texts end.
-fn fresh(args: &RunArgs, text: &Text) -> Result<(LlamaConfig, Tokenizer, Framing)> {
+/// A model's sizes, its tokenizer, and how its texts end.
+type Start = (LlamaConfig, Tokenizer, Framing);
+
+/// What the run goes on with: its own checkpoint, the model to fine-tune, or a new one.
+fn start(args: &RunArgs, text: &Text, resumed: Option<&Path>) -> Result<(Option<Source>, Start)> {
+    let context = args.training.context;
+    let source = match (resumed, &args.finetune) {
+        (Some(folder), _) => Source::open(&folder.to_string_lossy(), context)?,
+        (None, Some(model)) => Source::open(model, context).context("finetune")?,
+        (None, None) => return Ok((None, fresh(args, text)?)),
+    };
+    let start = (source.config.clone(), source.tokenizer.clone(), source.framing.clone());
+    Ok((Some(source), start))
+}
+
+/// Ids that the model has a row for.
+fn encode(text: &str, tokenizer: &Tokenizer, config: &LlamaConfig) -> Result<Vec<u32>> {
+    let ids = data::encode(tokenizer, text)?;
+    check_ids(&ids, config.vocab_size)?;
+    Ok(ids)
+}
+
+fn fresh(args: &RunArgs, text: &Text) -> Result<Start> {
     let tokenizer = match &args.tokenizer {
         Some(file) => data::load_tokenizer(file)?,
         None => data::train_tokenizer(&text.training, args.training.vocab)?,

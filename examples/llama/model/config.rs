@@ -1,0 +1,125 @@
+//! The shape of a Llama, held against what its file holds before anything is allocated for it.
+
+use anyhow::{bail, ensure, Result};
+use candle_sfattention::ModelShape;
+
+use crate::rope::{Pairing, RopeScaling};
+use crate::weights::Weights;
+
+/// The shape of a Llama and the numbers its forward pass needs.
+#[derive(Clone, Debug)]
+pub struct LlamaConfig {
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub vocab_size: usize,
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub rms_norm_eps: f64,
+    pub rope_theta: f64,
+    pub rope_scaling: RopeScaling,
+    pub rope_pairing: Pairing,
+    /// The most tokens the model was made for.
+    pub context_length: usize,
+    /// Whether any layer has biases of q, k, v or o, and of its feed-forward part.
+    pub attention_bias: bool,
+    pub mlp_bias: bool,
+    /// Whether the output matrix is the embedding matrix.
+    pub tied: bool,
+}
+
+impl LlamaConfig {
+    /// What policies are made for.
+    pub fn shape(&self) -> ModelShape {
+        ModelShape {
+            layers: self.layers,
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+        }
+    }
+
+    /// Refuses shapes that no Llama has, before anything is allocated for them.
+    pub fn check(&self) -> Result<()> {
+        // Far beyond any Llama, and small enough that no product of two of them overflows.
+        const MOST: usize = 1 << 24;
+        for (name, value, most) in [
+            ("hidden size", self.hidden_size, MOST),
+            ("intermediate size", self.intermediate_size, MOST),
+            ("vocabulary size", self.vocab_size, MOST),
+            ("number of layers", self.layers, 1 << 12),
+            ("number of query heads", self.heads, MOST),
+            ("number of KV heads", self.kv_heads, MOST),
+            ("head dimension", self.head_dim, MOST),
+            ("context length", self.context_length, MOST),
+        ] {
+            ensure!(
+                (1..=most).contains(&value),
+                "{name}: expected 1 to {most}, got {value}; the checkpoint is damaged"
+            );
+        }
+        ensure!(
+            self.heads.is_multiple_of(self.kv_heads),
+            "query heads: expected a multiple of the {} KV heads, got {}; the checkpoint is damaged",
+            self.kv_heads,
+            self.heads
+        );
+        ensure!(
+            self.head_dim.is_multiple_of(2),
+            "head dimension: expected an even number, as rotary embeddings need, got {}; the checkpoint is damaged",
+            self.head_dim
+        );
+        ensure!(
+            self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0,
+            "rms norm epsilon: expected a number of at least 0, got {}; the checkpoint is damaged",
+            self.rms_norm_eps
+        );
+        ensure!(
+            self.rope_theta.is_finite() && self.rope_theta > 0.0,
+            "rope theta: expected a number above 0, got {}; the checkpoint is damaged",
+            self.rope_theta
+        );
+        self.rope_scaling.check(self.head_dim / 2)
+    }
+
+    /// Refuses sizes that `weights` are too few for: what is allocated by these sizes then fits what was stored.
+    pub fn check_held(&self, weights: &dyn Weights) -> Result<()> {
+        ensure!(
+            self.layers <= weights.len(),
+            "number of layers: expected at most {}, as many as there are tensors, got {}; the checkpoint is damaged",
+            weights.len(),
+            self.layers
+        );
+        let (hidden, first) = (self.hidden_size, "model.layers.0");
+        for (path, rows) in [
+            ("model.embed_tokens".into(), self.vocab_size),
+            (format!("{first}.self_attn.q_proj"), self.heads * self.head_dim),
+            (format!("{first}.self_attn.k_proj"), self.kv_heads * self.head_dim),
+            (format!("{first}.mlp.gate_proj"), self.intermediate_size),
+        ] {
+            let (expected, got) = ([rows, hidden], weights.shape(&path));
+            ensure!(
+                got.as_deref() == Some(&expected),
+                "{path}.weight: expected shape {expected:?}, got {}; fetch the checkpoint again",
+                got.map_or_else(|| "none".into(), |got| format!("{got:?}"))
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Refuses ids that a vocabulary does not have. candle takes some of them for a row of zeros.
+pub fn check_ids(ids: &[u32], vocab_size: usize) -> Result<()> {
+    let beyond = ids
+        .iter()
+        .find(|&&id| usize::try_from(id).map_or(true, |id| id >= vocab_size));
+    if let Some(id) = beyond {
+        bail!(
+            "token id: expected one below {vocab_size}, the size of the model's vocabulary, got {id}; the tokenizer does \
+             not belong to this model"
+        )
+    }
+    Ok(())
+}
