@@ -54,6 +54,9 @@ fn in_fp8(suffix: &str, block: [usize; 2], reshape: impl Fn(Tensor) -> Tensor) -
     (stored, meant)
 }
 
+/// The shape in which a kind of checkpoint keeps its scales.
+type Reshape<'a> = &'a dyn Fn(Tensor) -> Tensor;
+
 #[test]
 fn fp8_weights_are_scaled_by_matrix_row_and_block() {
     const WHOLE: usize = usize::MAX;
@@ -68,7 +71,7 @@ fn fp8_weights_are_scaled_by_matrix_row_and_block() {
     let one = |scales: Tensor| scales.flatten_all().unwrap();
     let scalar = |scales: Tensor| scales.flatten_all().unwrap().squeeze(0).unwrap();
     let same = |scales: Tensor| scales;
-    let cases: [(&str, [usize; 2], &dyn Fn(Tensor) -> Tensor, Value); 8] = [
+    let cases: [(&str, [usize; 2], Reshape, Value); 8] = [
         (
             "_scale",
             [WHOLE, WHOLE],

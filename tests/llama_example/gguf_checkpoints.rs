@@ -303,8 +303,10 @@ fn sizes_beyond_what_the_file_holds_are_refused_before_they_cost_memory() {
     }
 }
 
+type Metadata = Vec<(String, Value)>;
+
 /// The fixture in parts, with the metadata in the first; `change` may spoil a part's own.
-fn split(folder: &str, parts: usize, change: impl Fn(usize, &mut Vec<(String, Value)>)) -> PathBuf {
+fn split(folder: &str, parts: usize, change: impl Fn(usize, &mut Metadata)) -> PathBuf {
     let folder = PathBuf::from(Fixture::get().path(folder));
     let _ = fs::remove_dir_all(&folder);
     fs::create_dir_all(&folder).unwrap();
@@ -360,11 +362,11 @@ fn split_files_load_from_their_first_part() {
 
 #[test]
 fn split_files_that_do_not_fit_together_are_refused() {
-    let refused = |change: &dyn Fn(usize, &mut Vec<(String, Value)>), part: &str| {
+    let refused = |change: &dyn Fn(usize, &mut Metadata), part: &str| {
         let first = split("misfit", 2, change);
         assert_refused(first.to_str().unwrap(), &[part]);
     };
-    let set = |metadata: &mut Vec<(String, Value)>, key: &str, value: Value| {
+    let set = |metadata: &mut Metadata, key: &str, value: Value| {
         metadata.retain(|(other, _)| other != key);
         metadata.push((key.into(), value));
     };
