@@ -12,6 +12,7 @@ pub mod config;
 mod cpu;
 #[cfg(any(feature = "cuda", feature = "cuda-emu"))]
 mod cuda;
+mod files;
 pub mod loss;
 mod observed;
 pub mod op;

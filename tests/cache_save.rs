@@ -113,16 +113,20 @@ proptest! {
         assert_go_on_alike([&mut original, &mut loaded], &qkv, 0, &[shape.3]).unwrap();
     }
 
-    /// Damage to the header is refused or harmless; nothing panics.
+    /// Damage to the header with a checksum that fits is refused or harmless; nothing panics.
     #[test]
     fn a_damaged_header_never_panics(at in 0..20_000usize, byte in any::<u8>(), window in 0..5usize) {
         let saved = saved(window).unwrap();
-        let mut bytes = std::fs::read(&saved.0).unwrap();
-        let end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let contents = Contents::read(&saved.0).unwrap();
+        let mut cache = contents.cache.to_string().into_bytes();
         // Digits become digits, so that many of the files still parse.
-        let at = at % end;
-        bytes[at] = if bytes[at].is_ascii_digit() { b'0' + byte % 10 } else { byte };
-        std::fs::write(&saved.0, &bytes).unwrap();
+        let at = at % cache.len();
+        cache[at] = if cache[at].is_ascii_digit() { b'0' + byte % 10 } else { byte & 0x7f };
+        let cache = String::from_utf8(cache).unwrap();
+        let mut metadata: HashMap<_, _> = contents.metadata.clone().into_iter().collect();
+        metadata.insert("checksum".into(), contents.checksum(&cache));
+        metadata.insert("cache".into(), cache);
+        contents.write_as(&saved.0, metadata).unwrap();
         if let Ok(mut cache) = CompressedKvCache::load(&saved.0, &Device::Cpu) {
             let [q, k, v] = SHAPE.qkv(4, DType::F32).unwrap();
             let _ = cache.append_and_attend(&q, &k, &v, &Default::default());
@@ -242,6 +246,92 @@ fn a_file_cut_short_is_refused() -> Result<()> {
     Ok(())
 }
 
+/// Every bit counts: of lengths, names, settings, thresholds and numbers.
+#[test]
+fn a_flipped_bit_is_refused() -> Result<()> {
+    let config = CompressionConfig {
+        window: 1,
+        ..Default::default()
+    };
+    let similar = HeadStrategies::uniform(MergeStrategy::Similarity);
+    let mut cache = CompressedKvCache::new(similar, config, Default::default())?;
+    let [q, k, v] = Shape(1, 1, 1, 4, 2).qkv(0, DType::F32)?;
+    cache.append_and_attend(&q, &k, &v, &Default::default())?;
+    let file = TempFile::new();
+    cache.save(&file.0)?;
+    let whole = std::fs::read(&file.0)?;
+    let mut refusals = std::collections::BTreeMap::new();
+    for at in 0..whole.len() {
+        // A letter's case, and one bit of every other kind in turn.
+        for bit in std::iter::once(at % 8).chain(whole[at].is_ascii_alphabetic().then_some(5)) {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 1 << bit;
+            std::fs::write(&file.0, &bytes)?;
+            let message = refusal(&file.0);
+            assert!(message.contains("expected") && message.contains("got"), "{message}");
+            *refusals
+                .entry(message.contains("checksum: expected the file's own"))
+                .or_insert(0) += 1;
+        }
+    }
+    // The rest is no safetensors file, or of another format or version.
+    assert!(refusals[&true] > 2 * 4 * 20, "{refusals:?}");
+    std::fs::write(&file.0, &whole)?;
+    CompressedKvCache::load(&file.0, &Device::Cpu)?;
+    Ok(())
+}
+
+/// Files of before there was one, and files whose header was written anew.
+#[test]
+fn a_file_without_its_checksum_is_refused() -> Result<()> {
+    let saved = saved(3)?;
+    let mut contents = Contents::read(&saved.0)?;
+    contents.metadata.insert("cache".into(), contents.cache.to_string());
+    let mut metadata: HashMap<_, _> = contents.metadata.clone().into_iter().collect();
+    contents.write_as(&saved.0, metadata.clone())?;
+    assert_refused(&saved.0, &["checksum: expected one", "before its first release"]);
+    metadata.insert("checksum".into(), "0123abcd".into());
+    contents.write_as(&saved.0, metadata)?;
+    assert_refused(&saved.0, &["checksum: expected the file's own", "0123abcd", "damaged"]);
+    Ok(())
+}
+
+/// No field of the header has a default.
+#[test]
+fn a_header_that_lacks_a_field_is_refused() -> Result<()> {
+    let saved = saved(3)?;
+    let contents = Contents::read(&saved.0)?;
+    let mut lacking = 0;
+    for parent in [
+        "",
+        "/config",
+        "/strategies",
+        "/state",
+        "/state/sizes",
+        "/state/lists/0",
+        "/state/lists/0/at",
+        "/state/lists/0/at/heads",
+        "/state/lists/0/tests/0",
+    ] {
+        let fields = contents.cache.pointer(parent).and_then(Value::as_object).expect(parent);
+        for field in fields.keys() {
+            let mut contents = Contents::read(&saved.0)?;
+            let parent = contents
+                .cache
+                .pointer_mut(parent)
+                .and_then(Value::as_object_mut)
+                .unwrap();
+            parent.remove(field);
+            let file = TempFile::new();
+            contents.write(&file.0)?;
+            assert_refused(&file.0, &["header", &format!("missing field `{field}`")]);
+            lacking += 1;
+        }
+    }
+    assert_eq!(lacking, 5 + 11 + 2 + 4 + 4 + 4 + 3 + 2 + 2);
+    Ok(())
+}
+
 #[test]
 fn other_files_are_refused() -> Result<()> {
     let file = TempFile::new();
@@ -349,6 +439,10 @@ fn tampered_headers_are_refused() -> Result<()> {
         (&["expected f64, f32", "U32"], |c| c.set("/state/dtype", "u32")),
         (&["0.log2_sizes", "F64"], |c| c.set("/state/dtype", "f64")),
         (&["sizes"], |c| c.set("/state/sizes/kv_heads", 3)),
+        (&["strategies", "(4)", "(3)"], |c| {
+            let table = serde_json::json!({"per_head": ["off", "off", "off"]});
+            c.set("/strategies/strategies", table)
+        }),
         (&["sizes"], |c| c.set("/state/sizes/head_dim", 0)),
         (&["last_queries", "[0, 16]", "[0, 8]"], |c| {
             c.set("/state/sizes/head_dim", 16)

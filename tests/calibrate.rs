@@ -204,6 +204,80 @@ fn policies_survive_json_and_fit_one_shape() -> Result<()> {
     Ok(())
 }
 
+/// The file is small whatever sizes it names, and so is what reading it takes.
+#[test]
+fn a_policy_of_absurd_sizes_is_refused() -> Result<()> {
+    let config = serde_json::to_value(CompressionConfig::pretrained())?;
+    let layer =
+        serde_json::json!({"strategies": ["off"], "thresholds": [0.0], "hidden_ratios": [0.0], "errors": [0.0]});
+    let figures = serde_json::json!({
+        "target": 0.5, "hidden_ratio": 0.5, "hidden_ratio_of_all": 0.5, "error": 0.0, "windows": 1, "tokens": 1
+    });
+    let read = |heads: u64, head_dim: u64| {
+        let model = serde_json::json!({"layers": 1, "heads": heads, "kv_heads": 1, "head_dim": head_dim});
+        let parts = serde_json::json!({
+            "fingerprint": "", "model": model, "config": config, "layers": [layer], "calibration": figures
+        });
+        let file = serde_json::json!({"format": "candle-sfattention policy 1", "policy": parts});
+        Policy::from_json(&file.to_string())
+    };
+    assert_eq!(read(71, 64)?.parts().model.heads, 71);
+    for (heads, head_dim) in [(1 << 31, 64), (u64::MAX, 64), (65_537, 64), (8, 1 << 40)] {
+        let error = read(heads, head_dim).unwrap_err().to_string();
+        for part in [
+            "model: expected heads and head_dim of at most 65536",
+            &heads.to_string(),
+            "see its config",
+        ] {
+            assert!(error.contains(part), "no {part:?} in: {error}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_policy_that_lacks_a_setting_is_refused() -> Result<()> {
+    let json: serde_json::Value = serde_json::from_str(&measured(&observing(), None)?.policy(0.5, "")?.to_json()?)?;
+    let fields = json["policy"]["config"].as_object().unwrap();
+    assert_eq!(fields.len(), 11);
+    for field in fields.keys() {
+        let mut lacking = json.clone();
+        lacking["policy"]["config"].as_object_mut().unwrap().remove(field);
+        let error = Policy::from_json(&lacking.to_string()).unwrap_err().to_string();
+        assert!(error.contains(&format!("missing field `{field}`")), "{error}");
+    }
+    Ok(())
+}
+
+/// JSON has no such numbers: `null` in their place could not be read.
+#[test]
+fn figures_that_are_not_finite_are_not_written() -> Result<()> {
+    let parts = measured(&observing(), None)?.policy(0.5, "")?.parts().clone();
+    type Damage = fn(&mut PolicyOptions, f64);
+    let damages: [(&str, Damage); 6] = [
+        ("layer 1: hidden_ratios", |p, x| p.layers[1].hidden_ratios[0] = x),
+        ("layer 0: errors", |p, x| p.layers[0].errors[1] = x),
+        ("calibration: target", |p, x| p.calibration.target = x),
+        ("calibration: hidden_ratio", |p, x| p.calibration.hidden_ratio = x),
+        ("calibration: hidden_ratio_of_all", |p, x| {
+            p.calibration.hidden_ratio_of_all = x
+        }),
+        ("calibration: error", |p, x| p.calibration.error = x),
+    ];
+    for (name, damage) in damages {
+        for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            let mut parts = parts.clone();
+            damage(&mut parts, bad);
+            let error = Policy::new(parts)?.to_json().unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("{name}: expected finite numbers, got {bad}")),
+                "{error}"
+            );
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn calibration_refuses_what_it_cannot_do() -> Result<()> {
     let new = |config: CompressionConfig, ratios: &[f64]| Calibrator::new(MODEL, config, Default::default(), ratios);

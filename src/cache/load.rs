@@ -1,5 +1,6 @@
 //! [`CompressedKvCache::load`]: the reader of `save`'s files, which trusts nothing that later code indexes by.
 
+use super::checksum::checksum;
 use super::save::{Header, SavedList, SavedState, SavedTest, Stored, FORMAT, VERSION};
 use super::{CacheOptions, CompressedKvCache, Lists, ListsOf, Sizes, State};
 use crate::config::{CompressionConfig, Fold, GroupRule, HeadTest, MergeStrategy};
@@ -21,8 +22,8 @@ impl CompressedKvCache {
     ///
     /// # Errors
     /// A device without kernels, a file that cannot be read, is no saved cache, was written in another version of the
-    /// format, is cut short, or whose parts do not fit together; on a GPU also what it does not take. Other damage to its
-    /// numbers is not noticed.
+    /// format, is cut short or otherwise damaged, which its checksum shows, or whose parts do not fit together; on a GPU
+    /// also what it does not take.
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
         if !(device.is_cpu() || cfg!(feature = "cuda") && device.is_cuda()) {
             return not_on_cpu(device);
@@ -77,7 +78,9 @@ fn read(bytes: &[u8]) -> Result<CompressedKvCache> {
             metadata("version")
         )
     }
-    let header: Header = match serde_json::from_str(metadata("cache").map_or("", String::as_str)) {
+    let text = metadata("cache").map_or("", String::as_str);
+    check_checksum(metadata("checksum"), &checksum(text, &mut file.tensors()))?;
+    let header: Header = match serde_json::from_str(text) {
         Ok(header) => header,
         Err(error) => bail!("header: expected what version {VERSION} writes, got {error}; {DAMAGED}"),
     };
@@ -90,6 +93,19 @@ fn read(bytes: &[u8]) -> Result<CompressedKvCache> {
         cache.state = Some(restore_state(&cache, saved, &file)?);
     }
     Ok(cache)
+}
+
+fn check_checksum(saved: Option<&String>, of_content: &str) -> Result<()> {
+    match saved {
+        Some(saved) if saved == of_content => Ok(()),
+        Some(saved) => {
+            bail!("checksum: expected the file's own, {saved:?}, got {of_content:?} of what it holds; {DAMAGED}")
+        }
+        None => bail!(
+            "checksum: expected one, got none; a version of this crate before its first release wrote the file, append \
+             the tokens to a new cache and save that"
+        ),
+    }
 }
 
 fn dtype_of(name: &str) -> Result<DType> {
@@ -108,6 +124,7 @@ fn restore_state(cache: &CompressedKvCache, saved: &SavedState, file: &SafeTenso
         )
     }
     check_sizes(&saved.sizes)?;
+    cache.strategies.check_heads(saved.sizes.heads)?;
     check_heads(saved, &cache.config)?;
     // Token indices are u32.
     if !(1..=u32::MAX as usize).contains(&saved.seq_len) {

@@ -75,6 +75,7 @@ macro_rules! each {
     };
 }
 
+mod checksum;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod load;

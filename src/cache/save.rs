@@ -1,7 +1,7 @@
 //! [`CompressedKvCache::save`] and the file format that it shares with [`CompressedKvCache::load`].
 //!
-//! One safetensors file. Its metadata hold `format` ([`FORMAT`]), `version` ([`VERSION`]) and `cache`, a [`Header`] as
-//! JSON. List i of the header has the tensors `i.NAME`: all of them, with 0 rows where it has nothing to keep. S is the
+//! One safetensors file. Its metadata hold `format` ([`FORMAT`]), `version` ([`VERSION`]), `cache`, a [`Header`] as
+//! JSON, and `checksum` ([`checksum`]) over all of these and the tensors. List i of the header has the tensors `i.NAME`: all of them, with 0 rows where it has nothing to keep. S is the
 //! storage dtype, A that of sums: f64 for f64, else f32.
 //!
 //! | NAME | shape | dtype | |
@@ -23,13 +23,16 @@
 //! | `masses` | (min(window, seq_len)) | A | what each raw token was given so far |
 //! | `sink_keys` | (min(sinks, seq_len), D) | S | the keys of the first tokens |
 
+use super::checksum::checksum;
 use super::{CompressedKvCache, Lists, ListsOf, Sizes, State};
+use crate::config::whole::{present, WholeConfig, WholeStrategies};
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest, MergeStrategy};
 use crate::cpu::cached::ListHeads;
 use crate::cpu::list::List;
 use crate::cpu::Element;
+use crate::files::replace;
 use candle_core::{Error, Result, WithDType};
-use safetensors::{Dtype, View};
+use safetensors::{Dtype, SafeTensorError, View};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -44,12 +47,17 @@ pub(super) const VERSION: &str = "1";
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Header {
+    #[serde(with = "WholeConfig")]
     pub config: CompressionConfig,
+    #[serde(deserialize_with = "WholeStrategies::read")]
     pub strategies: HeadStrategies,
     /// The options' storage dtype.
+    #[serde(deserialize_with = "present")]
     pub storage: Option<String>,
+    #[serde(deserialize_with = "present")]
     pub max_entries: Option<usize>,
     /// None for an empty cache.
+    #[serde(deserialize_with = "present")]
     pub state: Option<SavedState>,
 }
 
@@ -71,7 +79,9 @@ pub(super) struct SavedList {
     /// One per query head. Not those of the strategies once `index_select` has moved batch rows.
     pub tests: Vec<SavedTest>,
     /// The token of `run_key`.
+    #[serde(deserialize_with = "present")]
     pub run_start: Option<usize>,
+    #[serde(deserialize_with = "present")]
     pub last_bad: Option<usize>,
 }
 
@@ -80,6 +90,7 @@ pub(super) struct SavedList {
 #[serde(deny_unknown_fields)]
 pub(super) struct SavedTest {
     pub strategy: MergeStrategy,
+    #[serde(deserialize_with = "present")]
     pub threshold: Option<f64>,
 }
 
@@ -223,7 +234,8 @@ fn saved_lists<S: Element>(lists: &ListsOf<S>) -> Vec<SavedList> {
 impl CompressedKvCache {
     /// Writes the cache to one safetensors file, from which [`Self::load`] brings it back bit for bit. The file appears
     /// whole or not at all: it is written beside `path` and renamed, in place of what was there. On Unix only its owner
-    /// may read it. It takes about [`Self::bytes`], and 2 kB per list.
+    /// may read it, unless it replaces a file with other permissions. It takes about [`Self::bytes`], and 2 kB per list.
+    /// A link stays a link, and its file is replaced.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
@@ -252,13 +264,25 @@ impl CompressedKvCache {
 
     fn save_state(&self, state: Option<&State>, path: &Path) -> Result<()> {
         let header = serde_json::to_string(&self.header(state)).map_err(Error::wrap)?;
-        let metadata = [("format", FORMAT), ("version", VERSION), ("cache", &header)];
-        let metadata: HashMap<_, _> = metadata.map(|(name, value)| (name.into(), value.into())).into();
-        let tensors = match state {
+        let mut tensors = match state {
             Some(state) => each!(&state.lists, lists => pieces(lists)),
             None => Vec::new(),
         };
-        safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|error| {
+        let checksum = checksum(&header, &mut tensors);
+        let metadata = [
+            ("format", FORMAT),
+            ("version", VERSION),
+            ("cache", &header),
+            ("checksum", &checksum),
+        ];
+        let metadata: HashMap<_, _> = metadata.map(|(name, value)| (name.into(), value.into())).into();
+        let fill = |file: &Path| {
+            safetensors::serialize_to_file(tensors, Some(metadata), file).map_err(|error| match error {
+                SafeTensorError::IoError(error) => error,
+                error => std::io::Error::other(error),
+            })
+        };
+        replace(path, fill).map_err(|error| {
             Error::msg(format!(
                 "save {}: expected to write the file, got {error}; choose a folder that exists, may be written to and \
                  has room",

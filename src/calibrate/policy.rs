@@ -1,11 +1,15 @@
 //! [`Policy`]: what calibration chose, as JSON.
 
+use crate::config::whole::WholeConfig;
 use crate::config::{CompressionConfig, GroupRule, HeadStrategies, MergeStrategy};
 use candle_core::{bail, Device, Error, Result, Tensor};
 use serde::{Deserialize, Serialize};
 
 /// What a policy file says it is.
 const FORMAT: &str = "candle-sfattention policy 1";
+/// The most heads of a layer and numbers of a head. A file of a few bytes can name any, and later code makes as many
+/// entries.
+const LARGEST: usize = 1 << 16;
 
 /// The sizes of a model's attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,13 +26,16 @@ pub struct ModelShape {
 }
 
 impl ModelShape {
-    /// Refuses sizes of 0, and heads that are no multiple of the KV heads.
+    /// Refuses sizes of 0 or beyond [`LARGEST`], and heads that are no multiple of the KV heads.
     pub(super) fn check(&self) -> Result<()> {
         let sizes = [self.layers, self.heads, self.kv_heads, self.head_dim];
         if sizes.contains(&0) || !self.heads.is_multiple_of(self.kv_heads) {
             bail!(
                 "model: expected sizes of at least 1 and KV heads that divide the heads, got {self:?}; see its config"
             )
+        }
+        if self.heads.max(self.head_dim) > LARGEST {
+            bail!("model: expected heads and head_dim of at most {LARGEST}, got {self:?}; see its config")
         }
         Ok(())
     }
@@ -74,7 +81,8 @@ pub struct PolicyOptions {
     pub fingerprint: String,
     /// The shape that it fits.
     pub model: ModelShape,
-    /// The settings that the thresholds are for.
+    /// The settings that the thresholds are for. None of them may be left out.
+    #[serde(with = "WholeConfig")]
     pub config: CompressionConfig,
     /// One per layer.
     pub layers: Vec<LayerPolicy>,
@@ -121,8 +129,8 @@ impl Policy {
     /// Checks that the parts fit together.
     ///
     /// # Errors
-    /// Settings that have no meaning, another number of layers or entries than the model has, thresholds that are not
-    /// finite.
+    /// Settings that have no meaning, a model of no or of more than 65,536 heads or numbers per head, another number of
+    /// layers or entries than the model has, thresholds that are not finite.
     pub fn new(parts: PolicyOptions) -> Result<Self> {
         parts.model.check()?;
         parts.config.check(true)?;
@@ -147,8 +155,8 @@ impl Policy {
                     "layer {index}: expected {units} entries in each list, got {lens:?}; give one per head that decides"
                 )
             }
+            check_finite(&format!("layer {index}: thresholds"), &layer.thresholds)?;
         }
-        policy.strategies()?;
         Ok(policy)
     }
 
@@ -206,6 +214,29 @@ impl Policy {
     /// # Errors
     /// Figures that are not finite.
     pub fn to_json(&self) -> Result<String> {
+        let PolicyOptions {
+            layers, calibration, ..
+        } = &self.0;
+        for (index, layer) in layers.iter().enumerate() {
+            check_finite(&format!("layer {index}: hidden_ratios"), &layer.hidden_ratios)?;
+            check_finite(&format!("layer {index}: errors"), &layer.errors)?;
+        }
+        for (name, figure) in [
+            ("target", calibration.target),
+            ("hidden_ratio", calibration.hidden_ratio),
+            ("hidden_ratio_of_all", calibration.hidden_ratio_of_all),
+            ("error", calibration.error),
+        ] {
+            check_finite(&format!("calibration: {name}"), &[figure])?;
+        }
         serde_json::to_string_pretty(self).map_err(Error::wrap)
+    }
+}
+
+/// JSON has no other numbers.
+fn check_finite(what: &str, numbers: &[f64]) -> Result<()> {
+    match numbers.iter().find(|x| !x.is_finite()) {
+        Some(bad) => bail!("{what}: expected finite numbers, got {bad}; calibrate on samples that are finite"),
+        None => Ok(()),
     }
 }

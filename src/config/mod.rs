@@ -7,6 +7,7 @@ use candle_core::{bail, Result, Tensor};
 use serde::{Deserialize, Serialize};
 
 mod strategies;
+pub(crate) mod whole;
 pub use strategies::{HeadStrategies, HeadTest};
 
 /// How one head decides that a token resembles its neighbour. Source: the paper.

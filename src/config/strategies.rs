@@ -33,9 +33,9 @@ pub struct HeadStrategies {
 /// [`HeadStrategies`] as they are read, before they are checked.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct HeadTables {
-    strategies: Table<MergeStrategy>,
-    thresholds: Option<Table<f64>>,
+pub(super) struct HeadTables {
+    pub(super) strategies: Table<MergeStrategy>,
+    pub(super) thresholds: Option<Table<f64>>,
 }
 
 impl TryFrom<HeadTables> for HeadStrategies {
@@ -61,7 +61,7 @@ fn check_finite(thresholds: &[f64]) -> Result<()> {
 /// A row-major table that broadcasts over the axes it lacks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Table<T> {
+pub(super) enum Table<T> {
     Uniform(T),
     PerHead(Vec<T>),
     PerBatchHead { heads: usize, values: Vec<T> },

@@ -42,7 +42,10 @@ impl Contents {
         let owned = |view: TensorView| (view.dtype(), view.shape().to_vec(), view.data().to_vec());
         Ok(Self {
             cache: serde_json::from_str(&metadata["cache"])?,
-            metadata: metadata.into_iter().filter(|(name, _)| name != "cache").collect(),
+            metadata: metadata
+                .into_iter()
+                .filter(|(name, _)| name != "cache" && name != "checksum")
+                .collect(),
             tensors: file
                 .iter()
                 .map(|(name, view)| (name.to_string(), owned(view)))
@@ -50,9 +53,38 @@ impl Contents {
         })
     }
 
+    /// The checksum that `CompressedKvCache::save` gives a file of these contents, with `cache` as its header.
+    pub fn checksum(&self, cache: &str) -> String {
+        let mut bytes = Vec::new();
+        let text = |bytes: &mut Vec<u8>, text: &str| {
+            bytes.extend((text.len() as u64).to_le_bytes());
+            bytes.extend(text.as_bytes());
+        };
+        for part in ["candle-sfattention kv-cache", "1", cache] {
+            text(&mut bytes, part);
+        }
+        for (name, (dtype, shape, data)) in &self.tensors {
+            text(&mut bytes, name);
+            text(&mut bytes, &dtype.to_string());
+            for number in std::iter::once(&shape.len()).chain(shape) {
+                bytes.extend((*number as u64).to_le_bytes());
+            }
+            bytes.extend(data);
+        }
+        format!("{:08x}", crc32fast::hash(&bytes))
+    }
+
+    /// With the checksum that fits, so that what reads it has the contents to judge.
     pub fn write(&self, path: &Path) -> Result<()> {
+        let cache = self.cache.to_string();
         let mut metadata: HashMap<_, _> = self.metadata.clone().into_iter().collect();
-        metadata.insert("cache".into(), self.cache.to_string());
+        metadata.insert("checksum".into(), self.checksum(&cache));
+        metadata.insert("cache".into(), cache);
+        self.write_as(path, metadata)
+    }
+
+    /// With these metadata in the place of its own.
+    pub fn write_as(&self, path: &Path, metadata: HashMap<String, String>) -> Result<()> {
         let tensors = self.tensors.iter();
         let views = tensors
             .map(|(name, (dtype, shape, data))| Ok((name, TensorView::new(*dtype, shape.clone(), data)?)))

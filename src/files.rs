@@ -1,0 +1,98 @@
+//! Files that appear whole or not at all. The examples share this file.
+
+use std::fs;
+use std::io::{Error, ErrorKind, Result};
+use std::path::{Path, PathBuf};
+
+/// Links from one to the next, as many as Linux follows.
+const MOST_LINKS: usize = 40;
+
+/// Where a file's content goes.
+enum Place {
+    /// A file, or a name that is still free: a new file takes it.
+    Name(PathBuf),
+    /// A device, a pipe or a descriptor of this process: no other file can stand in for it.
+    Stream,
+}
+
+/// Has `fill` write a new file, whose path it gets, and puts that file in the place of `path`. The new file is on the
+/// disk before it takes the name, so that `path` holds the old content or the new one, whatever fails. A link stays a
+/// link: the file that it names is replaced. A file that is replaced passes its permissions on. A device or a pipe is
+/// written to.
+///
+/// # Errors
+/// A folder that does not exist or may not be written to, a full disk, or an error of `fill`. The new file is then
+/// removed.
+pub(crate) fn replace(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let target = match place(path)? {
+        Place::Name(target) => target,
+        Place::Stream => return stream(path, fill),
+    };
+    let folder = folder_of(&target);
+    let beside = new_file(folder, &target)?;
+    fill(&beside)?;
+    if let Ok(old) = fs::metadata(&target) {
+        fs::set_permissions(&beside, old.permissions())?;
+    }
+    fs::File::options().write(true).open(&beside)?.sync_all()?;
+    beside.persist(&target).map_err(|error| error.error)?;
+    // The file has its name; not every file system can say when the folder is on the disk.
+    #[cfg(unix)]
+    let _ = fs::File::open(folder).and_then(|folder| folder.sync_all());
+    Ok(())
+}
+
+/// A file of no name in use, which the folder's others do not show. Its permissions are those of any new file.
+fn new_file(folder: &Path, target: &Path) -> Result<tempfile::TempPath> {
+    let mut prefix = std::ffi::OsString::from(".");
+    prefix.push(target.file_name().unwrap_or_default());
+    prefix.push(".");
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(&prefix).suffix(".tmp");
+    // The process's mask is taken off.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    Ok(builder.tempfile_in(folder)?.into_temp_path())
+}
+
+fn folder_of(path: &Path) -> &Path {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    folder.unwrap_or(Path::new("."))
+}
+
+fn place(path: &Path) -> Result<Place> {
+    let mut target = path.to_path_buf();
+    for _ in 0..MOST_LINKS {
+        let Some(name) = target.file_name() else {
+            return Err(Error::new(ErrorKind::IsADirectory, "a folder in the place of a file"));
+        };
+        let folder = folder_of(&target).canonicalize()?;
+        // Links there name open files, not paths.
+        if folder.starts_with("/proc") {
+            return Ok(Place::Stream);
+        }
+        target = folder.join(name);
+        match fs::symlink_metadata(&target) {
+            Ok(found) if found.is_symlink() => target = folder.join(fs::read_link(&target)?),
+            Ok(found) if found.is_dir() => {
+                return Err(Error::new(ErrorKind::IsADirectory, "a folder in the place of a file"))
+            }
+            Ok(found) if !found.is_file() => return Ok(Place::Stream),
+            Ok(_) => return Ok(Place::Name(target)),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Place::Name(target)),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(Error::other(format!(
+        "more than {MOST_LINKS} links from one to the next"
+    )))
+}
+
+/// The whole content first, so that an error of `fill` writes nothing.
+fn stream(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let whole = tempfile::NamedTempFile::new()?.into_temp_path();
+    fill(&whole)?;
+    let mut stream = fs::File::options().append(true).open(path)?;
+    std::io::copy(&mut fs::File::open(&whole)?, &mut stream)?;
+    Ok(())
+}
