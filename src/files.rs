@@ -1,4 +1,4 @@
-//! Files that appear whole or not at all. The examples share this file.
+//! Files that appear whole or not at all: saved caches, and all that the examples write, which include this file.
 
 use std::fs;
 use std::io::{Error, ErrorKind, Result};

@@ -1,6 +1,5 @@
 //! `llama calibrate`: every head's threshold from a text, as a policy.
 
-use std::fs;
 use std::io::{stdout, Write};
 use std::path::{Path, PathBuf};
 
@@ -16,7 +15,7 @@ use crate::args::{CalibrateArgs, ErrorScale, WeightArgs};
 use crate::corpus::{self, Window};
 use crate::load::Checkpoint;
 use crate::model::{HiddenCounts, LayerCall, Llama};
-use crate::report::check_path;
+use crate::report::{check_path, write_file};
 use crate::windows::{self, Purpose};
 
 pub fn run(args: &CalibrateArgs) -> Result<()> {
@@ -40,7 +39,7 @@ pub fn run(args: &CalibrateArgs) -> Result<()> {
     let fingerprint = model.fingerprint()?;
     for (target, out) in args.target.iter().zip(outs) {
         let policy = measurement.policy(*target, &fingerprint)?;
-        fs::write(&out, policy.to_json()? + "\n").with_context(|| format!("out {}", out.display()))?;
+        write_file(&out, &(policy.to_json()? + "\n")).with_context(|| format!("out {}", out.display()))?;
         print(&policy, &out)?;
     }
     Ok(())

@@ -8,6 +8,8 @@ mod compression;
 mod corpus;
 mod error;
 mod eval;
+#[path = "../../src/files.rs"]
+mod files;
 mod finite;
 mod generate;
 mod load;

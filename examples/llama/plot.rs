@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
+use crate::report::write_file;
 use crate::stats::mib;
 
 /// One line of the picture.
@@ -23,9 +24,15 @@ const INK: RGBColor = RGBColor(60, 60, 60);
 
 /// Draws up to two curves, the first labelled above its end and the others below theirs, clear of the one above.
 pub fn draw(file: &Path, title: &str, curves: &[Curve]) -> Result<()> {
+    let mut svg = String::new();
+    picture(SVGBackend::with_string(&mut svg, SIZE), title, curves)?;
+    write_file(file, &svg).with_context(|| format!("svg {}", file.display()))
+}
+
+fn picture(svg: SVGBackend, title: &str, curves: &[Curve]) -> Result<()> {
     let ends = curves.iter().filter_map(|curve| curve.points.last());
     let most = ends.fold((1, 1), |most, end| (most.0.max(end.0), most.1.max(end.1)));
-    let root = SVGBackend::new(file, SIZE).into_drawing_area();
+    let root = svg.into_drawing_area();
     root.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&root)
         .caption(title, ("sans-serif", 18).into_font().color(&INK))

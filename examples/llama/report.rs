@@ -1,7 +1,7 @@
 //! What a run found, for people and for programs.
 
-use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::fs;
+use std::io::Write;
 use std::path::Path;
 
 use anyhow::{ensure, Context, Result};
@@ -9,6 +9,7 @@ use candle_sfattention::CompressionConfig;
 use serde::Serialize;
 
 use crate::compression::Compression;
+use crate::files::replace;
 use crate::model_args::ModelArgs;
 use crate::stats::Hidden;
 
@@ -60,11 +61,11 @@ pub fn check_path(name: &str, path: Option<&Path>) -> Result<()> {
 
 pub fn write_json(name: &str, path: Option<&Path>, report: &impl Serialize) -> Result<()> {
     let Some(path) = path else { return Ok(()) };
-    let write = || -> Result<()> {
-        let mut file = BufWriter::new(File::create(path)?);
-        serde_json::to_writer_pretty(&mut file, report)?;
-        writeln!(file)?;
-        Ok(file.flush()?)
-    };
-    write().with_context(|| format!("{name} {}", path.display()))
+    let text = serde_json::to_string_pretty(report)? + "\n";
+    write_file(path, &text).with_context(|| format!("{name} {}", path.display()))
+}
+
+/// The whole text in the place of what was there, or an error and the old file.
+pub fn write_file(path: &Path, text: &str) -> Result<()> {
+    Ok(replace(path, |file| fs::write(file, text))?)
 }

@@ -12,6 +12,7 @@ use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use crate::evaluate::HeldOut;
+use crate::files::replace;
 use crate::model::LlamaConfig;
 use crate::optimizer::AdamW;
 use crate::source::{config_json, Framing, Source};
@@ -126,32 +127,49 @@ fn write_model(folder: &Path, model: &Model, dtype: DType) -> Result<()> {
         .map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))
 }
 
-/// Fills a folder beside `folder`, then puts it in its place.
+/// Fills a folder beside `folder`, then puts it in its place. Where that fails, the old folder stays, and nothing is left
+/// beside it.
 fn replace_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let temporary = folder.with_extension("tmp");
-    let write = || -> Result<()> {
-        if temporary.exists() {
-            fs::remove_dir_all(&temporary)?;
-        }
-        fs::create_dir_all(&temporary)?;
-        fill(&temporary)?;
-        for entry in fs::read_dir(&temporary)? {
-            File::open(entry?.path())?.sync_all()?;
-        }
-        if folder.exists() {
-            fs::remove_dir_all(folder)?;
-        }
-        Ok(fs::rename(&temporary, folder)?)
-    };
-    write().with_context(|| format!("{}", folder.display()))
+    let written = write_folder(&temporary, fill).and_then(|()| put_in_place(&temporary, folder));
+    if written.is_err() {
+        let _ = fs::remove_dir_all(&temporary);
+    }
+    written.with_context(|| format!("{}", folder.display()))
 }
 
-/// Writes a file beside `path`, then renames it.
+fn write_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    if folder.exists() {
+        fs::remove_dir_all(folder)?;
+    }
+    fs::create_dir_all(folder)?;
+    fill(folder)?;
+    for entry in fs::read_dir(folder)? {
+        File::open(entry?.path())?.sync_all()?;
+    }
+    Ok(())
+}
+
+/// The old folder is removed only once the new one has its name.
+fn put_in_place(new: &Path, folder: &Path) -> Result<()> {
+    let old = folder.with_extension("old");
+    if !folder.exists() {
+        return Ok(fs::rename(new, folder)?);
+    }
+    if old.exists() {
+        fs::remove_dir_all(&old)?;
+    }
+    fs::rename(folder, &old)?;
+    if let Err(error) = fs::rename(new, folder) {
+        fs::rename(&old, folder)?;
+        return Err(error.into());
+    }
+    Ok(fs::remove_dir_all(&old)?)
+}
+
+/// The whole text in the place of what was there, or an error and the old file.
 pub fn write_file(path: &Path, text: &str) -> Result<()> {
-    let temporary = path.with_extension("tmp");
-    fs::write(&temporary, text)
-        .and_then(|()| fs::rename(&temporary, path))
-        .with_context(|| format!("{}", path.display()))
+    replace(path, |file| fs::write(file, text)).with_context(|| format!("{}", path.display()))
 }
 
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {

@@ -16,6 +16,8 @@ mod data;
 mod error;
 mod evaluate;
 mod experiment;
+#[path = "../../src/files.rs"]
+mod files;
 #[allow(dead_code)]
 #[path = "../llama/load/mod.rs"]
 mod load;

@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{anyhow, Result};
 use plotters::prelude::*;
 
+use crate::checkpoint::write_file;
 use crate::record::Row;
 
 /// A named curve.
@@ -68,25 +69,27 @@ fn draw(path: &Path, title: &str, log: bool, curves: &[Curve]) -> Result<()> {
         return Ok(());
     }
     let margin = ((high - low) * 0.05).max(1e-3);
+    let mut svg = String::new();
     let drawn = if log {
         let range = (low * 0.97..high * 1.03).log_scale();
-        draw_on(path, title, last, range, curves)
+        draw_on(&mut svg, title, last, range, curves)
     } else {
         let range = (low - margin).max(if low >= 0.0 { 0.0 } else { f64::NEG_INFINITY })..high + margin;
-        draw_on(path, title, last, range, curves)
+        draw_on(&mut svg, title, last, range, curves)
     };
-    drawn.map_err(|error| anyhow!("{}: {error}", path.display()))
+    drawn.map_err(|error| anyhow!("{}: {error}", path.display()))?;
+    write_file(path, &svg)
 }
 
 type DrawResult = std::result::Result<(), Box<dyn std::error::Error>>;
 
-fn draw_on<Y>(path: &Path, title: &str, last: f64, range: Y, curves: &[Curve]) -> DrawResult
+fn draw_on<Y>(svg: &mut String, title: &str, last: f64, range: Y, curves: &[Curve]) -> DrawResult
 where
     Y: plotters::coord::ranged1d::AsRangedCoord<Value = f64>,
     Y::CoordDescType: plotters::coord::ranged1d::ValueFormatter<f64>,
 {
     let legend = if curves.len() > 1 { 260 } else { 0 };
-    let root = SVGBackend::new(path, (900 + legend, 540)).into_drawing_area();
+    let root = SVGBackend::with_string(svg, (900 + legend, 540)).into_drawing_area();
     root.fill(&WHITE)?;
     let (plot, names) = root.split_horizontally(900);
     let mut chart = ChartBuilder::on(&plot)
@@ -130,11 +133,13 @@ pub fn plot_tradeoff(out: &Path, runs: &[(String, f64, f64)]) -> Result<()> {
     if runs.is_empty() {
         return Ok(());
     }
-    draw_tradeoff(&path, &runs).map_err(|error| anyhow!("{}: {error}", path.display()))
+    let mut svg = String::new();
+    draw_tradeoff(&mut svg, &runs).map_err(|error| anyhow!("{}: {error}", path.display()))?;
+    write_file(&path, &svg)
 }
 
-fn draw_tradeoff(path: &Path, runs: &[&(String, f64, f64)]) -> DrawResult {
-    let root = SVGBackend::new(path, (1160, 540)).into_drawing_area();
+fn draw_tradeoff(svg: &mut String, runs: &[&(String, f64, f64)]) -> DrawResult {
+    let root = SVGBackend::with_string(svg, (1160, 540)).into_drawing_area();
     root.fill(&WHITE)?;
     let (plot, names) = root.split_horizontally(900);
     let low = runs.iter().map(|run| run.2).fold(f64::INFINITY, f64::min);

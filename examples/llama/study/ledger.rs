@@ -8,6 +8,8 @@ use std::path::Path;
 use anyhow::{ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::report::write_file;
+
 /// One method on one task.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
@@ -41,33 +43,29 @@ impl Ledger {
     /// Goes on with `path`, which must be of the same settings, or begins it.
     pub fn open(path: &Path, settings: &str) -> Result<Self> {
         let mut records = BTreeMap::new();
-        let known = path.exists();
-        if known {
-            for (index, line) in BufReader::new(File::open(path)?).lines().enumerate() {
-                match (index, serde_json::from_str(&line?)) {
-                    (0, Ok(Line::Settings(found))) => ensure!(
-                        found == settings,
-                        "{}: expected a report of the same settings, {settings}, got {found}; choose another --out",
-                        path.display()
-                    ),
-                    (_, Ok(Line::Record(key, record))) => drop(records.insert(key, record)),
-                    // A run that was killed may leave half a line behind.
-                    _ => {}
-                }
+        if !path.exists() {
+            let first = serde_json::to_string(&Line::Settings(settings.into()))? + "\n";
+            write_file(path, &first).with_context(|| path.display().to_string())?;
+        }
+        let mut found = None;
+        for (index, line) in BufReader::new(File::open(path)?).lines().enumerate() {
+            match (index, serde_json::from_str(&line?)) {
+                (0, Ok(Line::Settings(first))) => found = Some(first),
+                (_, Ok(Line::Record(key, record))) => drop(records.insert(key, record)),
+                // A run that was killed may leave half a line behind.
+                _ => {}
             }
         }
-        let file = OpenOptions::new().create(true).append(true).open(path);
+        ensure!(
+            found.as_deref() == Some(settings),
+            "{}: expected a report of the same settings, {settings}, got {}; choose another --out",
+            path.display(),
+            found.unwrap_or("none".into())
+        );
+        let file = OpenOptions::new().append(true).open(path);
         let mut file = file.with_context(|| path.display().to_string())?;
         // Ends a line that was cut short.
-        writeln!(
-            file,
-            "{}",
-            if known {
-                String::new()
-            } else {
-                serde_json::to_string(&Line::Settings(settings.into()))?
-            }
-        )?;
+        writeln!(file)?;
         Ok(Self { file, records })
     }
 

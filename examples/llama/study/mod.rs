@@ -18,6 +18,7 @@ use crate::calibrate;
 use crate::corpus::{self, Window};
 use crate::load::Checkpoint;
 use crate::model::{HiddenCounts, Llama};
+use crate::report::write_file;
 use crate::windows::{self, Purpose};
 use ledger::{Ledger, Record};
 use method::{Kept, Method};
@@ -135,7 +136,7 @@ fn policies(model: &Llama, checkpoint: &Checkpoint, tokens: &[u32], args: &Repor
             }
             let measurement = measurement.as_ref().context("calibration")?;
             let policy = measurement.policy(*ratio, &model.fingerprint()?)?;
-            fs::write(file(ratio), policy.to_json()? + "\n")?;
+            write_file(&file(ratio), &(policy.to_json()? + "\n"))?;
             policy
         };
         policy.head_strategies(&checkpoint.config.shape())?;

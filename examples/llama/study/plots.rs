@@ -3,10 +3,12 @@
 use std::path::Path;
 
 use anyhow::Result;
+use candle_sfattention::calibrate::LayerPolicy;
 use candle_sfattention::Policy;
 use plotters::prelude::*;
 
 use super::summary::{Row, Summary};
+use crate::report::write_file;
 
 const SIZE: (u32, u32) = (720, 400);
 const INK: RGBColor = RGBColor(60, 60, 60);
@@ -41,13 +43,19 @@ pub fn draw(folder: &Path, summary: &Summary, policies: &[(f64, Policy)]) -> Res
 
 /// One line per family. What is more than `limit` times dense is drawn at the top, with its number.
 fn curves(file: &Path, title: &str, limit: f64, summary: &Summary, value: impl Fn(&Row) -> f64) -> Result<()> {
+    let mut svg = String::new();
+    curves_on(SVGBackend::with_string(&mut svg, SIZE), title, limit, summary, value)?;
+    write_file(file, &svg)
+}
+
+fn curves_on(svg: SVGBackend, title: &str, limit: f64, summary: &Summary, value: impl Fn(&Row) -> f64) -> Result<()> {
     let dense = summary
         .rows
         .iter()
         .find(|row| row.family == "dense")
         .map_or(1.0, &value);
     let (bottom, top) = (dense - (limit - 1.0) * dense * 0.08, dense * limit);
-    let root = SVGBackend::new(file, SIZE).into_drawing_area();
+    let root = svg.into_drawing_area();
     root.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&root)
         .caption(title, ("sans-serif", 18).into_font().color(&INK))
@@ -96,7 +104,14 @@ fn curves(file: &Path, title: &str, limit: f64, summary: &Summary, value: impl F
 fn heat_map(file: &Path, ratio: f64, policy: &Policy) -> Result<()> {
     let layers = &policy.parts().layers;
     let units = layers.first().map_or(1, |layer| layer.hidden_ratios.len());
-    let root = SVGBackend::new(file, (SIZE.0, 120 + 28 * units as u32)).into_drawing_area();
+    let mut svg = String::new();
+    let size = (SIZE.0, 120 + 28 * units as u32);
+    heat_map_on(SVGBackend::with_string(&mut svg, size), ratio, layers, units)?;
+    write_file(file, &svg)
+}
+
+fn heat_map_on(svg: SVGBackend, ratio: f64, layers: &[LayerPolicy], units: usize) -> Result<()> {
+    let root = svg.into_drawing_area();
     root.fill(&WHITE)?;
     let title = format!("Hidden per layer and KV head, {ratio} in all");
     let mut chart = ChartBuilder::on(&root)

@@ -1,6 +1,5 @@
 //! A report's numbers: JSON for programs, Markdown for people.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -8,6 +7,7 @@ use serde::Serialize;
 
 use super::ledger::{Ledger, Record};
 use super::method::Method;
+use crate::report::write_file;
 
 #[derive(Serialize)]
 pub struct Summary {
@@ -53,9 +53,11 @@ impl Summary {
     }
 
     pub fn write(&self, folder: &Path) -> Result<()> {
-        fs::write(folder.join("report.json"), serde_json::to_string_pretty(self)? + "\n")?;
-        fs::write(folder.join("report.md"), self.markdown())?;
-        Ok(())
+        write_file(
+            &folder.join("report.json"),
+            &(serde_json::to_string_pretty(self)? + "\n"),
+        )?;
+        write_file(&folder.join("report.md"), &self.markdown())
     }
 
     pub fn markdown(&self) -> String {
