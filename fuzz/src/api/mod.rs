@@ -1,0 +1,38 @@
+//! One drawn call of attention, its gradients and its cache, held against the reference.
+
+mod case;
+mod check;
+mod inputs;
+mod near;
+
+use arbitrary::Unstructured;
+use std::sync::{Mutex, Once, PoisonError};
+
+/// The case at work, for whatever stops it.
+static CASE: Mutex<String> = Mutex::new(String::new());
+
+fn at_work() -> std::sync::MutexGuard<'static, String> {
+    CASE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// `SFATTENTION_FUZZ_SHOW` prints every case before it runs, for faults that end the process without a panic.
+pub fn run(data: &[u8]) {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let next = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            eprintln!("settings: {}", at_work());
+            next(info);
+        }));
+    });
+    let Ok(case) = case::Case::draw(&mut Unstructured::new(data)) else {
+        return;
+    };
+    *at_work() = format!("{case:?}");
+    if std::env::var_os("SFATTENTION_FUZZ_SHOW").is_some() {
+        eprintln!("settings: {}", at_work());
+    }
+    if let Err(error) = check::check(&case) {
+        panic!("{}", error.to_string().lines().next().unwrap_or_default());
+    }
+}
