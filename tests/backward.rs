@@ -7,8 +7,11 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_sfattention::reference::{self, Array4};
 use candle_sfattention::{attend, AttentionOptions, CompressionConfig, Fold, HeadStrategies, MergePlan, MergeStrategy};
+use common::again::on_every_kernel;
+use common::budget::Side;
 use common::golden::all_cases;
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
+use common::judge::{differentiate, Expected, Shares};
 use common::settings::{reference_bits, settings};
 
 const SHAPES: [Shape; 9] = [
@@ -104,6 +107,33 @@ fn f32_agrees_with_the_reference() -> Result<()> {
 fn half_types_agree_with_the_reference() -> Result<()> {
     check(DType::F16, &SHAPES[..8], 4.0 * 2f64.powi(-11), 1.0)?;
     check(DType::BF16, &SHAPES[..8], 4.0 * 2f64.powi(-8), 1.0)
+}
+
+/// Each element of the gradients within what one rounding and those on the way explain.
+#[test]
+fn half_types_err_by_their_roundings_alone() -> Result<()> {
+    for dtype in [DType::F16, DType::BF16] {
+        let mut shares = Shares::default();
+        for setting in settings() {
+            for (seed, shape) in SHAPES[..7].iter().enumerate() {
+                let (options, qkv) = ((setting.options)(shape), shape.qkv(seed as u64, dtype)?);
+                let grad_output = grad_output_for(&qkv[0], seed as u64)?;
+                let expected = Expected::new(Side::Cpu, &qkv, &grad_output, &setting, &options)?;
+                let plan = MergePlan::from_indicators(&expected.bits, &setting.config)?;
+                let got = differentiate(&qkv, &grad_output, |q, k, v| Ok(attend(q, k, v, &plan, &options)?))?;
+                let what = format!("{} {shape:?} {dtype:?}", setting.name);
+                expected.check(&what, [&got[0], &got[1], &got[2], &got[3]], &mut shares)?;
+            }
+        }
+        shares.report()?;
+    }
+    Ok(())
+}
+
+/// The same with each kind of instructions that this CPU has for halves, and with none.
+#[test]
+fn half_types_agree_on_every_kernel() -> Result<()> {
+    on_every_kernel(&["half_types_err_by_their_roundings_alone"])
 }
 
 /// What is not finite in one row of the output's gradient reaches the gradients of all that the row saw.

@@ -6,9 +6,10 @@ mod common;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_sfattention::{emulation, AttentionOptions, CompressionConfig, Fold, GroupRule, MergeStrategy};
+use common::budget::Side;
 use common::golden::cases;
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
-use common::judge::Expected;
+use common::judge::{Expected, Shares};
 use common::settings::{settings, Setting};
 
 /// Odd everything, with every padded head size; the emulator is slow, so blocks and tiles are passed by little.
@@ -59,14 +60,14 @@ impl Kernels {
 
 /// Output and gradients of the table, as the kernels compute them and as those for nothing hidden do.
 fn check(dtype: DType, memory: Memory) -> Result<()> {
-    let (mut worst, mut at) = (0.0, String::new());
+    let mut shares = Shares::default();
     for setting in settings().iter().filter(|setting| wanted(setting)) {
         for (seed, shape) in SHAPES.iter().enumerate() {
             let options = (setting.options)(shape);
             let qkv = shape.qkv(seed as u64, dtype)?;
             let &Shape(batch, heads, _, tokens, dim) = shape;
             let grad_output = Shape(batch, heads, heads, tokens, dim).qkv(seed as u64 + 77, dtype)?[2].clone();
-            let expected = Expected::new(&qkv, &grad_output, setting, &options)?;
+            let expected = Expected::new(Side::Cuda, &qkv, &grad_output, setting, &options)?;
             let [q, k, v] = &laid_out(&qkv, memory)?;
             // Gradients have kernels of their own for nothing hidden, and where sums must have one owner; halves have others for
             // devices with warpgroups.
@@ -99,15 +100,15 @@ fn check(dtype: DType, memory: Memory) -> Result<()> {
                 };
                 let pass = kernels.run(attend).with_context(|| what.clone())?;
                 let [dq, dk, dv] = &pass.gradients.context("gradients were asked for")?;
-                let share = expected.check(&what, [&pass.output, dq, dk, dv])?;
-                if share > worst {
-                    (worst, at) = (share, what);
-                }
+                expected.check(&what, [&pass.output, dq, dk, dv], &mut shares)?;
             }
         }
     }
-    println!("{dtype:?}: at most {worst:.2} of the error allowed: {at}");
-    Ok(())
+    // A part of the table need not come near.
+    match std::env::var_os("SFA_CASE") {
+        Some(_) => Ok(()),
+        None => shares.report(),
+    }
 }
 
 #[test]
@@ -116,12 +117,12 @@ fn f32_is_as_exact_as_the_cpu() -> Result<()> {
 }
 
 #[test]
-fn f16_errs_at_most_twice_as_much_as_candle() -> Result<()> {
+fn f16_errs_by_its_roundings_alone() -> Result<()> {
     check(DType::F16, Memory::TokenMajor)
 }
 
 #[test]
-fn bf16_errs_at_most_twice_as_much_as_candle() -> Result<()> {
+fn bf16_errs_by_its_roundings_alone() -> Result<()> {
     check(DType::BF16, Memory::Fused)
 }
 

@@ -8,10 +8,11 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_sfattention::emulation::EmulatedCache;
 use candle_sfattention::{CacheOptions, CompressedKvCache, HeadStrategies, MergeRule, MergeStrategy};
+use common::budget::Side;
 use common::caches::{part, part_options, with_thresholds};
 use common::files::{Contents, TempFile};
 use common::inputs::{values, Shape};
-use common::judge::Expected;
+use common::judge::{Expected, Shares};
 use common::settings::{settings, Setting};
 
 const SHAPES: [Shape; 3] = [Shape(2, 3, 1, 59, 16), Shape(1, 4, 2, 97, 72), Shape(1, 2, 2, 110, 64)];
@@ -106,12 +107,13 @@ fn a_saved_cache_goes_on_bit_for_bit() -> Result<()> {
 /// There and back: the rows of both parts are those of attention over all tokens.
 #[test]
 fn caches_change_places() -> Result<()> {
+    let mut shares = Shares::default();
     for setting in cached() {
         for (seed, shape) in SHAPES.iter().enumerate() {
             for dtype in [DType::F32, DType::BF16] {
                 let options = (setting.options)(shape);
                 let qkv = shape.qkv(seed as u64, dtype)?;
-                let expected = Expected::new(&qkv, &qkv[0], &setting, &options)?;
+                let expected = Expected::new(Side::Cuda, &qkv, &qkv[0], &setting, &options)?;
                 let strategies = setting.strategies(shape)?;
                 let new = || CompressedKvCache::new(strategies.clone(), setting.config.clone(), Default::default());
                 let mut whole = new()?;
@@ -127,7 +129,11 @@ fn caches_change_places() -> Result<()> {
                     assert_eq!(moved.lens()?, on_cpu.lens(), "{what} from the CPU at {first}");
                     let mut take = |qkv: [Tensor; 3], options: &_| moved.append(&qkv, Some(options))?.context("rows");
                     rows.extend(go_on(&mut take, &qkv, &setting, shape, first, &rest)?);
-                    expected.check_output(&format!("{what} from the CPU at {first}"), &Tensor::cat(&rows, 2)?)?;
+                    expected.check_output(
+                        &format!("{what} from the CPU at {first}"),
+                        &Tensor::cat(&rows, 2)?,
+                        &mut shares,
+                    )?;
                     assert_eq!(moved.lens()?, whole.lens(), "{what} from the CPU at {first}");
 
                     let mut cache = EmulatedCache::new(&qkv, &strategies, &setting.config, &Default::default())?;
@@ -138,13 +144,17 @@ fn caches_change_places() -> Result<()> {
                     let mut take =
                         |[q, k, v]: [Tensor; 3], options: &_| Ok(moved.append_and_attend(&q, &k, &v, options)?);
                     rows.extend(go_on(&mut take, &qkv, &setting, shape, first, &rest)?);
-                    expected.check_output(&format!("{what} to the CPU at {first}"), &Tensor::cat(&rows, 2)?)?;
+                    expected.check_output(
+                        &format!("{what} to the CPU at {first}"),
+                        &Tensor::cat(&rows, 2)?,
+                        &mut shares,
+                    )?;
                     assert_eq!(moved.lens(), whole.lens(), "{what} to the CPU at {first}");
                 }
             }
         }
     }
-    Ok(())
+    shares.report()
 }
 
 /// Heads that are off beside others, in batch rows that have moved: each list keeps its own tests.

@@ -7,15 +7,16 @@
 mod common;
 
 use anyhow::{ensure, Context, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, DeviceLocation, Tensor};
 use candle_sfattention::{
-    attend, compressed_attention, AttentionOptions, CompressionConfig, Criterion, Fold, GroupRule, HeadStrategies,
-    MergePlan, MergeStrategy,
+    attend, compressed_attention, AttentionOptions, CompressedKvCache, CompressionConfig, Criterion, Fold, GroupRule,
+    HeadStrategies, MergePlan, MergeStrategy,
 };
+use common::budget::Side;
 use common::device::gpu;
 use common::golden::cases;
 use common::inputs::{values, Memory, Shape};
-use common::judge::{differentiate, largest, largest_error, Expected, F32_TIMES};
+use common::judge::{differentiate, largest, largest_error, Expected, Shares, F32_TIMES};
 use common::settings::{settings, Setting};
 
 /// Odd everything, with every padded head size, and more tokens than a block or a tile has.
@@ -78,14 +79,14 @@ fn bits_of(x: &Tensor) -> Result<Vec<u64>> {
 /// Decisions, outputs and gradients; every tenth case ten times, bit for bit.
 fn check_table(dtype: DType, memory: Memory) -> Result<()> {
     let Some(device) = gpu()? else { return Ok(()) };
-    let (mut worst, mut at, mut cases) = (0.0, String::new(), 0);
+    let (mut shares, mut cases) = (Shares::default(), 0);
     for setting in &settings() {
         for (seed, shape) in SHAPES.iter().enumerate().filter(|(_, shape)| wanted(setting, shape)) {
             let what = format!("{} {shape:?} {dtype:?} {memory:?}", setting.name);
             let options = (setting.options)(shape);
             let qkv = shape.qkv(seed as u64, dtype)?;
             let grad_output = random_like_output(shape, seed as u64, dtype)?;
-            let expected = Expected::new(&qkv, &grad_output, setting, &options)?;
+            let expected = Expected::new(Side::Cuda, &qkv, &grad_output, setting, &options)?;
             let (qkv, grad_output) = (on(&device, &qkv)?, grad_output.to_device(&device)?);
             let options = AttentionOptions {
                 bias: options.bias.as_ref().map(|bias| bias.to_device(&device)).transpose()?,
@@ -109,10 +110,7 @@ fn check_table(dtype: DType, memory: Memory) -> Result<()> {
             for deterministic in [false, true] {
                 let what = format!("{what} deterministic {deterministic}");
                 let got = run(deterministic).with_context(|| what.clone())?;
-                let share = expected.check(&what, [&got[0], &got[1], &got[2], &got[3]])?;
-                if share > worst {
-                    (worst, at) = (share, what.clone());
-                }
+                expected.check(&what, [&got[0], &got[1], &got[2], &got[3]], &mut shares)?;
                 if deterministic && cases % 10 == 0 {
                     let first = got.iter().map(bits_of).collect::<Result<Vec<_>>>()?;
                     for _ in 1..10 {
@@ -124,8 +122,15 @@ fn check_table(dtype: DType, memory: Memory) -> Result<()> {
             cases += 1;
         }
     }
-    println!("{dtype:?} {memory:?}: {cases} cases, at most {worst:.2} of the error allowed: {at}");
-    Ok(())
+    println!("{dtype:?} {memory:?}: {cases} cases");
+    // A part of the table need not come near.
+    let part = ["SFA_CASE", "SFA_TOKENS"]
+        .iter()
+        .any(|name| std::env::var_os(name).is_some());
+    match part {
+        true => Ok(()),
+        false => shares.report(),
+    }
 }
 
 #[test]
@@ -309,6 +314,48 @@ fn bad_numbers_stay_where_they_are() -> Result<()> {
     }
     println!("bad numbers: {short} cases, and {long} long ones");
     ensure!(short > long && long == 3 * LONG.len(), "{short} and {long} cases");
+    Ok(())
+}
+
+/// Two handles of one GPU are one GPU, as they are to candle: for attention, its gradients, and a cache.
+#[test]
+fn two_handles_of_one_gpu_go_together() -> Result<()> {
+    let Some(device) = gpu()? else { return Ok(()) };
+    let DeviceLocation::Cuda { gpu_id } = device.location() else {
+        panic!("a GPU is asked for")
+    };
+    let (shape, config) = (Shape(1, 4, 2, 150, 64), CompressionConfig::pretrained());
+    let (qkv, grad_output) = (shape.qkv(3, DType::F32)?, random_like_output(&shape, 3, DType::F32)?);
+    let (strategies, options) = (
+        HeadStrategies::uniform(MergeStrategy::Similarity),
+        AttentionOptions::default(),
+    );
+    let run = |devices: [&Device; 4]| -> Result<Vec<Vec<u64>>> {
+        let place = |index: usize| qkv[index].to_device(devices[index]);
+        let (qkv, grad_output) = ([place(0)?, place(1)?, place(2)?], grad_output.to_device(devices[3])?);
+        let found = differentiate(&qkv, &grad_output, |q, k, v| {
+            Ok(compressed_attention(q, k, v, &strategies, &config, &options)?.output)
+        })?;
+        let mut cache = CompressedKvCache::new(strategies.clone(), config.clone(), Default::default())?;
+        let [q, k, v] = &qkv;
+        let first = cache.append_and_attend(q, k, v, &options)?;
+        // The next tokens come by the other handle.
+        let [q, k, v] = [&qkv[0], &qkv[1], &qkv[2]].map(|x| x.to_device(&Device::Cpu)?.to_device(devices[3]));
+        let second = cache.append_and_attend(&q?, &k?, &v?, &options)?;
+        let back = cache.to_device(devices[3])?;
+        assert_eq!(back.lens(), cache.lens());
+        found.iter().chain([&first, &second]).map(bits_of).collect()
+    };
+    for other in [Device::new_cuda(gpu_id)?, Device::new_cuda_with_stream(gpu_id)?] {
+        assert!(!other.same_device(&device));
+        let expected = run([&device; 4])?;
+        let mixed = run([&device, &other, &device, &other])?;
+        ensure!(mixed == expected, "a second handle gave other numbers");
+        ensure!(
+            run([&other, &device, &other, &device])? == expected,
+            "a second handle gave other numbers"
+        );
+    }
     Ok(())
 }
 

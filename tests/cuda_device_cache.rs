@@ -9,11 +9,12 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_sfattention::{
     AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, HeadStrategies, MergeRule, MergeStrategy,
 };
+use common::budget::Side;
 use common::caches::{part, part_options};
 use common::device::gpu;
 use common::files::{Contents, TempFile};
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
-use common::judge::{largest, largest_error, Expected};
+use common::judge::{largest, largest_error, Expected, Shares};
 use common::layers::{on_both, Placed};
 use common::settings::{settings, Setting};
 
@@ -68,7 +69,7 @@ fn chunked_with(
 fn check_table(dtype: DType, memory: Memory) -> Result<()> {
     let Some(device) = gpu()? else { return Ok(()) };
     let most = std::env::var("SFA_TOKENS").ok().and_then(|most| most.parse().ok());
-    let mut checked = 0;
+    let (mut checked, mut shares) = (0, Shares::default());
     for setting in cached() {
         for (seed, shape) in SHAPES.iter().enumerate() {
             if most.is_some_and(|most: usize| shape.3 > most) {
@@ -76,7 +77,7 @@ fn check_table(dtype: DType, memory: Memory) -> Result<()> {
             }
             let options = (setting.options)(shape);
             let qkv = shape.qkv(seed as u64, dtype)?;
-            let expected = Expected::new(&qkv, &qkv[0], &setting, &options)?;
+            let expected = Expected::new(Side::Cuda, &qkv, &qkv[0], &setting, &options)?;
             let strategies = setting.strategies(shape)?;
             let new = || CompressedKvCache::new(strategies.clone(), setting.config.clone(), Default::default());
             let mut on_cpu = new()?;
@@ -91,7 +92,7 @@ fn check_table(dtype: DType, memory: Memory) -> Result<()> {
                 let what = format!("{} {shape:?} {dtype:?} chunks {chunks:?}", setting.name);
                 let mut cache = new()?;
                 let got = chunked_with(&mut cache, &qkv, &options, chunks)?;
-                expected.check_output(&what, &got)?;
+                expected.check_output(&what, &got, &mut shares)?;
                 ensure!(cache.lens() == on_cpu.lens(), "{what}: other lengths than on the CPU");
                 ensure!(
                     cache.seq_len() == shape.3 && cache.bytes() <= cache.bytes_allocated(),
@@ -102,7 +103,14 @@ fn check_table(dtype: DType, memory: Memory) -> Result<()> {
         }
     }
     println!("{dtype:?}: {checked} caches");
-    Ok(())
+    // A part of the table need not come near.
+    let part = ["SFA_CASE", "SFA_TOKENS"]
+        .iter()
+        .any(|name| std::env::var_os(name).is_some());
+    match part {
+        true => Ok(()),
+        false => shares.report(),
+    }
 }
 
 #[test]

@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 pub mod again;
+pub mod budget;
 pub mod caches;
 pub mod device;
 pub mod files;
@@ -11,5 +12,4 @@ pub mod golden;
 pub mod inputs;
 pub mod judge;
 pub mod layers;
-pub mod plain;
 pub mod settings;
