@@ -17,11 +17,14 @@ pub enum RotaryLayout {
 pub struct RotaryConfig {
     /// Base of the frequencies, 10000 in the first Llama.
     pub theta: f64,
-    /// Positions to prepare; longer inputs are refused.
+    /// Positions to prepare, at most 2^24; longer inputs are refused.
     pub max_tokens: usize,
     /// Which entries are turned together.
     pub layout: RotaryLayout,
 }
+
+/// The first whole number that f32 cannot tell from the next.
+const MOST_TOKENS: u32 = 1 << 24;
 
 /// Prepared cosines and sines, (max_tokens, D / 2).
 #[derive(Clone, Debug)]
@@ -39,12 +42,21 @@ impl Rotary {
                 config.theta
             )
         }
+        let max_tokens = match u32::try_from(config.max_tokens) {
+            Ok(max_tokens) if max_tokens <= MOST_TOKENS => max_tokens,
+            _ => bail!(
+                "rotary max_tokens: expected at most {MOST_TOKENS}, up to where f32 tells positions apart, got {}; see the \
+                 model's max_position_embeddings",
+                config.max_tokens
+            ),
+        };
         let frequencies: Vec<f32> = (0..head_dim / 2)
             .map(|d| (config.theta.powf(-2.0 * d as f64 / head_dim as f64)) as f32)
             .collect();
         let frequencies = Tensor::new(frequencies, device)?.unsqueeze(0)?;
-        let positions = Tensor::arange(0, config.max_tokens as u32, device)?.to_dtype(DType::F32)?;
-        let angles = positions.unsqueeze(1)?.matmul(&frequencies)?;
+        let positions = Tensor::arange(0, max_tokens, device)?.to_dtype(DType::F32)?;
+        // Element by element: on CUDA a product of matrices may be made in TF32, which has 10 bits for a position.
+        let angles = positions.unsqueeze(1)?.broadcast_mul(&frequencies)?;
         Ok(Self {
             cos: angles.cos()?.to_dtype(dtype)?,
             sin: angles.sin()?.to_dtype(dtype)?,

@@ -102,6 +102,14 @@ fn rotary_embeddings_of_no_use() -> Result<()> {
             refused(layer, &pattern)
         }
     }
+    for max_tokens in [(1 << 24) + 1, (1 << 32) + 6, usize::MAX] {
+        let pattern = format!(
+            "rotary max_tokens: expected at most 16777216, up to where f32 tells positions apart, got {max_tokens}; see"
+        );
+        for layer in layers(rotary_layer(1e4, max_tokens), &similarity()) {
+            refused(layer, &pattern)
+        }
+    }
     for (max_tokens, tokens) in [(6, 7), (1, 2), (0, 1)] {
         let pattern = format!(
             "tokens: expected at most the rotary embedding's {max_tokens} positions, got {tokens}; raise max_tokens"
