@@ -51,12 +51,13 @@ impl Problem {
         if (k_batch, k_tokens, k_dim) != (batch, tokens, head_dim) {
             bail!(
                 "key: expected shape ({batch}, kv_heads, {tokens}, {head_dim}) to match query {:?}, got {:?}; \
-                 queries and keys must cover the same tokens",
+                 queries and keys must cover the same tokens, and tensors of (batch, tokens, heads, head_dim) need \
+                 AttentionOptions::layout or transpose(1, 2)",
                 q.dims(),
                 k.dims()
             )
         }
-        if batch * heads * kv_heads * tokens * head_dim == 0 {
+        if [batch, heads, kv_heads, tokens, head_dim].contains(&0) {
             bail!(
                 "query: expected at least one batch row, head, token and dimension, got query {:?} and key {:?}; \
                  skip the call when there is nothing to attend",
@@ -86,6 +87,7 @@ impl Problem {
         }
         problem.check_tensor("query", q, q)?;
         problem.check_tensor("key", k, q)?;
+        problem.check_size("query", [batch, heads, tokens, head_dim])?;
         Ok(problem)
     }
 
@@ -97,7 +99,8 @@ impl Problem {
                 tensor.dtype()
             )
         }
-        if !tensor.device().same_device(query.device()) {
+        // Two handles of one GPU are two devices to `Device::same_device`, and one place to all of candle's operations.
+        if tensor.device().location() != query.device().location() {
             bail!(
                 "{name}: expected the query's device {:?}, got {:?}; move it with to_device",
                 query.device().location(),
@@ -108,6 +111,19 @@ impl Problem {
             bail!(
                 "{name}: expected a contiguous last axis (stride 1), got strides {:?}; call contiguous() on it first",
                 tensor.stride()
+            )
+        }
+        Ok(())
+    }
+
+    /// Refuses sizes whose f64 numbers would fill more than the address space: strides of 0 cost no memory, but the
+    /// output has a number for each.
+    fn check_size(&self, name: &str, dims: [usize; 4]) -> Result<()> {
+        let product = dims.iter().try_fold(1usize, |product, dim| product.checked_mul(*dim));
+        if product.is_none_or(|product| product > isize::MAX as usize / size_of::<f64>()) {
+            bail!(
+                "{name}: expected sizes whose product is below 2^60, got {dims:?}; a broadcast axis is too long, split \
+                 the call"
             )
         }
         Ok(())
@@ -138,6 +154,7 @@ impl Problem {
         options.check()?;
         if let Some(bias) = &options.bias {
             let full = self.bias_dims();
+            self.check_size("bias", full)?;
             if bias.broadcast_as(&full).is_err() {
                 bail!(
                     "bias: expected a shape that broadcasts to (batch, heads, tokens, tokens) = {full:?}, got {:?}; \

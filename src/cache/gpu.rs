@@ -174,7 +174,11 @@ impl CompressedKvCache {
     /// [`Self::to_device`] where there are other devices than the CPU.
     pub(super) fn to_any_device(&self, device: &Device) -> Result<Self> {
         let mut moved = self.clone();
-        if let Some(state) = self.on_gpu.as_ref().filter(|state| !state.device.same_device(device)) {
+        if let Some(state) = self
+            .on_gpu
+            .as_ref()
+            .filter(|state| state.device.location() != device.location())
+        {
             (moved.state, moved.on_gpu) = (Some(state.to_cpu(&self.config)?), None);
         }
         if device.is_cuda() && moved.state.is_some() {
@@ -212,7 +216,7 @@ impl CompressedKvCache {
             (_, Some(state)) => Some(&state.device),
             _ => None,
         };
-        if let Some(held) = held.filter(|held| !held.same_device(q.device())) {
+        if let Some(held) = held.filter(|held| held.location() != q.device().location()) {
             bail!(
                 "device: expected the cache's {:?}, got {:?}; move the tensors with to_device, or reset() the cache",
                 held.location(),

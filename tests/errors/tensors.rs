@@ -84,6 +84,18 @@ fn nothing_to_attend() {
     }
 }
 
+/// Strides of 0 make any size out of one row.
+#[test]
+fn sizes_beyond_the_address_space() -> Result<()> {
+    for dims in [[1 << 31, 1 << 31, 1 << 31, 8], [1 << 20, 1 << 20, 1 << 17, 8]] {
+        let absurd = zeros(&[1, 1, 1, 8]).broadcast_as(dims.as_slice())?;
+        let pattern =
+            format!("query: expected sizes whose product is below 2^60, got {dims:?}; a broadcast axis is too long");
+        refused_pair(&absurd, &absurd, &pattern);
+    }
+    Ok(())
+}
+
 #[test]
 fn unsupported_and_mixed_dtypes() -> Result<()> {
     let [q, k, v] = SHAPE.qkv(0, DType::F32)?;
