@@ -1,8 +1,10 @@
 //! Modules: the drop-in for a layer's `softmax(QK)V`, a whole self-attention layer, and a sink for its loss.
 
 mod rotary;
+mod sink;
 
 pub use rotary::{RotaryConfig, RotaryLayout};
+pub use sink::CompressionLossSink;
 
 use crate::cache::{CacheOptions, CompressedKvCache};
 use crate::config::{AttentionOptions, CompressionConfig, Dropout, HeadStrategies};
@@ -12,10 +14,10 @@ use candle_core::{bail, Result, Tensor};
 use candle_nn::{linear_b, Linear, Module, VarBuilder};
 use rotary::Rotary;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
-/// Compressed attention without weights: put it where a layer computes `softmax(scale·QKᵀ)·V`. Query (B, H, N, D), key
-/// and value (B, Hk, N, D), output (B, H, N, D); views that are transposed from (B, N, H, D) need no `contiguous()`.
+/// Query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or with their axes in the order of
+/// [`AttentionOptions::layout`]: compressed attention without weights. Put it where a layer computes
+/// `softmax(scale·QKᵀ)·V`; views that are transposed need no `contiguous()`.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -102,8 +104,9 @@ impl CompressedAttention {
         CompressedKvCache::new(self.strategies.clone(), self.config.clone(), options)
     }
 
-    /// The output rows (B, H, n, D) of n >= 1 new tokens, query (B, H, n, D), key and value (B, Hk, n, D), over all that
-    /// `cache` has seen; the tokens are added to it. Any chunking of a sequence gives what [`Self::forward`] gives on
+    /// Query (B, H, n, D), key and value (B, Hk, n, D), output (B, H, n, D), or with their axes in the order of
+    /// [`AttentionOptions::layout`]: the output rows of n >= 1 new tokens over all that `cache` has seen; the tokens are
+    /// added to it. Any chunking of a sequence gives what [`Self::forward`] gives on
     /// the whole, to rounding. Dropout uses its seed as it is in every call, so the whole is again one mask.
     ///
     /// # Errors
@@ -131,7 +134,7 @@ impl CompressedAttention {
         &self.config
     }
 
-    /// Scale, causality, dropout and bias.
+    /// Scale, causality, dropout, bias and layout.
     pub fn options(&self) -> &AttentionOptions {
         &self.options
     }
@@ -157,38 +160,6 @@ impl CompressedAttention {
             dropout.seed = dropout.seed.wrapping_add(call);
         }
         options
-    }
-}
-
-/// Collects the compression losses of layers whose `forward` may only return a tensor. Clones share one collection.
-///
-/// Give clones of one sink to all layers, run the model, then add [`Self::take`] to the loss.
-#[derive(Clone, Debug, Default)]
-pub struct CompressionLossSink(Arc<Mutex<Vec<Tensor>>>);
-
-impl CompressionLossSink {
-    /// An empty sink.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Adds one layer's loss, a scalar.
-    pub fn push(&self, loss: Tensor) {
-        self.lock().push(loss)
-    }
-
-    /// The sum of what was pushed since the last call; `None` where nothing was.
-    ///
-    /// # Errors
-    /// Losses of different shapes, dtypes or devices.
-    pub fn take(&self) -> Result<Option<Tensor>> {
-        let mut losses = std::mem::take(&mut *self.lock()).into_iter();
-        let Some(first) = losses.next() else { return Ok(None) };
-        losses.try_fold(first, |sum, loss| sum + loss).map(Some)
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Tensor>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -354,7 +325,8 @@ impl CompressedSelfAttention {
         self.merge_heads(&self.attention.forward_cached(&q, &k, &v, cache)?)
     }
 
-    /// xs (B, N, hidden_size) -> query (B, H, N, D), key and value (B, Hk, N, D), rotated from `position` on.
+    /// xs (B, N, hidden_size) -> query (B, H, N, D), key and value (B, Hk, N, D), rotated from `position` on, with their
+    /// axes in the attention's order.
     fn project(&self, xs: &Tensor, position: usize) -> Result<(Tensor, Tensor, Tensor)> {
         let (batch, tokens) = match *xs.dims() {
             [batch, tokens, hidden] if hidden == self.config.hidden_size && batch * tokens > 0 => (batch, tokens),
@@ -375,14 +347,17 @@ impl CompressedSelfAttention {
         let q = split(&self.q_proj, self.config.num_heads)?;
         let k = split(&self.k_proj, self.config.num_kv_heads)?;
         let v = split(&self.v_proj, self.config.num_kv_heads)?;
-        match &self.rotary {
-            Some(rotary) => Ok((rotary.apply(&q, position)?, rotary.apply(&k, position)?, v)),
-            None => Ok((q, k, v)),
-        }
+        let (q, k) = match &self.rotary {
+            Some(rotary) => (rotary.apply(&q, position)?, rotary.apply(&k, position)?),
+            None => (q, k),
+        };
+        let [q, k, v] = self.attention.options().layout.turned_all([&q, &k, &v])?;
+        Ok((q, k, v))
     }
 
-    /// (B, H, N, D) -> (B, N, hidden_size)
+    /// (B, H, N, D) in the attention's order -> (B, N, hidden_size)
     fn merge_heads(&self, output: &Tensor) -> Result<Tensor> {
+        let output = self.attention.options().layout.turned(output)?;
         self.o_proj.forward(&output.transpose(1, 2)?.flatten_from(2)?)
     }
 }

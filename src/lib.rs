@@ -27,7 +27,7 @@ pub use cache::{CacheOptions, CompressedKvCache};
 pub use calibrate::{Calibrator, Measurement, ModelShape, Policy};
 pub use config::{
     AttentionOptions, CompressionConfig, Criterion, Dropout, Fold, GroupRule, HeadStrategies, HeadTest, LossNormalizer,
-    MergeRule, MergeStrategy,
+    MergeRule, MergeStrategy, TensorLayout,
 };
 pub use loss::{compression_loss, compression_loss_terms, CompressionLossTerms};
 pub use observed::observed_mass;

@@ -1,5 +1,7 @@
 //! The compression loss: its value, the sums it is made of, and its gradient.
 
+#[cfg(doc)]
+use crate::config::AttentionOptions;
 use crate::config::{CompressionConfig, Criterion, HeadStrategies, LossNormalizer, MergeStrategy};
 use crate::cpu::decide::DecideInput;
 use crate::cpu::loss::{loss_gradients, loss_sums};
@@ -49,7 +51,8 @@ impl CompressionLossTerms {
     }
 }
 
-/// The compression loss of query (B, H, N, D) and key (B, Hk, N, D): a scalar, f32 (f64 for f64 inputs), whose
+/// The compression loss of query (B, H, N, D) and key (B, Hk, N, D), whatever [`AttentionOptions::layout`] other calls
+/// have (give it `transpose(1, 2)` of tensors with tokens first): a scalar, f32 (f64 for f64 inputs), whose
 /// gradient reaches both. `None` where N = 1; 0 where every head is off. Source: the paper (whose published code
 /// computes it without a gradient). `None` also under [`Criterion::ObservedMass`], which judges no pairs.
 ///
@@ -67,8 +70,8 @@ pub fn compression_loss(
     }
 }
 
-/// The terms of [`compression_loss`], for those who reduce them over ranks first. `None` where N = 1 and under
-/// [`Criterion::ObservedMass`]. Of `config`, the criterion and the thresholds are read.
+/// Query (B, H, N, D), key (B, Hk, N, D): the terms of [`compression_loss`], for those who reduce them over ranks first.
+/// `None` where N = 1 and under [`Criterion::ObservedMass`]. Of `config`, the criterion and the thresholds are read.
 ///
 /// # Errors
 /// Shapes, dtypes, devices or settings that do not fit together or are not supported.

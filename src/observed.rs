@@ -13,8 +13,9 @@ use candle_core::{bail, DType, Device, Result, Tensor};
 /// the rows of the second half of its window, summed over the group's query heads, times the norm of its value. Later
 /// tokens are not decided yet; the first `sinks` have a score that nothing reads. Thresholds are quantiles of these.
 ///
-/// Query (B, H, N, D), key and value (B, Hk, N, D): f64, f32, f16 or bf16, any strides with a contiguous last axis. Of
-/// `config`, the window and the sinks are read; of `options`, the scale. O(N·(window + sinks)·D) per query head.
+/// Query (B, H, N, D), key and value (B, Hk, N, D), or with their axes in the order of [`AttentionOptions::layout`]: f64,
+/// f32, f16 or bf16, any strides with a contiguous last axis. Of `config`, the window and the sinks are read; of
+/// `options`, the layout and the scale. O(N·(window + sinks)·D) per query head.
 /// No gradient.
 ///
 /// # Errors
@@ -27,7 +28,8 @@ pub fn observed_mass(
     config: &CompressionConfig,
     options: &AttentionOptions,
 ) -> Result<Tensor> {
-    let problem = Problem::new(q, k, v)?;
+    let [q, k, v] = &options.layout.turned_all([q, k, v])?;
+    let problem = options.layout.explained(Problem::new(q, k, v))?;
     config.check(options.causal)?;
     options.check()?;
     if config.criterion != Criterion::ObservedMass {

@@ -16,7 +16,7 @@ use std::sync::OnceLock;
 /// What [`compressed_attention`] returns.
 #[derive(Clone, Debug)]
 pub struct CompressedAttentionOutput {
-    /// (B, H, N, D), in the dtype of the query.
+    /// (B, H, N, D), or in the order of [`AttentionOptions::layout`]; in the dtype of the query.
     pub output: Tensor,
     /// The compression loss, a scalar; `None` where N = 1.
     pub compression_loss: Option<Tensor>,
@@ -24,8 +24,9 @@ pub struct CompressedAttentionOutput {
     pub plan: MergePlan,
 }
 
-/// Decides, attends and computes the compression loss in one call: [`MergePlan::new`], [`attend`],
-/// [`compression_loss`]. Query (B, H, N, D), key and value (B, Hk, N, D).
+/// Query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or with their axes in the order of
+/// [`AttentionOptions::layout`]. Decides, attends and computes the compression loss in one call: [`MergePlan::new`],
+/// [`attend`], [`compression_loss`].
 ///
 /// # Errors
 /// As those three.
@@ -38,15 +39,17 @@ pub fn compressed_attention(
     options: &AttentionOptions,
 ) -> Result<CompressedAttentionOutput> {
     let plan = MergePlan::new(q, k, v, strategies, config, options)?;
+    let (heads_q, heads_k) = (options.layout.turned(q)?, options.layout.turned(k)?);
     Ok(CompressedAttentionOutput {
         output: attend(q, k, v, &plan, options)?,
-        compression_loss: compression_loss(q, k, strategies, config)?,
+        compression_loss: compression_loss(&heads_q, &heads_k, strategies, config)?,
         plan,
     })
 }
 
-/// Attention over the columns that `plan` leaves: query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D)
-/// in the query's dtype (sums in f32, or f64 for f64; one rounding at the end). Hidden tokens keep their output row.
+/// Query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or with their axes in the order of
+/// [`AttentionOptions::layout`]: attention over the columns that `plan` leaves. The output has the query's dtype (sums in
+/// f32, or f64 for f64; one rounding at the end). Hidden tokens keep their output row.
 /// Memory beyond the output is O(N·D); no N×N matrix is formed.
 ///
 /// Differentiable in query, key and value, for every fold, window, bias and dropout; the decisions are constants. The
@@ -66,7 +69,8 @@ pub fn compressed_attention(
 /// bias of -inf at a column that a row would see, in a head that hides tokens: a bias does not say which of the tokens that
 /// were folded together a row may see. On CUDA that is not looked for, since it would mean waiting for the device.
 pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &AttentionOptions) -> Result<Tensor> {
-    let problem = Problem::new(q, k, v)?;
+    let [q, k, v] = &options.layout.turned_all([q, k, v])?;
+    let problem = options.layout.explained(Problem::new(q, k, v))?;
     problem.check_options(options)?;
     plan.check(&problem, options.causal)?;
     if !(q.device().is_cpu() || cfg!(feature = "cuda") && q.device().is_cuda()) {
@@ -81,7 +85,7 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &At
         tracked: [q, k, v].iter().any(|x| x.track_op()),
         kept: OnceLock::new(),
     };
-    q.apply_op3(k, v, op)
+    options.layout.turned(&q.apply_op3(k, v, op)?)
 }
 
 /// Attention for one plan. It holds no tensor of the graph it is part of, so it cannot keep that graph alive.

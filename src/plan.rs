@@ -43,8 +43,8 @@ impl MergeStats {
 }
 
 impl MergePlan {
-    /// Decides from query (B, H, N, D), key and value (B, Hk, N, D): f64, f32, f16 or bf16, any strides with a
-    /// contiguous last axis. Cosines and masses are computed in f32 (f64 for f64). O(N·D) per head; under
+    /// Decides from query (B, H, N, D), key and value (B, Hk, N, D), or with their axes in the order of
+    /// [`AttentionOptions::layout`]: f64, f32, f16 or bf16, any strides with a contiguous last axis. Cosines and masses are computed in f32 (f64 for f64). O(N·D) per head; under
     /// [`Criterion::ObservedMass`] O(N·(window + sinks)·D).
     ///
     /// Under [`MergeRule::Causal`](crate::MergeRule) two neighbours of which a bias of -inf hides one or both from the later
@@ -61,7 +61,8 @@ impl MergePlan {
         config: &CompressionConfig,
         options: &AttentionOptions,
     ) -> Result<Self> {
-        let problem = Problem::new(q, k, v)?;
+        let [q, k, v] = &options.layout.turned_all([q, k, v])?;
+        let problem = options.layout.explained(Problem::new(q, k, v))?;
         problem.check_settings(strategies, config, options)?;
         Ok(Self {
             indicators: decide(&problem, [q, k, v], strategies, config, options)?,
@@ -71,7 +72,7 @@ impl MergePlan {
         })
     }
 
-    /// Takes the caller's own merge indicators: u8 (B, H, N-1), 1 where token t is folded into t+1. Of `config`, only
+    /// Takes the caller's own merge indicators: u8 (B, H, N-1) in either [`AttentionOptions::layout`], 1 where token t is folded into t+1. Of `config`, only
     /// the fold and the window are read from here on.
     ///
     /// # Errors
@@ -102,7 +103,7 @@ impl MergePlan {
         })
     }
 
-    /// The merge indicators, u8 (B, H, N-1): 1 where token t is folded into t+1 and its column is hidden.
+    /// The merge indicators, u8 (B, H, N-1) in either [`AttentionOptions::layout`]: 1 where token t is folded into t+1 and its column is hidden.
     pub fn indicators(&self) -> &Tensor {
         &self.indicators
     }

@@ -299,6 +299,24 @@ fn calibration_refuses_what_it_cannot_do() -> Result<()> {
         "one window of one layer",
     );
     let mut measurement = measured(&observing(), None)?;
+    // Of one token there is no pair, whatever decides; of tensors that do not fit, the crate's own errors.
+    let one = [&q, &k, &v].map(|x| x.narrow(2, 0, 1));
+    let [q1, k1, v1] = [&one[0], &one[1], &one[2]].map(|x| x.as_ref().expect("a token"));
+    for config in [
+        observing(),
+        CompressionConfig::default(),
+        CompressionConfig::pretrained(),
+    ] {
+        let mut calibrator = new(config, &RATIOS)?;
+        let error = calibrator.observe(0, q1, k1, v1).unwrap_err();
+        said(
+            error,
+            "calibration: expected windows of at least 2 tokens, got 1 in layer 0; leave",
+        );
+        said(calibrator.observe(0, &q, k1, v1).unwrap_err(), "key: expected shape (");
+    }
+    let error = measurement.add(0, [q1, k1, v1], None, 1.0).unwrap_err();
+    said(error, "expected windows of at least 2 tokens, got 1");
     said(measurement.policy(0.99, "").unwrap_err(), "lower the target");
     said(measurement.policy(1.5, "").unwrap_err(), "share from 0 to 1");
     said(

@@ -17,11 +17,12 @@ mod policy;
 pub use policy::{CalibrationFigures, LayerPolicy, ModelShape, Policy, PolicyOptions};
 
 use crate::config::{
-    AttentionOptions, CompressionConfig, Criterion, GroupRule, HeadStrategies, MergeRule, MergeStrategy,
+    AttentionOptions, CompressionConfig, Criterion, GroupRule, HeadStrategies, MergeRule, MergeStrategy, TensorLayout,
 };
 use crate::observed::observed_mass;
 use crate::op::attend;
 use crate::plan::MergePlan;
+use crate::problem::Problem;
 use candle_core::{bail, DType, Result, Tensor, D};
 use choose::Candidate;
 use histogram::Histogram;
@@ -53,7 +54,9 @@ pub struct Measurement {
 struct Settings {
     model: ModelShape,
     config: CompressionConfig,
+    /// With heads first, whatever the caller's layout is.
     options: AttentionOptions,
+    layout: TensorLayout,
     strategies: Vec<MergeStrategy>,
     /// Query heads in a unit.
     heads_per_unit: usize,
@@ -64,7 +67,11 @@ impl Settings {
         self.model.heads / self.heads_per_unit
     }
 
-    fn check(&self, layer: usize, q: &Tensor, k: &Tensor) -> Result<()> {
+    /// Query, key and value with their heads first.
+    fn checked(&self, layer: usize, qkv: [&Tensor; 3]) -> Result<[Tensor; 3]> {
+        let tensors = self.layout.turned_all(qkv)?;
+        let [q, k, v] = &tensors;
+
         let ModelShape {
             layers,
             heads,
@@ -80,7 +87,11 @@ impl Settings {
                 k.dims()
             )
         }
-        Ok(())
+        let problem = self.layout.explained(Problem::new(q, k, v))?;
+        if problem.tokens < 2 {
+            bail!("calibration: expected windows of at least 2 tokens, got 1 in layer {layer}; leave such a window out")
+        }
+        Ok(tensors)
     }
 
     /// What is below the threshold of a hidden token, `(units, tokens)` in f32, of those tokens that may be hidden.
@@ -138,7 +149,7 @@ impl Settings {
 }
 
 impl Calibrator {
-    /// For a model of that shape, its attention's settings and `options` (of which scale and bias count), and the shares
+    /// For a model of that shape, its attention's settings and `options` (of which scale, bias and layout count), and the shares
     /// of hidden tokens to try, between 0 and 1; every head may also stay off. Under [`Criterion::ObservedMass`] a share
     /// is one of the tokens that have left the window, else of all; sinks are never counted.
     ///
@@ -174,7 +185,11 @@ impl Calibrator {
             },
             strategies,
             config,
-            options,
+            layout: options.layout,
+            options: AttentionOptions {
+                layout: TensorLayout::HeadsFirst,
+                ..options
+            },
         };
         let per_layer = vec![vec![Histogram::new(); settings.units()]; settings.strategies.len()];
         Ok(Self {
@@ -184,13 +199,13 @@ impl Calibrator {
         })
     }
 
-    /// Counts the scores of one window in one layer: query (1, H, N, D), key and value (1, Hk, N, D), as they reach the
-    /// attention.
+    /// Query (1, H, N, D), key and value (1, Hk, N, D), or with their axes in the order of the options' layout, as they
+    /// reach the attention, N >= 2: counts the scores of one window in one layer.
     ///
     /// # Errors
-    /// Tensors of another shape than the model's, or as [`MergePlan::new`].
+    /// Tensors of another shape than the model's, a window of one token, or as [`MergePlan::new`].
     pub fn observe(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
-        self.settings.check(layer, q, k)?;
+        let [q, k, v] = &self.settings.checked(layer, [q, k, v])?;
         for (strategy, histograms) in self.settings.strategies.iter().zip(&mut self.scores[layer]) {
             let scores = self.settings.scores(*strategy, [q, k, v])?;
             for (histogram, scores) in histograms.iter_mut().zip(scores) {
@@ -237,19 +252,13 @@ impl Measurement {
     /// Adds what every candidate hides in one window of one layer, and the squared error that it leaves in the layer's
     /// output: after the output projection `projection` (hidden, H·D) where one is given, else per head. `weight` is a
     /// factor on the error: errors of different layers are added up, and 1 over the mean square of the layer's own output
-    /// makes them comparable. Query (1, H, N, D), key and value (1, Hk, N, D).
+    /// makes them comparable. Query (1, H, N, D), key and value (1, Hk, N, D), or as in [`Calibrator::observe`].
     ///
     /// # Errors
     /// As [`Calibrator::observe`], a projection of another shape, a weight that is not positive.
-    pub fn add(
-        &mut self,
-        layer: usize,
-        [q, k, v]: [&Tensor; 3],
-        projection: Option<&Tensor>,
-        weight: f64,
-    ) -> Result<()> {
+    pub fn add(&mut self, layer: usize, qkv: [&Tensor; 3], projection: Option<&Tensor>, weight: f64) -> Result<()> {
         let settings = &self.settings;
-        settings.check(layer, q, k)?;
+        let [q, k, v] = &settings.checked(layer, qkv)?;
         if !(weight.is_finite() && weight > 0.0) {
             bail!("weight: expected a positive number, got {weight}; 1 weighs all layers alike")
         }

@@ -6,8 +6,11 @@
 use candle_core::{bail, Result, Tensor};
 use serde::{Deserialize, Serialize};
 
+mod layout;
 mod strategies;
 pub(crate) mod whole;
+
+pub use layout::TensorLayout;
 pub use strategies::{HeadStrategies, HeadTest};
 
 /// How one head decides that a token resembles its neighbour. Source: the paper.
@@ -318,10 +321,22 @@ pub struct AttentionOptions {
     pub causal: bool,
     /// Dropout on the softmax weights; `None` (default) for none.
     pub dropout: Option<Dropout>,
-    /// Added to the logit of every visible column, by the column's token index: any float shape that broadcasts to
-    /// `(B, H, N, N)`, in any float dtype. It receives no gradient. Minus infinity hides a column; a row whose visible columns are
-    /// all hidden is NaN.
+    /// Added to the logit of every visible column, by the column's token index: any shape that broadcasts to
+    /// `(B, H, N, N)`, in any float dtype. It receives no gradient.
+    ///
+    /// A finite bias of any size, the dtype's minimum included, is finite: a row whose every logit is that minimum is the
+    /// softmax of equal logits. Minus infinity hides a column from a row. A row that sees nothing is zeros and sends no
+    /// gradient.
+    ///
+    /// Folding does not read the bias: a token that it hides would reach a row inside its right neighbour, and a visible
+    /// one would vanish with a hidden one. So minus infinity beside a plan that hides something is an error on the CPU.
+    /// On CUDA seeing it would mean waiting for the device, so nothing sees it there: do not give such a bias.
+    /// Left-padded batches and packed documents with merging: run each sequence alone, or keep their heads
+    /// [`MergeStrategy::Off`].
     pub bias: Option<Tensor>,
+    /// The order of the axes of query, key, value and output, at every function that takes these options. Default
+    /// [`TensorLayout::HeadsFirst`]: (B, H, N, D). The bias is (B, H, N, N) in either.
+    pub layout: TensorLayout,
     /// Whether gradients must be the same bits every time. Default false: on CUDA in f16 and bf16, for head sizes up to 128, the
     /// gradient of the query is then added up in whatever order its parts arrive, and both passes take a quarter less
     /// time. Everything else, and everything on the CPU, is the same bits every time either way.
@@ -335,6 +350,7 @@ impl Default for AttentionOptions {
             causal: true,
             dropout: None,
             bias: None,
+            layout: TensorLayout::HeadsFirst,
             deterministic: false,
         }
     }

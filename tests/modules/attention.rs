@@ -23,8 +23,8 @@ fn the_module_is_the_function() -> Result<()> {
             softmax_scale: Some(0.7),
             causal: false,
             bias,
-            dropout: None,
             deterministic: true,
+            ..Default::default()
         },
     ] {
         let config = CompressionConfig {

@@ -73,7 +73,7 @@ proptest! {
         let bits = random_bits(rng, [b, h, n - 1]);
         let bias = case.bias.then(|| tensor(&random(rng, [1, h, n, n]))).transpose().unwrap();
         let config = CompressionConfig { fold: case.fold, window: case.window.unwrap_or(0), ..Default::default() };
-        let options = AttentionOptions { softmax_scale: Some(1.3), causal: case.window.is_some(), dropout: case.dropout, bias, deterministic: false };
+        let options = AttentionOptions { softmax_scale: Some(1.3), causal: case.window.is_some(), dropout: case.dropout, bias, ..Default::default() };
 
         let objective = |q: &Array4, k: &Array4, v: &Array4| -> f64 {
             let output = attention(q, k, v, &bits, &config, &options).unwrap();
