@@ -10,6 +10,7 @@ use candle_sfattention::{
 };
 use common::again::on_every_instruction_set;
 use common::caches::{chunked, configs, part, plain, shapes, strategies};
+use common::files::{Contents, TempFile};
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
 use proptest::prelude::*;
 
@@ -249,5 +250,153 @@ fn append_alone_builds_the_same_cache() -> Result<()> {
     assert_eq!((appended.lens(), appended.bytes()), (attended.lens(), attended.bytes()));
     let next = |mut cache: CompressedKvCache| cache.append_and_attend(&q, &k, &v, &Default::default());
     assert_eq!(values(&next(appended)?)?, values(&next(attended)?)?);
+    Ok(())
+}
+
+/// Keys and values alone, over chunks: the same file, and the same rows afterwards, as with the tokens' own queries.
+#[test]
+fn tokens_without_queries_build_the_same_cache() -> Result<()> {
+    let shape = Shape(2, 4, 2, 90, 8);
+    let qkv = shape.qkv(9, DType::F32)?;
+    let key = |fold, group_rule| CompressionConfig {
+        fold,
+        group_rule,
+        similarity_threshold: 0.4,
+        ..CompressionConfig::pretrained()
+    };
+    let off = CompressionConfig {
+        window: 5,
+        ..CompressionConfig::default()
+    };
+    for (strategy, config) in [
+        (MergeStrategy::Similarity, key(Fold::Mean, GroupRule::Unanimous)),
+        (MergeStrategy::Similarity, key(Fold::Drop, GroupRule::PerQueryHead)),
+        (MergeStrategy::Off, key(Fold::PairSum, GroupRule::Unanimous)),
+        (MergeStrategy::Off, off),
+        (MergeStrategy::Off, CompressionConfig::calibrated()),
+    ] {
+        let new = || CompressedKvCache::new(HeadStrategies::uniform(strategy), config.clone(), Default::default());
+        let (mut attended, mut appended) = (new()?, new()?);
+        for (start, count) in [(0, 50), (50, 1), (51, 29)] {
+            let [q, k, v] = part(&qkv, start, count)?;
+            attended.append_and_attend(&q, &k, &v, &Default::default())?;
+            appended.append_without_queries(&k, &v, 4)?;
+            assert!(
+                saved(&attended)? == saved(&appended)?,
+                "{config:?} after {start} and {count}"
+            );
+        }
+        assert_eq!(appended.lens(), attended.lens());
+        let next = |mut cache: CompressedKvCache| {
+            let [q, k, v] = part(&qkv, 80, 10)?;
+            Ok(values(&cache.append_and_attend(&q, &k, &v, &Default::default())?)?)
+        };
+        let (got, expected): (Result<_>, Result<_>) = (next(appended), next(attended));
+        assert_eq!(got?, expected?);
+    }
+    Ok(())
+}
+
+fn saved(cache: &CompressedKvCache) -> Result<Contents> {
+    let file = TempFile::new();
+    cache.save(&file.0)?;
+    Ok(Contents::read(&file.0)?)
+}
+
+/// Criteria and folds that read queries refuse tokens without them, and say where the queries go.
+#[test]
+fn tokens_without_queries_are_refused_where_queries_decide() -> Result<()> {
+    let shape = Shape(1, 4, 2, 40, 8);
+    let [q, k, v] = shape.qkv(9, DType::F32)?;
+    let pretrained = CompressionConfig::pretrained;
+    let observed = CompressionConfig::calibrated();
+    for (config, reads) in [
+        (
+            CompressionConfig {
+                criterion: Criterion::QueryKey,
+                ..pretrained()
+            },
+            "criterion QueryKey",
+        ),
+        (observed, "criterion ObservedMass"),
+        (
+            CompressionConfig {
+                fold: Fold::PairSum,
+                ..pretrained()
+            },
+            "fold PairSum",
+        ),
+    ] {
+        let strategies = strategies(0, &shape, &config)?;
+        let mut cache = CompressedKvCache::new(strategies, config, Default::default())?;
+        for _ in 0..2 {
+            let seen = cache.seq_len();
+            let error = cache.append_without_queries(&k, &v, 4).unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("got {reads}, which reads queries; give")),
+                "{error}"
+            );
+            assert_eq!(cache.seq_len(), seen);
+            cache.append(&q, &k, &v)?;
+        }
+    }
+    let mut cache = CompressedKvCache::new(
+        HeadStrategies::uniform(MergeStrategy::Similarity),
+        pretrained(),
+        Default::default(),
+    )?;
+    for (heads, pattern) in [
+        (3, "heads: expected a multiple of the 2 KV heads, got 3"),
+        (0, "expected at least one batch row, head, token and dimension"),
+    ] {
+        let error = cache.append_without_queries(&k, &v, heads).unwrap_err().to_string();
+        assert!(error.contains(pattern), "{error}");
+    }
+    let flat = cache
+        .append_without_queries(&k.flatten_from(2)?, &v, 4)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        flat.contains("key: expected 4 axes (batch, kv_heads, tokens, head_dim), got shape [1, 2, 320]"),
+        "{flat}"
+    );
+    cache.append_without_queries(&k, &v, 4)?;
+    let error = cache.append_without_queries(&k, &v, 2).unwrap_err().to_string();
+    assert!(error.contains("expected the cache's batch, heads, KV heads"), "{error}");
+    assert_eq!(cache.seq_len(), 40);
+    Ok(())
+}
+
+/// Raw tokens of a window have room for up to four windows, and folded ones for an eighth and a block.
+#[test]
+fn a_window_has_room_for_four() -> Result<()> {
+    let (window, dim) = (100, 8);
+    let config = CompressionConfig {
+        window,
+        ..CompressionConfig::pretrained()
+    };
+    for chunk in [1, 7, 90, 1000] {
+        let qkv = Shape(1, 1, 1, 3000, dim).qkv(0, DType::F32)?;
+        let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+        let mut cache = CompressedKvCache::new(strategies, config.clone(), Default::default())?;
+        let mut most: usize = 0;
+        for start in (0..3000 / chunk).map(|index| index * chunk) {
+            let [q, k, v] = part(&qkv, start, chunk)?;
+            cache.append(&q, &k, &v)?;
+            let reserved = cache.bytes_allocated() - cache.bytes();
+            most = most.max(reserved);
+            let row = 2 * dim * 4;
+            let folded = (65 + (start + chunk) / 8) * (row + 4);
+            // What is in use counts one window.
+            assert!(
+                reserved <= folded + (3 * window + 1) * row,
+                "{reserved} bytes reserved at token {start}, chunks of {chunk}"
+            );
+        }
+        assert!(
+            chunk > window || most > window * 2 * dim * 4,
+            "at most {most} bytes reserved: the window has none"
+        );
+    }
     Ok(())
 }

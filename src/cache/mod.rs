@@ -1,6 +1,6 @@
 //! [`CompressedKvCache`]: decoding with a KV cache that really shrinks, per head.
 
-use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies, MergeRule};
+use crate::config::{AttentionOptions, CompressionConfig, Criterion, Fold, HeadStrategies, MergeRule};
 use crate::plan::not_on_cpu;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Result, Tensor};
@@ -13,6 +13,11 @@ pub struct CacheOptions {
     /// The dtype of stored keys and values: f32, f16 or bf16, or f64 for f64 inputs. Keys and values are rounded to it
     /// as they come in, and folded ones once more when their chain is closed; sums stay in f32. `None` is the dtype of
     /// the first keys.
+    ///
+    /// f16 holds numbers up to 65504, and bf16 up to 3.39e38. A finite key or value beyond that, or such a sum of two
+    /// that [`Fold::PairSum`] folds, is an error that names the largest one, and the cache is unchanged:
+    /// store it in bf16 or f32. On CUDA seeing it would mean waiting for the device: there it is stored as infinite, and
+    /// the rows that see it are NaN. Choose bf16 or f32 there where numbers may be large.
     pub storage: Option<DType>,
     /// The most entries that one list may keep; a call that would exceed it is refused and changes nothing. On a GPU a call
     /// that comes near it works on a copy of the cache first, and waits for the device.
@@ -131,14 +136,16 @@ impl CompressedKvCache {
         })
     }
 
-    /// Takes in n >= 1 new tokens, query (B, H, n, D), key and value (B, Hk, n, D), and returns their output rows
-    /// (B, H, n, D) over everything seen so far. Of `options`, the bias broadcasts to (B, H, n, tokens seen with the new
+    /// Query (B, H, n, D), key and value (B, Hk, n, D), output (B, H, n, D), or with their axes in the order of
+    /// [`AttentionOptions::layout`]: takes in n >= 1 new tokens, and returns their output rows over everything seen so
+    /// far. Of `options`, the bias broadcasts to (B, H, n, tokens seen with the new
     /// ones), and dropout draws by absolute position. The result carries no gradient: differentiating it is an error.
     ///
     /// # Errors
     /// Shapes or dtypes that do not fit together or the first call's, options that have no meaning or are not causal,
-    /// a device without kernels or other than the first call's, more entries than [`CacheOptions::max_entries`], or (on the
-    /// CPU) a bias of -inf at a column that a new row of a head which hides tokens would see. The cache is then unchanged.
+    /// a device without kernels or other than the first call's, numbers beyond what [`CacheOptions::storage`] holds, more
+    /// entries than [`CacheOptions::max_entries`], or (on the CPU) a bias of -inf at a column that a new row of a head which
+    /// hides tokens would see. The cache is then unchanged.
     pub fn append_and_attend(
         &mut self,
         q: &Tensor,
@@ -149,31 +156,78 @@ impl CompressedKvCache {
         if !options.causal {
             bail!("causal: expected true for a KV cache, got false; a cached row cannot see tokens that come later")
         }
-        let Some(output) = self.take_in([q, k, v], Some(options))? else {
+        let layout = options.layout;
+        let [q, k, v] = &layout.turned_all([q, k, v])?;
+        let problem = layout.explained(Problem::new(q, k, v))?;
+        let Some(output) = self.take_in(&problem, [q, k, v], Some(options))? else {
             bail!("output: expected rows for the new tokens, got none; this is a defect of the crate, report it")
         };
         if [q, k, v].iter().any(|x| x.track_op()) {
-            return q.apply_op3(k, v, WithoutGradient(output));
+            return layout.turned(&q.apply_op3(k, v, WithoutGradient(output))?);
         }
-        Ok(output)
+        layout.turned(&output)
     }
 
-    /// Takes in n >= 1 new tokens without computing their rows: to build a cache from keys and values that are already
-    /// known. The queries decide, where the criterion reads them ([`Criterion::ObservedMass`](crate::Criterion) with the default softmax
-    /// scale). O(n·D) per head, times the window and the sinks under that criterion.
+    /// Query (B, H, n, D), key and value (B, Hk, n, D): takes in n >= 1 new tokens without computing their rows. O(n·D) per
+    /// head, times the window and the sinks under [`Criterion::ObservedMass`].
+    ///
+    /// **The queries decide** under [`Criterion::ObservedMass`] (with the default softmax scale) and
+    /// [`Criterion::QueryKey`], and [`Fold::PairSum`] folds them: they must be the tokens' own, rotated as the
+    /// keys are. Zeros or made-up ones fill the cache with wrong decisions, and no call can see that. Without the queries,
+    /// use [`Self::append_without_queries`], which refuses those settings.
     ///
     /// # Errors
     /// As [`Self::append_and_attend`]. The cache is then unchanged.
     pub fn append(&mut self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
-        self.take_in([q, k, v], None).map(|_| ())
+        self.take_in(&Problem::new(q, k, v)?, [q, k, v], None).map(|_| ())
+    }
+
+    /// Key and value (B, Hk, n, D): takes in n >= 1 new tokens whose queries nobody has, and leaves the cache as
+    /// [`Self::append_and_attend`] does. `heads` is H, how many query heads will read it. For settings that read no
+    /// queries: [`Criterion::KeyKey`] with [`Fold::Mean`] or `Drop`, and heads that are all
+    /// [`MergeStrategy::Off`](crate::MergeStrategy).
+    ///
+    /// # Errors
+    /// Another criterion or fold, a number of heads that is no multiple of the KV heads, or as
+    /// [`Self::append_and_attend`]. The cache is then unchanged.
+    pub fn append_without_queries(&mut self, k: &Tensor, v: &Tensor, heads: usize) -> Result<()> {
+        let reads = match (self.config.criterion, self.config.fold) {
+            _ if self.strategies.all_off() => None,
+            (criterion @ (Criterion::QueryKey | Criterion::ObservedMass), _) => {
+                Some(format!("criterion {criterion:?}"))
+            }
+            (Criterion::KeyKey, fold @ Fold::PairSum) => Some(format!("fold {fold:?}")),
+            (Criterion::KeyKey, Fold::Mean | Fold::Drop) => None,
+        };
+        if let Some(reads) = reads {
+            bail!(
+                "append_without_queries: expected criterion KeyKey with fold Mean or Drop, or heads that are all off, got \
+                 {reads}, which reads queries; give the tokens' own queries to append"
+            )
+        }
+        let [batch, _, tokens, dim] = *k.dims() else {
+            bail!(
+                "key: expected 4 axes (batch, kv_heads, tokens, head_dim), got shape {:?}; split the heads with reshape and \
+                 transpose",
+                k.dims()
+            )
+        };
+        // Nothing reads them: one row of zeros stands for all.
+        let row = Tensor::zeros((1, 1, 1, dim), k.dtype(), k.device())?;
+        let q = row.broadcast_as((batch, heads, tokens, dim))?;
+        self.append(&q, k, v)
     }
 
     /// The output rows where there are options to attend with.
-    fn take_in(&mut self, [q, k, v]: [&Tensor; 3], options: Option<&AttentionOptions>) -> Result<Option<Tensor>> {
-        let problem = Problem::new(q, k, v)?;
+    fn take_in(
+        &mut self,
+        problem: &Problem,
+        [q, k, v]: [&Tensor; 3],
+        options: Option<&AttentionOptions>,
+    ) -> Result<Option<Tensor>> {
         #[cfg(feature = "cuda")]
         if q.device().is_cuda() || self.on_gpu.is_some() {
-            return self.take_in_on_gpu(&problem, [q, k, v], options);
+            return self.take_in_on_gpu(problem, [q, k, v], options);
         }
         if !q.device().is_cpu() {
             return not_on_cpu(q.device());
@@ -181,9 +235,9 @@ impl CompressedKvCache {
         let storage = self.storage_for(problem.dtype)?;
         let mut state = match self.state.take() {
             Some(state) => state,
-            None => self.first_state(&problem, storage)?,
+            None => self.first_state(problem, storage)?,
         };
-        let result = step(&mut state, &problem, [q, k, v], options, self.options.max_entries);
+        let result = step(&mut state, problem, [q, k, v], options, self.options.max_entries);
         if state.seq_len > 0 {
             self.state = Some(state);
         }
@@ -249,8 +303,9 @@ impl CompressedKvCache {
         each!(&state.lists, lists => lists.iter().map(|(_, list)| list.bytes()).sum())
     }
 
-    /// Bytes allocated: [`Self::bytes`] and what growth has reserved, an eighth of a list or 64 entries at most. On a GPU
-    /// every list has as much room as the longest one.
+    /// Bytes allocated: [`Self::bytes`] and what growth has reserved. Folded entries have room for an eighth of a list or 64
+    /// entries more at most. Raw tokens of the window are moved up once per window's worth of tokens, so their buffers
+    /// have room for up to four windows of rows. On a GPU every list has as much room as the longest one.
     pub fn bytes_allocated(&self) -> usize {
         #[cfg(feature = "cuda")]
         if let Some(state) = &self.on_gpu {

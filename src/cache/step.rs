@@ -3,6 +3,7 @@
 use super::{Lists, ListsOf, Sizes, State};
 use crate::config::AttentionOptions;
 use crate::cpu::cached::Step;
+use crate::cpu::list_range::{largest_in, largest_of};
 use crate::cpu::{Element, Rows};
 use crate::plan::{self, cpu_slice, not_on_cpu};
 use crate::problem::{Problem, RowLayout};
@@ -39,10 +40,11 @@ pub(super) fn step(
         None => None,
     };
     let storage = state.lists.dtype();
-    let (k, v) = (k.to_dtype(storage)?, v.to_dtype(storage)?);
+    let stored = [k.to_dtype(storage)?, v.to_dtype(storage)?];
     let call = Call {
         problem,
-        tensors: [q, &k, &v],
+        given: [k, v],
+        tensors: [q, &stored[0], &stored[1]],
         options,
         bias,
         first: state.seq_len,
@@ -79,6 +81,8 @@ pub(super) fn bias_view(bias: Option<&Tensor>, full: [usize; 4], dtype: DType) -
 /// One checked call: query in its own dtype, key and value in the storage dtype.
 struct Call<'a> {
     problem: &'a Problem,
+    /// Key and value as they came.
+    given: [&'a Tensor; 2],
     tensors: [&'a Tensor; 3],
     /// None to take the tokens in without attending.
     options: Option<&'a AttentionOptions>,
@@ -90,6 +94,9 @@ struct Call<'a> {
 
 impl Call<'_> {
     fn run<Q: Element<Acc = S::Acc>, S: Element>(&self, lists: &mut ListsOf<S>) -> Result<Option<Tensor>> {
+        if Q::DTYPE != S::DTYPE {
+            self.check_given::<Q, S>()?;
+        }
         let [q, k, v] = self.tensors.map(Tensor::storage_and_layout);
         let bias = self.bias.as_ref().map(Tensor::storage_and_layout);
         let bias = match &bias {
@@ -131,9 +138,54 @@ impl Call<'_> {
                 )
             }
         }
+        if let Some(sum) = step.too_large_sum(lists, &decided) {
+            bail!(
+                "storage: expected sums of folded keys and values up to {:e}, the largest number of {:?}, got {sum:e}; {}, \
+                 or use Fold::Mean or Fold::Drop",
+                largest_of(S::DTYPE),
+                S::DTYPE,
+                match S::DTYPE {
+                    DType::F16 => "set CacheOptions::storage to bf16 or f32",
+                    _ => "scale keys and values down",
+                }
+            )
+        }
         let output = step.run(lists, decided, self.options.is_some());
         let rows = |_| Tensor::from_vec(output, (batch, heads, tokens, head_dim), &Device::Cpu);
         self.options.map(rows).transpose()
+    }
+}
+
+impl Call<'_> {
+    /// Refuses finite keys and values that their storage dtype cannot hold.
+    fn check_given<Q: Element<Acc = S::Acc>, S: Element>(&self) -> Result<()> {
+        let Problem {
+            batch,
+            kv_heads,
+            tokens,
+            ..
+        } = *self.problem;
+        for (name, tensor) in ["key", "value"].into_iter().zip(self.given) {
+            let (storage, layout) = tensor.storage_and_layout();
+            let rows = Rows::new(cpu_slice::<Q>(&storage)?, RowLayout::new(layout));
+            let heads = (0..batch).flat_map(|row| (0..kv_heads).map(move |head| (row, head)));
+            let largest = heads.fold(0.0, |largest: f64, (row, head)| {
+                largest.max(largest_in(&rows.head(row, head), tokens))
+            });
+            if largest > largest_of(S::DTYPE) {
+                bail!(
+                    "{name}: expected numbers up to {:e}, the largest of the storage dtype {:?}, got {largest:e}; set \
+                     CacheOptions::storage to {}",
+                    largest_of(S::DTYPE),
+                    S::DTYPE,
+                    match S::DTYPE {
+                        DType::F16 => "bf16 or f32",
+                        _ => "f32",
+                    }
+                )
+            }
+        }
+        Ok(())
     }
 }
 

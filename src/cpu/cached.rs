@@ -86,6 +86,15 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
         Apart::new(bias, first).check_all(hiding, (self.count, first + self.count), true)
     }
 
+    /// The largest sum of neighbours that would be folded and that S cannot hold: [`List::too_large_sum`].
+    pub fn too_large_sum(&self, lists: &[(ListHeads, List<S>)], decided: &[Decided<S>]) -> Option<f64> {
+        let of = |((at, list), decided): (&(ListHeads, List<S>), &Decided<S>)| {
+            let (keys, values) = self.raw(at);
+            list.too_large_sum(decided, &keys, &values, self.count)
+        };
+        lists.iter().zip(decided).filter_map(of).reduce(f64::max)
+    }
+
     /// Takes the tokens in and returns their output rows (B, H, count, D); none unless `attend`.
     pub fn run(&self, lists: &mut [(ListHeads, List<S>)], decided: Vec<Decided<S>>, attend: bool) -> Vec<Q> {
         let append = |((at, list), decided): (&mut (ListHeads, List<S>), Decided<S>)| {

@@ -162,9 +162,11 @@ fn pair_sum<T: Element>(folded: &mut [T::Acc], raw: &mut [T::Acc], next: &[T]) {
 
 #[inline(always)]
 fn running_mean<A: Accumulator>(mean: &mut [A], next: &[A], size: usize) {
-    let (size, inverse) = (A::of(size as f64), A::ONE / A::of((size + 1) as f64));
+    // Two weights, and not a sum that is divided: it could overflow where the mean does not.
+    let inverse = A::ONE / A::of((size + 1) as f64);
+    let rest = A::ONE - inverse;
     for (m, x) in mean.iter_mut().zip(next) {
-        *m = (*x + size * *m) * inverse;
+        *m = *x * inverse + rest * *m;
     }
 }
 

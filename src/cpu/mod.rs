@@ -21,6 +21,7 @@ mod lanes;
 pub(crate) mod list;
 mod list_columns;
 mod list_decide;
+pub(crate) mod list_range;
 pub(crate) mod loss;
 pub(crate) mod observe;
 mod output;
