@@ -13,7 +13,8 @@
 //!   the same logits and their log-sum-exp, and rounded.
 //! * dl_ij = w_ij (a_ij - D_i), with a_ij = r_ij g_i · v_j and D_i = g_i · o_i, is off by
 //!   `w_ij ((ε_ij + ε̄_i) |a_ij - D_i| + δa_ij + B_i) + inner |dl_ij|`: δa_ij = inner · r_ij Σ_d |g_id||v_jd| of folded values,
-//!   `B_i = Σ_d |g_id| δo_id` of the output, which is read as it was rounded: δo has the last rounding too.
+//!   `B_i = Σ_d |g_id| δo_id` of the output, which is read as it was rounded: δo has the last rounding too, unless what it
+//!   left of the output is kept.
 //! * dq_i = scale Σ_j dl_ij k_j and dk_j = scale Σ_i dl_ij q_i are off by the same sums of |k_j| and |q_i| times the error of
 //!   dl, and by `inner |dl_ij|` times those that are folded.
 //! * Gradients go home through the fold, which is linear with factors that are not negative: so do their bounds.
@@ -42,6 +43,8 @@ pub struct Units {
     /// The last one's relative error, and its least absolute error.
     pub last: f64,
     pub least: f64,
+    /// Of the output as gradients read it.
+    output: f64,
     /// On the way.
     inner: f64,
     inner_least: f64,
@@ -50,14 +53,21 @@ pub struct Units {
 }
 
 impl Units {
-    pub fn new(side: Side, dtype: DType) -> Self {
+    pub fn new(side: Side, dtype: DType, dim: usize, options: &AttentionOptions) -> Self {
         let (last, least) = match dtype {
             DType::F16 => (2f64.powi(-11), 2f64.powi(-25)),
             _ => (2f64.powi(-8), 2f64.powi(-134)),
         };
+        // There, what rounding left of it is kept too where a weight may be nearly all of a row's, and read by gradients.
+        let extras = options.bias.is_some() || options.dropout.is_some();
         let cuda = Self {
             last,
             least,
+            output: if extras || !options.causal || dim > 128 {
+                last * last
+            } else {
+                last
+            },
             inner: last,
             inner_least: least,
             product: 0.0,
@@ -65,12 +75,14 @@ impl Units {
         match (side, dtype) {
             // Two parts of 8 bits.
             (Side::Cpu, DType::F16) => Self {
+                output: last,
                 inner: 2f64.powi(-16),
                 inner_least: 0.0,
                 product: 2f64.powi(-16),
                 ..cuda
             },
-            _ => cuda,
+            (Side::Cpu, _) => Self { output: last, ..cuda },
+            (Side::Cuda, _) => cuda,
         }
     }
 }
@@ -225,7 +237,7 @@ impl Call<'_> {
         let (output, bound) = self.output(head, &seen);
         let (query, units) = (&head.queries[row], self.units);
         let delta = dot(self.grad, &output);
-        let stored = |d: usize| units.last * output[d].abs() + units.least + bound[d];
+        let stored = |d: usize| units.output * output[d].abs() + units.least + bound[d];
         let delta_error: f64 = self.grad.iter().enumerate().map(|(d, g)| g.abs() * stored(d)).sum();
         let query_inner = units.product
             + match head.fold {

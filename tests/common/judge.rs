@@ -126,7 +126,7 @@ impl Expected {
                 allowed.push(error + 4.0 * 2f64.powi(-24) * largest(&exact[index])?.max(1.0));
             }
         } else {
-            let units = Units::new(side, dtype);
+            let units = Units::new(side, dtype, dim, options);
             let budgets = budget([&q, &k, &v, &grad], &bits, setting, options, units)?;
             for ((allowed, exact), budget) in allowed.iter_mut().zip(&exact).zip(budgets) {
                 let rounding = |x: &f64| 2.0 * (units.last * x.abs() + units.least);
