@@ -67,7 +67,7 @@ impl CompressedAttention {
         })
     }
 
-    /// The output alone.
+    /// Query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or in the options' layout: the output alone.
     ///
     /// # Errors
     /// As [`MergePlan::new`] and [`attend`].
@@ -75,7 +75,8 @@ impl CompressedAttention {
         Ok(self.forward_with_plan(q, k, v)?.0)
     }
 
-    /// The output and what was hidden.
+    /// Query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or in the options' layout: the output and what
+    /// was hidden.
     ///
     /// # Errors
     /// As [`MergePlan::new`] and [`attend`].
@@ -85,7 +86,8 @@ impl CompressedAttention {
         Ok((attend(q, k, v, &plan, &options)?, plan))
     }
 
-    /// The output, the compression loss and what was hidden.
+    /// Query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or in the options' layout: the output, the
+    /// compression loss and what was hidden.
     ///
     /// # Errors
     /// As [`compressed_attention`].

@@ -249,10 +249,10 @@ impl Calibrator {
 }
 
 impl Measurement {
-    /// Adds what every candidate hides in one window of one layer, and the squared error that it leaves in the layer's
-    /// output: after the output projection `projection` (hidden, H·D) where one is given, else per head. `weight` is a
-    /// factor on the error: errors of different layers are added up, and 1 over the mean square of the layer's own output
-    /// makes them comparable. Query (1, H, N, D), key and value (1, Hk, N, D), or as in [`Calibrator::observe`].
+    /// Query (1, H, N, D), key and value (1, Hk, N, D), or as in [`Calibrator::observe`]: adds what every candidate hides in
+    /// one window of one layer, and the squared error that it leaves in the layer's output: after the output projection
+    /// `projection` (hidden, H·D) where one is given, else per head. `weight` is a factor on the error: errors of different
+    /// layers are added up, and 1 over the mean square of the layer's own output makes them comparable.
     ///
     /// # Errors
     /// As [`Calibrator::observe`], a projection of another shape, a weight that is not positive.

@@ -334,8 +334,9 @@ pub struct AttentionOptions {
     /// Left-padded batches and packed documents with merging: run each sequence alone, or keep their heads
     /// [`MergeStrategy::Off`].
     pub bias: Option<Tensor>,
-    /// The order of the axes of query, key, value and output, at every function that takes these options. Default
-    /// [`TensorLayout::HeadsFirst`]: (B, H, N, D). The bias is (B, H, N, N) in either.
+    /// The order of the axes of query, key, value and output tensors, at every function that takes these options. Default
+    /// [`TensorLayout::HeadsFirst`]: (B, H, N, D). The bias is (B, H, N, N) in either, and the arrays of
+    /// [`crate::reference`] are (B, H, N, D).
     pub layout: TensorLayout,
     /// Whether gradients must be the same bits every time. Default false: on CUDA in f16 and bf16, for head sizes up to 128, the
     /// gradient of the query is then added up in whatever order its parts arrive, and both passes take a quarter less
