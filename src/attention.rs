@@ -67,7 +67,8 @@ impl CompressedAttention {
         })
     }
 
-    /// Query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or in the options' layout: the output alone.
+    /// Query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or in the options' layout: the output
+    /// alone.
     ///
     /// # Errors
     /// As [`MergePlan::new`] and [`attend`].
@@ -75,8 +76,8 @@ impl CompressedAttention {
         Ok(self.forward_with_plan(q, k, v)?.0)
     }
 
-    /// Query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or in the options' layout: the output and what
-    /// was hidden.
+    /// Query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or in the options' layout: the output and
+    /// what was hidden.
     ///
     /// # Errors
     /// As [`MergePlan::new`] and [`attend`].
@@ -107,9 +108,9 @@ impl CompressedAttention {
     }
 
     /// Query (B, H, n, D), key and value (B, Hk, n, D), output (B, H, n, D), or with their axes in the order of
-    /// [`AttentionOptions::layout`]: the output rows of n >= 1 new tokens over all that `cache` has seen; the tokens are
-    /// added to it. Any chunking of a sequence gives what [`Self::forward`] gives on
-    /// the whole, to rounding. Dropout uses its seed as it is in every call, so the whole is again one mask.
+    /// [`AttentionOptions::layout`]: the output rows of n >= 1 new tokens over all that `cache` has seen; the tokens
+    /// are added to it. Any chunking of a sequence gives what [`Self::forward`] gives on the whole, to rounding.
+    /// Dropout uses its seed as it is in every call, so the whole is again one mask.
     ///
     /// # Errors
     /// A cache of other strategies or parameters than [`Self::new_cache`] gives, or as
@@ -327,8 +328,8 @@ impl CompressedSelfAttention {
         self.merge_heads(&self.attention.forward_cached(&q, &k, &v, cache)?)
     }
 
-    /// xs (B, N, hidden_size) -> query (B, H, N, D), key and value (B, Hk, N, D), rotated from `position` on, with their
-    /// axes in the attention's order.
+    /// xs (B, N, hidden_size) -> query (B, H, N, D), key and value (B, Hk, N, D), rotated from `position` on, with
+    /// their axes in the attention's order.
     fn project(&self, xs: &Tensor, position: usize) -> Result<(Tensor, Tensor, Tensor)> {
         let (batch, tokens) = match *xs.dims() {
             [batch, tokens, hidden] if hidden == self.config.hidden_size && batch * tokens > 0 => (batch, tokens),

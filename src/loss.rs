@@ -70,8 +70,9 @@ pub fn compression_loss(
     }
 }
 
-/// Query (B, H, N, D), key (B, Hk, N, D): the terms of [`compression_loss`], for those who reduce them over ranks first.
-/// `None` where N = 1 and under [`Criterion::ObservedMass`]. Of `config`, the criterion and the thresholds are read.
+/// Query (B, H, N, D), key (B, Hk, N, D): the terms of [`compression_loss`], for those who reduce them over ranks
+/// first. `None` where N = 1 and under [`Criterion::ObservedMass`]. Of `config`, the criterion and the thresholds are
+/// read.
 ///
 /// # Errors
 /// Shapes, dtypes, devices or settings that do not fit together or are not supported.

@@ -13,10 +13,9 @@ use candle_core::{bail, DType, Device, Result, Tensor};
 /// the rows of the second half of its window, summed over the group's query heads, times the norm of its value. Later
 /// tokens are not decided yet; the first `sinks` have a score that nothing reads. Thresholds are quantiles of these.
 ///
-/// Query (B, H, N, D), key and value (B, Hk, N, D), or with their axes in the order of [`AttentionOptions::layout`]: f64,
-/// f32, f16 or bf16, any strides with a contiguous last axis. Of `config`, the window and the sinks are read; of
-/// `options`, the layout and the scale. O(N·(window + sinks)·D) per query head.
-/// No gradient.
+/// Query (B, H, N, D), key and value (B, Hk, N, D), or with their axes in the order of [`AttentionOptions::layout`]:
+/// f64, f32, f16 or bf16, any strides with a contiguous last axis. Of `config`, the window and the sinks are read; of
+/// `options`, the layout and the scale. O(N·(window + sinks)·D) per query head. No gradient.
 ///
 /// # Errors
 /// Shapes, dtypes or devices that do not fit together or are not supported, another criterion, or settings that it does

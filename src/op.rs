@@ -48,9 +48,9 @@ pub fn compressed_attention(
 }
 
 /// Query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or with their axes in the order of
-/// [`AttentionOptions::layout`]: attention over the columns that `plan` leaves. The output has the query's dtype (sums in
-/// f32, or f64 for f64; one rounding at the end). Hidden tokens keep their output row.
-/// Memory beyond the output is O(N·D); no N×N matrix is formed.
+/// [`AttentionOptions::layout`]: attention over the columns that `plan` leaves. The output has the query's dtype (sums
+/// in f32, or f64 for f64; one rounding at the end). Hidden tokens keep their output row. Memory beyond the output is
+/// O(N·D); no N×N matrix is formed.
 ///
 /// Differentiable in query, key and value, for every fold, window, bias and dropout; the decisions are constants. The
 /// gradients have the shapes and dtypes of their tensors, keep O(N·D) memory besides them, and do not depend on the

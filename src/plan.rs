@@ -44,8 +44,8 @@ impl MergeStats {
 
 impl MergePlan {
     /// Decides from query (B, H, N, D), key and value (B, Hk, N, D), or with their axes in the order of
-    /// [`AttentionOptions::layout`]: f64, f32, f16 or bf16, any strides with a contiguous last axis. Cosines and masses are computed in f32 (f64 for f64). O(N·D) per head; under
-    /// [`Criterion::ObservedMass`] O(N·(window + sinks)·D).
+    /// [`AttentionOptions::layout`]: f64, f32, f16 or bf16, any strides with a contiguous last axis. Cosines and masses
+    /// are computed in f32 (f64 for f64). O(N·D) per head; under [`Criterion::ObservedMass`] O(N·(window + sinks)·D).
     ///
     /// Under [`MergeRule::Causal`](crate::MergeRule) two neighbours of which a bias of -inf hides one or both from the later
     /// one's row do not merge: padding stays apart, and so do packed documents.
@@ -72,8 +72,8 @@ impl MergePlan {
         })
     }
 
-    /// Takes the caller's own merge indicators: u8 (B, H, N-1) in either [`AttentionOptions::layout`], 1 where token t is folded into t+1. Of `config`, only
-    /// the fold and the window are read from here on.
+    /// Takes the caller's own merge indicators: u8 (B, H, N-1) in either [`AttentionOptions::layout`], 1 where token t
+    /// is folded into t+1. Of `config`, only the fold and the window are read from here on.
     ///
     /// # Errors
     /// Another dtype or rank, a value that is not 0 or 1, or a configuration that has no meaning.
@@ -103,7 +103,8 @@ impl MergePlan {
         })
     }
 
-    /// The merge indicators, u8 (B, H, N-1) in either [`AttentionOptions::layout`]: 1 where token t is folded into t+1 and its column is hidden.
+    /// The merge indicators, u8 (B, H, N-1) in either [`AttentionOptions::layout`]: 1 where token t is folded into t+1
+    /// and its column is hidden.
     pub fn indicators(&self) -> &Tensor {
         &self.indicators
     }

@@ -123,8 +123,8 @@ fn half_types_round_once() -> Result<()> {
     Ok(())
 }
 
-/// In every setting, and in every shape where nothing is hidden: each element within what one rounding and those on the way
-/// explain.
+/// In every setting, and in every shape where nothing is hidden: each element within what one rounding and those on the
+/// way explain.
 #[test]
 fn half_types_err_by_their_roundings_alone() -> Result<()> {
     for dtype in [DType::F16, DType::BF16] {

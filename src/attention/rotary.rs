@@ -45,8 +45,8 @@ impl Rotary {
         let max_tokens = match u32::try_from(config.max_tokens) {
             Ok(max_tokens) if max_tokens <= MOST_TOKENS => max_tokens,
             _ => bail!(
-                "rotary max_tokens: expected at most {MOST_TOKENS}, up to where f32 tells positions apart, got {}; see the \
-                 model's max_position_embeddings",
+                "rotary max_tokens: expected at most {MOST_TOKENS}, up to where f32 tells positions apart, got {}; \
+                 see the model's max_position_embeddings",
                 config.max_tokens
             ),
         };

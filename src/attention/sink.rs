@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 ///
 /// Give clones of one sink to all layers, run the model, then add [`Self::take`] to the loss.
 ///
-/// A loss that a gradient can be asked of keeps its whole graph alive, activations included, until [`Self::take`]: call it
-/// once per forward pass, even where its result is not used. Losses without a graph, as in evaluation, are added up as they
-/// come, so that a sink that nobody empties stays one scalar.
+/// A loss that a gradient can be asked of keeps its whole graph alive, activations included, until [`Self::take`]: call
+/// it once per forward pass, even where its result is not used. Losses without a graph, as in evaluation, are added up
+/// as they come, so that a sink that nobody empties stays one scalar.
 #[derive(Clone, Debug, Default)]
 pub struct CompressionLossSink(Arc<Mutex<Vec<Tensor>>>);
 

@@ -15,9 +15,9 @@ pub struct CacheOptions {
     /// the first keys.
     ///
     /// f16 holds numbers up to 65504, and bf16 up to 3.39e38. A finite key or value beyond that, or such a sum of two
-    /// that [`Fold::PairSum`] folds, is an error that names the largest one, and the cache is unchanged:
-    /// store it in bf16 or f32. On CUDA seeing it would mean waiting for the device: there it is stored as infinite, and
-    /// the rows that see it are NaN. Choose bf16 or f32 there where numbers may be large.
+    /// that [`Fold::PairSum`] folds, is an error that names the largest one, and the cache is unchanged: store it in
+    /// bf16 or f32. On CUDA seeing it would mean waiting for the device: there it is stored as infinite, and the rows
+    /// that see it are NaN. Choose bf16 or f32 there where numbers may be large.
     pub storage: Option<DType>,
     /// The most entries that one list may keep; a call that would exceed it is refused and changes nothing. On a GPU a call
     /// that comes near it works on a copy of the cache first, and waits for the device.
@@ -168,12 +168,12 @@ impl CompressedKvCache {
         layout.turned(&output)
     }
 
-    /// Query (B, H, n, D), key and value (B, Hk, n, D): takes in n >= 1 new tokens without computing their rows. O(n·D) per
-    /// head, times the window and the sinks under [`Criterion::ObservedMass`].
+    /// Query (B, H, n, D), key and value (B, Hk, n, D): takes in n >= 1 new tokens without computing their rows. O(n·D)
+    /// per head, times the window and the sinks under [`Criterion::ObservedMass`].
     ///
     /// **The queries decide** under [`Criterion::ObservedMass`] (with the default softmax scale) and
-    /// [`Criterion::QueryKey`], and [`Fold::PairSum`] folds them: they must be the tokens' own, rotated as the
-    /// keys are. Zeros or made-up ones fill the cache with wrong decisions, and no call can see that. Without the queries,
+    /// [`Criterion::QueryKey`], and [`Fold::PairSum`] folds them: they must be the tokens' own, rotated as the keys
+    /// are. Zeros or made-up ones fill the cache with wrong decisions, and no call can see that. Without the queries,
     /// use [`Self::append_without_queries`], which refuses those settings.
     ///
     /// # Errors
@@ -201,14 +201,14 @@ impl CompressedKvCache {
         };
         if let Some(reads) = reads {
             bail!(
-                "append_without_queries: expected criterion KeyKey with fold Mean or Drop, or heads that are all off, got \
-                 {reads}, which reads queries; give the tokens' own queries to append"
+                "append_without_queries: expected criterion KeyKey with fold Mean or Drop, or heads that are all off, \
+                 got {reads}, which reads queries; give the tokens' own queries to append"
             )
         }
         let [batch, _, tokens, dim] = *k.dims() else {
             bail!(
-                "key: expected 4 axes (batch, kv_heads, tokens, head_dim), got shape {:?}; split the heads with reshape and \
-                 transpose",
+                "key: expected 4 axes (batch, kv_heads, tokens, head_dim), got shape {:?}; split the heads with reshape \
+                 and transpose",
                 k.dims()
             )
         };
@@ -303,9 +303,9 @@ impl CompressedKvCache {
         each!(&state.lists, lists => lists.iter().map(|(_, list)| list.bytes()).sum())
     }
 
-    /// Bytes allocated: [`Self::bytes`] and what growth has reserved. Folded entries have room for an eighth of a list or 64
-    /// entries more at most. Raw tokens of the window are moved up once per window's worth of tokens, so their buffers
-    /// have room for up to four windows of rows. On a GPU every list has as much room as the longest one.
+    /// Bytes allocated: [`Self::bytes`] and what growth has reserved. Folded entries have room for an eighth of a list
+    /// or 64 entries more at most. Raw tokens of the window are moved up once per window's worth of tokens, so their
+    /// buffers have room for up to four windows of rows. On a GPU every list has as much room as the longest one.
     pub fn bytes_allocated(&self) -> usize {
         #[cfg(feature = "cuda")]
         if let Some(state) = &self.on_gpu {

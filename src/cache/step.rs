@@ -140,8 +140,8 @@ impl Call<'_> {
         }
         if let Some(sum) = step.too_large_sum(lists, &decided) {
             bail!(
-                "storage: expected sums of folded keys and values up to {:e}, the largest number of {:?}, got {sum:e}; {}, \
-                 or use Fold::Mean or Fold::Drop",
+                "storage: expected sums of folded keys and values up to {:e}, the largest number of {:?}, got {sum:e}; \
+                 {}, or use Fold::Mean or Fold::Drop",
                 largest_of(S::DTYPE),
                 S::DTYPE,
                 match S::DTYPE {

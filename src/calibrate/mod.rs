@@ -149,9 +149,10 @@ impl Settings {
 }
 
 impl Calibrator {
-    /// For a model of that shape, its attention's settings and `options` (of which scale, bias and layout count), and the shares
-    /// of hidden tokens to try, between 0 and 1; every head may also stay off. Under [`Criterion::ObservedMass`] a share
-    /// is one of the tokens that have left the window, else of all; sinks are never counted.
+    /// For a model of that shape, its attention's settings and `options` (of which scale, bias and layout count), and
+    /// the shares of hidden tokens to try, between 0 and 1; every head may also stay off. Under
+    /// [`Criterion::ObservedMass`] a share is one of the tokens that have left the window, else of all; sinks are never
+    /// counted.
     ///
     /// # Errors
     /// Settings that have no meaning, [`MergeRule::Reference`], whose decisions depend on one another, shapes of no
@@ -249,10 +250,11 @@ impl Calibrator {
 }
 
 impl Measurement {
-    /// Query (1, H, N, D), key and value (1, Hk, N, D), or as in [`Calibrator::observe`]: adds what every candidate hides in
-    /// one window of one layer, and the squared error that it leaves in the layer's output: after the output projection
-    /// `projection` (hidden, H·D) where one is given, else per head. `weight` is a factor on the error: errors of different
-    /// layers are added up, and 1 over the mean square of the layer's own output makes them comparable.
+    /// Query (1, H, N, D), key and value (1, Hk, N, D), or as in [`Calibrator::observe`]: adds what every candidate
+    /// hides in one window of one layer, and the squared error that it leaves in the layer's output: after the output
+    /// projection `projection` (hidden, H·D) where one is given, else per head. `weight` is a factor on the error:
+    /// errors of different layers are added up, and 1 over the mean square of the layer's own output makes them
+    /// comparable.
     ///
     /// # Errors
     /// As [`Calibrator::observe`], a projection of another shape, a weight that is not positive.

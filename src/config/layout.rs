@@ -16,8 +16,8 @@ pub enum TensorLayout {
 }
 
 impl TensorLayout {
-    /// A view of (batch, heads, tokens, head_dim) of a tensor in this order, or back: both ways are one. Another rank is
-    /// left as it is, for the checks to refuse.
+    /// A view of (batch, heads, tokens, head_dim) of a tensor in this order, or back: both ways are one. Another rank
+    /// is left as it is, for the checks to refuse.
     pub(crate) fn turned(self, tensor: &Tensor) -> Result<Tensor> {
         match self {
             Self::TokensFirst if tensor.rank() == 4 => tensor.transpose(1, 2),

@@ -324,18 +324,18 @@ pub struct AttentionOptions {
     /// Added to the logit of every visible column, by the column's token index: any shape that broadcasts to
     /// `(B, H, N, N)`, in any float dtype. It receives no gradient.
     ///
-    /// A finite bias of any size, the dtype's minimum included, is finite: a row whose every logit is that minimum is the
-    /// softmax of equal logits. Minus infinity hides a column from a row. A row that sees nothing is zeros and sends no
-    /// gradient.
+    /// A finite bias of any size, the dtype's minimum included, is finite: a row whose every logit is that minimum is
+    /// the softmax of equal logits. Minus infinity hides a column from a row. A row that sees nothing is zeros and
+    /// sends no gradient.
     ///
-    /// Folding does not read the bias: a token that it hides would reach a row inside its right neighbour, and a visible
-    /// one would vanish with a hidden one. So minus infinity beside a plan that hides something is an error on the CPU.
-    /// On CUDA seeing it would mean waiting for the device, so nothing sees it there: do not give such a bias.
+    /// Folding does not read the bias: a token that it hides would reach a row inside its right neighbour, and a
+    /// visible one would vanish with a hidden one. So minus infinity beside a plan that hides something is an error on
+    /// the CPU. On CUDA seeing it would mean waiting for the device, so nothing sees it there: do not give such a bias.
     /// Left-padded batches and packed documents with merging: run each sequence alone, or keep their heads
     /// [`MergeStrategy::Off`].
     pub bias: Option<Tensor>,
-    /// The order of the axes of query, key, value and output tensors, at every function that takes these options. Default
-    /// [`TensorLayout::HeadsFirst`]: (B, H, N, D). The bias is (B, H, N, N) in either, and the arrays of
+    /// The order of the axes of query, key, value and output tensors, at every function that takes these options.
+    /// Default [`TensorLayout::HeadsFirst`]: (B, H, N, D). The bias is (B, H, N, N) in either, and the arrays of
     /// [`crate::reference`] are (B, H, N, D).
     pub layout: TensorLayout,
     /// Whether gradients must be the same bits every time. Default false: on CUDA in f16 and bf16, for head sizes up to 128, the

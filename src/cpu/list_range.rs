@@ -42,8 +42,8 @@ fn size<A: Accumulator>(x: A) -> A {
 }
 
 impl<S: Element> List<S> {
-    /// The size of the largest sum of two neighbouring keys or values that the chunk folds and S cannot hold. Every pair
-    /// is looked at when its right token comes, so that any chunking refuses the same tokens.
+    /// The size of the largest sum of two neighbouring keys or values that the chunk folds and S cannot hold. Every
+    /// pair is looked at when its right token comes, so that any chunking refuses the same tokens.
     pub fn too_large_sum(
         &self,
         decided: &Decided<S>,

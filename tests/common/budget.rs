@@ -1,22 +1,22 @@
 //! What halves may err by before the last rounding: bounds from the f64 reference's own numbers, element by element.
 //!
-//! An honest path sums in f32 and rounds once at the end. On the way it may round what a product of halves needs as halves:
-//! the weights, folded rows, and the gradients of logits. With `inner` the relative error of one such rounding, to first
-//! order (what is of second order lies within the second half of what the last rounding is allowed):
+//! An honest path sums in f32 and rounds once at the end. On the way it may round what a product of halves needs as
+//! halves: the weights, folded rows, and the gradients of logits. With `inner` the relative error of one such rounding,
+//! to first order (what is of second order lies within the second half of what the last rounding is allowed):
 //!
-//! * A folded query or key that is rounded moves a logit by at most `ε_j = n_j · inner · scale · Σ_d |q_d||k_jd|`, where
-//!   `n_j` of the two are folded. Softmax turns that into `δw_j = w_j (ε_j - Σ w ε)`, hence into
-//!   `Σ_j w_j ε_j |r_j v_j - o|` of an output o, with r dropout's factors.
+//! * A folded query or key that is rounded moves a logit by at most `ε_j = n_j · inner · scale · Σ_d |q_d||k_jd|`,
+//!   where `n_j` of the two are folded. Softmax turns that into `δw_j = w_j (ε_j - Σ w ε)`, hence into `Σ_j w_j ε_j
+//!   |r_j v_j - o|` of an output o, with r dropout's factors.
 //! * Rounded weights move an output by `inner · Σ_j w_j r_j |v_j|`, and rounded folded values by
 //!   `inner · Σ_folded w_j r_j |v_j|`.
-//! * dv_j = Σ_i w_ij r_ij g_i is off by `Σ_i r_ij |g_i| w_ij (inner + ε_ij + ε̄_i)`, ε̄ = Σ w ε: weights are made again from
-//!   the same logits and their log-sum-exp, and rounded.
-//! * dl_ij = w_ij (a_ij - D_i), with a_ij = r_ij g_i · v_j and D_i = g_i · o_i, is off by
-//!   `w_ij ((ε_ij + ε̄_i) |a_ij - D_i| + δa_ij + B_i) + inner |dl_ij|`: δa_ij = inner · r_ij Σ_d |g_id||v_jd| of folded values,
-//!   `B_i = Σ_d |g_id| δo_id` of the output, which is read as it was rounded: δo has the last rounding too, unless what it
-//!   left of the output is kept.
-//! * dq_i = scale Σ_j dl_ij k_j and dk_j = scale Σ_i dl_ij q_i are off by the same sums of |k_j| and |q_i| times the error of
-//!   dl, and by `inner |dl_ij|` times those that are folded.
+//! * dv_j = Σ_i w_ij r_ij g_i is off by `Σ_i r_ij |g_i| w_ij (inner + ε_ij + ε̄_i)`, ε̄ = Σ w ε: weights are made again
+//!   from the same logits and their log-sum-exp, and rounded.
+//! * dl_ij = w_ij (a_ij - D_i), with a_ij = r_ij g_i · v_j and D_i = g_i · o_i, is off by `w_ij ((ε_ij + ε̄_i) |a_ij -
+//!   D_i| + δa_ij + B_i) + inner |dl_ij|`: δa_ij = inner · r_ij Σ_d |g_id||v_jd| of folded values, `B_i = Σ_d |g_id|
+//!   δo_id` of the output, which is read as it was rounded: δo has the last rounding too, unless what it left of the
+//!   output is kept.
+//! * dq_i = scale Σ_j dl_ij k_j and dk_j = scale Σ_i dl_ij q_i are off by the same sums of |k_j| and |q_i| times the
+//!   error of dl, and by `inner |dl_ij|` times those that are folded.
 //! * Gradients go home through the fold, which is linear with factors that are not negative: so do their bounds.
 //!
 //! Where a number is multiplied as a sum of two parts, the product of the small parts is left out: every product has a
@@ -58,7 +58,8 @@ impl Units {
             DType::F16 => (2f64.powi(-11), 2f64.powi(-25)),
             _ => (2f64.powi(-8), 2f64.powi(-134)),
         };
-        // There, what rounding left of it is kept too where a weight may be nearly all of a row's, and read by gradients.
+        // There, what rounding left of it is kept too where a weight may be nearly all of a row's, and read by
+        // gradients.
         let extras = options.bias.is_some() || options.dropout.is_some();
         let cuda = Self {
             last,

@@ -120,8 +120,8 @@ impl Expected {
             let plan = MergePlan::from_indicators(&tensor, config)?;
             let cpu = differentiate(qkv, grad_output, |q, k, v| Ok(attend(q, k, v, &plan, options)?))?;
             for (index, allowed) in allowed.iter_mut().enumerate() {
-                // The CPU may be lucky, where few numbers are summed, or cancel: the terms are about 1, and what is left of
-                // them is known to a part of a rounding of 1 only.
+                // The CPU may be lucky, where few numbers are summed, or cancel: the terms are about 1, and what is
+                // left of them is known to a part of a rounding of 1 only.
                 let error = F32_TIMES * largest_error(&cpu[index], &exact[index])?;
                 allowed.push(error + 4.0 * 2f64.powi(-24) * largest(&exact[index])?.max(1.0));
             }
