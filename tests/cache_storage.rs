@@ -148,16 +148,32 @@ fn the_largest_number_and_numbers_that_are_not_finite_are_taken() -> Result<()> 
 fn sums_beyond_the_storage_are_refused() -> Result<()> {
     let shape = Shape(1, 2, 1, 12, 4);
     for (storage, number, pattern) in [
-        (DType::F16, 40000.0, "folded keys and values up to 6.5504e4, the largest number of F16, got 8e4; set CacheOptions::storage to bf16"),
-        (DType::BF16, 2f64.powi(127), "the largest number of BF16, got 3.402823669209385e38; scale"),
-        (DType::F32, 2f64.powi(127), "the largest number of F32, got 3.402823669209385e38; scale"),
+        (
+            DType::F16,
+            40000.0,
+            "the largest number of F16, got 8e4; set CacheOptions::storage to bf16 or f32",
+        ),
+        (
+            DType::BF16,
+            2f64.powi(127),
+            "the largest number of BF16, got 3.402823669209385e38; scale",
+        ),
+        (
+            DType::F32,
+            2f64.powi(127),
+            "the largest number of F32, got 3.402823669209385e38; scale",
+        ),
     ] {
         for (window, which) in [(0, 2), (2, 2), (50, 2), (0, 1), (2, 1)] {
             // The cosine of two keys of 2^127 overflows, so that they do not merge.
             if which == 1 && storage != DType::F16 {
                 continue;
             }
-            let config = CompressionConfig { similarity_threshold: 1.5, max_merge_level: 1, ..config(Fold::PairSum, window) };
+            let config = CompressionConfig {
+                similarity_threshold: 1.5,
+                max_merge_level: 1,
+                ..config(Fold::PairSum, window)
+            };
             let mut qkv = shape.qkv(3, DType::F32)?;
             // Nearly equal keys: every second pair merges, (4, 5) among them.
             let ones = qkv[1].ones_like()?;
@@ -168,7 +184,11 @@ fn sums_beyond_the_storage_are_refused() -> Result<()> {
             let large = with_number(&with_number(&qkv, which, at(4), number)?, which, at(5), number)?;
             let new = || cache(MergeStrategy::Similarity, &config, storage);
             // The large numbers come together, after four others and as the first.
-            assert_refused(new, [&part(&qkv, 0, 4)?, &part(&large, 4, 4)?, &part(&qkv, 8, 4)?], pattern);
+            assert_refused(
+                new,
+                [&part(&qkv, 0, 4)?, &part(&large, 4, 4)?, &part(&qkv, 8, 4)?],
+                pattern,
+            );
             // The left one is in the cache when the right one comes.
             let (mut tried, mut alone) = (new()?, new()?);
             for cache in [&mut tried, &mut alone] {
@@ -176,9 +196,15 @@ fn sums_beyond_the_storage_are_refused() -> Result<()> {
             }
             let error = append(&mut tried, &part(&large, 5, 1)?).unwrap_err().to_string();
             assert!(error.contains(pattern), "{error}");
-            assert!(contents(&tried)? == contents(&alone)?, "{storage:?} {window} {which}: the cache changed");
+            assert!(
+                contents(&tried)? == contents(&alone)?,
+                "{storage:?} {window} {which}: the cache changed"
+            );
             let rest = part(&qkv, 5, 3)?;
-            assert_eq!(values(&append(&mut tried, &rest)?)?, values(&append(&mut alone, &rest)?)?);
+            assert_eq!(
+                values(&append(&mut tried, &rest)?)?,
+                values(&append(&mut alone, &rest)?)?
+            );
             // What is not folded needs no sum.
             let mut off = cache(MergeStrategy::Off, &config, storage)?;
             assert!(values(&append(&mut off, &large)?)?.iter().all(|x| x.is_finite()));
