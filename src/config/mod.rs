@@ -328,10 +328,11 @@ pub struct AttentionOptions {
     /// the softmax of equal logits. Minus infinity hides a column from a row. A row that sees nothing is zeros and
     /// sends no gradient.
     ///
-    /// Folding does not read the bias: a token that it hides would reach a row inside its right neighbour, and a
-    /// visible one would vanish with a hidden one. So minus infinity beside a plan that hides something is an error on
-    /// the CPU. On CUDA seeing it would mean waiting for the device, so nothing sees it there: do not give such a bias.
-    /// Left-padded batches and packed documents with merging: run each sequence alone, or keep their heads
+    /// Under [`MergeRule::Causal`] two neighbours merge only where the later one's row sees both. Minus infinity at any
+    /// other column that a row would see, in a head that hides tokens, is an error on the CPU: a bias does not say which of
+    /// the tokens that were folded together a row may see, and `sinks` and `window` count from the first token, padding or
+    /// not. On CUDA seeing it would mean waiting for the device, so it is not looked for: do not give such a bias.
+    /// Left-padded batches and packed documents with merging: give each sequence its own call, or keep their heads
     /// [`MergeStrategy::Off`].
     pub bias: Option<Tensor>,
     /// The order of the axes of query, key, value and output tensors, at every function that takes these options.
