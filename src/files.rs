@@ -21,8 +21,8 @@ enum Place {
 /// written to.
 ///
 /// # Errors
-/// A folder that does not exist or may not be written to, a full disk, or an error of `fill`. The new file is then
-/// removed.
+/// A folder that does not exist or may not be written to, a file that may only be read, a full disk, or an error of
+/// `fill`. The new file is then removed.
 pub(crate) fn replace(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let target = match place(path)? {
         Place::Name(target) => target,
@@ -31,10 +31,10 @@ pub(crate) fn replace(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
     let folder = folder_of(&target);
     let beside = new_file(folder, &target)?;
     fill(&beside)?;
+    fs::File::options().write(true).open(&beside)?.sync_all()?;
     if let Ok(old) = fs::metadata(&target) {
         fs::set_permissions(&beside, old.permissions())?;
     }
-    fs::File::options().write(true).open(&beside)?.sync_all()?;
     beside.persist(&target).map_err(|error| error.error)?;
     // The file has its name; not every file system can say when the folder is on the disk.
     #[cfg(unix)]
@@ -78,6 +78,10 @@ fn place(path: &Path) -> Result<Place> {
                 return Err(Error::new(ErrorKind::IsADirectory, "a folder in the place of a file"))
             }
             Ok(found) if !found.is_file() => return Ok(Place::Stream),
+            // A rename would not ask.
+            Ok(found) if found.permissions().readonly() => {
+                return Err(Error::new(ErrorKind::PermissionDenied, "a file that may only be read"))
+            }
             Ok(_) => return Ok(Place::Name(target)),
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Place::Name(target)),
             Err(error) => return Err(error),

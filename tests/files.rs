@@ -99,6 +99,10 @@ mod unix {
         fs::set_permissions(&file, PermissionsExt::from_mode(0o640))?;
         cache(4)?.save(&file)?;
         assert_eq!((mode(&file)?, tokens_in(&file)?), (0o640, 4));
+        fs::set_permissions(&file, PermissionsExt::from_mode(0o400))?;
+        let error = cache(5)?.save(&file).unwrap_err().to_string();
+        assert!(error.contains("a file that may only be read"), "{error}");
+        assert_eq!((tokens_in(&file)?, folder.names()?), (4, vec!["cache".to_string()]));
         Ok(())
     }
 
