@@ -1,6 +1,8 @@
 //! [`CompressedKvCache`]: decoding with a KV cache that really shrinks, per head.
 
-use crate::config::{AttentionOptions, CompressionConfig, Criterion, Fold, HeadStrategies, MergeRule};
+#[cfg(doc)]
+use crate::config::Fold;
+use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies, MergeRule};
 use crate::plan::not_on_cpu;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Result, Tensor};
@@ -80,6 +82,7 @@ macro_rules! each {
     };
 }
 
+mod append;
 mod checksum;
 #[cfg(feature = "cuda")]
 mod gpu;
@@ -166,56 +169,6 @@ impl CompressedKvCache {
             return layout.turned(&q.apply_op3(k, v, WithoutGradient(output))?);
         }
         layout.turned(&output)
-    }
-
-    /// Query (B, H, n, D), key and value (B, Hk, n, D): takes in n >= 1 new tokens without computing their rows. O(n·D)
-    /// per head, times the window and the sinks under [`Criterion::ObservedMass`].
-    ///
-    /// **The queries decide** under [`Criterion::ObservedMass`] (with the default softmax scale) and
-    /// [`Criterion::QueryKey`], and [`Fold::PairSum`] folds them: they must be the tokens' own, rotated as the keys
-    /// are. Zeros or made-up ones fill the cache with wrong decisions, and no call can see that. Without the queries,
-    /// use [`Self::append_without_queries`], which refuses those settings.
-    ///
-    /// # Errors
-    /// As [`Self::append_and_attend`]. The cache is then unchanged.
-    pub fn append(&mut self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
-        self.take_in(&Problem::new(q, k, v)?, [q, k, v], None).map(|_| ())
-    }
-
-    /// Key and value (B, Hk, n, D): takes in n >= 1 new tokens whose queries nobody has, and leaves the cache as
-    /// [`Self::append_and_attend`] does. `heads` is H, how many query heads will read it. For settings that read no
-    /// queries: [`Criterion::KeyKey`] with [`Fold::Mean`] or `Drop`, and heads that are all
-    /// [`MergeStrategy::Off`](crate::MergeStrategy).
-    ///
-    /// # Errors
-    /// Another criterion or fold, a number of heads that is no multiple of the KV heads, or as
-    /// [`Self::append_and_attend`]. The cache is then unchanged.
-    pub fn append_without_queries(&mut self, k: &Tensor, v: &Tensor, heads: usize) -> Result<()> {
-        let reads = match (self.config.criterion, self.config.fold) {
-            _ if self.strategies.all_off() => None,
-            (criterion @ (Criterion::QueryKey | Criterion::ObservedMass), _) => {
-                Some(format!("criterion {criterion:?}"))
-            }
-            (Criterion::KeyKey, fold @ Fold::PairSum) => Some(format!("fold {fold:?}")),
-            (Criterion::KeyKey, Fold::Mean | Fold::Drop) => None,
-        };
-        if let Some(reads) = reads {
-            bail!(
-                "append_without_queries: expected criterion KeyKey with fold Mean or Drop, or heads that are all off, \
-                 got {reads}, which reads queries; give the tokens' own queries to append"
-            )
-        }
-        let [batch, _, tokens, dim] = *k.dims() else {
-            bail!(
-                "key: expected 4 axes (batch, kv_heads, tokens, head_dim), got shape {:?}; split the heads with reshape \
-                 and transpose",
-                k.dims()
-            )
-        };
-        // Nothing reads them: one row of zeros stands for all.
-        let row = Tensor::zeros((1, 1, 1, dim), k.dtype(), k.device())?;
-        let q = row.broadcast_as((batch, heads, tokens, dim))?;
-        self.append(&q, k, v)
     }
 
     /// The output rows where there are options to attend with.
