@@ -1,6 +1,7 @@
 // What forward and backward share: swizzled tiles, their loads and products, columns and who sees them.
 #pragma once
 
+#include "bias.cuh"
 #include "hw.cuh"
 #include "params.cuh"
 #include "philox.cuh"
@@ -283,10 +284,34 @@ SFA_DEVICE View edge_row(const AttentionParams& p, View folded, View raw, const 
     return folded + (at.list * p.sizes.tokens + token) * p.sizes.head_dim;
 }
 
+// Where, after the rows' log-sum-exps, what rounding left of these starts.
+SFA_DEVICE int64_t rest_of_sums(const AttentionParams& p) {
+    return int64_t(p.sizes.batch) * p.sizes.heads * p.sizes.tokens;
+}
+
+// That of a row.
+SFA_DEVICE float rest_of_sum(const AttentionParams& p, const Floats& log_sum_exp, const HeadIndex& at, int row) {
+    return log_sum_exp[rest_of_sums(p) + at.batch_head * p.sizes.tokens + row];
+}
+
+// Makes zeros of what is not finite in a tile of layout L, 16 bytes at a time, as `load_rows` has them: each of THREADS threads
+// sees to what it has loaded. A product of a weight of 0 is 0 then; where a weight is not, it is NaN by itself.
+template <class T, class L, int ROWS, int THREADS>
+SFA_DEVICE void cleanse(const hw::Tile& tile, uint32_t thread = threadIdx.x) {
+    constexpr uint32_t CHUNKS = L::GROUP / 16, STEP = THREADS / CHUNKS;
+#pragma unroll 1
+    for (uint32_t row = thread / CHUNKS; row < ROWS; row += STEP) {
+#pragma unroll 1
+        for (uint32_t group = 0; group < L::CHUNKS / CHUNKS; group++) {
+            uint32_t at = L::chunk(row, group * CHUNKS + thread % CHUNKS);
+            if (any_not_finite<T>(hw::load<uint4>(tile, at))) hw::store(tile, at, uint4{0, 0, 0, 0});
+        }
+    }
+}
+
 // The bias of a row and a token, in base 2.
 SFA_DEVICE float bias_at(const AttentionParams& p, const Floats& bias, const HeadIndex& at, int row, int token) {
-    return LOG2_E * bias[p.bias_offset + at.batch * p.bias_strides[0] + at.head * p.bias_strides[1] +
-                                      row * p.bias_strides[2] + token * p.bias_strides[3]];
+    return bias_in_base_2(bias[p.bias.at(at.batch, at.head, row, token)]);
 }
 
 // What dropout multiplies a weight by: 0 or 1 / (1 - p).

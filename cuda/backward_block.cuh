@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention.cuh"
+#include "softmax.cuh"
 
 struct BackwardTensors {
     Halves q, k, v;
@@ -13,7 +14,8 @@ struct BackwardTensors {
     Halves folded_k, folded_v;
     Floats folded_ln, bias;
     Halves grad_output;         // (B, H, N, D)
-    Floats log_sum_exp, delta;  // (B, H, N)
+    Floats log_sum_exp;         // (2, B, H, N): and what rounding left of it
+    Floats delta;               // (B, H, N)
 };
 
 // What every kernel of gradients is given, and how it holds it.
@@ -36,6 +38,38 @@ SFA_DEVICE float scaled(const AttentionParams& p, float product) { return produc
 // Tiles on their way while one is computed, where shared memory has room for two pairs.
 constexpr int stages(int dim) { return dim <= 128 ? 2 : 1; }
 
+// What is odd about rows of a tile, of which log-sum-exps and deltas are in shared memory; the same in all of a block's warps.
+struct OddRows {
+    // Some logits are large, or a row sees nothing: weights take what rounding left of sums. Some are NaN.
+    bool any, bad;
+
+    template <int ROWS>
+    SFA_DEVICE static OddRows of(const hw::Tile& log_sum_exp, const hw::Tile& delta) {
+        bool any = false, bad = false;
+#pragma unroll
+        for (uint32_t row = hw::thread() % 32; row < ROWS; row += 32) {
+            float sum = hw::load<float>(log_sum_exp, row * 4), mean = hw::load<float>(delta, row * 4);
+            bad |= sum != sum || mean != mean;
+            any |= !(fabsf(sum) < LARGE_LOGIT);
+        }
+        any = hw::warp_any(any || bad);
+        return {any, any && hw::warp_any(bad)};
+    }
+
+    // Rows that are NaN must not reach columns that they do not see by 0 * NaN: of those, log-sum-exps alone stay NaN. THREADS
+    // threads, which have met after all of them asked `of`, and meet after this.
+    template <class T, class L, int ROWS, int THREADS>
+    SFA_DEVICE static void contain(const hw::Tile& q, const hw::Tile& grad, const hw::Tile& log_sum_exp, const hw::Tile& delta) {
+        cleanse<T, L, ROWS, THREADS>(q);
+        cleanse<T, L, ROWS, THREADS>(grad);
+        if (threadIdx.x >= ROWS) return;
+        float sum = hw::load<float>(log_sum_exp, threadIdx.x * 4), mean = hw::load<float>(delta, threadIdx.x * 4);
+        if (sum == sum && mean == mean) return;
+        hw::store(log_sum_exp, threadIdx.x * 4, hw::nan());
+        hw::store(delta, threadIdx.x * 4, 0.f);
+    }
+};
+
 // The gradients of the queries of 64 rows: four warps of 16 rows, tiles of 64 columns.
 template <class T, int D>
 struct QueryGradients {
@@ -53,7 +87,9 @@ struct QueryGradients {
     hw::Tile q, grad;
     Fragments<D> own_rows, column_rows, right_rows;
     float dq[1][D / 8][4];
-    float log_sum_exp[2], delta[2];
+    float log_sum_exp[2], rest[2], delta[2];
+    // Of a row of this warp: no tile takes the shorter way.
+    bool large;
     int lane, warp_row, block_row, row_end;
     int far, far_tiles, near_first, near_tiles;
     int far_end[2];  // how many far columns this lane's rows see
@@ -70,10 +106,12 @@ struct QueryGradients {
         for (int r = 0; r < 2; r++) {
             int64_t index = at.batch_head * p.sizes.tokens + min(row_of(r), row_end - 1);
             log_sum_exp[r] = x.log_sum_exp[index], delta[r] = x.delta[index];
+            rest[r] = x.log_sum_exp[rest_of_sums(p) + index];
             far_end[r] = far_count(p, x.far_before, at.list, min(row_of(r), row_end - 1));
         }
 #pragma unroll
         for (int i = 0; i < D / 2; i++) dq[0][i / 4][i % 4] = 0;
+        large = hw::warp_any(!(fabsf(log_sum_exp[0]) < LARGE_LOGIT && fabsf(log_sum_exp[1]) < LARGE_LOGIT));
     }
 
     SFA_DEVICE int row_of(int r) const { return block_row + warp_row + r * 8 + lane / 4; }
@@ -116,7 +154,7 @@ struct QueryGradients {
         int row = row_of(r);
         if (x.bias) logit += bias_at(p, x.bias, at, row, column_token);
         if (p.dropout_cut != 0) weight_grad *= dropout_factor(p, at, row, column_token);
-        return hw::exp2(logit - log_sum_exp[r]) * (weight_grad - delta[r]);
+        return hw::exp2(exponent_of(logit, log_sum_exp[r], rest[r])) * (weight_grad - delta[r]);
     }
 
     template <bool FULL>
@@ -142,6 +180,14 @@ struct QueryGradients {
                 }
             }
         } else {
+            // A key that is not finite must not reach rows that do not see it by 0 * NaN. Each warp sees to that by itself.
+            float met = 0;
+#pragma unroll
+            for (int i = 0; i < NT * 4; i++) met += s[0][i / 4][i % 4] * 0.f;
+            if (hw::warp_any(met != 0.f)) {
+                cleanse<T, Layout<D>, NB, 32>(k, lane);
+                __syncwarp();
+            }
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 int row = row_of(r), last = min(row, row_end - 1);
@@ -173,7 +219,7 @@ struct QueryGradients {
         __syncthreads();
         bool more = index + 1 < steps;
         if (STAGES == 2 && more) load_next(index + 1);
-        if (full(c)) tile<true>(c, stage);
+        if (full(c) && !large) tile<true>(c, stage);
         else tile<false>(c, stage);
         if (STAGES == 1 && more) {
             __syncthreads();
@@ -325,9 +371,19 @@ struct ColumnGradients {
         hw::copy_commit();
     }
 
-    // FULL: every row sees every column, and there is neither bias nor dropout.
+    // Whether the tile that has arrived has rows that are odd; those that are NaN are contained then.
+    SFA_DEVICE bool has_odd_rows(int stage) const {
+        OddRows odd = OddRows::of<NB>(part(stage, 2), part(stage, 3));
+        if (!odd.bad) return odd.any;
+        __syncthreads();
+        OddRows::contain<T, Layout<D>, NB, THREADS>(part(stage, 0), part(stage, 1), part(stage, 2), part(stage, 3));
+        __syncthreads();
+        return true;
+    }
+
+    // FULL: every row sees every column, there is neither bias nor dropout, and no row is odd.
     template <bool FULL>
-    SFA_DEVICE void tile(const HeadIndex& at, int row, int stage) {
+    SFA_DEVICE void tile(const HeadIndex& at, int row, int stage, bool odd) {
         hw::Tile q = part(stage, 0), grad = part(stage, 1), log_sum_exp = part(stage, 2), delta = part(stage, 3);
         int count = min(NB, int(p.sizes.tokens) - row);
         float s[1][NT][4], grads[1][NT][4];
@@ -357,7 +413,7 @@ struct ColumnGradients {
                     float logit = scaled(p, s[0][n][i]) + column.addend;
                     if (x.bias) logit += bias_at(p, x.bias, at, r, column.token);
                     if (p.dropout_cut != 0) kept = dropout_factor(p, at, r, column.token);
-                    weight = hw::exp2(logit - sum);
+                    weight = hw::exp2(exponent_of(logit, sum, odd ? rest_of_sum(p, x.log_sum_exp, at, r) : 0.f));
                 }
                 s[0][n][i] = weight * kept;
                 grads[0][n][i] = visible ? weight * (grads[0][n][i] * kept - mean) : 0.f;
@@ -405,8 +461,9 @@ struct ColumnGradients {
             __syncthreads();
             if (STAGES == 2 && next < steps)
                 load_tile(HeadIndex(p, head + next / tiles), begin + next % tiles * NB, next % STAGES);
-            if (plain && row >= last.begin && row <= full_end) tile<true>(at, row, stage);
-            else tile<false>(at, row, stage);
+            bool odd = has_odd_rows(stage);
+            if (plain && !odd && row >= last.begin && row <= full_end) tile<true>(at, row, stage, false);
+            else tile<false>(at, row, stage, odd);
             if (STAGES == 1 && next < steps) {
                 __syncthreads();
                 load_tile(HeadIndex(p, head + next / tiles), begin + next % tiles * NB, 0);

@@ -14,7 +14,7 @@ SFA_DEVICE void query_gradients(const BackwardF32& x, const Global<float>& dq, c
     constexpr int PART = D / 4;
     RowF32<D> row(x.columns, p, 32);
     int64_t index = row.at.batch_head * p.sizes.tokens + row.token;
-    float log_sum_exp = x.log_sum_exp[index], delta = x.delta[index];
+    float log_sum_exp = x.log_sum_exp[index], rest = x.log_sum_exp[rest_of_sums(p) + index], delta = x.delta[index];
     float query[PART], grad[PART], sums[PART];
     row.load_query(query);
     row.load_part(grad, x.grad_output, index * p.sizes.head_dim);
@@ -29,7 +29,7 @@ SFA_DEVICE void query_gradients(const BackwardF32& x, const Global<float>& dq, c
         logit = row.quad_sum(logit);
         weight_grad = row.quad_sum(weight_grad);
         if (!c.visible) return;
-        float factor = exp2f(logit + c.addend - log_sum_exp) * (weight_grad * c.kept - delta);
+        float factor = exp2f(exponent_of(logit + c.addend, log_sum_exp, rest)) * (weight_grad * c.kept - delta);
 #pragma unroll
         for (int i = 0; i < PART; i++) sums[i] += factor * key[i];
     });
@@ -60,16 +60,22 @@ struct ColumnF32Sums {
         int64_t index = at.batch_head * p.sizes.tokens + row;
         float query[PART], grad[PART], logit = 0, weight_grad = 0;
         RowF32<D>::load(query, x.columns.q, p.q.at(at.batch, at.head, row), p.sizes.head_dim);
+        // As the forward pass has it, or the products of large numbers would differ from its.
+#pragma unroll
+        for (int i = 0; i < PART; i++) query[i] *= p.scale * p.scale_sign;
         RowF32<D>::load(grad, x.grad_output, index * p.sizes.head_dim, p.sizes.head_dim);
 #pragma unroll
         for (int i = 0; i < PART; i++) logit += query[i] * key[i], weight_grad += grad[i] * value[i];
-        logit = scaled(p, RowF32<D>::quad_sum(logit)) + addend;
+        logit = RowF32<D>::quad_sum(logit) + addend;
         weight_grad = RowF32<D>::quad_sum(weight_grad);
         if (!visible) return;
         if (x.columns.bias) logit += bias_at(p, x.columns.bias, at, row, token);
         float kept = p.dropout_cut != 0 ? dropout_factor(p, at, row, token) : 1.f;
-        float weight = exp2f(logit - x.log_sum_exp[index]);
-        float factor = weight * (weight_grad * kept - x.delta[index]) * p.scale * p.scale_sign * LN_2;
+        float weight = exp2f(exponent_of(logit, x.log_sum_exp[index], x.log_sum_exp[rest_of_sums(p) + index]));
+        float delta = x.delta[index];
+        // A row that is NaN throughout makes its columns' gradients such.
+        if (delta != delta) weight = delta;
+        float factor = weight * (weight_grad * kept - delta) * LN_2;
         weight *= kept;
 #pragma unroll
         for (int i = 0; i < PART; i++) dk[i] += factor * query[i], dv[i] += weight * grad[i];

@@ -73,10 +73,20 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
         hw::copy_commit();
     }
 
+    // Whether the tile that has arrived has rows that are odd; those that are NaN are contained then.
+    SFA_DEVICE bool has_odd_rows(int stage) const {
+        OddRows odd = OddRows::of<NB>(part(stage, 2), part(stage, 3));
+        if (!odd.bad) return odd.any;
+        __syncthreads();
+        OddRows::contain<T, Layout<D>, NB, THREADS>(part(stage, 0), part(stage, 1), part(stage, 2), part(stage, 3));
+        __syncthreads();
+        return true;
+    }
+
     // Products of queries and keys to weights, and those of gradients to gradients of logits, in place. FULL: every row
-    // sees every column, and there is neither bias nor dropout.
+    // sees every column, there is neither bias nor dropout, and no row is odd.
     template <bool FULL>
-    SFA_DEVICE void weigh(float (&s)[MT][NT][4], float (&grads)[MT][NT][4], const HeadIndex& at, int row, int stage) {
+    SFA_DEVICE void weigh(float (&s)[MT][NT][4], float (&grads)[MT][NT][4], const HeadIndex& at, int row, int stage, bool odd) {
         hw::Tile log_sum_exp = part(stage, 2), delta = part(stage, 3);
         int rows = min(row + NB, int(p.sizes.tokens));
         float scale = p.scale * p.scale_sign;
@@ -103,7 +113,7 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
                     logit = logit * scale + addend;
                     if (x.bias) logit += bias_at(p, x.bias, at, token, int(word.x));
                     if (p.dropout_cut != 0) kept = dropout_factor(p, at, token, int(word.x));
-                    weight = hw::exp2(logit - sum);
+                    weight = hw::exp2(exponent_of(logit, sum, odd ? rest_of_sum(p, x.log_sum_exp, at, token) : 0.f));
                 }
                 logit = weight * kept;
                 grad = visible ? weight * (grad * kept - mean) : 0.f;
@@ -111,7 +121,7 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
         }
     }
 
-    // The same without bias and dropout, for a tile of which some rows do not see some columns.
+    // The same without bias, dropout and odd rows, for a tile of which some rows do not see some columns.
     SFA_DEVICE void weigh_seen(float (&s)[MT][NT][4], float (&grads)[MT][NT][4], int row, int stage) {
         hw::Tile log_sum_exp = part(stage, 2), delta = part(stage, 3);
         float scale = p.scale * p.scale_sign;
@@ -225,7 +235,7 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
     }
 
     template <bool FULL>
-    SFA_DEVICE void tile(const HeadIndex& at, int row, int stage) {
+    SFA_DEVICE void tile(const HeadIndex& at, int row, int stage, bool odd) {
         hw::Tile q = part(stage, 0), grad = part(stage, 1), weights = hw::tile(WEIGHTS_AT, LOGITS);
         float s[MT][NT][4], grads[MT][NT][4];
 #pragma unroll
@@ -235,8 +245,8 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
         if (any) {
             multiply_rows<T, D, MT, NT>(s, own_columns, k, row_rows, q);
             multiply_rows<T, D, MT, NT>(grads, own_columns, v, row_rows, grad);
-            if (!FULL && !x.bias && p.dropout_cut == 0) weigh_seen(s, grads, row, stage);
-            else weigh<FULL>(s, grads, at, row, stage);
+            if (!FULL && !odd && !x.bias && p.dropout_cut == 0) weigh_seen(s, grads, row, stage);
+            else weigh<FULL>(s, grads, at, row, stage, odd);
             share(logits(stage), grads);
             if (!LATE) share(weights, s);
             Fragments<D> right = right_rows.from(warp % SPLIT * WIDTH);
@@ -282,6 +292,10 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
         int row = begin, row_before = -1, stage = 0;
         bool full_before = false;
         if (begin < end) load_tile(HeadIndex(p, batch, head), begin, 0);
+        else hw::copy_commit();
+        // A key that is not finite must not reach queries that do not see it by 0 * NaN.
+        hw::copy_wait<1>();
+        cleanse<T, Layout<D>, COLUMNS, THREADS>(k);
 #pragma unroll 1
         while (begin < end && head < last_head) {
             uint32_t next_head = head;
@@ -292,9 +306,9 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
             if (next_head < last_head) load_tile(HeadIndex(p, batch, next_head), next_row, stage ^ 1);
             if (LATE && row_before >= 0) add_queries_of(dq, head_before, row_before, stage ^ 1, full_before);
             HeadIndex at(p, batch, head);
-            bool full = plain && row >= last.begin && row <= full_end;
-            if (full) tile<true>(at, row, stage);
-            else tile<false>(at, row, stage);
+            bool odd = has_odd_rows(stage), full = plain && !odd && row >= last.begin && row <= full_end;
+            if (full) tile<true>(at, row, stage, false);
+            else tile<false>(at, row, stage, odd);
             if (!LATE) add_queries_of(dq, head, row, stage, full);
             head_before = head, row_before = row, full_before = full;
             head = next_head, row = next_row, stage ^= 1;

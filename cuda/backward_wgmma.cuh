@@ -134,6 +134,40 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         }
     }
 
+    // The same for a tile with odd rows.
+    SFA_DEVICE void weigh_odd(float (&s)[NT][4], const Step& now, int stage) const {
+        hw::Tile log_sum_exp = sums(stage);
+        HeadIndex at(p, batch, now.head);
+        float scale = p.scale * p.scale_sign;
+        int lane = this->lane(), tokens = int(p.sizes.tokens);
+        uint32_t own = (own_column() + lane / 4) * 16;
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                uint4 word = hw::load<uint4>(words, own + i / 2 * 128);
+                int in_tile = n * 8 + lane % 4 * 2 + i % 2, row = now.row + in_tile;
+                float weight = 0;
+                if (row >= int(word.y) && row < int(word.z) && row < tokens) {
+                    float logit = s[n][i] * scale + __uint_as_float(word.w), sum = hw::load<float>(log_sum_exp, in_tile * 4);
+                    weight = hw::exp2(exponent_of(logit, sum, rest_of_sum(p, x.log_sum_exp, at, row)));
+                }
+                s[n][i] = weight;
+            }
+        }
+    }
+
+    // Whether the tile that has arrived has rows that are odd; those that are NaN are contained then.
+    SFA_DEVICE bool has_odd_rows(int stage) const {
+        OddRows odd = OddRows::of<NB>(sums(stage), deltas(stage));
+        if (!odd.bad) return odd.any;
+        meet();
+        OddRows::contain<T, Rows, NB, OWNERS>(queries(stage), grads(stage), sums(stage), deltas(stage));
+        hw::publish_to_products();
+        meet();
+        return true;
+    }
+
     // Weights, and products of values and output gradients, to what are factors next: weights and gradients of logits.
     SFA_DEVICE void differentiate(uint32_t (&weights)[NT / 2][4], uint32_t (&slopes)[NT / 2][4], const float (&w)[NT][4],
                                   const float (&g)[NT][4], int stage) const {
@@ -289,8 +323,10 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         hw::products_wait<0>();
         hw::settle(s);
         if (now.index > 0) left((now.index - 1) % STAGES).arrive_as_warp();
+        bool odd = has_odd_rows(stage);
         multiply_own(g, v, grad);
-        if (full) weigh<true>(s, now.row, stage);
+        if (odd) weigh_odd(s, now, stage);
+        else if (full) weigh<true>(s, now.row, stage);
         else weigh<false>(s, now.row, stage);
         hw::products_wait<0>();
         hw::settle(g);
@@ -324,6 +360,9 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         Step now = steps.first();
         bool any = steps.has(now);
         hw::copy_wait<0>();
+        // One that is not finite must not reach rows that do not see it by 0 * NaN.
+        cleanse<T, Columns, COLUMNS, OWNERS>(k);
+        cleanse<T, Columns, COLUMNS, OWNERS>(v);
         if (any) come(0).wait(0);
         hw::publish_to_products();
         meet();

@@ -4,10 +4,10 @@
 
 template <class T>
 __device__ void append(Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests,
-                       Global<T> queries, const CacheState<T>& state, const CacheParams& p) {
+                       Global<const float> bias, Global<T> queries, const CacheState<T>& state, const CacheParams& p) {
   CacheList<T> list(p, state);
   bool merged = false;
-  for (unsigned i = 0; i < p.sizes.tokens; i++) merged = list.take(q, k, v, tests, i);
+  for (unsigned i = 0; i < p.sizes.tokens; i++) merged = list.take(q, k, v, tests, bias, i);
   list.finish(state.lengths);
   // With several tokens the one before the last is not at hand, and nobody asks for queries.
   list.queries(q, queries, merged && p.sizes.tokens == 1);
@@ -16,8 +16,8 @@ __device__ void append(Global<const T> q, Global<const T> k, Global<const T> v, 
 // One warp per list: grid (batch * lists).
 #define CACHE_APPEND(suffix, T)                                                                                   \
   KERNEL cache_append_##suffix(Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests, \
-                               Global<T> queries, CACHE_STATE(T), CacheParams p) {                                \
-    append(q, k, v, tests, queries, STATE(T), p);                                                                 \
+                               Global<const float> bias, Global<T> queries, CACHE_STATE(T), CacheParams p) {      \
+    append(q, k, v, tests, bias, queries, STATE(T), p);                                                           \
   }
 FOR_EACH_DTYPE(CACHE_APPEND)
 

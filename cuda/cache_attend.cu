@@ -1,4 +1,5 @@
 // One row per query head over all that a cache holds, with a bias or dropout: decode.cu, which is faster, has neither.
+#include "bias.cuh"
 #include "cosine.cuh"
 #include "philox.cuh"
 #include "warp_row.cuh"
@@ -53,16 +54,13 @@ template <class T> struct Attend {
                          Global<const float> bias) {
     WarpRow key, value;
     key.load(keys, at * p.head_dim, p.head_dim), value.load(values, at * p.head_dim, p.head_dim);
-    float dot = 0.0f, factor = 1.0f, added = ln ? ln[at] : 0.0f;
+    float dot = 0.0f, factor = 1.0f, added = ln ? LOG2_E * ln[at] : 0.0f;
 #pragma unroll
     for (unsigned i = 0; i < PER_LANE; i++) dot += query.x[i] * key.x[i];
-    if (bias) {
-      size_t of_head = p.bias_offset + batch * p.bias_strides[0] + head * p.bias_strides[1];
-      added += bias[of_head + token * p.bias_strides[2]];
-    }
+    if (bias) added += bias_in_base_2(bias[p.bias.at(batch, head, 0, token)]);
     if (p.dropout_cut != 0) factor = philox_word(p.dropout_key, row, p.last, token) >= p.dropout_cut ? p.dropout_scale : 0.0f;
     value.scale(factor);
-    softmax.merge(p.scale * warp_sum(dot) + LOG2_E * added, 1.0f, value);
+    softmax.merge(p.scale * warp_sum(dot) + added, 1.0f, value);
   }
 
   // This warp's share of the list's columns.
@@ -93,7 +91,9 @@ template <class T> struct Attend {
         for (unsigned i = 0; i < PER_LANE; i++) part.x[i] = outputs[other * dim + first + i];
       all.merge(sums[2 * other], sums[2 * other + 1], part);
     }
-    all.output.scale(1.0f / all.sum);
+    // A row whose every column is hidden is zeros, unless its query is not finite: then no logit tells of that.
+    bool bad_query = __any_sync(0xffffffffu, !query.finite<float>());
+    all.output.scale(all.sum != 0.0f ? 1.0f / all.sum : bad_query ? NAN : 0.0f);
     // As elsewhere, a row that holds anything not finite is NaN throughout.
     if (__any_sync(0xffffffffu, !all.output.finite<float>())) all.output.fill(NAN);
     all.output.store(out, (size_t)row * dim, dim);

@@ -55,11 +55,22 @@ template <class T> struct CacheList {
     }
   }
 
+  // Whether row i of the chunk, that of `token`, sees it and the token before by every head's bias.
+  __device__ bool sees_pair(Global<const float> bias, unsigned token, unsigned i) const {
+    for (unsigned head = list.first_head; head < list.first_head + list.group; head++) {
+      float left = bias[p.bias.at(list.batch, head, i, token - 1)], right = bias[p.bias.at(list.batch, head, i, token)];
+      if (left == -INFINITY || right == -INFINITY) return false;
+    }
+    return true;
+  }
+
   // Whether the token before `token`, which is number i of the chunk, is folded into it.
-  __device__ bool decide(Global<const T> q, Global<const T> k, Global<const float> tests, unsigned token, unsigned i) {
+  __device__ bool decide(Global<const T> q, Global<const T> k, Global<const float> tests, Global<const float> bias,
+                         unsigned token, unsigned i) {
     unsigned t = token - 1;
     bool running = run_start != NO_RUN;
     if (t < p.sinks || (running && t - run_start >= p.max_merge_level)) return false;
+    if (bias && !sees_pair(bias, token, i)) return false;
     float beside = 0.0f, across = 0.0f;
     for (unsigned head = list.first_head; head < list.first_head + list.group; head++) {
       if (!p.key_key || head == list.first_head) {
@@ -120,12 +131,13 @@ template <class T> struct CacheList {
   }
 
   // Number i of the chunk; returns whether the token before is folded into it.
-  __device__ bool take(Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests, unsigned i) {
+  __device__ bool take(Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests,
+                       Global<const float> bias, unsigned i) {
     unsigned token = p.first + i, window = p.window;
     WarpRow key, value;
     key.load(k, p.k.at(list.batch, list.kv_head, i), dim);
     value.load(v, p.v.at(list.batch, list.kv_head, i), dim);
-    bool merges = token > 0 && !p.observes && decide(q, k, tests, token, i);
+    bool merges = token > 0 && !p.observes && decide(q, k, tests, bias, token, i);
     // Lane 0 writes what every lane reads below, or when the next token comes.
     if (token > 0 && threadIdx.x == 0) state.bits.set(index * (window + 1) + (token - 1) % (window + 1), merges);
     follow_run(merges, token, key);

@@ -97,20 +97,41 @@ __device__ __forceinline__ unsigned walk(const Track<T>& left, const Track<T>& r
 // Which pairs of one list pass by themselves.
 template <class T, unsigned PARTS> struct Candidates {
   Global<const T> q, k;
+  Global<const float> bias;
   Tests tests;
   const DecideParams& p;
   const List& list;
+
+  // Whether the row of a pair's second token sees both by every head's bias.
+  __device__ __forceinline__ bool seen(unsigned t) const {
+    bool all = true;
+    for (unsigned head = list.first_head; head < list.first_head + list.group; head++) {
+      float left = bias[p.bias.at(list.batch, head, t + 1, t)], right = bias[p.bias.at(list.batch, head, t + 1, t + 1)];
+      all = all && left != -INFINITY && right != -INFINITY;
+    }
+    return all;
+  }
+
+  // Bit i: `seen(t + i)`, for i < count <= WALK; each eighth lane may ask for another t.
+  __device__ unsigned all_seen(unsigned t, unsigned count) const {
+    unsigned mask = 0;
+    for (unsigned i = threadIdx.x % 8; i < count; i += 8) mask |= (unsigned)seen(t + i) << i;
+#pragma unroll
+    for (unsigned lanes = 4; lanes > 0; lanes /= 2) mask |= __shfl_xor_sync(0xffffffffu, mask, lanes);
+    return mask;
+  }
 
   // Bit i: pair t + i, for i < count <= WALK; each eighth lane may ask for another t. PARTS 0: the same t and one pair.
   __device__ __forceinline__ unsigned operator()(unsigned t, unsigned count) const {
     size_t first = (size_t)list.batch * p.sizes.heads + list.first_head;
     if constexpr (PARTS == 0) {
-      return count > 0 && t >= p.sinks && passes(q, k, tests, p, list, t + 1, t);
+      return count > 0 && t >= p.sinks && (!bias || seen(t)) && passes(q, k, tests, p, list, t + 1, t);
     } else {
       Track<T> keys = {k, p.k.at(list.batch, list.kv_head, 0), p.k.token_stride};
       unsigned dim = p.sizes.head_dim;
       unsigned all = p.key_key ? walk<T, PARTS, true>(keys, keys, t, count, dim, GroupTest(tests, first, list.group))
                                : queries_beside(keys, first, t, count);
+      if (bias) all &= all_seen(t, count);
       // The first tokens stay.
       unsigned sunk = p.sinks > t ? min(p.sinks - t, WALK) : 0;
       return all & ~((1u << sunk) - 1);
@@ -239,12 +260,13 @@ template <class T, unsigned PARTS> struct Causal {
 };
 
 template <class T, unsigned PARTS>
-__device__ void causal(Global<const T> q, Global<const T> k, const Tests& tests, Global<uint8_t> bits, const DecideParams& p) {
+__device__ void causal(Global<const T> q, Global<const T> k, Global<const float> bias, const Tests& tests,
+                       Global<uint8_t> bits, const DecideParams& p) {
   hw::wait_for_previous();
   unsigned first = warp_pair() * WARP_PAIRS, pairs = p.sizes.tokens - 1, lane = threadIdx.x % 32;
   if (first >= pairs) return;
   List list(p.sizes, blockIdx.y);
-  Candidates<T, PARTS> candidates = {q, k, tests, p, list};
+  Candidates<T, PARTS> candidates = {q, k, bias, tests, p, list};
   Causal<T, PARTS> rule = {p, list, candidates, bits, first, pairs, stretch(candidates, first, pairs)};
   uint64_t found = rule.found;
   for (unsigned i = lane; i < WARP_PAIRS && first + i < pairs; i += 32)
@@ -314,9 +336,9 @@ KERNEL decide_sweep(Global<const uint8_t> levels, Global<const uint8_t> bits, Gl
 // PARTS of 64 dimensions; 0 where rows are longer or no whole number of eights.
 #define DECIDE_CAUSAL(suffix, T, DIM, PARTS)                                                                          \
   KERNEL __launch_bounds__(128, PARTS < 4 ? 8 : 4) decide_causal_##DIM##_##suffix(                                    \
-      Global<const T> q, Global<const T> k, Global<const float> many, Global<uint8_t> bits, DecideParams p,           \
-      const __grid_constant__ FewTests few) {                                                                         \
-    causal<T, PARTS>(q, k, Tests{many, few}, bits, p);                                                                \
+      Global<const T> q, Global<const T> k, Global<const float> bias, Global<const float> many, Global<uint8_t> bits,  \
+      DecideParams p, const __grid_constant__ FewTests few) {                                                         \
+    causal<T, PARTS>(q, k, bias, Tests{many, few}, bits, p);                                                          \
   }
 #define DECIDE(suffix, T)                                                                                             \
   DECIDE_CAUSAL(suffix, T, any, 0)                                                                                    \

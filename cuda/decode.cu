@@ -339,7 +339,7 @@ SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const
     if (blockIdx.y == 0) {
         if (p.appends && threadIdx.x < 32) {
             CacheList<T> taken(c, state);
-            taken.take(q, k, v, tests, 0);
+            taken.take(q, k, v, tests, Global<const float>{}, 0);
             taken.finish(next);
         }
         __syncthreads();

@@ -3,6 +3,7 @@
 // which the rows of a block read in step.
 #include "params.cuh"
 #include "rows_f32.cuh"
+#include "softmax.cuh"
 
 template <int D>
 __device__ __forceinline__ void forward_f32_rows(const ColumnsF32& x, Global<float> output, Global<float> log_sum_exp,
@@ -17,6 +18,9 @@ __device__ __forceinline__ void forward_f32_rows(const ColumnsF32& x, Global<flo
     for (int i = 0; i < PART; i++) sums[i] = 0;
     float maximum = -hw::infinity(), sum = 0;
     bool bad = false;
+    // A logit tells of a query that is not finite, unless that is minus infinity.
+#pragma unroll
+    for (int i = 0; i < PART; i++) bad |= !hw::finite(query[i]);
     row.for_each_column([&](const ColumnF32& c) {
         float key[PART], value[PART], logit = 0, check = 0;
         row.load_part(key, c.keys, c.key_at);
@@ -37,7 +41,8 @@ __device__ __forceinline__ void forward_f32_rows(const ColumnsF32& x, Global<flo
         }
         bad |= check != 0.f;
     });
-    float inverse = 1.f / sum, check = bad ? hw::nan() : inverse * 0.f;
+    // A row whose every column the bias hides is zeros.
+    float inverse = x.bias && sum == 0.f ? 0.f : 1.f / sum, check = bad ? hw::nan() : inverse * 0.f;
 #pragma unroll
     for (int i = 0; i < PART; i++) sums[i] *= inverse, check += sums[i] * 0.f;
     check = row.quad_sum(check);
@@ -47,8 +52,10 @@ __device__ __forceinline__ void forward_f32_rows(const ColumnsF32& x, Global<flo
         for (int i = 0; i < PART; i++) sums[i] = hw::nan();
     }
     row.store_part(output, row.at.batch_head * p.sizes.tokens + row.token, sums);
-    if (log_sum_exp && threadIdx.x % 4 == 0)
-        log_sum_exp.set(row.at.batch_head * p.sizes.tokens + row.token, maximum + log2f(sum));
+    if (!log_sum_exp || threadIdx.x % 4 != 0) return;
+    float2 saved = saved_sum(maximum, sum);
+    int64_t index = row.at.batch_head * p.sizes.tokens + row.token;
+    log_sum_exp.set(index, check != 0.f ? hw::nan() : saved.x), log_sum_exp.set(rest_of_sums(p) + index, saved.y);
 }
 
 #define FORWARD(D)                                                                                                     \

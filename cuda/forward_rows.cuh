@@ -155,8 +155,15 @@ struct ForwardRows : ForwardTiles<S> {
     template <bool MASKED>
     SFA_DEVICE void weigh(float (&s)[MT][NT][4], float scale, const Span& wanted) {
         float base[R];
+        bool large = false;
 #pragma unroll
-        for (int r = 0; r < R; r++) base[r] = softmax.base(r);
+        for (int r = 0; r < R; r++) base[r] = softmax.base(r), large |= !(fabsf(base[r]) < LARGE_LOGIT);
+        // Products that are not rounded, less a base that is, would be as large as its last bit.
+        if (large) {
+#pragma unroll
+            for (int i = 0; i < MT * NT * 4; i++) s[i / (NT * 4)][i / 4 % NT][i % 4] *= scale;
+            scale = 1;
+        }
 #pragma unroll
         for (int k = 0; k < NT / 2; k++) {
             if (MASKED && !wanted.touches(k * 16)) continue;
@@ -199,13 +206,23 @@ struct ForwardRows : ForwardTiles<S> {
         if (row < NB && !(LISTED && c.first + row >= this->bounds().far_seen)) this->note_bad(token(c, row));
     }
 
-    // Divides by the sums. Of a row that holds anything not finite, or saw nothing, the first number becomes NaN.
-    // Returns whether this thread met such.
+    // Whether a row of the block has a query that is not finite.
+    SFA_DEVICE bool has_bad_query(int row) const {
+        bool bad = false;
+        for (uint32_t chunk = 0; chunk < S::Queries::CHUNKS; chunk++)
+            bad |= any_not_finite<T>(hw::load<uint4>(q, S::Queries::chunk(row - block_row(), chunk)));
+        return bad;
+    }
+
+    // Divides by the sums. Of a row that holds anything not finite, or of which no logit is, the first number becomes NaN. But a
+    // row whose every column the bias hides is zeros, unless its query is not finite. Returns whether this thread met a NaN.
     SFA_DEVICE bool divide() {
         bool unsound = false;
 #pragma unroll
         for (int r = 0; r < R; r++) {
-            float inverse = 1.f / softmax.finish(r), check = inverse * 0.f;
+            float sum = softmax.finish(r), inverse = 1.f / sum;
+            if (EXTRAS && sum == 0.f) inverse = has_bad_query(row_of(r)) ? hw::nan() : 1.f;
+            float check = inverse * 0.f;
 #pragma unroll
             for (int i = 0; i < D / 4; i++) {
                 float& x = output[r / 2][i / 2][r % 2 * 2 + i % 2];
@@ -225,8 +242,12 @@ struct ForwardRows : ForwardTiles<S> {
 #pragma unroll
         for (int r = 0; r < R; r++) {
             int row = row_of(r);
-            if (x.log_sum_exp && row < row_end() && lane() % 4 == 0)
-                x.log_sum_exp.set(at().batch_head * p.sizes.tokens + row, softmax.log_sum_exp(r));
+            if (!x.log_sum_exp || row >= row_end() || lane() % 4 != 0) continue;
+            // Weights of a row that is NaN are.
+            float2 sums = saved_sum(softmax.maximum[r], softmax.sum[r]);
+            if (!hw::finite(output[r / 2][0][r % 2 * 2])) sums.x = hw::nan();
+            int64_t index = at().batch_head * p.sizes.tokens + row;
+            x.log_sum_exp.set(index, sums.x), x.log_sum_exp.set(rest_of_sums(p) + index, sums.y);
         }
         write<false>(x.output);
         if (x.rest) write<true>(x.rest);

@@ -29,6 +29,17 @@ SFA_DEVICE float exp2(float x) {
 #endif
 }
 
+// x, or 0 if that is less; a NaN stays one.
+SFA_DEVICE float at_most_zero(float x) {
+#ifdef SFA_EMULATION
+    return x > 0.f ? 0.f : x;
+#else
+    float y;
+    asm("min.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
 // 1 / x to a unit in the last place; where x is not near the smallest or the largest numbers.
 SFA_DEVICE float reciprocal(float x) {
 #ifdef SFA_EMULATION

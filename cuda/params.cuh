@@ -21,13 +21,24 @@ struct Sizes {
   unsigned lists;
 };
 
-static_assert(sizeof(Rows) == 32 && sizeof(Sizes) == 24, "as in src/cuda/params.rs");
+// Where the bias of (batch, query head, row, token) is, in elements; a stride is 0 where the bias broadcasts.
+struct BiasEntries {
+  uint64_t offset, strides[4];
+
+  __device__ __forceinline__ size_t at(unsigned batch, unsigned head, unsigned row, unsigned token) const {
+    return offset + batch * strides[0] + head * strides[1] + row * strides[2] + token * strides[3];
+  }
+};
+
+static_assert(sizeof(Rows) == 32 && sizeof(BiasEntries) == 40 && sizeof(Sizes) == 24, "as in src/cuda/params.rs");
 
 // --- Decisions ---
 
 // What decide.cu and loss.cu read: one decision per list, which takes every query head of the list to agree.
 struct DecideParams {
   Rows q, k;
+  // (B, H, N, N); only the causal rule reads it.
+  BiasEntries bias;
   Sizes sizes;
   // 1: cos(k[t+1], k[t]); 0: cos(q[t+1], k[t]).
   unsigned key_key;
@@ -36,7 +47,7 @@ struct DecideParams {
   unsigned levels;
 };
 
-static_assert(sizeof(DecideParams) == 104, "as in src/cuda/params.rs");
+static_assert(sizeof(DecideParams) == 144, "as in src/cuda/params.rs");
 
 // Strategy and threshold of every query head, (batch, heads, 2), where they are few; else a buffer has them.
 struct FewTests {
@@ -106,8 +117,8 @@ static_assert(sizeof(TotalParams) == 4, "as in src/cuda/params.rs");
 // A token of which key or value is not finite has a NaN key and a zero value in far_* and folded_*.
 struct AttentionParams {
   Rows q, k, v;
-  // (B, H, N, N); a stride is 0 where the bias broadcasts.
-  uint64_t bias_offset, bias_strides[4];
+  // (B, H, N, N)
+  BiasEntries bias;
   // A Philox word below this is dropped; 0 without dropout.
   uint64_t dropout_cut;
   Sizes sizes;
@@ -151,6 +162,8 @@ static_assert(sizeof(DecodeParams) == 20, "as in src/cuda/params.rs");
 // Of cache_append: sizes.tokens new tokens after `first` that were seen before.
 struct CacheParams {
   Rows q, k, v;
+  // (B, H, new tokens, tokens seen with them), of which decisions by the causal rule read.
+  BiasEntries bias;
   Sizes sizes;
   unsigned key_key, max_merge_level, sinks;
   unsigned window;
@@ -165,12 +178,12 @@ struct CacheParams {
   unsigned reserved;
 };
 
-static_assert(sizeof(CacheParams) == 160, "as in src/cuda/params.rs");
+static_assert(sizeof(CacheParams) == 200, "as in src/cuda/params.rs");
 
 // Of cache_attend: the row of token `last` over all that the cache holds.
 struct CacheAttendParams {
-  // (B, H, rows, tokens); a stride is 0 where the bias broadcasts, and the offset is that of the row.
-  uint64_t bias_offset, bias_strides[3];
+  // (B, H, rows, tokens), of which this row is number 0.
+  BiasEntries bias;
   // A Philox word below this is dropped; 0 without dropout.
   uint64_t dropout_cut;
   unsigned heads, lists, head_dim;
@@ -182,7 +195,7 @@ struct CacheAttendParams {
   float dropout_scale;
 };
 
-static_assert(sizeof(CacheAttendParams) == 80, "as in src/cuda/params.rs");
+static_assert(sizeof(CacheAttendParams) == 88, "as in src/cuda/params.rs");
 
 // Of cache_copy, in numbers.
 struct CopyParams {

@@ -3,6 +3,25 @@
 
 #include "hw.cuh"
 
+// From this magnitude on a logit's last bit counts. Then a scaled product is rounded before anything is subtracted, so that the
+// largest logit of a row minus itself is 0 wherever it is computed; and what rounding left of a row's log-sum-exp is read.
+constexpr float LARGE_LOGIT = 4096;
+
+// The log-sum-exp of a row's logits, given their maximum and log2 of the sum of 2^(logit - maximum), and what rounding left of
+// it: equal logits of any size have equal weights by these two. Of a row that sees nothing, whose sum is 0, the former is
+// infinity: every weight is 0 then.
+SFA_DEVICE float2 saved_sum(float maximum, float sum) {
+    if (sum == 0.f) return float2{hw::infinity(), 0};
+    float rest = hw::log2(sum), rounded = maximum + rest;
+    rest -= rounded - maximum;
+    return float2{rounded, hw::finite(rest) ? rest : 0.f};
+}
+
+// log2 of a weight from a logit and these; never more than 0, even where the logit was computed in another order.
+SFA_DEVICE float exponent_of(float logit, float log_sum_exp, float rest) {
+    return hw::at_most_zero((logit - log_sum_exp) - rest);
+}
+
 // Running maximum (to within SLACK) of `ROWS` rows, and this lane's share of their sums.
 template <int ROWS>
 struct OnlineSoftmax {

@@ -2,6 +2,7 @@
 // fast kernels against it, and it serves the shapes and dtypes that those do not.
 //
 // Takes the columns of params.cuh, "Attention". Grid (tokens / 64, batch * heads), 64 threads.
+#include "bias.cuh"
 #include "params.cuh"
 #include "philox.cuh"
 
@@ -40,9 +41,7 @@ template <class T> struct SpecRow {
       check += q * 0.0f + k * 0.0f + widen(values[value + d]) * 0.0f;
     }
     float logit = (dot * p.scale * p.scale_sign + ln * LOG2_E) + check;
-    if (x.bias)
-      logit += LOG2_E * x.bias[p.bias_offset + batch * p.bias_strides[0] + head * p.bias_strides[1] +
-                               row * p.bias_strides[2] + token * p.bias_strides[3]];
+    if (x.bias) logit += bias_in_base_2(x.bias[p.bias.at(batch, head, row, token)]);
     push(logit, values, value, token);
   }
 
@@ -65,10 +64,12 @@ template <class T> struct SpecRow {
 
   __device__ void finish(Global<T> out, Global<float> log_sum_exp) const {
     size_t at = ((size_t)batch * p.sizes.heads + head) * p.sizes.tokens + row;
-    // NaN where a logit was, and where nothing was seen.
-    float inverse = sum > 0.0f ? 1.0f / sum : NAN;
+    // NaN where a logit was. A row that sees nothing is zeros.
+    float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
     for (unsigned d = 0; d < p.sizes.head_dim; d++) out.set(at * p.sizes.head_dim + d, narrow<T>(output[d] * inverse));
-    if (log_sum_exp) log_sum_exp.set(at, maximum + log2f(sum));
+    // As `saved_sum` in softmax.cuh has it, without what rounding leaves: no gradients are taken of this.
+    size_t rows = (size_t)p.sizes.batch * p.sizes.heads * p.sizes.tokens;
+    if (log_sum_exp) log_sum_exp.set(at, sum == 0.0f ? INFINITY : maximum + log2f(sum)), log_sum_exp.set(rows + at, 0.0f);
   }
 };
 

@@ -1,7 +1,8 @@
 //! Launches of `cuda/decide.cu`: which pairs merge.
 
+use super::forward::Bias;
 use super::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
-use super::params::{DecideParams, FewTests, Rows, Sizes, SweepParams};
+use super::params::{BiasEntries, DecideParams, FewTests, Rows, Sizes, SweepParams};
 use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, HeadTest, MergeRule, MergeStrategy};
 use crate::problem::Problem;
 use candle_core::Result;
@@ -18,6 +19,21 @@ pub(crate) struct DecideCall<'a, G: Gpu, T: GpuElement> {
     pub k: Source<'a, G, T>,
     pub strategies: &'a HeadStrategies,
     pub config: &'a CompressionConfig,
+    /// As a view of (B, H, N, N): see [`reads_bias`]. Nothing else reads it.
+    pub bias: Option<Bias<'a, G>>,
+}
+
+/// Whether a bias of -inf keeps pairs of tokens apart: a pair qualifies only where the row of its second token sees both.
+pub(crate) fn reads_bias(config: &CompressionConfig) -> bool {
+    let compares = match config.criterion {
+        Criterion::QueryKey | Criterion::KeyKey => true,
+        Criterion::ObservedMass => false,
+    };
+    let causal = match config.rule {
+        MergeRule::Causal => true,
+        MergeRule::Reference => false,
+    };
+    compares && causal
 }
 
 impl<G: Gpu, T: GpuElement> DecideCall<'_, G, T> {
@@ -35,6 +51,7 @@ impl<G: Gpu, T: GpuElement> DecideCall<'_, G, T> {
         Ok(DecideParams {
             q: Rows::new(&self.q.1),
             k: Rows::new(&self.k.1),
+            bias: BiasEntries::new(self.bias),
             sizes: Sizes::new(&self.problem, lists)?,
             key_key: u32::from(self.config.criterion == Criterion::KeyKey),
             max_merge_level: count(self.config.max_merge_level),
@@ -119,9 +136,11 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>
     let params = call.params(lists)?;
     let launch = Launch::warps(pairs.div_ceil(WARP_PAIRS), batch * lists);
     let mut bits = gpu.alloc::<u8>(batch * heads * pairs)?;
+    let bias = call.bias.filter(|_| reads_bias(call.config));
     let args = [
         gpu.read(call.q.0),
         gpu.read(call.k.0),
+        gpu.read_some(bias.map(|bias| bias.data)),
         gpu.read_some(tests.many.as_ref()),
         gpu.write(&mut bits),
         gpu.value(&params),

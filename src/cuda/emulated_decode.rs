@@ -3,7 +3,7 @@
 use super::decode::{decode as launch, DecodeCall, StateArgs};
 use super::emu::{EmuArg, EmuSlice, Emulator};
 use super::gpu::{Gpu, GpuElement};
-use super::params::{CacheParams, Rows, Sizes};
+use super::params::{BiasEntries, CacheParams, Rows, Sizes};
 use crate::problem::{Problem, RowLayout};
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -68,6 +68,7 @@ fn decode_as<T: GpuElement>(
         q: Rows::new(&layout),
         k: Rows::new(&layout),
         v: Rows::new(&layout),
+        bias: BiasEntries::new::<Emulator>(None),
         sizes: Sizes::new(&problem, lists)?,
         key_key: 1,
         max_merge_level: 0,

@@ -5,11 +5,11 @@ pub use super::emulated_cache::*;
 pub use super::emulated_decode::*;
 
 use super::attention::{lists, Attention};
-use super::decide::{indicators, DecideCall};
+use super::decide::{indicators, reads_bias, DecideCall};
 use super::emu::{EmuSlice, Emulator};
 use super::fold::FoldCall;
 use super::forward::Bias;
-use super::gpu::{Gpu, GpuElement, Kernel, Launch};
+use super::gpu::{row_layout, Gpu, GpuElement, Kernel, Launch};
 use super::params::BrokenParams;
 use super::{loss, observe, spec};
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
@@ -53,7 +53,7 @@ pub(super) type Held<T> = (EmuSlice<T>, RowLayout);
 
 pub(super) fn held<T: GpuElement + Element>(tensor: &Tensor) -> Result<Held<T>> {
     let (storage, layout) = tensor.storage_and_layout();
-    Ok((Emulator.upload(cpu_slice::<T>(&storage)?)?, RowLayout::new(layout)))
+    Ok((Emulator.upload(cpu_slice::<T>(&storage)?)?, row_layout(layout)))
 }
 
 pub(super) fn borrow<T>(held: &Held<T>) -> (&EmuSlice<T>, RowLayout) {
@@ -97,12 +97,15 @@ fn decide_as<T: GpuElement + Element>(
         return Tensor::zeros(shape, DType::U8, &Device::Cpu);
     }
     let (q, k, v) = (held::<T>(q)?, held::<T>(k)?, held::<T>(v)?);
+    let bias = options.bias.as_ref().filter(|_| reads_bias(config));
+    let bias = bias.map(|bias| HeldBias::new(bias, &problem.bias_dims())).transpose()?;
     let call = DecideCall {
         problem,
         q: borrow(&q),
         k: borrow(&k),
         strategies,
         config,
+        bias: bias.as_ref().map(HeldBias::view),
     };
     let bits = match config.criterion {
         Criterion::ObservedMass => observe::indicators(&Emulator, &call, borrow(&v), options.scale(problem.head_dim))?,
@@ -150,7 +153,9 @@ fn fold_and_attend_as<T: GpuElement + Element>(
         Path::Spec => spec::forward(&Emulator, &attention.call(&attention.folded(&Emulator, false)?))?,
         Path::Fast => attention.forward(&Emulator, true)?,
     };
-    let log_sum_exp = attended.saved()?.log_sum_exp.download()?;
+    let mut log_sum_exp = attended.saved()?.log_sum_exp.download()?;
+    // What rounding left of them comes after.
+    log_sum_exp.truncate(log_sum_exp.len() / 2);
     let shape = (problem.batch, problem.heads, problem.tokens);
     Ok((
         Tensor::from_vec(attended.output.download()?, qkv[0].dims(), &Device::Cpu)?,
@@ -298,6 +303,7 @@ fn loss_as<T: GpuElement + Element>(
         k: borrow(&k),
         strategies,
         config,
+        bias: None,
     };
     let [squared, merged] = loss::sums(&Emulator, &call)?.download()?[..] else {
         bail!("loss: expected two sums; this is a defect of the crate, please report it")

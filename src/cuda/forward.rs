@@ -4,7 +4,7 @@
 use super::backward::padded;
 use super::gpu::{Gpu, GpuElement, Kernel, Launch};
 use super::instance::{Instance, THREADS};
-use super::params::{AttentionParams, DropoutParams, Rows, Sizes};
+use super::params::{AttentionParams, BiasEntries, DropoutParams, Rows, Sizes};
 use crate::config::AttentionOptions;
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};
@@ -63,7 +63,7 @@ pub(crate) struct Attended<G: Gpu, T: GpuElement> {
 
 /// What the backward pass needs of the forward besides its output.
 pub(crate) struct Kept<G: Gpu, T: GpuElement> {
-    /// Each row's log-sum-exp in base 2, (B, H, N).
+    /// Each row's log-sum-exp in base 2, and what rounding left of it, (2, B, H, N): `saved_sum` in `cuda/softmax.cuh`.
     pub log_sum_exp: G::Slice<f32>,
     /// What rounding left of the output, (B, H, N, D): see [`AttentionCall::keeps_rest`].
     pub rest: Option<G::Slice<T>>,
@@ -121,13 +121,11 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
         let options = self.options;
         let scale = options.scale(head_dim) * std::f64::consts::LOG2_E;
         let dropout = DropoutParams::new(options);
-        let bias_strides = self.bias.as_ref().map_or([0; 4], |bias| bias.strides);
         Ok(AttentionParams {
             q: Rows::new(&self.q.1),
             k: Rows::new(&self.k.1),
             v: Rows::new(&self.v.1),
-            bias_offset: self.bias.as_ref().map_or(0, |bias| bias.offset as u64),
-            bias_strides: bias_strides.map(|stride| stride as u64),
+            bias: BiasEntries::new(self.bias),
             dropout_cut: dropout.cut,
             sizes: Sizes::new(&self.problem, self.lists)?,
             capacity: self.columns.map_or(0, |columns| columns.capacity as u32),
@@ -210,7 +208,7 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
     let mut output = gpu.alloc::<T>(rows * tokens * head_dim)?;
     let mut kept = match keep {
         true => Some(Kept {
-            log_sum_exp: gpu.alloc::<f32>(rows * tokens)?,
+            log_sum_exp: gpu.alloc::<f32>(2 * rows * tokens)?,
             rest: match call.keeps_rest() {
                 true => Some(gpu.alloc::<T>(rows * tokens * head_dim)?),
                 false => None,

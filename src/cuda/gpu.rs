@@ -3,7 +3,7 @@
 #[cfg(feature = "cuda")]
 use crate::cpu::{choose, Choice};
 use crate::problem::RowLayout;
-use candle_core::{Result, WithDType};
+use candle_core::{Layout, Result, WithDType};
 use half::{bf16, f16};
 #[cfg(feature = "cuda")]
 use std::sync::LazyLock;
@@ -52,6 +52,18 @@ impl GpuElement for bf16 {
 
 /// A tensor's buffer and where its rows start in it.
 pub(crate) type Source<'a, G, T> = (&'a <G as Gpu>::Slice<T>, RowLayout);
+
+/// Where a tensor's rows start. An axis of size 1 may have any stride, which nothing reads: it is 0 here, so that no kernel's
+/// alignment depends on it.
+pub(crate) fn row_layout(layout: &Layout) -> RowLayout {
+    let mut rows = RowLayout::new(layout);
+    for (stride, &size) in rows.strides.iter_mut().zip(layout.dims()) {
+        if size == 1 {
+            *stride = 0;
+        }
+    }
+    rows
+}
 
 /// One kernel of `cuda/*.cu`: its name is unique over all files.
 #[derive(Clone, Debug)]

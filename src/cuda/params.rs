@@ -1,7 +1,8 @@
 //! The structs that kernels take by value: the same fields in the same order as in `cuda/params.cuh`, which asserts the
 //! same sizes. Only 4-byte and 8-byte fields, the 8-byte ones first: no padding.
 
-use super::gpu::Params;
+use super::forward::Bias;
+use super::gpu::{Gpu, Params};
 use crate::config::AttentionOptions;
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};
@@ -17,7 +18,7 @@ macro_rules! params {
     };
 }
 
-params!(Rows: 32, Sizes: 24);
+params!(Rows: 32, BiasEntries: 40, Sizes: 24);
 
 /// Where the rows of q, k or v start, in elements.
 #[repr(C)]
@@ -37,6 +38,25 @@ impl Rows {
             batch_stride: batch,
             head_stride: head,
             token_stride: token,
+        }
+    }
+}
+
+/// Where the entries of a bias are, in elements: a view of (batch, query heads, rows, tokens).
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BiasEntries {
+    pub offset: u64,
+    pub strides: [u64; 4],
+}
+
+impl BiasEntries {
+    /// Without a bias nothing reads these.
+    pub fn new<G: Gpu>(bias: Option<Bias<'_, G>>) -> Self {
+        let (offset, strides) = bias.map_or((0, [0; 4]), |bias| (bias.offset, bias.strides));
+        Self {
+            offset: offset as u64,
+            strides: strides.map(|stride| stride as u64),
         }
     }
 }
@@ -92,7 +112,7 @@ params!(BrokenParams: 4);
 
 // --- Decisions ---
 
-params!(DecideParams: 104, FewTests: 1024, SweepParams: 16, ObservedParams: 136);
+params!(DecideParams: 144, FewTests: 1024, SweepParams: 16, ObservedParams: 136);
 
 /// What decide.cu and loss.cu read.
 #[repr(C)]
@@ -100,6 +120,7 @@ params!(DecideParams: 104, FewTests: 1024, SweepParams: 16, ObservedParams: 136)
 pub(crate) struct DecideParams {
     pub q: Rows,
     pub k: Rows,
+    pub bias: BiasEntries,
     pub sizes: Sizes,
     pub key_key: u32,
     pub max_merge_level: u32,
@@ -176,8 +197,7 @@ pub(crate) struct AttentionParams {
     pub q: Rows,
     pub k: Rows,
     pub v: Rows,
-    pub bias_offset: u64,
-    pub bias_strides: [u64; 4],
+    pub bias: BiasEntries,
     pub dropout_cut: u64,
     pub sizes: Sizes,
     pub capacity: u32,
@@ -223,7 +243,7 @@ pub(crate) struct DecodeParams {
 
 // --- Cache ---
 
-params!(CacheParams: 160, CacheAttendParams: 80, CopyParams: 20);
+params!(CacheParams: 200, CacheAttendParams: 88, CopyParams: 20);
 
 /// Of `cache_append`: `sizes.tokens` new tokens after `first` that were seen before.
 #[repr(C)]
@@ -232,6 +252,7 @@ pub(crate) struct CacheParams {
     pub q: Rows,
     pub k: Rows,
     pub v: Rows,
+    pub bias: BiasEntries,
     pub sizes: Sizes,
     pub key_key: u32,
     pub max_merge_level: u32,
@@ -252,9 +273,7 @@ pub(crate) struct CacheParams {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CacheAttendParams {
-    pub bias_offset: u64,
-    /// Of batch rows, heads and tokens.
-    pub bias_strides: [u64; 3],
+    pub bias: BiasEntries,
     pub dropout_cut: u64,
     /// Of one batch row, as `lists`.
     pub heads: u32,

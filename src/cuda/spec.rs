@@ -20,7 +20,7 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(gpu: &G, call: &AttentionCall<'_, G
     let params = call.params()?;
     let rows = batch * heads;
     let mut output = gpu.alloc::<T>(rows * tokens * head_dim)?;
-    let mut log_sum_exp = gpu.alloc::<f32>(rows * tokens)?;
+    let mut log_sum_exp = gpu.alloc::<f32>(2 * rows * tokens)?;
     let mut args = call.inputs(gpu);
     args.push(gpu.write(&mut output));
     args.push(gpu.write(&mut log_sum_exp));

@@ -1,11 +1,11 @@
 //! The CUDA path on candle's tensors. Nothing here waits for the device.
 
 use super::attention::{lists, Attention};
-use super::decide::{indicators, DecideCall};
+use super::decide::{indicators, reads_bias, DecideCall};
 use super::device::Cuda;
 use super::fold::FoldCall;
 use super::forward::{Bias, Saved};
-use super::gpu::{Gpu, GpuElement, Number};
+use super::gpu::{row_layout, Gpu, GpuElement, Number};
 use super::{loss, observe};
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
 use crate::plan::MergePlan;
@@ -34,7 +34,7 @@ macro_rules! for_dtype {
 }
 
 pub(crate) fn source<T: GpuElement>((storage, layout): Stored<'_>) -> Result<(&CudaSlice<T>, RowLayout)> {
-    Ok((storage.as_cuda_slice::<T>()?, RowLayout::new(layout)))
+    Ok((storage.as_cuda_slice::<T>()?, row_layout(layout)))
 }
 
 /// An f32 bias of four axes.
@@ -92,12 +92,20 @@ fn decide_as<T: GpuElement>(
     let (q, k, v) = (q?, k?, v?);
     let device = q.0.device().clone();
     let gpu = Cuda::new(&device);
+    let bias = options.bias.as_ref().filter(|_| reads_bias(config));
+    let bias = bias.map(|bias| bias.to_dtype(DType::F32)?.broadcast_as(&problem.bias_dims()));
+    let bias = bias.transpose()?;
+    let bias_storage = bias.as_ref().map(Tensor::storage_and_layout);
     let call = DecideCall {
         problem: *problem,
         q: source::<T>(q)?,
         k: source::<T>(k)?,
         strategies,
         config,
+        bias: match &bias_storage {
+            Some((storage, layout)) => Some(bias_view(stored(storage, layout)?)?),
+            None => None,
+        },
     };
     let bits = match config.criterion {
         Criterion::ObservedMass => observe::indicators(&gpu, &call, source::<T>(v)?, options.scale(problem.head_dim))?,
@@ -116,7 +124,7 @@ pub(crate) struct TensorCall<'a> {
 }
 
 impl TensorCall<'_> {
-    /// The output (B, H, N, D); and, where `keep`, what the backward pass needs besides: the log-sum-exp (B, H, N), and
+    /// The output (B, H, N, D); and, where `keep`, what the backward pass needs besides: the log-sum-exps (2, B, H, N), and
     /// what rounding left of the output where that is kept.
     ///
     /// # Errors
@@ -193,7 +201,7 @@ fn forward_as<T: GpuElement>(call: &TensorCall, qkv: [Stored; 3], keep: bool) ->
         } = call.problem;
         let mut kept = Vec::new();
         if let Some(found) = attended.kept {
-            kept.push(tensor(found.log_sum_exp, (batch, heads, tokens), &device));
+            kept.push(tensor(found.log_sum_exp, (2, batch, heads, tokens), &device));
             kept.extend(
                 found
                     .rest
@@ -271,6 +279,7 @@ impl LossCall<'_> {
             k: source(k)?,
             strategies: self.strategies,
             config: self.config,
+            bias: None,
         })
     }
 }

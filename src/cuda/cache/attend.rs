@@ -4,7 +4,7 @@ use super::DeviceLists;
 use crate::config::AttentionOptions;
 use crate::cuda::forward::Bias;
 use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch};
-use crate::cuda::params::{CacheAttendParams, DropoutParams};
+use crate::cuda::params::{BiasEntries, CacheAttendParams, DropoutParams};
 use candle_core::Result;
 
 /// `WARPS` in cuda/cache_attend.cu.
@@ -22,10 +22,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let (heads, head_dim) = (self.settings.problem.heads, self.settings.problem.head_dim);
         let rows = self.batch * heads;
         let dropout = DropoutParams::new(options);
-        let strides = bias.map_or([0; 4], |bias| bias.strides);
         let params = CacheAttendParams {
-            bias_offset: bias.map_or(0, |bias| bias.offset as u64),
-            bias_strides: [strides[0], strides[1], strides[3]].map(|stride| stride as u64),
+            bias: BiasEntries::new(bias),
             dropout_cut: dropout.cut,
             heads: heads as u32,
             lists: self.settings.lists as u32,

@@ -37,6 +37,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             k,
             strategies,
             config,
+            bias,
         };
         let (plain, default) = (options.is_none(), AttentionOptions::default());
         let options = options.unwrap_or(&default);

@@ -9,8 +9,9 @@ use crate::cuda::attention::lists;
 use crate::cuda::decide;
 use crate::cuda::decode::Scratch;
 use crate::cuda::fold::fold_code;
+use crate::cuda::forward::Bias;
 use crate::cuda::gpu::{Gpu, GpuElement, Source};
-use crate::cuda::params::{CacheParams, Rows, Sizes};
+use crate::cuda::params::{BiasEntries, CacheParams, Rows, Sizes};
 use crate::problem::Problem;
 use candle_core::{bail, Result};
 pub(crate) use host::{HostList, HostLists};
@@ -189,7 +190,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             head_stride: 0,
             token_stride: 0,
         };
-        let params = self.params_at([nowhere; 3], count, 0.0)?;
+        let params = self.params_at([nowhere; 3], None, count, 0.0)?;
         Ok(CacheParams {
             first: u32::try_from(seen).unwrap_or(u32::MAX),
             ..params
@@ -198,10 +199,27 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
 
     /// What the kernels are told of `count` new tokens; the softmax scale is for those that observe.
     fn params(&self, qkv: &[Source<'_, G, T>; 3], count: usize, scale: f64) -> Result<CacheParams> {
-        self.params_at([0, 1, 2].map(|i| Rows::new(&qkv[i].1)), count, scale)
+        self.params_under(qkv, None, count, scale)
     }
 
-    fn params_at(&self, [q, k, v]: [Rows; 3], count: usize, scale: f64) -> Result<CacheParams> {
+    /// [`Self::params`] beside a bias of their rows.
+    fn params_under(
+        &self,
+        qkv: &[Source<'_, G, T>; 3],
+        bias: Option<Bias<'_, G>>,
+        count: usize,
+        scale: f64,
+    ) -> Result<CacheParams> {
+        self.params_at([0, 1, 2].map(|i| Rows::new(&qkv[i].1)), bias, count, scale)
+    }
+
+    fn params_at(
+        &self,
+        [q, k, v]: [Rows; 3],
+        bias: Option<Bias<'_, G>>,
+        count: usize,
+        scale: f64,
+    ) -> Result<CacheParams> {
         let config = &self.settings.config;
         let limited = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
         let sizes = Problem {
@@ -213,6 +231,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             q,
             k,
             v,
+            bias: BiasEntries::new(bias),
             sizes: Sizes::new(&sizes, self.settings.lists)?,
             key_key: u32::from(config.criterion == Criterion::KeyKey),
             max_merge_level: limited(config.max_merge_level),

@@ -3,6 +3,7 @@
 use super::moves::{copy, Mover};
 use super::{room, DeviceLists, GROWTH};
 use crate::config::{AttentionOptions, Fold};
+use crate::cuda::decide::reads_bias;
 use crate::cuda::decode::{decode, Appended, DecodeCall, StateArgs};
 use crate::cuda::forward::Bias;
 use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
@@ -49,21 +50,22 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             return self.first_chunk(gpu, qkv, count, None, None).map(|_| ());
         }
         let scale = AttentionOptions::default().scale(self.settings.problem.head_dim);
-        self.stream(gpu, qkv, count, scale, None)
+        self.stream(gpu, qkv, count, scale, (None, None))
     }
 
     /// Takes in `count` tokens, one after another; `queries` receives those of the last one as attention reads them,
-    /// where `count` is 1.
+    /// where `count` is 1. The bias is that of their rows, which decisions read.
     fn stream(
         &mut self,
         gpu: &G,
         qkv: [Source<'_, G, T>; 3],
         count: usize,
         scale: f64,
-        queries: Option<&mut G::Slice<T>>,
+        (bias, queries): (Option<Bias<'_, G>>, Option<&mut G::Slice<T>>),
     ) -> Result<()> {
         self.reserve(gpu, count)?;
-        let params = self.params(&qkv, count, scale)?;
+        let bias = bias.filter(|_| reads_bias(&self.settings.config));
+        let params = self.params_under(&qkv, bias, count, scale)?;
         let launch = Launch {
             grid: [self.all(), 1, 1],
             threads: 32,
@@ -75,6 +77,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             gpu.read(k.0),
             gpu.read(v.0),
             gpu.read(&self.tests),
+            gpu.read_some(bias.map(|bias| bias.data)),
             gpu.write_some(queries),
         ];
         args.extend(self.state.args(gpu));
@@ -153,7 +156,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             return self.take_and_decode(gpu, qkv, scale);
         }
         let mut queries = gpu.alloc::<T>(self.batch * heads * head_dim)?;
-        self.stream(gpu, qkv, 1, scale, Some(&mut queries))?;
+        self.stream(gpu, qkv, 1, scale, (bias, Some(&mut queries)))?;
         if !plain {
             return self.attend(gpu, &queries, options, bias);
         }
