@@ -39,6 +39,20 @@ __device__ __forceinline__ void columns(const BackwardTensors& x, Global<float> 
     ColumnGradients<T, D, KEYS, VALUES>(p, x, blockIdx.x / blocks, blockIdx.x % blocks * 64, near).run(dk, dv);
 }
 
+// The product of a query and a key, of which each lane has eight numbers, added up in the order in which forward_rows.cuh adds up
+// those of edges: in another one large products would differ by more than 1.
+template <class T>
+__device__ __forceinline__ float edge_product(uint4 query, uint4 key, uint32_t dim) {
+    uint32_t lane = threadIdx.x % 32, last = (dim / 8 - 1) / 4 * 4;
+    float sum = 0;
+    for (uint32_t first = 0; first <= last; first += 4) {
+        float before = hw::shuffle(sum, (lane + 28) % 32);
+        if (lane / 4 * 4 == first) sum = hw::dot<T>(query, key, first > 0 ? before : 0.f);
+    }
+    float a = hw::shuffle(sum, last), b = hw::shuffle(sum, last + 1);
+    return (a + b) + (hw::shuffle(sum, last + 2) + hw::shuffle(sum, last + 3));
+}
+
 // The edge column of each row gets its share from that row alone, of every head of the list. One warp per folded token.
 // The queries' share is added to `dq` where it is given.
 template <class T>
@@ -68,12 +82,13 @@ __device__ __forceinline__ void edges(const BackwardTensors& x, Global<float> dq
             logit += hw::shuffle_xor(logit, mask);
             weight_grad += hw::shuffle_xor(weight_grad, mask);
         }
+        float sum = x.log_sum_exp[row_at], delta = x.delta[row_at];
+        if (!(fabsf(sum) < LARGE_LOGIT)) logit = edge_product<T>(q, key, dim);
         logit = scaled(p, logit);
         if (x.folded_ln) logit += LOG2_E * x.folded_ln[index];
         if (x.bias) logit += bias_at(p, x.bias, at, row, token);
         float kept = p.dropout_cut != 0 ? dropout_factor(p, at, row, token) : 1.f;
-        float weight = hw::exp2(exponent_of(logit, x.log_sum_exp[row_at], x.log_sum_exp[rest_of_sums(p) + row_at]));
-        float delta = x.delta[row_at];
+        float weight = hw::exp2(exponent_of(logit, sum, x.log_sum_exp[rest_of_sums(p) + row_at]));
         // A row that is NaN throughout makes its columns' gradients such.
         if (delta != delta) weight = delta;
         float factor = weight * (weight_grad * kept - delta) * p.scale * p.scale_sign * LN_2;

@@ -324,10 +324,11 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         hw::settle(s);
         if (now.index > 0) left((now.index - 1) % STAGES).arrive_as_warp();
         bool odd = has_odd_rows(stage);
-        multiply_own(g, v, grad);
+        // Before other products take registers.
         if (odd) weigh_odd(s, now, stage);
-        else if (full) weigh<true>(s, now.row, stage);
-        else weigh<false>(s, now.row, stage);
+        multiply_own(g, v, grad);
+        if (full && !odd) weigh<true>(s, now.row, stage);
+        else if (!odd) weigh<false>(s, now.row, stage);
         hw::products_wait<0>();
         hw::settle(g);
         differentiate(weights, slopes, s, g, stage);

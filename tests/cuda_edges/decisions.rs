@@ -69,7 +69,12 @@ fn configs() -> Vec<CompressionConfig> {
     ]
 }
 
-fn decided(qkv: &[Tensor; 3], strategies: &HeadStrategies, config: &CompressionConfig, bias: &Tensor) -> Result<Indicators> {
+fn decided(
+    qkv: &[Tensor; 3],
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    bias: &Tensor,
+) -> Result<Indicators> {
     let (q, k) = (Array4::from_tensor(&qkv[0])?, Array4::from_tensor(&qkv[1])?);
     Ok(reference::indicators_under(&q, &k, strategies, config, Some(bias))?)
 }

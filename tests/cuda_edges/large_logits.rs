@@ -2,12 +2,11 @@
 
 use super::*;
 
-/// (shape, tokens that are hidden)
 const SHAPES: [Shape; 4] = [
-    Shape(1, 2, 1, 70, 64),
+    Shape(1, 2, 1, 37, 64),
     Shape(1, 1, 1, 33, 96),
-    Shape(1, 2, 2, 70, 128),
-    Shape(1, 1, 1, 40, 256),
+    Shape(1, 1, 1, 70, 128),
+    Shape(1, 1, 1, 35, 256),
 ];
 
 fn settings() -> Vec<(CompressionConfig, AttentionOptions)> {
@@ -56,7 +55,9 @@ fn rows_of_one_weight_are_its_value() -> Result<()> {
             let [q, k, v] = shape.qkv(9, DType::F64)?;
             let large = |x: &Tensor| (x * factor)?.to_dtype(dtype);
             let qkv = [large(&q)?, large(&k)?, v.to_dtype(dtype)?];
-            let call = Call::new(&qkv, bits_of(shape, |t| t % 4 == 1)?, &config, &options)?;
+            // In halves folded rows are rounded to them, and other logits may be the largest then.
+            let folds = dtype == DType::F32 || config.fold == Fold::Drop;
+            let call = Call::new(&qkv, bits_of(shape, |t| folds && t % 4 == 1)?, &config, &options)?;
             let what = format!("{shape:?} {factor:e} {config:?}");
             let share = share_of(dtype);
             // Of gradients of logits, which are differences of about 1, as much is left as rounding leaves of 1.
@@ -66,14 +67,20 @@ fn rows_of_one_weight_are_its_value() -> Result<()> {
     Ok(())
 }
 
-/// n equal logits: each weight is 1/n, in the backward pass too.
+/// n equal logits: each weight is 1/n, in the backward pass too. The products' sums are exact: rounded in another order those of
+/// an edge and of a tile would differ by more than 1.
 #[test]
 fn equal_logits_have_equal_weights() -> Result<()> {
     for (shape, (config, options)) in SHAPES
         .iter()
         .flat_map(|shape| settings().into_iter().map(move |setting| (shape, setting)))
     {
-        for (dtype, factor) in [(DType::F32, 1e3), (DType::F32, 1e12), (DType::BF16, 1e10), (DType::F16, 3e4)] {
+        for (dtype, factor) in [
+            (DType::F32, 1e3),
+            (DType::F32, 1e12),
+            (DType::BF16, 1e10),
+            (DType::F16, 16384.0),
+        ] {
             let [q, k, v] = shape.qkv(10, dtype)?;
             let constant = |x: &Tensor| Tensor::full(factor, x.dims(), &Device::Cpu)?.to_dtype(dtype);
             let qkv = [constant(&q)?, constant(&k)?, v];

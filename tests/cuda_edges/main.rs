@@ -143,7 +143,10 @@ fn agree(what: &str, got: &Tensor, exact: &Tensor, share: f64) -> Result<()> {
             x if x.is_nan() => got.is_nan(),
             x => (got - x).abs() <= allowed,
         };
-        ensure!(fits, "{what}: element {index} is {got}, expected {exact} within {allowed:e}");
+        ensure!(
+            fits,
+            "{what}: element {index} is {got}, expected {exact} within {allowed:e}"
+        );
     }
     Ok(())
 }
@@ -154,7 +157,10 @@ fn zeros_agree(what: &str, got: &Tensor, unseen: &Tensor) -> Result<()> {
     let (got, unseen) = (values(got)?, values(unseen)?);
     for (row, (got, unseen)) in got.chunks(dim).zip(unseen.chunks(dim)).enumerate() {
         let zeros = |x: &[f64]| x.iter().all(|x| *x == 0.0);
-        ensure!(!zeros(unseen) || zeros(got), "{what}: row {row} is {got:?}, expected zeros");
+        ensure!(
+            !zeros(unseen) || zeros(got),
+            "{what}: row {row} is {got:?}, expected zeros"
+        );
     }
     Ok(())
 }
@@ -172,7 +178,9 @@ fn share_of(dtype: DType) -> f64 {
 fn bits_of(shape: &Shape, hides: impl Fn(usize) -> bool) -> Result<Tensor> {
     let &Shape(batch, heads, _, tokens, _) = shape;
     let pairs = tokens - 1;
-    let bits: Vec<u8> = (0..batch * heads * pairs).map(|i| hides(i % pairs.max(1)).into()).collect();
+    let bits: Vec<u8> = (0..batch * heads * pairs)
+        .map(|i| hides(i % pairs.max(1)).into())
+        .collect();
     Ok(Tensor::from_vec(bits, (batch, heads, pairs), &Device::Cpu)?)
 }
 

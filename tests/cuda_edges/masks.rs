@@ -10,10 +10,10 @@ const HIDDEN: f32 = f32::NEG_INFINITY;
 
 /// Every padded head size, a little more than a tile.
 const SHAPES: [Shape; 5] = [
-    Shape(2, 2, 1, 70, 64),
-    Shape(1, 4, 2, 33, 8),
-    Shape(1, 2, 1, 67, 96),
-    Shape(1, 1, 1, 70, 128),
+    Shape(2, 2, 1, 37, 64),
+    Shape(1, 4, 2, 70, 8),
+    Shape(1, 1, 1, 67, 96),
+    Shape(1, 1, 1, 40, 128),
     Shape(1, 1, 1, 35, 256),
 ];
 
@@ -31,7 +31,7 @@ fn masks() -> [(&'static str, fn([usize; 4]) -> bool); 3] {
 
 #[test]
 fn a_row_that_sees_nothing_is_zeros_and_sends_nothing() -> Result<()> {
-    for shape in &SHAPES {
+    for (index, shape) in SHAPES.iter().enumerate() {
         for (name, hides) in masks() {
             for (fold, window, causal) in [
                 (Fold::PairSum, 0, true),
@@ -39,7 +39,13 @@ fn a_row_that_sees_nothing_is_zeros_and_sends_nothing() -> Result<()> {
                 (Fold::Drop, 3, true),
                 (Fold::Mean, 0, false),
             ] {
-                let entry = |at: [usize; 4]| if hides(at) { HIDDEN } else { (at[2] * 3 + at[3]) as f32 % 5.0 - 2.0 };
+                let entry = |at: [usize; 4]| {
+                    if hides(at) {
+                        HIDDEN
+                    } else {
+                        (at[2] * 3 + at[3]) as f32 % 5.0 - 2.0
+                    }
+                };
                 let options = AttentionOptions {
                     causal,
                     ..with_bias(bias_of(shape, DType::F32, entry)?)
@@ -49,7 +55,7 @@ fn a_row_that_sees_nothing_is_zeros_and_sends_nothing() -> Result<()> {
                     window,
                     ..Default::default()
                 };
-                for dtype in DTYPES {
+                for dtype in [DType::F32, DTYPES[1 + index % 2]] {
                     let qkv = shape.qkv(3, dtype)?;
                     let what = format!("{name} {shape:?} {fold:?} window {window} causal {causal}");
                     let call = Call::new(&qkv, bits_of(shape, |_| false)?, &config, &options)?;
@@ -110,32 +116,34 @@ fn a_finite_bias_of_any_size_hides_nothing_by_itself() -> Result<()> {
         (DType::F32, -1e38),
         (DType::F16, f16::MIN.to_f32()),
         (DType::BF16, bf16::MIN.to_f32()),
-        (DType::F32, -1e9),
     ];
-    for (shape, (bias_dtype, least)) in SHAPES.iter().flat_map(|shape| least.map(|least| (shape, least))) {
+    for (index, (shape, (bias_dtype, least))) in SHAPES
+        .iter()
+        .flat_map(|shape| least.map(|least| (shape, least)))
+        .enumerate()
+    {
         for (fold, window) in [(Fold::PairSum, 0), (Fold::Mean, 4), (Fold::Drop, 0)] {
-            for merges in [false, true] {
-                let entry = |[_, _, row, column]: [usize; 4]| match row % 3 {
-                    0 => least,
-                    1 if column % 2 == 0 => least,
-                    _ => 0.25,
-                };
-                let options = with_bias(bias_of(shape, bias_dtype, entry)?);
-                let config = CompressionConfig {
-                    fold,
-                    window,
-                    ..Default::default()
-                };
-                for dtype in DTYPES {
-                    let qkv = shape.qkv(5, dtype)?;
-                    let bits = bits_of(shape, |t| merges && t % 3 == 1)?;
-                    let what = format!("{least:e} {bias_dtype:?} {shape:?} {fold:?} window {window} merges {merges}");
-                    // An f32 knows a logit of 94505 to 0.008.
-                    let share = if least == f16::MIN.to_f32() { 1.2e-2 } else { 0.0 };
-                    let share = share_of(dtype).max(share);
-                    let call = Call::new(&qkv, bits, &config, &options)?;
-                    call.check(&what, [share; 4])?;
-                }
+            let merges = index % 2 == 0;
+            let entry = |[_, _, row, column]: [usize; 4]| match row % 3 {
+                0 => least,
+                1 if column % 2 == 0 => least,
+                _ => 0.25,
+            };
+            let options = with_bias(bias_of(shape, bias_dtype, entry)?);
+            let config = CompressionConfig {
+                fold,
+                window,
+                ..Default::default()
+            };
+            for dtype in [DType::F32, DTYPES[1 + index / 2 % 2]] {
+                let qkv = shape.qkv(5, dtype)?;
+                let bits = bits_of(shape, |t| merges && t % 3 == 1)?;
+                let what = format!("{least:e} {bias_dtype:?} {shape:?} {fold:?} window {window} merges {merges}");
+                // An f32 knows a logit of 94505 to 0.008.
+                let share = if least == f16::MIN.to_f32() { 1.2e-2 } else { 0.0 };
+                let share = share_of(dtype).max(share);
+                let call = Call::new(&qkv, bits, &config, &options)?;
+                call.check(&what, [share; 4])?;
             }
         }
     }

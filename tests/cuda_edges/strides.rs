@@ -18,16 +18,21 @@ fn settings() -> Vec<CompressionConfig> {
 
 /// Queries and keys of another layout, and what they must be like.
 fn laid_out(dtype: DType, dim: usize) -> Result<Vec<(&'static str, [Tensor; 3])>> {
-    let [q, k, v] = Shape(2, 4, 2, 70, dim).qkv(13, dtype)?;
+    let [q, k, v] = Shape(2, 2, 1, 37, dim).qkv(13, dtype)?;
     let one = |x: &Tensor| x.narrow(2, 3, 1);
     // (B, H, D) with a token axis put in: its stride is that of a row, or 1.
     let put_in = |x: &Tensor| x.narrow(2, 3, 1)?.squeeze(2)?.contiguous()?.unsqueeze(2);
-    let stride_1 = |x: &Tensor| x.narrow(2, 3, 1)?.squeeze(2)?.contiguous()?.unsqueeze(3)?.transpose(2, 3);
-    let tokens = |x: &Tensor| one(x)?.expand((2, x.dim(1)?, 70, dim));
-    let batch = |x: &Tensor| x.narrow(0, 1, 1)?.expand((2, x.dim(1)?, 70, dim));
-    let heads = |x: &Tensor| x.narrow(1, 1, 1)?.expand((2, x.dim(1)?, 70, dim));
+    let stride_1 = |x: &Tensor| {
+        x.narrow(2, 3, 1)?
+            .squeeze(2)?
+            .contiguous()?
+            .unsqueeze(3)?
+            .transpose(2, 3)
+    };
+    let tokens = |x: &Tensor| one(x)?.expand((2, x.dim(1)?, 37, dim));
+    let batch = |x: &Tensor| x.narrow(0, 1, 1)?.expand((2, x.dim(1)?, 37, dim));
+    let heads = |x: &Tensor| x.narrow(1, 0, 1)?.expand((2, x.dim(1)?, 37, dim));
     let by_token = |x: &Tensor| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
-    // Each token's row starts 8 numbers after the one before: rows overlap.
     Ok(vec![
         ("one token, put in", [put_in(&q)?, put_in(&k)?, put_in(&v)?]),
         ("one token, stride 1", [stride_1(&q)?, stride_1(&k)?, stride_1(&v)?]),
@@ -63,12 +68,11 @@ fn any_layout_gives_what_a_contiguous_one_does() -> Result<()> {
                 assert_eq!(bits.to_vec3::<u8>()?, decide(&contiguous)?.to_vec3::<u8>()?, "{what}");
                 let (shape, share) = (qkv[0].dims4()?, share_of(dtype));
                 let none = bits_of(&Shape(shape.0, shape.1, 1, shape.2, dim), |_| false)?;
-                for bits in [bits, none] {
-                    Call::new(&qkv, bits, &config, &options)?.check(&what, [share; 4])?;
-                }
+                let bits = if config.fold == Fold::Mean { none } else { bits };
+                Call::new(&qkv, bits, &config, &options)?.check(&what, [share; 4])?;
                 let rows = |qkv: &[Tensor; 3]| -> Result<Tensor> {
                     let mut cache = EmulatedCache::new(qkv, &strategies, &config, &Default::default())?;
-                    super::masks::chunked(&mut cache, qkv, &options, &[30, 1, 5])
+                    super::masks::chunked(&mut cache, qkv, &options, &[20, 1, 5])
                 };
                 let (got, expected) = (rows(&qkv).with_context(|| what.clone())?, rows(&contiguous)?);
                 agree(&what, &got, &expected.to_dtype(DType::F64)?, 0.0)?;
@@ -96,7 +100,10 @@ fn unaligned_rows_are_refused_with_what_to_do() -> Result<()> {
                     panic!("{dtype:?} {config:?}: expected an error")
                 };
                 let text = format!("{error:#}");
-                assert!(text.contains("expected rows that start at multiples of 8 elements"), "{text}");
+                assert!(
+                    text.contains("expected rows that start at multiples of 8 elements"),
+                    "{text}"
+                );
                 assert!(text.contains("call contiguous() on it first"), "{text}");
             }
             let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
