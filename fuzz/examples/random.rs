@@ -18,7 +18,9 @@ fn main() {
     let mut runs = 0u64;
     while Instant::now() < end {
         let mut next = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             (state >> 33) as usize
         };
         let length = 1 + next() % longest;

@@ -180,3 +180,15 @@ fn with_edited_header(file: &[u8], input: &mut Unstructured) -> Option<Vec<u8>> 
         .collect::<Option<Vec<_>>>()?;
     safetensors::serialize(views, Some(metadata)).ok()
 }
+
+#[test]
+fn the_files_that_are_edited_are_valid() {
+    SCRATCH.with(|scratch| {
+        for seed in seeds_of_every_kind().unwrap() {
+            let header = with_edited_header(&seed, &mut Unstructured::new(&[0])).unwrap();
+            for file in [&seed, &header] {
+                CompressedKvCache::load(scratch.write("seed", file), &Device::Cpu).unwrap();
+            }
+        }
+    });
+}

@@ -16,15 +16,15 @@ pub const HEAD_DIM: usize = HIDDEN / HEADS;
 pub const CONTEXT: usize = 16;
 pub const SPECIAL: [&str; 2] = ["<s>", "</s>"];
 
-/// Opens, loads and runs a checkpoint; every refusal is as good as a result.
-pub fn try_out(path: &Path) {
+/// Opens, loads and runs a checkpoint; every refusal is as good as a result. Says whether it came to logits.
+pub fn try_out(path: &Path) -> bool {
     let options = LoadOptions {
         dtype: DType::F32,
         dequantize: true,
         device: Device::Cpu,
     };
     let Ok(mut checkpoint) = Checkpoint::open(path.to_str().expect("a path of text"), options) else {
-        return;
+        return false;
     };
     if let Some(template) = &checkpoint.chat_template {
         let _ = template.render("a whale");
@@ -32,15 +32,19 @@ pub fn try_out(path: &Path) {
     let off = HeadStrategies::uniform(MergeStrategy::Off);
     let attention = CompressedAttention::new(off, CompressionConfig::default(), Default::default());
     let layers = vec![attention.expect("settings"); checkpoint.config.layers];
-    let Ok(model) = checkpoint.load(layers) else { return };
+    let Ok(model) = checkpoint.load(layers) else {
+        return false;
+    };
     let Ok(tokens) = checkpoint.encode("the whale", true) else {
-        return;
+        return false;
     };
     if tokens.is_empty() || tokens.len() > checkpoint.config.context_length {
-        return;
+        return false;
     }
     let hidden = model.forward(&tokens, &mut Default::default());
-    let _ = hidden.and_then(|hidden| model.logits(&hidden, tokens.len() - 1, 1));
+    hidden
+        .and_then(|hidden| model.logits(&hidden, tokens.len() - 1, 1))
+        .is_ok()
 }
 
 /// Tokens in the order of their ids: bytes, a merge, specials.

@@ -69,6 +69,11 @@ fn valid() -> Vec<u8> {
     file.into_inner()
 }
 
+#[test]
+fn the_file_that_is_edited_is_valid() {
+    SCRATCH.with(|scratch| assert!(try_out(&scratch.write("model.gguf", &valid()))));
+}
+
 fn gguf_name(name: &str) -> String {
     [
         ("model.layers.", "blk."),

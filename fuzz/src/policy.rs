@@ -50,3 +50,13 @@ fn valid(config: CompressionConfig, entries: usize) -> Vec<u8> {
         .to_string()
         .into()
 }
+
+#[test]
+fn the_files_that_are_edited_are_valid() {
+    for file in [
+        valid(CompressionConfig::calibrated(), 2),
+        valid(CompressionConfig::default(), 4),
+    ] {
+        Policy::from_json(std::str::from_utf8(&file).unwrap()).unwrap();
+    }
+}
