@@ -69,10 +69,6 @@ pub fn train_tokenizer(text: &str, vocab: usize) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-pub fn load_tokenizer(path: &Path) -> Result<Tokenizer> {
-    Tokenizer::from_file(path).map_err(|error| anyhow!("{}: expected a tokenizer, got: {error}", path.display()))
-}
-
 /// How many rows an embedding needs: one more than the largest id. Ids may have gaps, but no such gaps that a few bytes
 /// of a tokenizer.json ask for gigabytes.
 pub fn vocabulary_size(tokenizer: &Tokenizer) -> Result<usize> {

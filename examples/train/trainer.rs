@@ -17,6 +17,7 @@ use crate::checkpoint::{self, State};
 use crate::compression::Compression;
 use crate::data::{self, Text};
 use crate::evaluate::{number_or_nan, Evaluator, HeldOut};
+use crate::load::hf_tokenizer;
 use crate::model::{check_ids, LlamaConfig};
 use crate::optimizer::AdamW;
 use crate::plot::plot_runs;
@@ -311,7 +312,7 @@ fn encode(text: &str, tokenizer: &Tokenizer, config: &LlamaConfig) -> Result<Vec
 
 fn fresh(args: &RunArgs, text: &Text) -> Result<Start> {
     let tokenizer = match &args.tokenizer {
-        Some(file) => data::load_tokenizer(file)?,
+        Some(file) => hf_tokenizer::tokenizer(file)?,
         None => data::train_tokenizer(&text.training, args.training.vocab)?,
     };
     let config = args.training.model(data::vocabulary_size(&tokenizer)?);

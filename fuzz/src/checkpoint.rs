@@ -26,7 +26,7 @@ pub fn try_out(path: &Path) -> bool {
     let Ok(mut checkpoint) = Checkpoint::open(path.to_str().expect("a path of text"), options) else {
         return false;
     };
-    if let Some(template) = &checkpoint.chat_template {
+    if let Some(template) = &checkpoint.text.chat_template {
         let _ = template.render("a whale");
     }
     let off = HeadStrategies::uniform(MergeStrategy::Off);

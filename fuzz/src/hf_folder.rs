@@ -22,10 +22,6 @@ pub fn run(data: &[u8]) {
     static VALID: OnceLock<[Vec<u8>; 4]> = OnceLock::new();
     let mut files = VALID.get_or_init(valid).clone();
     let _ = edit_some(&mut files, &mut Unstructured::new(data));
-    // tokenizers 0.23.2 panics where a decoder is no JSON.
-    if serde_json::from_slice::<serde::de::IgnoredAny>(&files[3]).is_err() {
-        return;
-    }
     SCRATCH.with(|scratch| {
         for (name, file) in NAMES.iter().zip(&files) {
             scratch.write(name, file);

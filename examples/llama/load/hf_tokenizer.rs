@@ -2,9 +2,10 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, Context, Result};
+use serde::de::IgnoredAny;
 use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::Tokenizer;
@@ -24,7 +25,7 @@ pub struct TextFiles {
 }
 
 impl TextFiles {
-    pub fn collect(origin: &dyn Origin) -> Result<Self> {
+    pub(super) fn collect(origin: &dyn Origin) -> Result<Self> {
         Ok(Self {
             config: origin.required("config.json")?,
             tokenizer: origin.required("tokenizer.json")?,
@@ -35,9 +36,14 @@ impl TextFiles {
     }
 }
 
+/// A tokenizer.json. It is read as JSON first: tokenizers 0.23.2 panics where a decoder in it is none.
+pub fn tokenizer(path: &Path) -> Result<Tokenizer> {
+    let _: IgnoredAny = read_json(path)?;
+    Tokenizer::from_file(path).map_err(|error| anyhow!("{}: expected a tokenizer, got: {error}", path.display()))
+}
+
 pub fn text(files: &TextFiles) -> Result<Text> {
-    let mut tokenizer = Tokenizer::from_file(&files.tokenizer)
-        .map_err(|error| anyhow!("{}: expected a tokenizer, got: {error}", files.tokenizer.display()))?;
+    let mut tokenizer = tokenizer(&files.tokenizer)?;
     // What someone trained with: a text that is read here is neither cut nor filled up.
     tokenizer.with_padding(None);
     tokenizer

@@ -9,7 +9,7 @@ mod gguf_tokenizer;
 mod hf;
 mod hf_config;
 mod hf_tensors;
-mod hf_tokenizer;
+pub mod hf_tokenizer;
 mod hub;
 pub mod pre_tokenizer;
 mod sentencepiece;
