@@ -53,7 +53,7 @@ fn append(cache: &mut CompressedKvCache, qkv: &[Tensor; 3]) -> candle_core::Resu
 fn contents(cache: &CompressedKvCache) -> Result<Contents> {
     let file = TempFile::new();
     cache.save(&file.0)?;
-    Ok(Contents::read(&file.0)?)
+    Contents::read(&file.0)
 }
 
 /// Appends `good`, then `bad`, which is refused for `pattern`, then `rest`: as a cache that never saw `bad`.
