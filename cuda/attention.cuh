@@ -289,9 +289,11 @@ SFA_DEVICE int64_t rest_of_sums(const AttentionParams& p) {
     return int64_t(p.sizes.batch) * p.sizes.heads * p.sizes.tokens;
 }
 
-// That of a row.
+// That of a row, which is read where the sum is not near 0; its address is not held.
 SFA_DEVICE float rest_of_sum(const AttentionParams& p, const Floats& log_sum_exp, const HeadIndex& at, int row) {
-    return log_sum_exp[rest_of_sums(p) + at.batch_head * p.sizes.tokens + row];
+    uint32_t place = uint32_t(row);
+    hw::keep_in_place(place);
+    return log_sum_exp[rest_of_sums(p) + at.batch_head * p.sizes.tokens + place];
 }
 
 // Makes zeros of what is not finite in a tile of layout L, 16 bytes at a time, as `load_rows` has them: each of THREADS threads

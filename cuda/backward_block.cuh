@@ -383,7 +383,7 @@ struct ColumnGradients {
 
     // FULL: every row sees every column, there is neither bias nor dropout, and no row is odd.
     template <bool FULL>
-    SFA_DEVICE void tile(const HeadIndex& at, int row, int stage, bool odd) {
+    SFA_DEVICE void tile(const HeadIndex& at, int row, int stage) {
         hw::Tile q = part(stage, 0), grad = part(stage, 1), log_sum_exp = part(stage, 2), delta = part(stage, 3);
         int count = min(NB, int(p.sizes.tokens) - row);
         float s[1][NT][4], grads[1][NT][4];
@@ -413,7 +413,7 @@ struct ColumnGradients {
                     float logit = scaled(p, s[0][n][i]) + column.addend;
                     if (x.bias) logit += bias_at(p, x.bias, at, r, column.token);
                     if (p.dropout_cut != 0) kept = dropout_factor(p, at, r, column.token);
-                    weight = hw::exp2(exponent_of(logit, sum, odd ? rest_of_sum(p, x.log_sum_exp, at, r) : 0.f));
+                    weight = hw::exp2(exponent_of(logit, sum, fabsf(sum) < LARGE_LOGIT ? 0.f : rest_of_sum(p, x.log_sum_exp, at, r)));
                 }
                 s[0][n][i] = weight * kept;
                 grads[0][n][i] = visible ? weight * (grads[0][n][i] * kept - mean) : 0.f;
@@ -462,8 +462,8 @@ struct ColumnGradients {
             if (STAGES == 2 && next < steps)
                 load_tile(HeadIndex(p, head + next / tiles), begin + next % tiles * NB, next % STAGES);
             bool odd = has_odd_rows(stage);
-            if (plain && !odd && row >= last.begin && row <= full_end) tile<true>(at, row, stage, false);
-            else tile<false>(at, row, stage, odd);
+            if (plain && !odd && row >= last.begin && row <= full_end) tile<true>(at, row, stage);
+            else tile<false>(at, row, stage);
             if (STAGES == 1 && next < steps) {
                 __syncthreads();
                 load_tile(HeadIndex(p, head + next / tiles), begin + next % tiles * NB, 0);

@@ -86,7 +86,7 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
     // Products of queries and keys to weights, and those of gradients to gradients of logits, in place. FULL: every row
     // sees every column, there is neither bias nor dropout, and no row is odd.
     template <bool FULL>
-    SFA_DEVICE void weigh(float (&s)[MT][NT][4], float (&grads)[MT][NT][4], const HeadIndex& at, int row, int stage, bool odd) {
+    SFA_DEVICE void weigh(float (&s)[MT][NT][4], float (&grads)[MT][NT][4], const HeadIndex& at, int row, int stage) {
         hw::Tile log_sum_exp = part(stage, 2), delta = part(stage, 3);
         int rows = min(row + NB, int(p.sizes.tokens));
         float scale = p.scale * p.scale_sign;
@@ -113,7 +113,7 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
                     logit = logit * scale + addend;
                     if (x.bias) logit += bias_at(p, x.bias, at, token, int(word.x));
                     if (p.dropout_cut != 0) kept = dropout_factor(p, at, token, int(word.x));
-                    weight = hw::exp2(exponent_of(logit, sum, odd ? rest_of_sum(p, x.log_sum_exp, at, token) : 0.f));
+                    weight = hw::exp2(exponent_of(logit, sum, fabsf(sum) < LARGE_LOGIT ? 0.f : rest_of_sum(p, x.log_sum_exp, at, token)));
                 }
                 logit = weight * kept;
                 grad = visible ? weight * (grad * kept - mean) : 0.f;
@@ -246,7 +246,7 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
             multiply_rows<T, D, MT, NT>(s, own_columns, k, row_rows, q);
             multiply_rows<T, D, MT, NT>(grads, own_columns, v, row_rows, grad);
             if (!FULL && !odd && !x.bias && p.dropout_cut == 0) weigh_seen(s, grads, row, stage);
-            else weigh<FULL>(s, grads, at, row, stage, odd);
+            else weigh<FULL>(s, grads, at, row, stage);
             share(logits(stage), grads);
             if (!LATE) share(weights, s);
             Fragments<D> right = right_rows.from(warp % SPLIT * WIDTH);

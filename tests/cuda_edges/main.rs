@@ -62,6 +62,8 @@ struct Call<'a> {
     bits: Tensor,
     config: &'a CompressionConfig,
     options: &'a AttentionOptions,
+    /// Kernels that are left out.
+    without: Option<Kernels>,
 }
 
 impl<'a> Call<'a> {
@@ -80,6 +82,7 @@ impl<'a> Call<'a> {
             bits,
             config,
             options,
+            without: None,
         })
     }
 
@@ -114,6 +117,9 @@ impl<'a> Call<'a> {
                 continue;
             }
             for kernels in Kernels::of(dtype, dim, self.options) {
+                if self.without == Some(kernels) {
+                    continue;
+                }
                 let what = format!("{what} {dtype:?} dense {dense} {kernels:?}");
                 let pass = self.run(dense, kernels).with_context(|| what.clone())?;
                 let [dq, dk, dv] = &pass.gradients.context("gradients were asked for")?;
