@@ -21,8 +21,8 @@ const NAMES: [&str; 4] = ["output", "dq", "dk", "dv"];
 /// dimensions, where logits reach 30, it was 8 times as large.
 pub const F32_TIMES: f64 = 10.0;
 
-/// What results use of their allowance somewhere, at least: one rounding uses up to half of what it is allowed, where
-/// nothing else adds to that.
+/// What halves use of their allowance somewhere, at least: one rounding uses up to half of what it is allowed, where
+/// nothing else adds to that. In f32 the CPU's own error is the measure, and nothing says that a GPU errs as much.
 pub const FLOOR: f64 = 0.25;
 
 /// Exact results for the values that were given, and what each element may err by.
@@ -40,20 +40,22 @@ pub struct Expected {
 pub struct Shares {
     largest: f64,
     at: String,
+    halves: bool,
 }
 
 impl Shares {
-    fn add(&mut self, share: f64, at: impl FnOnce() -> String) {
+    fn add(&mut self, share: f64, dtype: DType, at: impl FnOnce() -> String) {
+        self.halves |= dtype != DType::F32;
         if share > self.largest {
             (self.largest, self.at) = (share, at());
         }
     }
 
-    /// Prints the largest share, which is [`FLOOR`] at least.
+    /// Prints the largest share, which is [`FLOOR`] at least in halves.
     pub fn report(&self) -> Result<()> {
         println!("largest share of the allowance used: {:.2} ({})", self.largest, self.at);
         ensure!(
-            self.largest >= FLOOR,
+            !self.halves || self.largest >= FLOOR,
             "expected results that use {FLOOR} of their allowance somewhere, got {}: the bound proves little",
             self.largest
         );
@@ -172,7 +174,9 @@ impl Expected {
                 error / allowed
             );
             if allowed > 0.0 {
-                shares.add(error / allowed, || format!("{:?}, {name}, {what}", self.dtype));
+                shares.add(error / allowed, self.dtype, || {
+                    format!("{:?}, {name}, {what}", self.dtype)
+                });
             }
         }
         Ok(())
