@@ -187,6 +187,7 @@ fn caches_are_where_the_variables_say() {
         "tokenizer_config.json",
         "generation_config.json",
         "model.safetensors.index.json",
+        "special_tokens_map.json",
     ] {
         fs::write(absent.join(name), "").unwrap();
     }

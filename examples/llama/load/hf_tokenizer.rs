@@ -38,8 +38,12 @@ impl TextFiles {
 
 /// A tokenizer.json. It is read as JSON first: tokenizers 0.23.2 panics where a decoder in it is none.
 pub fn tokenizer(path: &Path) -> Result<Tokenizer> {
-    let _: IgnoredAny = read_json(path)?;
-    Tokenizer::from_file(path).map_err(|error| anyhow!("{}: expected a tokenizer, got: {error}", path.display()))
+    let read = || -> Result<Tokenizer> {
+        let json = fs::read(path)?;
+        let _: IgnoredAny = serde_json::from_slice(&json)?;
+        Tokenizer::from_bytes(json).map_err(|error| anyhow!("{error}"))
+    };
+    read().map_err(|error| anyhow!("{}: expected a tokenizer, got: {error}", path.display()))
 }
 
 pub fn text(files: &TextFiles) -> Result<Text> {
