@@ -413,7 +413,8 @@ struct ColumnGradients {
                     float logit = scaled(p, s[0][n][i]) + column.addend;
                     if (x.bias) logit += bias_at(p, x.bias, at, r, column.token);
                     if (p.dropout_cut != 0) kept = dropout_factor(p, at, r, column.token);
-                    weight = hw::exp2(exponent_of(logit, sum, fabsf(sum) < LARGE_LOGIT ? 0.f : rest_of_sum(p, x.log_sum_exp, at, r)));
+                    float rest = fabsf(sum) < LARGE_LOGIT ? 0.f : rest_of_sum(p, x.log_sum_exp, at, r);
+                    weight = hw::exp2(exponent_of(logit, sum, rest));
                 }
                 s[0][n][i] = weight * kept;
                 grads[0][n][i] = visible ? weight * (grads[0][n][i] * kept - mean) : 0.f;

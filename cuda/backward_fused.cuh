@@ -113,7 +113,8 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
                     logit = logit * scale + addend;
                     if (x.bias) logit += bias_at(p, x.bias, at, token, int(word.x));
                     if (p.dropout_cut != 0) kept = dropout_factor(p, at, token, int(word.x));
-                    weight = hw::exp2(exponent_of(logit, sum, fabsf(sum) < LARGE_LOGIT ? 0.f : rest_of_sum(p, x.log_sum_exp, at, token)));
+                    float rest = fabsf(sum) < LARGE_LOGIT ? 0.f : rest_of_sum(p, x.log_sum_exp, at, token);
+                    weight = hw::exp2(exponent_of(logit, sum, rest));
                 }
                 logit = weight * kept;
                 grad = visible ? weight * (grad * kept - mean) : 0.f;
