@@ -91,7 +91,7 @@ fn everything([q, k, v]: [&Tensor; 3], config: &CompressionConfig) -> Result<Vec
     let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
     let options = AttentionOptions::default();
     let plan = MergePlan::new(q, k, v, &strategies, config, &options)?;
-    let tracked = [q, k, v].map(|x| Var::from_tensor(x));
+    let tracked = [q, k, v].map(Var::from_tensor);
     let [tq, tk, tv] = tracked;
     let (tq, tk, tv) = (tq?, tk?, tv?);
     let untracked = attend(q, k, v, &plan, &options)?;

@@ -58,10 +58,13 @@ fn rows_of_one_weight_are_its_value() -> Result<()> {
             // In halves folded rows are rounded to them, and other logits may be the largest then.
             let folds = dtype == DType::F32 || config.fold == Fold::Drop;
             let mut call = Call::new(&qkv, bits_of(shape, |t| folds && t % 4 == 1)?, &config, &options)?;
-            // Dropped tokens are attended to in tiles. The gradients of edges that are theirs add products up in another order,
-            // and a logit may be that much smaller.
+            // Where gradients add products up in another order than the forward a logit may be that much smaller: of dropped
+            // tokens, which the forward attends to in tiles, and without causality, where it has no warpgroups.
             if config.fold == Fold::Drop {
-                call.without = Some(Kernels::Deterministic);
+                call.without.push(Kernels::Deterministic);
+            }
+            if !options.causal {
+                call.without.extend([Kernels::Warpgroups, Kernels::ShortWarpgroups]);
             }
             let what = format!("{shape:?} {factor:e} {config:?}");
             let share = share_of(dtype);

@@ -18,7 +18,6 @@ use candle_sfattention::reference::{self, Array4, Indicators};
 use candle_sfattention::{AttentionOptions, CompressionConfig, Fold};
 use common::inputs::{values, Shape};
 
-const FOLDS: [Fold; 3] = [Fold::PairSum, Fold::Mean, Fold::Drop];
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
 /// Which of a dtype's kernels run.
@@ -63,7 +62,7 @@ struct Call<'a> {
     config: &'a CompressionConfig,
     options: &'a AttentionOptions,
     /// Kernels that are left out.
-    without: Option<Kernels>,
+    without: Vec<Kernels>,
 }
 
 impl<'a> Call<'a> {
@@ -82,7 +81,7 @@ impl<'a> Call<'a> {
             bits,
             config,
             options,
-            without: None,
+            without: Vec::new(),
         })
     }
 
@@ -117,7 +116,7 @@ impl<'a> Call<'a> {
                 continue;
             }
             for kernels in Kernels::of(dtype, dim, self.options) {
-                if self.without == Some(kernels) {
+                if self.without.contains(&kernels) {
                     continue;
                 }
                 let what = format!("{what} {dtype:?} dense {dense} {kernels:?}");

@@ -17,9 +17,12 @@ const SHAPES: [Shape; 5] = [
     Shape(1, 1, 1, 35, 256),
 ];
 
+/// Whether a bias hides (batch row, head, row, column).
+type Hides = fn([usize; 4]) -> bool;
+
 /// Left padding of another length in each batch row; two documents beside each other; columns hidden here and there, of some rows
 /// all.
-fn masks() -> [(&'static str, fn([usize; 4]) -> bool); 3] {
+fn masks() -> [(&'static str, Hides); 3] {
     [
         ("padding", |[batch, _, _, column]| column < 5 + 9 * batch),
         ("documents", |[_, _, row, column]| (row < 20) != (column < 20)),
