@@ -176,7 +176,7 @@ impl Problem {
         } else {
             DType::F32
         };
-        let view = |bias: &Tensor| bias.to_dtype(accumulator)?.broadcast_as(&self.bias_dims());
+        let view = |bias: &Tensor| bias_as(bias, accumulator)?.broadcast_as(&self.bias_dims());
         options.bias.as_ref().map(view).transpose()
     }
 
@@ -194,6 +194,18 @@ impl Problem {
     pub fn pairs(&self) -> usize {
         self.tokens - 1
     }
+}
+
+/// A bias in another dtype, in which a finite number stays finite: f64 has larger ones than f32.
+pub(crate) fn bias_as(bias: &Tensor, dtype: DType) -> Result<Tensor> {
+    if bias.dtype() != DType::F64 || dtype == DType::F64 {
+        return bias.to_dtype(dtype);
+    }
+    let largest = f64::from(f32::MAX);
+    let finite = bias.abs()?.lt(f64::INFINITY)?;
+    finite
+        .where_cond(&bias.clamp(-largest, largest)?, bias)?
+        .to_dtype(dtype)
 }
 
 fn four_axes(name: &str, axes: &str, tensor: &Tensor) -> Result<(usize, usize, usize, usize)> {

@@ -105,6 +105,24 @@ fn huge_biases_keep_their_order() -> Result<()> {
     Ok(())
 }
 
+/// A bias in f64 beside tensors in f32: its numbers are larger, and none of them becomes infinite.
+#[test]
+fn a_finite_bias_of_a_wider_dtype_is_finite() -> Result<()> {
+    let v = Tensor::new(&[1f32, 3.0, 5.0], &CPU)?.reshape((1, 1, 3, 1))?;
+    let off = (MergeStrategy::Off, &CompressionConfig::default());
+    let bias = Tensor::new(&[f64::MIN, f64::MIN, 0.0], &CPU)?;
+    for rows in [
+        layer(off.0, off.1, &bias)?.forward(&v, &v, &v)?,
+        cached([&v, &v, &v], off, &bias, 2)?,
+    ] {
+        assert_eq!(values(&rows)?, [1.0, 2.0, 5.0]);
+    }
+    let bias = Tensor::new(&[f64::NEG_INFINITY, f64::NAN, 0.0], &CPU)?;
+    let rows = values(&layer(off.0, off.1, &bias)?.forward(&v, &v, &v)?)?;
+    assert!(rows[0] == 0.0 && rows[1].is_nan() && rows[2].is_nan(), "{rows:?}");
+    Ok(())
+}
+
 /// A padded batch: rows of padding are zeros or means of padding, and the others are what they are alone.
 #[test]
 fn left_padding_leaves_the_other_rows_alone_where_nothing_merges() -> Result<()> {

@@ -6,7 +6,7 @@ use crate::cpu::cached::Step;
 use crate::cpu::list_range::{largest_in, largest_of};
 use crate::cpu::{Element, Rows};
 use crate::plan::{self, cpu_slice, not_on_cpu};
-use crate::problem::{Problem, RowLayout};
+use crate::problem::{bias_as, Problem, RowLayout};
 use candle_core::{bail, CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor};
 
 /// One call on checked tensors; an error leaves `state` as it was.
@@ -75,7 +75,7 @@ pub(super) fn bias_view(bias: Option<&Tensor>, full: [usize; 4], dtype: DType) -
             bias.dims()
         )
     }
-    Ok(Some(bias.to_dtype(dtype)?.broadcast_as(&full)?))
+    Ok(Some(bias_as(bias, dtype)?.broadcast_as(&full)?))
 }
 
 /// One checked call: query in its own dtype, key and value in the storage dtype.

@@ -9,7 +9,7 @@ use super::gpu::{row_layout, Gpu, GpuElement, Number};
 use super::{loss, observe};
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
 use crate::plan::MergePlan;
-use crate::problem::{Problem, RowLayout};
+use crate::problem::{bias_as, Problem, RowLayout};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::op::BackpropOp;
@@ -93,7 +93,7 @@ fn decide_as<T: GpuElement>(
     let device = q.0.device().clone();
     let gpu = Cuda::new(&device);
     let bias = options.bias.as_ref().filter(|_| reads_bias(config));
-    let bias = bias.map(|bias| bias.to_dtype(DType::F32)?.broadcast_as(&problem.bias_dims()));
+    let bias = bias.map(|bias| bias_as(bias, DType::F32)?.broadcast_as(&problem.bias_dims()));
     let bias = bias.transpose()?;
     let bias_storage = bias.as_ref().map(Tensor::storage_and_layout);
     let call = DecideCall {
