@@ -105,6 +105,38 @@ fn huge_biases_keep_their_order() -> Result<()> {
     Ok(())
 }
 
+/// Rows that see nothing but columns of one huge bias, some of them edges: the bias is the same number everywhere.
+#[test]
+fn one_huge_bias_for_all_is_none() -> Result<()> {
+    let tokens = 70;
+    for dtype in DTYPES {
+        let [q, k, v] = Shape(1, 1, 1, tokens, 32).qkv(8, dtype)?;
+        let [q, k] = [(q * 1e-3)?, (k * 1e-3)?];
+        for huge in [-1e20, -1e30, -1e37, f64::from(f32::MIN)] {
+            let bias = Tensor::full(huge, (1, tokens), &CPU)?.to_dtype(DType::F32)?;
+            for (fold, window) in [(Fold::Drop, 0), (Fold::Drop, 9), (Fold::PairSum, 0)] {
+                let config = CompressionConfig {
+                    fold,
+                    window,
+                    ..Default::default()
+                };
+                let bits: Vec<u8> = (0..tokens - 1).map(|t| u8::from(t % 3 == 1)).collect();
+                let plan = MergePlan::from_indicators(&Tensor::from_vec(bits, (1, 1, tokens - 1), &CPU)?, &config)?;
+                let got = attend(&q, &k, &v, &plan, &under(bias.clone()))?;
+                let expected = attend(&q, &k, &v, &plan, &Default::default())?;
+                assert_close(
+                    &format!("{dtype:?} {huge:e} {fold:?} {window}"),
+                    &got,
+                    &expected,
+                    0.02,
+                    0.02,
+                )?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// A bias in f64 beside tensors in f32: its numbers are larger, and none of them becomes infinite.
 #[test]
 fn a_finite_bias_of_a_wider_dtype_is_finite() -> Result<()> {

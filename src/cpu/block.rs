@@ -39,9 +39,9 @@ pub(crate) struct BlockReader<'a, Q: Element> {
     pub products: Option<(PairTiles, Packed)>,
     /// Stands on the token of the edge that is looked at.
     pub chain: ChainFold<Q::Acc>,
-    /// What a bias becomes beside an edge's logit, and in a tile.
-    edge_bias: BiasUnit<Q::Acc>,
+    /// What a bias becomes in a tile, and from there to a logit in base 2.
     tile_bias: BiasUnit<Q::Acc>,
+    bias_factor: Q::Acc,
 }
 
 impl<'a, Q: Element> BlockReader<'a, Q> {
@@ -70,8 +70,8 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             scratch: Default::default(),
             left: vec![Q::Acc::ZERO; dim],
             chain: ChainFold::new(settings.fold, dim),
-            edge_bias: BiasUnit::new(1.0),
             tile_bias: BiasUnit::new(settings.pairs.map_or(1.0, |pairs| f64::from(pairs.factor))),
+            bias_factor: Q::Acc::of(settings.pairs.map_or(1.0, |pairs| f64::from(pairs.factor))),
         }
     }
 
@@ -199,7 +199,8 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         let mut logit = dot(query, edge.key) + edge.log2_size;
         let row = block.rows.start + row;
         if let Some(bias) = self.bias(block, token, row..row + 1) {
-            bias.for_each(|bias| logit += self.edge_bias.of(bias));
+            // As in a tile, so that the same bias is the same number in both, however large.
+            bias.for_each(|bias| logit += self.tile_bias.of(bias) * self.bias_factor);
         }
         logit
     }
