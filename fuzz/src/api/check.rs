@@ -135,7 +135,7 @@ fn plan(exact: &Exact, inputs: &Inputs, strategies: &HeadStrategies) -> Result<I
     let [q, k, v] = &exact.inputs;
     let expected = match case.config.criterion {
         Criterion::ObservedMass => reference::observed_indicators(q, k, v, strategies, &case.config, exact.options),
-        _ => reference::indicators(q, k, strategies, &case.config),
+        _ => reference::indicators_under(q, k, strategies, &case.config, exact.options.bias.as_ref()),
     };
     let expected = expected.map_err(anyhow::Error::from)?;
     if bits != expected && !exact.near {
