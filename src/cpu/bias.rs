@@ -42,8 +42,8 @@ impl<'a, A: Accumulator> BiasView<'a, A> {
     }
 }
 
-/// -inf in a call's bias: a pair of tokens of which the later one's row does not see both is never merged, so that none
-/// reaches a row through the other.
+/// -inf in a call's bias. Two neighbours merge only where the later token's row sees both: else one of them would reach a
+/// row through the other.
 #[derive(Clone, Copy)]
 pub(crate) struct Apart<'a, A> {
     bias: BiasView<'a, A>,

@@ -152,8 +152,8 @@ impl<'a, T> HeadRows<'a, T> {
         let _ = (token, ahead);
     }
 
-    /// Whether they are whole registers of any instruction set, none of which lies in another: tokens may be nearer to each
-    /// other than D numbers, or one token may stand for all.
+    /// Whether each row is whole registers of any instruction set, and no row overlaps the next one. Tokens may lie nearer to
+    /// each other than D numbers, or one token may stand for all.
     pub fn are_padded(&self) -> bool {
         self.dim == aligned::padded(self.dim) && self.stride >= self.dim
     }

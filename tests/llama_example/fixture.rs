@@ -195,8 +195,8 @@ fn write_folder(folder: &Path, weights: &HashMap<String, Tensor>, shards: Shards
     }
 }
 
-/// GGUF's names, and its order of the rows of q and k: the halves of each head interleaved.
-fn gguf_tensor(name: &str, tensor: &Tensor) -> (String, Tensor) {
+/// A tensor's name in a GGUF file.
+pub fn gguf_name(name: &str) -> String {
     let mut gguf = name.replace("model.layers.", "blk.");
     for (hf, short) in [
         ("self_attn.q_proj", "attn_q"),
@@ -214,6 +214,12 @@ fn gguf_tensor(name: &str, tensor: &Tensor) -> (String, Tensor) {
     ] {
         gguf = gguf.replace(hf, short);
     }
+    gguf
+}
+
+/// GGUF's names, and its order of the rows of q and k: the halves of each head interleaved.
+fn gguf_tensor(name: &str, tensor: &Tensor) -> (String, Tensor) {
+    let gguf = gguf_name(name);
     if !name.contains("q_proj") && !name.contains("k_proj") {
         return (gguf, tensor.clone());
     }

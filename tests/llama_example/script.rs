@@ -11,6 +11,8 @@ use candle_core::{safetensors, DType, Device, Tensor};
 use serde_json::json;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
+use crate::fixture::gguf_name;
+
 /// GGUF's types of tokens.
 pub const NORMAL: i32 = 1;
 pub const UNKNOWN: i32 = 2;
@@ -203,6 +205,7 @@ pub fn write_gguf(
     let all: Vec<(&str, &Value)> = all.iter().map(|(key, value)| (*key, value)).collect();
     let tensors: Vec<(String, QTensor)> = weights
         .iter()
+        // Queries and keys are zeros, so that the order of their rows is no matter.
         .map(|(name, tensor)| (gguf_name(name), QTensor::quantize(tensor, GgmlDType::F32).unwrap()))
         .collect();
     let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
@@ -216,26 +219,4 @@ fn write(path: &Path, metadata: &[(&str, &Value)], tensors: &[(&str, &QTensor)])
 
 pub fn strings<S: AsRef<str>>(list: &[S]) -> Value {
     Value::Array(list.iter().map(|text| Value::String(text.as_ref().into())).collect())
-}
-
-/// Queries and keys are zeros, so that the order of their rows is no matter.
-fn gguf_name(name: &str) -> String {
-    let mut name = name.replace("model.layers.", "blk.");
-    for (long, short) in [
-        ("self_attn.q_proj", "attn_q"),
-        ("self_attn.k_proj", "attn_k"),
-        ("self_attn.v_proj", "attn_v"),
-        ("self_attn.o_proj", "attn_output"),
-        ("post_attention_layernorm", "ffn_norm"),
-        ("input_layernorm", "attn_norm"),
-        ("mlp.gate_proj", "ffn_gate"),
-        ("mlp.up_proj", "ffn_up"),
-        ("mlp.down_proj", "ffn_down"),
-        ("model.embed_tokens", "token_embd"),
-        ("model.norm", "output_norm"),
-        ("lm_head", "output"),
-    ] {
-        name = name.replace(long, short);
-    }
-    name
 }
