@@ -203,9 +203,10 @@ pub(crate) fn bias_as(bias: &Tensor, dtype: DType) -> Result<Tensor> {
     }
     let largest = f64::from(f32::MAX);
     let finite = bias.abs()?.lt(f64::INFINITY)?;
-    finite
-        .where_cond(&bias.clamp(-largest, largest)?, bias)?
-        .to_dtype(dtype)
+    // `clamp` is generic: candle's kernels for every dtype would be compiled into this crate.
+    let [least, largest] = [-largest, largest].map(|bound| Tensor::new(bound, bias.device()));
+    let clamped = bias.broadcast_maximum(&least?)?.broadcast_minimum(&largest?)?;
+    finite.where_cond(&clamped, bias)?.to_dtype(dtype)
 }
 
 fn four_axes(name: &str, axes: &str, tensor: &Tensor) -> Result<(usize, usize, usize, usize)> {

@@ -40,30 +40,32 @@ pub(super) fn step(
         None => None,
     };
     let storage = state.lists.dtype();
+    // Halves beside lists of another dtype are widened here: code for each pair of dtypes would be half as much again.
+    let inner = match problem.dtype == storage {
+        true => storage,
+        false => accumulator,
+    };
+    let [q, k, v] = [q.to_dtype(inner)?, k.to_dtype(inner)?, v.to_dtype(inner)?];
     let stored = [k.to_dtype(storage)?, v.to_dtype(storage)?];
     let call = Call {
         problem,
-        given: [k, v],
-        tensors: [q, &stored[0], &stored[1]],
+        given: [&k, &v],
+        tensors: [&q, &stored[0], &stored[1]],
         options,
         bias,
         first: state.seq_len,
         max_entries,
     };
-    let output = match (&mut state.lists, problem.dtype) {
-        (Lists::F64(lists), _) => call.run::<f64, f64>(lists),
-        (Lists::F32(lists), DType::F16) => call.run::<half::f16, f32>(lists),
-        (Lists::F32(lists), DType::BF16) => call.run::<half::bf16, f32>(lists),
-        (Lists::F32(lists), _) => call.run::<f32, f32>(lists),
-        (Lists::F16(lists), DType::F16) => call.run::<half::f16, half::f16>(lists),
-        (Lists::F16(lists), DType::BF16) => call.run::<half::bf16, half::f16>(lists),
-        (Lists::F16(lists), _) => call.run::<f32, half::f16>(lists),
-        (Lists::BF16(lists), DType::F16) => call.run::<half::f16, half::bf16>(lists),
-        (Lists::BF16(lists), DType::BF16) => call.run::<half::bf16, half::bf16>(lists),
-        (Lists::BF16(lists), _) => call.run::<f32, half::bf16>(lists),
+    let output = match &mut state.lists {
+        Lists::F64(lists) => call.run::<f64, f64>(lists),
+        Lists::F32(lists) => call.run::<f32, f32>(lists),
+        Lists::F16(lists) if inner == storage => call.run::<half::f16, half::f16>(lists),
+        Lists::F16(lists) => call.run::<f32, half::f16>(lists),
+        Lists::BF16(lists) if inner == storage => call.run::<half::bf16, half::bf16>(lists),
+        Lists::BF16(lists) => call.run::<f32, half::bf16>(lists),
     }?;
     state.seq_len = total;
-    Ok(output)
+    output.map(|output| output.to_dtype(problem.dtype)).transpose()
 }
 
 pub(super) fn bias_view(bias: Option<&Tensor>, full: [usize; 4], dtype: DType) -> Result<Option<Tensor>> {
@@ -78,10 +80,10 @@ pub(super) fn bias_view(bias: Option<&Tensor>, full: [usize; 4], dtype: DType) -
     Ok(Some(bias_as(bias, dtype)?.broadcast_as(&full)?))
 }
 
-/// One checked call: query in its own dtype, key and value in the storage dtype.
+/// One checked call: query in Q, key and value in the storage dtype.
 struct Call<'a> {
     problem: &'a Problem,
-    /// Key and value as they came.
+    /// Key and value in Q.
     given: [&'a Tensor; 2],
     tensors: [&'a Tensor; 3],
     /// None to take the tokens in without attending.

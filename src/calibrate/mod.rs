@@ -111,7 +111,9 @@ impl Settings {
     fn distances(&self, strategy: MergeStrategy, criterion: Criterion, q: &Tensor, k: &Tensor) -> Result<Tensor> {
         let unit_vectors = |x: &Tensor| -> Result<Tensor> {
             let x = x.to_dtype(DType::F32)?;
-            x.broadcast_div(&x.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?.maximum(1e-12)?)
+            let norms = x.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?;
+            // Not `maximum`, which is generic: candle's kernels for every dtype would be compiled into this crate.
+            x.broadcast_div(&norms.broadcast_maximum(&Tensor::new(1e-12f32, x.device())?)?)
         };
         let (pairs, group) = (k.dim(2)? - 1, self.model.heads / self.model.kv_heads);
         let (_, kv_heads, tokens, dim) = k.dims4()?;

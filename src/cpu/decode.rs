@@ -5,7 +5,7 @@ use super::fold::{all_finite, log2_size, quarantine};
 use super::lanes::Lanes;
 use super::list::List;
 use super::softmax::finish_row;
-use super::{arch, Accumulator, Element, HeadRows};
+use super::{arch, outlined, Accumulator, Element, HeadRows};
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
 
@@ -94,6 +94,7 @@ impl<A: Accumulator> Decoder<A> {
         })
     }
 
+    /// The open chain, as one column.
     #[inline(always)]
     fn edge<I: Simd, S: Element<Acc = A>>(&self, simd: I, list: &List<S>, partial: &mut Partial<A>) {
         let Some(chain) = &list.open else { return };
@@ -108,40 +109,31 @@ impl<A: Accumulator> Decoder<A> {
             HeadRows::compact(&key[..], self.dim),
             HeadRows::compact(&value[..], self.dim),
         );
-        self.rows(simd, (&key, &value), 0..1, &size, false, partial);
+        self.tile::<I, A>(simd, (&key, &value), 1, Some(&size), partial);
     }
 
-    #[inline(always)]
-    fn near<I: Simd, S: Element<Acc = A>>(&self, simd: I, list: &List<S>, partial: &mut Partial<A>) {
+    /// The raw tokens of the window.
+    fn near<'l, S: Element<Acc = A>>(&self, list: &'l List<S>) -> Part<'l, S> {
         let rows = list.recent_keys.len() / self.dim;
         let count = list.settings.window.min(list.seq_len);
-        let clean = list.last_bad.is_none_or(|bad| bad + rows < list.seq_len);
-        let keys = HeadRows::compact(&list.recent_keys[..], self.dim);
-        let values = HeadRows::compact(&list.recent_values[..], self.dim);
-        self.rows(
-            simd,
-            (&keys, &values),
-            rows - count.min(rows)..rows,
-            &[],
-            !clean,
-            partial,
-        );
+        Part {
+            keys: HeadRows::compact(&list.recent_keys[..], self.dim),
+            values: HeadRows::compact(&list.recent_values[..], self.dim),
+            range: rows - count.min(rows)..rows,
+            log2_sizes: &[],
+            check: list.last_bad.is_some_and(|bad| bad + rows >= list.seq_len),
+        }
     }
 
     #[inline(always)]
-    fn rows<I: Simd, S: Element<Acc = A>>(
-        &self,
-        simd: I,
-        (keys, values): (&HeadRows<S>, &HeadRows<S>),
-        range: Range<usize>,
-        log2_sizes: &[A],
-        check: bool,
-        partial: &mut Partial<A>,
-    ) {
+    fn part<I: Simd, S: Element<Acc = A>>(&self, simd: I, part: Part<S>, partial: &mut Partial<A>) {
+        let Part {
+            keys, values, check, ..
+        } = part;
         let mut buffers = (Vec::new(), Vec::new());
-        for start in range.clone().step_by(TILE) {
-            let count = TILE.min(range.end - start);
-            let sizes = log2_sizes.get(start..start + count);
+        for start in part.range.clone().step_by(TILE) {
+            let count = TILE.min(part.range.end - start);
+            let sizes = part.log2_sizes.get(start..start + count);
             let lanes = |rows| S::lanes(rows, self.dim).filter(|_| self.lanes && !check);
             match (lanes(keys.data), lanes(values.data)) {
                 (Some(keys), Some(values)) => {
@@ -150,8 +142,8 @@ impl<A: Accumulator> Decoder<A> {
                     self.tile::<I, S>(simd, (&keys, &values), count, sizes, partial);
                 }
                 _ => {
-                    widen_rows(keys, start, count, &mut buffers.0);
-                    widen_rows(values, start, count, &mut buffers.1);
+                    widen_rows(&keys, start, count, &mut buffers.0);
+                    widen_rows(&values, start, count, &mut buffers.1);
                     if check {
                         let rows = buffers.0.chunks_exact_mut(self.dim);
                         let rows = rows.zip(buffers.1.chunks_exact_mut(self.dim));
@@ -177,52 +169,98 @@ impl<A: Accumulator> Decoder<A> {
     fn tile<I: Simd, S: Lanes<Acc = A>>(
         &self,
         simd: I,
-        columns: (&HeadRows<S::Lane>, &HeadRows<S::Lane>),
+        (keys, values): (&HeadRows<S::Lane>, &HeadRows<S::Lane>),
         count: usize,
         log2_sizes: Option<&[A]>,
         partial: &mut Partial<A>,
     ) {
         let group = self.queries.len() / self.dim;
         for first in (0..group).step_by(4) {
+            let rows = TileRows::<S> {
+                queries: &self.queries[first * self.dim..],
+                dim: self.dim,
+                keys: *keys,
+                values: *values,
+                count,
+                log2_sizes,
+                prefetch: first == 0,
+                max: &mut partial.max[first..],
+                sum: &mut partial.sum[first..],
+                output: &mut partial.output[first * self.dim..],
+            };
             match group - first {
-                1 => self.tile_rows::<I, S, 1>(simd, columns, count, log2_sizes, partial, first),
-                2 => self.tile_rows::<I, S, 2>(simd, columns, count, log2_sizes, partial, first),
-                3 => self.tile_rows::<I, S, 3>(simd, columns, count, log2_sizes, partial, first),
-                _ => self.tile_rows::<I, S, 4>(simd, columns, count, log2_sizes, partial, first),
+                1 => outlined(simd, Rows::<S, 1>(rows)),
+                2 => outlined(simd, Rows::<S, 2>(rows)),
+                3 => outlined(simd, Rows::<S, 3>(rows)),
+                _ => outlined(simd, Rows::<S, 4>(rows)),
             }
         }
     }
+}
+
+/// Stored columns that a task reads.
+struct Part<'l, S: Element> {
+    keys: HeadRows<'l, S>,
+    values: HeadRows<'l, S>,
+    range: Range<usize>,
+    log2_sizes: &'l [S::Acc],
+    /// Whether a row may hold a number that is not finite.
+    check: bool,
+}
+
+/// A tile of columns and the rows of the group that read it.
+struct TileRows<'t, S: Lanes> {
+    queries: &'t [S::Acc],
+    dim: usize,
+    keys: HeadRows<'t, S::Lane>,
+    values: HeadRows<'t, S::Lane>,
+    count: usize,
+    log2_sizes: Option<&'t [S::Acc]>,
+    prefetch: bool,
+    max: &'t mut [S::Acc],
+    sum: &'t mut [S::Acc],
+    /// (rows, D)
+    output: &'t mut [S::Acc],
+}
+
+/// The first G rows of a tile. A function of its own for each instruction set: it stands once in the binary, wherever
+/// columns come from.
+struct Rows<'t, S: Lanes, const G: usize>(TileRows<'t, S>);
+
+impl<S: Lanes, const G: usize> WithSimd for Rows<'_, S, G> {
+    type Output = ();
 
     #[inline(always)]
-    fn tile_rows<I: Simd, S: Lanes<Acc = A>, const G: usize>(
-        &self,
-        simd: I,
-        (keys, values): (&HeadRows<S::Lane>, &HeadRows<S::Lane>),
-        count: usize,
-        log2_sizes: Option<&[A]>,
-        partial: &mut Partial<A>,
-        first: usize,
-    ) {
-        let dim = self.dim;
-        let queries: [&[A]; G] = std::array::from_fn(|row| &self.queries[(first + row) * dim..][..dim]);
-        let mut weights = [[A::NEG_INFINITY; TILE]; G];
+    fn with_simd<I: Simd>(self, simd: I) {
+        let TileRows {
+            queries,
+            dim,
+            keys,
+            values,
+            count,
+            log2_sizes,
+            prefetch,
+            max,
+            sum,
+            output,
+        } = self.0;
+        let queries: [&[S::Acc]; G] = std::array::from_fn(|row| &queries[row * dim..][..dim]);
+        let mut weights = [[S::Acc::NEG_INFINITY; TILE]; G];
         for column in 0..count {
-            if first == 0 {
+            if prefetch {
                 keys.prefetch(column);
                 values.prefetch(column);
             }
-            let size = log2_sizes.map_or(A::ZERO, |sizes| sizes[column]);
+            let size = log2_sizes.map_or(S::Acc::ZERO, |sizes| sizes[column]);
             let logits = S::dots(simd, queries, keys.row(column));
             for (weights, logit) in weights.iter_mut().zip(logits) {
                 weights[column] = logit + size;
             }
         }
-        let outputs = &mut partial.output[first * dim..];
         for (row, weights) in weights.iter_mut().enumerate() {
-            let (max, sum) = (&mut partial.max[first + row], &mut partial.sum[first + row]);
-            push(max, sum, weights, &mut outputs[row * dim..][..dim]);
+            push(&mut max[row], &mut sum[row], weights, &mut output[row * dim..][..dim]);
         }
-        add_weighted::<I, S, G>(simd, outputs, values, &weights, count);
+        add_weighted::<I, S, G>(simd, output, &values, &weights, count);
     }
 }
 
@@ -270,14 +308,21 @@ impl<A: Accumulator, S: Element<Acc = A>> WithSimd for Split<'_, A, S> {
     #[inline(always)]
     fn with_simd<I: Simd>(mut self, simd: I) -> Partial<A> {
         let Self { decoder, list, .. } = self;
-        if self.range.start == 0 {
+        let far = Part {
+            keys: HeadRows::compact(&list.keys[..], decoder.dim),
+            values: HeadRows::compact(&list.values[..], decoder.dim),
+            log2_sizes: &list.log2_sizes,
+            check: false,
+            range: self.range,
+        };
+        let first = far.range.start == 0;
+        if first {
             decoder.edge(simd, list, &mut self.partial);
-            decoder.near(simd, list, &mut self.partial);
         }
-        let keys = HeadRows::compact(&list.keys[..], decoder.dim);
-        let values = HeadRows::compact(&list.values[..], decoder.dim);
-        let sizes = &list.log2_sizes;
-        decoder.rows(simd, (&keys, &values), self.range, sizes, false, &mut self.partial);
+        let near = first.then(|| decoder.near(list));
+        for part in near.into_iter().chain([far]) {
+            decoder.part(simd, part, &mut self.partial);
+        }
         self.partial
     }
 }

@@ -55,6 +55,13 @@ pub(crate) fn vectorized<R>(body: impl FnMut() -> R) -> R {
     arch().dispatch(Body(body))
 }
 
+/// Runs `body` for an instruction set as a function of its own, which stands once in the binary however often it is called.
+/// A kernel that is inlined at each call is compiled for each, and compiling kernels is most of this crate's build.
+#[inline(never)]
+pub(crate) fn outlined<S: Simd, W: WithSimd>(simd: S, body: W) -> W::Output {
+    simd.vectorize(body)
+}
+
 /// The dot product of two rows; always this one, so that a decision falls the same way wherever it is taken.
 pub(crate) fn dot<A: Accumulator>(a: &[A], b: &[A]) -> A {
     struct Dot<'a, A>(&'a [A], &'a [A]);
