@@ -1,4 +1,4 @@
-// What forward and backward share: swizzled tiles, their loads and products, columns and who sees them.
+// Shared by forward and backward: swizzled tiles, their copies and products, columns and the rows that see them.
 #pragma once
 
 #include "bias.cuh"
@@ -24,14 +24,16 @@ struct Layout {
     }
 };
 
-// Starts the copy of `count` of `ROWS` rows into a tile of layout L; the others, and columns from `dim` on, become zeros. A
-// row's elements are `stride` apart. FULL: all rows are there. A thread keeps to one chunk of each swizzled group, so that
-// its addresses are one register and constants. `thread`: this one's index, as the caller reads it.
+// Starts the copy of `count` of `ROWS` rows into a tile of layout L; the other rows, and columns from `dim` on, become
+// zeros. `stride`: elements from one row to the next. FULL: all rows exist. A thread keeps to one chunk of each
+// swizzled group, so that its addresses are one register and constants. `thread`: this thread's index, as the caller
+// reads it.
 template <class L, int ROWS, int THREADS, bool FULL>
 SFA_DEVICE void load_rows(const hw::Tile& tile, const Halves& source, int64_t first, int64_t stride, int count,
                           uint32_t dim, uint32_t thread = threadIdx.x) {
     constexpr uint32_t CHUNKS = L::GROUP / 16, STEP = THREADS / CHUNKS;
-    static_assert(ROWS % STEP == 0 && (STEP % 8 == 0 || (STEP == 4 && L::GROUP == 128)), "a pass flips bits of the swizzle");
+    static_assert(ROWS % STEP == 0 && (STEP % 8 == 0 || (STEP == 4 && L::GROUP == 128)),
+                  "a pass flips bits of the swizzle");
     uint32_t row = thread / CHUNKS, chunk = thread % CHUNKS;
     hw::keep_in_place(stride);
     uint32_t target = hw::lane_offset(L::chunk(row, chunk));
@@ -48,7 +50,7 @@ SFA_DEVICE void load_rows(const hw::Tile& tile, const Halves& source, int64_t fi
     }
 }
 
-// A token of a list, words `stride` bytes apart, for each row: what `load_listed_rows` asks for.
+// The token of each row of a tile, for `load_listed_rows`: words of shared memory, `stride` bytes apart.
 struct TokensInMemory {
     hw::Tile tokens;
     uint32_t stride;
@@ -56,13 +58,14 @@ struct TokensInMemory {
     SFA_DEVICE uint32_t operator()(uint32_t, uint32_t row) const { return hw::load<uint32_t>(tokens, row * stride); }
 };
 
-// The same where `tokens(pass, row)` is each row's token: `first` is where token 0 starts, and tokens are less than 2^31
-// elements apart.
+// The same for rows that a list names: `tokens(pass, row)` is the token of a row. `first`: where token 0 starts. Tokens
+// are less than 2^31 elements apart.
 template <class L, int ROWS, int THREADS, bool FULL, class Tokens>
 SFA_DEVICE void load_listed_rows(const hw::Tile& tile, const Halves& source, int64_t first, uint32_t token_stride,
                                  const Tokens& tokens, int count, uint32_t dim, uint32_t thread = threadIdx.x) {
     constexpr uint32_t CHUNKS = L::GROUP / 16, STEP = THREADS / CHUNKS;
-    static_assert(ROWS % STEP == 0 && (STEP % 8 == 0 || (STEP == 4 && L::GROUP == 128)), "a pass flips bits of the swizzle");
+    static_assert(ROWS % STEP == 0 && (STEP % 8 == 0 || (STEP == 4 && L::GROUP == 128)),
+                  "a pass flips bits of the swizzle");
     uint32_t row = thread / CHUNKS, chunk = thread % CHUNKS;
     uint32_t target = hw::lane_offset(L::chunk(row, chunk));
     Halves start = source + (first + chunk * 8);
@@ -79,7 +82,7 @@ SFA_DEVICE void load_listed_rows(const hw::Tile& tile, const Halves& source, int
     }
 }
 
-// One word per row, by THREADS threads; by default there are at least as many.
+// Starts the copy of one word per row by THREADS threads; by default there is a thread for each.
 template <int ROWS, int THREADS = ROWS, class View>
 SFA_DEVICE void load_words(const hw::Tile& tile, const View& source, int64_t first, int count,
                            uint32_t thread = threadIdx.x) {
@@ -87,28 +90,28 @@ SFA_DEVICE void load_words(const hw::Tile& tile, const View& source, int64_t fir
         hw::copy_async_word(tile, i * 4, source, first + i, int(i) < count);
 }
 
-// This lane's part of the addresses of a tile's fragments. Chunk pairs of a swizzled group differ in bits that no row
-// touches: one register, and the rest is made from it where it is used.
+// This lane's addresses of a tile's fragments. Chunk pairs of a swizzled group differ in bits that no row touches, so
+// one register is held and the rest is derived where it is used.
 template <int D>
 struct Fragments {
     static constexpr uint32_t PAIRS = Layout<D>::GROUP / 32;
     uint32_t first;
 
-    // TRANSPOSED: lane l has row l % 8 + l / 16 * 8 and chunk l / 8 % 2: B of a product over D. Otherwise row l % 16 and
-    // chunk l / 16: A, or B of a product over tile rows.
+    // TRANSPOSED: lane l has row l % 8 + l / 16 * 8 and chunk l / 8 % 2: B of a product over D. Otherwise row l % 16
+    // and chunk l / 16: A, or B of a product over tile rows.
     SFA_DEVICE Fragments(bool transposed, uint32_t first_row) {
         uint32_t lane = threadIdx.x % 32, row = transposed ? lane % 8 + lane / 16 * 8 : lane % 16;
         first = first_row * Layout<D>::ROW + Layout<D>::chunk(row, transposed ? lane / 8 % 2 : lane / 16);
     }
 
-    // The same, whose sums the compiler does not hoist out of a loop around this.
+    // A copy that the compiler cannot hoist sums of out of a loop.
     SFA_DEVICE Fragments here() const {
         Fragments copy = *this;
         hw::keep_in_place(copy.first);
         return copy;
     }
 
-    // The same from number `part` of each row on, which is a multiple of 16.
+    // The fragments from number `part` of each row on; a multiple of 16.
     SFA_DEVICE Fragments from(int part) const {
         Fragments moved = *this;
         moved.first = (first ^ (part / 16 % PAIRS * 32)) + part / 16 / PAIRS * Layout<D>::GROUP;
@@ -125,12 +128,12 @@ struct Fragments {
 struct Span {
     int begin, end;
 
-    // Whether it has some of 16 columns from `first` on.
+    // Whether it overlaps the 16 columns from `first` on.
     SFA_DEVICE bool touches(int first) const { return first < end && first + 16 > begin; }
 };
 
-// c[m][n] (16 rows, 8 columns) += left rows times right rows (transposed fragments), over D. LIMITED: only right rows of
-// `span` are wanted.
+// c[m][n] (16 rows, 8 columns) += left rows times right rows (transposed fragments), over D. LIMITED: right rows
+// outside of `span` may be left out, 16 at a time.
 template <class T, int D, int MT, int NT, bool LIMITED = false>
 SFA_DEVICE void multiply_rows(float (&c)[MT][NT][4], const Fragments<D>& left_rows, const hw::Tile& left,
                               const Fragments<D>& right_rows, const hw::Tile& right, Span span = {}) {
@@ -154,11 +157,11 @@ SFA_DEVICE void multiply_rows(float (&c)[MT][NT][4], const Fragments<D>& left_ro
     }
 }
 
-// c[m][d] (16 rows, 8 of WIDTH columns) += weights (rows x tile rows), rounded to T, times the tile. LIMITED: weights outside of
-// `span` are 0.
+// c[m][d] (16 rows, 8 of WIDTH columns) += weights (rows x tile rows), rounded to T, times the tile. LIMITED: weights
+// outside of `span` are 0.
 template <class T, int D, int MT, int NT, bool LIMITED = false, int WIDTH = D>
-SFA_DEVICE void multiply_weights(float (&c)[MT][WIDTH / 8][4], const Fragments<D>& rows, const float (&weights)[MT][NT][4],
-                                 const hw::Tile& right, Span span = {}) {
+SFA_DEVICE void multiply_weights(float (&c)[MT][WIDTH / 8][4], const Fragments<D>& rows,
+                                 const float (&weights)[MT][NT][4], const hw::Tile& right, Span span = {}) {
     const Fragments<D> at = rows.here();
 #pragma unroll
     for (int k = 0; k < NT / 2; k++) {
@@ -190,10 +193,10 @@ SFA_DEVICE bool any_not_finite(uint4 x) {
            hw::any_not_finite<T>(x.w);
 }
 
-// Replaces rows of which key or value is not finite by NaN keys and zero values, so that whoever sees the column becomes
-// NaN through its logit and nobody else is touched by 0 * NaN. `bad` has ROWS + 1 words, zero before and after; returns
-// the first such row, or ROWS. THREADS threads take part, and `meet` is where they meet; both tiles have arrived. Unrolled, this
-// would take registers from what runs without bad numbers.
+// Gives columns whose key or value is not finite a NaN key and a zero value. A row that sees such a column becomes NaN
+// through its logit; no other row is touched by 0 * NaN. `bad` has ROWS + 1 words, zero before and after. Returns the
+// first such column, or ROWS. For THREADS threads, which meet at `meet`; both tiles have arrived. The loops stay
+// rolled: unrolled, they would take registers from the common path.
 template <class T, class L, int ROWS, int THREADS, class Meet>
 SFA_DEVICE int quarantine(const hw::Tile& keys, const hw::Tile& values, const hw::Tile& bad, const Meet& meet) {
     constexpr uint32_t CHUNKS = L::CHUNKS, ALL = ROWS * CHUNKS, PASSES = (ALL + THREADS - 1) / THREADS;
@@ -226,10 +229,10 @@ SFA_DEVICE int quarantine(const hw::Tile& keys, const hw::Tile& values, const hw
     return first;
 }
 
-// Which of `blocks` blocks of which of `units` heads or lists a block of the grid takes. Those that share a unit's columns
-// or rows run at about one time, so that the L2 cache holds them; but a few units go together, of about `together` blocks, the
-// longest blocks of all of them first (a unit's first ones), or the last unit's longest would run on alone. For the same reason
-// the last ones that go together are about as many as the others.
+// The unit (a head or a list), and the block of its rows or columns, that a block of the grid takes; a unit has
+// `blocks` blocks. Blocks that share a unit's columns or rows run close in time, so that L2 holds them. But a group of
+// units, of about `together` blocks, is interleaved, and its longest blocks (a unit's first ones) come first; otherwise
+// the last unit's longest blocks would run alone at the end. Groups are about equal in size for the same reason.
 struct Place {
     uint32_t unit, block;
 
@@ -241,7 +244,7 @@ struct Place {
     }
 };
 
-// Where one (batch, query head) finds its things.
+// The indices of one (batch, query head).
 struct HeadIndex {
     uint32_t batch, head, kv_head;
     int64_t list;        // batch * lists + list
@@ -260,7 +263,7 @@ struct HeadIndex {
     }
 };
 
-// How many far columns a row sees. In the dense case these are raw tokens, the row's own among them.
+// How many far columns a row sees. In the dense case these are raw tokens, including the row's own.
 SFA_DEVICE int far_count(const AttentionParams& p, const Words& before, int64_t list, int row) {
     if (p.dense) return p.causal ? row + 1 : int(p.sizes.tokens);
     int64_t first = list * (p.sizes.tokens + 1);
@@ -268,8 +271,8 @@ SFA_DEVICE int far_count(const AttentionParams& p, const Words& before, int64_t 
     return row < int(p.window) ? 0 : int(before[first + row - p.window]);
 }
 
-// The edge column of a row, or -1: the token at the left border of the window, which without causality only a row that
-// is hidden itself needs.
+// The edge column of a row, or -1: the token at the left border of the window. Without causality only a hidden row's
+// own token needs an edge.
 SFA_DEVICE int edge_token(const AttentionParams& p, const Words& before, int64_t list, int row) {
     if (p.dense || row >= int(p.sizes.tokens)) return -1;
     if (p.causal) return row - int(p.window) < 0 ? -1 : row - int(p.window);
@@ -277,27 +280,28 @@ SFA_DEVICE int edge_token(const AttentionParams& p, const Words& before, int64_t
     return before[at] == before[at + 1] ? row : -1;
 }
 
-// An edge column's key or value: a row of the folded tokens, or of the raw ones where folding changes none.
+// An edge column's key or value: a folded row, or the raw row if the fold changes none.
 template <class View>
-SFA_DEVICE View edge_row(const AttentionParams& p, View folded, View raw, const Rows& rows, const HeadIndex& at, int token) {
+SFA_DEVICE View edge_row(const AttentionParams& p, View folded, View raw, const Rows& rows, const HeadIndex& at,
+                         int token) {
     if (!folded) return raw + rows.at(at.batch, at.kv_head, token);
     return folded + (at.list * p.sizes.tokens + token) * p.sizes.head_dim;
 }
 
-// Where, after the rows' log-sum-exps, what rounding left of these starts.
+// Where the rounding remainders of the log-sum-exps start, after the log-sum-exps.
 SFA_DEVICE int64_t rest_of_sums(const AttentionParams& p) {
     return int64_t(p.sizes.batch) * p.sizes.heads * p.sizes.tokens;
 }
 
-// That of a row, which is read where the sum is not near 0; its address is not held.
+// A row's remainder; it is read only if the log-sum-exp is large. Its address is recomputed, not held.
 SFA_DEVICE float rest_of_sum(const AttentionParams& p, const Floats& log_sum_exp, const HeadIndex& at, int row) {
     uint32_t place = uint32_t(row);
     hw::keep_in_place(place);
     return log_sum_exp[rest_of_sums(p) + at.batch_head * p.sizes.tokens + place];
 }
 
-// Makes zeros of what is not finite in a tile of layout L, 16 bytes at a time, as `load_rows` has them: each of THREADS threads
-// sees to what it has loaded. A product of a weight of 0 is 0 then; where a weight is not, it is NaN by itself.
+// Zeroes 16-byte chunks of a tile that hold a number that is not finite; each of THREADS threads checks the chunks that
+// `load_rows` gave it. A weight of 0 times such a chunk is then 0; a weight that sees it is NaN by itself.
 template <class T, class L, int ROWS, int THREADS>
 SFA_DEVICE void cleanse(const hw::Tile& tile, uint32_t thread = threadIdx.x) {
     constexpr uint32_t CHUNKS = L::GROUP / 16, STEP = THREADS / CHUNKS;
@@ -316,7 +320,7 @@ SFA_DEVICE float bias_at(const AttentionParams& p, const Floats& bias, const Hea
     return bias_in_base_2(bias[p.bias.at(at.batch, at.head, row, token)]);
 }
 
-// What dropout multiplies a weight by: 0 or 1 / (1 - p).
+// Dropout's factor of a weight: 0 or 1 / (1 - p).
 SFA_DEVICE float dropout_factor(const AttentionParams& p, const HeadIndex& at, int row, int token) {
     uint32_t word = philox_word(p.dropout_key, uint32_t(at.batch_head), uint32_t(row), uint32_t(token));
     return word >= p.dropout_cut ? p.dropout_scale : 0.f;

@@ -1,10 +1,10 @@
-// Attention backward: see backward_block.cuh. backward_delta, then backward_queries, and for keys and values
-// backward_edges (folded tokens at edges) and backward_columns (far columns; near ones). The fold's own kernels add these
-// up and take them home.
+// Attention backward with one owner per sum: see backward_block.cuh. Kernels in their order: backward_delta,
+// backward_queries, then for keys and values backward_edges (folded tokens at edges) and backward_columns (far, and
+// near). The fold's kernels (fold.cu) add these gradients up and map them back to raw tokens.
 #include "backward_block.cuh"
 
-// delta = sum of output * grad_output, per row: (B, H, N); `rest`: what rounding left of the output, where it was kept. As many rows share a warp as fit: `rows_of_warp` in
-// src/cuda/fold.rs.
+// delta = sum of output * grad_output, per row, (B, H, N). `rest`: the rounding remainder of the output, if it was
+// kept. A warp takes several rows if they fit: `rows_of_warp` in src/cuda/fold.rs.
 template <class T>
 __device__ __forceinline__ void row_products(Halves output, Halves rest, Halves grad_output, Global<float> delta,
                                              const AttentionParams& p) {
@@ -31,7 +31,7 @@ __device__ __forceinline__ void queries(const BackwardTensors& x, Global<float> 
     QueryGradients<T, D>(p, x, head, block * 64).run(dq);
 }
 
-// `near`, or far columns, which in the dense case are all.
+// `near`: near columns; else far ones, which in the dense case are all.
 template <class T, int D, bool KEYS, bool VALUES>
 __device__ __forceinline__ void columns(const BackwardTensors& x, Global<float> dk, Global<float> dv,
                                         const AttentionParams& p, bool near) {
@@ -39,8 +39,8 @@ __device__ __forceinline__ void columns(const BackwardTensors& x, Global<float> 
     ColumnGradients<T, D, KEYS, VALUES>(p, x, blockIdx.x / blocks, blockIdx.x % blocks * 64, near).run(dk, dv);
 }
 
-// The product of a query and a key, of which each lane has eight numbers, added up in the order in which forward_rows.cuh adds up
-// those of edges: in another one large products would differ by more than 1.
+// The product of a query and a key, eight numbers a lane, added up in the order in which forward_rows.cuh adds edges.
+// In another order large products would differ by more than 1.
 template <class T>
 __device__ __forceinline__ float edge_product(uint4 query, uint4 key, uint32_t dim) {
     uint32_t lane = threadIdx.x % 32, last = (dim / 8 - 1) / 4 * 4;
@@ -53,8 +53,8 @@ __device__ __forceinline__ float edge_product(uint4 query, uint4 key, uint32_t d
     return (a + b) + (hw::shuffle(sum, last + 2) + hw::shuffle(sum, last + 3));
 }
 
-// The edge column of each row gets its share from that row alone, of every head of the list. One warp per folded token.
-// The queries' share is added to `dq` where it is given.
+// dK and dV of edge columns, one warp per folded token: only one row of each head of the list sees it as its edge. The
+// queries' share is added to `dq` if it is given.
 template <class T>
 __device__ __forceinline__ void edges(const BackwardTensors& x, Global<float> dq, Global<float> dk, Global<float> dv,
                                       const AttentionParams& p) {
@@ -89,13 +89,14 @@ __device__ __forceinline__ void edges(const BackwardTensors& x, Global<float> dq
         if (x.bias) logit += bias_at(p, x.bias, at, row, token);
         float kept = p.dropout_cut != 0 ? dropout_factor(p, at, row, token) : 1.f;
         float weight = hw::exp2(exponent_of(logit, sum, x.log_sum_exp[rest_of_sums(p) + row_at]));
-        // A row that is NaN throughout makes its columns' gradients such.
+        // A row that is NaN throughout makes its columns' gradients NaN.
         if (delta != delta) weight = delta;
         float factor = weight * (weight_grad * kept - delta) * p.scale * p.scale_sign * LN_2;
         const uint32_t keys[4] = {key.x, key.y, key.z, key.w};
 #pragma unroll
         for (int i = 0; dq && mine && i < 4; i++)
-            hw::add_pair(dq, row_at * dim + lane * 8 + 2 * i, factor * hw::low<T>(keys[i]), factor * hw::high<T>(keys[i]));
+            hw::add_pair(dq, row_at * dim + lane * 8 + 2 * i, factor * hw::low<T>(keys[i]),
+                         factor * hw::high<T>(keys[i]));
         const uint32_t queries[4] = {q.x, q.y, q.z, q.w}, grads[4] = {grad.x, grad.y, grad.z, grad.w};
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -107,21 +108,26 @@ __device__ __forceinline__ void edges(const BackwardTensors& x, Global<float> dq
     if (!mine) return;
 #pragma unroll
     for (int i = 0; i < 8; i += 4) {
-        store_vector(dk, index * dim + lane * 8 + i, float4{key_sum[i], key_sum[i + 1], key_sum[i + 2], key_sum[i + 3]});
-        store_vector(dv, index * dim + lane * 8 + i, float4{value_sum[i], value_sum[i + 1], value_sum[i + 2], value_sum[i + 3]});
+        store_vector(dk, index * dim + lane * 8 + i,
+                     float4{key_sum[i], key_sum[i + 1], key_sum[i + 2], key_sum[i + 3]});
+        store_vector(dv, index * dim + lane * 8 + i,
+                     float4{value_sum[i], value_sum[i + 1], value_sum[i + 2], value_sum[i + 3]});
     }
 }
 
-#define BACKWARD_DIM(dtype, T, D)                                                                                   \
-    KERNEL __launch_bounds__(128) backward_queries_##D##_##dtype(BACKWARD_INPUTS, Global<float> dq, AttentionParams p) {     \
-        queries<T, D>(BACKWARD_TENSORS, dq, p);                                                                              \
+#define BACKWARD_DIM(dtype, T, D)                                                              \
+    KERNEL __launch_bounds__(128)                                                              \
+        backward_queries_##D##_##dtype(BACKWARD_INPUTS, Global<float> dq, AttentionParams p) { \
+        queries<T, D>(BACKWARD_TENSORS, dq, p);                                                \
     }
-#define BACKWARD_COLUMNS(name, T, D, KEYS, VALUES)                                                                  \
-    KERNEL __launch_bounds__(128) name##_far(BACKWARD_INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {       \
-        columns<T, D, KEYS, VALUES>(BACKWARD_TENSORS, dk, dv, p, false);                                                     \
-    }                                                                                                               \
-    KERNEL __launch_bounds__(128) name##_near(BACKWARD_INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {      \
-        columns<T, D, KEYS, VALUES>(BACKWARD_TENSORS, dk, dv, p, true);                                                      \
+#define BACKWARD_COLUMNS(name, T, D, KEYS, VALUES)                                            \
+    KERNEL __launch_bounds__(128)                                                             \
+        name##_far(BACKWARD_INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {  \
+        columns<T, D, KEYS, VALUES>(BACKWARD_TENSORS, dk, dv, p, false);                      \
+    }                                                                                         \
+    KERNEL __launch_bounds__(128)                                                             \
+        name##_near(BACKWARD_INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) { \
+        columns<T, D, KEYS, VALUES>(BACKWARD_TENSORS, dk, dv, p, true);                       \
     }
 #define BACKWARD_DTYPE(dtype, T)                                                                                    \
     KERNEL backward_delta_##dtype(Halves output, Halves rest, Halves grad_output, Global<float> delta,              \

@@ -1,6 +1,32 @@
-// Gradients of attention on tensor cores: probabilities are computed again from the saved log-sum-exp. Two kernels, one
-// over rows for the queries and one over columns for keys and values, so that every sum has one owner: no atomics, and
-// the same bits every time. All gradients leave in f32. backward_fused.cuh has what trades that for speed.
+// Gradients of attention on tensor cores, with one owner per sum: no atomics, and the same bits on every run.
+// backward_fused.cuh gives that up for speed. All gradients leave in f32.
+//
+// Two kernels. A block of `QueryGradients` owns dQ of 64 query rows of one head and walks over the tiles of 64 columns
+// that they see. A block of `ColumnGradients` owns dK and dV of 64 columns of one list and walks over the tiles of 64
+// rows that see them, of every query head of the list. Edge columns are the first kernel's for dQ; for dK and dV they
+// have a kernel of their own, in backward.cu.
+//
+// The idea: weights are not stored by the forward pass. They are computed again from the saved log-sum-exp L of the
+// row: P = 2^(logit - L). With dP = dO V' and delta = sum(O * dO), the gradient of a logit is dS = P * (dP - delta).
+// Then dQ = dS K, dK = dS' Q, dV = P' dO. Logits are in base 2, so dQ and dK are multiplied by scale * ln 2 at
+// the end.
+//
+// 1. Four warps own 16 rows (or columns) each; dQ (or dK and dV) stays in registers during the walk.
+// 2. A tile is copied while the one before is multiplied, where shared memory has room for two stages (D up to 128). At
+//    D = 256 there is one stage, and dK and dV are two kernels: their sums would not fit into registers together.
+// 3. Gradients of logits stay in registers as left fragments of the next product; they are rounded to T there.
+// 4. A tile that every row sees whole takes a path without masks (`FULL`). A bias, dropout or an odd row takes the
+//    general path.
+// 5. Odd rows: a large log-sum-exp is read with its rounding remainder, so that equal logits of any size keep equal
+//    weights; NaN rows are contained (`OddRows`), so that 0 * NaN does not reach columns they do not see.
+//
+// Shared memory in KiB, at D = 64, 128 and 256:
+//
+//   QueryGradients:   queries, output gradients               2 * 64 * D * 2              16  32  64
+//                     stages of keys, values                  STAGES * 2 * 64 * D * 2     32  64  64
+//   ColumnGradients:  keys, values                            2 * 64 * D * 2              16  32  64
+//                     stages of queries, output gradients     STAGES * 2 * 64 * D * 2     32  64  64
+//                     and their log-sum-exps and deltas       STAGES * 2 * 64 * 4          1   1  0.5
 #pragma once
 
 #include "attention.cuh"
@@ -14,33 +40,33 @@ struct BackwardTensors {
     Halves folded_k, folded_v;
     Floats folded_ln, bias;
     Halves grad_output;         // (B, H, N, D)
-    Floats log_sum_exp;         // (2, B, H, N): and what rounding left of it
+    Floats log_sum_exp;         // (2, B, H, N): log-sum-exps, then their rounding remainders
     Floats delta;               // (B, H, N)
 };
 
-// What every kernel of gradients is given, and how it holds it.
-#define BACKWARD_INPUTS                                                                                                    \
-    Halves q, Halves k, Halves v, Halves far_k, Halves far_v, Floats far_ln, Words far_index, Words far_before,   \
-        Halves folded_k, Halves folded_v, Floats folded_ln, Floats bias, Halves grad_output, Floats log_sum_exp,  \
+// The parameters of every kernel of gradients, and the struct it keeps them in.
+#define BACKWARD_INPUTS                                                                                          \
+    Halves q, Halves k, Halves v, Halves far_k, Halves far_v, Floats far_ln, Words far_index, Words far_before,  \
+        Halves folded_k, Halves folded_v, Floats folded_ln, Floats bias, Halves grad_output, Floats log_sum_exp, \
         Floats delta
-#define BACKWARD_TENSORS                                                                                                   \
-    BackwardTensors {                                                                                             \
-        q, k, v, far_k, far_v, far_ln, far_index, far_before, folded_k, folded_v, folded_ln, bias, grad_output,   \
-            log_sum_exp, delta                                                                                    \
+#define BACKWARD_TENSORS                                                                                        \
+    BackwardTensors {                                                                                           \
+        q, k, v, far_k, far_v, far_ln, far_index, far_before, folded_k, folded_v, folded_ln, bias, grad_output, \
+            log_sum_exp, delta                                                                                  \
     }
 
-// ln 2 times this is the scale of the gradients.
+// dQ and dK are scaled by this times the scale of the logits, which has log2(e) in it.
 constexpr float LN_2 = 0.6931471805599453f;
 
 // A logit in base 2 from a product of a query and a key.
 SFA_DEVICE float scaled(const AttentionParams& p, float product) { return product * p.scale * p.scale_sign; }
 
-// Tiles on their way while one is computed, where shared memory has room for two pairs.
+// Buffers of tiles: at D = 256 shared memory has no room for two.
 constexpr int stages(int dim) { return dim <= 128 ? 2 : 1; }
 
-// What is odd about rows of a tile, of which log-sum-exps and deltas are in shared memory; the same in all of a block's warps.
+// Whether a tile has odd rows, by their log-sum-exps and deltas in shared memory; the same in all warps of a block.
 struct OddRows {
-    // Some logits are large, or a row sees nothing: weights take what rounding left of sums. Some are NaN.
+    // `any`: a log-sum-exp is large, infinite or NaN; weights then read the rounding remainders. `bad`: a row is NaN.
     bool any, bad;
 
     template <int ROWS>
@@ -56,10 +82,12 @@ struct OddRows {
         return {any, any && hw::warp_any(bad)};
     }
 
-    // Rows that are NaN must not reach columns that they do not see by 0 * NaN: of those, log-sum-exps alone stay NaN. THREADS
-    // threads, which have met after all of them asked `of`, and meet after this.
+    // NaN rows must not reach columns that they do not see, by 0 * NaN. Their queries, output gradients and deltas
+    // become zeros, and only the log-sum-exp stays NaN. For THREADS threads, which meet between `of` and this, and
+    // again after it.
     template <class T, class L, int ROWS, int THREADS>
-    SFA_DEVICE static void contain(const hw::Tile& q, const hw::Tile& grad, const hw::Tile& log_sum_exp, const hw::Tile& delta) {
+    SFA_DEVICE static void contain(const hw::Tile& q, const hw::Tile& grad, const hw::Tile& log_sum_exp,
+                                   const hw::Tile& delta) {
         cleanse<T, L, ROWS, THREADS>(q);
         cleanse<T, L, ROWS, THREADS>(grad);
         if (threadIdx.x >= ROWS) return;
@@ -70,7 +98,7 @@ struct OddRows {
     }
 };
 
-// The gradients of the queries of 64 rows: four warps of 16 rows, tiles of 64 columns.
+// dQ of 64 rows: four warps of 16 rows, tiles of 64 columns.
 template <class T, int D>
 struct QueryGradients {
     static constexpr int THREADS = 128, ROWS = 64, NB = 64, NT = NB / 8, STAGES = stages(D);
@@ -88,7 +116,7 @@ struct QueryGradients {
     Fragments<D> own_rows, column_rows, right_rows;
     float dq[1][D / 8][4];
     float log_sum_exp[2], rest[2], delta[2];
-    // Of a row of this warp: no tile takes the shorter way.
+    // A row of this warp has a large log-sum-exp: no tile takes the FULL path.
     bool large;
     int lane, warp_row, block_row, row_end;
     int far, far_tiles, near_first, near_tiles;
@@ -142,14 +170,14 @@ struct QueryGradients {
         hw::copy_commit();
     }
 
-    // Whether every row sees every column of a tile, and a logit is a scaled product and ln n.
+    // Whether every row sees every column of the tile, and there is neither bias nor dropout.
     SFA_DEVICE bool full(const Columns& c) const {
         if (x.bias || p.dropout_cut != 0 || c.count < NB || row_end - block_row < ROWS) return false;
         if (c.near) return c.first + NB <= block_row + 1 && c.first > row_end - 1 - int(p.window);
         return c.first + NB <= far_count(p, x.far_before, at.list, block_row);
     }
 
-    // From a logit and the gradient of its weight, the gradient of the logit.
+    // The gradient of a logit, from the logit and the gradient of its weight.
     SFA_DEVICE float to_logit(int r, float logit, float weight_grad, int column_token) const {
         int row = row_of(r);
         if (x.bias) logit += bias_at(p, x.bias, at, row, column_token);
@@ -180,7 +208,8 @@ struct QueryGradients {
                 }
             }
         } else {
-            // A key that is not finite must not reach rows that do not see it by 0 * NaN. Each warp sees to that by itself.
+            // A key that is not finite must not reach rows that do not see it, by 0 * NaN. Each warp cleans the tile by
+            // itself.
             float met = 0;
 #pragma unroll
             for (int i = 0; i < NT * 4; i++) met += s[0][i / 4][i % 4] * 0.f;
@@ -211,7 +240,7 @@ struct QueryGradients {
         multiply_weights<T, D, 1, NT>(dq, right_rows, s, k);
     }
 
-    // The tile of a step, which is on its way; then the next one is.
+    // Multiplies the tile of a step, whose copies are in flight, and starts the copies of the next.
     SFA_DEVICE void step(int index, int steps) {
         Columns c = columns(index);
         int stage = index % STAGES;
@@ -258,8 +287,10 @@ struct QueryGradients {
 
     SFA_DEVICE void run(const Global<float>& target) {
         uint32_t dim = p.sizes.head_dim;
-        load_rows<Layout<D>, ROWS, THREADS, false>(q, x.q, p.q.at(at.batch, at.head, block_row), p.q.token_stride, row_end - block_row, dim);
-        load_rows<Layout<D>, ROWS, THREADS, false>(grad, x.grad_output, (at.batch_head * p.sizes.tokens + block_row) * dim, dim, row_end - block_row, dim);
+        load_rows<Layout<D>, ROWS, THREADS, false>(q, x.q, p.q.at(at.batch, at.head, block_row), p.q.token_stride,
+                                                   row_end - block_row, dim);
+        load_rows<Layout<D>, ROWS, THREADS, false>(
+            grad, x.grad_output, (at.batch_head * p.sizes.tokens + block_row) * dim, dim, row_end - block_row, dim);
         int steps = far_tiles + near_tiles;
         if (steps > 0) load_next(0);
         hw::copy_commit();
@@ -281,7 +312,7 @@ struct QueryGradients {
     }
 };
 
-// Which rows see a column, [begin, end), and what it adds to a logit.
+// The rows that see a column, [begin, end), and its ln n in base 2.
 struct ColumnRows {
     int token, begin, end;
     float addend;
@@ -290,9 +321,9 @@ struct ColumnRows {
         : token(token), begin(begin), end(end), addend(addend) {}
 
     // `near`: raw token `column` inside the window. Otherwise far column `column` of the list, or in the dense case a
-    // raw token. A column that is not there is seen by no row.
-    SFA_DEVICE ColumnRows(const AttentionParams& p, const Words& far_before, const Words& far_index, const Floats& far_ln,
-                          int64_t list, int column, bool near) {
+    // raw token. A column beyond the last is seen by no row.
+    SFA_DEVICE ColumnRows(const AttentionParams& p, const Words& far_before, const Words& far_index,
+                          const Floats& far_ln, int64_t list, int column, bool near) {
         int tokens = int(p.sizes.tokens);
         token = column, begin = tokens, end = tokens, addend = 0;
         bool raw = near || p.dense;
@@ -305,7 +336,7 @@ struct ColumnRows {
     }
 };
 
-// The gradients of the keys (KEYS) and values (VALUES) of 64 columns: four warps of 16 columns, tiles of 64 rows.
+// dK (KEYS) and dV (VALUES) of 64 columns: four warps of 16 columns, tiles of 64 rows.
 template <class T, int D, bool KEYS, bool VALUES>
 struct ColumnGradients {
     static constexpr int THREADS = 128, NB = 64, NT = NB / 8, STAGES = stages(D);
@@ -345,8 +376,10 @@ struct ColumnGradients {
     SFA_DEVICE void load_columns(int count) {
         uint32_t dim = p.sizes.head_dim;
         if (near || p.dense) {
-            load_rows<Layout<D>, 64, THREADS, false>(k, x.k, p.k.at(batch, kv_head, first), p.k.token_stride, count, dim);
-            load_rows<Layout<D>, 64, THREADS, false>(v, x.v, p.v.at(batch, kv_head, first), p.v.token_stride, count, dim);
+            load_rows<Layout<D>, 64, THREADS, false>(k, x.k, p.k.at(batch, kv_head, first), p.k.token_stride, count,
+                                                     dim);
+            load_rows<Layout<D>, 64, THREADS, false>(v, x.v, p.v.at(batch, kv_head, first), p.v.token_stride, count,
+                                                     dim);
         } else {
             int64_t index = (list * p.capacity + first) * dim;
             load_rows<Layout<D>, 64, THREADS, false>(k, x.far_k, index, dim, count, dim);
@@ -354,24 +387,26 @@ struct ColumnGradients {
         }
     }
 
-    // One tile of a stage: queries, output gradients, log-sum-exps, deltas.
+    // Buffer `index` of a stage: queries, output gradients, log-sum-exps, deltas.
     SFA_DEVICE hw::Tile part(int stage, int index) const {
         uint32_t first = 2 * TILE + stage * STAGE;
-        return index < 2 ? hw::tile(first + index * TILE, TILE) : hw::tile(first + 2 * TILE + (index - 2) * NB * 4, NB * 4);
+        return index < 2 ? hw::tile(first + index * TILE, TILE)
+                         : hw::tile(first + 2 * TILE + (index - 2) * NB * 4, NB * 4);
     }
 
     SFA_DEVICE void load_tile(const HeadIndex& at, int row, int stage) {
         uint32_t dim = p.sizes.head_dim;
         int count = min(NB, int(p.sizes.tokens) - row);
         int64_t index = at.batch_head * p.sizes.tokens + row;
-        load_rows<Layout<D>, NB, THREADS, false>(part(stage, 0), x.q, p.q.at(at.batch, at.head, row), p.q.token_stride, count, dim);
+        load_rows<Layout<D>, NB, THREADS, false>(part(stage, 0), x.q, p.q.at(at.batch, at.head, row), p.q.token_stride,
+                                                 count, dim);
         load_rows<Layout<D>, NB, THREADS, false>(part(stage, 1), x.grad_output, index * dim, dim, count, dim);
         load_words<NB>(part(stage, 2), x.log_sum_exp, index, count);
         load_words<NB>(part(stage, 3), x.delta, index, count);
         hw::copy_commit();
     }
 
-    // Whether the tile that has arrived has rows that are odd; those that are NaN are contained then.
+    // Whether the tile that has arrived has odd rows; NaN rows are contained here.
     SFA_DEVICE bool has_odd_rows(int stage) const {
         OddRows odd = OddRows::of<NB>(part(stage, 2), part(stage, 3));
         if (!odd.bad) return odd.any;
@@ -470,7 +505,7 @@ struct ColumnGradients {
                 load_tile(HeadIndex(p, head + next / tiles), begin + next % tiles * NB, 0);
             }
         }
-        // Where no row sees these columns their copies are still under way.
+        // If no row sees these columns, their copies are still in flight.
         hw::copy_wait<0>();
         if constexpr (KEYS) store(keys, dk, p.scale * p.scale_sign * LN_2, count);
         if constexpr (VALUES) store(values, dv, 1.f, count);

@@ -1,23 +1,22 @@
-// What kernels of gradients that take columns in one pass share: whose columns a block has, who sees them, and where their
-// gradients go.
+// Shared by the kernels that walk columns in one pass (backward_fused.cuh, backward_wgmma.cuh): which columns a block
+// owns, which rows see them, and where their gradients go.
 #pragma once
 
 #include "backward_block.cuh"
 
-// Where gradients of columns go: sums for the fold to take home, or, where columns are tokens, done as they are. Either
-// way where LISTED at their tokens.
+// Where the gradients of columns go. `sums`: f32 sums that the fold's kernels map back to raw tokens. `done`: final
+// gradients in T, if columns are tokens. If LISTED, both are indexed by token.
 struct ColumnTarget {
     Global<float> sums;
     Global<uint16_t> done;
 };
 
-// A block's COUNT columns, or as many as there are. BY_LISTS (see params.cuh): columns are tokens that stay, or `near` in this
-// file's terms, hidden ones.
+// A block's columns, at most COUNT. BY_LISTS (see params.cuh): columns are tokens that stay or, as `near`, hidden ones.
 template <int COUNT, bool BY_LISTS>
 struct OwnedColumns {
     static constexpr int COLUMNS = COUNT;
     static constexpr bool LISTED = BY_LISTS;
-    // Four for each column: its token, the rows that see it, what it adds to logits.
+    // Four words a column: its token, the rows that see it (begin, end), and its ln n.
     static constexpr uint32_t WORDS = COLUMNS * 16;
 
     const AttentionParams& p;
@@ -28,14 +27,15 @@ struct OwnedColumns {
     int first, count;
     hw::Tile words;
 
-    // `unit`: batch * lists + list; `block`: of its columns; `words_at`: where shared memory has their words.
-    SFA_DEVICE OwnedColumns(const AttentionParams& p, const BackwardTensors& x, uint32_t unit, uint32_t block, bool is_near,
-                            uint32_t words_at)
+    // `unit`: batch * lists + list; `block`: which of its blocks of columns; `words_at`: byte offset of the columns'
+    // words.
+    SFA_DEVICE OwnedColumns(const AttentionParams& p, const BackwardTensors& x, uint32_t unit, uint32_t block,
+                            bool is_near, uint32_t words_at)
         : p(p), x(x), near(is_near), list(unit), first(int(block) * COLUMNS) {
         int64_t tokens = p.sizes.tokens;
         int columns = near || p.dense ? int(tokens) : int(x.far_before[list * (tokens + 1) + tokens]);
         if (LISTED) {
-            // Blocks of tokens that stay come first: most rows see these.
+            // Blocks of tokens that stay come first: they have the most rows.
             int stay_end = (columns + COLUMNS - 1) / COLUMNS * COLUMNS;
             near = first >= stay_end;
             if (near) first -= stay_end, columns = int(tokens) - columns;
@@ -54,7 +54,8 @@ struct OwnedColumns {
         return ColumnRows{token, token, near ? min(tokens, token + int(p.window) + 1) : tokens, 0};
     }
 
-    // Notes the columns' words and starts the copies of their keys and values, in layout L. THREADS threads, which `meet`.
+    // Writes the columns' words and starts the copies of their keys and values, in layout L. For THREADS threads, which
+    // meet at `meet`.
     template <class L, int THREADS, class Meet>
     SFA_DEVICE void load_columns(const hw::Tile& k, const hw::Tile& v, const Meet& meet) const {
         uint32_t dim = p.sizes.head_dim;
@@ -79,7 +80,7 @@ struct OwnedColumns {
         load_rows<L, COLUMNS, THREADS, false>(v, raw ? x.v : x.far_v, value, value_stride, count, dim);
     }
 
-    // Where the gradients of column number `column` of the block start.
+    // Where the gradients of the block's column `column` start.
     SFA_DEVICE int64_t target_of(int column) const {
         int index = LISTED ? hw::load<int>(words, column * 16) : first + column;
         return (list * p.sizes.tokens + index) * p.sizes.head_dim;
@@ -91,9 +92,9 @@ __device__ __forceinline__ void fused(const BackwardTensors& x, const Global<flo
                                       const ColumnTarget& dv, const AttentionParams& p, bool near) {
     hw::let_next_start();
     hw::wait_for_previous();
-    // Of listed columns there are two kinds, each with a last block of its own.
+    // Listed columns have two kinds, each with a last block of its own.
     uint32_t blocks = (p.sizes.tokens + Gradients::COLUMNS - 1) / Gradients::COLUMNS + Gradients::LISTED;
-    // Two blocks for each that a device runs at a time: of a unit there are rows and their gradients to hold in L2 too.
+    // TOGETHER is twice the blocks that a device runs at a time: L2 also has to hold a unit's rows and their gradients.
     Place place(blockIdx.x, blocks, p.sizes.batch * p.sizes.lists, Gradients::TOGETHER);
     Gradients(p, x, place.unit, place.block, near).run(dq, dk, dv);
 }

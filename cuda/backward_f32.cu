@@ -24,21 +24,23 @@ KERNEL backward_delta_f32(Floats output, Floats grad_output, Global<float> delta
     if (exists && threadIdx.x % 32 == 0) delta.set(row, sum);
 }
 
-// By padded head size. Edges get a block per four tokens, as their sisters do, of which every eighth works: 32 tokens a block.
-#define BACKWARD(D)                                                                                                   \
-    KERNEL __launch_bounds__(128) backward_queries_##D##_f32(INPUTS, Global<float> dq, AttentionParams p) {           \
-        query_gradients<D>(TENSORS, dq, p);                                                                           \
-    }                                                                                                                 \
-    KERNEL __launch_bounds__(128)                                                                                     \
-        backward_columns_##D##_f32_far(INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {               \
-        column_gradients<D>(TENSORS, dk, dv, p, false);                                                               \
-    }                                                                                                                 \
-    KERNEL __launch_bounds__(128)                                                                                     \
-        backward_columns_##D##_f32_near(INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {              \
-        column_gradients<D>(TENSORS, dk, dv, p, true);                                                                \
-    }                                                                                                                 \
-    KERNEL __launch_bounds__(128) backward_edges_##D##_f32(INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) { \
-        edge_gradients<D>(TENSORS, dk, dv, p);                                                                        \
+// By padded head size. The launcher gives edges a block per four tokens, as for the half kernels; here a block takes 32
+// tokens, so seven of eight blocks end at once.
+#define BACKWARD(D)                                                                                         \
+    KERNEL __launch_bounds__(128) backward_queries_##D##_f32(INPUTS, Global<float> dq, AttentionParams p) { \
+        query_gradients<D>(TENSORS, dq, p);                                                                 \
+    }                                                                                                       \
+    KERNEL __launch_bounds__(128)                                                                           \
+        backward_columns_##D##_f32_far(INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {     \
+        column_gradients<D>(TENSORS, dk, dv, p, false);                                                     \
+    }                                                                                                       \
+    KERNEL __launch_bounds__(128)                                                                           \
+        backward_columns_##D##_f32_near(INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {    \
+        column_gradients<D>(TENSORS, dk, dv, p, true);                                                      \
+    }                                                                                                       \
+    KERNEL __launch_bounds__(128)                                                                           \
+        backward_edges_##D##_f32(INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {           \
+        edge_gradients<D>(TENSORS, dk, dv, p);                                                              \
     }
 
 BACKWARD(64)

@@ -38,7 +38,7 @@ SFA_DEVICE void query_gradients(const BackwardF32& x, const Global<float>& dq, c
     if (row.exists) row.store_part(dq, index, sums);
 }
 
-// A quad's column while it is seen by row after row.
+// A quad's column, with its sums over the rows that see it.
 template <int D>
 struct ColumnF32Sums {
     static constexpr int PART = D / 4;
@@ -60,7 +60,7 @@ struct ColumnF32Sums {
         int64_t index = at.batch_head * p.sizes.tokens + row;
         float query[PART], grad[PART], logit = 0, weight_grad = 0;
         RowF32<D>::load(query, x.columns.q, p.q.at(at.batch, at.head, row), p.sizes.head_dim);
-        // As the forward pass has it, or the products of large numbers would differ from its.
+        // As in the forward pass; otherwise products of large numbers would differ from those it saw.
 #pragma unroll
         for (int i = 0; i < PART; i++) query[i] *= p.scale * p.scale_sign;
         RowF32<D>::load(grad, x.grad_output, index * p.sizes.head_dim, p.sizes.head_dim);
@@ -73,7 +73,7 @@ struct ColumnF32Sums {
         float kept = p.dropout_cut != 0 ? dropout_factor(p, at, row, token) : 1.f;
         float weight = exp2f(exponent_of(logit, x.log_sum_exp[index], x.log_sum_exp[rest_of_sums(p) + index]));
         float delta = x.delta[index];
-        // A row that is NaN throughout makes its columns' gradients such.
+        // A row that is NaN throughout makes its columns' gradients NaN.
         if (delta != delta) weight = delta;
         float factor = weight * (weight_grad * kept - delta) * LN_2;
         weight *= kept;
@@ -87,12 +87,13 @@ struct ColumnF32Sums {
     }
 };
 
-// The first of a list's query heads, over all batch rows; it has heads / lists of them.
+// The first query head of a list, counted over all batch rows; the list has heads / lists of them.
 SFA_DEVICE uint32_t first_head(const AttentionParams& p, int64_t list) {
-    return uint32_t(list / p.sizes.lists) * p.sizes.heads + uint32_t(list % p.sizes.lists) * (p.sizes.heads / p.sizes.lists);
+    return uint32_t(list / p.sizes.lists) * p.sizes.heads +
+           uint32_t(list % p.sizes.lists) * (p.sizes.heads / p.sizes.lists);
 }
 
-// 32 columns a block, which walk through the rows in step.
+// A block has 32 columns, which walk through the rows in step.
 template <int D>
 SFA_DEVICE void column_gradients(const BackwardF32& x, const Global<float>& dk, const Global<float>& dv,
                                  const AttentionParams& p, bool near) {
@@ -111,7 +112,9 @@ SFA_DEVICE void column_gradients(const BackwardF32& x, const Global<float>& dk, 
     ColumnF32Sums<D> sums(x, p);
     int safe = min(column, count - 1);
     int64_t far_at = (list * p.capacity + safe) * p.sizes.head_dim;
-    if (raw) sums.load(c.k, p.k.at(at_first.batch, at_first.kv_head, safe), c.v, p.v.at(at_first.batch, at_first.kv_head, safe));
+    if (raw)
+        sums.load(c.k, p.k.at(at_first.batch, at_first.kv_head, safe), c.v,
+                  p.v.at(at_first.batch, at_first.kv_head, safe));
     else sums.load(c.far_k, far_at, c.far_v, far_at);
     for (uint32_t h = head; h < head + heads; h++) {
         HeadIndex at(p, h);
@@ -121,7 +124,7 @@ SFA_DEVICE void column_gradients(const BackwardF32& x, const Global<float>& dk, 
     if (column < count) sums.store(dk, dv, list * tokens + column);
 }
 
-// 32 folded tokens a block; each is the edge of one row per head at most.
+// A block has 32 folded tokens; each is the edge of at most one row per head.
 template <int D>
 SFA_DEVICE void edge_gradients(const BackwardF32& x, const Global<float>& dk, const Global<float>& dv,
                                const AttentionParams& p) {
@@ -135,7 +138,8 @@ SFA_DEVICE void edge_gradients(const BackwardF32& x, const Global<float>& dk, co
     ColumnF32Sums<D> sums(x, p);
     uint32_t head = first_head(p, list), heads = p.sizes.heads / p.sizes.lists;
     HeadIndex at_first(p, head);
-    sums.load(edge_row(p, c.folded_k, c.k, p.k, at_first, token), 0, edge_row(p, c.folded_v, c.v, p.v, at_first, token), 0);
+    sums.load(edge_row(p, c.folded_k, c.k, p.k, at_first, token), 0, edge_row(p, c.folded_v, c.v, p.v, at_first, token),
+              0);
     float addend = c.folded_ln ? LOG2_E * c.folded_ln[safe] : 0.f;
     for (uint32_t h = head; h < head + heads; h++) sums.row(HeadIndex(p, h), seen ? row : 0, token, addend, seen);
     if (index < all) sums.store(dk, dv, index);

@@ -1,4 +1,5 @@
-// Attention backward where sums may differ in their last bits: see backward_fused.cuh. The rest is in backward.cu.
+// Attention backward in one pass over columns, whose sums may differ in their last bits: see backward_fused.cuh. Other
+// kernels of the pass are in backward.cu.
 #include "backward_fused.cuh"
 
 #define FUSED(name, T, D, MT, WARPS, SPLIT, NB, BLOCKS)                                                               \

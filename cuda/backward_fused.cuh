@@ -1,29 +1,29 @@
-// Gradients of queries, keys and values in one pass over columns: five products a tile where rows and columns apart need
-// seven, after FlashAttention-2's backward pass (Dao 2023). A block owns the gradients of its columns; what the
-// queries get from them is added to memory as it comes, so that the last bits of theirs differ from run to run.
+// Gradients of queries, keys and values in one pass over columns: five products a tile, where separate passes over rows
+// and columns need seven. After FlashAttention-2's backward pass (Dao 2023). A block owns dK and dV of its columns; the
+// dQ that rows get from them is added to memory tile by tile, so the last bits of dQ differ from run to run.
 #pragma once
 
 #include "backward_columns.cuh"
 
-// WARPS warps, SPLIT (1 or 2) of them for each 16 * MT columns: they share out the rows of a tile, of NB, for logits, and D
-// for keys and values, and meet for each other's weights.
+// WARPS warps; SPLIT (1 or 2) of them share 16 * MT columns. If two share them, each takes half of a tile's rows for
+// the logits and half of D for dK and dV, and reads the other's weights from shared memory.
 template <class T, int D, int MT, int WARPS, int SPLIT, int NB, bool BY_LISTS>
 struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
     typedef OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> Owned;
     using Owned::p, Owned::x, Owned::batch, Owned::list, Owned::first, Owned::count, Owned::words;
     using Owned::COLUMNS, Owned::LISTED;
     static constexpr int THREADS = 32 * WARPS, R = 2 * MT, TOGETHER = 512;
-    // A warp's rows and numbers.
+    // A warp's rows of a tile, and its share of D.
     static constexpr int OWN_ROWS = NB / SPLIT, NT = OWN_ROWS / 8, WIDTH = D / SPLIT;
-    // Where columns are one warp's alone, what the queries get of a tile is added up while the next one is computed: the
-    // block meets once a tile.
+    // If a warp has its columns alone, dQ of a tile is added while the next tile is computed, and the block meets once
+    // a tile.
     static constexpr bool LATE = SPLIT == 1;
-    // Keys, values; two stages of queries, output gradients, log-sum-exps and deltas; gradients of logits, those of the
-    // tile before or else weights; four words per column.
+    // Shared memory: keys, values; two stages of queries, output gradients, log-sum-exps and deltas; gradients of
+    // logits of two tiles if LATE, else gradients of logits and weights; four words a column.
     static constexpr uint32_t OWN = COLUMNS * D * 2, TILE = NB * D * 2, STAGE = 2 * TILE + 2 * NB * 4;
     static constexpr uint32_t LOGITS = COLUMNS * NB * 2, LOGITS_AT = 2 * OWN + 2 * STAGE;
     static constexpr uint32_t WEIGHTS_AT = LOGITS_AT + LOGITS, WORDS_AT = LOGITS_AT + 2 * LOGITS;
-    // A warp's part of the queries' gradients: half of the rows, PART of D.
+    // A warp's part of a tile's dQ: half of the rows, PART elements of D.
     static constexpr int PART = D * 2 / WARPS, MQ = NB / 32;
     static_assert(NB % 32 == 0 && PART % 16 == 0, "half of the warps per half of the rows");
 
@@ -33,7 +33,8 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
     float dk[MT][WIDTH / 8][4], dv[MT][WIDTH / 8][4];
     int lane, warp;
 
-    SFA_DEVICE FusedGradients(const AttentionParams& p, const BackwardTensors& x, uint32_t unit, uint32_t block, bool is_near)
+    SFA_DEVICE FusedGradients(const AttentionParams& p, const BackwardTensors& x, uint32_t unit, uint32_t block,
+                              bool is_near)
         : Owned(p, x, unit, block, is_near, WORDS_AT), own_columns(false, threadIdx.x / 32 / SPLIT * 16 * MT),
           row_rows(true, threadIdx.x / 32 % SPLIT * OWN_ROWS), right_rows(false, 0), logit_rows(true, 0),
           lane(threadIdx.x % 32), warp(threadIdx.x / 32) {
@@ -47,16 +48,17 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
     SFA_DEVICE int own_column() const { return warp / SPLIT * 16 * MT; }
     SFA_DEVICE int own_row() const { return warp % SPLIT * OWN_ROWS; }
 
-    // Whether a row of the tile may see one of `columns` columns from `own` on: both borders only ever rise.
+    // Whether a row of the tile may see one of `columns` columns from `own` on: from column to column, `begin` and
+    // `end` never decrease.
     SFA_DEVICE bool seen(int own, int columns, int row) const {
         int begin = hw::load<int>(words, own * 16 + 4), end = hw::load<int>(words, (own + columns - 1) * 16 + 8);
         return begin < row + NB && end > row;
     }
 
-    // Gradients of a stage's logits.
+    // Gradients of logits of a stage.
     SFA_DEVICE hw::Tile logits(int stage) const { return hw::tile(LOGITS_AT + (LATE ? stage * LOGITS : 0), LOGITS); }
 
-    // One tile of a stage: queries, output gradients, log-sum-exps, deltas.
+    // Buffer `index` of a stage: queries, output gradients, log-sum-exps, deltas.
     SFA_DEVICE hw::Tile part(int stage, int index) const {
         uint32_t at = 2 * OWN + stage * STAGE;
         return index < 2 ? hw::tile(at + index * TILE, TILE) : hw::tile(at + 2 * TILE + (index - 2) * NB * 4, NB * 4);
@@ -66,14 +68,15 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
         uint32_t dim = p.sizes.head_dim;
         int count = min(NB, int(p.sizes.tokens) - row);
         int64_t index = at.batch_head * p.sizes.tokens + row;
-        load_rows<Layout<D>, NB, THREADS, false>(part(stage, 0), x.q, p.q.at(at.batch, at.head, row), p.q.token_stride, count, dim);
+        load_rows<Layout<D>, NB, THREADS, false>(part(stage, 0), x.q, p.q.at(at.batch, at.head, row), p.q.token_stride,
+                                                 count, dim);
         load_rows<Layout<D>, NB, THREADS, false>(part(stage, 1), x.grad_output, index * dim, dim, count, dim);
         load_words<NB>(part(stage, 2), x.log_sum_exp, index, count);
         load_words<NB>(part(stage, 3), x.delta, index, count);
         hw::copy_commit();
     }
 
-    // Whether the tile that has arrived has rows that are odd; those that are NaN are contained then.
+    // Whether the tile that has arrived has odd rows; NaN rows are contained here.
     SFA_DEVICE bool has_odd_rows(int stage) const {
         OddRows odd = OddRows::of<NB>(part(stage, 2), part(stage, 3));
         if (!odd.bad) return odd.any;
@@ -83,8 +86,8 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
         return true;
     }
 
-    // Products of queries and keys to weights, and those of gradients to gradients of logits, in place. FULL: every row
-    // sees every column, there is neither bias nor dropout, and no row is odd.
+    // Turns products of queries and keys into weights, and products of gradients into gradients of logits, in place.
+    // FULL: every row sees every column, there is neither bias nor dropout, and no row is odd.
     template <bool FULL>
     SFA_DEVICE void weigh(float (&s)[MT][NT][4], float (&grads)[MT][NT][4], const HeadIndex& at, int row, int stage) {
         hw::Tile log_sum_exp = part(stage, 2), delta = part(stage, 3);
@@ -122,7 +125,7 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
         }
     }
 
-    // The same without bias, dropout and odd rows, for a tile of which some rows do not see some columns.
+    // The same for a tile with masked columns, but without a bias, dropout and odd rows.
     SFA_DEVICE void weigh_seen(float (&s)[MT][NT][4], float (&grads)[MT][NT][4], int row, int stage) {
         hw::Tile log_sum_exp = part(stage, 2), delta = part(stage, 3);
         float scale = p.scale * p.scale_sign;
@@ -148,7 +151,7 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
         }
     }
 
-    // What all warps get to see, rounded to T: a row of the tile per column.
+    // Stores numbers for other warps in shared memory, rounded to T: a row of the tile per column.
     SFA_DEVICE void share(const hw::Tile& tile, const float (&numbers)[MT][NT][4]) const {
 #pragma unroll
         for (int r = 0; r < R; r++) {
@@ -161,7 +164,7 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
         }
     }
 
-    // Adds the products of what the other warp of these columns shared, over its rows.
+    // Adds the products of the numbers that the other warp of these columns stored, over its rows.
     SFA_DEVICE void multiply_shared(float (&c)[MT][WIDTH / 8][4], const hw::Tile& shared, const hw::Tile& right) const {
         int row = OWN_ROWS - own_row();
         Fragments<NB> left = Fragments<NB>(false, own_column()).from(row).here();
@@ -191,8 +194,7 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
         else add_queries<false>(dq, head, row, stage);
     }
 
-    // This warp's part of the gradients of the tile's queries, added to memory. Unless FULL, 16 columns at a time are left
-    // out where no row sees them.
+    // Adds this warp's part of a tile's dQ to memory. Unless FULL, it skips 16 columns at a time if no row sees them.
     template <bool FULL>
     SFA_DEVICE void add_queries(const Global<float>& dq, uint32_t head, int row, int stage) const {
         hw::Tile shared = logits(stage);
@@ -287,14 +289,15 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
         ColumnRows head_column = this->rows_of(first), last = this->rows_of(first + count - 1);
         int begin = head_column.begin / NB * NB, end = last.end, full_end = head_column.end - NB;
         bool plain = count == COLUMNS && !x.bias && p.dropout_cut == 0;
-        uint32_t heads = p.sizes.heads / p.sizes.lists, head = uint32_t(list) % p.sizes.lists * heads, last_head = head + heads;
-        // The tile before this one.
+        uint32_t heads = p.sizes.heads / p.sizes.lists, head = uint32_t(list) % p.sizes.lists * heads,
+                 last_head = head + heads;
+        // The previous tile.
         uint32_t head_before = head;
         int row = begin, row_before = -1, stage = 0;
         bool full_before = false;
         if (begin < end) load_tile(HeadIndex(p, batch, head), begin, 0);
         else hw::copy_commit();
-        // A key that is not finite must not reach queries that do not see it by 0 * NaN.
+        // A key that is not finite must not reach queries that do not see it, by 0 * NaN.
         hw::copy_wait<1>();
         cleanse<T, Layout<D>, COLUMNS, THREADS>(k);
 #pragma unroll 1
@@ -314,7 +317,7 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
             head_before = head, row_before = row, full_before = full;
             head = next_head, row = next_row, stage ^= 1;
         }
-        // Where no row sees these columns their copies are still under way.
+        // If no row sees these columns, their copies are still in flight.
         hw::copy_wait<0>();
         __syncthreads();
         if (LATE && row_before >= 0) add_queries_of(dq, head_before, row_before, stage ^ 1, full_before);

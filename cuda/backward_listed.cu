@@ -1,4 +1,4 @@
-// Attention backward over raw tokens by their lists: see backward_fused.cuh, and forward_listed.cu.
+// Attention backward over raw tokens by token lists: see backward_fused.cuh. A file of its own, like forward_listed.cu.
 #include "backward_fused.cuh"
 
 #define LISTED(name, T, D, MT, WARPS, SPLIT, NB, BLOCKS)                                                              \

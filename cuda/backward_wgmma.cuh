@@ -1,14 +1,46 @@
-// Gradients in one pass over columns as in backward_fused.cuh, by products of warpgroups (wgmma, sm_90a), after
-// FlashAttention-3's backward pass (Shah et al. 2024). Weights and gradients of logits stay in the registers where products
-// left them, as factors of the next ones; only the latter go to shared memory, too, for the queries' gradients. These are
-// gathered there tile by tile, and one instruction adds them to memory.
+// Gradients by warpgroup products (wgmma, sm_90a), in one pass over columns, after FlashAttention-3's backward pass
+// (Shah et al. 2024). No bias and no dropout.
+//
+// A block owns 128 columns of one list: it alone makes their dK and dV, which stay in registers until the end. It walks
+// over every tile of rows, of every query head of the list, that sees one of these columns. The dQ that a tile's rows
+// get from these columns is added to memory, so its last bits depend on the order in which blocks run (as in
+// backward_fused.cuh).
+//
+// The idea: products have the block's columns as their left factor. So the accumulators of one product, weights or
+// gradients of logits, already lie in registers as the left factor of the next. Only the gradients of logits also go to
+// shared memory, for dQ, whose left factor is their transpose.
+//
+// Five products a tile: keys times queries, values times output gradients, weights times output gradients (dV),
+// gradients of logits times queries (dK), and their transpose times keys (dQ).
+//
+// 1. Three roles. Two warpgroups own 64 columns each and multiply. In the third warpgroup, two warps are loaders, which
+//    fill a ring of three stages with queries and output gradients, and one thread adds dQ to memory. The third
+//    warpgroup gives registers to the owners.
+// 2. Products overlap with arithmetic. Weights are computed while values are multiplied by output gradients. At the end
+//    of a tile dQ, dK and the logits of the next tile are issued together; dQ is waited for and gathered while tensor
+//    cores are busy with the other two.
+// 3. dQ is gathered in shared memory in the order in which it lies in global memory, then added by one bulk instruction
+//    a tile (cp.reduce.async.bulk).
+// 4. Mbarriers connect the roles: `come` and `left` for the stages, `multiplied` for the gradients of logits,
+//    `gathered` and `added` for the buffer of dQ. Only the owners meet at a named barrier.
+// 5. Odd rows (a large log-sum-exp, or NaN) take a slower path for their tile: see OddRows. Keys and values that are
+//    not finite become zeros once, before the first product.
+//
+// Shared memory, in this order; KiB at D = 64 (tiles of 128 rows) and D = 128 (tiles of 64 rows):
+//
+//   keys, values                       2 * 128 * D * 2         32     64
+//   queries, output gradients          3 * 2 * NB * D * 2      96     96
+//   gradients of logits                128 * NB * 2            32     16
+//   gradients of queries               NB * D * 4              32     32
+//   log-sum-exps, deltas               3 * 2 * NB * 4           3    1.5
+//   words of the columns               128 * 16                 2      2
+//   mbarriers                          9 * 8 bytes
 #pragma once
 
 #include "backward_columns.cuh"
 #include "wgmma.cuh"
 
-// Two warpgroups own 64 columns each. A third one starts the copies of tiles of NB rows, ahead of these by as many as there
-// is room for, and adds up what queries get; mbarriers say what has come and what is done with. No bias and no dropout.
+// The kernel's block: threads 0 to 255 own columns, the next 64 load, and one more adds.
 template <class T, int D, bool BY_LISTS>
 struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
     typedef OwnedColumns<128, BY_LISTS> Owned;
@@ -17,22 +49,22 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
     static constexpr int OWNERS = 256, LOADERS = 64, THREADS = 384, NB = 8192 / D, NT = NB / 8, STAGES = 3;
     static constexpr int TOGETHER = 264;
     static constexpr uint32_t OWNERS_ARRIVE = OWNERS / 32 * hw::Mbarrier::WARP;
-    // Registers of a thread of each kind, which are those of 384 threads of 168.
+    // Registers a thread of each role: 256 * 240 + 128 * 24 = 384 * 168, with which all threads start.
     static constexpr int OWNERS_HAVE = 240, OTHERS_HAVE = 24;
-    // A warpgroup's part of the queries' gradients: 64 rows, PART numbers.
+    // A warpgroup's part of a tile's dQ: 64 rows, PART elements of D.
     static constexpr int PART = 64;
-    // Keys, values; stages of queries and output gradients; gradients of logits; those of queries; log-sum-exps and deltas; the
-    // columns' words; mbarriers.
+    // Byte offsets, in the order of the table above.
     static constexpr uint32_t OWN = COLUMNS * D * 2, TILE = NB * D * 2, TILES_AT = 2 * OWN;
     static constexpr uint32_t LOGITS = COLUMNS * NB * 2, LOGITS_AT = TILES_AT + STAGES * 2 * TILE;
     static constexpr uint32_t ADDS = NB * D * 4, ADDS_AT = LOGITS_AT + LOGITS;
     static constexpr uint32_t SUMS = NB * 4, SUMS_AT = ADDS_AT + ADDS, WORDS_AT = SUMS_AT + STAGES * 2 * SUMS;
-    static constexpr uint32_t MARKS_AT = WORDS_AT + Owned::WORDS, BYTES = MARKS_AT + (2 * STAGES + 3) * hw::Mbarrier::BYTES;
+    static constexpr uint32_t MARKS_AT = WORDS_AT + Owned::WORDS,
+                              BYTES = MARKS_AT + (2 * STAGES + 3) * hw::Mbarrier::BYTES;
     typedef Panels<D, COLUMNS> Columns;
     typedef Panels<D, NB> Rows;
     typedef Panels<NB, COLUMNS> Logits;
 
-    // A tile of rows of a head; `index`: how many came before.
+    // A tile of rows of a head; `index`: its number in the walk.
     struct Step {
         uint32_t head;
         int row, index;
@@ -57,17 +89,18 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
     float dk[D / 8][4], dv[D / 8][4];
     int group;
 
-    SFA_DEVICE WarpgroupGradients(const AttentionParams& p, const BackwardTensors& x, uint32_t unit, uint32_t block, bool is_near)
+    SFA_DEVICE WarpgroupGradients(const AttentionParams& p, const BackwardTensors& x, uint32_t unit, uint32_t block,
+                                  bool is_near)
         : Owned(p, x, unit, block, is_near, WORDS_AT), k(hw::tile(0, OWN)), v(hw::tile(OWN, OWN)),
           group(hw::uniform(int(threadIdx.x / 128))) {
 #pragma unroll
         for (int i = 0; i < D / 2; i++) dk[i / 4][i % 4] = 0, dv[i / 4][i % 4] = 0;
     }
 
-    // The first of a warp's columns.
+    // The first of this warp's columns.
     SFA_DEVICE int own_column() const { return group * 64 + warp() * 16; }
 
-    // Read anew, not held.
+    // Read anew at each use: held, they would cost registers.
     SFA_DEVICE int lane() const { return int(hw::thread() % 32); }
     SFA_DEVICE int warp() const { return int(hw::thread() / 32 % 4); }
 
@@ -76,17 +109,17 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
     SFA_DEVICE hw::Tile logits() const { return hw::tile(LOGITS_AT, LOGITS); }
     SFA_DEVICE hw::Tile adds() const { return hw::tile(ADDS_AT, ADDS); }
 
-    // Of a stage.
+    // The buffers of a stage.
     SFA_DEVICE hw::Tile queries(int stage) const { return hw::tile(TILES_AT + stage * 2 * TILE, TILE); }
     SFA_DEVICE hw::Tile grads(int stage) const { return hw::tile(TILES_AT + stage * 2 * TILE + TILE, TILE); }
     SFA_DEVICE hw::Tile sums(int stage) const { return hw::tile(SUMS_AT + stage * 2 * SUMS, SUMS); }
     SFA_DEVICE hw::Tile deltas(int stage) const { return hw::tile(SUMS_AT + stage * 2 * SUMS + SUMS, SUMS); }
 
     SFA_DEVICE hw::Mbarrier mark(int index) const { return hw::Mbarrier(MARKS_AT + index * hw::Mbarrier::BYTES); }
-    // A stage's tile has come; is done with.
+    // The tile of a stage has arrived; the owners have read it for the last time.
     SFA_DEVICE hw::Mbarrier come(int stage) const { return mark(stage); }
     SFA_DEVICE hw::Mbarrier left(int stage) const { return mark(STAGES + stage); }
-    // A tile's gradients of logits are done with; those of queries are there; they have been read.
+    // The owners have multiplied a tile's gradients of logits; its dQ is gathered; the adding thread has read it.
     SFA_DEVICE hw::Mbarrier multiplied() const { return mark(2 * STAGES); }
     SFA_DEVICE hw::Mbarrier gathered() const { return mark(2 * STAGES + 1); }
     SFA_DEVICE hw::Mbarrier added() const { return mark(2 * STAGES + 2); }
@@ -111,7 +144,7 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         come(stage).arrive_after_copies();
     }
 
-    // Products of keys and queries to weights.
+    // Turns products of keys and queries into weights.
     template <bool FULL>
     SFA_DEVICE void weigh(float (&s)[NT][4], int first_row, int stage) const {
         hw::Tile log_sum_exp = sums(stage);
@@ -149,7 +182,8 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
                 int in_tile = n * 8 + lane % 4 * 2 + i % 2, row = now.row + in_tile;
                 float weight = 0;
                 if (row >= int(word.y) && row < int(word.z) && row < tokens) {
-                    float logit = s[n][i] * scale + __uint_as_float(word.w), sum = hw::load<float>(log_sum_exp, in_tile * 4);
+                    float logit = s[n][i] * scale + __uint_as_float(word.w),
+                          sum = hw::load<float>(log_sum_exp, in_tile * 4);
                     weight = hw::exp2(exponent_of(logit, sum, rest_of_sum(p, x.log_sum_exp, at, row)));
                 }
                 s[n][i] = weight;
@@ -157,7 +191,7 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         }
     }
 
-    // Whether the tile that has arrived has rows that are odd; those that are NaN are contained then.
+    // Whether the tile that has arrived has odd rows; NaN rows are contained here.
     SFA_DEVICE bool has_odd_rows(int stage) const {
         OddRows odd = OddRows::of<NB>(sums(stage), deltas(stage));
         if (!odd.bad) return odd.any;
@@ -168,9 +202,10 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         return true;
     }
 
-    // Weights, and products of values and output gradients, to what are factors next: weights and gradients of logits.
-    SFA_DEVICE void differentiate(uint32_t (&weights)[NT / 2][4], uint32_t (&slopes)[NT / 2][4], const float (&w)[NT][4],
-                                  const float (&g)[NT][4], int stage) const {
+    // Packs weights and gradients of logits as left factors of the next products. `g`: products of values and output
+    // gradients.
+    SFA_DEVICE void differentiate(uint32_t (&weights)[NT / 2][4], uint32_t (&slopes)[NT / 2][4],
+                                  const float (&w)[NT][4], const float (&g)[NT][4], int stage) const {
         hw::Tile delta = deltas(stage);
         int lane = this->lane();
 #pragma unroll
@@ -185,7 +220,7 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         }
     }
 
-    // A row of the tile of gradients of logits per column.
+    // Stores the gradients of logits in shared memory: one row of that tile per column.
     SFA_DEVICE void share(const uint32_t (&a)[NT / 2][4]) const {
         int lane = this->lane();
         uint32_t at = hw::lane_offset(Logits::chunk(own_column() + lane % 16, lane / 16));
@@ -194,18 +229,19 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
             hw::store_matrices(logits(), (at ^ (i % 4 * 32)) + i / 4 * Logits::GROUP_STRIDE, a[i]);
     }
 
-    // Issues the products of its keys and queries, or values and output gradients.
+    // Issues the product of own keys and queries, or of own values and output gradients.
     SFA_DEVICE void multiply_own(float (&c)[NT][4], const hw::Tile& own, const hw::Tile& rows) const {
         hw::Factor a = hw::along_rows<D, COLUMNS>(own, group * 64), b = hw::along_rows<D, NB>(rows);
         hw::products_begin();
         hw::first_product<T, NB, false, false>(c, a, b);
 #pragma unroll
         for (int i = 1; i < D / 16; i++)
-            hw::product<T, NB, false, false>(c, hw::along_rows_step<D, COLUMNS>(a, i), hw::along_rows_step<D, NB>(b, i), true);
+            hw::product<T, NB, false, false>(c, hw::along_rows_step<D, COLUMNS>(a, i), hw::along_rows_step<D, NB>(b, i),
+                                             true);
         hw::products_commit();
     }
 
-    // Issues what columns get of a tile: weights and output gradients, or gradients of logits and queries.
+    // Issues a tile's share of dV (weights times output gradients) or dK (gradients of logits times queries).
     SFA_DEVICE void multiply_tile(float (&c)[D / 8][4], const uint32_t (&a)[NT / 2][4], const hw::Tile& rows) const {
         hw::Factor b = hw::across_rows<D, NB>(rows);
         hw::products_begin();
@@ -214,7 +250,7 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         hw::products_commit();
     }
 
-    // Issues this warpgroup's part of the queries' gradients.
+    // Issues this warpgroup's part of the tile's dQ.
     SFA_DEVICE void multiply_queries(float (&c)[PART / 8][4]) const {
         hw::Factor a = hw::across_rows<NB, COLUMNS>(logits(), 0, NB == 128 ? group * 64 : 0);
         hw::Factor b = hw::across_rows<D, COLUMNS>(k, 0, NB == 128 ? 0 : group * PART);
@@ -226,8 +262,9 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         hw::products_commit();
     }
 
-    // Puts what the queries of a tile got where it is added to memory from, in the order in which it lies there. Of eight rows
-    // that a warp writes at a time four would find their numbers in the same banks: they take chunks of 8 numbers in turns.
+    // Stores this warp's part of dQ into the gathering buffer, in the order of global memory. A warp writes eight rows
+    // at a time, and in plain order four of them would fall into the same banks: rows exchange chunks of 8 numbers by
+    // `mix`.
     SFA_DEVICE void gather_queries(const float (&c)[PART / 8][4]) const {
         float factor = p.scale * p.scale_sign * LN_2;
         uint32_t dim = p.sizes.head_dim;
@@ -259,7 +296,7 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         }
     }
 
-    // Adds what the queries of a tile got to memory, without waiting.
+    // Starts adding the gathered dQ of a tile to memory.
     SFA_DEVICE void add_queries(const Global<float>& dq, const Step& step) const {
         uint32_t dim = p.sizes.head_dim;
         int rows = min(NB, int(p.sizes.tokens) - step.row);
@@ -267,8 +304,9 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         hw::add_bulk(dq, target, adds(), rows * dim * 4);
     }
 
-    // `tile`: of the block's keys or values, which nobody reads any more.
-    SFA_DEVICE void store(const ColumnTarget& target, const hw::Tile& tile, const float (&sums)[D / 8][4], float factor) const {
+    // `tile`: the block's keys or values, which no product reads any more; it serves as a staging buffer.
+    SFA_DEVICE void store(const ColumnTarget& target, const hw::Tile& tile, const float (&sums)[D / 8][4],
+                          float factor) const {
         if (target.sums) store_sums(target.sums, sums, factor);
         else store_done(target.done, tile, sums, factor);
     }
@@ -289,7 +327,7 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         }
     }
 
-    // By way of shared memory, so that neighbours write what lies beside each other.
+    // Goes through shared memory, so that neighbouring lanes write neighbouring 16 bytes.
     SFA_DEVICE void store_done(const Global<uint16_t>& target, const hw::Tile& tile, const float (&sums)[D / 8][4],
                                float factor) const {
         int lane = this->lane();
@@ -309,12 +347,13 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         for (int i = 0; i < D / 16; i++) {
             int column = own_column() + (i * 32 + lane) / (D / 8), chunk = lane % (D / 8);
             if (column >= count || chunk * 8 >= int(p.sizes.head_dim)) continue;
-            store_vector(target, this->target_of(column) + chunk * 8, hw::load<uint4>(tile, Columns::chunk(column, chunk)));
+            store_vector(target, this->target_of(column) + chunk * 8,
+                         hw::load<uint4>(tile, Columns::chunk(column, chunk)));
         }
     }
 
-    // What the owners of columns do with a tile. Before, the products `s` of its queries are under way, and after, those of the
-    // next one's: what queries get is gathered while tensor cores are busy with these.
+    // The owners' work on a tile. On entry the product of its logits, `s`, is in flight; on return that of the next
+    // tile is.
     SFA_DEVICE void tile(float (&s)[NT][4], const Step& now, bool more, bool full) {
         int stage = now.index % STAGES, next = more ? (now.index + 1) % STAGES : stage;
         hw::Tile q = queries(stage), grad = grads(stage);
@@ -324,7 +363,7 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         hw::settle(s);
         if (now.index > 0) left((now.index - 1) % STAGES).arrive_as_warp();
         bool odd = has_odd_rows(stage);
-        // Before other products take registers.
+        // Before `g` needs registers.
         if (odd) weigh_odd(s, now, stage);
         multiply_own(g, v, grad);
         if (full && !odd) weigh<true>(s, now.row, stage);
@@ -335,7 +374,7 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         multiply_tile(dv, weights, grad);
         if (now.index > 0) multiplied().wait((now.index - 1) % 2);
         share(slopes);
-        // After the last tile once more of the same, of which nothing comes.
+        // After the last tile the same stage is multiplied once more, and the result is not used.
         if (more) come(next).wait((now.index + 1) / STAGES % 2);
         hw::publish_to_products();
         meet();
@@ -361,13 +400,13 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         Step now = steps.first();
         bool any = steps.has(now);
         hw::copy_wait<0>();
-        // One that is not finite must not reach rows that do not see it by 0 * NaN.
+        // A key or value that is not finite must not reach rows that do not see it, by 0 * NaN.
         cleanse<T, Columns, COLUMNS, OWNERS>(k);
         cleanse<T, Columns, COLUMNS, OWNERS>(v);
         if (any) come(0).wait(0);
         hw::publish_to_products();
         meet();
-        // Their zeros are written before any product is under way.
+        // The zeros are written before any product is in flight.
         hw::settle(dk);
         hw::settle(dv);
         if (any) {
@@ -388,7 +427,7 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         store(values, v, dv, 1.f);
     }
 
-    // Tiles come while others are computed.
+    // The loaders: copy each tile as soon as its stage is free.
     SFA_DEVICE void load(const Steps& steps) const {
 #pragma unroll 1
         for (Step now = steps.first(); steps.has(now); now = steps.after(now)) {
@@ -397,7 +436,7 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         }
     }
 
-    // By one thread: what queries got of each tile is added up.
+    // The adding thread: adds each tile's gathered dQ to memory.
     SFA_DEVICE void add(const Steps& steps, const Global<float>& dq) const {
 #pragma unroll 1
         for (Step now = steps.first(); steps.has(now); now = steps.after(now)) {

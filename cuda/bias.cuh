@@ -3,8 +3,9 @@
 
 #include "params.cuh"
 
-// A bias in base 2. A finite one of any size stays finite: from 2^125 on what it is multiplied by log2(e) grows with its
-// logarithm, in order, and leaves room for the dot product and for differences of two. Minus infinity hides a column.
+// A bias in base 2. A finite bias of any size stays finite: if its product with log2(e) would reach 2^125, it grows
+// with its logarithm instead. That keeps the order of biases and leaves room for the dot product and for differences of
+// two logits. Minus infinity hides a column.
 __device__ __forceinline__ float bias_in_base_2(float bias) {
   constexpr float LARGE = 4.253529586511731e37f, LARGE_LOG2 = 125.0f, LOG2_LOG2_E = 0.5287663729448977f;
   float product = LOG2_E * bias;

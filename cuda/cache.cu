@@ -1,5 +1,6 @@
-// A KV cache's lists on the device: tokens taken in, a first chunk adopted, lists moved. One warp per list takes tokens in,
-// one after another, and decides as decide.cu does, to the rounding of a cosine.
+// A KV cache's lists on the device: appending tokens, adopting a first chunk, restoring, truncating and copying lists.
+// One warp per list appends tokens one after another (cache_list.cuh) and decides as decide.cu does, up to the rounding
+// of a cosine.
 #include "cache_list.cuh"
 
 template <class T>
@@ -9,7 +10,7 @@ __device__ void append(Global<const T> q, Global<const T> k, Global<const T> v, 
   bool merged = false;
   for (unsigned i = 0; i < p.sizes.tokens; i++) merged = list.take(q, k, v, tests, bias, i);
   list.finish(state.lengths);
-  // With several tokens the one before the last is not at hand, and nobody asks for queries.
+  // With several tokens the query before the last is not at hand, and the caller asks for no folded queries.
   list.queries(q, queries, merged && p.sizes.tokens == 1);
 }
 
@@ -21,9 +22,10 @@ __device__ void append(Global<const T> q, Global<const T> k, Global<const T> v, 
   }
 FOR_EACH_DTYPE(CACHE_APPEND)
 
-// --- A first chunk, whose decisions and folds are known ---------------------------------------------------------------
+// --- A first chunk, whose decisions and folds are known --------------------------------------------------------------
 
-// Of a list, what attention over a whole chunk had: see "Attention" in params.cuh; merge bits are (batch, heads, N - 1).
+// The columns that attention over a whole first chunk had: see "Attention" in params.cuh; merge bits are (batch, heads,
+// N - 1).
 template <class T> struct Chunk {
   Global<const T> k, v;
   Global<const uint8_t> all_bits;
@@ -37,9 +39,11 @@ template <class T> struct Chunk {
   }
 };
 
-// All that does not grow: the open chain, where runs stand, and how long the list is. One warp per list.
+// The state that does not grow with the list: the open chain, the current run, and the list's length. One warp per
+// list.
 template <class T>
-__device__ void adopt_state(Global<const T> q, const Chunk<T>& chunk, const CacheState<T>& state, const CacheParams& p) {
+__device__ void adopt_state(Global<const T> q, const Chunk<T>& chunk, const CacheState<T>& state,
+                            const CacheParams& p) {
   CacheList<T> to(p, state);
   const List& list = to.list;
   unsigned tokens = p.sizes.tokens, last = tokens - 1;
@@ -53,7 +57,7 @@ __device__ void adopt_state(Global<const T> q, const Chunk<T>& chunk, const Cach
     to.length = chunk.far_before[to.index * (tokens + 1) + edge];
     while (p.fold != DROP && start > 0 && chunk.hidden(p, list, start - 1)) {
       start--;
-      // One left neighbour is all that a pair sum reads.
+      // A pair sum reads one left neighbour only.
       if (p.fold == PAIR_SUM) break;
     }
     for (unsigned t = start; t <= edge; t++) {
@@ -70,10 +74,11 @@ __device__ void adopt_state(Global<const T> q, const Chunk<T>& chunk, const Cach
   to.queries(q, Global<T>{}, false);
 }
 
-// Closed chains, and what the window holds. One warp per token.
+// Closed chains and the window's tokens. One warp per token.
 template <class T>
 __device__ void adopt_rows(const Chunk<T>& chunk, const CacheState<T>& state, const CacheParams& p) {
-  unsigned t = blockIdx.x * 4 + threadIdx.x / 32, tokens = p.sizes.tokens, lane = threadIdx.x % 32, dim = p.sizes.head_dim;
+  unsigned t = blockIdx.x * 4 + threadIdx.x / 32, tokens = p.sizes.tokens, lane = threadIdx.x % 32,
+           dim = p.sizes.head_dim;
   if (t >= tokens) return;
   List list(p.sizes, blockIdx.y);
   size_t index = blockIdx.y, ring = index * (p.window + 1);
@@ -98,8 +103,8 @@ __device__ void adopt_rows(const Chunk<T>& chunk, const CacheState<T>& state, co
     state.bits.set(ring + t % (p.window + 1), chunk.hidden(p, list, t));
 }
 
-// What the chunk's last rows gave the tokens of their windows, and the bits that its own rows could not tell yet. One warp
-// per list; after adopt_rows.
+// The masses that the chunk's last rows gave to the tokens of their windows, and the bits that the chunk's own
+// decisions could not know yet. One warp per list; after adopt_rows.
 template <class T>
 __device__ void adopt_observed(Global<const T> q, const Chunk<T>& chunk, Global<const float> tests,
                                const CacheState<T>& state, const CacheParams& p) {
@@ -115,7 +120,7 @@ __device__ void adopt_observed(Global<const T> q, const Chunk<T>& chunk, Global<
     key.load(chunk.k, key_of(t), dim), value.load(chunk.v, value_of(t), dim);
     to.remember(mine, t, key, value);
   }
-  // The oldest token to be decided is the one that the last row has just left behind.
+  // The oldest token to be decided has just left the last row's window.
   unsigned since = tokens - 1 + window / 2, first = since > window ? since - window : 0;
   for (unsigned row = first; row < tokens; row++) {
     __syncwarp();
@@ -123,7 +128,8 @@ __device__ void adopt_observed(Global<const T> q, const Chunk<T>& chunk, Global<
     __syncwarp();
     for (unsigned head = list.first_head; head < list.first_head + list.group; head++) {
       size_t query = p.q.at(list.batch, head, row);
-      observe_row(row, p, mine.logits, mine.masses, [&](unsigned t) { return lane_dot(q, query, chunk.k, key_of(t), dim); });
+      observe_row(row, p, mine.logits, mine.masses,
+                  [&](unsigned t) { return lane_dot(q, query, chunk.k, key_of(t), dim); });
     }
     __syncwarp();
     if (row + 2 < tokens || row + 1 < window) continue;
@@ -152,8 +158,8 @@ FOR_EACH_DTYPE(CACHE_ADOPT)
 
 // --- A cache that comes from the host, and one that goes back --------------------------------------------------------
 
-// What follows from the rest: local columns and what they observed from raw rows, (lists, window, D) by slot, the logarithms
-// of chains' sizes. A warp per slot of the local columns: grid (lists, (window + 1) / 4).
+// Recomputes what a saved cache leaves out: local columns and their norms from raw rows, (lists, window, D) by slot,
+// and the logarithms of chain sizes. A warp per local slot: grid (lists, (window + 1) / 4).
 template <class T>
 __device__ void restore(Global<const T> recent_k, Global<const T> recent_v, Global<const uint32_t> sizes,
                         const CacheState<T>& state, const CacheParams& p) {
@@ -180,13 +186,14 @@ __device__ void restore(Global<const T> recent_k, Global<const T> recent_v, Glob
   if (slot == p.window && p.first > p.window) to.write(state.local_k, state.local_v, state.local_ln, local);
 }
 
-// Back from `first` tokens to `sizes.tokens` of them, for a list whose chains are single tokens. One warp per list.
+// Truncates a list from `first` tokens to `sizes.tokens`; its chains are single tokens. One warp per list.
 template <class T>
 __device__ void truncate(const CacheState<T>& state, const CacheParams& p) {
   CacheList<T> list(p, state);
-  unsigned seen = p.first, kept = p.sizes.tokens, window = p.window, dim = list.dim, local = seen < window ? seen : window;
+  unsigned seen = p.first, kept = p.sizes.tokens, window = p.window, dim = list.dim,
+           local = seen < window ? seen : window;
   size_t ring = list.index * (window + 1);
-  // The token of the open chain, which comes right after the closed ones.
+  // Token t: a closed chain, or the open one, which follows them.
   auto read = [&](WarpRow& key, WarpRow& value, unsigned t) {
     key = list.chain_key, value = list.chain_value;
     if (t >= list.length) return;
@@ -194,7 +201,7 @@ __device__ void truncate(const CacheState<T>& state, const CacheParams& p) {
     key.load(state.far_k, column * dim, dim), value.load(state.far_v, column * dim, dim);
   };
   WarpRow key, value;
-  // Those that come back into the window. Their slots hold tokens that go.
+  // Tokens that come back into the window. Their slots hold tokens that are cut off.
   for (unsigned t = kept > window ? kept - window : 0; t < kept && t + local < seen; t++) {
     size_t slot = (ring + t % window) * dim;
     read(key, value, t);
@@ -224,8 +231,8 @@ __device__ void truncate(const CacheState<T>& state, const CacheParams& p) {
   KERNEL cache_truncate_##suffix(CACHE_STATE(T), CacheParams p) { truncate(STATE(T), p); }
 FOR_EACH_DTYPE(CACHE_MOVE)
 
-// Copies `count` numbers of each list, or `unit` for each of its `lengths`, from list sources[i] (or i) to list i, between
-// buffers of other strides. Grid (count / 256, lists), 256 threads.
+// Copies `count` numbers of each list, or `unit` times its length if `lengths` is given, from list sources[i] (or i) to
+// list i. The strides of the buffers may differ. Grid (count / 256, lists), 256 threads.
 template <class T>
 __device__ void copy(Global<const T> from, Global<const uint32_t> lengths, Global<const uint32_t> sources, Global<T> to,
                      const CopyParams& p) {
@@ -242,5 +249,5 @@ __device__ void copy(Global<const T> from, Global<const uint32_t> lengths, Globa
 FOR_EACH_DTYPE(CACHE_COPY)
 CACHE_COPY(u32, uint32_t)
 
-MODULE(cache, ENTRIES(cache_append) ENTRIES(cache_adopt_state) ENTRIES(cache_adopt_rows)
-           ENTRIES(cache_adopt_observed) ENTRIES(cache_restore) ENTRIES(cache_truncate) ENTRIES(cache_copy) ENTRY(cache_copy_u32))
+MODULE(cache, ENTRIES(cache_append) ENTRIES(cache_adopt_state) ENTRIES(cache_adopt_rows) ENTRIES(cache_adopt_observed)
+                  ENTRIES(cache_restore) ENTRIES(cache_truncate) ENTRIES(cache_copy) ENTRY(cache_copy_u32))

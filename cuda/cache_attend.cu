@@ -1,4 +1,4 @@
-// One row per query head over all that a cache holds, with a bias or dropout: decode.cu, which is faster, has neither.
+// Attends one row per query head over a cache's columns, with a bias or dropout. decode.cu is faster and has neither.
 #include "bias.cuh"
 #include "cosine.cuh"
 #include "philox.cuh"
@@ -6,14 +6,14 @@
 
 constexpr unsigned WARPS = 8;
 
-// An unfinished softmax, in base 2. A NaN raises no maximum, and spoils the sum.
+// An unfinished softmax, in base 2. A NaN never becomes the maximum; it makes the sum NaN.
 struct Softmax {
   float maximum = -INFINITY, sum = 0.0f;
   WarpRow output;
 
   __device__ Softmax() { output.fill(0.0f); }
 
-  // Takes columns in of which `other` is the largest logit.
+  // Merges other columns, whose largest logit is `other`.
   __device__ void merge(float other, float other_sum, const WarpRow& other_output) {
     float larger = other > maximum ? other : maximum, base = larger == -INFINITY ? 0.0f : larger;
     float mine = exp2f(maximum - base), theirs = exp2f(other - base);
@@ -50,15 +50,16 @@ template <class T> struct Attend {
     return slot == p.window ? p.last - p.window : p.last - (p.last - slot) % p.window;
   }
 
-  __device__ void column(Global<const T> keys, Global<const T> values, Global<const float> ln, size_t at, unsigned token,
-                         Global<const float> bias) {
+  __device__ void column(Global<const T> keys, Global<const T> values, Global<const float> ln, size_t at,
+                         unsigned token, Global<const float> bias) {
     WarpRow key, value;
     key.load(keys, at * p.head_dim, p.head_dim), value.load(values, at * p.head_dim, p.head_dim);
     float dot = 0.0f, factor = 1.0f, added = ln ? LOG2_E * ln[at] : 0.0f;
 #pragma unroll
     for (unsigned i = 0; i < PER_LANE; i++) dot += query.x[i] * key.x[i];
     if (bias) added += bias_in_base_2(bias[p.bias.at(batch, head, 0, token)]);
-    if (p.dropout_cut != 0) factor = philox_word(p.dropout_key, row, p.last, token) >= p.dropout_cut ? p.dropout_scale : 0.0f;
+    if (p.dropout_cut != 0)
+      factor = philox_word(p.dropout_key, row, p.last, token) >= p.dropout_cut ? p.dropout_scale : 0.0f;
     value.scale(factor);
     softmax.merge(p.scale * warp_sum(dot) + added, 1.0f, value);
   }
@@ -91,10 +92,10 @@ template <class T> struct Attend {
         for (unsigned i = 0; i < PER_LANE; i++) part.x[i] = outputs[other * dim + first + i];
       all.merge(sums[2 * other], sums[2 * other + 1], part);
     }
-    // A row whose every column is hidden is zeros, unless its query is not finite: then no logit tells of that.
+    // A row whose every column is hidden gives zeros, unless its query is not finite, which no logit would show.
     bool bad_query = __any_sync(0xffffffffu, !query.finite<float>());
     all.output.scale(all.sum != 0.0f ? 1.0f / all.sum : bad_query ? NAN : 0.0f);
-    // As elsewhere, a row that holds anything not finite is NaN throughout.
+    // As in the other kernels, a row that holds a number that is not finite is NaN throughout.
     if (__any_sync(0xffffffffu, !all.output.finite<float>())) all.output.fill(NAN);
     all.output.store(out, (size_t)row * dim, dim);
   }

@@ -1,5 +1,22 @@
-// One list of a KV cache, as a warp holds it while tokens come in. Read as a stream: a token that leaves the window is
-// folded into the open chain, or closes it and starts a new one; closed chains are far columns for every later row.
+// One list of a KV cache on the device. One warp owns a list while tokens are appended: it alone reads and writes the
+// list's buffers, so no token needs a barrier wider than the warp.
+//
+// The idea: read as a stream, a list has three ages. A new token enters the window as a raw key and value. The token
+// that leaves the window is folded into the open chain, or closes it and starts a new one. A closed chain is a far
+// column, for every later row. So a list holds: far columns, one open chain (the edge of the newest row), and a window
+// of raw tokens.
+//
+// 1. Rings. Raw token t lies at slot t % window; its merge bit at t % (window + 1), since the bit of the token that
+//    leaves is read after the newest is written.
+// 2. A decision needs two rows that may have left the window: the newest key and the first key of the current run. Both
+//    are stored apart (`last_keys`, `run_keys`), raw, with the run's start.
+// 3. A row is spread over the warp, eight numbers a lane (warp_row.cuh), and the open chain is kept in f32. Rows that
+//    attention reads are stored in T and quarantined: a row that is not finite has a NaN key and a zero value.
+// 4. A running mean needs the chain and its size; a pair sum needs the raw token before (`previous_k`, `previous_v`).
+// 5. Under observed mass a token's bit is written later, when the last row of its window has added its mass
+//    (`observe`).
+//
+// No shared memory. The buffers of a list are those of `CacheState`.
 #pragma once
 
 #include "cosine.cuh"
@@ -8,15 +25,16 @@
 
 constexpr unsigned NO_RUN = 0xffffffffu;
 
-// Per list (what it holds is written below); rows are of D numbers.
+// The buffers of all lists; (lists, D) where no shape is given.
 template <class T> struct CacheState {
-  // Closed chains, (lists, capacity), and how many there are.
+  // Closed chains, (lists, capacity, D).
   Global<T> far_k, far_v;
   Global<float> far_ln;
-  // The last token of each.
+  // The last token of each closed chain, (lists, capacity); how many there are, (lists).
   Global<uint32_t> far_tokens;
   Global<uint32_t> lengths;
-  // (lists, window + 1): raw token t at t % window, the open chain at `window`; how many of them exist, from the front.
+  // (lists, window + 1, D): raw token t at t % window, the open chain at `window`. `local_lengths`: how many of these
+  // slots exist, from the front.
   Global<T> local_k, local_v;
   Global<float> local_ln;
   Global<uint32_t> local_lengths;
@@ -26,7 +44,7 @@ template <class T> struct CacheState {
   Global<T> previous_k, previous_v;
   // (lists, window + 1): whether token t joins t + 1, at t % (window + 1).
   Global<uint32_t> bits;
-  // Where the run that ends at the last token started, or NO_RUN; its first key and the last token's.
+  // Where the run that ends at the last token started, or NO_RUN; the first key of that run; the last token's key.
   Global<uint32_t> run_starts;
   Global<T> run_keys, last_keys;
   // (batch * heads, D), pair sums only.
@@ -35,7 +53,7 @@ template <class T> struct CacheState {
   Observed<T> observed;
 };
 
-// One list, as a warp holds it while tokens come in.
+// A list, as its warp holds it during an append.
 template <class T> struct CacheList {
   const CacheParams& p;
   const CacheState<T>& state;
@@ -51,11 +69,12 @@ template <class T> struct CacheList {
     chain_key.fill(0.0f), chain_value.fill(0.0f), previous_key.fill(0.0f), previous_value.fill(0.0f);
     if (p.first > p.window) {
       chain_key.load(state.chain_k, row, dim), chain_value.load(state.chain_v, row, dim);
-      if (p.fold == PAIR_SUM) previous_key.load(state.previous_k, row, dim), previous_value.load(state.previous_v, row, dim);
+      if (p.fold == PAIR_SUM)
+        previous_key.load(state.previous_k, row, dim), previous_value.load(state.previous_v, row, dim);
     }
   }
 
-  // Whether row i of the chunk, that of `token`, sees it and the token before by every head's bias.
+  // Whether row i of the chunk, which is the row of `token`, sees that token and the one before by every head's bias.
   __device__ bool sees_pair(Global<const float> bias, unsigned token, unsigned i) const {
     for (unsigned head = list.first_head; head < list.first_head + list.group; head++) {
       float left = bias[p.bias.at(list.batch, head, i, token - 1)], right = bias[p.bias.at(list.batch, head, i, token)];
@@ -64,7 +83,7 @@ template <class T> struct CacheList {
     return true;
   }
 
-  // Whether the token before `token`, which is number i of the chunk, is folded into it.
+  // Whether the token before `token` is folded into it; `token` is number i of the chunk.
   __device__ bool decide(Global<const T> q, Global<const T> k, Global<const float> tests, Global<const float> bias,
                          unsigned token, unsigned i) {
     unsigned t = token - 1;
@@ -108,7 +127,7 @@ template <class T> struct CacheList {
     step(merged, key, value);
   }
 
-  // The open chain takes one more token, or becomes it.
+  // Adds a token to the open chain if `merged`, else starts a new chain with it.
   __device__ void step(bool merged, const WarpRow& key, const WarpRow& value) {
     if (merged && p.fold == MEAN) {
       chain_key.running_mean(key, (float)size), chain_value.running_mean(value, (float)size);
@@ -121,7 +140,7 @@ template <class T> struct CacheList {
     previous_key = key, previous_value = value;
   }
 
-  // The open chain as a column.
+  // Writes the open chain as column `column`.
   __device__ void write(Global<T> keys, Global<T> values, Global<float> ln, size_t column) const {
     WarpRow key = chain_key, value = chain_value;
     WarpRow::quarantine<T>(key, value);
@@ -130,7 +149,7 @@ template <class T> struct CacheList {
     if (p.fold == MEAN && threadIdx.x % 32 == 0) ln.set(column, logf((float)size));
   }
 
-  // Number i of the chunk; returns whether the token before is folded into it.
+  // Appends number i of the chunk; returns whether the token before is folded into it.
   __device__ bool take(Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests,
                        Global<const float> bias, unsigned i) {
     unsigned token = p.first + i, window = p.window;
@@ -138,7 +157,7 @@ template <class T> struct CacheList {
     key.load(k, p.k.at(list.batch, list.kv_head, i), dim);
     value.load(v, p.v.at(list.batch, list.kv_head, i), dim);
     bool merges = token > 0 && !p.observes && decide(q, k, tests, bias, token, i);
-    // Lane 0 writes what every lane reads below, or when the next token comes.
+    // Every lane reads this word after the next __syncwarp, or with the next token.
     if (token > 0 && threadIdx.x == 0) state.bits.set(index * (window + 1) + (token - 1) % (window + 1), merges);
     follow_run(merges, token, key);
     WarpRow raw_key = key, raw_value = value;
@@ -163,14 +182,15 @@ template <class T> struct CacheList {
     return merges;
   }
 
-  // Where the list's part of what it observed begins.
+  // This list's part of `observed`.
   __device__ Observed<T> observed() const {
     size_t ring = index * p.window, all = index * (p.sinks + p.window);
     return {state.observed.keys + all * dim, state.observed.masses + ring, state.observed.norms + ring,
             state.observed.logits + all};
   }
 
-  // The row of number i of the chunk gives its window's tokens their mass; the one whose window it completes is decided.
+  // Adds the mass that the row of number i of the chunk gives to its window's tokens, then decides the token whose
+  // window it completes.
   __device__ void observe(Global<const T> q, Global<const float> tests, unsigned i, const WarpRow& key,
                           const WarpRow& value) {
     unsigned token = p.first + i, window = p.window;
@@ -205,7 +225,7 @@ template <class T> struct CacheList {
     if (threadIdx.x == 0) state.bits.set(index * (p.window + 1) + t % (p.window + 1), hidden);
   }
 
-  // `lengths` takes the list's new length.
+  // Writes the list's state; its new length goes to `lengths`.
   __device__ void finish(Global<uint32_t> lengths) const {
     unsigned seen = p.first + p.sizes.tokens, near = seen < p.window ? seen : p.window;
     if (seen > p.window) {
@@ -222,7 +242,8 @@ template <class T> struct CacheList {
     state.local_lengths.set(index, near + (seen > p.window));
   }
 
-  // The query rows of the last token of the chunk, as attention reads them, and as the next token's fold will.
+  // The query rows of the chunk's last token: folded, for attention, into `out`; raw, for the next token's fold, into
+  // the list.
   __device__ void queries(Global<const T> q, Global<T> out, bool merged) const {
     for (unsigned h = 0; h < list.group; h++) {
       size_t to = (index * list.group + h) * dim;

@@ -1,4 +1,4 @@
-// Cosines, one warp each, and the tests of heads. Sums in f32 whatever the dtype.
+// Cosines, one warp each, and the heads' tests. Sums in f32 for every dtype.
 #pragma once
 
 #include "params.cuh"
@@ -8,7 +8,7 @@ constexpr float MIN_NORM = 1e-12f;
 
 enum Strategy : unsigned { SIMILARITY = 0, DIFFERENCE = 1, OFF = 2 };
 
-// The pair, or row, of this warp: 4 warps a block.
+// The pair or row of this warp: 4 warps a block.
 __device__ __forceinline__ unsigned warp_pair() { return blockIdx.x * 4 + threadIdx.x / 32; }
 
 // Every lane gets the sum over the warp.
@@ -22,7 +22,7 @@ __device__ __forceinline__ float warp_sum(float x) {
 struct Products {
   float dot, norm_a, norm_b;
 
-  // A NaN norm is passed over here and comes back through the dot product.
+  // A NaN norm becomes MIN_NORM here; the dot product is NaN too.
   __device__ __forceinline__ float cosine() const {
     float a = norm_a > MIN_NORM ? norm_a : MIN_NORM, b = norm_b > MIN_NORM ? norm_b : MIN_NORM;
     return dot / a / b;
@@ -41,7 +41,7 @@ __device__ Products products(A a, size_t at_a, B b, size_t at_b, unsigned dim) {
   return {warp_sum(dot), sqrtf(warp_sum(aa)), sqrtf(warp_sum(bb))};
 }
 
-// The tests of a call, in a buffer or with its other arguments, so that few need no copy to the device.
+// The tests of a call, in a buffer or, if they are few, in the launch's arguments, which need no copy.
 struct Tests {
   Global<const float> many;
   const FewTests& few;
@@ -65,7 +65,7 @@ struct HeadTest {
   }
 };
 
-// Which query heads decide together, and the KV head they read.
+// The query heads that decide together, and the KV head they read.
 struct List {
   unsigned batch, first_head, group, kv_head;
 

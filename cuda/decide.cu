@@ -3,7 +3,7 @@
 #include "hw.cuh"
 #include "warp_row.cuh"
 
-// What every query head of a list asks of one cosine.
+// The tests of all query heads of a list on one cosine.
 struct GroupTest {
   float similar = INFINITY, different = INFINITY;
   bool off = false, compares_similar = false, compares_different = false;
@@ -22,21 +22,22 @@ struct GroupTest {
   }
 };
 
-// Rows that one after another are compared: token t of the left, and of the right, starts at `first` + t * `stride`.
+// Rows that are compared one after another: token t starts at `first` + t * `stride`.
 template <class T> struct Track {
   Global<const T> rows;
   size_t first, stride;
 };
 
-// Pairs that eight lanes go through, and those of a warp.
+// Pairs that eight lanes walk through, and those of a warp.
 constexpr unsigned WALK = 16, WARP_PAIRS = 4 * WALK;
 
-// Bit i: whether the cosine of left token t + i + 1 and right token t + i passes, for i < count <= WALK; the same in all of
-// the eight lanes that share t. PARTS: 64 dimensions each. SAME: both are the keys, of which each is read once.
+// Bit i: whether the cosine of left token t + i + 1 and right token t + i passes, for i < count <= WALK; the same in
+// all of the eight lanes that share t. PARTS: 64 dimensions each. SAME: both tracks are the keys, and each key is read
+// once.
 template <class T, unsigned PARTS, bool SAME>
 __device__ __forceinline__ unsigned walk(const Track<T>& left, const Track<T>& right, unsigned t, unsigned count,
                                          unsigned dim, const GroupTest& test) {
-  // Few registers of rows that are on their way, and many warps.
+  // Few rows in flight a thread leave registers for many warps.
   constexpr unsigned FIT = 4 / sizeof(T) / PARTS, AHEAD = FIT > 1 ? FIT : 1;
   unsigned at = threadIdx.x % 8 * 8, mask = 0;
   float before[PARTS][8], before_norm = 0.0f;
@@ -94,7 +95,7 @@ __device__ __forceinline__ unsigned walk(const Track<T>& left, const Track<T>& r
   return mask;
 }
 
-// Which pairs of one list pass by themselves.
+// The candidates of one list: pairs that pass their own test.
 template <class T, unsigned PARTS> struct Candidates {
   Global<const T> q, k;
   Global<const float> bias;
@@ -102,7 +103,7 @@ template <class T, unsigned PARTS> struct Candidates {
   const DecideParams& p;
   const List& list;
 
-  // Whether the row of a pair's second token sees both by every head's bias.
+  // Whether the row of pair t's second token sees both of its tokens by every head's bias.
   __device__ __forceinline__ bool seen(unsigned t) const {
     bool all = true;
     for (unsigned head = list.first_head; head < list.first_head + list.group; head++) {
@@ -112,7 +113,7 @@ template <class T, unsigned PARTS> struct Candidates {
     return all;
   }
 
-  // Bit i: `seen(t + i)`, for i < count <= WALK; each eighth lane may ask for another t.
+  // Bit i: `seen(t + i)`, for i < count <= WALK; each group of eight lanes may ask for another t.
   __device__ unsigned all_seen(unsigned t, unsigned count) const {
     unsigned mask = 0;
     for (unsigned i = threadIdx.x % 8; i < count; i += 8) mask |= (unsigned)seen(t + i) << i;
@@ -121,7 +122,8 @@ template <class T, unsigned PARTS> struct Candidates {
     return mask;
   }
 
-  // Bit i: pair t + i, for i < count <= WALK; each eighth lane may ask for another t. PARTS 0: the same t and one pair.
+  // Bit i: whether pair t + i is a candidate, for i < count <= WALK; each group of eight lanes may ask for another t.
+  // PARTS 0: all lanes ask for the same t, and for one pair.
   __device__ __forceinline__ unsigned operator()(unsigned t, unsigned count) const {
     size_t first = (size_t)list.batch * p.sizes.heads + list.first_head;
     if constexpr (PARTS == 0) {
@@ -138,8 +140,9 @@ template <class T, unsigned PARTS> struct Candidates {
     }
   }
 
-  // The same of every query head's next token, whatever the keys' track.
-  __device__ __forceinline__ unsigned queries_beside(const Track<T>& keys, size_t first, unsigned t, unsigned count) const {
+  // The same for query-key cosines: each query head's next token against the track of keys.
+  __device__ __forceinline__ unsigned queries_beside(const Track<T>& keys, size_t first, unsigned t,
+                                                     unsigned count) const {
     unsigned all = ~0u;
     for (unsigned head = 0; head < list.group; head++) {
       Track<T> queries = {q, p.q.at(list.batch, list.first_head + head, 0), p.q.token_stride};
@@ -148,8 +151,8 @@ template <class T, unsigned PARTS> struct Candidates {
     return all;
   }
 
-  // Whether token t + 1 passes against token `start`; every eight lanes may ask of others, or not, and then get false.
-  // PARTS 0: all lanes of the same ones.
+  // Whether token t + 1 passes against token `start`. Each group of eight lanes may ask for another pair of tokens; if
+  // it does not ask, it gets false. PARTS 0: all lanes ask for the same pair.
   __device__ __forceinline__ bool against(unsigned start, unsigned t, bool asks) const {
     if constexpr (PARTS == 0) {
       return asks && passes(q, k, tests, p, list, t + 1, start);
@@ -166,7 +169,7 @@ template <class T, unsigned PARTS> struct Candidates {
   }
 };
 
-// Bit i: whether the pair first + i is a candidate.
+// Bit i: whether pair first + i is a candidate, for the WARP_PAIRS pairs of a warp.
 template <class T, unsigned PARTS>
 __device__ __forceinline__ uint64_t stretch(const Candidates<T, PARTS>& candidates, unsigned first, unsigned pairs) {
   uint64_t found = 0;
@@ -180,10 +183,10 @@ __device__ __forceinline__ uint64_t stretch(const Candidates<T, PARTS>& candidat
   return found;
 }
 
-// The causal rule. Everything that it asks of a token happens within a stretch of candidates: pairs that pass by
-// themselves. A warp finds those of WARP_PAIRS pairs, and walks along each stretch that begins there, to its end wherever
-// that is: each eight lanes along one of their own, and all of them along the one that leads further. Grid (pairs /
-// (4 * WARP_PAIRS), batch * lists); bits are (batch, heads, pairs).
+// The causal rule. Its decisions are independent from one stretch of candidates (consecutive pairs that pass their own
+// test) to the next. A warp finds the candidates of WARP_PAIRS pairs and walks along each stretch that begins there, to
+// the stretch's end. Each group of eight lanes walks along a stretch of its own; all lanes together walk along the one
+// that leaves the warp's pairs. Grid (pairs / (4 * WARP_PAIRS), batch * lists); bits are (batch, heads, pairs).
 template <class T, unsigned PARTS> struct Causal {
   const DecideParams& p;
   const List& list;
@@ -192,7 +195,7 @@ template <class T, unsigned PARTS> struct Causal {
   unsigned first, pairs;
   uint64_t found;
 
-  // By lane `lane` of `lanes`.
+  // For lane `lane` of the `lanes` that share the work.
   __device__ __forceinline__ void write(unsigned t, bool bit, unsigned lane, unsigned lanes) const {
     size_t at = ((size_t)list.batch * p.sizes.heads + list.first_head) * pairs + t;
     for (unsigned head = lane; head < list.group; head += lanes) bits.set(at + (size_t)head * pairs, bit);
@@ -200,7 +203,7 @@ template <class T, unsigned PARTS> struct Causal {
 
   __device__ __forceinline__ bool is_candidate(unsigned t) const { return found >> (t - first) & 1; }
 
-  // Along a stretch, all lanes: from pair t on, in a run from `start` where there is one.
+  // All lanes walk along a stretch from pair t on; `running`: in a run that began at `start`.
   __device__ void walk_together(unsigned t, unsigned start, bool running) {
     constexpr unsigned AHEAD = PARTS == 0 ? 1 : 4;
     unsigned lane = threadIdx.x % 32, ahead = 0, across = 0;
@@ -212,7 +215,7 @@ template <class T, unsigned PARTS> struct Causal {
         start = t, ahead = 0;
       } else if (t - start < p.max_merge_level) {
         if (ahead == 0) {
-          // Of the next ones at once, each by its eight lanes.
+          // Four tokens ahead at once, one for each group of eight lanes.
           unsigned mine = PARTS == 0 ? t : t + lane / 8;
           across = __ballot_sync(0xffffffffu, candidates.against(start, mine, mine < pairs)), ahead = AHEAD;
         }
@@ -229,7 +232,7 @@ template <class T, unsigned PARTS> struct Causal {
     unsigned lane = threadIdx.x % 32, t = 0, start = 0;
     bool active = false, running = false, leaves = false;
     while (true) {
-      // Those that are through take the next stretches, in order.
+      // Idle groups take the next stretches, in order.
       unsigned idle = __ballot_sync(ALL, !active) & GROUPS;
       uint64_t rest = starts;
       for (int before = __popc(idle & ((1u << lane / 8 * 8) - 1)); before > 0; before--) rest &= rest - 1;
@@ -284,8 +287,8 @@ __device__ void causal(Global<const T> q, Global<const T> k, Global<const float>
   }
 }
 
-// The reference rule's candidates: bit l of levels[head][t] is whether token t + l + 1 passes against token t. Lists are
-// query heads, and a warp has a pair: grid (pairs / 4, batch * lists).
+// The reference rule's candidates: bit l of levels[head][t] is whether token t + l + 1 passes against token t. Lists
+// are query heads; one warp per pair: grid (pairs / 4, batch * lists).
 template <class T>
 __device__ void levels(Global<const T> q, Global<const T> k, const Tests& tests, Global<uint8_t> levels,
                        Global<uint8_t> bits, const DecideParams& p) {
@@ -299,8 +302,8 @@ __device__ void levels(Global<const T> q, Global<const T> k, const Tests& tests,
   bits.set((size_t)blockIdx.y * pairs + t, (uint8_t)(reached & 1));
 }
 
-// Sweeps go on while the one before cleared a bit and somewhere in the call two neighbouring bits are set.
-// flags[2 * sweep]: two neighbours are set; flags[2 * sweep + 1]: the sweep cleared a bit. A thread per pair.
+// Sweeps go on while the previous one cleared a bit and two neighbouring bits are set anywhere in the call. flags[2 *
+// sweep]: two neighbours are set; flags[2 * sweep + 1]: the sweep cleared a bit. A thread per pair.
 KERNEL decide_adjacent(Global<const uint8_t> bits, Global<uint32_t> flags, SweepParams p) {
   size_t t = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (p.sweep > 0 && !flags[2 * p.sweep - 1]) return;
@@ -309,7 +312,8 @@ KERNEL decide_adjacent(Global<const uint8_t> bits, Global<uint32_t> flags, Sweep
   if (head[t] && head[t + 1]) flags.set(2 * p.sweep, 1);
 }
 
-// The number of a set bit in its run, from 0 (from 1 in the run at the very start); more than `levels` is not told apart.
+// The number of a set bit in its run, from 0, or from 1 in the run at the very start. Numbers above `levels` are not
+// told apart.
 __device__ unsigned number_in_run(Global<const uint8_t> head, unsigned t, unsigned levels) {
   unsigned before = 0;
   while (before <= levels && before < t && head[t - before - 1]) before++;
@@ -333,7 +337,7 @@ KERNEL decide_sweep(Global<const uint8_t> levels, Global<const uint8_t> bits, Gl
   swept.set((size_t)blockIdx.y * p.pairs + t, bit);
 }
 
-// PARTS of 64 dimensions; 0 where rows are longer or no whole number of eights.
+// PARTS: 64 dimensions each; 0 for longer rows and for sizes that are no multiple of 8.
 #define DECIDE_CAUSAL(suffix, T, DIM, PARTS)                                                                          \
   KERNEL __launch_bounds__(128, PARTS < 4 ? 8 : 4) decide_causal_##DIM##_##suffix(                                    \
       Global<const T> q, Global<const T> k, Global<const float> bias, Global<const float> many, Global<uint8_t> bits,  \

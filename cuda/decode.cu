@@ -1,7 +1,26 @@
-// One new token of a cache, taken in and attended to in one launch: bound by memory, so each key and value is read once and
-// serves the query heads of its group. A list's far columns are split over blocks by its length, which only the device
-// knows; one more block takes the token in and reads the local columns (the open chain and the window). The block of a
-// list that comes last joins the parts.
+// One new token of a cache, appended and attended in one launch.
+//
+// The grid is (lists, 1 + splits * shares). A list has `group` query heads; a block attends G of them at a time, so
+// there are group / G shares. Block y = 0 of a list appends the token, then reads the list's local columns (the open
+// chain and the window) and the chain that the token closed, if any, for all shares in turn. Every other block reads
+// one split of the far columns for one share. Each block writes a partial softmax of its rows; the block of the list
+// that finishes last joins them.
+//
+// The idea: decoding is bound by memory, so each key and value is read once and serves all G query heads, and the far
+// columns of a list are split over enough blocks to keep memory busy. The host does not know how long a list is; each
+// block reads the length and divides it by `splits`.
+//
+// 1. A row of D elements is read by D / 8 lanes, 16 bytes a lane in f16 and bf16, so a warp reads 256 / D rows at once.
+//    DECODE_UNROLL such reads are in flight while those before are weighed (`columns`).
+// 2. Each group of lanes has a softmax of its own; they are merged only at the end (`finish`), first in the warp by
+//    shuffles, then through shared memory, always in the same order: the same bits on every run.
+// 3. The running maximum follows a logit only if it is larger by more than 8, so that most columns rescale nothing.
+// 4. The new length is written last. Other blocks of the list split by the old length, so `next` holds the new one
+//    until the last block has arrived (`comes_last`).
+// 5. `join` has one warp per row; it reads eight parts at a time, before the weight of each is known.
+//
+// Shared memory: G rows of 4 warps, D + 4 floats each (output, maximum, sum, padding): 16 * G * (D + 4) bytes, for
+// example 8 448 at G = 4, D = 128. `comes_last` uses its first word again.
 #include "cache_list.cuh"
 #include "hw.cuh"
 
@@ -75,7 +94,7 @@ struct Partial {
         }
     }
 
-    // Takes a partial result of other columns into row g.
+    // Merges the partial result of other columns into row g.
     SFA_DEVICE void merge(int g, float other_maximum, float other_sum, const float (&other)[8]) {
         float raised = hw::max(maximum[g], other_maximum), base = raised == -hw::infinity() ? 0.f : raised;
         float mine = hw::exp2(maximum[g] - base), theirs = hw::exp2(other_maximum - base);
@@ -96,11 +115,11 @@ struct Parts {
 
 constexpr int DECODE_WARPS = 4, DECODE_UNROLL = 4;
 
-// Rows of D elements are read by D / 8 lanes each; a warp reads 256 / D rows at once.
+// The state of a thread. D / 8 lanes read a row; a warp reads 256 / D rows at once.
 template <class T, int D, int G>
 struct Decoder {
     static constexpr int LANES = D / 8, TOGETHER = 32 / LANES, STEP = TOGETHER * DECODE_WARPS;
-    // Of a part in shared memory, in floats: its output, maximum and sum.
+    // Floats of a part in shared memory: output, maximum, sum and padding to 16 bytes.
     static constexpr int ROW = D + 4;
 
     int lane, sub;  // which eight elements, and which of the rows that are read together
@@ -113,7 +132,7 @@ struct Decoder {
     SFA_DEVICE Decoder(uint32_t dim, float scale)
         : lane(threadIdx.x % LANES), sub(threadIdx.x / LANES), dim(dim), mine(lane * 8 < int(dim)), scale(scale) {}
 
-    // G query heads from `head` on; nothing waits for them before the first columns are on their way.
+    // Starts reading G query heads from `head` on. They are used after the first columns are in flight too.
     SFA_DEVICE void start(const Global<const T>& q, const CacheParams& c, uint32_t batch, uint32_t head) {
         partial.clear();
 #pragma unroll
@@ -123,7 +142,7 @@ struct Decoder {
         }
     }
 
-    // What is read at once, as it is stored.
+    // The columns that are read together, in their storage dtype.
     struct Stage {
         typename Stored<T>::Raw keys[DECODE_UNROLL], values[DECODE_UNROLL];
         float added[DECODE_UNROLL];
@@ -143,7 +162,7 @@ struct Decoder {
         }
     }
 
-    // Columns [begin, end) of one list; the next ones are on their way while these are weighed.
+    // Attends columns [begin, end) of one list; the next ones are in flight while these are weighed.
     SFA_DEVICE void columns(const Store<T>& store, int begin, int end) {
         if (begin >= end) return;
         constexpr int COLUMNS = STEP * DECODE_UNROLL;
@@ -179,7 +198,8 @@ struct Decoder {
             logits[u] = logit + added[u];
             largest = hw::max(largest, logits[u]);
         }
-        // The maximum follows only what is beyond it by more than 8: weights reach 2^8 then, and most columns rescale nothing.
+        // The maximum follows only a logit that exceeds it by more than 8: weights reach 2^8, and most columns rescale
+        // nothing.
         if (largest - partial.maximum[g] > 8.f) {
             float rescale = hw::exp2(partial.maximum[g] - largest);
             partial.maximum[g] = largest;
@@ -197,8 +217,8 @@ struct Decoder {
         }
     }
 
-    // Joins the block's parts, first within each warp, then through shared memory, always in the same order, and writes
-    // rows `row` to `row + G` of part `part`. A meeting point of the block.
+    // Joins the block's partial results, first within each warp, then through shared memory, always in the same order.
+    // Writes rows `row` to `row + G` of part `part`. A meeting point of the block.
     SFA_DEVICE void finish(const Parts& parts, const DecodeParams& p, int64_t row, uint32_t part) {
         hw::Tile shared = hw::tile(0, G * DECODE_WARPS * ROW * 4);
         int warp = threadIdx.x / 32, first = threadIdx.x % 32;
@@ -243,8 +263,8 @@ struct Decoder {
     }
 };
 
-// Whether this block is the last one of its list to come here; what the others wrote can be read then. A meeting point of
-// the block.
+// Whether this block is the last of its list to arrive; it may then read what the others wrote. A meeting point of the
+// block.
 SFA_DEVICE bool comes_last(const Global<uint32_t>& arrived, int64_t list) {
     hw::Tile flag = hw::tile(0, 4);
     hw::fence();
@@ -256,7 +276,7 @@ SFA_DEVICE bool comes_last(const Global<uint32_t>& arrived, int64_t list) {
     return last;
 }
 
-// Joins the parts of one row, in order; a row that holds anything not finite becomes NaN throughout. One warp.
+// Joins the parts of one row, in order. A row that holds a number that is not finite becomes NaN throughout. One warp.
 template <class T, int D>
 SFA_DEVICE void join(const Parts& parts, const Global<T>& output, const DecodeParams& p, uint32_t dim, int64_t row) {
     constexpr int PAIRS = D / 64, TOGETHER = 8;
@@ -268,13 +288,14 @@ SFA_DEVICE void join(const Parts& parts, const Global<T>& output, const DecodePa
         for (int i = 0; i < TOGETHER * PAIRS; i++) {
             int at = part + i / PAIRS, d = i % PAIRS * 64 + lane * 2;
             x[i / PAIRS][i % PAIRS] = float2{0, 0};
-            if (at < count && d < int(dim)) x[i / PAIRS][i % PAIRS] = load_vector<float2>(parts.outputs, (first + at) * dim + d);
+            if (at < count && d < int(dim))
+                x[i / PAIRS][i % PAIRS] = load_vector<float2>(parts.outputs, (first + at) * dim + d);
         }
     };
     auto sums = [&](int part) {
         return part < count ? load_vector<float2>(parts.sums, (first + part) * 2) : float2{-hw::infinity(), 0};
     };
-    // The first ones are on their way while it is found out how much each counts.
+    // The first parts are in flight while their weights are computed.
     read(0);
     float2 mine = sums(lane);
     float maximum = mine.x, total = 0, out[PAIRS][2] = {};
@@ -318,9 +339,8 @@ SFA_DEVICE void join(const Parts& parts, const Global<T>& output, const DecodePa
     }
 }
 
-// blockIdx.x: the list. blockIdx.y: 0 takes the new token in, where one is appended, and reads the local columns and what
-// it closed, for all query heads; the others read a split of the far columns for G of them. `counters` are (2, lists):
-// blocks that have arrived, which is 0 between launches, and the list's next length.
+// blockIdx.x: the list. blockIdx.y: 0 for the appending block, else 1 + share * splits + split. `counters` (2, lists):
+// the blocks that have arrived, 0 between launches; and the list's next length.
 template <class T, int D, int G>
 SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const Global<const T>& v,
                        const Global<const float>& tests, const CacheState<T>& state, const Global<float>& memory,
@@ -334,7 +354,7 @@ SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const
     if (blockIdx.y > 0) share = (blockIdx.y - 1) / p.splits, shares = share + 1, kinds = 1;
     Decoder<T, D, G> decoder(dim, p.scale);
     decoder.start(q, c, batch, head + share * G);
-    // Other blocks of the list count on the old length until the last of them is through.
+    // Other blocks of the list read the old length until the last of them has arrived.
     int length = int(state.lengths[list]), begin = length, end = length;
     if (blockIdx.y == 0) {
         if (p.appends && threadIdx.x < 32) {
@@ -351,7 +371,7 @@ SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const
     }
     for (; share < shares; share++) {
         if (share > 0 && blockIdx.y == 0) decoder.start(q, c, batch, head + share * G);
-        // By value: chosen between by reference, the views would be kept in memory.
+        // By value: a reference to one of two would keep the views in local memory.
 #pragma unroll 1
         for (int kind = 0; kind < kinds; kind++) {
             bool far = kind == 0;
@@ -363,13 +383,14 @@ SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const
         decoder.finish(parts, p, list * group + share * G, part);
     }
     if (!comes_last(counters, list)) return;
-    for (int row = threadIdx.x / 32; row < group; row += DECODE_WARPS) join<T, D>(parts, output, p, dim, list * group + row);
+    for (int row = threadIdx.x / 32; row < group; row += DECODE_WARPS)
+        join<T, D>(parts, output, p, dim, list * group + row);
     if (threadIdx.x != 0) return;
     counters.set(list, 0);
     if (p.appends) state.lengths.set(list, next[list]);
 }
 
-// Blocks of a multiprocessor: `resident` in src/cuda/decode.rs.
+// Resident blocks a multiprocessor: as `resident` in src/cuda/decode.rs.
 template <class T, int G>
 constexpr int DECODE_BLOCKS = sizeof(T) == 4 ? 2 : G == 1 ? 4 : G == 2 ? 3 : 2;
 

@@ -1,11 +1,11 @@
-// What merging leaves of keys and values (see "Attention" in params.cuh for the buffers), and gradients taken home.
-// Tokens are given lanes: 4 warps a block, grid (tokens / (128 / lanes), batch * lists), except where it says otherwise. A
-// warp walks along a chain of means; else rows are on their own and as many share a warp as fit.
+// Folds keys and values (see "Attention" in params.cuh for the buffers), and maps gradients back to raw tokens. By
+// default a group of lanes per token: 4 warps a block, grid (tokens / (128 / lanes), batch * lists). Under `Mean` a
+// warp walks along a chain; otherwise rows are independent, and a warp takes several if they fit.
 #include "cosine.cuh"
 #include "hw.cuh"
 #include "warp_row.cuh"
 
-// A token and its lanes.
+// The token of this thread, and the lanes that share it.
 struct TokenLanes {
   Lanes lanes;
   unsigned token;
@@ -21,18 +21,20 @@ struct ListBits {
   unsigned pairs;
 
   __device__ __forceinline__ ListBits(Global<const uint8_t> all, const Sizes& sizes, const List& list)
-      : bits(all + ((size_t)list.batch * sizes.heads + list.first_head) * (sizes.tokens - 1)), pairs(sizes.tokens - 1) {}
+      : bits(all + ((size_t)list.batch * sizes.heads + list.first_head) * (sizes.tokens - 1)),
+        pairs(sizes.tokens - 1) {}
   __device__ __forceinline__ bool hidden(unsigned t) const { return t < pairs && bits[t]; }
   // Whether the token before is folded into t.
   __device__ __forceinline__ bool joined(unsigned t) const { return t > 0 && bits[t - 1]; }
 };
 
-// far_index, tokens that stay and then the hidden ones from the last to the first, and far_before: how many tokens before
-// each one are not hidden. One block of SCAN_WARPS warps per list; a warp takes SCAN_EACH times 32 tokens in a row, a lane
-// one of each 32, so that what is read and written lies side by side.
+// Writes far_index (tokens that stay, then the hidden ones from the last to the first) and far_before (how many tokens
+// before each one stay). One block of SCAN_WARPS warps per list. A warp takes SCAN_EACH * 32 neighbouring tokens, and a
+// lane one of each 32, so that reads and writes are contiguous.
 constexpr unsigned SCAN_WARPS = 32, SCAN_EACH = 4;
 
-KERNEL fold_scan(Global<const uint8_t> all_bits, Global<uint32_t> far_index, Global<uint32_t> far_before, FoldParams p) {
+KERNEL fold_scan(Global<const uint8_t> all_bits, Global<uint32_t> far_index, Global<uint32_t> far_before,
+                 FoldParams p) {
   hw::let_next_start();
   hw::wait_for_previous();
   Shared<uint32_t> kept_in = shared_memory<uint32_t>(0, SCAN_WARPS);
@@ -101,8 +103,8 @@ __device__ void write_folded(WarpRow key, WarpRow value, unsigned t, unsigned si
   }
 }
 
-// Folds and gathers. The warp of a chain's first token walks along it where means run; else each token is on its own,
-// and lanes past the last token go along to the meeting point.
+// Folds, and gathers far columns. Under `Mean` the warp of a chain's first token walks along the chain. Otherwise each
+// token is independent, and lanes past the last token come along to the warp's meeting point.
 template <class T>
 __device__ void gather(Global<const T> k, Global<const T> v, Global<const uint8_t> all_bits,
                        Global<const uint32_t> far_before, const FoldOutputs<T>& out, const FoldParams& p) {
@@ -138,7 +140,7 @@ __device__ void gather(Global<const T> k, Global<const T> v, Global<const uint8_
   }
 }
 
-// Queries (batch, heads, N, D) with the hidden one before added. Lists are query heads.
+// Queries (batch, heads, N, D), each plus the one before if that is hidden. Lists are query heads.
 template <class T>
 __device__ void fold_queries(Global<const T> q, Global<const uint8_t> all_bits, Global<T> out, const FoldParams& p) {
   TokenLanes own(p, false);
@@ -157,14 +159,14 @@ __device__ void fold_queries(Global<const T> q, Global<const uint8_t> all_bits, 
 
 // --- Gradients ------------------------------------------------------------------------------------------------------
 
-// Gradients of far columns and of folded tokens, (batch * lists, N, D), and what it takes to find a token's.
+// Gradients of far columns and of folded tokens, (batch * lists, N, D), and what finds a token's.
 struct FoldedGradients {
   Global<const float> far, folded;
   Global<const uint8_t> bits;
   Global<const uint32_t> far_before;
 
-  // The gradient of a folded token: of its edge column, and of its far column where it is not hidden. `list`: batch *
-  // lists + list.
+  // The gradient of a folded token: of its edge column, plus that of its far column if it is not hidden. `list`: batch
+  // * lists + list.
   __device__ __forceinline__ void load(WarpRow& row, size_t list, unsigned t, bool hidden, Lanes lanes,
                                        const FoldParams& p) const {
     unsigned tokens = p.sizes.tokens, dim = p.sizes.head_dim;
@@ -175,8 +177,10 @@ struct FoldedGradients {
     row.add(column);
   }
 
-  // The gradient of a raw token where no means run: it is in its own folded token, and in the next if it is added to it.
-  __device__ __forceinline__ void load_raw(WarpRow& sum, size_t list, unsigned t, Lanes lanes, const FoldParams& p) const {
+  // The gradient of a raw token unless the fold is `Mean`: its own folded token's, plus the next one's if it is added
+  // to that.
+  __device__ __forceinline__ void load_raw(WarpRow& sum, size_t list, unsigned t, Lanes lanes,
+                                           const FoldParams& p) const {
     ListBits own(bits, p.sizes, List(p.sizes, list));
     load(sum, list, t, own.hidden(t), lanes, p);
     if (p.fold != PAIR_SUM || !own.hidden(t)) return;
@@ -186,8 +190,8 @@ struct FoldedGradients {
   }
 };
 
-// The transpose of the fold where means run: gradients of far and folded columns to those of raw tokens, (batch * lists,
-// N, D). The warp of a chain's first token walks it from its end.
+// The transpose of `Mean`: gradients of far and folded columns to gradients of raw tokens, (batch * lists, N, D). The
+// warp of a chain's first token walks along it from its end.
 KERNEL fold_unfold(Global<const float> far, Global<const float> folded, Global<const uint8_t> all_bits,
                    Global<const uint32_t> far_before, Global<float> out, FoldParams p) {
   TokenLanes own(p, true);
@@ -202,7 +206,7 @@ KERNEL fold_unfold(Global<const float> far, Global<const float> folded, Global<c
   if (bits.joined(first)) return;
   unsigned last = first;
   while (bits.hidden(last)) last++;
-  // F[t] is the mean of the chain up to t: each token has 1/n[t] of every later F[t].
+  // F[t] is the mean of the chain up to t: each token has a share of 1/n[t] in it, and so in every later F[t].
   sum.fill(0.0f);
   for (unsigned t = last + 1; t-- > first;) {
     gradients.load(row, blockIdx.y, t, bits.hidden(t), lanes, p);
@@ -212,9 +216,9 @@ KERNEL fold_unfold(Global<const float> far, Global<const float> folded, Global<c
   }
 }
 
-// Adds up the gradients of a KV head's lists into (batch, kv_heads, N, D): of columns, `unfolded` to raw tokens (batch *
-// lists, N, D) where means run and else found in `gradients`, and of near tokens (batch * lists, N, D). Each may be absent;
-// the grid has batch * kv_heads in place of the lists.
+// Adds up the gradients of a KV head's lists into (batch, kv_heads, N, D). Gradients of columns come as `unfolded` (raw
+// tokens, (batch * lists, N, D), for `Mean`) or from `gradients`; those of near tokens are (batch * lists, N, D). Each
+// may be absent. The grid has batch * kv_heads in place of the lists.
 template <class T>
 __device__ void reduce(Global<const float> unfolded, const FoldedGradients& gradients, Global<const float> near,
                        Global<T> out, const FoldParams& p) {
@@ -241,8 +245,8 @@ __device__ void reduce(Global<const float> unfolded, const FoldedGradients& grad
   sum.store(out, ((size_t)blockIdx.y * tokens + t) * dim, dim, own.lanes);
 }
 
-// Gradients of folded queries, f32 (batch, heads, N, D), to those of queries. Lists are query heads; `all_bits` is
-// absent where queries are not folded.
+// Gradients of folded queries, f32 (batch, heads, N, D), to those of raw queries. Lists are query heads; `all_bits` is
+// absent if queries are not folded.
 template <class T>
 __device__ void unfold_queries(Global<const float> folded, Global<const uint8_t> all_bits, Global<T> out,
                                const FoldParams& p) {

@@ -1,8 +1,9 @@
-// Attention forward: see forward_block.cuh. f16 and bf16 on tensor cores; heads' row blocks in one axis of the grid,
-// the rows that see most first.
+// Attention forward in f16 and bf16: see forward_block.cuh. One axis of the grid has the blocks of rows of all heads,
+// those that see the most columns first.
 #include "forward_block.cuh"
 
-// (dtype, padded head size) x (plain, with bias or dropout); BLOCKS of one multiprocessor at a time.
+// By dtype and padded head size, plain or with a bias or dropout. Arguments: T, D, MT, NB, resident blocks a
+// multiprocessor, EXTRAS, LISTED.
 #define FORWARD_DTYPE(dtype, T)                                        \
     FORWARD(forward_64_##dtype, T, 64, 2, 64, 3, false, false)         \
     FORWARD(forward_96_##dtype, T, 96, 2, 32, 2, false, false)         \

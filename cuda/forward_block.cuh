@@ -1,9 +1,30 @@
-// One block of query rows against its columns, on tensor cores, after FlashAttention-2 (Dao 2023): tiles of logits go
-// through an online softmax and stay in registers as the weights of the values. There are two buffers of keys and values:
-// while one tile is computed the next is on its way, and warps meet once per tile.
+// Forward attention on tensor cores (mma.m16n8k16, sm_80 and up), after FlashAttention-2 (Dao 2023).
 //
-// A number that is not finite and of which a row knows nothing must not reach it by 0 * NaN. Masked tiles are not searched
-// for such: a logit or an output that is not finite tells of them, and the block starts again with care.
+// A block owns 64 * MT query rows of one head: their output rows and log-sum-exps. Four warps of 16 * MT rows each keep
+// their rows' output and softmax state in registers and share the tiles of columns.
+//
+// The idea: columns come in tiles of NB, through two buffers of keys and values. A tile's logits go through an online
+// softmax and stay in registers as the weights of its values.
+//
+// 1. One meeting a tile (`step`). A thread waits for its copies of this tile, all warps meet, the copies of the next
+//    tile start into the other buffer, and the tile is multiplied.
+// 2. Weights need no shuffle: the fragments of a product of queries and keys are, once rounded to T, the left fragments
+//    of the product with values.
+// 3. Masked tiles come first, full tiles after them (see forward_tiles.cuh), so the longer loop has no mask. In a
+//    masked tile a warp multiplies only those 16 columns at a time that one of its rows sees (`reach`).
+// 4. Facts that are the same for a block lie in shared memory, and some values are recomputed in place
+//    (hw::keep_in_place): registers are for products.
+// 5. A number that is not finite must not reach a row that does not see it, by 0 * NaN. Masked tiles are not searched
+//    for such numbers. A logit or an output that is not finite reveals them, and then the block starts again with care:
+//    every masked tile is searched before its product.
+//
+// Shared memory, in this order; bytes of forward_64 and forward_128:
+//
+//   queries, then output    ROWS * D * 2                     16 384   32 768
+//   keys and values         2 * 2 * NB * D * 2               32 768   65 536
+//   words of two tiles      2 * NB * 4                          512      512
+//   marks of bad rows       (NB + 4) * 4                        272      272
+//   facts                   48, and 8 * ROWS if LISTED           48       48
 #pragma once
 
 #include "forward_rows.cuh"
@@ -20,7 +41,7 @@ struct ForwardBlock : ForwardRows<T, S, EXTRAS> {
     SFA_DEVICE ForwardBlock(const AttentionParams& p, const ForwardTensors& x)
         : Rows(p, x), query_rows(false, Rows::warp_row()), key_rows(true, 0), value_rows(false, 0) {}
 
-    // Starts the tokens of a step's columns on their way.
+    // Starts the copies of the tokens of a step's columns. `left`: how many steps follow it.
     template <bool FULL>
     SFA_DEVICE void load_tokens(uint32_t left) {
         Columns c = this->template columns<FULL>(left);
@@ -29,7 +50,7 @@ struct ForwardBlock : ForwardRows<T, S, EXTRAS> {
         if (hw::thread() < NB) hw::copy_async_word(this->words(left), hw::thread() * 4, x.far_index, index, there);
     }
 
-    // Starts on its way what a step reads; steps go by how many are left after them.
+    // Starts the copies of a step's tile, and of the next one's tokens. Steps are numbered by how many follow them.
     template <bool FULL>
     SFA_DEVICE void load(uint32_t left) {
         Columns c = this->template columns<FULL>(left);
@@ -41,14 +62,14 @@ struct ForwardBlock : ForwardRows<T, S, EXTRAS> {
         hw::copy_commit();
     }
 
-    // One tile, which is under way; `left` are left after it. MASKED: some rows do not see some of its columns, or it is
-    // searched for numbers that are not finite; `met` is NaN once a logit was none.
+    // One tile, whose copies are in flight; `left` tiles follow it. MASKED: some rows do not see some of its columns,
+    // or it is searched for numbers that are not finite. `met` becomes NaN once a logit is not finite.
     template <bool MASKED>
     SFA_DEVICE void step(uint32_t& left, float& met) {
         hw::copy_wait<0>();
         __syncthreads();
         if (left > 0) load<!MASKED>(left - 1);
-        // Or the next step's number would be held from here on.
+        // Otherwise the number of the next step would stay in a register from here on.
         hw::keep_in_place(left);
         Columns c = this->template columns<!MASKED>(left);
         if (MASKED && this->careful()) this->search(c, keys(left), values(left));
@@ -65,12 +86,12 @@ struct ForwardBlock : ForwardRows<T, S, EXTRAS> {
         if (this->template raise<MASKED>(rescale, s, scale, wanted)) this->multiply_output(rescale);
         this->template weigh<MASKED>(s, scale, wanted);
         if (EXTRAS && p.dropout_cut != 0) this->drop(s, c);
-        // Or the values' place would be held from the keys' on.
+        // Otherwise the address of the values would stay in a register while keys are multiplied.
         hw::keep_in_place(left);
         multiply_weights<T, D, MT, NT, MASKED>(output, value_rows, s, values(left), wanted);
     }
 
-    // Attends, and notes the first bad token.
+    // Attends, and notes the first token that is not finite.
     SFA_DEVICE void run() {
         this->hold();
         this->template load_queries<THREADS>(hw::thread());
@@ -78,7 +99,7 @@ struct ForwardBlock : ForwardRows<T, S, EXTRAS> {
         this->clear_marks();
         this->clear_first_bad();
         if (LISTED) {
-            // A row sees its own token: there is a step.
+            // Every row sees its own token, so there is at least one step.
             load_tokens<false>(this->bounds().steps() - 1);
             hw::copy_commit();
             hw::copy_wait<0>();
@@ -101,13 +122,13 @@ struct ForwardBlock : ForwardRows<T, S, EXTRAS> {
         suspect(this->divide());
     }
 
-    // The word after the marks of bad columns, 0 at first: whether a number that is not finite was met.
+    // The word after the marks of bad columns, 0 at first: whether the block met a number that is not finite.
     static constexpr uint32_t SUSPECT = (NB + 1) * 4;
     SFA_DEVICE void suspect(bool holds) const {
         if (holds) hw::store(this->bad, SUSPECT, 1u);
     }
 
-    // Whether such were met without care; from now on there is. A meeting point.
+    // Whether the block met such a number without care; care is switched on then. A meeting point.
     SFA_DEVICE bool starts_again() {
         __syncthreads();
         if (hw::load<uint32_t>(this->bad, SUSPECT) == 0 || this->careful()) return false;
@@ -116,14 +137,15 @@ struct ForwardBlock : ForwardRows<T, S, EXTRAS> {
     }
 };
 
-// Attends and writes, and starts again with care where it has to.
+// Attends and writes; starts again with care if it must.
 template <class T, class S, bool EXTRAS>
 SFA_DEVICE void attend_rows(const ForwardTensors& x, const AttentionParams& p) {
     typedef ForwardBlock<T, S, EXTRAS> Block;
     uint2 place = RowBlocks<S>(p).place(blockIdx.x);
     hw::let_next_start();
     hw::wait_for_previous();
-    // Without causality no tile is masked by itself: every one is searched.
+    // Without causality no tile needs a mask, and an infinite key may show only as a logit of minus infinity: every
+    // tile is searched.
     Block(p, x).template note_facts<S::THREADS>(place.x, place.y, p.dense && !p.causal, hw::thread());
     __syncthreads();
     for (;;) {

@@ -1,6 +1,6 @@
-// Attention forward in f32 arithmetic throughout: no tensor cores, since those would round to TF32. Four lanes share a
-// row: each takes every fourth group of four elements of D. 32 rows a block; keys and values come through the caches,
-// which the rows of a block read in step.
+// Attention forward in f32 arithmetic throughout: tensor cores would round to TF32. Four lanes share a row; each takes
+// every fourth group of four elements of D. A block has 32 rows, which read keys and values in step, so that the caches
+// serve all of them.
 #include "params.cuh"
 #include "rows_f32.cuh"
 #include "softmax.cuh"
@@ -18,7 +18,7 @@ __device__ __forceinline__ void forward_f32_rows(const ColumnsF32& x, Global<flo
     for (int i = 0; i < PART; i++) sums[i] = 0;
     float maximum = -hw::infinity(), sum = 0;
     bool bad = false;
-    // A logit tells of a query that is not finite, unless that is minus infinity.
+    // A query that is not finite makes its logits NaN, unless a logit is minus infinity: so it is checked here.
 #pragma unroll
     for (int i = 0; i < PART; i++) bad |= !hw::finite(query[i]);
     row.for_each_column([&](const ColumnF32& c) {
@@ -41,7 +41,7 @@ __device__ __forceinline__ void forward_f32_rows(const ColumnsF32& x, Global<flo
         }
         bad |= check != 0.f;
     });
-    // A row whose every column the bias hides is zeros.
+    // A row whose every column the bias hides gives zeros.
     float inverse = x.bias && sum == 0.f ? 0.f : 1.f / sum, check = bad ? hw::nan() : inverse * 0.f;
 #pragma unroll
     for (int i = 0; i < PART; i++) sums[i] *= inverse, check += sums[i] * 0.f;
@@ -58,13 +58,13 @@ __device__ __forceinline__ void forward_f32_rows(const ColumnsF32& x, Global<flo
     log_sum_exp.set(index, check != 0.f ? hw::nan() : saved.x), log_sum_exp.set(rest_of_sums(p) + index, saved.y);
 }
 
-#define FORWARD(D)                                                                                                     \
-    KERNEL __launch_bounds__(128)                                                                                      \
-        forward_##D##_f32(Floats q, Floats k, Floats v, Floats far_k, Floats far_v, Floats far_ln, Words far_index,      \
-                        Words far_before, Floats folded_k, Floats folded_v, Floats folded_ln, Floats bias,             \
-                        Global<float> output, Global<float> log_sum_exp, AttentionParams p) {                          \
-        ColumnsF32 x{q, k, v, far_k, far_v, far_ln, far_index, far_before, folded_k, folded_v, folded_ln, bias};       \
-        forward_f32_rows<D>(x, output, log_sum_exp, p);                                                                \
+#define FORWARD(D)                                                                                                  \
+    KERNEL __launch_bounds__(128)                                                                                   \
+        forward_##D##_f32(Floats q, Floats k, Floats v, Floats far_k, Floats far_v, Floats far_ln, Words far_index, \
+                        Words far_before, Floats folded_k, Floats folded_v, Floats folded_ln, Floats bias,          \
+                        Global<float> output, Global<float> log_sum_exp, AttentionParams p) {                       \
+        ColumnsF32 x{q, k, v, far_k, far_v, far_ln, far_index, far_before, folded_k, folded_v, folded_ln, bias};    \
+        forward_f32_rows<D>(x, output, log_sum_exp, p);                                                             \
     }
 
 // By padded head size.

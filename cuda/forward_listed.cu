@@ -1,5 +1,5 @@
-// Attention forward over raw tokens by their lists: see forward_tiles.cuh. A file of its own, which nvcc compiles beside
-// forward.cu.
+// Attention forward over raw tokens by token lists: see forward_tiles.cuh. A file of its own, so that nvcc can compile
+// it in parallel with forward.cu.
 #include "forward_block.cuh"
 
 // As FORWARD_DTYPE in forward.cu.

@@ -1,5 +1,5 @@
-// A block of query rows: its logits' softmax, its output, and how that is written. How tiles are multiplied is the business of
-// forward_block.cuh and forward_wgmma.cuh.
+// The softmax of a block of query rows, its output, and the writing of it. forward_block.cuh and forward_wgmma.cuh
+// multiply the tiles.
 #pragma once
 
 #include "forward_tiles.cuh"
@@ -26,7 +26,7 @@ struct ForwardRows : ForwardTiles<S> {
         return int(first) + r / 2 * 16 + r % 2 * 8;
     }
 
-    // Rows start from nothing.
+    // Rows start with no column.
     SFA_DEVICE void clear() {
 #pragma unroll
         for (int r = 0; r < R; r++) softmax.maximum[r] = -hw::infinity(), softmax.sum[r] = 0;
@@ -34,7 +34,7 @@ struct ForwardRows : ForwardTiles<S> {
         for (int i = 0; i < MT * D / 2; i++) output[i / (D / 2)][i / 4 % (D / 8)][i % 4] = 0;
     }
 
-    // Rows start at their edge columns.
+    // Rows start with their edge columns.
     SFA_DEVICE void edges() {
 #pragma unroll
         for (int r = 0; r < R; r++) {
@@ -49,7 +49,8 @@ struct ForwardRows : ForwardTiles<S> {
                     uint4 a = hw::load<uint4>(q, S::Queries::chunk(row - block_row(), chunk));
                     uint4 b = load_vector<uint4>(key, chunk * 8);
                     logit = hw::dot<T>(a, b, logit);
-                    // Such a value makes the row NaN by itself; a key might only hide the column.
+                    // A value that is not finite makes the row NaN by itself; a key might only give a logit of minus
+                    // infinity.
                     if (any_not_finite<T>(b)) logit = hw::nan();
                 }
             }
@@ -75,7 +76,7 @@ struct ForwardRows : ForwardTiles<S> {
         }
     }
 
-    // Adds ln n and the bias; the logits are in base 2 then.
+    // Scales logits and adds ln n and the bias, all in base 2.
     SFA_DEVICE void add_terms(float (&s)[MT][NT][4], const Columns& c, uint32_t tile) {
         bool sizes = has_sizes(c);
         int first = lane() % 4 * 2;
@@ -94,14 +95,14 @@ struct ForwardRows : ForwardTiles<S> {
         }
     }
 
-    // A tile's products to logits, but for their scale, which is returned.
+    // Turns a tile's products into logits, except for a scale that is still to be applied, which is returned.
     SFA_DEVICE float to_logits(float (&s)[MT][NT][4], const Columns& c, uint32_t tile) {
         if (!has_sizes(c) && !(EXTRAS && x.bias) && p.scale != 0.f) return p.scale;
         add_terms(s, c, tile);
         return 1;
     }
 
-    // Hides columns from the rows that do not see them; those out of `wanted` stay out of everything.
+    // Hides columns from the rows that do not see them; columns outside of `wanted` are not touched.
     SFA_DEVICE void mask(float (&s)[MT][NT][4], const Columns& c, const Span& wanted) {
         int block = block_row(), last = min(int(p.sizes.tokens), block + ROWS) - 1, thread = hw::thread();
         int row = block + thread / 32 * 16 * MT + thread % 32 / 4, first = c.first + thread % 4 * 2;
@@ -119,8 +120,8 @@ struct ForwardRows : ForwardTiles<S> {
         }
     }
 
-    // Takes the largest logits of a tile, all of `wanted`; what was summed before is to be multiplied by `rescale`. Whether
-    // one of a warp's rows changes.
+    // Raises the rows' maxima to a tile's largest logits within `wanted`. Older sums of outputs have to be multiplied
+    // by `rescale`. Returns whether a row of the warp changes.
     template <bool MASKED>
     SFA_DEVICE bool raise(float (&rescale)[R], const float (&s)[MT][NT][4], float scale, const Span& wanted) {
         bool any = false;
@@ -150,15 +151,16 @@ struct ForwardRows : ForwardTiles<S> {
         }
     }
 
-    // Logits to weights, in place. 16 columns of all rows at a time: their products with values can start while the next are
-    // made.
+    // Turns logits into weights, in place, 16 columns of all rows at a time: their product with values can start while
+    // the next ones are computed.
     template <bool MASKED>
     SFA_DEVICE void weigh(float (&s)[MT][NT][4], float scale, const Span& wanted) {
         float base[R];
         bool large = false;
 #pragma unroll
         for (int r = 0; r < R; r++) base[r] = softmax.base(r), large |= !(fabsf(base[r]) < LARGE_LOGIT);
-        // Products that are not rounded, less a base that is, would be as large as its last bit.
+        // The base is rounded. An unrounded product minus it would be off by as much as the base's last bit, so
+        // products are rounded first.
         if (large) {
 #pragma unroll
             for (int i = 0; i < MT * NT * 4; i++) s[i / (NT * 4)][i / 4 % NT][i % 4] *= scale;
@@ -198,11 +200,11 @@ struct ForwardRows : ForwardTiles<S> {
             if (wanted.touches(i / 8 % (NT / 2) * 16)) met += s[i / (NT * 4)][i / 4 % NT][i % 4] * 0.f;
     }
 
-    // Searches a tile whose raw keys and values have arrived for numbers that are not finite. A meeting point.
+    // Searches a tile of raw keys and values, which have arrived, for numbers that are not finite. A meeting point.
     SFA_DEVICE void search(const Columns& c, const hw::Tile& keys, const hw::Tile& values) {
         if (!(LISTED || c.near || p.dense)) return;
         int row = quarantine<T, typename S::Tile, NB, THREADS>(keys, values, bad, [] { S::meet(); });
-        // Who sees a hidden token is in a block that finds it by itself.
+        // A hidden token is seen only by rows of blocks that find it by themselves.
         if (row < NB && !(LISTED && c.first + row >= this->bounds().far_seen)) this->note_bad(token(c, row));
     }
 
@@ -214,8 +216,9 @@ struct ForwardRows : ForwardTiles<S> {
         return bad;
     }
 
-    // Divides by the sums. Of a row that holds anything not finite, or of which no logit is, the first number becomes NaN. But a
-    // row whose every column the bias hides is zeros, unless its query is not finite. Returns whether this thread met a NaN.
+    // Divides by the sums. The first number of a row becomes NaN if any of its numbers, or its sum, is not finite. A
+    // row whose every column the bias hides gives zeros, unless its query is not finite. Returns whether this thread
+    // met a NaN.
     SFA_DEVICE bool divide() {
         bool unsound = false;
 #pragma unroll
@@ -237,13 +240,13 @@ struct ForwardRows : ForwardTiles<S> {
         return unsound;
     }
 
-    // Writes; a row that holds anything not finite is NaN throughout.
+    // Writes outputs and log-sum-exps. A row that holds a number that is not finite is NaN throughout.
     SFA_DEVICE void finish() {
 #pragma unroll
         for (int r = 0; r < R; r++) {
             int row = row_of(r);
             if (!x.log_sum_exp || row >= row_end() || lane() % 4 != 0) continue;
-            // Weights of a row that is NaN are.
+            // The weights of a NaN row are NaN, too.
             float2 sums = saved_sum(softmax.maximum[r], softmax.sum[r]);
             if (!hw::finite(output[r / 2][0][r % 2 * 2])) sums.x = hw::nan();
             int64_t index = at().batch_head * p.sizes.tokens + row;
@@ -253,10 +256,10 @@ struct ForwardRows : ForwardTiles<S> {
         if (x.rest) write<true>(x.rest);
     }
 
-    // The rounded output, or what rounding left of it.
+    // Writes the rounded output or, if REST, its rounding remainder.
     template <bool REST>
     SFA_DEVICE void write(const Global<uint16_t>& target) {
-        // The warp's rows of a tile, which its lanes have read for one another, are about to hold this.
+        // Lanes have read these rows for one another (as queries); they are overwritten now.
         __syncwarp();
 #pragma unroll
         for (int r = 0; r < R; r++) {
@@ -283,7 +286,7 @@ struct ForwardRows : ForwardTiles<S> {
         }
     }
 
-    // Once the queries are there: rows start at their edges, or from nothing. A meeting point.
+    // Starts the rows, after the queries have arrived: with their edges, or with no column if LISTED. A meeting point.
     SFA_DEVICE void start() {
         if (p.scale_sign < 0) this->negate_queries();
         if constexpr (LISTED) clear();
@@ -297,8 +300,8 @@ struct ForwardRows : ForwardTiles<S> {
     }
 };
 
-// The blocks of rows of a launch in their order: of those that go together, S::QUEUE, there are several for each that a device
-// runs at a time.
+// The order of a launch's blocks of rows. S::QUEUE of them go together (see Place): several for each that a device runs
+// at a time.
 template <class S>
 struct RowBlocks {
     uint32_t blocks, heads;
@@ -315,14 +318,14 @@ struct RowBlocks {
     }
 };
 
-// A kernel of blocks of this type.
-#define FORWARD_KERNEL(name, THREADS, BLOCKS, attend, ...)                                                                           \
-    KERNEL __launch_bounds__(THREADS, BLOCKS)                                                                                \
-        name(Halves q, Halves k, Halves v, Halves far_k, Halves far_v, Floats far_ln, Words far_index,                       \
-             Words far_before, Halves folded_k, Halves folded_v, Floats folded_ln, Floats bias,                              \
-             Global<uint16_t> output, Global<uint16_t> rest, Global<float> log_sum_exp, Global<uint32_t> first_bad,          \
-             AttentionParams p) {                                                                                            \
-        attend<__VA_ARGS__>(ForwardTensors{q, k, v, far_k, far_v, far_ln, far_index, far_before, folded_k, folded_v,    \
-                                                folded_ln, bias, output, rest, log_sum_exp, first_bad},                      \
-                                 p);                                                                                         \
+// Declares a kernel that runs `attend`.
+#define FORWARD_KERNEL(name, THREADS, BLOCKS, attend, ...)                                                           \
+    KERNEL __launch_bounds__(THREADS, BLOCKS)                                                                        \
+        name(Halves q, Halves k, Halves v, Halves far_k, Halves far_v, Floats far_ln, Words far_index,               \
+             Words far_before, Halves folded_k, Halves folded_v, Floats folded_ln, Floats bias,                      \
+             Global<uint16_t> output, Global<uint16_t> rest, Global<float> log_sum_exp, Global<uint32_t> first_bad,  \
+             AttentionParams p) {                                                                                    \
+        attend<__VA_ARGS__>(ForwardTensors{q, k, v, far_k, far_v, far_ln, far_index, far_before, folded_k, folded_v, \
+                                                folded_ln, bias, output, rest, log_sum_exp, first_bad},              \
+                                 p);                                                                                 \
     }

@@ -1,9 +1,10 @@
-// Attention forward for devices of capability 9.0: see forward_wgmma.cuh. Of the others' kernels these are as `forward_64`,
-// `forward_128` and those of listed tokens.
+// Attention forward for devices of compute capability 9.0: see forward_wgmma.cuh. Other devices have `forward_64`,
+// `forward_128` and the kernels of forward_listed.cu.
 #include "forward_wgmma.cuh"
 
-// As `Instance::by_warpgroups` in src/cuda/instance.rs: warpgroups, columns, stages, threads that load, registers that the others
-// take, blocks of one multiprocessor at a time. The short ones are for few tokens: more and smaller blocks.
+// As `Instance::by_warpgroups` in src/cuda/instance.rs: warpgroups, columns, stages, producer threads, registers of an
+// attending thread, resident blocks a multiprocessor, LISTED. The short ones are for few tokens: more and smaller
+// blocks.
 #define FORWARD_DTYPE(dtype, T)                                                              \
     FORWARD_WGMMA(forward_wgmma_64_##dtype, T, 64, 3, 128, 2, 128, 160, 1, false)            \
     FORWARD_WGMMA(forward_wgmma_128_##dtype, T, 128, 2, 128, 2, 128, 232, 1, false)          \

@@ -1,12 +1,13 @@
-// What is not finite reaches all that see it: after forward.cu and forward_listed.cu.
+// Spreads NaN after forward.cu and forward_listed.cu: a token that is not finite reaches every row that sees it.
 #include "hw.cuh"
 #include "params.cuh"
 
 typedef Global<const uint32_t> Words;
 
-// Where rows see every raw token before them (dense and causal) or every one that stays (listed), one that is not finite
-// must reach every later row, even one whose logit is minus infinity (an infinite key). Its own block has noted it; here
-// all blocks know. One block of SPREAD_WARPS warps per (batch, head).
+// Where a row sees every earlier raw token (dense and causal) or every earlier one that stays (listed), a token that is
+// not finite must reach every later row, even a row whose logit is minus infinity (an infinite key). The block of that
+// token's own row noted it in `first_bad`; this kernel tells all later rows. One block of SPREAD_WARPS warps per
+// (batch, head).
 constexpr uint32_t SPREAD_WARPS = 8;
 
 KERNEL forward_spread_nan(Words first_bad, Global<uint16_t> output, SpreadParams p) {

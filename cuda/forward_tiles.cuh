@@ -1,8 +1,10 @@
-// The columns of a block of query rows in tiles: which rows see which, and how tiles get into shared memory.
+// The columns of a block of query rows in tiles: which rows see which columns, and the copies of tiles to shared
+// memory.
 //
-// A row's columns: the edge first, row by row; then near tiles of raw tokens, then far tiles, each from the last to the
-// first, so that the tiles that need a mask come first and the rest runs without one. LISTED (see params.cuh): no edge; tokens
-// that stay, up to the row's own, and after the last of these the hidden ones of the window, in tiles of both.
+// A row starts with its edge column. Then come tiles of near tokens, then tiles of far columns, each kind from the last
+// tile to the first. So the tiles that need a mask come first, and the rest runs without one. LISTED (see params.cuh):
+// there is no edge; the columns are the tokens that stay, up to the row's own, followed by the hidden tokens of the
+// window, in common tiles.
 #pragma once
 
 #include "attention.cuh"
@@ -19,23 +21,25 @@ struct ForwardTensors {
     Global<uint32_t> first_bad;
 };
 
-// Four warps of 16 * M rows, tiles of N columns; each warp multiplies its rows on its own.
+// Four warps of 16 * M rows, tiles of N columns; each warp multiplies its own rows.
 template <int DIM, int M, int N, bool BY_LISTS>
 struct WarpShape {
     static constexpr int D = DIM, MT = M, NB = N, THREADS = 128, ROWS = 64 * M;
     static constexpr bool LISTED = BY_LISTS;
-    // Rows that are multiplied together; tiles of which keys and values are held at a time, and of which words are.
+    // TOGETHER: rows that are multiplied together. STAGES: tiles of keys and values in shared memory. WORDS: tiles
+    // whose words are.
     static constexpr int TOGETHER = 16 * M, STAGES = 2, WORDS = 2;
-    // Blocks of rows whose facts are held at a time; bytes for the output on its way, which else takes the queries' place.
+    // SLOTS: blocks of rows whose facts are kept. STAGING: bytes of a buffer for the output, which else replaces the
+    // queries. QUEUE: see RowBlocks.
     static constexpr int SLOTS = 1, STAGING = 0, QUEUE = 1024;
     typedef Layout<D> Queries;
     typedef Layout<D> Tile;
 
-    // Where those threads meet that attend.
+    // A barrier of the attending threads.
     SFA_DEVICE static void meet() { __syncthreads(); }
 };
 
-// A block of query rows and its columns, in the shape S: D numbers a row, MT times 16 rows a warp, tiles of NB columns.
+// A block of query rows and its columns, in the shape S: D elements a row, 16 * MT rows a warp, tiles of NB columns.
 template <class S>
 struct ForwardTiles {
     static constexpr int D = S::D, MT = S::MT, NB = S::NB, THREADS = S::THREADS, ROWS = S::ROWS;
@@ -47,8 +51,8 @@ struct ForwardTiles {
     static constexpr uint32_t NOTES_AT = FACTS_AT + S::SLOTS * (FACTS + SEEN);
     static_assert(NB <= THREADS && ROWS <= THREADS, "a thread per column and per row");
 
-    // A tile's columns: far columns, or tokens if `near`, from `first` on. LISTED: of those that the block sees, the ones that stay
-    // before the hidden ones.
+    // A tile's columns: far columns, or tokens if `near`, from `first` on. LISTED: the columns that the block sees,
+    // tokens that stay before hidden ones.
     struct Columns {
         bool near;
         int first, count;
@@ -56,12 +60,12 @@ struct ForwardTiles {
 
     const AttentionParams& p;
     const ForwardTensors& x;
-    // `staging`: for the output; `seen`: two words a row, see `note_rows`; `facts`: see `note_facts`; `held`: the first two, where
-    // hw::HOLDS.
+    // `staging`: the output's buffer. `seen`: two words a row, see `note_row`. `facts`: see `note_facts`. `held`: its
+    // first 32 bytes in registers, if hw::HOLDS.
     hw::Tile q, staging, bad, facts, seen;
     uint4 held[2];
 
-    // `turn`: how many blocks of rows were before this one.
+    // `turn`: the number of this block of rows in its block of the grid.
     SFA_DEVICE ForwardTiles(const AttentionParams& p, const ForwardTensors& x, uint32_t turn = 0) : p(p), x(x) {
         q = hw::tile(0, Q_BYTES);
         staging = S::STAGING == 0 ? q : hw::tile(STAGING_AT, S::STAGING);
@@ -73,10 +77,11 @@ struct ForwardTiles {
     SFA_DEVICE int lane() const { return hw::thread() % 32; }
     SFA_DEVICE int warp_row() const { return hw::thread() / 32 * 16 * MT; }
 
-    // What is the same for a whole block lies in shared memory: in registers it would be held while products need them all
-    // (but see hw::HOLDS). Batch, head, KV head, first row; near_first, near_end, far_seen, careful; and where the keys and
-    // values of far columns start, or those of raw tokens. Where LISTED, what rows see, from the same reads. By COUNT threads,
-    // of which this is `thread`; who reads meets them after.
+    // Writes the facts of a block of rows. They lie in shared memory: in registers they would be held while products
+    // need them all (but see hw::HOLDS). Words 0 to 3: batch, head, KV head, first row. Words 4 to 7: near_first,
+    // near_end, far_seen, careful. Then the elements at which keys and values of far columns start, or those of raw
+    // tokens. If LISTED, also `seen`, from the same reads. For COUNT threads, this one being `thread`; readers meet
+    // them afterwards.
     template <int COUNT>
     SFA_DEVICE void note_facts(uint32_t batch_head, int row, bool careful, uint32_t thread) {
         HeadIndex at(p, batch_head);
@@ -118,7 +123,7 @@ struct ForwardTiles {
         __syncthreads();
     }
 
-    // Columns of each kind that rows of the block see, and tiles of them.
+    // The columns of each kind that rows of the block see, and their tiles.
     struct Bounds {
         int near_first, near_end, far_seen;
 
@@ -128,7 +133,7 @@ struct ForwardTiles {
         SFA_DEVICE int steps() const {
             return LISTED ? (far_seen + near_count() + NB - 1) / NB : near_tiles() + far_tiles();
         }
-        // Where LISTED: from the number of a hidden token to its column.
+        // LISTED: the distance from a hidden token's number to its column.
         SFA_DEVICE int near_shift() const { return far_seen - near_first; }
     };
     SFA_DEVICE Bounds bounds() const {
@@ -136,13 +141,13 @@ struct ForwardTiles {
         return {int(found.x), int(found.y), int(found.z)};
     }
 
-    // How many tokens before one are not hidden.
+    // How many tokens before `token` stay.
     SFA_DEVICE int stay_before(const HeadIndex& at, int token) const {
         return int(x.far_before[at.list * (p.sizes.tokens + 1) + token]);
     }
 
-    // Where LISTED: of row `first + i`, how many of the tokens that stay it sees, and the first hidden one; the first row and
-    // the last one have the block's facts.
+    // LISTED: notes of row `first + i` how many of the tokens that stay it sees, and its first hidden token. The first
+    // and the last row also note the block's facts.
     SFA_DEVICE void note_row(const HeadIndex& at, int first, int i, int end) {
         int row = min(first + i, end - 1), border = max(0, row - int(p.window));
         int stay = stay_before(at, row + 1), hidden = border - stay_before(at, border);
@@ -151,13 +156,13 @@ struct ForwardTiles {
         if (first + i == end - 1) hw::store(facts, 20, end - stay), hw::store(facts, 24, stay);
     }
 
-    // The columns, or those of one kind, that a row sees: from `begin` to `end`, and where LISTED those before `stay` too.
+    // The columns that a row sees, or those of one kind: from `begin` to `end`, and if LISTED also those before `stay`.
     struct Visible {
         int stay, begin, end;
 
         SFA_DEVICE Visible from(int first) const { return {stay - first, begin - first, end - first}; }
 
-        // Of columns 0, 1, 8, 9, 16 ... of a tile, which a thread holds of a row, a bit each.
+        // A bit for each column 0, 1, 8, 9, 16 ... of a tile: the columns of a row that one thread holds.
         SFA_DEVICE uint32_t bits() const {
             uint32_t near = before(end) & ~before(begin);
             return LISTED ? near | before(stay) : near;
@@ -168,7 +173,7 @@ struct ForwardTiles {
         }
     };
 
-    // For a row of the block, which starts at `first`.
+    // The columns that a row sees; its block starts at row `first`.
     SFA_DEVICE Visible visible(bool near, int row, int first) const {
         if (LISTED) {
             uint2 counts = hw::load<uint2>(seen, (row - first) * 8);
@@ -179,16 +184,18 @@ struct ForwardTiles {
         return {0, 0, int(far_count(p, x.far_before, at().list, row))};
     }
 
-    // The far columns, or tokens that stay, that every row sees make so many tiles.
+    // The number of whole tiles of far columns, or of tokens that stay, that every row sees.
     SFA_DEVICE int full_tiles() const {
         if (p.dense && !p.causal) return 0;
         Visible first = visible(false, block_row(), block_row());
         return (LISTED ? first.stay : first.end) / NB;
     }
 
-    // The buffers of a tile, by a number that goes up or down by one from tile to tile; `words`: ln n of far columns, or where
-    // LISTED the columns' tokens.
-    SFA_DEVICE hw::Tile keys(uint32_t tile) const { return hw::tile(Q_BYTES + tile % S::STAGES * 2 * K_BYTES, K_BYTES); }
+    // The buffers of a tile, by a number that changes by one from tile to tile. `words`: ln n of far columns or, if
+    // LISTED, the columns' tokens.
+    SFA_DEVICE hw::Tile keys(uint32_t tile) const {
+        return hw::tile(Q_BYTES + tile % S::STAGES * 2 * K_BYTES, K_BYTES);
+    }
     SFA_DEVICE hw::Tile values(uint32_t tile) const {
         return hw::tile(Q_BYTES + (tile % S::STAGES * 2 + 1) * K_BYTES, K_BYTES);
     }
@@ -199,7 +206,8 @@ struct ForwardTiles {
         return c.near || p.dense ? c.first + column : int(x.far_index[at().list * p.capacity + c.first + column]);
     }
 
-    // The columns, counted from the tile's first, that rows see which are multiplied together with this thread's.
+    // The columns, counted from the tile's first, that are seen by the rows that are multiplied together with this
+    // thread's.
     SFA_DEVICE Span reach(const Columns& c) const {
         int block = block_row(), end = min(int(p.sizes.tokens), block + ROWS);
         int first = block + warp_row() / S::TOGETHER * S::TOGETHER, last = min(first + S::TOGETHER, end) - 1;
@@ -210,7 +218,7 @@ struct ForwardTiles {
         return all;
     }
 
-    // FULL: not one of the masked.
+    // FULL: a tile that needs no mask.
     template <bool FULL>
     SFA_DEVICE Columns columns(uint32_t left) const {
         int first = int(left) * NB;
@@ -224,8 +232,8 @@ struct ForwardTiles {
         return {false, first, min(NB, b.far_seen - first)};
     }
 
-    // Starts the copies of a tile's keys or values, by THREADS threads of which this is `thread`. `start`: KEYS_START or
-    // VALUES_START. LISTED: `tokens` are as `load_listed_rows` takes them.
+    // Starts the copies of a tile's keys or values, by THREADS threads, this one being `thread`. `start`: KEYS_START or
+    // VALUES_START. LISTED: `tokens` as in `load_listed_rows`.
     template <bool FULL, int THREADS, class Tokens>
     SFA_DEVICE void load_columns(const Columns& c, const hw::Tile& tile, Halves raw, const Rows& rows, Halves far,
                                  uint32_t start, const Tokens& tokens, uint32_t thread) {
@@ -264,16 +272,16 @@ struct ForwardTiles {
         if (has_sizes(c)) load_words<NB, COUNT>(words, x.far_ln, at().list * p.capacity + c.first, c.count, thread);
     }
 
-    // Where the token of a column is, if LISTED.
+    // LISTED: the index of a column's token in far_index.
     SFA_DEVICE int64_t listed_at(const Columns& c, int column) const {
         Bounds b = bounds();
         int index = c.first + column;
-        // Hidden ones are listed from the end on.
+        // Hidden tokens are listed from the end on.
         if (index >= b.far_seen) index = int(p.sizes.tokens) - 1 - (index - b.near_shift());
         return at().list * p.capacity + index;
     }
 
-    // Starts the copies of the queries, by COUNT threads of which this is `thread`.
+    // Starts the copies of the queries, by COUNT threads, this one being `thread`.
     template <int COUNT>
     SFA_DEVICE void load_queries(uint32_t thread) {
         HeadIndex head = at();
@@ -282,13 +290,13 @@ struct ForwardTiles {
                                                            p.sizes.head_dim, thread);
     }
 
-    // No column is known to be bad.
+    // Clears the marks of bad columns.
     SFA_DEVICE void clear_marks() {
         if (hw::thread() < NB) hw::store(bad, hw::thread() * 4, 0u);
         if (hw::thread() < 2) hw::store(bad, (NB + hw::thread()) * 4, 0u);
     }
 
-    // The first token that is not finite and that all later rows see: the first thread's.
+    // The first token that is not finite and that all later rows see. Thread 0 alone reads and writes it.
     static constexpr uint32_t FIRST_BAD = (NB + 2) * 4;
     SFA_DEVICE uint32_t first_bad() const { return hw::load<uint32_t>(bad, FIRST_BAD); }
     SFA_DEVICE void clear_first_bad() {
@@ -298,7 +306,7 @@ struct ForwardTiles {
         if (hw::thread() == 0) hw::store(bad, FIRST_BAD, min(first_bad(), uint32_t(token)));
     }
 
-    // A negative scale turns the queries around, so that logits only ever meet a scale of at least 0.
+    // A negative scale is moved into the queries, so that logits only meet a scale of at least 0.
     SFA_DEVICE void negate_queries() {
         for (uint32_t i = hw::thread(); i < Q_BYTES / 4; i += THREADS)
             hw::store(q, i * 4, hw::load<uint32_t>(q, i * 4) ^ 0x80008000u);

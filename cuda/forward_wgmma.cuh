@@ -1,28 +1,62 @@
-// One block of query rows against its columns by products of warpgroups (wgmma, sm_90a), after FlashAttention-3 (Shah et al.
-// 2024): each warpgroup has 64 rows, and tensor cores read queries, keys and values from shared memory by themselves. While the
-// products of one tile's weights and values are under way, and those of the next one's logits, the softmax goes on. Some more
-// warps do nothing but start the copies of tiles, so that warpgroups need not meet: mbarriers say what has arrived, and what is
-// done with.
+// Forward attention by warpgroup products (wgmma, sm_90a), after FlashAttention-3 (Shah et al. 2024).
+//
+// A block of the grid owns one or more blocks of query rows, one after another. A block of rows has 64 query rows of
+// one head for each attending warpgroup, with their output rows and log-sum-exps. The threads of a block have one of
+// two roles. Attending warpgroups multiply and keep the softmax and the output in registers. Producers only start the
+// copies of queries, keys and values into shared memory.
+//
+// The idea: tensor cores read both factors from shared memory and run while the threads go on. So the softmax of one
+// tile overlaps the products of its neighbours, and producers and attending warpgroups meet at mbarriers only, never at
+// a barrier of the whole block.
+//
+// 1. Software pipeline (`attend`). Two products are issued together: the logits of tile i + 1, and the weights of tile
+//    i times its values. The softmax of tile i + 1 runs while the second product is in flight.
+// 2. A ring of STAGES tiles (`Ring`). Keys and values of a stage have two mbarriers each: "arrived", on which every
+//    producer thread arrives after its copies, and "free", on which every attending warp arrives after its product.
+//    Keys become free before values, so their next copy starts earlier.
+// 3. Registers move between roles. Where TAKEN is not 0, the producers are a whole warpgroup; they give registers back
+//    (setmaxnreg) and the attending warpgroups take them.
+// 4. The output has its own staging buffer. Producers load the next block's queries and first tiles while the attending
+//    warps still write the output of this one.
+// 5. Masked tiles come first, full tiles after them: see forward_tiles.cuh. A warpgroup skips the leading tiles from
+//    which none of its rows sees a column.
+// 6. Numbers that are not finite. The first pass searches no tile. If it meets a NaN or an infinity, the block of rows
+//    writes no output and its round is noted in `Redo`. After the last round the noted ones run again with `CAREFUL`,
+//    which searches each tile before its product. Dense attention without causality runs with care from the start.
+// 7. Rounds change direction. Blocks of rows are ordered from the longest to the shortest, and every second round
+//    counts blocks of the grid from the end, which evens out their work.
+//
+// Shared memory, in this order; bytes of forward_wgmma_64 and forward_wgmma_128:
+//
+//   queries             ROWS * D * 2                     24 576   32 768
+//   keys and values     2 * STAGES * NB * D * 2          65 536  131 072
+//   output (staging)    ROWS * D * 2                     24 576   32 768
+//   words of tiles      (STAGES + 2) * NB * 4             2 048    2 048
+//   marks of bad rows   (NB + 4) * 4                        528      528
+//   facts               3 * (48 + 8 * ROWS if LISTED)       144      144
+//   `Redo`              36 * 4                              144      144
+//   mbarriers           (4 * STAGES + 3) * 8                 88       88
 #pragma once
 
 #include "forward_rows.cuh"
 #include "wgmma.cuh"
 
-// WARPGROUPS of 64 rows, tiles of N columns, STAGES_ of these in shared memory, PRODUCERS_ threads that load, BLOCKS of a
-// multiprocessor at a time. Where TAKEN_ is not 0 those that load are a warpgroup that leaves registers to the others, who take
-// so many each.
+// Shape of a kernel: WARPGROUPS attending warpgroups of 64 rows, tiles of N columns, STAGES_ of them in shared memory,
+// PRODUCERS_ producer threads, BLOCKS resident blocks a multiprocessor. If TAKEN_ is not 0, the producers are a
+// warpgroup that gives registers up and each attending thread then has TAKEN_ registers.
 template <int DIM, int WARPGROUPS, int N, int STAGES_, int PRODUCERS_, int TAKEN_, int BLOCKS, bool BY_LISTS>
 struct WarpgroupShape {
     static constexpr int D = DIM, MT = 1, NB = N, THREADS = 128 * WARPGROUPS, ROWS = 64 * WARPGROUPS;
     static constexpr int PRODUCERS = PRODUCERS_, TAKEN = TAKEN_;
-    // What a thread starts with, and what loading keeps.
+    // Registers a thread starts with, and registers a producer keeps.
     static constexpr int REGISTERS = 65536 / BLOCKS / (THREADS + PRODUCERS) / 8 * 8;
     static constexpr int KEPT = REGISTERS * (WARPGROUPS + 1) - TAKEN * WARPGROUPS;
     static_assert(TAKEN == 0 || (PRODUCERS == 128 && KEPT >= 24), "registers that one takes the others have given");
     static constexpr bool LISTED = BY_LISTS;
-    // Words are read when keys are done with, and those of up to two tiles more are on their way then.
+    // The words of a tile are read after its keys are free; up to two later tiles are in flight by then.
     static constexpr int TOGETHER = 64, STAGES = STAGES_, WORDS = STAGES + 2;
-    // Facts are noted of a block of rows while the one before is attended, and some still read those of the one before that.
+    // Producers note the facts of the next block of rows while this one is attended, and a slower warp may still read
+    // the facts of the block before.
     static constexpr int SLOTS = 3, STAGING = ROWS * D * 2, QUEUE = 2048;
     typedef Panels<D, ROWS> Queries;
     typedef Panels<D, NB> Tile;
@@ -30,19 +64,21 @@ struct WarpgroupShape {
     SFA_DEVICE static void meet() { hw::meet<1, THREADS>(); }
 };
 
-// The mbarriers of the queries and of a ring of tiles, from byte `at` of shared memory on. Blocks of rows and tiles have numbers,
-// which rise by one.
+// The mbarriers of the queries and of the ring of tiles, from byte `at` of shared memory on. Blocks of rows and tiles
+// are numbered consecutively.
 template <class S>
 struct Ring {
     uint32_t at;
 
-    SFA_DEVICE hw::Mbarrier queries(bool free) const { return hw::Mbarrier(at + (4 * S::STAGES + free) * hw::Mbarrier::BYTES); }
+    SFA_DEVICE hw::Mbarrier queries(bool free) const {
+        return hw::Mbarrier(at + (4 * S::STAGES + free) * hw::Mbarrier::BYTES);
+    }
 
     SFA_DEVICE hw::Mbarrier here(uint32_t tile, bool values, bool free) const {
         return hw::Mbarrier(at + ((tile % S::STAGES * 2 + values) * 2 + free) * hw::Mbarrier::BYTES);
     }
 
-    // Every block of rows is attended, as far as that goes without care.
+    // Attending warps arrive after the last round of the pass without care.
     SFA_DEVICE hw::Mbarrier over() const { return hw::Mbarrier(at + (4 * S::STAGES + 2) * hw::Mbarrier::BYTES); }
 
     SFA_DEVICE void init() const {
@@ -56,37 +92,41 @@ struct Ring {
         over().init(ATTEND);
     }
 
-    // Until the queries and facts of a block of rows are there; may be overwritten by its.
+    // Wait until the queries and facts of block `turn` have arrived; wait until their buffer may be overwritten by
+    // them.
     SFA_DEVICE void wait_for_queries(uint32_t turn) const { queries(false).wait(turn % 2); }
     SFA_DEVICE void wait_for_room(uint32_t turn) const { queries(true).wait(turn % 2 ^ 1); }
-    // This thread's copies of queries are started, and its facts noted.
+    // This producer thread has started its copies of queries and has noted its facts: two arrivals.
     SFA_DEVICE void loaded_queries() const {
         queries(false).arrive_after_copies();
         queries(false).arrive();
     }
-    // This warp is done with the queries.
+    // This warp has read the queries for the last time.
     SFA_DEVICE void leave_queries() const { queries(true).arrive_as_warp(); }
 
-    // Until the keys or values of tile number `tile` have arrived; may be overwritten by those of this number.
+    // Wait until the keys or values of tile `tile` have arrived; wait until their stage may be overwritten by them.
     SFA_DEVICE void wait_for(uint32_t tile, bool values) const { here(tile, values, false).wait(tile / S::STAGES % 2); }
-    SFA_DEVICE void wait_for_room(uint32_t tile, bool values) const { here(tile, values, true).wait(tile / S::STAGES % 2 ^ 1); }
+    SFA_DEVICE void wait_for_room(uint32_t tile, bool values) const {
+        here(tile, values, true).wait(tile / S::STAGES % 2 ^ 1);
+    }
 
-    // This thread's copies to keys or values are all started.
+    // This producer thread has started all its copies of the tile's keys or values.
     SFA_DEVICE void loaded(uint32_t tile, bool values) const { here(tile, values, false).arrive_after_copies(); }
-    // This warp is done with them.
+    // This warp has read them for the last time.
     SFA_DEVICE void leave(uint32_t tile, bool values) const { here(tile, values, true).arrive_as_warp(); }
 
-    // Until all who attend are through with everything; `attends`: this warp is of these.
+    // Waits until every attending warp has arrived at `over`; `attends`: this warp is one of them.
     SFA_DEVICE void wait_for_all(bool attends) const {
         if (attends) over().arrive_as_warp();
         over().wait(0);
     }
 };
 
-// What is noted of all blocks of rows that a block of the grid takes: which of them met numbers that are not finite without care.
+// Which blocks of rows of this block of the grid met a number that is not finite in the pass without care.
 template <class S>
 struct Redo {
-    // A word of suspicion for each of three rows' blocks; whether any bit is set; bits by the round, the same one for several.
+    // Words 0 to 2: suspicion, one word for each of three blocks of rows. Word 3: whether any bit is set. Then one bit
+    // a round, modulo ROUNDS: rounds that share a bit are repeated together.
     static constexpr uint32_t SUSPECTS = 3, ANY = 3, BITS = 4, ROUNDS = 1024, WORDS = BITS + ROUNDS / 32;
     hw::Tile words;
 
@@ -99,7 +139,7 @@ struct Redo {
         for (uint32_t i = hw::thread(); i < WORDS; i += S::THREADS + S::PRODUCERS) write(i, 0);
     }
 
-    // Of the block of rows `turn`. The next one's word was last read before the last meeting.
+    // Clears the word of block `turn` + 1, which was last read before the last meeting.
     SFA_DEVICE void clear_next(uint32_t turn) const {
         if (hw::thread() == 0) write((turn + 1) % SUSPECTS, 0);
     }
@@ -115,7 +155,9 @@ struct Redo {
         write(ANY, 1);
     }
     SFA_DEVICE bool any() const { return hw::uniform(read(ANY)) != 0; }
-    SFA_DEVICE bool has(uint32_t round) const { return hw::uniform(read(BITS + round % ROUNDS / 32)) >> round % 32 & 1; }
+    SFA_DEVICE bool has(uint32_t round) const {
+        return hw::uniform(read(BITS + round % ROUNDS / 32)) >> round % 32 & 1;
+    }
 };
 
 template <class S>
@@ -123,7 +165,7 @@ SFA_DEVICE Ring<S> ring_of() {
     return {ForwardTiles<S>::NOTES_AT + Redo<S>::WORDS * 4};
 }
 
-// The threads that load.
+// The producers.
 template <class S>
 struct ForwardProducers : ForwardTiles<S> {
     typedef ForwardTiles<S> Tiles;
@@ -132,7 +174,7 @@ struct ForwardProducers : ForwardTiles<S> {
     static constexpr bool ATTENDS = false;
     static constexpr uint32_t STEP = S::PRODUCERS / (S::Tile::GROUP / 16), PASSES = NB / STEP;
 
-    // The tokens of this thread's rows of a tile.
+    // The tokens of the rows of a tile that this thread copies.
     struct Tokens {
         uint32_t pass[LISTED ? PASSES : 1];
 
@@ -142,11 +184,12 @@ struct ForwardProducers : ForwardTiles<S> {
     Ring<S> ring;
     Tokens tokens;
 
-    SFA_DEVICE ForwardProducers(const AttentionParams& p, const ForwardTensors& x, uint32_t turn) : Tiles(p, x, turn), ring(ring_of<S>()) {}
+    SFA_DEVICE ForwardProducers(const AttentionParams& p, const ForwardTensors& x, uint32_t turn)
+        : Tiles(p, x, turn), ring(ring_of<S>()) {}
 
     SFA_DEVICE uint32_t thread() const { return hw::thread() - S::THREADS; }
 
-    // Reads the tokens of the tile after which `left` are left.
+    // Reads the tokens of a tile; `left` tiles follow it.
     SFA_DEVICE void read_tokens(int left) {
         if (!LISTED || left < 0) return;
         Columns c = this->template columns<false>(left);
@@ -161,7 +204,7 @@ struct ForwardProducers : ForwardTiles<S> {
     SFA_DEVICE void load(uint32_t tile, int left) {
         Columns c = this->template columns<FULL>(left);
         Tokens now = tokens;
-        // On their way while there is no room yet.
+        // These reads are in flight while the thread waits for a free stage.
         read_tokens(left - 1);
         ring.wait_for_room(tile, false);
         this->template load_keys<FULL, S::PRODUCERS>(c, this->keys(tile), now, thread());
@@ -172,7 +215,8 @@ struct ForwardProducers : ForwardTiles<S> {
         ring.loaded(tile, true);
     }
 
-    // Notes and loads what a block of rows needs, whose first tile has number `tile`; returns that of the next one's.
+    // Notes the facts of a block of rows and loads its queries and tiles. `tile`: the number of its first tile; returns
+    // the number of the next block's first tile.
     template <bool CAREFUL>
     SFA_DEVICE uint32_t run(uint32_t turn, uint32_t tile, uint2 place, uint32_t) {
         this->template note_facts<S::PRODUCERS>(place.x, place.y, CAREFUL, thread());
@@ -191,7 +235,7 @@ struct ForwardProducers : ForwardTiles<S> {
     }
 };
 
-// The threads that attend.
+// The attending warpgroups.
 template <class T, class S>
 struct ForwardWarpgroups : ForwardRows<T, S, false> {
     typedef ForwardRows<T, S, false> Rows;
@@ -205,18 +249,18 @@ struct ForwardWarpgroups : ForwardRows<T, S, false> {
     SFA_DEVICE ForwardWarpgroups(const AttentionParams& p, const ForwardTensors& x, uint32_t turn)
         : Rows(p, x, turn), ring(ring_of<S>()) {}
 
-    // Starts the products of this warpgroup's queries and a tile's keys.
+    // Issues the product of this warpgroup's queries and a tile's keys.
     SFA_DEVICE void multiply_keys(float (&s)[NT][4], uint32_t tile) {
         int first = hw::uniform(this->warp_row()) / 64 * 64;
         hw::Factor rows = hw::along_rows<D, ROWS>(q, first), columns = hw::along_rows<D, NB>(keys(tile));
 #pragma unroll
         for (int k = 0; k < D / 16; k++)
-            hw::product<T, NB, false, false>(s, hw::along_rows_step<D, ROWS>(rows, k), hw::along_rows_step<D, NB>(columns, k),
-                                             k > 0);
+            hw::product<T, NB, false, false>(s, hw::along_rows_step<D, ROWS>(rows, k),
+                                             hw::along_rows_step<D, NB>(columns, k), k > 0);
         hw::products_commit();
     }
 
-    // Starts the products of weights and a tile's values.
+    // Issues the product of weights and a tile's values.
     SFA_DEVICE void multiply_values(const uint32_t (&weights)[NT / 2][4], uint32_t tile) {
         hw::Factor columns = hw::across_rows<D, NB>(values(tile));
 #pragma unroll
@@ -236,7 +280,7 @@ struct ForwardWarpgroups : ForwardRows<T, S, false> {
         }
     }
 
-    // With care: a tile whose keys are about to be multiplied is searched.
+    // With care: searches a tile for numbers that are not finite before its keys are multiplied.
     SFA_DEVICE void search_tile(uint32_t tile, int left) {
         ring.wait_for(tile, false);
         ring.wait_for(tile, true);
@@ -246,8 +290,10 @@ struct ForwardWarpgroups : ForwardRows<T, S, false> {
         S::meet();
     }
 
-    // The products of a tile to weights, still as floats; what was summed before is to be multiplied by `rescale` if it says so.
-    SFA_DEVICE bool weigh_tile(float (&rescale)[R], float (&s)[1][NT][4], uint32_t tile, int left, int full, float& met) {
+    // Turns the products of a tile into weights, as floats. Returns whether older sums have to be multiplied by
+    // `rescale`.
+    SFA_DEVICE bool weigh_tile(float (&rescale)[R], float (&s)[1][NT][4], uint32_t tile, int left, int full,
+                               float& met) {
         bool masked = left >= full;
         Columns c = this->template columns<false>(left);
         Span all{0, NB};
@@ -259,8 +305,8 @@ struct ForwardWarpgroups : ForwardRows<T, S, false> {
         return any;
     }
 
-    // Attends and writes, or notes that this has to be done again with care. The first tile has number `tile`; returns that of the
-    // next block's.
+    // Attends a block of rows, then writes its output or notes the round for a second pass with care. `tile`: the
+    // number of its first tile; returns the number of the next block's first tile.
     template <bool CAREFUL>
     SFA_DEVICE uint32_t run(uint32_t turn, uint32_t tile, uint2, uint32_t round) {
         ring.wait_for_queries(turn);
@@ -273,7 +319,7 @@ struct ForwardWarpgroups : ForwardRows<T, S, false> {
         if (p.scale_sign < 0) S::meet();
         int steps = hw::uniform(this->bounds().steps());
         float met = 0;
-        // Or the compiler takes zeros for constants, and puts products one after the other.
+        // Otherwise the compiler knows that these are zeros, and serializes the products.
         hw::settle(output[0]);
         attend<CAREFUL>(tile, steps - 1, hw::uniform(this->full_tiles()), met);
         this->write_first_bad();
@@ -284,7 +330,7 @@ struct ForwardWarpgroups : ForwardRows<T, S, false> {
         return tile + steps;
     }
 
-    // Leaves the first tiles out of which no row of this warpgroup sees a column; returns how many these are.
+    // Frees the first tiles from which no row of this warpgroup sees a column; returns their number.
     SFA_DEVICE int skip(uint32_t tile, int left, int full) {
         int skipped = 0;
         for (; left - skipped >= full; skipped++) {
@@ -298,7 +344,7 @@ struct ForwardWarpgroups : ForwardRows<T, S, false> {
         return skipped;
     }
 
-    // CAREFUL: tiles are searched for numbers that are not finite.
+    // CAREFUL: each tile is searched for numbers that are not finite.
     template <bool CAREFUL>
     SFA_DEVICE void attend(uint32_t tile, int left, int full, float& met) {
         if (!CAREFUL) {
@@ -352,20 +398,21 @@ struct ForwardWarpgroups : ForwardRows<T, S, false> {
     }
 };
 
-// What the threads of one role do for all blocks of rows that a block of the grid takes.
+// The rounds of one role over the blocks of rows of a block of the grid.
 template <class Role, class S>
 struct Rounds {
     const ForwardTensors& x;
     const AttentionParams& p;
     uint32_t turn = 0, tile = 0;
 
-    // CAREFUL: for those that need care, or where all need it for all.
+    // CAREFUL: only the noted rounds, or every round if `all`.
     template <bool CAREFUL>
     SFA_DEVICE void run(bool all) {
         RowBlocks<S> blocks(p);
         uint32_t grid = gridDim.x;
         for (uint32_t round = 0; round * grid < blocks.count(); round++) {
-            // The longest come first: whoever had a longer one than others has a shorter one next.
+            // The longest blocks of rows come first. Every second round counts backwards, so a block of the grid that
+            // had a longer one than its neighbours has a shorter one next.
             uint32_t index = round * grid + (round % 2 == 0 ? blockIdx.x : grid - 1 - blockIdx.x);
             if (index >= blocks.count() || (CAREFUL && !all && !Redo<S>().has(round))) continue;
             tile = Role(p, x, turn).template run<CAREFUL>(turn, tile, blocks.place(index), round);
@@ -374,7 +421,8 @@ struct Rounds {
     }
 
     SFA_DEVICE void run() {
-        // Without causality no tile is masked by itself: every one is searched.
+        // Without causality no tile needs a mask, and an infinite key may show only as a logit of minus infinity: every
+        // tile is searched.
         bool all = p.dense && !p.causal;
         if (!all) {
             run<false>(true);

@@ -1,8 +1,8 @@
-// The one way from a kernel to the hardware: tensor cores, asynchronous copies, shuffles, conversions.
+// All hardware instructions that kernels use: tensor cores, asynchronous copies, shuffles, conversions.
 //
-// Under nvcc these are inline PTX (sm_80 and up). Under emulation (SFA_EMULATION) they are plain C++ whose lanes meet through
-// emu::gather, so that a kernel's index arithmetic runs on a machine without a GPU. Fragment layouts are those of the
-// PTX manual (mma.m16n8k16, ldmatrix), sources: PTX ISA 8.0, sections 9.7.13 and 9.7.9.
+// Under nvcc these are inline PTX (sm_80 and up). Under emulation (SFA_EMULATION) they are plain C++ whose lanes meet
+// in emu::gather, so that a kernel's index arithmetic runs on a machine without a GPU. Fragment layouts are those of
+// the PTX manual (mma.m16n8k16, ldmatrix). Sources: PTX ISA 8.0, sections 9.7.13 and 9.7.9.
 #pragma once
 
 #include "kernel.cuh"
@@ -29,7 +29,7 @@ SFA_DEVICE float exp2(float x) {
 #endif
 }
 
-// x, or 0 if that is less; a NaN stays one.
+// The smaller of x and 0; a NaN stays NaN.
 SFA_DEVICE float at_most_zero(float x) {
 #ifdef SFA_EMULATION
     return x > 0.f ? 0.f : x;
@@ -40,7 +40,7 @@ SFA_DEVICE float at_most_zero(float x) {
 #endif
 }
 
-// 1 / x to a unit in the last place; where x is not near the smallest or the largest numbers.
+// 1 / x to a unit in the last place, except near the smallest and the largest numbers.
 SFA_DEVICE float reciprocal(float x) {
 #ifdef SFA_EMULATION
     return 1.f / x;
@@ -131,14 +131,14 @@ SFA_DEVICE X shuffle(X x, int lane) {
     return __shfl_sync(0xffffffffu, x, lane);
 }
 
-// A number that is the same in all lanes, which the compiler need not know.
+// Tells the compiler that a number is the same in all lanes.
 SFA_DEVICE int uniform(int x) { return shuffle(x, 0); }
 
 SFA_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x) != 0; }
 
 // ---- shared memory by byte offsets
 
-// Part of a block's dynamic shared memory.
+// A part of a block's dynamic shared memory.
 struct Tile {
 #ifdef SFA_EMULATION
     Shared<unsigned char> bytes;
@@ -177,8 +177,8 @@ SFA_DEVICE void store(const Tile& tile, uint32_t offset, X x) {
 #endif
 }
 
-// A byte offset that differs between lanes, to which constants are added: the compiler is kept from looking into it, or
-// it would hold every sum in a register of its own instead of using the constants as immediates.
+// A byte offset that differs between lanes, to which constants are added. It is opaque to the compiler, which would
+// otherwise hold every sum in a register of its own instead of using the constants as immediates.
 SFA_DEVICE uint32_t lane_offset(uint32_t offset) {
 #ifndef SFA_EMULATION
     asm("" : "+r"(offset));
@@ -186,15 +186,15 @@ SFA_DEVICE uint32_t lane_offset(uint32_t offset) {
     return offset;
 }
 
-// Whether a block's facts are better held in registers, of which a few go to local memory and back, than read from shared
-// memory where they are used: so on sm_90 (up to 5 % of the forward), which hides the former; sm_80 is spared any spill.
+// Whether a block's facts are faster in registers than in shared memory. On sm_90 they are (up to 5 % of the forward),
+// although a few registers then go to local memory and back; sm_80 is spared any spill.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr bool HOLDS = true;
 #else
 constexpr bool HOLDS = false;
 #endif
 
-// This thread's index in its block, read anew: what is computed from it is not held from one place to another.
+// This thread's index in its block, read anew, so that nothing computed from it is held in a register.
 SFA_DEVICE uint32_t thread() {
 #ifdef SFA_EMULATION
     return threadIdx.x;
@@ -205,7 +205,7 @@ SFA_DEVICE uint32_t thread() {
 #endif
 }
 
-// Keeps what is computed from a number where it is written: hoisted out of a loop, it would cost registers.
+// Keeps expressions of a number where they are written: hoisted out of a loop, they would cost registers.
 SFA_DEVICE void keep_in_place(int64_t& stride) {
 #ifndef SFA_EMULATION
     asm volatile("" : "+l"(stride));
@@ -218,7 +218,7 @@ SFA_DEVICE void keep_in_place(uint32_t& offset) {
 #endif
 }
 
-// Copies 16 bytes from element `index` of `source` on to shared memory, or writes zeros, without waiting.
+// Starts a copy of 16 bytes, from element `index` of `source` on, to shared memory; writes zeros if not `valid`.
 template <class View>
 SFA_DEVICE void copy_async(const Tile& tile, uint32_t offset, const View& source, int64_t index, bool valid) {
 #ifdef SFA_EMULATION
@@ -234,9 +234,9 @@ SFA_DEVICE void copy_async(const Tile& tile, uint32_t offset, const View& source
 #endif
 }
 
-// The same of halves from a byte offset on: what a product of two words and a pointer make is one instruction then.
-SFA_DEVICE void copy_async_bytes(const Tile& tile, uint32_t offset, const Global<const uint16_t>& source, uint64_t bytes,
-                                 bool valid) {
+// The same for halves from a byte offset on: a product of two words plus a pointer is then one instruction.
+SFA_DEVICE void copy_async_bytes(const Tile& tile, uint32_t offset, const Global<const uint16_t>& source,
+                                 uint64_t bytes, bool valid) {
 #ifdef SFA_EMULATION
     copy_async(tile, offset, source, int64_t(bytes / 2), valid);
 #else
@@ -262,7 +262,7 @@ SFA_DEVICE void copy_async_word(const Tile& tile, uint32_t offset, const View& s
 #endif
 }
 
-// Adds to two neighbours in memory, whatever the order of others that do; `index` is even.
+// Atomically adds to two neighbours in memory; `index` is even.
 SFA_DEVICE void add_pair(const Global<float>& target, int64_t index, float a, float b) {
 #if defined(SFA_EMULATION) || __CUDA_ARCH__ < 900
     target.add(index, a);
@@ -272,7 +272,7 @@ SFA_DEVICE void add_pair(const Global<float>& target, int64_t index, float a, fl
 #endif
 }
 
-// Sixteen bytes that are read once: they push nothing out of L1, and what lies beside them comes into L2.
+// Loads 16 bytes that are read only once: L1 keeps its other lines, and L2 fetches 256 bytes.
 template <class V, class View>
 SFA_DEVICE V load_once(const View& view, int64_t index) {
     static_assert(sizeof(V) == 16, "one vector");
@@ -287,15 +287,16 @@ SFA_DEVICE V load_once(const View& view, int64_t index) {
 #endif
 }
 
-// Lets the next launch on the stream start its blocks beside this one's last, if it was launched to be early: it waits by itself
-// for what this one writes.
+// Lets the next launch on the stream start its blocks beside this one's last ones, if it was launched early. The early
+// launch waits by itself for this one's writes.
 SFA_DEVICE void let_next_start() {
 #if !defined(SFA_EMULATION) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
-// Waits until the launches before are over and what they wrote is here: an early kernel does before it touches memory.
+// Waits until earlier launches have ended and their writes are visible. An early kernel waits here before it touches
+// memory.
 SFA_DEVICE void wait_for_previous() {
 #ifdef SFA_EMULATION
     emu::wait_for_previous();
@@ -304,14 +305,14 @@ SFA_DEVICE void wait_for_previous() {
 #endif
 }
 
-// What this thread wrote before can be read by whoever finds what it writes, or counts, after.
+// A fence: a thread that sees a later write or count of this thread also sees its earlier writes.
 SFA_DEVICE void fence() {
 #ifndef SFA_EMULATION
     __threadfence();
 #endif
 }
 
-// Adds 1 to a counter that others count on too; returns what it was.
+// Adds 1 to a shared counter; returns its old value.
 SFA_DEVICE uint32_t count(const Global<uint32_t>& counters, int64_t index) {
 #ifdef SFA_EMULATION
     uint32_t old = counters[index];
@@ -328,7 +329,7 @@ SFA_DEVICE void copy_commit() {
 #endif
 }
 
-// Waits until at most `PENDING` of this thread's committed groups are under way.
+// Waits until at most `PENDING` of this thread's committed groups are in flight.
 template <int PENDING>
 SFA_DEVICE void copy_wait() {
 #ifndef SFA_EMULATION
@@ -336,20 +337,21 @@ SFA_DEVICE void copy_wait() {
 #endif
 }
 
-// Adds numbers of shared memory to neighbours in memory, whatever the order of others that do, without waiting. Bytes and both
+// Starts adding contiguous numbers of shared memory to contiguous numbers in memory, atomically. `bytes` and both
 // places are multiples of 16.
 SFA_DEVICE void add_bulk(const Global<float>& target, int64_t index, const Tile& tile, uint32_t bytes) {
 #ifdef SFA_EMULATION
     for (uint32_t i = 0; i < bytes / 4; i++) target.add(index + i, load<float>(tile, i * 4));
 #else
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(
-                     target.data + index),
-                 "r"(tile.address), "r"(bytes)
+    asm volatile(
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(
+            target.data + index),
+        "r"(tile.address), "r"(bytes)
                  : "memory");
 #endif
 }
 
-// Waits until what this thread adds has been read, or until it is added.
+// Waits until this thread's bulk additions have been read from shared memory, or until they have been added.
 SFA_DEVICE void wait_for_bulk_reads() {
 #ifndef SFA_EMULATION
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
@@ -367,7 +369,8 @@ SFA_DEVICE void wait_for_bulk() {
 SFA_DEVICE void load_matrices(uint32_t (&fragment)[4], const Tile& tile, uint32_t offset) {
 #ifdef SFA_EMULATION
     const uint4* rows = emu::gather(load<uint4>(tile, offset), "ldmatrix", __builtin_LINE());
-    for (int m = 0; m < 4; m++) memcpy(&fragment[m], (const char*)&rows[m * 8 + emu::lane() / 4] + emu::lane() % 4 * 4, 4);
+    for (int m = 0; m < 4; m++)
+        memcpy(&fragment[m], (const char*)&rows[m * 8 + emu::lane() / 4] + emu::lane() % 4 * 4, 4);
 #else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
@@ -401,8 +404,8 @@ SFA_DEVICE void store_matrices(const Tile& tile, uint32_t offset, const uint32_t
     const Lane* all = emu::gather(mine, "stmatrix", __builtin_LINE());
     for (int m = 0; m < 4; m++) store(tile, all[m * 8 + emu::lane() / 4].offset + emu::lane() % 4 * 4, fragment[m]);
 #else
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(tile.address + offset), "r"(fragment[0]),
-                 "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(tile.address + offset),
+                 "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
                  : "memory");
 #endif
 }
@@ -437,7 +440,8 @@ SFA_DEVICE void multiply_add(F16, float (&c)[4], const uint32_t (&a)[4], uint32_
 #ifdef SFA_EMULATION
     emulated_multiply_add<F16>(c, a, b0, b1);
 #else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
@@ -447,7 +451,8 @@ SFA_DEVICE void multiply_add(BF16, float (&c)[4], const uint32_t (&a)[4], uint32
 #ifdef SFA_EMULATION
     emulated_multiply_add<BF16>(c, a, b0, b1);
 #else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif

@@ -1,7 +1,7 @@
-// What every .cu file starts with: dtypes, views, and the macros that declare kernels for nvcc and for emulation alike.
+// Every .cu file starts with this: dtypes, views, and the macros that declare kernels for nvcc and for emulation alike.
 //
 //   template <class T> __device__ void scale(Global<const T> in, Global<T> out, ScaleParams p) { ... }
-//   #define SCALE(suffix, T) KERNEL scale_##suffix(Global<const T> in, Global<T> out, ScaleParams p) { scale(in, out, p); }
+//   #define SCALE(x, T) KERNEL scale_##x(Global<const T> in, Global<T> out, ScaleParams p) { scale(in, out, p); }
 //   FOR_EACH_DTYPE(SCALE)
 //   MODULE(file_stem, ENTRIES(scale))
 #pragma once

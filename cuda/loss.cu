@@ -1,14 +1,14 @@
-// The sums S and M of the compression loss, and the gradient of S. Warps are given pairs or tokens: 4 warps a block,
-// grid (pairs or tokens / 4, batch * heads). Lists are query heads.
+// The sums S and M of the compression loss, and the gradient of S. One warp per pair or token: 4 warps a block, grid
+// (pairs or tokens / 4, batch * heads). Lists are query heads.
 #include "cosine.cuh"
 
-// How far a cosine is from what the strategy looks for.
+// The distance of a cosine from the strategy's goal: 1 for similarity, 0 for difference.
 __device__ __forceinline__ float residual(unsigned strategy, float cosine) {
   return strategy == SIMILARITY ? cosine - 1.0f : cosine;
 }
 
-// Per block: the sum of squares, and how many pairs qualify. Two f64 in `sums` per block, so that they add up in the
-// same order on every run.
+// Per block: the sum of squares, and how many pairs qualify, as two f64 in `sums`, so that they are added in the same
+// order on every run.
 template <class T>
 __device__ void partial_sums(Global<const T> q, Global<const T> k, Global<const float> tests, Global<double> sums,
                              const DecideParams& p) {
@@ -35,7 +35,7 @@ __device__ void partial_sums(Global<const T> q, Global<const T> k, Global<const 
 }
 
 
-// Adds the blocks' sums up into [S, M]. One block of 256 threads.
+// Adds up the blocks' sums into [S, M]. One block of 256 threads.
 KERNEL loss_total(Global<const double> sums, Global<float> out, TotalParams p) {
   Shared<double> squared = shared_memory<double>(0, 256), merged = shared_memory<double>(2048, 256);
   double s = 0.0, m = 0.0;
@@ -60,7 +60,7 @@ KERNEL loss_total(Global<const double> sums, Global<float> out, TotalParams p) {
 
 constexpr unsigned PER_LANE = 8;
 
-// One vector of a pair: x, with its norm raised to MIN_NORM and whether the norm depends on it.
+// One vector of a pair; `norm` is at least MIN_NORM, and `free` tells whether it is the vector's own norm.
 template <class T> struct Side {
   Global<const T> rows;
   size_t at;
@@ -71,7 +71,8 @@ template <class T> struct Side {
       : rows(rows), at(at), norm(norm < MIN_NORM ? MIN_NORM : norm), free(norm >= MIN_NORM) {}
 };
 
-// sum += factor * (w - c u) / norm, with u this unit vector and w the other; c u only where the norm is not the floor.
+// sum += factor * (w - c u) / norm, with u this unit vector and w the other one; c u is dropped if the norm was raised
+// to MIN_NORM.
 template <class T>
 __device__ void add_gradient(float (&sum)[PER_LANE], const Side<T>& mine, const Side<T>& other, float cosine,
                              float factor, unsigned dim) {
@@ -85,7 +86,8 @@ __device__ void add_gradient(float (&sum)[PER_LANE], const Side<T>& mine, const 
   }
 }
 
-// Adds the gradient of pair (t + 1, t) of one head, for its left vector (token t + 1) or its right one (token t).
+// Adds the gradient of pair (t + 1, t) of one head with respect to its left vector (token t + 1) or its right one
+// (token t).
 template <class T>
 __device__ void add_pair(float (&sum)[PER_LANE], Global<const T> q, Global<const T> k, Global<const float> tests,
                          float upstream, const DecideParams& p, unsigned batch, unsigned head, unsigned t, bool left) {
@@ -112,7 +114,8 @@ template <class T> __device__ void store_row(const float (&sum)[PER_LANE], Globa
   }
 }
 
-// dq (batch, heads, N, D): each token is the left vector of one pair. `upstream` [dS, dM], of which dM is not read.
+// dq (batch, heads, N, D): each token is the left vector of one pair. `upstream` is [dS, dM]; M is a constant, so dM is
+// not read.
 template <class T>
 __device__ void query_gradient(Global<const T> q, Global<const T> k, Global<const float> tests,
                                Global<const float> upstream, Global<T> dq, const DecideParams& p) {

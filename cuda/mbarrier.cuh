@@ -1,4 +1,4 @@
-// Where a part of a block's threads meets, or waits for what others do: named barriers and mbarriers.
+// Meeting points for a part of a block's threads: named barriers and mbarriers.
 //
 // Sources: PTX ISA 8.0, sections 9.7.12 (bar.sync, mbarrier) and 9.7.8.22 (cp.async).
 #pragma once
@@ -7,7 +7,7 @@
 
 namespace hw {
 
-// Where THREADS threads meet, whole warps; NUMBER is 1 to 15, __syncthreads has 0.
+// A barrier of THREADS threads, in whole warps. NUMBER is 1 to 15; __syncthreads is barrier 0.
 template <int NUMBER, int THREADS>
 SFA_DEVICE void meet() {
 #ifdef SFA_EMULATION
@@ -17,15 +17,15 @@ SFA_DEVICE void meet() {
 #endif
 }
 
-// An mbarrier: 8 bytes of shared memory that count arrivals, from phase to phase. Whoever waits for the end of a phase names
-// its parity, the first one's being 0.
+// An mbarrier: 8 bytes of shared memory that count arrivals, phase after phase. A thread that waits for the end of a
+// phase names its parity; the first phase has parity 0.
 struct Mbarrier {
     static constexpr uint32_t BYTES = 8;
     Tile word;
 
-    // Arrivals that a warp counts for in `arrive_as_warp`. compute-sanitizer's racecheck does not see that a warp's lanes meet
-    // before one of them arrives for all, and takes what these read before for overwritten. For it, each arrives by itself:
-    // NVCC_APPEND_FLAGS=-DSFA_EVERY_LANE_ARRIVES, in a target folder of its own.
+    // Arrivals of a warp in `arrive_as_warp`. compute-sanitizer's racecheck does not see that a warp's lanes meet
+    // before one of them arrives for all, and reports that their reads are overwritten. For racecheck every lane
+    // arrives by itself: NVCC_APPEND_FLAGS=-DSFA_EVERY_LANE_ARRIVES, in a target folder of its own.
 #ifdef SFA_EVERY_LANE_ARRIVES
     static constexpr uint32_t WARP = 32;
 #else
@@ -34,7 +34,7 @@ struct Mbarrier {
 
     SFA_DEVICE Mbarrier(uint32_t offset) : word(tile(offset, BYTES)) {}
 
-    // By one thread, before the block meets. `count`: the arrivals of a phase.
+    // Called by one thread, before the block meets. `count`: the arrivals of a phase.
     SFA_DEVICE void init(uint32_t count) const {
 #ifdef SFA_EMULATION
         store(word, 0, uint2{count << 16 | count, 0});
@@ -55,13 +55,13 @@ struct Mbarrier {
 #endif
     }
 
-    // This warp's lanes have all come here.
+    // Arrives for the whole warp, after all its lanes have come here.
     SFA_DEVICE void arrive_as_warp() const {
         __syncwarp();
         if (WARP == 32 || thread() % 32 == 0) arrive();
     }
 
-    // The same as `arrive` once all copies that this thread has started are there.
+    // Arrives once all copies that this thread has started have arrived.
     SFA_DEVICE void arrive_after_copies() const {
 #ifdef SFA_EMULATION
         arrive();
@@ -70,14 +70,14 @@ struct Mbarrier {
 #endif
     }
 
-    // Waits for the end of the last phase of this parity; the one before the first has ended.
+    // Waits for the end of the latest phase of this parity; the phase before the first counts as ended.
     SFA_DEVICE void wait(uint32_t parity) const {
 #ifdef SFA_EMULATION
         while ((load<uint2>(word, 0).y & 1) == parity) emu::wait_for_progress("an mbarrier", __builtin_LINE());
 #else
         asm volatile(
-            "{\n.reg .pred p;\nretry:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra retry;\ndone:\n}\n" ::"r"(
-                word.address),
+            "{\n.reg .pred p;\nretry:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+            "@p bra done;\nbra retry;\ndone:\n}\n" ::"r"(word.address),
             "r"(parity)
             : "memory");
 #endif

@@ -1,5 +1,5 @@
-// Views of device memory. Kernels reach global and shared memory only through them: under nvcc they are bare pointers,
-// under emulation every access is checked against its buffer and against what has been written.
+// Views of device memory. Kernels reach global and shared memory only through them: under nvcc they are bare pointers;
+// under emulation every access is checked against its buffer and against earlier writes.
 //
 //   view[i]                    reads element i, by value
 //   view.set(i, x)             writes element i

@@ -1,6 +1,6 @@
-// Observed mass: each row's local softmax, then what it gave each token. Three times: a warp per row or token, for f32 and
-// for rows that are not aligned; and on tensor cores for f16 and bf16, in two passes for any window and in one for the usual
-// ones.
+// Observed mass: each row's local softmax, then the mass that it gave each token. Three versions: a warp per row or
+// token, for f32 and for unaligned rows; on tensor cores for f16 and bf16, in two passes for any window; and in one
+// pass for the usual windows (observe_band.cuh).
 #include "attention.cuh"
 #include "observe_band.cuh"
 #include "observe_row.cuh"
@@ -15,7 +15,8 @@ __device__ void local_columns(Global<const T> q, Global<const T> k, const Observ
   unsigned first = row + 1 > p.window ? row + 1 - p.window : 0, sinks = p.sinks < first ? p.sinks : first;
   for (unsigned i = 0; i < sinks + (row + 1 - first); i++) {
     unsigned t = i < sinks ? i : first + (i - sinks);
-    Products both = products(q, p.q.at(list.batch, head, row), k, p.k.at(list.batch, list.kv_head, t), p.sizes.head_dim);
+    Products both =
+        products(q, p.q.at(list.batch, head, row), k, p.k.at(list.batch, list.kv_head, t), p.sizes.head_dim);
     visit(t, both.dot * p.scale);
   }
 }
@@ -29,7 +30,7 @@ __device__ void observe_rows(Global<const T> q, Global<const T> k, Global<float>
   List list(p.sizes, blockIdx.y);
   float maximum = -INFINITY, sum = 0.0f;
   local_columns(q, k, p, list, list.first_head, row, [&](unsigned, float logit) {
-    // A NaN stays: it wins no comparison and spoils the sum.
+    // A NaN never becomes the maximum; it makes the sum NaN.
     float larger = logit > maximum ? logit : maximum;
     sum = sum * expf(maximum - larger) + expf(logit - larger);
     maximum = larger;
@@ -37,8 +38,8 @@ __device__ void observe_rows(Global<const T> q, Global<const T> k, Global<float>
   if (threadIdx.x % 32 == 0) log_sum_exp.set((size_t)blockIdx.y * p.sizes.tokens + row, maximum + logf(sum));
 }
 
-// Bits of every head of a KV head: the mass that rows t + W/2 .. t + W - 1 gave token t, times its value's norm, against
-// the group's thresholds. Lists are KV heads.
+// Bits of every head of a KV head: the mass that rows t + W/2 .. t + W - 1 gave token t, times its value's norm,
+// against the group's thresholds. Lists are KV heads.
 template <class T>
 __device__ void observe_bits(Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> log_sum_exp,
                               const Tests& tests, Global<uint8_t> bits, const ObservedParams& p) {
@@ -73,8 +74,8 @@ __device__ void observe_bits(Global<const T> q, Global<const T> k, Global<const 
     }
 FOR_EACH_DTYPE(OBSERVE)
 
-// ---- on tensor cores: tiles of 64 tokens; a block keeps one and streams those of its band past it, through two buffers:
-// one is on its way while the other is computed
+// ---- on tensor cores: tiles of 64 tokens. A block keeps one tile and streams the tiles of its band through two
+// buffers: one is copied while the other is multiplied.
 
 template <class T, int D>
 struct ObserveBlock {
@@ -89,19 +90,20 @@ struct ObserveBlock {
         : own(hw::tile(0, TILE)), own_rows(false, threadIdx.x / 32 * 16), other_rows(true, 0), lane(threadIdx.x % 32) {}
 
     SFA_DEVICE static hw::Tile other(int step) { return hw::tile(TILE + step % 2 * TILE, TILE); }
-    // A number for each row of `other`.
+    // A word for each row of `other`.
     SFA_DEVICE static hw::Tile words(int step) { return hw::tile(3 * TILE + step % 2 * WORDS, WORDS); }
 
-    // Tokens of this lane's rows (0 or 1) and of its columns (0 or 1 of each eighth).
+    // The rows (r: 0 or 1) and columns (i: 0 or 1 of each eight) of this lane, counted from the tiles' first tokens.
     SFA_DEVICE int row(int r) const { return threadIdx.x / 32 * 16 + r * 8 + lane / 4; }
     SFA_DEVICE int column(int n, int i) const { return n * 8 + lane % 4 * 2 + i; }
 
     SFA_DEVICE static void load(const hw::Tile& tile, const Halves& source, const Rows& rows, uint32_t batch,
                                 uint32_t head, int first, int count, uint32_t dim) {
-        load_rows<Layout<D>, ROWS, THREADS, false>(tile, source, rows.at(batch, head, first), rows.token_stride, count, dim);
+        load_rows<Layout<D>, ROWS, THREADS, false>(tile, source, rows.at(batch, head, first), rows.token_stride, count,
+                                                   dim);
     }
 
-    // Own rows times the first `count` of the others.
+    // Own rows times the first `count` rows of the other tile.
     SFA_DEVICE void products(float (&s)[1][NT][4], int step, int count) const {
 #pragma unroll
         for (int i = 0; i < NT * 4; i++) s[0][i / 4][i % 4] = 0;
@@ -122,7 +124,9 @@ __device__ __forceinline__ void observe_row_tiles(const Halves& q, const Halves&
     int window = p.window, band = max(0, first_row - window + 1), sinks = min(int(p.sinks), band);
     int sink_tiles = (sinks + Block::ROWS - 1) / Block::ROWS;
     int tiles = sink_tiles + (row_end - band + Block::ROWS - 1) / Block::ROWS;
-    auto first = [&](int tile) { return tile < sink_tiles ? tile * Block::ROWS : band + (tile - sink_tiles) * Block::ROWS; };
+    auto first = [&](int tile) {
+        return tile < sink_tiles ? tile * Block::ROWS : band + (tile - sink_tiles) * Block::ROWS;
+    };
     auto count = [&](int tile) { return min(Block::ROWS, (tile < sink_tiles ? sinks : row_end) - first(tile)); };
     auto load = [&](int tile) {
         Block::load(Block::other(tile), k, p.k, batch, kv_head, first(tile), count(tile), p.sizes.head_dim);
@@ -167,9 +171,9 @@ __device__ __forceinline__ void observe_row_tiles(const Halves& q, const Halves&
     }
 }
 
-// Bits of every head of a KV head, (batch, heads, tokens - 1): the mass that rows t + W/2 .. t + W - 1 gave token t, times
-// its value's norm, against the group's threshold. Grid (pairs / 64, batch * kv_heads). A tile of keys stays; queries of
-// all the group's heads stream, with their log-sum-exps.
+// Bits of every head of a KV head, (batch, heads, tokens - 1): the mass that rows t + W/2 .. t + W - 1 gave token t,
+// times its value's norm, against the group's threshold. Grid (pairs / 64, batch * kv_heads). A tile of keys stays;
+// queries of all the group's heads stream, with their log-sum-exps.
 template <class T, int D>
 __device__ __forceinline__ void observe_bit_tiles(const Halves& q, const Halves& k, const Halves& v,
                                              const Floats& log_sum_exp, const Tests& tests,
@@ -180,7 +184,7 @@ __device__ __forceinline__ void observe_bit_tiles(const Halves& q, const Halves&
     uint32_t group = p.sizes.heads / p.sizes.kv_heads, first_head = kv_head * group;
     int64_t first_list = int64_t(batch) * p.sizes.heads + first_head;
     int tokens = p.sizes.tokens, pairs = tokens - 1, window = p.window;
-    // Later tokens have not been looked at by all of their rows.
+    // Later tokens have not been seen by all the rows that decide them.
     int first_token = blockIdx.x * Block::ROWS, decided = min(pairs - window, first_token + Block::ROWS);
     int first_row = first_token + window / 2, rows = decided > first_token ? decided + window - 1 - first_row : 0;
     int tiles = (rows + Block::ROWS - 1) / Block::ROWS, steps = tiles * int(group);
@@ -189,10 +193,12 @@ __device__ __forceinline__ void observe_bit_tiles(const Halves& q, const Halves&
     auto load = [&](int step) {
         uint32_t head = step / tiles;
         Block::load(Block::other(step), q, p.q, batch, first_head + head, first(step), count(step), p.sizes.head_dim);
-        load_words<Block::ROWS>(Block::words(step), log_sum_exp, (first_list + head) * tokens + first(step), count(step));
+        load_words<Block::ROWS>(Block::words(step), log_sum_exp, (first_list + head) * tokens + first(step),
+                                count(step));
         hw::copy_commit();
     };
-    Block::load(block.own, k, p.k, batch, kv_head, first_token, min(Block::ROWS, tokens - first_token), p.sizes.head_dim);
+    Block::load(block.own, k, p.k, batch, kv_head, first_token, min(Block::ROWS, tokens - first_token),
+                p.sizes.head_dim);
     if (steps > 0) load(0);
     float scale = p.scale * LOG2_E, mass[2] = {0, 0};
 #pragma unroll 1
@@ -249,7 +255,7 @@ __device__ __forceinline__ void observe_bit_tiles(const Halves& q, const Halves&
         observe_bit_tiles<T, D>(q, k, v, log_sum_exp, Tests{many, few}, bits, p);                                     \
     }
 
-// As `Band` in src/cuda/observe.rs has them: BLOCKS at a time on a multiprocessor.
+// As `Band` in src/cuda/observe.rs; BLOCKS: resident blocks a multiprocessor.
 #define OBSERVE_BAND(D, BAND, WARPS, BLOCKS, dtype, T)                                                                \
     OBSERVE_BAND_OF(observe_band_##D##_##BAND##_##dtype, D, BAND, WARPS, BLOCKS, false, T)                            \
     OBSERVE_BAND_OF(observe_whole_##D##_##BAND##_##dtype, D, BAND, WARPS, BLOCKS, true, T)

@@ -1,19 +1,20 @@
-// Observed mass on tensor cores in one pass, where a row's band fits into registers: windows of at most 8 BAND - 15 tokens, at
-// most 8 sinks.
+// Observed mass on tensor cores in one pass, if a row's band fits into registers: windows of at most 8 BAND - 15
+// tokens, at most 8 sinks.
 #pragma once
 
 #include "attention.cuh"
 #include "observe_row.cuh"
 
-// A block's tiles: the keys that its rows see, with the sinks behind them, and two stages of 16 rows a warp, 64 numbers of
-// each, copied and read by that warp alone: queries of one head after the other, then values. Everything of a stage is asked
-// for at once, and the next one is on its way while it is computed. WHOLE: windows of 8 BAND - 16 tokens, and a scale above 0.
+// A block's tiles: the keys that its rows see, followed by the sinks; and two stages of 16 rows a warp, 64 numbers of
+// each row, which that warp alone copies and reads: queries of one head after another, then values. A stage is copied
+// as a whole while the one before is multiplied. WHOLE: windows of 8 BAND - 16 tokens, and a scale above 0.
 template <class T, int D, int BAND, int WARPS, bool WHOLE>
 struct ObserveBand {
     static constexpr int THREADS = 32 * WARPS, ROWS = 16 * WARPS, COLUMNS = 8 * BAND, CHUNKS = D / 8;
     static constexpr int SINKS_AT = ROWS - 16 + COLUMNS, KEYS = SINKS_AT + 16, PARTS = D / 64;
-    static constexpr uint32_t KEY_BYTES = KEYS * D * 2, STAGE_BYTES = ROWS * 128, WORDS_AT = KEY_BYTES + 2 * STAGE_BYTES;
-    // Where WHOLE, how many times eight tokens a window has, and how many times eight of a warp's columns have mass.
+    static constexpr uint32_t KEY_BYTES = KEYS * D * 2, STAGE_BYTES = ROWS * 128,
+                              WORDS_AT = KEY_BYTES + 2 * STAGE_BYTES;
+    // WHOLE: the eights of tokens in a window, and the eights of a warp's columns that have mass.
     static constexpr int EIGHTHS = BAND - 2, MASSES = WHOLE ? EIGHTHS / 2 + 2 : BAND;
 
     const ObservedParams& p;
@@ -25,18 +26,20 @@ struct ObserveBand {
         return hw::tile(KEY_BYTES + index % 2 * STAGE_BYTES, STAGE_BYTES);
     }
 
-    // Starts the copy of COUNT keys, tokens from `first` on, to rows from `row` on, by STEP threads. For tokens that do not
-    // exist others stand in: rows that see them decide nothing.
+    // Starts the copy of COUNT keys, tokens from `first` on, to rows from `row` on, by STEP threads. Tokens that do not
+    // exist are replaced by the nearest that does: rows that see them decide nothing.
     template <int COUNT, int STEP>
     SFA_DEVICE void copy(int row, const Halves& k, int64_t start, int first) const {
-        static_assert(STEP % CHUNKS == 0 && COUNT * CHUNKS % 32 == 0, "a thread keeps to a chunk, a warp to the same pass");
+        static_assert(STEP % CHUNKS == 0 && COUNT * CHUNKS % 32 == 0,
+                      "a thread keeps to a chunk, a warp to the same pass");
         int thread = threadIdx.x % STEP, at = thread / CHUNKS, chunk = thread % CHUNKS;
         bool valid = chunk * 8 < int(p.sizes.head_dim);
 #pragma unroll
         for (int pass = 0; pass < COUNT; pass += STEP / CHUNKS) {
             int to = at + pass, token = min(max(first + to, 0), tokens - 1);
             if (pass + STEP / CHUNKS > COUNT && to >= COUNT) continue;
-            hw::copy_async(keys, Layout<D>::chunk(row + to, chunk), k, start + token * p.k.token_stride + chunk * 8, valid);
+            hw::copy_async(keys, Layout<D>::chunk(row + to, chunk), k, start + token * p.k.token_stride + chunk * 8,
+                           valid);
         }
     }
 
@@ -46,8 +49,9 @@ struct ObserveBand {
         if (p.sinks > 0 && warp == 0) copy<16, 32>(SINKS_AT, k, start, 0);
     }
 
-    // Starts the copy of part `part` of this warp's rows, tokens from `first` on, of which the first is at `start`.
-    SFA_DEVICE void copy_own(uint32_t index, const Halves& source, const Rows& rows, int64_t start, int first, int part) const {
+    // Starts the copy of part `part` of this warp's rows: tokens from `first` on, whose first row starts at `start`.
+    SFA_DEVICE void copy_own(uint32_t index, const Halves& source, const Rows& rows, int64_t start, int first,
+                             int part) const {
         int at = lane / 8, chunk = lane % 8, column = part * 64 + chunk * 8, last = max(tokens - 1 - first, 0);
         bool valid = column < int(p.sizes.head_dim);
 #pragma unroll
@@ -58,7 +62,7 @@ struct ObserveBand {
         }
     }
 
-    // s (16 rows, 8 columns each) += part `part` of a stage's queries times keys, the sinks' last.
+    // s (16 rows, 8 columns each) += part `part` of a stage's queries times keys; the sinks come last.
     SFA_DEVICE void multiply(float (&s)[BAND + 1][4], uint32_t index, int part) const {
         Fragments<64> rows(false, warp * 16);
         Fragments<D> columns(true, warp * 16), sinks(true, SINKS_AT);
@@ -78,20 +82,20 @@ struct ObserveBand {
         }
     }
 
-    // A bit for each number that a lane has of its row l / 4 (r = 0) or l / 4 + 8, of columns 8 n + l % 4 * 2 + i and then of
-    // sinks: the same for every head.
+    // A bit for each number of a lane's row l / 4 (r = 0) or l / 4 + 8: of columns 8 n + l % 4 * 2 + i, then of sinks.
+    // The same for every head.
     struct Marks {
         uint32_t bits[2];
         SFA_DEVICE bool has(int r, int i) const { return bits[r] >> i & 1; }
     };
 
-    // What the rows from token `row` on see, and of it what counts as mass.
+    // Marks the columns that the rows from token `row` on see, and those that count as mass.
     SFA_DEVICE void mark(Marks& seen, Marks& counted, int row) const {
         int first = row - window + 1;
         for (int r = 0; r < 2; r++) {
             seen.bits[r] = counted.bits[r] = 0;
-            // How many tokens a row's own one comes after that of column 0; a younger one would have a negative age, which is
-            // large as an unsigned number, and one before the first token a larger age than the row has.
+            // `age`: how many tokens older than the row's own column 0 is. A younger column has a negative age, which
+            // is large as an unsigned number; a column before the first token has a larger age than the row can have.
             int own = row + lane / 4 + r * 8, age = own - first - quad * 2;
             uint32_t sees = min(window, own + 1), half = window / 2, ages = sees > half ? sees - half : 0;
             for (int i = 0; i < 2 * BAND + 2; i++) {
@@ -100,16 +104,17 @@ struct ObserveBand {
                 seen.bits[r] |= uint32_t(i < 2 * BAND ? uint32_t(age - column) < sees : sink_seen) << i;
                 counted.bits[r] |= uint32_t(i < 2 * BAND && uint32_t(age - column - int(half)) < ages) << i;
             }
-            // Or the compiler works them out anew for every head, which only pays where it spills otherwise.
+            // Otherwise the compiler recomputes the marks for every head, which only pays if it spills otherwise.
             if (D > 64) continue;
             hw::keep_in_place(seen.bits[r]);
             hw::keep_in_place(counted.bits[r]);
         }
     }
 
-    // Adds to the masses of the COLUMNS tokens from `row` - window + 1 on what the warp's 16 rows, tokens from `row` on, give
-    // them: lane l has columns 8 n + l % 4 * 2 + i, and the sum over rows l / 4 and l / 4 + 8.
-    SFA_DEVICE void add(float (&masses)[MASSES][2], float (&s)[BAND + 1][4], const Marks& seen, const Marks& counted) const {
+    // Adds the mass that the warp's 16 rows (tokens from `row` on) give to the COLUMNS tokens from `row` - window + 1
+    // on. Lane l has columns 8 n + l % 4 * 2 + i, and the sum over rows l / 4 and l / 4 + 8.
+    SFA_DEVICE void add(float (&masses)[MASSES][2], float (&s)[BAND + 1][4], const Marks& seen,
+                        const Marks& counted) const {
         float scale = p.scale * LOG2_E;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -126,8 +131,8 @@ struct ObserveBand {
         }
     }
 
-    // The same where WHOLE. A row r of the 16 sees columns from r on: of eight columns the end, and of those a window later
-    // the beginning. Both together make eight, so that only the first tokens' rows need a mask.
+    // The same for WHOLE. Row r of the 16 sees the columns from r on: the end of one eight, and the beginning of the
+    // eight a window later. These two make one eight together, so only the first tokens' rows need a mask.
     SFA_DEVICE void add_whole(float (&masses)[MASSES][2], float (&s)[BAND + 1][4], int row) const {
         if (row < window + 8) hide_early(s, row);
         bool from[2] = {quad * 2 >= lane / 4, quad * 2 + 1 >= lane / 4};
@@ -155,7 +160,7 @@ struct ObserveBand {
         }
     }
 
-    // Hides tokens before the first one, and sinks that are in the window still.
+    // Hides tokens before the first one, and sinks that are still in the window.
     SFA_DEVICE void hide_early(float (&s)[BAND + 1][4], int row) const {
 #pragma unroll
         for (int i = 0; i < 4 * BAND + 4; i++) {
@@ -165,7 +170,7 @@ struct ObserveBand {
         }
     }
 
-    // A row's logits, of which four lanes have a part each, to weights, and 1 over their sum.
+    // Turns a row's logits, which four lanes share, into unnormalized weights; returns 1 over their sum.
     template <int COUNT>
     SFA_DEVICE static float weigh(float (&weights)[COUNT][2], float scale) {
         float maximum = -hw::infinity(), sum = 0;
@@ -184,7 +189,7 @@ struct ObserveBand {
         return hw::reciprocal(sum);
     }
 
-    // The sum of squares of half a part of this lane's value, on top of `sum`: two lanes a row.
+    // Adds the squares of half a part of a value to `sum`; two lanes share a row.
     SFA_DEVICE float squares(uint32_t index, float sum) const {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -195,8 +200,8 @@ struct ObserveBand {
     }
 };
 
-// Bits of every head of a KV head, as observe_bits. A block has WARPS times 16 rows: those that a stretch of tokens is given
-// mass by. Grid (pairs / (16 WARPS + 1 - (window - window / 2)), kv_heads, batch).
+// Bits of every head of a KV head, as observe_bits. A block has 16 * WARPS rows: those that give mass to its tokens.
+// Grid (pairs / (16 WARPS + 1 - (window - window / 2)), kv_heads, batch).
 template <class T, int D, int BAND, int WARPS, bool WHOLE>
 __device__ __forceinline__ void observe_band(const Halves& q, const Halves& k, const Halves& v, const Tests& tests,
                                              const Global<uint8_t>& bits, const ObservedParams& p) {
@@ -207,11 +212,11 @@ __device__ __forceinline__ void observe_band(const Halves& q, const Halves& k, c
     uint32_t kv_head = blockIdx.y, batch = blockIdx.z, group = p.group, first_head = kv_head * group;
     int window = band.window, pairs = band.tokens - 1, share = Band::ROWS + 1 - (window - window / 2);
     int first_token = blockIdx.x * share;
-    // Later tokens have not been looked at by all of their rows.
+    // Later tokens have not been seen by all the rows that decide them.
     int decided = min(pairs - window, first_token + share);
     constexpr uint32_t COLUMNS = 8 * Band::MASSES, MASSES = WARPS * COLUMNS * 4;
     hw::Tile masses = hw::tile(Band::WORDS_AT, MASSES), norms = hw::tile(Band::WORDS_AT + MASSES, Band::ROWS * 4);
-    // The first row of the block, and of the warp; and the first token of which the warp has the value.
+    // The first row of the block and of the warp, and the first token whose value the warp has.
     int block_row = first_token + window / 2, row = block_row + band.warp * 16, own = first_token + band.warp * 16;
     int64_t queries = p.q.at(batch, first_head, min(row, pairs)), values = p.v.at(batch, kv_head, min(own, pairs));
     // Stages of queries per head of the group, then of values.
@@ -225,7 +230,7 @@ __device__ __forceinline__ void observe_band(const Halves& q, const Halves& k, c
         hw::copy_wait<1>();
         __syncwarp();
     };
-    // Two stages are so many heads.
+    // How many heads two stages hold.
     constexpr uint32_t NEXT = 2 / Band::PARTS;
     if (decided > first_token) {
         float sums[Band::MASSES][2] = {};

@@ -1,11 +1,12 @@
-// Observed mass, one row at a time, as a cache decides by it: what a row's local softmax gives each token of its window.
-// One warp; lane l takes columns l, l + 32 and so on, so that nothing is summed across lanes but the softmax itself.
+// Observed mass, one row at a time, as a cache decides by it: the mass that a row's local softmax gives each token of
+// its window. One warp; lane l takes columns l, l + 32 and so on, so that only the softmax itself is summed across
+// lanes.
 #pragma once
 
 #include "cosine.cuh"
 #include "warp_row.cuh"
 
-// Every lane gets the largest; a NaN wins no comparison, and spoils the sum later.
+// Every lane gets the largest. A NaN never becomes the largest; it makes the sum NaN later.
 __device__ __forceinline__ float warp_largest(float x) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) {
@@ -29,18 +30,18 @@ __device__ float lane_dot(Global<A> a, size_t at_a, Global<B> b, size_t at_b, un
   return sum;
 }
 
-// What a list keeps to go on observing; see params.cuh for window and sinks.
+// The state of a list that observes; see params.cuh for window and sinks.
 template <class T> struct Observed {
   // (lists, sinks + window, D): raw keys of the first tokens, then of token t at sinks + t % window.
   Global<T> keys;
   // (lists, window) each, token t at t % window: its mass so far, and the norm of its value.
   Global<float> masses, norms;
-  // (lists, sinks + window): one row's logits. A lane reads what it wrote.
+  // (lists, sinks + window): one row's logits. A lane reads only its own writes.
   Global<float> logits;
 };
 
-// Adds to the masses of one list (token t at masses + t % window) what query row `row` gives the tokens of its window
-// that count it: those that are at least window / 2 rows older. `dot(t)` is query . key of token t.
+// Adds the mass that query row `row` gives to the tokens of its window that count it, which are at least window / 2
+// rows older. Token t's mass is at masses + t % window; `dot(t)` is query . key of token t.
 template <class Dot>
 __device__ void observe_row(unsigned row, const CacheParams& p, Global<float> logits, Global<float> masses, Dot dot) {
   unsigned window = p.window, first = row + 1 > window ? row + 1 - window : 0;
@@ -62,7 +63,7 @@ __device__ void observe_row(unsigned row, const CacheParams& p, Global<float> lo
   }
 }
 
-// The score below which a list hides a token: the least of its heads' thresholds; below every score where one is off.
+// The score below which a list hides a token: the least of its heads' thresholds, or minus infinity if a head is off.
 template <class Tests>
 __device__ __forceinline__ float observed_threshold(const Tests& tests, size_t first_head, unsigned group) {
   float least = INFINITY;

@@ -32,7 +32,7 @@ while read -r name path; do
   strip -o "$work/bin/$name" "$path"
 done <"$work/binaries"
 rm "$work/binaries"
-# Tests find these through the folder that they start in.
+# Tests look for these in the folder they start in.
 cp -r tests/data "$work/tests/"
 mkdir -p "$work/examples/llama"
 cp -r examples/llama/assets "$work/examples/llama/"

@@ -34,7 +34,7 @@ static_assert(sizeof(Rows) == 32 && sizeof(BiasEntries) == 40 && sizeof(Sizes) =
 
 // --- Decisions ---
 
-// What decide.cu and loss.cu read: one decision per list, which takes every query head of the list to agree.
+// For decide.cu and loss.cu: one decision per list, on which all query heads of the list agree.
 struct DecideParams {
   Rows q, k;
   // (B, H, N, N); only the causal rule reads it.
@@ -43,13 +43,13 @@ struct DecideParams {
   // 1: cos(k[t+1], k[t]); 0: cos(q[t+1], k[t]).
   unsigned key_key;
   unsigned max_merge_level, sinks;
-  // Of the reference rule: how far its candidates reach.
+  // The reference rule: how far its candidates reach.
   unsigned levels;
 };
 
 static_assert(sizeof(DecideParams) == 144, "as in src/cuda/params.rs");
 
-// Strategy and threshold of every query head, (batch, heads, 2), where they are few; else a buffer has them.
+// Strategy and threshold of every query head, (batch, heads, 2), if they are few; otherwise a buffer has them.
 struct FewTests {
   float numbers[256];
 };
@@ -90,7 +90,7 @@ static_assert(sizeof(FoldParams) == 128, "as in src/cuda/params.rs");
 
 // --- Loss ---
 
-// Its other kernels take DecideParams.
+// The loss's other kernels take DecideParams.
 struct TotalParams {
   unsigned blocks;
 };
@@ -99,22 +99,23 @@ static_assert(sizeof(TotalParams) == 4, "as in src/cuda/params.rs");
 
 // --- Attention ---
 
-// A list is what shares far columns: a KV head where decisions are per KV head, else a query head. What the kernels read
-// of it, besides q (folded already where the fold folds queries), k and v:
+// A list has far columns of its own: it is a KV head where decisions are per KV head, else a query head. Kernels read
+// these buffers of a list, besides q (already folded if the fold folds queries), k and v:
 //
 //   far_k, far_v        (batch * lists, capacity, D)  folded columns that are not hidden, in token order
-//   far_ln              (batch * lists, capacity)     f32 ln n; absent where all are 0
-//   far_index           (batch * lists, N)            the token of each far column; then, last one first, those hidden
+//   far_ln              (batch * lists, capacity)     f32 ln n; absent if all are 0
+//   far_index           (batch * lists, N)            the token of each far column, then the hidden tokens from the
+//                                                   last to the first
 //   far_before          (batch * lists, N + 1)        how many far columns hold tokens before t
-//   folded_k, folded_v  (batch * lists, N, D)         every token folded, hidden or not: the edge columns; absent
-//                                                     where folding changes no token, so that raw ones are
-//   folded_ln           (batch * lists, N)            f32 ln n; absent where all are 0
+//   folded_k, folded_v  (batch * lists, N, D)         every token folded, hidden or not: the edge columns; absent if
+//                                                     folding changes no token, and then raw tokens serve
+//   folded_ln           (batch * lists, N)            f32 ln n; absent if all are 0
 //
-// Where tokens are dropped and rows causal, no token changes and the edge is as raw as what is near: a row sees every
-// token to its own but those hidden that are before its window and its edge. Then nothing need be folded ("listed"): the
-// columns are the tokens that stay, and those that are hidden, of which a row sees a few.
+// If tokens are dropped and rows are causal, folding changes no token, and an edge is a raw token like a near one. A
+// row then sees every token up to its own, except the hidden ones before its edge. So nothing has to be folded
+// ("listed"): the columns are the tokens that stay, and a few of the hidden ones.
 //
-// A token of which key or value is not finite has a NaN key and a zero value in far_* and folded_*.
+// A token whose key or value is not finite has a NaN key and a zero value in far_* and folded_*.
 struct AttentionParams {
   Rows q, k, v;
   // (B, H, N, N)
@@ -122,34 +123,34 @@ struct AttentionParams {
   // A Philox word below this is dropped; 0 without dropout.
   uint64_t dropout_cut;
   Sizes sizes;
-  // Far columns that a list has room for.
+  // Room for far columns in a list.
   unsigned capacity;
   unsigned window, causal;
-  // 1: nothing is hidden anywhere, so that raw keys and values are the columns and nothing else is read.
+  // 1: nothing is hidden anywhere. Raw keys and values are the columns, and no other buffer is read.
   unsigned dense;
   unsigned dropout_key[2];
   // scale * log2(e), split into magnitude and sign: logits are in base 2.
   float scale, scale_sign;
   // 1 / (1 - p)
   float dropout_scale;
-  // 1: columns are raw tokens by their lists, and of the buffers above there are far_index and far_before alone.
+  // 1: columns are raw tokens by token lists; of the buffers above only far_index and far_before exist.
   unsigned listed;
 };
 
 static_assert(sizeof(AttentionParams) == 208, "as in src/cuda/params.rs");
 
-// Of forward_spread_nan; `heads` over all batch rows.
+// For forward_spread_nan; `heads` over all batch rows.
 struct SpreadParams {
   unsigned tokens, head_dim, block_rows, heads;
 };
 
 static_assert(sizeof(SpreadParams) == 16, "as in src/cuda/params.rs");
 
-// Of decode.cu, besides CacheParams. `rows`: query heads over all batch rows; `parts`: splits of the far columns, and one
-// more for local ones.
+// For decode.cu, besides CacheParams. `rows`: query heads over all batch rows; `parts`: splits of the far columns, and
+// one more for local ones.
 struct DecodeParams {
   unsigned rows, parts, splits;
-  // 1: a new token is taken in first.
+  // 1: a new token is appended first.
   unsigned appends;
   // scale * log2(e)
   float scale;
@@ -159,17 +160,17 @@ static_assert(sizeof(DecodeParams) == 20, "as in src/cuda/params.rs");
 
 // --- Cache ---
 
-// Of cache_append: sizes.tokens new tokens after `first` that were seen before.
+// For cache_append: sizes.tokens new tokens after `first` earlier ones.
 struct CacheParams {
   Rows q, k, v;
-  // (B, H, new tokens, tokens seen with them), of which decisions by the causal rule read.
+  // (B, H, new tokens, tokens seen with them); decisions by the causal rule read it.
   BiasEntries bias;
   Sizes sizes;
   unsigned key_key, max_merge_level, sinks;
   unsigned window;
   // A FoldKind.
   unsigned fold;
-  // Closed chains that a list has room for.
+  // Room for closed chains in a list.
   unsigned capacity;
   unsigned first;
   // 1: observed mass decides, with this softmax scale.
@@ -180,9 +181,9 @@ struct CacheParams {
 
 static_assert(sizeof(CacheParams) == 200, "as in src/cuda/params.rs");
 
-// Of cache_attend: the row of token `last` over all that the cache holds.
+// For cache_attend: the row of token `last` over all that the cache holds.
 struct CacheAttendParams {
-  // (B, H, rows, tokens), of which this row is number 0.
+  // (B, H, rows, tokens); this row is number 0.
   BiasEntries bias;
   // A Philox word below this is dropped; 0 without dropout.
   uint64_t dropout_cut;
@@ -197,7 +198,7 @@ struct CacheAttendParams {
 
 static_assert(sizeof(CacheAttendParams) == 88, "as in src/cuda/params.rs");
 
-// Of cache_copy, in numbers.
+// For cache_copy, in elements.
 struct CopyParams {
   unsigned from_stride, to_stride, to_offset;
   unsigned count, unit;

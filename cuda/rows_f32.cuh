@@ -1,4 +1,4 @@
-// One row of f32 attention, shared by four lanes: its columns one by one, in the order far, edge, near.
+// One row of f32 attention, shared by four lanes. Columns are visited one by one: far, edge, near.
 #pragma once
 
 #include "attention.cuh"
@@ -12,7 +12,7 @@ struct ColumnsF32 {
     Floats folded_ln, bias;
 };
 
-// A column as one row sees it; where it does not, the addresses are still those of some column.
+// A column as one row sees it. If it is not visible, the addresses are still those of some column.
 struct ColumnF32 {
     bool visible;
     Floats keys, values;
@@ -31,7 +31,7 @@ struct RowF32 {
     bool exists;
 
     // `rows` per block; blockIdx.x counts blocks of rows within heads, the last rows first. `last` is the block's last
-    // row: lanes of a warp walk as far as that one does.
+    // row: all lanes of a warp walk as far as that row's columns reach.
     SFA_DEVICE RowF32(const ColumnsF32& x, const AttentionParams& p, int rows)
         : x(x), p(p), at(p, blockIdx.x / ((p.sizes.tokens + rows - 1) / rows)) {
         int blocks = (p.sizes.tokens + rows - 1) / rows, block = blocks - 1 - blockIdx.x % blocks;
@@ -46,7 +46,7 @@ struct RowF32 {
         return x + hw::shuffle_xor(x, 2);
     }
 
-    // Groups of four elements of D: this lane has every fourth.
+    // Of the groups of four elements of D, this lane has every fourth.
     SFA_DEVICE static void load(float (&part)[PART], const Floats& source, int64_t first, uint32_t dim) {
 #pragma unroll
         for (int i = 0; i < PART / 4; i++) {
@@ -74,7 +74,7 @@ struct RowF32 {
         store(target, row, part, p.sizes.head_dim);
     }
 
-    // This row's query, so that its products are logits in base 2.
+    // This row's query, scaled so that its products are logits in base 2.
     SFA_DEVICE void load_query(float (&part)[PART]) const {
         load_part(part, x.q, p.q.at(at.batch, at.head, token));
 #pragma unroll
@@ -100,8 +100,8 @@ struct RowF32 {
         int column = edge_token(p, x.far_before, at.list, token);
         bool visible = column >= 0;
         column = max(column, 0);
-        ColumnF32 c{visible, edge_row(p, x.folded_k, x.k, p.k, at, column), edge_row(p, x.folded_v, x.v, p.v, at, column),
-                    0, 0, 0, 1};
+        ColumnF32 c{visible, edge_row(p, x.folded_k, x.k, p.k, at, column),
+                    edge_row(p, x.folded_v, x.v, p.v, at, column), 0, 0, 0, 1};
         if (x.folded_ln) c.addend = LOG2_E * x.folded_ln[at.list * p.sizes.tokens + column];
         return adjust(c, column);
     }
@@ -119,7 +119,7 @@ struct RowF32 {
         return c;
     }
 
-    // Visits a superset of this row's columns, in step with the other rows of the block: `visit` may shuffle.
+    // Visits a superset of this row's columns, in step with the block's other rows, so that `visit` may shuffle.
     template <class Visit>
     SFA_DEVICE void for_each_column(Visit visit) const {
         int mine = far_count(p, x.far_before, at.list, token), all = far_count(p, x.far_before, at.list, last);

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a pack of cuda/pack.sh on a machine with an NVIDIA GPU and writes one report. Each part has a limit of its own, so
-# that one which hangs costs no other its turn.
+# Runs a pack of cuda/pack.sh on a machine with an NVIDIA GPU and writes one report. Each part has a time limit of its
+# own, so that one that hangs does not stop the others.
 #
 #   run-report.sh FOLDER [PART...]     PART: tests memcheck racecheck synccheck initcheck llama bench;
 #                                      all of them by default
@@ -17,7 +17,8 @@ cd "$(dirname "$0")"
 libraries=$(python3 - <<'PYTHON' 2>/dev/null
 import glob, os, site, sysconfig
 roots = {sysconfig.get_paths()["purelib"], *site.getsitepackages()}
-print(":".join(sorted({os.path.dirname(path) for root in roots for path in glob.glob(root + "/nvidia/*/lib/lib*.so*")})))
+print(":".join(sorted({os.path.dirname(path)
+                       for root in roots for path in glob.glob(root + "/nvidia/*/lib/lib*.so*")})))
 PYTHON
 )
 export LD_LIBRARY_PATH="${libraries:+$libraries:}/usr/local/cuda/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
@@ -61,9 +62,10 @@ for part in "$@"; do
     llama)
       model=(--model "${LLAMA_MODEL:-examples/llama/assets}")
       for device in cpu cuda:0; do
-        limited 60 "llama generate on $device" bin/llama generate "${model[@]}" --device $device --fold drop --max-tokens 60
-        limited 60 "llama eval on $device" bin/llama eval "${model[@]}" --device $device --text "${LLAMA_TEXT:-README.md}" \
-          --context 256
+        limited 60 "llama generate on $device" bin/llama generate "${model[@]}" --device $device --fold drop \
+          --max-tokens 60
+        limited 60 "llama eval on $device" bin/llama eval "${model[@]}" --device $device \
+          --text "${LLAMA_TEXT:-README.md}" --context 256
         limited 60 "llama bench on $device" bin/llama bench "${model[@]}" --device $device --fold drop \
           --text "${LLAMA_TEXT:-README.md}" --prompts 100,200
       done

@@ -1,14 +1,15 @@
-// The online softmax of rows held by quads of lanes, in base 2: logits arrive multiplied by log2(e).
+// The online softmax of rows that a quad of lanes holds, in base 2: logits come multiplied by log2(e).
 #pragma once
 
 #include "hw.cuh"
 
-// From this magnitude on a logit's last bit counts. Then a scaled product is rounded before anything is subtracted, so that the
-// largest logit of a row minus itself is 0 wherever it is computed; and what rounding left of a row's log-sum-exp is read.
+// From this magnitude on a logit's last bit matters. Then a scaled product is rounded before anything is subtracted, so
+// that a row's largest logit minus itself is 0 wherever it is computed; and the rounding remainder of the log-sum-exp
+// is read.
 constexpr float LARGE_LOGIT = 4096;
 
-// The log-sum-exp of a row's logits, given their maximum and log2 of the sum of 2^(logit - maximum), and what rounding left of
-// it: equal logits of any size have equal weights by these two. Of a row that sees nothing, whose sum is 0, the former is
+// The log-sum-exp of a row's logits and its rounding remainder, from their maximum and the sum of 2^(logit - maximum).
+// By both, equal logits of any size have equal weights. If a row sees nothing, its sum is 0 and its log-sum-exp
 // infinity: every weight is 0 then.
 SFA_DEVICE float2 saved_sum(float maximum, float sum) {
     if (sum == 0.f) return float2{hw::infinity(), 0};
@@ -17,7 +18,8 @@ SFA_DEVICE float2 saved_sum(float maximum, float sum) {
     return float2{rounded, hw::finite(rest) ? rest : 0.f};
 }
 
-// log2 of a weight from a logit and these; never more than 0, even where the logit was computed in another order.
+// log2 of a weight, from a logit, the log-sum-exp and its remainder; at most 0, even if the logit was computed in
+// another order.
 SFA_DEVICE float exponent_of(float logit, float log_sum_exp, float rest) {
     return hw::at_most_zero((logit - log_sum_exp) - rest);
 }
@@ -29,8 +31,8 @@ struct OnlineSoftmax {
     float maximum[ROWS];
     float sum[ROWS];
 
-    // A row's first column; returns the weight of its value. Minus infinity leaves the row empty; a NaN stays one.
-    // `owner` is one lane of the row's quad.
+    // A row's first column; returns the weight of its value. Minus infinity leaves the row empty; a NaN stays NaN.
+    // `owner`: one lane of the row's quad.
     SFA_DEVICE float start(int r, float logit, bool owner) {
         bool empty = logit == -hw::infinity();
         float weight = empty ? 0.f : hw::exp2(logit - logit);
@@ -39,8 +41,9 @@ struct OnlineSoftmax {
         return weight;
     }
 
-    // Takes the largest logit of this lane's share of a tile; returns what older sums are multiplied by. The maximum only
-    // follows logits that are beyond it by SLACK: weights reach 2^SLACK then, and most tiles rescale nothing.
+    // Raises the maximum to the largest logit of a tile, given that of this lane's share; returns the factor for older
+    // sums. The maximum follows only a logit that exceeds it by SLACK, so weights reach 2^SLACK, and most tiles rescale
+    // nothing.
     SFA_DEVICE float raise(int r, float largest) {
         largest = hw::max(largest, hw::shuffle_xor(largest, 1));
         largest = hw::max(largest, hw::shuffle_xor(largest, 2));
@@ -50,7 +53,8 @@ struct OnlineSoftmax {
         return hw::exp2(old - largest);
     }
 
-    // What is subtracted from a row's logits. A row that saw only minus infinities keeps weight 0: 0 is.
+    // The number that is subtracted from a row's logits: 0 if the row saw only minus infinities, which keeps their
+    // weights 0.
     SFA_DEVICE float base(int r) const { return maximum[r] == -hw::infinity() ? 0.f : maximum[r]; }
 
     // Adds up the quad's shares; every lane then holds the row's sum.

@@ -1,7 +1,5 @@
-// The GPU's spec: attention as one reads it, one thread per row and a loop over the row's columns. The tests hold the
-// fast kernels against it, and it serves the shapes and dtypes that those do not.
-//
-// Takes the columns of params.cuh, "Attention". Grid (tokens / 64, batch * heads), 64 threads.
+// The GPU's spec: attention in its plainest form, one thread per row and a loop over the row's columns. Tests hold the
+// fast kernels against it, and it serves shapes and dtypes that they do not take.
 #include "bias.cuh"
 #include "params.cuh"
 #include "philox.cuh"
@@ -17,7 +15,7 @@ template <class T> struct SpecTensors {
   Global<const float> folded_ln, bias;
 };
 
-// One row: what it has seen so far.
+// One row and its running softmax.
 template <class T> struct SpecRow {
   const SpecTensors<T>& x;
   const AttentionParams& p;
@@ -32,12 +30,13 @@ template <class T> struct SpecRow {
   }
 
   // One column: a key and a value, the token they stand for, and ln n.
-  __device__ void see(Global<const T> keys, size_t key, Global<const T> values, size_t value, unsigned token, float ln) {
+  __device__ void see(Global<const T> keys, size_t key, Global<const T> values, size_t value, unsigned token,
+                      float ln) {
     float dot = 0.0f, check = 0.0f;
     for (unsigned d = 0; d < p.sizes.head_dim; d++) {
       float q = widen(x.q[query + d]), k = widen(keys[key + d]);
       dot += q * k;
-      // Not a number as soon as one of them is not finite.
+      // NaN as soon as one of them is not finite.
       check += q * 0.0f + k * 0.0f + widen(values[value + d]) * 0.0f;
     }
     float logit = (dot * p.scale * p.scale_sign + ln * LOG2_E) + check;
@@ -49,7 +48,7 @@ template <class T> struct SpecRow {
     // Hidden by the bias.
     if (logit == -INFINITY) return;
     float larger = logit > maximum ? logit : maximum, rescale = exp2f(maximum - larger), weight = exp2f(logit - larger);
-    // A NaN wins no comparison: then the weight is NaN.
+    // A NaN never becomes the maximum; its weight is NaN.
     maximum = larger;
     sum = sum * rescale + weight;
     if (p.dropout_cut > 0) {
@@ -64,19 +63,22 @@ template <class T> struct SpecRow {
 
   __device__ void finish(Global<T> out, Global<float> log_sum_exp) const {
     size_t at = ((size_t)batch * p.sizes.heads + head) * p.sizes.tokens + row;
-    // NaN where a logit was. A row that sees nothing is zeros.
+    // NaN if a logit was. A row that sees nothing gives zeros.
     float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
     for (unsigned d = 0; d < p.sizes.head_dim; d++) out.set(at * p.sizes.head_dim + d, narrow<T>(output[d] * inverse));
-    // As `saved_sum` in softmax.cuh has it, without what rounding leaves: no gradients are taken of this.
+    // As `saved_sum` in softmax.cuh, without the rounding remainder: no gradients are computed from this.
     size_t rows = (size_t)p.sizes.batch * p.sizes.heads * p.sizes.tokens;
-    if (log_sum_exp) log_sum_exp.set(at, sum == 0.0f ? INFINITY : maximum + log2f(sum)), log_sum_exp.set(rows + at, 0.0f);
+    if (log_sum_exp)
+      log_sum_exp.set(at, sum == 0.0f ? INFINITY : maximum + log2f(sum)), log_sum_exp.set(rows + at, 0.0f);
   }
 };
 
 template <class T>
-__device__ void spec_forward(const SpecTensors<T>& x, Global<T> out, Global<float> log_sum_exp, const AttentionParams& p) {
+__device__ void spec_forward(const SpecTensors<T>& x, Global<T> out, Global<float> log_sum_exp,
+                             const AttentionParams& p) {
   unsigned tokens = p.sizes.tokens, dim = p.sizes.head_dim;
-  unsigned batch = blockIdx.y / p.sizes.heads, head = blockIdx.y % p.sizes.heads, kv_head = head / (p.sizes.heads / p.sizes.kv_heads);
+  unsigned batch = blockIdx.y / p.sizes.heads, head = blockIdx.y % p.sizes.heads,
+           kv_head = head / (p.sizes.heads / p.sizes.kv_heads);
   unsigned row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row >= tokens) return;
   SpecRow<T> state(x, p, batch, head, row);
@@ -87,13 +89,16 @@ __device__ void spec_forward(const SpecTensors<T>& x, Global<T> out, Global<floa
   }
   size_t list = (size_t)batch * p.sizes.lists + (p.sizes.lists == p.sizes.heads ? head : kv_head);
   size_t before = list * (tokens + 1);
-  // Far: tokens that the window has left behind and that are not hidden.
-  unsigned far = !p.causal ? x.far_before[before + tokens] : row >= p.window ? x.far_before[before + row - p.window] : 0;
+  // Far: tokens before the edge that are not hidden.
+  unsigned far = !p.causal         ? x.far_before[before + tokens]
+                 : row >= p.window ? x.far_before[before + row - p.window]
+                                   : 0;
   for (unsigned c = 0; c < far; c++) {
     size_t column = list * p.capacity + c;
     state.see(x.far_k, column * dim, x.far_v, column * dim, x.far_index[column], x.far_ln ? x.far_ln[column] : 0.0f);
   }
-  // Edge: the token at the window's border, hidden or not. Without causality only hidden tokens are not far already.
+  // Edge: the token at the window's border, hidden or not. Without causality, tokens that are not hidden are far
+  // already.
   bool hidden = !p.causal && x.far_before[before + row] == x.far_before[before + row + 1];
   if (p.causal ? row >= p.window : hidden) {
     unsigned t = row - p.window;

@@ -26,7 +26,8 @@ if [ ! -e "$root/.complete" ]; then
   grep -ohE '\bCUDAAPI[[:space:]]+cu[A-Za-z0-9_]+\(' "$root/include/cuda.h" | grep -oE 'cu[A-Za-z0-9_]+' | sort -u |
     awk '{ print "int " $1 "(void) { return 34; }" }' >"$root/stubs/cuda.c"
   # Names that the header's macros redirect to (cuMemAlloc -> cuMemAlloc_v2) are exported by drivers as well.
-  grep -oE '^[[:space:]]*#[[:space:]]*define[[:space:]]+cu[A-Za-z0-9_]+[[:space:]]+(__CUDA_API_PT[A-Z]+\()?cu[A-Za-z0-9_]+' \
+  grep -oE '^[[:space:]]*#[[:space:]]*define[[:space:]]+cu[A-Za-z0-9_]+[[:space:]]+'\
+'(__CUDA_API_PT[A-Z]+\()?cu[A-Za-z0-9_]+' \
     "$root/include/cuda.h" | grep -oE 'cu[A-Za-z0-9_]+$' | sort -u |
     awk '{ print "__attribute__((weak)) int " $1 "(void) { return 34; }" }' >>"$root/stubs/cuda.c"
   awk '{ for (i = 1; i <= NF; i++) if ($i ~ /^cu[A-Za-z0-9_]+\(void\)$/ && !seen[$i]++) { print; break } }' \

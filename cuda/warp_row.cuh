@@ -1,5 +1,5 @@
-// One row of q, k or v, spread over a warp: lane l holds numbers 8 l to 8 l + 7, read and written 16 bytes at a time
-// where they are aligned.
+// One row of q, k or v, spread over a warp: lane l holds numbers 8 l to 8 l + 7, read and written 16 bytes at a time if
+// they are aligned.
 #pragma once
 
 #include <type_traits>
@@ -52,7 +52,7 @@ template <class T> struct Eight {
   }
 };
 
-// The lanes that share a row: a warp, or a part of one where rows are short and each is on its own.
+// The lanes that share a row: a warp, or a part of one if rows are short and independent.
 struct Lanes {
   unsigned count, lane;
 
@@ -61,7 +61,7 @@ struct Lanes {
   __device__ __forceinline__ explicit Lanes(unsigned dim) : count(dim <= 64 ? 8 : dim <= 128 ? 16 : 32) {
     lane = threadIdx.x % count;
   }
-  // Their bits in a ballot.
+  // These lanes' bits in a ballot.
   __device__ __forceinline__ unsigned mask() const {
     return count == 32 ? 0xffffffffu : ((1u << count) - 1) << (threadIdx.x % 32 - lane);
   }
@@ -106,7 +106,7 @@ struct WarpRow {
 #pragma unroll
     for (unsigned i = 0; i < PER_LANE; i++) x[i] = value;
   }
-  // This becomes the mean of `size` tokens before and one more.
+  // Turns the mean of `size` tokens into the mean of those and one more.
   __device__ __forceinline__ void running_mean(const WarpRow& next, float size) {
     float inverse = 1.0f / (size + 1.0f);
 #pragma unroll
@@ -128,8 +128,8 @@ struct WarpRow {
     for (unsigned i = 0; i < PER_LANE; i++) all = all && fabsf(widen(narrow<T>(x[i]))) <= 3.402823466e38f;
     return all;
   }
-  // A key or value that is not finite becomes a NaN key and a zero value: whoever sees the column is NaN through its
-  // logit, and nobody else is touched by 0 * NaN. A meeting point of the whole warp.
+  // Gives a token whose key or value is not finite a NaN key and a zero value. A row that sees it is NaN through its
+  // logit; no other row is touched by 0 * NaN. A meeting point of the whole warp.
   template <class T>
   __device__ __forceinline__ static void quarantine(WarpRow& key, WarpRow& value, Lanes lanes = Lanes()) {
     unsigned bad = __ballot_sync(0xffffffffu, !(key.finite<T>() && value.finite<T>()));

@@ -1,5 +1,5 @@
-// Products of a warpgroup (wgmma, sm_90a): 64 rows times N columns over 16 numbers, by the tensor cores themselves from shared
-// memory while the threads go on. As in hw.cuh there is a form for emulation, which knows nothing of what is still under way.
+// Products of a warpgroup (wgmma, sm_90a): 64 rows times N columns, summed over 16 numbers. Tensor cores read shared
+// memory while the threads go on. As in hw.cuh there is an emulated form, which computes a product when it is issued.
 //
 // Sources: PTX ISA 8.0, section 9.7.15 (wgmma.mma_async, its matrix descriptors and fragments).
 #pragma once
@@ -8,8 +8,8 @@
 
 #include <type_traits>
 
-// A tile of rows of D halves as these products read it: 64 numbers of every row, 128 bytes each, then the next 64. 16-byte
-// chunks are swizzled within 128 bytes. Tiles start at multiples of 1024 bytes.
+// A tile of rows of D halves in the layout of these products: 64 numbers of every row, 128 bytes each, then the next
+// 64. 16-byte chunks are swizzled within 128 bytes. Tiles start at multiples of 1024 bytes.
 template <int D, int ROWS>
 struct Panels {
     static_assert(D % 64 == 0 && ROWS % 8 == 0, "whole groups of 8 rows of 128 bytes");
@@ -22,11 +22,11 @@ struct Panels {
 
 namespace hw {
 
-// Where a product finds a factor: the two words of a matrix descriptor for swizzled 128-byte rows.
+// A factor in shared memory: the two words of a matrix descriptor for swizzled 128-byte rows.
 struct Factor {
     uint32_t low, high;
 
-    // The same so many bytes further on.
+    // The same factor, `bytes` further on.
     SFA_DEVICE Factor from(uint32_t bytes) const { return {low + bytes / 16, high}; }
     SFA_DEVICE uint64_t descriptor() const { return uint64_t(high) << 32 | low; }
 };
@@ -37,13 +37,13 @@ SFA_DEVICE Factor factor(const Tile& tile, uint32_t offset, uint32_t group_strid
 #else
     uint32_t address = tile.address + offset;
 #endif
-    // Bits 0 to 13, 16 to 29, 32 to 45: start, distance of 64-number groups, distance of groups of 8 rows, in 16 bytes; 62: swizzled
-    // within 128.
+    // In units of 16 bytes: bits 0 to 13 the start, 16 to 29 the distance of groups of 64 numbers, 32 to 45 the
+    // distance of groups of 8 rows. Bit 62: swizzled within 128 bytes.
     return {(address & 0x3ffff) >> 4 | (group_stride >> 4) << 16, (1024 >> 4) | 1u << 30};
 }
 
-// Tile rows from `row` (a multiple of 8) on are the factor's rows (of A) or columns (of B), and what is summed over lies along
-// them, from number `first` (a multiple of 16) on.
+// Tile rows from `row` (a multiple of 8) on are the factor's rows (of A) or columns (of B). The sum runs along them,
+// from number `first` (a multiple of 16) on.
 template <int D, int ROWS>
 SFA_DEVICE Factor along_rows(const Tile& tile, int row = 0, int first = 0) {
     return factor(tile, first / 64 * Panels<D, ROWS>::GROUP_STRIDE + row * 128 + first % 64 * 2, 16);
@@ -55,7 +55,7 @@ SFA_DEVICE Factor along_rows_step(const Factor& factor, int k) {
     return factor.from(k / 4 * Panels<D, ROWS>::GROUP_STRIDE + k % 4 * 32);
 }
 
-// What is summed over are tile rows from `row` (a multiple of 8) on, 16 of them; the tile's numbers from `first` (a multiple of 64)
+// The sum runs over 16 tile rows, from `row` (a multiple of 8) on. The tile's numbers from `first` (a multiple of 64)
 // on are the factor's rows (of A) or columns (of B).
 template <int D, int ROWS>
 SFA_DEVICE Factor across_rows(const Tile& tile, int row = 0, int first = 0) {
@@ -65,21 +65,21 @@ SFA_DEVICE Factor across_rows(const Tile& tile, int row = 0, int first = 0) {
 // The same 16 * k tile rows further on.
 SFA_DEVICE Factor across_rows_step(const Factor& factor, int k) { return factor.from(k * 16 * 128); }
 
-// Before the first product after registers that it uses were written otherwise. All threads of a warpgroup.
+// Orders the first product after earlier writes to its registers. For all threads of a warpgroup.
 SFA_DEVICE void products_begin() {
 #ifndef SFA_EMULATION
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
 
-// Products so far are one group.
+// Closes a group of products.
 SFA_DEVICE void products_commit() {
 #ifndef SFA_EMULATION
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
 }
 
-// Waits until at most `PENDING` groups are under way; sums of those that are over may be read after `settle`.
+// Waits until at most `PENDING` groups are in flight. The sums of finished groups may be read after `settle`.
 template <int PENDING>
 SFA_DEVICE void products_wait() {
 #ifndef SFA_EMULATION
@@ -87,7 +87,7 @@ SFA_DEVICE void products_wait() {
 #endif
 }
 
-// The compiler does not move what reads or writes these sums across this.
+// Keeps the compiler from moving reads and writes of these sums across this point.
 template <int N>
 SFA_DEVICE void settle(float (&c)[N][4]) {
 #ifndef SFA_EMULATION
@@ -96,7 +96,8 @@ SFA_DEVICE void settle(float (&c)[N][4]) {
 #endif
 }
 
-// Gives registers of a warpgroup back, or takes those that others of the block gave: N a thread from here on.
+// Gives registers of a warpgroup back, or takes registers that others of the block gave back: N a thread from here on.
+// For all threads of a warpgroup.
 template <int N>
 SFA_DEVICE void give_registers() {
 #ifndef SFA_EMULATION
@@ -111,7 +112,8 @@ SFA_DEVICE void take_registers() {
 #endif
 }
 
-// What this thread has written to shared memory (copies that have arrived, too) can be read by products of whoever meets it after.
+// A fence: products of threads that meet this one later read its writes to shared memory, copies that have arrived
+// included.
 SFA_DEVICE void publish_to_products() {
 #ifndef SFA_EMULATION
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -119,9 +121,10 @@ SFA_DEVICE void publish_to_products() {
 }
 
 #ifdef SFA_EMULATION
-// One number of a factor: (i, k) of it, as the descriptor says.
+// Number (i, k) of a factor, as the descriptor says.
 inline uint16_t emulated_number(const Factor& factor, bool across, uint32_t i, uint32_t k) {
-    uint32_t start = (factor.low & 0x3fff) << 4, group = (factor.low >> 16 & 0x3fff) << 4, eight = (factor.high & 0x3fff) << 4;
+    uint32_t start = (factor.low & 0x3fff) << 4, group = (factor.low >> 16 & 0x3fff) << 4,
+             eight = (factor.high & 0x3fff) << 4;
     uint32_t at = across ? start + i / 64 * group + k / 8 * eight + k % 8 * 128 + i % 64 * 2
                          : start + i / 8 * eight + i % 8 * 128 + k * 2;
     at ^= (at >> 7 & 7) << 4;
@@ -130,16 +133,17 @@ inline uint16_t emulated_number(const Factor& factor, bool across, uint32_t i, u
     return x;
 }
 
-// This lane's part of A (a warp has 16 rows of 64), in registers' order.
+// This lane's part of A (a warp has 16 of its 64 rows), in the order of the registers.
 inline void emulated_left(uint32_t (&a)[4], const Factor& factor, bool across) {
     uint32_t row = threadIdx.x / 32 % 4 * 16 + emu::lane() / 4, k = emu::lane() % 4 * 2;
     for (uint32_t i = 0; i < 4; i++) {
         uint32_t r = row + i % 2 * 8, first = k + i / 2 * 8;
-        a[i] = emulated_number(factor, across, r, first) | uint32_t(emulated_number(factor, across, r, first + 1)) << 16;
+        a[i] = emulated_number(factor, across, r, first) |
+               uint32_t(emulated_number(factor, across, r, first + 1)) << 16;
     }
 }
 
-// What a lane brings to a product: its part of A, and of B all that N / 32 columns hold.
+// A lane's contribution to a product: its part of A, and the B columns that it reads for all.
 template <int N>
 struct WarpgroupOperands {
     float a[8], b[N / 32][16];
@@ -169,14 +173,15 @@ inline void emulated_product(float (&c)[N / 8][4], const uint32_t (&a)[4], const
 #endif
 
 #ifndef SFA_EMULATION
-// The sums of N columns as operands (`io`: "+f", or "=f" where they need not have been), and their list.
+// The sums of N columns as operands (`io`: "+f", or "=f" if their old values are not read), and their list.
 #define SFA_SUMS_64(io) \
     io(c[0][0]), io(c[0][1]), io(c[0][2]), io(c[0][3]), io(c[1][0]), io(c[1][1]), io(c[1][2]), io(c[1][3]), \
     io(c[2][0]), io(c[2][1]), io(c[2][2]), io(c[2][3]), io(c[3][0]), io(c[3][1]), io(c[3][2]), io(c[3][3]), \
     io(c[4][0]), io(c[4][1]), io(c[4][2]), io(c[4][3]), io(c[5][0]), io(c[5][1]), io(c[5][2]), io(c[5][3]), \
     io(c[6][0]), io(c[6][1]), io(c[6][2]), io(c[6][3]), io(c[7][0]), io(c[7][1]), io(c[7][2]), io(c[7][3])
 #define SFA_LIST_64 \
-    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define SFA_SUMS_128(io) \
     io(c[0][0]), io(c[0][1]), io(c[0][2]), io(c[0][3]), io(c[1][0]), io(c[1][1]), io(c[1][2]), io(c[1][3]), \
     io(c[2][0]), io(c[2][1]), io(c[2][2]), io(c[2][3]), io(c[3][0]), io(c[3][1]), io(c[3][2]), io(c[3][3]), \
@@ -187,8 +192,10 @@ inline void emulated_product(float (&c)[N / 8][4], const uint32_t (&a)[4], const
     io(c[12][0]), io(c[12][1]), io(c[12][2]), io(c[12][3]), io(c[13][0]), io(c[13][1]), io(c[13][2]), io(c[13][3]), \
     io(c[14][0]), io(c[14][1]), io(c[14][2]), io(c[14][3]), io(c[15][0]), io(c[15][1]), io(c[15][2]), io(c[15][3])
 #define SFA_LIST_128 \
-    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
-    "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"            \
+    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"  \
+    "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"  \
+    "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
 #define SFA_PRODUCT(N, dtype, io, scale, a, b, last_a, last_b, ...)                                              \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " scale ", 0;\n"                                                \
@@ -200,20 +207,20 @@ inline void emulated_product(float (&c)[N / 8][4], const uint32_t (&a)[4], const
 #define SFA_SHARED_PRODUCT(N, dtype, io, add, r0, r1, r2, r3, r4)                                             \
     SFA_PRODUCT(N, dtype, io, r2, r0, r1, ", " r3, ", " r4, "l"(a.descriptor()), "l"(b.descriptor()), "r"(int(add)), \
                 "n"(int(ACROSS_A)), "n"(int(ACROSS_B)))
-// The one of these that T and N name.
-#define SFA_SHARED_PRODUCTS(io, add)                                                                                         \
-    constexpr bool F = std::is_same<T, F16>::value;                                                                          \
-    if constexpr (N == 64 && F) SFA_SHARED_PRODUCT(64, "f16", io, add, "%32", "%33", "%34", "%35", "%36");                   \
-    if constexpr (N == 64 && !F) SFA_SHARED_PRODUCT(64, "bf16", io, add, "%32", "%33", "%34", "%35", "%36");                 \
-    if constexpr (N == 128 && F) SFA_SHARED_PRODUCT(128, "f16", io, add, "%64", "%65", "%66", "%67", "%68");                 \
+// The product of T and N.
+#define SFA_SHARED_PRODUCTS(io, add)                                                                         \
+    constexpr bool F = std::is_same<T, F16>::value;                                                          \
+    if constexpr (N == 64 && F) SFA_SHARED_PRODUCT(64, "f16", io, add, "%32", "%33", "%34", "%35", "%36");   \
+    if constexpr (N == 64 && !F) SFA_SHARED_PRODUCT(64, "bf16", io, add, "%32", "%33", "%34", "%35", "%36"); \
+    if constexpr (N == 128 && F) SFA_SHARED_PRODUCT(128, "f16", io, add, "%64", "%65", "%66", "%67", "%68"); \
     if constexpr (N == 128 && !F) SFA_SHARED_PRODUCT(128, "bf16", io, add, "%64", "%65", "%66", "%67", "%68")
 #define SFA_HELD_PRODUCT(N, dtype, r0, r1, r2, r3, r4, r5, r6)                                                    \
     SFA_PRODUCT(N, dtype, "+f", r5, "{" r0 "," r1 "," r2 "," r3 "}", r4, "", ", " r6, "r"(a[0]), "r"(a[1]), "r"(a[2]), \
                 "r"(a[3]), "l"(b.descriptor()), "r"(int(add)), "n"(int(ACROSS_B)))
 #endif
 
-// c (64 rows x N columns of a warpgroup) = a * b, on top of c where `add`: over 16 numbers. A warp has 16 rows, in the order of
-// `multiply_add`. ACROSS: the factor is one `across_rows`.
+// c (64 rows x N columns of a warpgroup) = a * b over 16 numbers, plus c if `add`. A warp has 16 rows, in the order of
+// `multiply_add`. ACROSS: the factor is one of `across_rows`.
 template <class T, int N, bool ACROSS_A, bool ACROSS_B>
 SFA_DEVICE void product(float (&c)[N / 8][4], const Factor& a, const Factor& b, bool add) {
     static_assert(N == 64 || N == 128, "the forms above");
@@ -226,7 +233,8 @@ SFA_DEVICE void product(float (&c)[N / 8][4], const Factor& a, const Factor& b, 
 #endif
 }
 
-// The same not on top of c, whose registers are free until here: `product` holds what was in them, also where it adds nothing.
+// The same without adding to c, whose registers are free until here; `product` keeps their old values alive even if it
+// does not add.
 template <class T, int N, bool ACROSS_A, bool ACROSS_B>
 SFA_DEVICE void first_product(float (&c)[N / 8][4], const Factor& a, const Factor& b) {
     static_assert(N == 64 || N == 128, "the forms above");

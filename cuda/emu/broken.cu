@@ -1,5 +1,5 @@
-// For the emulator's own tests: one kernel that is right, and one for each thing that the emulator must detect. All take
-// the same arguments: `in` and `out` of `n` floats each, 64 threads a block, 64 floats of shared memory.
+// For the emulator's own tests: one correct kernel, and one for each fault that the emulator must detect. All take the
+// same arguments: `in` and `out` of `n` floats each, 64 threads a block, 64 floats of shared memory.
 #include "kernel.cuh"
 #include "mbarrier.cuh"
 
@@ -92,7 +92,7 @@ BROKEN(broken_waits_in_part) {
   out.set(threadIdx.x % p.n, in[threadIdx.x % p.n]);
 }
 
-// Of 64 threads half come to the barrier.
+// Half of 64 threads come to the barrier.
 BROKEN(broken_part_meets) {
   if (threadIdx.x < 32) hw::meet<1, 64>();
   out.set(threadIdx.x % p.n, 1.0f);
@@ -108,7 +108,7 @@ BROKEN(broken_too_few_arrive) {
   out.set(threadIdx.x % p.n, 1.0f);
 }
 
-// 64 arrive, twice, and one warp waits for the other by name.
+// A correct use: 32 threads arrive, twice, and the other warp waits for them at the mbarrier.
 BROKEN(broken_not_by_mbarriers) {
   hw::Mbarrier gate(8);
   if (threadIdx.x == 0) gate.init(32);

@@ -30,7 +30,7 @@ void add_entry(Registry& registry, const Entry& entry) { registry.entries[entry.
 // --- Contexts -------------------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
-// Saves the callee-saved registers on the stack and goes on where the other context stopped.
+// Saves the callee-saved registers on the stack and resumes the other context where it stopped.
 extern "C" void emu_switch(void** save, void* resume);
 asm(R"(
 .text
@@ -91,18 +91,18 @@ struct Fiber {
   Context context;
   State state;
   dim3 index;
-  // Where it waits.
+  // The place where it waits.
   const char* what;
   int line;
-  // Of a named barrier.
+  // For a named barrier.
   unsigned number, threads;
-  // Of what it waits for others to do: how much had been done when it last looked.
+  // For State::Progress: `progress` when the fiber last looked.
   size_t seen;
   bool has_to_wait;
 };
 
 struct Warp {
-  // What the lanes bring, in turns: a lane cannot be two meetings ahead.
+  // The lanes' contributions, in turns: a lane cannot be two meetings ahead.
   unsigned char brought[2][32 * MEETING_BYTES];
   unsigned turn;
   size_t bytes;
@@ -119,7 +119,7 @@ struct Machine {
   size_t current = 0;
   // Whether the launch may start before the one before it ends.
   bool early = false;
-  // How often something happened that threads may wait for.
+  // Counts the events that threads may wait for.
   size_t progress = 0;
   std::string error;
 
@@ -129,7 +129,7 @@ struct Machine {
 };
 
 static thread_local Machine machine;
-// The compiler may not keep the address of a thread local across a switch; fibers stay on their OS thread anyhow.
+// The compiler may not keep the address of a thread-local variable across a switch; fibers stay on their OS thread.
 static Machine& here() { return machine; }
 
 static void yield(State state, const char* what, int line) {
@@ -202,7 +202,7 @@ const void* meet(const void* mine, size_t bytes, const char* what, int line) {
 static void run_fiber() {
   Machine& m = here();
   m.entry->call(m.arguments, m.entry->kernel);
-  // Else the launch could end before the one before it, and what waits for this one would not have waited for that.
+  // Otherwise the launch could end before the previous one, and a later launch would wait for this one only.
   if (has_to_wait) fail("a thread of an early launch ends without waiting for the launches before");
   for (;;) yield(State::Finished, "finished", 0);
 }
@@ -220,7 +220,7 @@ static bool same_place(const Fiber& a, const Fiber& b) {
   return a.state == b.state && a.line == b.line && strcmp(a.what, b.what) == 0;
 }
 
-// Lets threads [begin, end) go on if all of them wait in one place; otherwise reports two that do not.
+// Resumes threads [begin, end) if all of them wait in one place; otherwise reports two that do not.
 static bool release(Machine& m, size_t begin, size_t end) {
   for (size_t i = begin + 1; i < end; i++) {
     if (same_place(m.fibers[begin], m.fibers[i])) continue;
@@ -236,7 +236,7 @@ static bool release(Machine& m, size_t begin, size_t end) {
   return true;
 }
 
-// Lets the threads of a named barrier go on to which as many have come as it waits for; whether there is one.
+// Resumes the threads of a named barrier that has all the threads it waits for; returns whether there was one.
 static bool release_named(Machine& m) {
   for (const Fiber& first : m.fibers) {
     if (first.state != State::Named) continue;
@@ -252,7 +252,7 @@ static bool release_named(Machine& m) {
   return false;
 }
 
-// Lets those of threads [begin, end) go on that wait for what others have done since; whether there are any.
+// Resumes those of threads [begin, end) that wait for progress made since; returns whether there were any.
 static bool release_progress(Machine& m, size_t begin, size_t end) {
   bool any = false;
   for (size_t i = begin; i < end; i++) {
@@ -264,7 +264,7 @@ static bool release_progress(Machine& m, size_t begin, size_t end) {
   return any;
 }
 
-// Whether no thread waits for what no other will do; otherwise reports one.
+// Whether no thread waits for an event that cannot come; otherwise reports one.
 static bool none_stuck(Machine& m) {
   for (const Fiber& fiber : m.fibers) {
     if (fiber.state != State::Named && fiber.state != State::Progress) continue;
@@ -333,7 +333,7 @@ static bool prepare(Machine& m, const Entry& entry, const Argument* arguments, s
   m.shared.resize(shared);
   m.shared_written.resize(shared);
   while (m.stacks.size() < threads) {
-    // A page below each stack is out of bounds, so that one that overflows is not another's.
+    // A guard page below each stack keeps an overflow out of its neighbour.
     void* memory = mmap(nullptr, GUARD_BYTES + STACK_BYTES, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory, GUARD_BYTES, PROT_NONE) != 0) {
@@ -349,7 +349,7 @@ static bool run_grid(Machine& m) {
   for (block_index.z = 0; block_index.z < grid_dim.z; block_index.z++)
     for (block_index.y = 0; block_index.y < grid_dim.y; block_index.y++)
       for (block_index.x = 0; block_index.x < grid_dim.x; block_index.x++) {
-        // What a block does not write itself is not a number.
+        // Shared memory that a block has not written reads as NaN.
         if (!m.shared.empty()) {
           memset(m.shared.data(), 0xff, m.shared.size());
           memset(m.shared_written.data(), 0, m.shared.size());
@@ -373,7 +373,7 @@ static const Registry& registry() {
 
 }  // namespace emu
 
-// 0 when the kernel ran; otherwise `message` says what was wrong.
+// Returns 0 if the kernel ran; otherwise `message` holds the error.
 extern "C" int emu_launch(const char* name, const unsigned grid[3], const unsigned block[3], size_t shared,
                           bool early, const emu::Argument* arguments, size_t count, char* message, size_t capacity) {
   using namespace emu;
@@ -387,11 +387,12 @@ extern "C" int emu_launch(const char* name, const unsigned grid[3], const unsign
   if (entry.arguments != count)
     return refuse("expected " + std::to_string(entry.arguments) + " arguments, got " + std::to_string(count));
   size_t index;
-  if (const char* wrong = entry.refuse(arguments, &index)) return refuse("argument " + std::to_string(index) + ": " + wrong);
+  if (const char* wrong = entry.refuse(arguments, &index))
+    return refuse("argument " + std::to_string(index) + ": " + wrong);
   size_t threads = (size_t)block[0] * block[1] * block[2];
   if (threads == 0 || threads % 32 != 0 || threads > 1024)
     return refuse("expected a block of 32 to 1024 threads in whole warps, got " + std::to_string(threads));
-  // Limits of sm_90; sm_80 has less, which the launcher must know.
+  // The limit of sm_90; sm_80 has less, which the launcher must know.
   if (shared > 227 * 1024) return refuse("shared memory: expected at most 232448 bytes, got " + std::to_string(shared));
   if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0 || grid[0] > 0x7fffffffu || grid[1] > 65535 || grid[2] > 65535)
     return refuse("grid: expected 1 to 2^31-1, 65535 and 65535 blocks");

@@ -1,11 +1,11 @@
 // Runs kernels on the CPU: every thread of a block is a fiber, blocks run one after another. Barriers and warp
 // collectives are meeting points. Plain C++17, no CUDA toolkit.
 //
-// Proves index arithmetic, masks and numerics. Detects accesses outside of a buffer or of shared memory, reads of memory
-// that nothing has written, writes through a read-only argument, misaligned vectors, and barriers or collectives that
-// not every thread reaches, or that nobody comes to; and of launches that start early, threads that touch memory or end before they have waited.
+// Proves index arithmetic, masks and numerics. It detects: accesses outside of a buffer or of shared memory, reads of
+// memory that nothing has written, writes through a read-only argument, misaligned vectors; barriers and collectives
+// that some thread never reaches; and threads of an early launch that touch memory or end before they have waited.
 // Threads run in ascending order in even blocks and in descending order in odd ones, so that a missing barrier changes
-// results. It knows nothing of asynchronous copies' order or of speed.
+// results. It does not model the order of asynchronous copies, or speed.
 #pragma once
 
 #include <cmath>
@@ -56,20 +56,20 @@ struct Argument {
 
 // Waits for every thread of the block.
 void barrier(int line);
-// Waits until `threads` threads have come to the barrier of this number, which is not 0.
+// Waits until `threads` threads have come to the barrier `number`, which is not 0.
 void named_barrier(unsigned number, unsigned threads, int line);
-// Lets other threads run, until `note_progress` was called: for loops that wait for what they write. It is an error where all
-// others wait, too.
+// Lets other threads run until `note_progress` is called: for loops that wait for another thread's writes. It is an
+// error if all other threads wait, too.
 void wait_for_progress(const char* what, int line);
 void note_progress();
-// Waits for every lane of the warp; returns what all 32 lanes brought, `bytes` each, valid until the second call after
-// this one.
+// Waits for every lane of the warp. Returns the contributions of all 32 lanes, `bytes` each, valid until the second
+// call after this one.
 const void* meet(const void* mine, size_t bytes, const char* what, int line);
 unsigned lane();
-// This thread waits for the launches before; there is nothing to wait for, but it is noted.
+// Notes that this thread has waited for earlier launches; under emulation they have ended.
 void wait_for_previous();
 
-// What all lanes brought.
+// The contributions of all lanes.
 template <class T> const T* gather(const T& mine, const char* what, int line) {
   static_assert(std::is_trivially_copyable<T>::value, "lanes exchange bytes");
   return (const T*)meet(&mine, sizeof(T), what, line);
@@ -106,7 +106,7 @@ template <class T> struct Unpack<Global<T>> {
 struct Entry {
   const char* name;
   size_t arguments;
-  // Null, or what is wrong with argument `*index`.
+  // Null, or the fault of argument `*index`.
   const char* (*refuse)(const Argument* arguments, size_t* index);
   void (*call)(const Argument* arguments, const void* kernel);
   const void* kernel;

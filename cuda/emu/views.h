@@ -1,4 +1,4 @@
-// The checked views: see ../memory.cuh for what they mean.
+// The checked views; ../memory.cuh says what they mean.
 #pragma once
 
 #include <cstring>
@@ -11,12 +11,13 @@ struct Span {
   unsigned char* data;
   unsigned char* written;
   size_t bytes;
-  // A buffer; else shared memory.
+  // True for a buffer, false for shared memory.
   bool global;
   const char* kind() const { return global ? "global buffer" : "shared memory"; }
 };
 
-// Whether the thread that runs has yet to wait for the launches before: an early one may not touch memory until then.
+// Whether the running thread has still to wait for earlier launches: a thread of an early launch may not touch memory
+// before.
 extern __thread bool has_to_wait;
 
 // Reports an access and does not return to the kernel.
