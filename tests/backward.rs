@@ -1,5 +1,5 @@
-//! Gradients of attention: the table of settings times odd shapes against the f64 reference's gradients (which are held
-//! against finite differences in tests/reference), golden cases, threads, and what the graph keeps alive.
+//! Gradients of attention: the table of settings times odd shapes against the f64 reference's gradients
+//! (tests/reference holds these against finite differences), golden cases, threads, and the graph's memory.
 
 mod common;
 
@@ -50,7 +50,7 @@ fn gradients_of(
         Var::from_tensor(&qkv[1])?,
         Var::from_tensor(&qkv[2])?,
     ];
-    // Views of the variables, so that strides reach the op.
+    // Views of the variables: strides reach the op.
     let [q, k, v] = [&vars[0], &vars[1], &vars[2]].map(|x| x.as_tensor().clone());
     let output = attend(&q, &k, &v, plan, options)?;
     let store = (output * grad_output)?.sum_all()?.backward()?;
@@ -109,7 +109,7 @@ fn half_types_agree_with_the_reference() -> Result<()> {
     check(DType::BF16, &SHAPES[..8], 4.0 * 2f64.powi(-8), 1.0)
 }
 
-/// Each element of the gradients within what one rounding and those on the way explain.
+/// Each element of the gradients errs by no more than its last rounding and the intermediate roundings explain.
 #[test]
 fn half_types_err_by_their_roundings_alone() -> Result<()> {
     for dtype in [DType::F16, DType::BF16] {
@@ -130,13 +130,14 @@ fn half_types_err_by_their_roundings_alone() -> Result<()> {
     Ok(())
 }
 
-/// The same with each kind of instructions that this CPU has for halves, and with none.
+/// The same with every kind of half instructions that this CPU has, and with none.
 #[test]
 fn half_types_agree_on_every_kernel() -> Result<()> {
     on_every_kernel(&["half_types_err_by_their_roundings_alone"])
 }
 
-/// What is not finite in one row of the output's gradient reaches the gradients of all that the row saw.
+/// A number that is not finite in one row of the output's gradient reaches the gradients of every token that the row
+/// saw.
 #[test]
 fn a_gradient_that_is_not_finite_is_not_hidden() -> Result<()> {
     let (tokens, dim, row) = (150, 32, 100);
@@ -220,7 +221,7 @@ fn threads_and_layout_change_nothing() -> Result<()> {
     Ok(())
 }
 
-/// Each tensor alone gets its gradient, and plain candle operations around the op still get theirs.
+/// Each tensor gets its gradient if it alone is tracked, and candle operations around the op get theirs.
 #[test]
 fn gradients_flow_through_neighbours() -> Result<()> {
     let shape = Shape(1, 2, 1, 40, 8);
@@ -258,7 +259,7 @@ fn resident_bytes() -> Option<usize> {
     Some(statm.split(' ').nth(1)?.parse::<usize>().ok()? * 4096)
 }
 
-/// A thousand graphs, half of them never differentiated, leave no memory behind.
+/// A thousand graphs, half of them never differentiated, leak no memory.
 #[test]
 fn dropped_graphs_leave_nothing_behind() -> Result<()> {
     let shape = Shape(1, 2, 2, 256, 32);
@@ -285,7 +286,7 @@ fn dropped_graphs_leave_nothing_behind() -> Result<()> {
     };
     (0..1000).try_for_each(|i| step(i % 2 == 0))?;
     let grown = resident_bytes().unwrap_or(before).saturating_sub(before);
-    // One graph's tensors are 130 KiB or more: a leak of each would be over 100 MiB.
+    // The tensors of one graph take 130 KiB or more: a leak of each would exceed 100 MiB.
     assert!(grown < 32 << 20, "{grown} bytes after 1000 graphs");
     Ok(())
 }

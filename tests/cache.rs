@@ -1,4 +1,4 @@
-//! The KV cache: any chunking gives what attention over the whole sequence gives, and memory really shrinks.
+//! The KV cache: any chunking gives the rows of attention over the whole sequence, and memory shrinks.
 
 mod common;
 
@@ -37,7 +37,7 @@ proptest! {
         let got = chunked(&mut cache, &qkv, &chunks, plain).unwrap();
         assert_close("chunked", &got, &expected.output, tolerance, tolerance).unwrap();
         prop_assert_eq!(cache.seq_len(), shape.3);
-        // A list holds what is visible: all tokens but those hidden left of the window.
+        // A list holds the visible tokens: all except those hidden left of the window.
         if shape.1 == shape.2 {
             let bits = expected.plan.indicators().to_vec3::<u8>().unwrap();
             for (lens, heads) in cache.lens().iter().zip(&bits) {
@@ -52,7 +52,7 @@ proptest! {
     }
 }
 
-/// The loops of decoding for each instruction set.
+/// Decoding with the loops of each instruction set.
 #[test]
 fn every_instruction_set_agrees() -> Result<()> {
     let tests = ["any_chunking_equals_attention_over_all"];
@@ -101,7 +101,7 @@ fn bias_and_dropout_follow_absolute_positions() -> Result<()> {
     Ok(())
 }
 
-/// Bytes follow the entries kept, and a dense cache's are those of keys and values.
+/// The bytes follow the entries kept; a dense cache has those of its keys and values.
 #[test]
 fn bytes_shrink_with_what_is_hidden() -> Result<()> {
     let shape = Shape(1, 4, 4, 1024, 32);
@@ -123,7 +123,7 @@ fn bytes_shrink_with_what_is_hidden() -> Result<()> {
     let (merged, ratio) = run(MergeStrategy::Similarity)?;
     assert!(ratio > 0.3, "hidden ratio {ratio}");
     assert_eq!(dense.bytes_dense(), 2 * 4 * 1024 * 32 * 4);
-    // Token indices and open chains on top of the rows: a few percent.
+    // Token indices and open chains add a few percent to the rows.
     let expected = (1.0 - ratio) * dense.bytes() as f64;
     assert!(
         (merged.bytes() as f64 - expected).abs() <= 0.03 * expected,
@@ -138,7 +138,7 @@ fn bytes_shrink_with_what_is_hidden() -> Result<()> {
     Ok(())
 }
 
-/// Growth never reserves more than an eighth and a block.
+/// Growth reserves at most an eighth and a block.
 #[test]
 fn growth_is_in_small_blocks() -> Result<()> {
     let shape = Shape(1, 1, 1, 3000, 8);
@@ -169,7 +169,7 @@ fn cache_of(shape: Shape, strategy: MergeStrategy) -> Result<(CompressedKvCache,
     Ok((cache, part(&qkv, shape.3 - 10, 10)?))
 }
 
-/// Beam search: selected rows go on as if they had been alone.
+/// Beam search: selected batch rows continue as if each had been alone.
 #[test]
 fn index_select_reorders_the_batch() -> Result<()> {
     let (mut cache, [q, k, v]) = cache_of(Shape(3, 4, 2, 90, 8), MergeStrategy::Similarity)?;
@@ -183,7 +183,7 @@ fn index_select_reorders_the_batch() -> Result<()> {
     Ok(())
 }
 
-/// Truncation is exact where nothing merges, and refused where something does.
+/// Truncation is exact if nothing merges, and refused otherwise.
 #[test]
 fn truncate_is_exact_or_refused() -> Result<()> {
     let shape = Shape(1, 2, 1, 60, 8);
@@ -212,7 +212,7 @@ fn truncate_is_exact_or_refused() -> Result<()> {
     Ok(())
 }
 
-/// The cap refuses before anything changes.
+/// The cap refuses a call before it changes the cache.
 #[test]
 fn the_cap_refuses_and_changes_nothing() -> Result<()> {
     let shape = Shape(1, 2, 2, 50, 8);
@@ -234,7 +234,7 @@ fn the_cap_refuses_and_changes_nothing() -> Result<()> {
     Ok(())
 }
 
-/// Tokens that were only appended count like those whose rows were computed.
+/// Tokens that were only appended count like tokens whose rows were computed.
 #[test]
 fn append_alone_builds_the_same_cache() -> Result<()> {
     let shape = Shape(2, 4, 2, 90, 8);
@@ -253,7 +253,8 @@ fn append_alone_builds_the_same_cache() -> Result<()> {
     Ok(())
 }
 
-/// Keys and values alone, over chunks: the same file, and the same rows afterwards, as with the tokens' own queries.
+/// Keys and values without queries, over chunks, give the same file and the same later rows as with the tokens' own
+/// queries.
 #[test]
 fn tokens_without_queries_build_the_same_cache() -> Result<()> {
     let shape = Shape(2, 4, 2, 90, 8);
@@ -303,7 +304,7 @@ fn saved(cache: &CompressedKvCache) -> Result<Contents> {
     Contents::read(&file.0)
 }
 
-/// Criteria and folds that read queries refuse tokens without them, and say where the queries go.
+/// Criteria and folds that read queries refuse tokens without them, and the error says where queries go.
 #[test]
 fn tokens_without_queries_are_refused_where_queries_decide() -> Result<()> {
     let shape = Shape(1, 4, 2, 40, 8);
@@ -367,7 +368,7 @@ fn tokens_without_queries_are_refused_where_queries_decide() -> Result<()> {
     Ok(())
 }
 
-/// Raw tokens of a window have room for up to four windows, and folded ones for an eighth and a block.
+/// The raw tokens of a window have room for up to four windows; folded tokens have an eighth and a block to spare.
 #[test]
 fn a_window_has_room_for_four() -> Result<()> {
     let (window, dim) = (100, 8);
@@ -387,7 +388,7 @@ fn a_window_has_room_for_four() -> Result<()> {
             most = most.max(reserved);
             let row = 2 * dim * 4;
             let folded = (65 + (start + chunk) / 8) * (row + 4);
-            // What is in use counts one window.
+            // The bytes in use count one window.
             assert!(
                 reserved <= folded + (3 * window + 1) * row,
                 "{reserved} bytes reserved at token {start}, chunks of {chunk}"

@@ -1,4 +1,4 @@
-//! The KV cache in f16 and bf16, and every loop that reads them: prefill in bf16 pairs, decoding by lanes.
+//! The KV cache in f16 and bf16 with every loop that reads it: prefill in bf16 pairs, decoding by lanes.
 
 mod common;
 
@@ -16,7 +16,7 @@ use proptest::prelude::*;
 proptest! {
     #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Half types: stored folds are rounded once more, everything else is as exact as one rounding.
+    /// Half types: stored folds are rounded once more; all else is as exact as one rounding.
     #[test]
     fn half_storage_rounds_once_more(
         shape in shapes(),
@@ -38,7 +38,7 @@ proptest! {
         let options = CacheOptions { storage: Some(stored), max_entries: None };
         let mut cache = CompressedKvCache::new(strategies, config, options).unwrap();
         let got = chunked(&mut cache, &qkv, &chunks, plain).unwrap();
-        // A key rounded by one unit moves a logit by as much of it, of a few units here.
+        // A key that is rounded by one unit moves a logit, of a few units here, by as much of it.
         assert_close("half", &got, &expected, 8.0 * unit, 4.0 * unit).unwrap();
     }
 }
@@ -46,7 +46,8 @@ proptest! {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Chunks of so many rows that a list's columns are gathered once for all of them, in bf16 pairs where the CPU has them.
+    /// Chunks that are long enough for a list's columns to be gathered once for all rows, in bf16 pairs if the CPU has
+    /// them.
     #[test]
     fn long_chunks_equal_attention_over_all(
         shape in shapes(),
@@ -72,12 +73,12 @@ proptest! {
         let expected = compressed_attention(q, k, v, &strategies, &config, &whole).unwrap().output;
         let mut cache = CompressedKvCache::new(strategies, config, Default::default()).unwrap();
         let got = chunked(&mut cache, &qkv, &chunks, |start, count| part_options(&whole, start, count)).unwrap();
-        // As with half storage: folds that are stored are rounded once more.
+        // As with half storage: stored folds are rounded once more.
         assert_close("long chunks", &got, &expected, 8.0 * unit, 4.0 * unit).unwrap();
     }
 }
 
-/// Halves are widened exactly on their way: single tokens over stored halves give what f32 of the same numbers gives.
+/// Decoding widens stored halves exactly: single tokens give the rows that f32 of the same numbers gives.
 #[test]
 fn stored_halves_decode_as_their_numbers() -> Result<()> {
     let shapes = [(1, 2), (3, 6), (4, 16), (2, 33), (6, 64), (1, 80), (5, 98)];
@@ -87,7 +88,7 @@ fn stored_halves_decode_as_their_numbers() -> Result<()> {
     {
         let shape = Shape(1, 2 * group, 2, 70, dim);
         let [q, k, v] = shape.qkv(dim as u64, DType::F32)?;
-        // The smallest and the largest numbers of f16 among them, subnormal ones too.
+        // Among them the smallest and the largest numbers of f16, subnormal ones too.
         let extremes = Tensor::new(&[6e-8f32, -3e-5, 6.1e-5, -65504.0, 1e-4, 0.0, -0.0], &Device::Cpu)?;
         let extremes = extremes
             .repeat(70 * dim)?
@@ -118,14 +119,14 @@ fn stored_halves_decode_as_their_numbers() -> Result<()> {
     Ok(())
 }
 
-/// The loops of decoding for each instruction set.
+/// Decoding with the loops of each instruction set.
 #[test]
 fn every_instruction_set_decodes_alike() -> Result<()> {
     let tests = ["stored_halves_decode_as_their_numbers", "half_storage_rounds_once_more"];
     on_every_instruction_set(&tests)
 }
 
-/// Long chunks with each kind of instructions that this CPU has for halves, and with none.
+/// Long chunks with every kind of half instructions that this CPU has, and with none.
 #[test]
 fn long_chunks_agree_on_every_kernel() -> Result<()> {
     let tests = [
@@ -135,7 +136,7 @@ fn long_chunks_agree_on_every_kernel() -> Result<()> {
     on_every_kernel(&tests)
 }
 
-/// A bad token in the cache spoils the rows that see it, now and later, and no row before it.
+/// A token that is not finite makes the rows that see it NaN, now and later, and no earlier row.
 #[test]
 fn bad_numbers_stay_with_the_rows_that_see_them() -> Result<()> {
     let shape = Shape(1, 2, 1, 140, 8);

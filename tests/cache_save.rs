@@ -1,4 +1,4 @@
-//! Saved caches: they go on bit for bit, and files that are no saved cache are refused with a reason.
+//! Saved caches: a loaded cache continues bit for bit, and files that are no saved cache are refused with a reason.
 
 mod common;
 
@@ -21,13 +21,13 @@ fn through_a_file(cache: &CompressedKvCache) -> Result<CompressedKvCache> {
     Ok(CompressedKvCache::load(&file.0, &Device::Cpu)?)
 }
 
-/// Every number as its bits, but one NaN for all.
+/// Every number as its bits, with one NaN for all NaNs.
 fn bits(tensor: &Tensor) -> Result<Vec<u64>> {
     let bits = |x: f64| if x.is_nan() { f64::NAN } else { x }.to_bits();
     Ok(values(tensor)?.into_iter().map(bits).collect())
 }
 
-/// Both take the same tokens from `start` on, in chunks, and are the same throughout.
+/// Both caches append the same tokens from `start` on, in chunks, and stay equal throughout.
 fn assert_go_on_alike(
     caches: [&mut CompressedKvCache; 2],
     qkv: &[Tensor; 3],
@@ -102,24 +102,24 @@ proptest! {
         }
         let mut loaded = through_a_file(&original).unwrap();
         assert_go_on_alike([&mut original, &mut loaded], &qkv, start, &chunks).unwrap();
-        // Whatever was not compared by then would show in a second file.
+        // A second file shows any difference that the rows did not.
         let (first, second) = (TempFile::new(), TempFile::new());
         original.save(&first.0).unwrap();
         loaded.save(&second.0).unwrap();
         prop_assert!(Contents::read(&first.0).unwrap() == Contents::read(&second.0).unwrap());
-        // The settings are there for a fresh start, too.
+        // The settings are loaded as well: the cache can start afresh.
         original.reset();
         loaded.reset();
         assert_go_on_alike([&mut original, &mut loaded], &qkv, 0, &[shape.3]).unwrap();
     }
 
-    /// Damage to the header with a checksum that fits is refused or harmless; nothing panics.
+    /// A damaged header whose checksum fits is refused or harmless; nothing panics.
     #[test]
     fn a_damaged_header_never_panics(at in 0..20_000usize, byte in any::<u8>(), window in 0..5usize) {
         let saved = saved(window).unwrap();
         let contents = Contents::read(&saved.0).unwrap();
         let mut cache = contents.cache.to_string().into_bytes();
-        // Digits become digits, so that many of the files still parse.
+        // A digit becomes another digit, so that many of the files still parse.
         let at = at % cache.len();
         cache[at] = if cache[at].is_ascii_digit() { b'0' + byte % 10 } else { byte & 0x7f };
         let cache = String::from_utf8(cache).unwrap();
@@ -135,7 +135,7 @@ proptest! {
     }
 }
 
-/// Selected batch rows keep their tests, a truncated list its end, and a fresh cache everything.
+/// Caches after a selection of batch rows, after a truncation, and fresh ones survive a file.
 #[test]
 fn caches_of_every_history() -> Result<()> {
     let shape = Shape(3, 4, 2, 60, 8);
@@ -168,7 +168,7 @@ fn caches_of_every_history() -> Result<()> {
     Ok(())
 }
 
-/// A window that no sequence fills keeps every token raw, in a file and out of it.
+/// A window that no sequence fills keeps every token raw, in a file and in memory.
 #[test]
 fn the_largest_window() -> Result<()> {
     let config = CompressionConfig {
@@ -246,7 +246,7 @@ fn a_file_cut_short_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// Every bit counts: of lengths, names, settings, thresholds and numbers.
+/// A flipped bit is noticed anywhere: in lengths, names, settings, thresholds and numbers.
 #[test]
 fn a_flipped_bit_is_refused() -> Result<()> {
     let config = CompressionConfig {
@@ -274,14 +274,14 @@ fn a_flipped_bit_is_refused() -> Result<()> {
                 .or_insert(0) += 1;
         }
     }
-    // The rest is no safetensors file, or of another format or version.
+    // The others are refused because they are no safetensors file, or name another format or version.
     assert!(refusals[&true] > 2 * 4 * 20, "{refusals:?}");
     std::fs::write(&file.0, &whole)?;
     CompressedKvCache::load(&file.0, &Device::Cpu)?;
     Ok(())
 }
 
-/// Files of before there was one, and files whose header was written anew.
+/// Files from before there was a checksum, and files whose header was written anew.
 #[test]
 fn a_file_without_its_checksum_is_refused() -> Result<()> {
     let saved = saved(3)?;
@@ -474,7 +474,7 @@ fn tampered_headers_are_refused() -> Result<()> {
     ])
 }
 
-/// What a list that observes keeps besides must be there, in its shape.
+/// The extra tensors of a list that observes must exist, in their shapes.
 #[test]
 fn tampered_masses_are_refused() -> Result<()> {
     let config = CompressionConfig {

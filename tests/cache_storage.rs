@@ -1,5 +1,5 @@
-//! Numbers that a cache's storage dtype cannot hold: refused when they come, and the cache goes on as if nobody had
-//! tried.
+//! Numbers that a cache's storage dtype cannot hold: the append is refused, and the cache continues as if it had not
+//! been called.
 
 mod common;
 
@@ -36,7 +36,7 @@ fn config(fold: Fold, window: usize) -> CompressionConfig {
     }
 }
 
-/// Tokens of `qkv[which]` from `token` on, one number of which is `number`.
+/// The tensors with one number of `qkv[which]`, of token `at`, replaced by `number`.
 fn with_number(qkv: &[Tensor; 3], which: usize, at: usize, number: f64) -> Result<[Tensor; 3]> {
     let mut qkv = qkv.clone();
     let mut data = values(&qkv[which])?;
@@ -56,7 +56,8 @@ fn contents(cache: &CompressedKvCache) -> Result<Contents> {
     Contents::read(&file.0)
 }
 
-/// Appends `good`, then `bad`, which is refused for `pattern`, then `rest`: as a cache that never saw `bad`.
+/// Appends `good`, then `bad`, which is refused with `pattern`, then `rest`; compares with a cache that never saw
+/// `bad`.
 #[track_caller]
 fn assert_refused(new: impl Fn() -> Result<CompressedKvCache>, [good, bad, rest]: [&[Tensor; 3]; 3], pattern: &str) {
     let run = || -> Result<()> {
@@ -116,7 +117,7 @@ fn numbers_beyond_the_storage_are_refused() -> Result<()> {
     Ok(())
 }
 
-/// The largest number that fits is taken, and a number that is not finite is no error: its rows are NaN, as ever.
+/// The largest number that fits is accepted. A number that is not finite is no error: its rows are NaN.
 #[test]
 fn the_largest_number_and_numbers_that_are_not_finite_are_taken() -> Result<()> {
     let (shape, dim) = (Shape(1, 1, 1, 6, 4), 4);
@@ -143,7 +144,7 @@ fn the_largest_number_and_numbers_that_are_not_finite_are_taken() -> Result<()> 
     Ok(())
 }
 
-/// Two equal numbers that fit, and whose sum does not; the pair in one chunk, or in two with raw tokens between.
+/// Two equal numbers fit and their sum does not; the pair comes in one chunk, or in two with raw tokens between.
 #[test]
 fn sums_beyond_the_storage_are_refused() -> Result<()> {
     let shape = Shape(1, 2, 1, 12, 4);
@@ -165,7 +166,7 @@ fn sums_beyond_the_storage_are_refused() -> Result<()> {
         ),
     ] {
         for (window, which) in [(0, 2), (2, 2), (50, 2), (0, 1), (2, 1)] {
-            // The cosine of two keys of 2^127 overflows, so that they do not merge.
+            // The cosine of two keys of 2^127 overflows, so they do not merge.
             if which == 1 && storage != DType::F16 {
                 continue;
             }
@@ -183,13 +184,13 @@ fn sums_beyond_the_storage_are_refused() -> Result<()> {
             qkv[0] = (qkv[0].zeros_like()? + 1e-4)?;
             let large = with_number(&with_number(&qkv, which, at(4), number)?, which, at(5), number)?;
             let new = || cache(MergeStrategy::Similarity, &config, storage);
-            // The large numbers come together, after four others and as the first.
+            // The two large numbers come in one chunk, after four other tokens, and as the first.
             assert_refused(
                 new,
                 [&part(&qkv, 0, 4)?, &part(&large, 4, 4)?, &part(&qkv, 8, 4)?],
                 pattern,
             );
-            // The left one is in the cache when the right one comes.
+            // The left token is already in the cache when the right one comes.
             let (mut tried, mut alone) = (new()?, new()?);
             for cache in [&mut tried, &mut alone] {
                 append(cache, &part(&large, 0, 5)?)?;
@@ -205,7 +206,7 @@ fn sums_beyond_the_storage_are_refused() -> Result<()> {
                 values(&append(&mut tried, &rest)?)?,
                 values(&append(&mut alone, &rest)?)?
             );
-            // What is not folded needs no sum. (Attention to two values of 2^127 overflows in f32 all the same.)
+            // Without a fold there is no sum. (Attention to two values of 2^127 overflows in f32 all the same.)
             let mut off = cache(MergeStrategy::Off, &config, storage)?;
             let output = values(&append(&mut off, &large)?)?;
             assert!(storage != DType::F16 || output.iter().all(|x| x.is_finite()));
@@ -214,7 +215,7 @@ fn sums_beyond_the_storage_are_refused() -> Result<()> {
     Ok(())
 }
 
-/// A mean of numbers that fit fits, though their sum does not: on the way in and in attention.
+/// The mean of numbers that fit also fits, even if their sum does not: while folding and in attention.
 #[test]
 fn means_of_large_numbers_are_means() -> Result<()> {
     for (storage, large) in [(DType::F16, 65504.0), (DType::BF16, 3e38), (DType::F32, 3e38)] {

@@ -1,5 +1,5 @@
-//! Calibration: the target is met at less error than uniform thresholds leave, the same every time, and policies survive
-//! JSON and fit their model only.
+//! Calibration: the target is met with less error than uniform thresholds leave, the result is the same every time, and
+//! policies survive JSON and fit only their model.
 
 mod common;
 
@@ -31,7 +31,7 @@ fn observing() -> CompressionConfig {
     }
 }
 
-/// q, k and v of a window in a layer; one head's values are small, so that leaving its tokens out costs little.
+/// q, k and v of a window in a layer; one head has small values, so that hiding its tokens costs little.
 fn sample(layer: usize, window: usize) -> Result<[Tensor; 3]> {
     let [q, k, v] = Shape(1, 4, 2, 130, 16).qkv((layer * 10 + window) as u64, DType::F32)?;
     let factors = Tensor::new(&[[[[1f32]], [[if layer == 0 { 0.05 } else { 1.0 }]]]], &Device::Cpu)?;
@@ -52,7 +52,7 @@ fn measured(config: &CompressionConfig, projection: Option<&Tensor>) -> Result<M
     Ok(measurement)
 }
 
-/// Hidden share of the tokens that could be, and squared error, over all samples.
+/// The hidden share of the tokens that can be hidden, and the squared error, over all samples.
 fn judge(config: &CompressionConfig, layers: &[HeadStrategies], eligible: usize) -> Result<(f64, f64)> {
     let (mut hidden, mut error, mut windows) = (0, 0.0, 0);
     for (layer, strategies) in layers.iter().enumerate() {
@@ -82,7 +82,7 @@ fn the_target_is_met_at_less_error_than_uniform_ratios_leave() -> Result<()> {
         let (ratio, error) = judge(&config, &policy.head_strategies(&MODEL)?, eligible)?;
         let figures = &policy.parts().calibration;
         assert!((ratio - figures.hidden_ratio).abs() < 1e-9, "{ratio}, said {figures:?}");
-        // One unit's last step may overshoot: a twentieth of all.
+        // The last step of one unit, a twentieth of all, may overshoot.
         assert!((target..target + 0.06).contains(&ratio), "{ratio} for {target}");
         assert!((error / figures.error - 1.0).abs() < 1e-4, "{error}, said {figures:?}");
         assert_eq!((figures.windows, figures.tokens), (3, 390));
@@ -98,7 +98,7 @@ fn the_target_is_met_at_less_error_than_uniform_ratios_leave() -> Result<()> {
     Ok(())
 }
 
-/// Every head at the same ratio, from a calibration that knows no other.
+/// Every head at the same ratio, from a calibration that tries only this one.
 fn uniform_at(ratio: f64) -> Result<Vec<HeadStrategies>> {
     let mut calibrator = Calibrator::new(MODEL, observing(), Default::default(), &[ratio])?;
     for (window, layer) in (0..3).flat_map(|window| (0..2).map(move |layer| (window, layer))) {
@@ -110,7 +110,7 @@ fn uniform_at(ratio: f64) -> Result<Vec<HeadStrategies>> {
         let [q, k, v] = sample(layer, 0)?;
         measurement.add(layer, [&q, &k, &v], None, 1.0)?;
     }
-    // Whatever one window hides of it, all must be on.
+    // The largest target that calibration accepts; every head must be on then.
     let all = (0..100).map(|step| measurement.policy(1.0 - step as f64 / 100.0, ""));
     let policy = all.flatten().next().expect("a policy");
     assert!(policy
@@ -123,7 +123,7 @@ fn uniform_at(ratio: f64) -> Result<Vec<HeadStrategies>> {
 
 #[test]
 fn the_projection_decides_what_an_error_costs() -> Result<()> {
-    // Only the first KV head's output reaches the stream.
+    // The projection lets only the first KV head's output through.
     let mut weights = vec![0f32; 64 * 64];
     for i in 0..32 {
         weights[i * 64 + i] = 1.0;
@@ -197,14 +197,14 @@ fn policies_survive_json_and_fit_one_shape() -> Result<()> {
         assert_ne!(damaged, json, "{from}");
         match Policy::from_json(&damaged) {
             Err(error) => assert!(error.to_string().contains(part), "no {part:?} in: {error}"),
-            // Eight heads for two KV heads are a shape, if another one.
+            // Eight heads for two KV heads are a valid shape, but another one.
             Ok(policy) => assert!(from == "\"heads\": 4" && policy.head_strategies(&MODEL).is_err()),
         }
     }
     Ok(())
 }
 
-/// The file is small whatever sizes it names, and so is what reading it takes.
+/// A small file may name any sizes: reading it must not take memory for them.
 #[test]
 fn a_policy_of_absurd_sizes_is_refused() -> Result<()> {
     let config = serde_json::to_value(CompressionConfig::pretrained())?;
@@ -249,7 +249,7 @@ fn a_policy_that_lacks_a_setting_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// JSON has no such numbers: `null` in their place could not be read.
+/// JSON has no NaN or infinity, and a `null` in their place could not be read back.
 #[test]
 fn figures_that_are_not_finite_are_not_written() -> Result<()> {
     let parts = measured(&observing(), None)?.policy(0.5, "")?.parts().clone();
@@ -299,7 +299,7 @@ fn calibration_refuses_what_it_cannot_do() -> Result<()> {
         "one window of one layer",
     );
     let mut measurement = measured(&observing(), None)?;
-    // Of one token there is no pair, whatever decides; of tensors that do not fit, the crate's own errors.
+    // One token has no pair, under any criterion; for tensors that do not fit, the crate's own errors come through.
     let one = [&q, &k, &v].map(|x| x.narrow(2, 0, 1));
     let [q1, k1, v1] = [&one[0], &one[1], &one[2]].map(|x| x.as_ref().expect("a token"));
     for config in [

@@ -12,7 +12,7 @@ use common::inputs::{assert_close, laid_out, values, Memory, Shape};
 use common::judge::{Expected, Shares};
 use common::settings::{settings, Setting};
 
-/// Odd everything, with every padded head size; the emulator is slow, so blocks and tiles are passed by little.
+/// Odd sizes, with every padded head size. The emulator is slow, so sizes exceed blocks and tiles by little.
 const SHAPES: [Shape; 10] = [
     Shape(1, 1, 1, 1, 32),
     Shape(2, 3, 1, 2, 8),
@@ -26,18 +26,18 @@ const SHAPES: [Shape; 10] = [
     Shape(1, 2, 1, 257, 16),
 ];
 
-/// The part of the table that the environment asks for, or all of it: `SFA_CASE` is a part of a setting's name.
+/// The settings whose name contains `SFA_CASE`, or all of them.
 fn wanted(setting: &Setting) -> bool {
     std::env::var("SFA_CASE").map_or(true, |part| setting.name.contains(&part))
 }
 
-/// Which of a dtype's kernels run.
+/// The family of kernels that run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Kernels {
     Plain,
     Deterministic,
     Warpgroups,
-    /// Those of small blocks.
+    /// Warpgroups in small blocks.
     ShortWarpgroups,
 }
 
@@ -58,7 +58,7 @@ impl Kernels {
     }
 }
 
-/// Output and gradients of the table, as the kernels compute them and as those for nothing hidden do.
+/// Output and gradients of the table, by the kernels of each setting and by those for nothing hidden.
 fn check(dtype: DType, memory: Memory) -> Result<()> {
     let mut shares = Shares::default();
     for setting in settings().iter().filter(|setting| wanted(setting)) {
@@ -69,8 +69,8 @@ fn check(dtype: DType, memory: Memory) -> Result<()> {
             let grad_output = Shape(batch, heads, heads, tokens, dim).qkv(seed as u64 + 77, dtype)?[2].clone();
             let expected = Expected::new(Side::Cuda, &qkv, &grad_output, setting, &options)?;
             let [q, k, v] = &laid_out(&qkv, memory)?;
-            // Gradients have kernels of their own for nothing hidden, and where sums must have one owner; halves have others for
-            // devices with warpgroups.
+            // Gradients have other kernels if nothing is hidden, and if sums must have one owner; halves have yet
+            // others on devices with warpgroups.
             for (dense, kernels) in [false, true]
                 .into_iter()
                 .flat_map(|dense| Kernels::ALL.map(|kernels| (dense, kernels)))
@@ -80,7 +80,7 @@ fn check(dtype: DType, memory: Memory) -> Result<()> {
                 {
                     continue;
                 }
-                // Those without warpgroups run then.
+                // With these, the kernels without warpgroups run.
                 let extras = options.bias.is_some() || options.dropout.is_some();
                 if (extras || dim > 128) && matches!(kernels, Kernels::Warpgroups | Kernels::ShortWarpgroups) {
                     continue;
@@ -104,7 +104,7 @@ fn check(dtype: DType, memory: Memory) -> Result<()> {
             }
         }
     }
-    // A part of the table need not come near.
+    // A part of the table need not come near the allowance.
     match std::env::var_os("SFA_CASE") {
         Some(_) => Ok(()),
         None => shares.report(),
@@ -153,7 +153,7 @@ fn golden_outputs_and_gradients_agree() -> Result<()> {
     Ok(())
 }
 
-/// Dtypes, and the kernels that are tried with numbers that are not finite.
+/// Dtypes and kernels that are given numbers that are not finite.
 const BAD_CASES: [(DType, Kernels); 4] = [
     (DType::F32, Kernels::Plain),
     (DType::BF16, Kernels::Plain),
@@ -161,7 +161,7 @@ const BAD_CASES: [(DType, Kernels); 4] = [
     (DType::BF16, Kernels::ShortWarpgroups),
 ];
 
-/// A token that is not a number, or infinite, makes the rows that see it NaN throughout and touches no other row.
+/// A NaN or infinite token makes the rows that see it NaN throughout, and touches no other row.
 #[test]
 fn bad_numbers_stay_where_they_are() -> Result<()> {
     let shape = Shape(1, 2, 1, 300, 64);
@@ -219,7 +219,7 @@ fn bad_numbers_stay_where_they_are() -> Result<()> {
     Ok(())
 }
 
-/// The same where tokens are dropped: a hidden one is seen to its window's border and no further.
+/// The same under `Drop`: rows see a hidden token up to their window's border, and no later row sees it.
 #[test]
 fn bad_numbers_of_dropped_tokens_stay_where_they_are() -> Result<()> {
     let (shape, window) = (Shape(1, 2, 1, 300, 64), 20);

@@ -1,5 +1,5 @@
-//! The KV cache's kernels under the emulator: any chunking gives the rows of attention over the whole sequence, lists are
-//! as long as the CPU's, and batch rows move.
+//! The KV cache's kernels under the emulator: any chunking gives the rows of attention over the whole sequence, lists
+//! are as long as on the CPU, and batch rows move.
 #![cfg(feature = "cuda-emu")]
 
 mod common;
@@ -32,7 +32,7 @@ fn cached() -> Vec<Setting> {
         .collect()
 }
 
-/// Appends chunks of the given lengths, over and over, until all tokens are in; `options` are those of all of them.
+/// Appends chunks of these lengths, repeated until all tokens are in; `options` are those of the whole sequence.
 fn chunked(
     cache: &mut EmulatedCache,
     qkv: &[Tensor; 3],
@@ -95,7 +95,8 @@ fn any_chunking_in_bf16_errs_by_its_roundings_alone() -> Result<()> {
     check(DType::BF16, Memory::TokenMajor)
 }
 
-/// Tokens that are only appended, strategies per head, and batch rows that were moved: as if they had always been there.
+/// After appends without attention, with strategies per head, selected batch rows continue as if they had always been
+/// there.
 #[test]
 fn rows_move_with_all_that_they_need() -> Result<()> {
     let shape = Shape(3, 4, 2, 90, 32);
@@ -136,7 +137,7 @@ fn rows_move_with_all_that_they_need() -> Result<()> {
     Ok(())
 }
 
-/// A bad token in the cache spoils the rows that see it, now and later, and no row before it: as on the CPU.
+/// A token that is not finite makes the rows that see it NaN, now and later, and no earlier row, as on the CPU.
 #[test]
 fn bad_numbers_stay_with_the_rows_that_see_them() -> Result<()> {
     let shape = Shape(1, 2, 1, 60, 16);
@@ -168,7 +169,7 @@ fn bad_numbers_stay_with_the_rows_that_see_them() -> Result<()> {
     Ok(())
 }
 
-/// Keys and values in another dtype than they come in: rounded as the CPU rounds them, queries and results too.
+/// Storage in another dtype than the inputs': keys, values, queries and results are rounded as on the CPU.
 #[test]
 fn storage_in_another_dtype() -> Result<()> {
     let shape = Shape(1, 4, 2, 97, 32);
@@ -188,7 +189,7 @@ fn storage_in_another_dtype() -> Result<()> {
             );
             let mut on_cpu = CompressedKvCache::new(strategies.clone(), setting.config.clone(), stored.clone())?;
             let mut cache = EmulatedCache::new(&qkv, &strategies, &setting.config, &stored)?;
-            // Queries are rounded first, so that both decide alike.
+            // Queries are rounded first, so that both caches decide alike.
             let rounded = qkv[0].to_dtype(storage)?.to_dtype(dtype)?;
             let expected = on_cpu.append_and_attend(&rounded, &qkv[1], &qkv[2], &options)?;
             let got = chunked(&mut cache, &qkv, &options, &[30, 1])?;
@@ -204,7 +205,7 @@ fn storage_in_another_dtype() -> Result<()> {
     Ok(())
 }
 
-/// The limit counts entries that are really there, as on the CPU, and a refused call changes nothing.
+/// The limit counts the entries that exist, as on the CPU, and a refused call changes nothing.
 #[test]
 fn a_limit_is_reached_where_the_cpu_reaches_it() -> Result<()> {
     let shape = Shape(2, 4, 2, 120, 16);

@@ -1,5 +1,5 @@
-//! Caches of the emulator that go to the CPU and into a file, come back, and forget their last tokens: they go on bit for
-//! bit as if nothing had happened, and on the CPU within the same rules.
+//! Caches of the emulator that move to the CPU, into a file and back, and that forget their last tokens. On the
+//! emulator they continue bit for bit, on the CPU within the same rules.
 #![cfg(feature = "cuda-emu")]
 
 mod common;
@@ -24,7 +24,7 @@ fn cached() -> Vec<Setting> {
         .collect()
 }
 
-/// Every number as its bits, but one NaN for all.
+/// Every number as its bits, with one NaN for all NaNs.
 fn bits(tensor: &Tensor) -> Result<Vec<u64>> {
     let bits = |x: f64| if x.is_nan() { f64::NAN } else { x }.to_bits();
     Ok(values(tensor)?.into_iter().map(bits).collect())
@@ -38,7 +38,7 @@ fn through_a_file(cache: &EmulatedCache, dtype: DType) -> Result<(EmulatedCache,
     Ok((back, Contents::read(&file.0)?))
 }
 
-/// Tokens `start..` of `qkv`, one chunk after another, with each chunk's options.
+/// Appends tokens `start..` of `qkv`, chunk by chunk, with each chunk's options.
 fn go_on(
     take: &mut dyn FnMut([Tensor; 3], &candle_sfattention::AttentionOptions) -> Result<Tensor>,
     qkv: &[Tensor; 3],
@@ -56,7 +56,7 @@ fn go_on(
     Ok(outputs)
 }
 
-/// A bad token in the window, or in the open chain, is among what is saved.
+/// The saved window, or open chain, has a token that is not finite.
 #[test]
 fn a_saved_cache_goes_on_bit_for_bit() -> Result<()> {
     for setting in cached() {
@@ -94,7 +94,7 @@ fn a_saved_cache_goes_on_bit_for_bit() -> Result<()> {
                     assert_eq!(bits(got)?, bits(expected)?, "{what} {before:?}, chunk {index}");
                 }
                 assert_eq!(loaded.lens()?, cache.lens()?, "{what} {before:?}");
-                // Whatever was not compared by then would show in a second file.
+                // A second file shows any difference that the rows did not.
                 let (_, first) = through_a_file(&cache, dtype)?;
                 let (_, second) = through_a_file(&loaded, dtype)?;
                 assert!(first == second, "{what} {before:?}: other files");
@@ -104,7 +104,7 @@ fn a_saved_cache_goes_on_bit_for_bit() -> Result<()> {
     Ok(())
 }
 
-/// There and back: the rows of both parts are those of attention over all tokens.
+/// To the other device and back: the rows of both parts are those of attention over all tokens.
 #[test]
 fn caches_change_places() -> Result<()> {
     let mut shares = Shares::default();
@@ -157,7 +157,7 @@ fn caches_change_places() -> Result<()> {
     shares.report()
 }
 
-/// Heads that are off beside others, in batch rows that have moved: each list keeps its own tests.
+/// Some heads are off, and batch rows have moved: each list keeps its own tests.
 #[test]
 fn moved_rows_keep_their_tests() -> Result<()> {
     let shape = Shape(3, 4, 2, 90, 32);
@@ -195,7 +195,7 @@ fn moved_rows_keep_their_tests() -> Result<()> {
     Ok(())
 }
 
-/// Where nothing merges, a cache can forget its last tokens: it goes on as one that never saw them.
+/// If nothing merges, a cache can forget its last tokens, and continues as one that never saw them.
 #[test]
 fn a_truncated_cache_goes_on_as_if_it_had_not_seen_the_rest() -> Result<()> {
     let shape = Shape(2, 4, 2, 90, 32);

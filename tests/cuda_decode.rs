@@ -1,4 +1,4 @@
-//! The decoding kernels under the emulator: the last row of attention, from a ragged store of its columns.
+//! The decoding kernels under the emulator: the last row of attention, from a ragged store of columns.
 #![cfg(feature = "cuda-emu")]
 
 mod common;
@@ -18,7 +18,7 @@ type OneColumn = (Vec<f64>, Vec<f64>, f64);
 /// Lists of columns as one store with some room to spare.
 fn store(lists: &[Vec<OneColumn>], dim: usize, dtype: DType) -> Result<DecodeStore> {
     let capacity = lists.iter().map(Vec::len).max().unwrap_or(0) + 3;
-    // What lies past a list's end is not a number, so that reading it shows.
+    // NaN past a list's end shows that a kernel read there.
     let (mut keys, mut sums) = (
         vec![f64::NAN; lists.len() * capacity * dim],
         vec![0.0; lists.len() * capacity],
@@ -107,7 +107,7 @@ fn a_decoded_row_is_the_last_row_of_attention() -> Result<()> {
     Ok(())
 }
 
-/// A far store that is still empty, and one without local columns.
+/// An empty far store, and a store without local columns.
 #[test]
 fn empty_parts_add_nothing() -> Result<()> {
     let (dim, value) = (16, vec![0.5; 16]);

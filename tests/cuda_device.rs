@@ -1,7 +1,7 @@
-//! The CUDA path on a GPU, through candle's tensors: the table of settings times odd shapes against the f64 reference, by
-//! the rules of `common::judge`; golden cases; repeats; large sizes against the CPU path; what is refused.
+//! The CUDA path on a GPU, through candle's tensors: the table of settings times odd shapes against the f64 reference,
+//! by the rules of `common::judge`; golden cases; repeats; large sizes against the CPU path; refusals.
 //!
-//! Without a GPU each test says that it is skipped, unless `SFA_REQUIRE_GPU` is set: then it fails.
+//! Without a GPU each test prints that it is skipped, unless `SFA_REQUIRE_GPU` is set: then it fails.
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -19,7 +19,7 @@ use common::inputs::{values, Memory, Shape};
 use common::judge::{differentiate, largest, largest_error, Expected, Shares, F32_TIMES};
 use common::settings::{settings, Setting};
 
-/// Odd everything, with every padded head size, and more tokens than a block or a tile has.
+/// Odd sizes, with every padded head size, and more tokens than a block or a tile has.
 const SHAPES: [Shape; 12] = [
     Shape(1, 1, 1, 1, 32),
     Shape(2, 3, 1, 2, 8),
@@ -35,13 +35,13 @@ const SHAPES: [Shape; 12] = [
     Shape(1, 1, 1, 513, 64),
 ];
 
-/// Whether the environment asks for as many tokens: `SFA_TOKENS` is the most.
+/// Whether the shape has at most `SFA_TOKENS` tokens.
 fn short_enough(shape: &Shape) -> bool {
     let tokens = std::env::var("SFA_TOKENS").ok().and_then(|most| most.parse().ok());
     tokens.is_none_or(|most: usize| shape.3 <= most)
 }
 
-/// The part of the table that the environment asks for: `SFA_CASE` is a part of a setting's name.
+/// Whether the setting's name contains `SFA_CASE`, and the shape is short enough.
 fn wanted(setting: &Setting, shape: &Shape) -> bool {
     std::env::var("SFA_CASE").map_or(true, |part| setting.name.contains(&part)) && short_enough(shape)
 }
@@ -51,7 +51,7 @@ fn laid_out(x: &Tensor, memory: Memory) -> Result<Tensor> {
     Ok(match memory {
         Memory::HeadMajor => x.clone(),
         Memory::TokenMajor => x.transpose(1, 2)?.contiguous()?.transpose(1, 2)?,
-        // As a part of a fused projection: rows of more than the heads' own numbers.
+        // A part of a fused projection: its rows have more numbers than the heads'.
         Memory::Fused => {
             let by_token = x.transpose(1, 2)?.contiguous()?;
             let heads = x.dim(1)?;
@@ -123,7 +123,7 @@ fn check_table(dtype: DType, memory: Memory) -> Result<()> {
         }
     }
     println!("{dtype:?} {memory:?}: {cases} cases");
-    // A part of the table need not come near.
+    // A part of the table need not come near the allowance.
     let part = ["SFA_CASE", "SFA_TOKENS"]
         .iter()
         .any(|name| std::env::var_os(name).is_some());
@@ -187,7 +187,7 @@ fn golden_cases() -> Result<()> {
     Ok(())
 }
 
-/// More than a wave of blocks, in both directions, against the CPU path on the same values.
+/// More than a wave of blocks, forward and backward, against the CPU path on the same values.
 #[test]
 fn large_sizes_agree_with_the_cpu() -> Result<()> {
     let Some(device) = gpu()? else { return Ok(()) };
@@ -220,7 +220,7 @@ fn large_sizes_agree_with_the_cpu() -> Result<()> {
             let found = differentiate(qkv, grad_output, |q, k, v| Ok(attend(q, k, v, &plan, &options)?))?;
             Ok((plan.indicators().clone(), found))
         };
-        // In f32 on the CPU: exact enough to judge halves by.
+        // The CPU computes in f32, which is exact enough to judge halves.
         let single = |x: &Tensor| x.to_dtype(DType::F32);
         let wide = [single(&qkv[0])?, single(&qkv[1])?, single(&qkv[2])?];
         let (bits, expected) = run(&wide, &single(&grad_output)?)?;
@@ -255,7 +255,7 @@ fn large_sizes_agree_with_the_cpu() -> Result<()> {
 /// Settings whose kernels depend on the length: nothing hidden, folded columns, lists.
 const LONG: [&str; 3] = ["off", "mean", "drop"];
 
-/// A token that is not a number, or infinite, makes the rows that see it NaN, and no other.
+/// A NaN or infinite token makes the rows that see it NaN, and no other.
 #[test]
 fn bad_numbers_stay_where_they_are() -> Result<()> {
     let Some(device) = gpu()? else { return Ok(()) };
@@ -264,7 +264,7 @@ fn bad_numbers_stay_where_they_are() -> Result<()> {
         let dtypes = [DType::F32, DType::BF16];
         dtypes.map(|dtype| (setting, Shape(1, 2, 1, 300, 64), dtype))
     });
-    // Sequences whose kernels are others.
+    // Long sequences have other kernels.
     let long = settings.iter().filter(|setting| LONG.contains(&setting.name));
     let long = long.flat_map(|setting| {
         let shapes = [
@@ -317,7 +317,7 @@ fn bad_numbers_stay_where_they_are() -> Result<()> {
     Ok(())
 }
 
-/// Two handles of one GPU are one GPU, as they are to candle: for attention, its gradients, and a cache.
+/// Two handles of one GPU count as one GPU, as for candle: in attention, its gradients, and a cache.
 #[test]
 fn two_handles_of_one_gpu_go_together() -> Result<()> {
     let Some(device) = gpu()? else { return Ok(()) };
@@ -339,7 +339,7 @@ fn two_handles_of_one_gpu_go_together() -> Result<()> {
         let mut cache = CompressedKvCache::new(strategies.clone(), config.clone(), Default::default())?;
         let [q, k, v] = &qkv;
         let first = cache.append_and_attend(q, k, v, &options)?;
-        // The next tokens come by the other handle.
+        // The next tokens come through the other handle.
         let [q, k, v] = [&qkv[0], &qkv[1], &qkv[2]].map(|x| x.to_device(&Device::Cpu)?.to_device(devices[3]));
         let second = cache.append_and_attend(&q?, &k?, &v?, &options)?;
         let back = cache.to_device(devices[3])?;
@@ -359,7 +359,7 @@ fn two_handles_of_one_gpu_go_together() -> Result<()> {
     Ok(())
 }
 
-/// What the kernels do not take is refused with a remedy.
+/// The kernels refuse inputs that they do not take, with a remedy.
 #[test]
 fn refusals_say_what_to_do() -> Result<()> {
     let Some(device) = gpu()? else { return Ok(()) };

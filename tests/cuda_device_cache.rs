@@ -1,5 +1,5 @@
-//! The KV cache on a GPU: any chunking gives the rows of attention over the whole sequence, as long a memory as on the CPU,
-//! and what it refuses. Without a GPU each test says that it is skipped, as in `cuda_device`.
+//! The KV cache on a GPU: any chunking gives the rows of attention over the whole sequence, lists are as long as on the
+//! CPU, and calls that it refuses. Without a GPU each test prints that it is skipped, as in `cuda_device`.
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -40,12 +40,12 @@ fn on(device: &Device, qkv: &[Tensor; 3]) -> Result<[Tensor; 3]> {
     Ok([q?, k?, v?])
 }
 
-/// Appends chunks of the given lengths, over and over, until all tokens are in.
+/// Appends chunks of these lengths, repeated until all tokens are in.
 fn chunked(cache: &mut CompressedKvCache, qkv: &[Tensor; 3], chunks: &[usize]) -> Result<Tensor> {
     chunked_with(cache, qkv, &AttentionOptions::default(), chunks)
 }
 
-/// The same with options, which are those of all tokens.
+/// The same with options for the whole sequence.
 fn chunked_with(
     cache: &mut CompressedKvCache,
     qkv: &[Tensor; 3],
@@ -103,7 +103,7 @@ fn check_table(dtype: DType, memory: Memory) -> Result<()> {
         }
     }
     println!("{dtype:?}: {checked} caches");
-    // A part of the table need not come near.
+    // A part of the table need not come near the allowance.
     let part = ["SFA_CASE", "SFA_TOKENS"]
         .iter()
         .any(|name| std::env::var_os(name).is_some());
@@ -128,7 +128,7 @@ fn table_bf16() -> Result<()> {
     check_table(DType::BF16, Memory::TokenMajor)
 }
 
-/// Longer than a block's share, past several growths, against the CPU's cache on the same values in f32.
+/// Longer than a block's share and past several growths, against the CPU's cache on the same values in f32.
 #[test]
 fn long_decoding_agrees_with_the_cpu() -> Result<()> {
     let Some(device) = gpu()? else { return Ok(()) };
@@ -177,7 +177,7 @@ fn long_decoding_agrees_with_the_cpu() -> Result<()> {
     Ok(())
 }
 
-/// Beams: rows are repeated and go their own ways; a clone does not see what the original takes in.
+/// Beams: repeated rows continue independently, and a clone does not see the tokens that the original appends.
 #[test]
 fn rows_and_clones_go_their_own_ways() -> Result<()> {
     let Some(device) = gpu()? else { return Ok(()) };
@@ -226,7 +226,7 @@ fn a_layer_decodes_alike() -> Result<()> {
     Ok(assert_close("layer", &got, &expected, 2e-4 * most, 2e-4)?)
 }
 
-/// What it does not do is refused with a remedy, and changes nothing.
+/// Unsupported calls are refused with a remedy and change nothing.
 #[test]
 fn refusals_say_what_to_do() -> Result<()> {
     let Some(device) = gpu()? else { return Ok(()) };
@@ -279,14 +279,14 @@ fn refusals_say_what_to_do() -> Result<()> {
         add(&mut new(CacheOptions::default())?, &double, &plain),
         "f32, f16 or bf16 on CUDA",
     );
-    // A result that a gradient is asked of, as on the CPU.
+    // A gradient of the result is refused, as on the CPU.
     let var = Var::from_tensor(&qkv[0])?;
     let output = new(CacheOptions::default())?.append_and_attend(&var, &qkv[1], &qkv[2], &plain)?;
     assert!(output.sum_all()?.backward().is_err());
     Ok(())
 }
 
-/// Through a file and back to the same device bit for bit; to the other kind of device, to a rounding.
+/// Through a file, a cache continues bit for bit on the same device, and to a rounding on the other kind of device.
 #[test]
 fn saved_caches_go_on() -> Result<()> {
     let Some(device) = gpu()? else { return Ok(()) };
@@ -360,7 +360,7 @@ fn saved_caches_go_on() -> Result<()> {
     Ok(())
 }
 
-/// Where nothing merges, the last tokens can be forgotten, here as on the CPU.
+/// If nothing merges, a cache can forget its last tokens, as on the CPU.
 #[test]
 fn truncated_caches_go_on() -> Result<()> {
     let Some(device) = gpu()? else { return Ok(()) };

@@ -1,4 +1,4 @@
-//! The CUDA kernels, run on the CPU by the emulator of `cuda/emu`, and what that emulator detects.
+//! The CUDA kernels, run on the CPU by the emulator of `cuda/emu`, and the faults that the emulator detects.
 #![cfg(feature = "cuda-emu")]
 
 mod common;
@@ -28,7 +28,7 @@ fn a_correct_kernel_runs() -> Result<()> {
     Ok(())
 }
 
-/// One warp waits for the other by mbarriers, from phase to phase.
+/// One warp waits for the other at mbarriers, phase after phase.
 #[test]
 fn threads_wait_for_one_another() -> Result<()> {
     let input: Vec<f32> = (0..50).map(|i| i as f32).collect();
@@ -88,7 +88,7 @@ fn every_detector_detects() {
     }
 }
 
-/// Odd everything that the kernels take (multiples of 8), small: fibers are not fast.
+/// Odd sizes that the kernels take (multiples of 8), small because fibers are slow.
 const SHAPES: [Shape; 6] = [
     Shape(1, 1, 1, 1, 32),
     Shape(2, 3, 1, 2, 8),
@@ -145,8 +145,8 @@ fn decisions_agree_with_the_cpu() -> Result<()> {
     Ok(())
 }
 
-/// Observed mass where bands, sinks and groups take several tiles, aligned (tensor cores) and not (a warp per row). A
-/// score as near to its threshold as sums in another order go may fall on either side.
+/// Observed mass with bands, sinks and groups over several tiles, aligned (tensor cores) and not (a warp per row). A
+/// score that is as near to its threshold as another order of summation moves it may fall on either side.
 #[test]
 fn observed_mass_decides_as_the_cpu_does_over_many_tiles() -> Result<()> {
     for (shape, window, sinks) in [
@@ -199,7 +199,7 @@ fn observed_mass_decides_as_the_cpu_does_over_many_tiles() -> Result<()> {
     Ok(())
 }
 
-/// A stretch of candidates longer than a run may be, over several warps and blocks.
+/// A stretch of candidates that is longer than the longest run, over several warps and blocks.
 #[test]
 fn long_runs_end_where_the_cpu_ends_them() -> Result<()> {
     let row = Tensor::ones((1, 2, 150, 8), DType::F32, &Device::Cpu)?;
@@ -255,7 +255,7 @@ fn attention_agrees(path: Path, dtypes: &[DType]) -> Result<()> {
                 let (output, _) = emulation::fold_and_attend([q, k, v], &bits, &setting.config, &options, shared, path)
                     .with_context(|| what.clone())?;
                 assert_eq!(output.dtype(), *dtype);
-                // Half types: folded rows are rounded once more than the output is; logits reach 20.
+                // Half types: folded rows are rounded in addition to the output; logits reach 20.
                 let (absolute, relative) = match dtype {
                     DType::F16 => (8e-3, 8e-3),
                     DType::BF16 => (6e-2, 6e-2),
@@ -295,7 +295,7 @@ fn golden_outputs_agree() -> Result<()> {
     Ok(())
 }
 
-/// A token that is not finite makes its own row and those that see it NaN, and no other.
+/// A token that is not finite makes its own row and the rows that see it NaN, and no other.
 #[test]
 fn what_is_not_finite_stays_where_it_is_seen() -> Result<()> {
     for setting in settings().iter().filter(|setting| (setting.options)(&SHAPES[0]).causal) {
@@ -352,8 +352,8 @@ fn golden_losses_agree() -> Result<()> {
     Ok(())
 }
 
-/// Unfolding is the transpose of folding: for random gradients G and rows X, <G, fold(X)> = <unfold(G), X>. The fold of
-/// X is what attention's output is made of where every weight is known: here it is computed from its definition.
+/// Unfolding is the transpose of folding: for random gradients G and rows X, <G, fold(X)> = <unfold(G), X>. fold(X) is
+/// computed here from its definition.
 #[test]
 fn unfolding_is_the_transpose_of_folding() -> Result<()> {
     use candle_sfattention::Fold;

@@ -1,5 +1,5 @@
-//! The CUDA path on a GPU, beyond attention: compression losses with their gradients, and a whole layer that trains. Without
-//! a GPU each test says that it is skipped, as in `cuda_device`.
+//! The CUDA path on a GPU, beyond attention: compression losses with their gradients, and a whole layer that trains.
+//! Without a GPU each test prints that it is skipped, as in `cuda_device`.
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -91,7 +91,7 @@ fn a_layer_trains_alike() -> Result<()> {
     let (expected, got) = (run(&on_cpu)?, run(&on_gpu)?);
     for ((name, expected), (_, got)) in expected.iter().zip(&got) {
         let most = largest(expected)?;
-        // candle's own matrix products on the GPU differ from the CPU's by roundings, and weights add them up.
+        // candle's own matrix products differ between the GPU and the CPU by roundings, and weights sum them.
         assert_close(name, got, expected, 2e-4 * most, 2e-4)?;
     }
     Ok(())

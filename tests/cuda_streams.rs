@@ -1,7 +1,7 @@
-//! Order on a GPU's streams: our kernels may start before the ones in front of them have ended (`hw::wait_for_previous`),
-//! among candle's own, which write what ours read and read what ours write. Nothing here waits for the device between them;
-//! results are those of the same calls with a wait after each. Inputs change from call to call, so that a buffer that is
-//! read too early holds other numbers. Without a GPU each test says that it is skipped, as in `cuda_device`.
+//! Order on a GPU's streams. Our kernels may start before earlier kernels have ended (`hw::wait_for_previous`), among
+//! candle's own, which write our inputs and read our outputs. No test waits for the device between them; the results
+//! must equal those of the same calls with a wait after each. Inputs change from call to call, so that a buffer that is
+//! read too early holds other numbers. Without a GPU each test prints that it is skipped, as in `cuda_device`.
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -14,10 +14,10 @@ use common::inputs::Shape;
 use common::settings::{settings, Setting};
 use std::sync::Barrier;
 
-/// Inputs that take turns.
+/// Sets of inputs that alternate.
 const TURNS: usize = 3;
 const REPEATS: usize = 30;
-/// Short calls, of which many are under way at once, and some of several blocks a head.
+/// Short calls, many of them in flight at once, and some calls of several blocks a head.
 const SHAPES: [Shape; 4] = [
     Shape(1, 2, 1, 40, 64),
     Shape(2, 4, 2, 300, 128),
@@ -43,7 +43,7 @@ fn chosen() -> Vec<Setting> {
     chosen
 }
 
-/// What one turn starts from.
+/// The inputs of one turn.
 struct Inputs {
     qkv: [Var; 3],
     options: AttentionOptions,
@@ -79,7 +79,7 @@ impl Stepper<'_> {
         Ok(done)
     }
 
-    /// Output and gradients of halved inputs' attention, doubled: candle's kernels before ours and after.
+    /// Output and gradients of attention over scaled inputs, with candle's kernels before ours and after.
     fn attention(&self, inputs: &Inputs, setting: &Setting, shape: &Shape, deterministic: bool) -> Result<[Tensor; 4]> {
         let options = AttentionOptions {
             deterministic,
@@ -87,21 +87,21 @@ impl Stepper<'_> {
         };
         let [q, k, v] = [&inputs.qkv[0], &inputs.qkv[1], &inputs.qkv[2]].map(|var| var.as_tensor());
         let strategies = setting.strategies(shape)?;
-        // The last of candle's kernels before the decision writes keys, before attention queries.
+        // candle's last kernel before the decision writes keys, and its last one before attention writes queries.
         let (v, q) = (self.step(v.affine(0.5, 0.25))?, self.step(q * 1.5)?);
         let k = self.step(k * 0.5)?;
         let plan = self.step(MergePlan::new(&q, &k, &v, &strategies, &setting.config, &options))?;
         let q = self.step(&q * 2.0)?;
         let output = self.step(attend(&q, &k, &v, &plan, &options))?;
         let output = self.step(&output * 2.0)?;
-        // A gradient that candle's kernels make right before ours.
+        // candle's kernels make this gradient right before ours read it.
         let loss = self.step(self.step(output.sqr())?.sum_all())?;
         let store = self.step(loss.backward())?;
         let gradient = |at: usize| store.get(&inputs.qkv[at]).cloned().context("no gradient");
         Ok([output.detach(), gradient(0)?, gradient(1)?, gradient(2)?])
     }
 
-    /// Rows of a prompt and of as many single tokens as follow it, all but the first with candle's kernels around them.
+    /// Rows of a prompt and of the same number of single tokens, all but the first with candle's kernels around them.
     fn decoding(&self, inputs: &Inputs, setting: &Setting, shape: &Shape) -> Result<Tensor> {
         let &Shape(_, _, _, tokens, _) = shape;
         let mut cache = CompressedKvCache::new(
@@ -121,8 +121,8 @@ impl Stepper<'_> {
     }
 }
 
-/// Every number the same; of sums that are added up as they come, which differ from run to run, the same but for `share` of
-/// the largest. Compared on the device: a NaN is the same as nothing.
+/// Asserts equal numbers; sums in arrival order differ from run to run, and may differ by `share` of the largest. The
+/// comparison runs on the device; a NaN equals nothing.
 fn check(what: &str, got: &Tensor, expected: &Tensor, share: f64) -> Result<()> {
     let same = match share {
         0.0 => got.eq(expected)?,
@@ -141,7 +141,7 @@ fn check(what: &str, got: &Tensor, expected: &Tensor, share: f64) -> Result<()> 
     Ok(())
 }
 
-/// Without waits against with waits, for all settings and shapes.
+/// Calls without waits against calls with waits, for all settings and shapes.
 fn check_order(device: &Device, dtype: DType, repeats: usize, seed: usize) -> Result<usize> {
     let (waiting, free) = (Stepper { device, waits: true }, Stepper { device, waits: false });
     let mut checked = 0;
@@ -192,7 +192,7 @@ fn among_candles_own_kernels() -> Result<()> {
     Ok(())
 }
 
-/// Two handles of one GPU, each with a stream and modules of its own, from two threads at once.
+/// Two handles of one GPU, each with its own stream and modules, used by two threads at once.
 #[test]
 fn two_streams_at_once() -> Result<()> {
     if gpu()?.is_none() {

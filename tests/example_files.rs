@@ -1,4 +1,4 @@
-//! What the examples write takes the place of the old file, or leaves it as it was when the disk is full.
+//! Files that the examples write replace the old ones, or leave them unchanged if the disk is full.
 #![cfg(unix)]
 
 use std::collections::BTreeMap;
@@ -28,12 +28,13 @@ fn run(name: &str, folder: &Path, args: &str) -> Output {
         .unwrap()
 }
 
-/// With files that may hold nothing.
+/// Runs an example whose files may hold nothing.
 fn run_on_a_full_disk(name: &str, folder: &Path, args: &str) -> Output {
     run_with_files_up_to(0, name, folder, args)
 }
 
-/// With files of so many blocks at most, of 512 or 1024 bytes, and errors in the place of the signal.
+/// Runs an example whose files may hold at most `blocks` blocks of 512 or 1024 bytes; a longer write is an error, not a
+/// signal.
 fn run_with_files_up_to(blocks: usize, name: &str, folder: &Path, args: &str) -> Output {
     let limit = format!(r#"ulimit -f {blocks}; trap "" XFSZ; exec "$0" "$@""#);
     let mut command = Command::new("sh");
@@ -71,7 +72,7 @@ fn contents(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     all
 }
 
-/// The command writes its files over others, and fails on a full disk without a trace.
+/// Asserts that the command overwrites its old files, and on a full disk fails without changing any file.
 fn keeps_old_files(name: &str, args: &str, written: &[&str]) {
     let folder = folder(name);
     let args = args.replace("MODEL", MODEL);
@@ -124,8 +125,8 @@ fn plots_survive_a_full_disk() {
 fn policies_survive_a_full_disk() {
     keeps_old_files(
         "policies",
-        "calibrate --model MODEL --text text.txt --context 64 --windows 2 --repeats 0 --window 8 --sinks 1 --target 0.3 \
-         --out policy.json",
+        "calibrate --model MODEL --text text.txt --context 64 --windows 2 --repeats 0 --window 8 --sinks 1 --target \
+         0.3 --out policy.json",
         &["policy.json"],
     );
 }
@@ -134,8 +135,8 @@ fn policies_survive_a_full_disk() {
 fn a_report_survives_a_full_disk() {
     let folder = folder("report");
     let args = format!(
-        "report --model {MODEL} --text text.txt --out out --context 64 --passkey 100 --windows 2 --calibration 2 --ratios 0.3 --window 8 \
-         --sinks 1 --methods dense"
+        "report --model {MODEL} --text text.txt --out out --context 64 --passkey 100 --windows 2 --calibration 2 \
+         --ratios 0.3 --window 8 --sinks 1 --methods dense"
     );
     let output = run("llama", &folder, &args);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -149,14 +150,14 @@ fn a_report_survives_a_full_disk() {
     ] {
         assert!(before[&folder.join("out").join(name)].len() > 100, "{name}");
     }
-    // All is measured and lies in the ledger; only what comes of it is written anew.
+    // Everything is measured and in the ledger; only the results are written anew.
     let output = run_on_a_full_disk("llama", &folder, &args);
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && error.contains("File too large"), "{error}");
     assert!(contents(&folder) == before, "files changed, or were left behind");
 }
 
-/// A ledger that lost its first line would go on with records of other settings.
+/// A ledger without its first line would continue with records of other settings.
 #[test]
 fn a_ledger_without_settings_is_refused() {
     let folder = folder("ledger");
@@ -186,7 +187,7 @@ fn training_survives_a_full_disk() {
     for name in ["model/model.safetensors", "summary.json", "log.csv", "loss.svg"] {
         assert!(before.contains_key(&folder.join("run").join(name)), "{name}");
     }
-    // Records do not fit, or all but the weights does.
+    // Either the records do not fit, or only the weights do not.
     for (blocks, named) in [(0, "held_out.txt"), (16, "run/model")] {
         let output = run_with_files_up_to(blocks, "train", &folder, &format!("{args} 2 --resume"));
         let error = String::from_utf8_lossy(&output.stderr);
@@ -194,7 +195,7 @@ fn training_survives_a_full_disk() {
         assert!(error.contains(named), "{error}");
         assert!(contents(&folder) == before, "files changed, or were left behind");
     }
-    // A checkpoint and an export take the places of the old ones.
+    // A checkpoint and an export replace the old ones.
     let output = run("train", &folder, &format!("{args} 2 --resume"));
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let names: Vec<PathBuf> = contents(&folder).into_keys().collect();

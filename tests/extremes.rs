@@ -1,5 +1,5 @@
-//! Input at the edge of what is legal: memory layouts that tokens or heads share, logits that f32 hardly holds, and numbers
-//! that are not finite, whose traces must be those of the reference.
+//! Inputs at the edge of the legal ones: memory layouts that tokens or heads share, logits that f32 barely holds, and
+//! numbers that are not finite, which must leave NaN exactly where the reference has it.
 
 mod common;
 
@@ -27,7 +27,7 @@ fn config(fold: Fold, window: usize) -> CompressionConfig {
     }
 }
 
-/// Ways in which one buffer serves several tokens, heads or batch rows; each is (1 or 2, heads, tokens, dim).
+/// Layouts in which one buffer serves several tokens, heads or batch rows; each is (1 or 2, heads, tokens, dim).
 fn layouts(x: &Tensor) -> Result<Vec<(&'static str, Tensor)>> {
     let (batch, heads, tokens, dim) = x.dims4()?;
     let one_token = x.narrow(2, 0, 1)?.contiguous()?;
@@ -63,7 +63,7 @@ fn every_layout_is_right() -> Result<()> {
                 let qkv = Shape(2, 2, 2, 70, dim).qkv(dim as u64, dtype)?;
                 let views: Vec<_> = qkv.iter().map(layouts).collect::<Result<_>>()?;
                 for ((q, k), v) in views[0].iter().zip(&views[1]).zip(&views[2]) {
-                    // Each alone, and all together.
+                    // Each tensor alone, and all together.
                     let copies = [q.1.contiguous()?, k.1.contiguous()?, v.1.contiguous()?];
                     let [cq, ck, cv] = &copies;
                     let expected = everything([cq, ck, cv], &config(fold, window))?;
@@ -125,18 +125,18 @@ fn gradients(qkv: &[Tensor; 3], grad: &Tensor, plan: &MergePlan, options: &Atten
     Ok([0, 1, 2].map(|i| store.get(&vars[i]).unwrap().clone()))
 }
 
-/// Equal logits of any size are weighted equally, and a far larger one takes all: forward and backward.
+/// Equal logits of any size have equal weights, and a far larger logit has the whole weight: forward and backward.
 fn large_logits(dtypes: &[DType]) -> Result<()> {
     let (tokens, dim) = (100, 32);
     for dtype in dtypes {
         for size in [7, 10, 13, 15].map(|p| 2f64.powi(p)) {
             for (fold, window) in [(Fold::Drop, 0), (Fold::Drop, 8), (Fold::Mean, 8)] {
                 let [noise, _, v] = Shape(1, 1, 1, tokens, dim).qkv(3, *dtype)?;
-                // One number a row, a power of two: exact in whatever order products are summed.
+                // One number a row, a power of two: its products are exact in any order of summation.
                 let one: Vec<f64> = (0..dim).map(|d| if d == 3 { size } else { 0.0 }).collect();
                 let one = Tensor::from_vec(one, dim, &CPU)?.to_dtype(*dtype)?;
                 let flat = noise.zeros_like()?.broadcast_add(&one)?;
-                // Keys that grow: the last one of a row takes all.
+                // Growing keys: the last one of a row has the whole weight.
                 let steps: Vec<f64> = (0..tokens).map(|t| 0.5 + t as f64 / 128.0).collect();
                 let steps = Tensor::from_vec(steps, (1, 1, tokens, 1), &CPU)?.to_dtype(*dtype)?;
                 for (name, k) in [("equal", flat.clone()), ("growing", flat.broadcast_mul(&steps)?)] {
@@ -199,7 +199,7 @@ fn logits_of_any_size_are_weighed_by_every_kernel() -> Result<()> {
     on_every_kernel(&["logits_of_any_size_are_weighed"])
 }
 
-/// Where numbers are not finite: the reference's places, in rows and in gradients, and no others.
+/// Asserts that rows and gradients are NaN exactly where the reference's are.
 fn traces(dtypes: &[DType]) -> Result<()> {
     let mut checked = 0;
     for dtype in dtypes {

@@ -1,4 +1,4 @@
-//! Saved caches take the place of what was there, or leave it as it was.
+//! A saved cache replaces the old file, or leaves it unchanged.
 
 mod common;
 
@@ -76,7 +76,7 @@ mod unix {
         let (file, link, again) = (folder.0.join("far/file"), folder.0.join("link"), folder.0.join("again"));
         symlink("far/file", &link)?;
         symlink("link", &again)?;
-        // First to a file that is not there yet.
+        // First a link to a file that does not exist yet.
         for tokens in [3, 5] {
             cache(tokens)?.save(&again)?;
             assert_eq!(tokens_in(&file)?, tokens);
@@ -106,7 +106,7 @@ mod unix {
         Ok(())
     }
 
-    /// A device is no file that another could replace.
+    /// A device cannot be replaced by a file.
     #[test]
     #[cfg(target_os = "linux")]
     fn devices_are_written_to() -> Result<()> {
@@ -120,7 +120,7 @@ mod unix {
         Ok(())
     }
 
-    /// The process that the test below starts, whose files may hold nothing.
+    /// The process that the test below starts; its files may hold nothing.
     #[test]
     #[ignore]
     fn saves_where_it_is_told() {

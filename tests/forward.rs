@@ -13,7 +13,7 @@ use common::judge::{Expected, Shares};
 use common::settings::{reference_bits, settings, Setting};
 use std::process::Command;
 
-/// Odd everything: one token, one past a lane, a block and a tile, head sizes that fill no register, GQA and MQA.
+/// Odd sizes: one token, one more than a lane, a block and a tile, head sizes that fill no register, GQA and MQA.
 const SHAPES: [Shape; 12] = [
     Shape(1, 1, 1, 1, 32),
     Shape(2, 3, 1, 2, 8),
@@ -29,10 +29,10 @@ const SHAPES: [Shape; 12] = [
     Shape(1, 1, 1, 1153, 20),
 ];
 
-/// Logits reach 20 here, and an f32 logit of 20 is only known to 1e-6.
+/// Logits reach 20 here, where the f32 spacing is about 1e-6.
 const F32_TOLERANCE: f64 = 6e-6;
 
-/// The reference on the values that the fast path was given.
+/// The reference's output for the values that the fast path was given.
 fn reference_output(
     qkv: &[Tensor; 3],
     setting: &Setting,
@@ -103,14 +103,14 @@ fn f64_agrees_with_the_reference() -> Result<()> {
     })
 }
 
-/// Where halves are multiplied in f32: sums in f32 and one rounding at the end, so the error is that of one rounding of
-/// the exact result. Where they are multiplied in bf16 pairs, weights and folded rows are rounded too: to 16 bits in f16,
-/// and to 8 in bf16.
+/// If halves are multiplied in f32, sums are f32 and the output is rounded once, so the error is one rounding of the
+/// exact result. If they are multiplied in bf16 pairs, weights and folded rows are rounded too: to 16 bits in f16, and
+/// to 8 bits in bf16.
 #[test]
 fn half_types_round_once() -> Result<()> {
     let off = std::env::var_os(KERNEL).is_some_and(|kernel| kernel == "off");
-    // Half a unit in the last place, a little for the f32 sums before it, and for the roundings of weights and rows: of
-    // sums of values to 4, where a logit to 20 changes by what its rows are rounded by.
+    // Half a unit in the last place, a little for the f32 sums before it, and the roundings of weights and rows: they
+    // enter sums of values up to 4, through logits up to 20.
     for (dtype, unit, parts) in [
         (DType::F16, 2f64.powi(-11), 2f64.powi(-16)),
         (DType::BF16, 2f64.powi(-8), 2f64.powi(-8)),
@@ -123,8 +123,8 @@ fn half_types_round_once() -> Result<()> {
     Ok(())
 }
 
-/// In every setting, and in every shape where nothing is hidden: each element within what one rounding and those on the
-/// way explain.
+/// In every setting, and in every shape with nothing hidden, each element errs by no more than its last rounding and
+/// the intermediate roundings explain.
 #[test]
 fn half_types_err_by_their_roundings_alone() -> Result<()> {
     for dtype in [DType::F16, DType::BF16] {
@@ -145,14 +145,14 @@ fn half_types_err_by_their_roundings_alone() -> Result<()> {
     Ok(())
 }
 
-/// The tests of halves again, with each kind of instructions that this CPU has, and with none.
+/// The tests of halves again, with every kind of half instructions that this CPU has, and with none.
 #[test]
 fn half_types_agree_on_every_kernel() -> Result<()> {
     let tests = ["half_types_round_once", "half_types_err_by_their_roundings_alone"];
     on_every_kernel(&tests)
 }
 
-/// The whole table in f32 again, with loops compiled for each instruction set.
+/// The whole table in f32 again, with the loops of each instruction set.
 #[test]
 fn every_instruction_set_agrees() -> Result<()> {
     on_every_instruction_set(&["f32_agrees_with_the_reference"])

@@ -10,7 +10,7 @@ use common::golden::{all_cases, Case};
 use common::inputs::{assert_close, laid_out, values, Memory};
 
 /// The file's values are f64 results rounded to f32: the f64 path agrees to that rounding. Pair sums double queries and
-/// keys, so that logits reach 60 here, of which f32 arithmetic knows 4e-6 each.
+/// keys, so logits reach 60 here, where f32 errs by 4e-6 each.
 fn tolerance(dtype: DType) -> f64 {
     if dtype == DType::F64 {
         6e-8
@@ -105,7 +105,7 @@ fn losses_and_their_gradients_agree() -> Result<()> {
             };
             let loss = loss.with_context(|| case.name.clone())?;
             assert_eq!((loss.rank(), loss.dtype()), (0, dtype));
-            // S / M is large where few pairs qualify: relative, and looser in f32.
+            // S / M is large if few pairs qualify: the tolerance is relative, and looser in f32.
             let relative = if dtype == DType::F32 { 2e-5 } else { 1e-6 };
             assert_close(&case.name, &loss.reshape(1)?, expected, relative, relative)?;
             let gradients = loss.backward()?;
@@ -125,7 +125,7 @@ fn losses_and_their_gradients_agree() -> Result<()> {
     Ok(())
 }
 
-/// Through a cache, token by token and in chunks.
+/// Caches, token by token and in chunks.
 #[test]
 fn caches_agree() -> Result<()> {
     let mut checked = 0;

@@ -11,7 +11,7 @@ use candle_sfattention::{Criterion, MergeRule};
 use common::golden::{all_cases, Case};
 use common::settings::reference_bits;
 
-/// Expected values are f32 of an f64 computation: half a unit in the last place is 6e-8 of the value.
+/// Expected values are f64 results rounded to f32: half a unit in the last place is 6e-8 of the value.
 fn check(case: &Case, name: &str, got: &[f64], expected: &Tensor) -> Result<()> {
     let expected = expected.flatten_all()?.to_vec1::<f32>()?;
     assert_eq!(got.len(), expected.len(), "{}.{name}", case.name);

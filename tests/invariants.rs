@@ -1,5 +1,5 @@
-//! What must hold for any input: causality, independence of batch rows, threads and layout, off is plain attention,
-//! bad numbers stay where they are.
+//! Properties of any input: causality, independence of batch rows, threads and layout; a head that is off is plain
+//! attention; numbers that are not finite reach only the rows that see them.
 
 mod common;
 
@@ -20,7 +20,7 @@ fn shapes() -> impl Strategy<Value = Shape> {
 
 fn mixed_strategies(shape: &Shape, config: &CompressionConfig) -> HeadStrategies {
     let strategy = |head: usize| match config.criterion {
-        // A head that is off would turn most groups off.
+        // One head that is off would turn its whole group off, so groups are on or off as a whole.
         Criterion::ObservedMass => MergeStrategy::ALL[head / (shape.1 / shape.2) * 2 % 4 % 3],
         _ => MergeStrategy::ALL[head % 3],
     };
@@ -43,8 +43,8 @@ fn run(qkv: &[Tensor; 3], strategies: &HeadStrategies, config: &CompressionConfi
     Ok(compressed_attention(q, k, v, strategies, config, &Default::default())?.output)
 }
 
-/// Replaces everything from token `from` on by something else, its values `magnitude` times as large: a weight of a
-/// millionth of a later token would show in any row that saw it.
+/// Replaces all tokens from `from` on by others, with values `magnitude` times as large: even a weight of a millionth
+/// on a later token would show in an earlier row.
 fn other_future(qkv: &[Tensor; 3], shape: &Shape, from: usize, magnitude: f64) -> Result<[Tensor; 3]> {
     let other = shape.qkv(999, DType::F32)?;
     let splice = |a: &Tensor, b: &Tensor, factor: f64| {
@@ -64,14 +64,14 @@ fn other_future(qkv: &[Tensor; 3], shape: &Shape, from: usize, magnitude: f64) -
 proptest! {
     #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Whatever the future holds, be it a million times as large or not a number: the merge decisions before it are the
-    /// same, and so are the rows, to rounding. (Not to the last bit: a row's own column is summed by another route when
-    /// a later token takes it in.)
+    /// Whether later tokens are a million times as large or NaN, the merge decisions and rows before them are the same,
+    /// the rows to rounding. (Not to the last bit: a row's own column is summed by another path once a later token
+    /// folds it in.)
     #[test]
     fn no_row_sees_the_future(shape in shapes(), config in configs(), seed in 0..1000u64, cut in 0.0..1.0f64) {
         let from = 1 + ((shape.3 - 1) as f64 * cut) as usize;
         let strategies = mixed_strategies(&shape, &config);
-        // Observed mass waits for the last row of a token's window, and hides the token from later rows only.
+        // Observed mass decides a token after the last row of its window, and hides it from later rows only.
         let decided = match config.criterion {
             Criterion::ObservedMass => (from + 1).saturating_sub(config.window).min(from - 1),
             _ => from - 1,
@@ -89,7 +89,7 @@ proptest! {
         }
     }
 
-    /// A prefix gives the prefix of the result: prefill and decoding decide alike.
+    /// A prefix of the tokens gives a prefix of the result: prefill and decoding decide alike.
     #[test]
     fn a_prefix_gives_the_same_rows(shape in shapes(), config in configs(), seed in 0..1000u64, cut in 0.0..1.0f64) {
         let length = 1 + ((shape.3 - 1) as f64 * cut) as usize;
@@ -100,7 +100,7 @@ proptest! {
         assert_close("prefix", &run(&short, &strategies, &config).unwrap(), &whole, 3e-6, 3e-6).unwrap();
     }
 
-    /// One batch row alone gives what it gave among others, to the last bit.
+    /// A batch row alone gives the bits that it gave among others.
     #[test]
     fn batch_rows_are_independent(shape in shapes(), config in configs(), seed in 0..1000u64) {
         let shape = Shape(3, shape.1, shape.2, shape.3, shape.4);
@@ -156,7 +156,7 @@ fn plain_attention([q, k, v]: &[Tensor; 3]) -> Result<Tensor> {
     Ok(candle_nn::ops::softmax_last_dim(&scores)?.matmul(&repeat(v)?)?)
 }
 
-/// As its documentation says: a later token changes an earlier row.
+/// As documented, a later token changes an earlier row.
 #[test]
 fn the_reference_rule_is_not_causal() -> Result<()> {
     let shape = Shape(1, 1, 1, 40, 8);
@@ -179,8 +179,8 @@ fn the_reference_rule_is_not_causal() -> Result<()> {
     Ok(())
 }
 
-/// A token that is NaN or infinite in its key or value: rows before it keep their bits, its own row and every row that
-/// sees it are NaN throughout.
+/// A token with a NaN or infinite key or value: earlier rows keep their bits; its own row and every row that sees it
+/// are NaN throughout.
 #[test]
 fn bad_numbers_stay_with_the_rows_that_see_them() -> Result<()> {
     let shape = Shape(1, 2, 1, 150, 16);
@@ -217,7 +217,8 @@ fn bad_numbers_stay_with_the_rows_that_see_them() -> Result<()> {
     Ok(())
 }
 
-/// A bad query spoils its own row only; a hidden bad token spoils only the rows that see its chain.
+/// A query that is not finite makes only its own row NaN; a hidden token that is not finite, only the rows that see its
+/// chain.
 #[test]
 fn a_bad_query_spoils_its_row_only() -> Result<()> {
     let shape = Shape(1, 1, 1, 70, 8);
@@ -239,7 +240,7 @@ fn a_bad_query_spoils_its_row_only() -> Result<()> {
     Ok(())
 }
 
-/// A row whose columns are all hidden by the bias is zeros, and no other row is.
+/// A row whose every column the bias hides gives zeros, and no other row does.
 #[test]
 fn a_row_without_columns_is_zeros() -> Result<()> {
     let [q, k, v] = Shape(1, 1, 1, 5, 4).qkv(0, DType::F32)?;
@@ -299,7 +300,7 @@ fn one_token_attends_to_itself() -> Result<()> {
 /// The dropped share is p, kept weights are scaled, and another seed draws another mask.
 #[test]
 fn dropout_drops_its_share() -> Result<()> {
-    // Equal logits and one-hot values: the output is the weights themselves.
+    // With equal logits and one-hot values the output is the weights.
     let tokens = 256;
     let zeros = Tensor::zeros((1, 1, tokens, tokens), DType::F32, &Device::Cpu)?;
     let eye = Tensor::eye(tokens, DType::F32, &Device::Cpu)?.reshape((1, 1, tokens, tokens))?;

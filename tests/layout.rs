@@ -1,4 +1,4 @@
-//! [`TensorLayout`]: every entry point gives for (B, N, H, D) tensors what it gives for (B, H, N, D) ones, bit for bit,
+//! [`TensorLayout`]: every entry point gives (B, N, H, D) tensors the results of (B, H, N, D) ones, bit for bit,
 //! without a copy.
 
 mod common;
@@ -14,7 +14,7 @@ use candle_sfattention::{
 use common::caches::with_thresholds;
 use common::inputs::{values, Shape};
 
-/// As many tokens as heads: no shape tells one order from the other.
+/// As many tokens as heads: shapes do not reveal the order of the axes.
 const SQUARE: Shape = Shape(2, 8, 8, 8, 16);
 const GROUPED: Shape = Shape(2, 6, 2, 70, 16);
 
@@ -38,7 +38,7 @@ fn similarity() -> HeadStrategies {
     HeadStrategies::uniform(MergeStrategy::Similarity)
 }
 
-/// Contiguous (B, N, H, D) tensors of the same numbers.
+/// The same numbers as contiguous (B, N, H, D) tensors.
 fn turned(qkv: &[Tensor; 3]) -> Result<[Tensor; 3]> {
     let turn = |x: &Tensor| x.transpose(1, 2)?.contiguous();
     Ok([turn(&qkv[0])?, turn(&qkv[1])?, turn(&qkv[2])?])
@@ -75,7 +75,7 @@ fn attention_its_gradients_and_its_loss_honour_the_layout() -> Result<()> {
             assert_turned(&got[index], &expected[index])?;
         }
         assert_eq!(values(&got[4])?, values(&expected[4])?);
-        // Without the option, the order shows where nothing else could.
+        // The shapes are equal, so only a missing option can make a difference.
         if shape.1 == shape.3 {
             let (wrong, _) = run(&turned(&qkv)?, &AttentionOptions::default())?;
             assert_ne!(values(&wrong[0])?, values(&expected[0].transpose(1, 2)?)?);
@@ -92,7 +92,7 @@ fn modules_plans_and_scores_honour_the_layout() -> Result<()> {
     let expected = module(AttentionOptions::default())?.forward(&q, &k, &v)?;
     assert_turned(&module(tokens_first())?.forward(tq, tk, tv)?, &expected)?;
 
-    // A view of what was computed, and not a copy.
+    // A view of the computed tensor, not a copy.
     let plan = MergePlan::new(tq, tk, tv, &similarity(), &config(), &tokens_first())?;
     let got = attend(tq, tk, tv, &plan, &tokens_first())?;
     assert_eq!(got.stride(), [6 * 70 * 16, 16, 70 * 16, 1]);
@@ -134,7 +134,7 @@ fn caches_honour_the_layout() -> Result<()> {
         assert_turned(&got.append_and_attend(&q?, &k?, &v?, &tokens_first())?, &rows)?;
         assert_eq!(got.lens(), expected.lens());
     }
-    // The error through a cached result stays one.
+    // A gradient through a cached result is still an error.
     let q = Var::from_tensor(&by_token[0])?;
     let output = got.append_and_attend(&q, &by_token[1], &by_token[2], &tokens_first())?;
     assert_eq!(output.dims(), q.dims());
@@ -142,7 +142,7 @@ fn caches_honour_the_layout() -> Result<()> {
     Ok(())
 }
 
-/// A layer makes its own tensors: its input and output are (B, N, hidden_size) whatever its attention's layout is.
+/// A layer makes its own tensors: its input and output are (B, N, hidden_size) in either layout of its attention.
 #[test]
 fn a_layer_is_the_same_in_either_layout() -> Result<()> {
     let vars = VarMap::new();
@@ -201,7 +201,7 @@ fn calibration_honours_the_layout() -> Result<()> {
     Ok(())
 }
 
-/// An error says in which order it names the axes.
+/// An error names the order of its axes.
 #[test]
 fn errors_name_the_order_of_their_shapes() -> Result<()> {
     let zeros = |dims: (usize, usize, usize, usize)| Tensor::zeros(dims, DType::F32, &Device::Cpu);

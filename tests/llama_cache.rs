@@ -21,7 +21,7 @@ fn split(flags: &str) -> Vec<&str> {
     flags.split_whitespace().collect()
 }
 
-/// Greedy text of 40 tokens at the most, with `--stats`.
+/// Greedy text of at most 40 tokens, with `--stats`.
 fn generate(name: &str, flags: &str) -> (String, Value) {
     let fixture = Fixture::get();
     let (model, stats) = (fixture.path("hf"), fixture.path(&format!("{name}.stats.json")));
@@ -218,7 +218,7 @@ fn bench_measures_dense_and_compressed() {
     }
 }
 
-/// candle-transformers' own quantized llama runs beside ours, where the model is a file that it reads.
+/// candle-transformers' own quantized llama runs beside ours, if it reads the model's file.
 #[test]
 fn bench_runs_candles_llama_too() {
     let fixture = Fixture::get();

@@ -1,4 +1,4 @@
-//! What the llama example makes of checkpoints: the logits of a plain f64 Llama, or an error that names what it does not
+//! Checkpoints in the llama example: it gives the logits of a plain f64 Llama, or an error that names what it does not
 //! read.
 
 #[allow(dead_code)]
@@ -40,7 +40,7 @@ use load::{Checkpoint, LoadOptions};
 use model::{HiddenCounts, Llama};
 use plain_llama::PlainLlama;
 
-/// Every third byte token and a few more, so that positions and tokens vary.
+/// Every third byte token and a few others, so that positions and tokens vary.
 const IDS: [u32; 24] = [
     3, 77, 12, 200, 41, 41, 5, 130, 251, 8, 99, 64, 17, 180, 2, 90, 33, 33, 210, 71, 150, 28, 9, 119,
 ];
@@ -74,7 +74,7 @@ fn assert_logits(model: &str, weights: &Tensors, frequencies: Vec<f64>) {
     }
 }
 
-/// One error, with every part in it and no part of `not`.
+/// Asserts one error that has every part.
 fn assert_refused(model: &str, parts: &[&str]) -> String {
     let error = match load_dense(model) {
         Ok(_) => panic!("{model}: expected an error with {parts:?}, got a model"),

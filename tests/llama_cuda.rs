@@ -1,5 +1,5 @@
-//! The llama example's model on a GPU against the CPU: the shipped model's logits for whole sequences and through caches,
-//! in f32 and bf16. Without a GPU it says that it is skipped, as in `cuda_device`.
+//! The llama example's model on a GPU against the CPU: the shipped model's logits for whole sequences and through
+//! caches, in f32 and bf16. Without a GPU the test prints that it is skipped, as in `cuda_device`.
 #![cfg(feature = "cuda")]
 
 #[allow(dead_code)]
@@ -29,10 +29,11 @@ use common::judge::{largest, largest_error};
 use load::{Checkpoint, LoadOptions};
 use model::{HiddenCounts, Llama};
 
-const TEXT: &str = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, \
-    and nothing particular to interest me on shore, I thought I would sail about a little and see the watery part of the \
-    world. It is a way I have of driving off the spleen and regulating the circulation. Whenever I find myself growing \
-    grim about the mouth; whenever it is a damp, drizzly November in my soul; then, I account it high time to get to sea.";
+const TEXT: &str = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my \
+    purse, and nothing particular to interest me on shore, I thought I would sail about a little and see the watery \
+    part of the world. It is a way I have of driving off the spleen and regulating the circulation. Whenever I find \
+    myself growing grim about the mouth; whenever it is a damp, drizzly November in my soul; then, I account it high \
+    time to get to sea.";
 
 fn load(device: &Device, dtype: DType, strategy: MergeStrategy) -> Result<(Llama, Vec<u32>)> {
     let root = std::env::var("CARGO_MANIFEST_DIR").unwrap_or_else(|_| env!("CARGO_MANIFEST_DIR").to_string());
@@ -53,7 +54,7 @@ fn load(device: &Device, dtype: DType, strategy: MergeStrategy) -> Result<(Llama
     Ok((checkpoint.load(vec![attention; checkpoint.config.layers])?, tokens))
 }
 
-/// Logits of every token of a whole sequence, and through caches: a prompt, then token by token.
+/// Logits of every token, of the whole sequence and through caches: a prompt, then token by token.
 fn logits(model: &Llama, tokens: &[u32]) -> Result<([Tensor; 2], f64)> {
     let mut counts = HiddenCounts::default();
     let whole = model.logits(&model.forward(tokens, &mut counts)?, 0, tokens.len())?;
@@ -82,7 +83,7 @@ fn table_of_logits_agrees_with_the_cpu() -> Result<()> {
             let (got, got_hidden) = logits(&load(&device, dtype, strategy)?.0, &tokens)?;
             for (name, index) in [("whole", 0), ("cached", 1)] {
                 let error = largest_error(&got[index], &exact)?;
-                // A decision near its threshold may fall otherwise in bf16, on either device.
+                // In bf16 a decision near its threshold may differ, on either device.
                 let allowed = match dtype {
                     DType::F32 => 1e-4 * most + of_cpu,
                     _ => 2.0 * largest_error(&cpu[index], &exact)?,

@@ -31,7 +31,7 @@ fn no_arguments_run_the_shipped_model() {
         stats.contains("of 211 tokens") && stats.contains("MiB dense"),
         "{stats}"
     );
-    // How to go on with a bigger model.
+    // The stats tell how to run a bigger model.
     assert!(stats.contains("fetch.sh") && stats.contains("--model"), "{stats}");
     // Sampling is seeded: the same text again.
     assert_eq!(text(&llama(&[]).stdout), prose);

@@ -1,4 +1,4 @@
-//! The llama example and the Hugging Face hub: a server on this machine stands for it.
+//! The llama example and the Hugging Face hub, played by a server on this machine.
 
 #[allow(dead_code)]
 #[path = "llama_example/binary.rs"]
@@ -33,7 +33,7 @@ const ARGS: [&str; 8] = [
     "--dense",
 ];
 
-/// A checkpoint of the least files that says `abc`.
+/// The smallest checkpoint that recites `abc`.
 fn checkpoint(name: &str) -> PathBuf {
     let tokens = Tokens::bytes_and(&[]);
     let weights = says(tokens.len(), &["a", "b", "c"].map(|name| tokens.id(name)));
@@ -119,7 +119,7 @@ fn a_silent_hub_is_an_error_and_not_an_absent_file() {
     let output = run(&hub, &[("HF_HOME", &home), ("HF_HUB_ETAG_TIMEOUT", "0.5")]);
     assert_failed(&ARGS, &output, &["its chat_template.jinja could not be fetched"]);
     assert!(start.elapsed() < Duration::from_secs(8));
-    // Nothing was noted of the file: a hub that answers is asked for it.
+    // The file was not noted as absent: a hub that answers is asked for it.
     let hub = Hub::serve(&checkpoint("silent"), &[]);
     assert_says_abc(&run(&hub, &[("HF_HOME", &home)]));
     assert!(hub.asked().contains(&"chat_template.jinja".to_string()));
@@ -163,7 +163,7 @@ fn nothing_is_asked_offline() {
 #[test]
 fn caches_are_where_the_variables_say() {
     let folder = checkpoint("cached");
-    // A cache that Python made: files beside each other, and the name of the newest version.
+    // A cache as Python makes it: files beside each other, and the name of the newest version.
     let here = cache("python_cache");
     let snapshot = kept(&here).join("snapshots/abc123");
     fs::create_dir_all(&snapshot).unwrap();
@@ -179,7 +179,7 @@ fn caches_are_where_the_variables_say() {
         &nothing,
         &[("HF_HUB_CACHE", &here), ("HF_HOME", &elsewhere), offline],
     ));
-    // Files that Python found absent are not asked for.
+    // Files that Python noted as absent are not requested.
     let absent = kept(&here).join(".no_exist/abc123");
     fs::create_dir_all(&absent).unwrap();
     for name in [
@@ -199,7 +199,7 @@ fn caches_are_where_the_variables_say() {
     assert!(kept(&elsewhere).join("refs/main").exists());
 }
 
-/// A template behind the hub is used, and not taken for one that is not there.
+/// A chat template on the hub is used, not mistaken for an absent file.
 #[test]
 fn small_files_of_a_hub_are_read() {
     let folder = checkpoint("template");

@@ -1,4 +1,4 @@
-//! The llama example's model from within: its logits against candle-transformers' own models, and damaged files.
+//! The llama example's model as a module: its logits against candle-transformers' own models, and damaged files.
 
 #[allow(dead_code)]
 #[path = "llama_example/fixture.rs"]
@@ -35,7 +35,7 @@ use fixture::{Fixture, CONTEXT};
 use load::{Checkpoint, LoadOptions};
 use model::{HiddenCounts, Llama};
 
-/// No damage to a GGUF file may panic: cuts all over the file, and changed bytes all over its header.
+/// Damaged GGUF files never cause a panic: cuts anywhere in the file, and changed bytes anywhere in its header.
 #[test]
 fn damaged_gguf_files_never_panic() {
     let fixture = Fixture::get();
@@ -184,11 +184,12 @@ fn real_checkpoint() -> Option<String> {
     Some(model.to_str().unwrap().into())
 }
 
-/// With float products. Quantized ones round activations to 8 bits first, so that a last bit's difference before one
-/// can become a step of 1/127 after it: see the next test.
+/// With float products. Quantized products round activations to 8 bits first, so that a difference in the last bit
+/// before one can become a step of 1/127 after it: see the next test.
 #[test]
 fn dense_logits_of_a_real_checkpoint() {
-    // The only way to tell candle-transformers so, read once per thread: this test runs itself again with it.
+    // candle-transformers reads this variable once per thread, and has no other switch: the test runs itself again with
+    // it.
     const DEQUANTIZE: &str = "CANDLE_DEQUANTIZE_ALL";
     let Some(model) = real_checkpoint() else { return };
     if std::env::var_os(DEQUANTIZE).is_some() {
@@ -203,8 +204,8 @@ fn dense_logits_of_a_real_checkpoint() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
 }
 
-/// With quantized products candle-transformers differs from itself between a whole prompt and one token at a time. We
-/// may differ from it as much, within a factor of 2 for chance.
+/// With quantized products candle-transformers differs from itself between a whole prompt and one token at a time. Our
+/// model may differ from it by as much, times 2 for chance.
 #[test]
 fn quantized_logits_of_a_real_checkpoint_differ_as_candles_do_from_themselves() {
     let Some(model) = real_checkpoint() else { return };
@@ -227,12 +228,12 @@ fn quantized_logits_of_a_real_checkpoint_differ_as_candles_do_from_themselves() 
     );
 }
 
-/// Greedy text through the cache is greedy text by recomputing everything at every step. Under a causal rule a row sees
-/// only its past, so one run over the prompt and all that was generated has at each position the very logits that a run
-/// up to there would end in: where the likeliest token of each is the one generated, recomputing generates the same.
+/// Greedy text through the cache equals greedy text that recomputes everything at every step. Under a causal rule a row
+/// sees only its past, so one run over the prompt and the generated text has at each position the logits that a run up
+/// to there would end with. If the likeliest token of each is the generated one, recomputing generates the same text.
 ///
-/// With float products: quantized ones round activations to 8 bits, see above, so that a last bit's difference between a
-/// chunk's product and a single row's can change a token.
+/// With float products: quantized ones round activations to 8 bits, see above, so that a difference in the last bit
+/// between a chunk's product and a single row's can change a token.
 #[test]
 fn cached_greedy_text_of_a_real_checkpoint_is_the_recomputed_text() {
     const TOKENS: usize = 200;

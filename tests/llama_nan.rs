@@ -1,4 +1,4 @@
-//! The llama example on weights that make NaN: every command ends in an error that names the token.
+//! The llama example on weights that produce NaN: every command ends in an error that names the token.
 
 #[allow(dead_code)]
 #[path = "llama_example/binary.rs"]
@@ -16,7 +16,7 @@ use binary::{assert_failed, llama, text};
 use candle_core::quantized::gguf_file::Value;
 use script::{damage, says, strings, tokenizer_json, vocabulary, write_folder, write_gguf, Tokens};
 
-/// A folder and a GGUF file of a model that is sound until it reads `token`.
+/// A folder and a GGUF file of a model whose numbers are finite until it reads `token`.
 fn sound_until(token: &str) -> [String; 2] {
     let tokens = Tokens::bytes_and(&[]);
     let mut weights = says(tokens.len(), &["a", "b", "c"].map(|name| tokens.id(name)));
@@ -34,7 +34,7 @@ fn sound_until(token: &str) -> [String; 2] {
     ]
 }
 
-/// A model with a number that is none in one of its last weights.
+/// A model with a number that is not finite in one of its last weights.
 fn damaged(name: &str, weight: &str, value: f32) -> String {
     let tokens = Tokens::bytes_and(&[]);
     let mut weights = says(tokens.len(), &[]);
@@ -83,7 +83,7 @@ fn generation_says_at_which_token() {
         assert!(output.status.success(), "{}", text(&output.stderr));
         assert_eq!(text(&output.stdout), "abc\n");
     }
-    // It comes in the middle of what is generated: a, b, and c makes NaN.
+    // NaN comes in the middle of the generated text: after a and b, c makes NaN.
     for model in sound_until("c") {
         fails(
             &["generate", "--model", &model, "--prompt", "a", "--dense"],
@@ -158,7 +158,8 @@ fn norms_and_heads_are_seen_in_every_command() {
 
 #[test]
 fn eval_and_calibrate_say_in_which_window() {
-    // Windows of 16 tokens, one a letter: the sixth of the third window, and of the fourth, which is to calibrate on.
+    // Windows of 16 tokens, one token a letter. The model makes NaN at the sixth token of the third window, and of the
+    // fourth, a window for calibration.
     let mut scored = "the whale went down ".repeat(20);
     let mut calibrated = scored.clone();
     scored.replace_range(37..38, "x");

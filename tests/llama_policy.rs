@@ -66,7 +66,7 @@ fn a_policy_says_where_it_came_from() {
     assert_eq!(parts["layers"][0]["thresholds"].as_array().unwrap().len(), KV_HEADS);
 }
 
-/// Calibration is the same every time, and several targets make several files.
+/// Calibration gives the same policy every time, and several targets give several files.
 #[test]
 fn calibration_repeats_itself() {
     let fixture = Fixture::get();
@@ -82,8 +82,8 @@ fn calibration_repeats_itself() {
     assert!((0.25..0.4).contains(&quarter), "{quarter}");
 }
 
-/// eval, generate and bench take a policy, and hide about what it says; another storage of the same weights is no other
-/// model.
+/// eval, generate and bench accept a policy and hide about the share it names; other storage of the same weights is the
+/// same model.
 #[test]
 fn every_command_takes_a_policy() {
     let fixture = Fixture::get();
@@ -127,7 +127,7 @@ fn a_policy_for_another_model_is_refused() {
             "calibrate this model",
         ],
     );
-    // Its parameters are its own.
+    // The parameters come from the policy.
     let model = fixture.path("hf");
     for flags in ["--window 16", "--preset paper"] {
         let more = format!("--context 64 --strategy {} {flags}", policy());
@@ -154,7 +154,7 @@ fn a_policy_for_another_model_is_refused() {
     );
 }
 
-/// The second half of a passage that is repeated.
+/// Only the second half of a repeated passage is scored.
 #[test]
 fn eval_scores_copying() {
     let fixture = Fixture::get();
@@ -164,7 +164,7 @@ fn eval_scores_copying() {
     assert_eq!(number(&copy, "tokens"), 64.0);
 }
 
-/// All methods and controls, twice: the second run measures nothing and writes the same.
+/// All methods and controls, twice: the second run measures nothing and writes the same files.
 #[test]
 fn a_report_is_whole_and_goes_on() {
     let fixture = Fixture::get();

@@ -1,4 +1,5 @@
-//! What a bias hides, and what it does not: -inf, the dtype's least number, padding, and tokens that would merge across it.
+//! Columns that a bias hides and does not hide: -inf, the dtype's least number, padding, and tokens that would merge
+//! across a mask.
 
 mod common;
 
@@ -58,12 +59,13 @@ fn least(dtype: DType) -> f64 {
     }
 }
 
-/// Rows whose every logit is the least number are the softmax of equal logits; beside a bias of 0 such a column is nothing.
+/// A row whose every logit is the least number is the softmax of equal logits; beside a bias of 0 such a column has no
+/// weight.
 #[test]
 fn the_least_number_as_a_mask_is_finite() -> Result<()> {
     for dtype in DTYPES {
         let v = Tensor::from_vec((0..48).map(f64::from).collect(), (1, 1, 3, 16), &CPU)?.to_dtype(dtype)?;
-        // Beside the least number of f16 a dot product is not rounded away.
+        // A dot product is not rounded away beside the least number of f16.
         let qk = (v.clone() * if dtype == DType::F16 { 0.0 } else { 1e-3 })?;
         let bias = Tensor::new(&[least(dtype), least(dtype), 0.0], &CPU)?.to_dtype(dtype)?;
         let whole = layer(MergeStrategy::Off, &CompressionConfig::default(), &bias)?.forward(&qk, &qk, &v)?;
@@ -89,7 +91,7 @@ fn the_least_number_as_a_mask_is_finite() -> Result<()> {
     Ok(())
 }
 
-/// Of two masks the larger wins, however large both are.
+/// The larger of two masks wins, at any size.
 #[test]
 fn huge_biases_keep_their_order() -> Result<()> {
     let v = Tensor::new(&[1f32, 2.0, 3.0], &CPU)?.reshape((1, 1, 3, 1))?;
@@ -105,7 +107,7 @@ fn huge_biases_keep_their_order() -> Result<()> {
     Ok(())
 }
 
-/// Rows that see nothing but columns of one huge bias, some of them edges: the bias is the same number everywhere.
+/// Rows whose every column has the same huge bias, edges among them: the bias is the same number everywhere.
 #[test]
 fn one_huge_bias_for_all_is_none() -> Result<()> {
     let tokens = 70;
@@ -137,7 +139,7 @@ fn one_huge_bias_for_all_is_none() -> Result<()> {
     Ok(())
 }
 
-/// A bias in f64 beside tensors in f32: its numbers are larger, and none of them becomes infinite.
+/// A bias in f64 beside tensors in f32: its larger numbers do not become infinite.
 #[test]
 fn a_finite_bias_of_a_wider_dtype_is_finite() -> Result<()> {
     let v = Tensor::new(&[1f32, 3.0, 5.0], &CPU)?.reshape((1, 1, 3, 1))?;
@@ -155,7 +157,7 @@ fn a_finite_bias_of_a_wider_dtype_is_finite() -> Result<()> {
     Ok(())
 }
 
-/// A padded batch: rows of padding are zeros or means of padding, and the others are what they are alone.
+/// A padded batch: rows of padding are zeros or means of padding; the other rows equal those of the sequence alone.
 #[test]
 fn left_padding_leaves_the_other_rows_alone_where_nothing_merges() -> Result<()> {
     let (tokens, dim, padding) = (90, 32, 37);
@@ -197,7 +199,7 @@ fn left_padding_leaves_the_other_rows_alone_where_nothing_merges() -> Result<()>
     Ok(())
 }
 
-/// No loss reads a row of padding: no gradient comes out of it, though its own is asked for, too.
+/// A row that sees nothing sends no gradient, even if the loss reads it.
 #[test]
 fn rows_that_see_nothing_send_no_gradient() -> Result<()> {
     let (tokens, dim, padding) = (70, 16, 5);
@@ -244,7 +246,7 @@ fn merging(fold: Fold) -> [CompressionConfig; 3] {
     [paper, key, window]
 }
 
-/// All tokens are alike, and the first ones hidden: none of them comes back inside its neighbour.
+/// All tokens are alike, and the first ones are hidden: none of them comes back inside its neighbour.
 #[test]
 fn a_hidden_token_stays_hidden() -> Result<()> {
     for dtype in DTYPES {
@@ -280,7 +282,7 @@ fn a_hidden_token_stays_hidden() -> Result<()> {
     Ok(())
 }
 
-/// Where tokens are hidden beside -inf, a call is refused, whoever decided; a cache then is what it was.
+/// Hidden tokens beside -inf are refused, under any criterion; a cache is then unchanged.
 #[test]
 fn hidden_tokens_beside_minus_infinity_are_refused() -> Result<()> {
     let tokens = 6;
@@ -303,7 +305,7 @@ fn hidden_tokens_beside_minus_infinity_are_refused() -> Result<()> {
             let bits = Tensor::from_vec(vec![0u8, 0, 0, 0, 0, 0, 0, 1, 0, 0], (1, 2, tokens - 1), &CPU)?;
             let own = MergePlan::from_indicators(&bits, &config)?;
             refused(attend(&same, &same, &same, &own, &under(bias.clone())));
-            // Only a head that hides tokens is looked at.
+            // Only heads that hide tokens are checked.
             let per_head = Tensor::stack(&[&bias, &bias.zeros_like()?], 0)?.reshape((2, 1, tokens))?;
             attend(&same, &same, &same, &own, &under(per_head))?;
 
@@ -325,7 +327,7 @@ fn hidden_tokens_beside_minus_infinity_are_refused() -> Result<()> {
     Ok(())
 }
 
-/// A causal mask as a bias says nothing that causality does not: it changes no bit, merging or not.
+/// A causal mask as a bias adds nothing to causality: it changes no bit, with and without merging.
 #[test]
 fn a_causal_mask_is_not_in_the_way_of_merging() -> Result<()> {
     let tokens = 80;

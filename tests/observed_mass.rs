@@ -1,4 +1,4 @@
-//! Observed mass: scores against the reference, decisions that no split changes, and inputs that are no numbers.
+//! Observed mass: scores against the reference, decisions for any chunking, and inputs that are not finite.
 
 mod common;
 
@@ -24,7 +24,7 @@ fn config(window: usize, sinks: usize) -> CompressionConfig {
     }
 }
 
-/// Blocks of 256 tokens and more, windows from the smallest to one that leaves a single token to decide.
+/// 256 tokens and more, with windows from the smallest to one that leaves a single token to decide.
 #[test]
 fn scores_agree_with_the_reference() -> Result<()> {
     let shape = Shape(2, 4, 2, 600, 20);
@@ -48,7 +48,7 @@ fn scores_agree_with_the_reference() -> Result<()> {
     Ok(())
 }
 
-/// Too few tokens for any to leave the window behind: no scores, nothing hidden.
+/// Too few tokens for any to leave the window: no scores, nothing hidden.
 #[test]
 fn short_sequences_are_left_alone() -> Result<()> {
     for tokens in [1, 2, 8, 9, 10] {
@@ -64,8 +64,8 @@ fn short_sequences_are_left_alone() -> Result<()> {
     Ok(())
 }
 
-/// The entries that a cache keeps are those of the plan at every length and for every chunking: no token is decided
-/// otherwise because of where a chunk ends.
+/// A cache keeps the entries that the plan keeps, at every length and for every chunking: the end of a chunk changes no
+/// decision.
 #[test]
 fn caches_keep_what_plans_keep() -> Result<()> {
     for (window, sinks) in [(2, 3), (5, 0), (16, 4)] {
@@ -96,8 +96,8 @@ fn caches_keep_what_plans_keep() -> Result<()> {
     Ok(())
 }
 
-/// A key that is not a number: the tokens whose rows saw it are kept, since no score says otherwise. A bad value spoils
-/// its own token's score only.
+/// A key that is not finite: tokens whose rows saw it are kept, because NaN never qualifies. A value that is not finite
+/// spoils its own token's score only.
 #[test]
 fn what_is_not_a_number_is_kept() -> Result<()> {
     let (shape, config) = (Shape(1, 1, 1, 60, 8), config(6, 1));
@@ -122,7 +122,7 @@ fn what_is_not_a_number_is_kept() -> Result<()> {
     Ok(())
 }
 
-/// The scores and the cache again, with loops compiled for each instruction set.
+/// The scores and the cache again, with the loops of each instruction set.
 #[test]
 fn every_instruction_set_agrees() -> Result<()> {
     let tests = [

@@ -28,7 +28,7 @@ use trainable::Trainable;
 const SIZES: &str =
     "--hidden 32 --intermediate 48 --layers 2 --heads 4 --kv-heads 2 --vocab 320 --batch 4 --context 32 \
                      --eval-windows 4 --export-dtype f32";
-/// Merges something in a model this small.
+/// Merges tokens in a model this small.
 const COMPRESSION: &str = "--preset paper --strategy difference --difference-threshold 0.3";
 
 fn example(name: &str) -> Command {
@@ -45,7 +45,7 @@ fn example(name: &str) -> Command {
     command
 }
 
-/// An empty folder of this name with `text.txt` beside what the test writes.
+/// An empty folder of this name, with `text.txt` in it.
 fn folder(name: &str) -> PathBuf {
     let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
         .join("train_example")
@@ -124,7 +124,8 @@ fn every_weight_gets_a_gradient() {
         mlp_bias: false,
         tied: true,
     };
-    // The embedding and the last norm, and 9 weights a layer; or a head and 7 biases a layer more.
+    // The embedding and the last norm, and 9 weights a layer; the other model has a head and 7 biases a layer in
+    // addition.
     let untied = LlamaConfig {
         attention_bias: true,
         mlp_bias: true,
@@ -196,7 +197,7 @@ fn training_learns_and_exports_what_the_llama_example_runs() {
     assert_eq!(eval["hidden_ratio"], summary["held_out"]["hidden_ratio"]);
     assert_eq!(eval["perplexity"], summary["held_out"]["perplexity"]);
 
-    // The export is where fine-tuning starts.
+    // Fine-tuning starts from the export.
     let flags = format!("{COMPRESSION} --steps 2 --finetune {}", out.join("model").display());
     succeed(train_command(&folder, "tuned", &flags));
     let tuned = column(&folder.join("tuned"), "held_out_perplexity");

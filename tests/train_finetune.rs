@@ -1,5 +1,5 @@
-//! `train --finetune`: starts from whatever the llama example reads, at that model's own perplexity, and hands on how its
-//! texts end. Sizes in files are held against what these hold.
+//! `train --finetune` starts from any checkpoint that the llama example reads, at that model's own perplexity, and
+//! exports how its texts end. Sizes that a file names are checked against its contents.
 
 #[allow(dead_code)]
 #[path = "llama_example/fixture.rs"]
@@ -101,7 +101,7 @@ fn first_perplexity(out: &str) -> f64 {
     lines.next().unwrap().split(',').nth(column).unwrap().parse().unwrap()
 }
 
-/// What `llama eval` says of the held-out text.
+/// The perplexity of `llama eval` on the held-out text.
 fn perplexity(model: &str, out: &str) -> f64 {
     let (text, file) = (format!("{out}/held_out.txt"), format!("{out}/eval.json"));
     let args = [
@@ -125,13 +125,13 @@ fn perplexity(model: &str, out: &str) -> f64 {
     json(file)["perplexity"].as_f64().unwrap()
 }
 
-/// Fine-tunes from `model` and compares the perplexities before the first step and after the last one with `llama eval`.
+/// Fine-tunes from `model` and compares the perplexities before the first and after the last step with `llama eval`.
 /// Returns the export.
 fn finetune(model: &str, name: &str) -> String {
     finetune_within(model, name, 1.0)
 }
 
-/// As [`finetune`], where ids are new that make the first perplexity larger, by `most` at most.
+/// As [`finetune`], with new ids that raise the first perplexity by at most `most`.
 fn finetune_within(model: &str, name: &str, most: f64) -> String {
     let (text, out) = (text(), out(name));
     succeed(
@@ -160,7 +160,7 @@ fn finetune_within(model: &str, name: &str, most: f64) -> String {
     exported
 }
 
-/// The fixture with biases of its own, a scaled rotation and FP8 weights, as a folder.
+/// The fixture with biases, a scaled rotation and FP8 weights, as a folder.
 fn unusual() -> String {
     let folder = PathBuf::from(Fixture::get().path("unusual"));
     fs::create_dir_all(&folder).unwrap();
@@ -220,7 +220,8 @@ fn shards_and_llama3_scaling_are_read() {
     assert_eq!(*scaling, expected);
 }
 
-/// GGUF's order of rows, quantized weights, single biases, and Llama 3's factors become a folder that says the same.
+/// A GGUF file with its order of rows, quantized weights, single biases and Llama 3's factors becomes an equivalent
+/// folder.
 #[test]
 fn a_gguf_file_becomes_a_folder_with_its_template() {
     let fixture = Fixture::get();
@@ -245,7 +246,7 @@ fn a_gguf_file_becomes_a_folder_with_its_template() {
     assert_eq!(config["eos_token"], "<|im_end|>");
     assert_eq!(json(format!("{exported}/config.json"))["eos_token_id"], 260);
 
-    // Llama 3's frequencies: of its own theta, in a file of GGUF's kind.
+    // Llama 3's frequencies for its theta, in GGUF's form.
     let factors = |odd: f32| -> Tensor {
         let half = HEAD_DIM / 2;
         let factor = |i: usize| {
@@ -274,7 +275,7 @@ fn a_gguf_file_becomes_a_folder_with_its_template() {
     );
 }
 
-/// A folder of the fixture with another tokenizer.json: `change` may spoil its vocabulary.
+/// The fixture's folder with another tokenizer.json, whose vocabulary `change` may damage.
 fn with_vocabulary(name: &str, change: impl Fn(&mut Value)) -> String {
     let fixture = Fixture::get();
     let folder = fixture.folder.join(name);
@@ -302,7 +303,7 @@ fn the_embedding_has_a_row_for_the_largest_id() {
     for name in ["model.embed_tokens.weight", "lm_head.weight"] {
         assert_eq!(rows(&exported, name), 301, "{name}");
     }
-    // The old rows come first.
+    // The old rows keep their places.
     let old = safetensors::load(format!("{gap}/model.safetensors"), &Device::Cpu).unwrap();
     let new = safetensors::load(format!("{exported}/model.safetensors"), &Device::Cpu).unwrap();
     let name = "model.embed_tokens.weight";
@@ -328,7 +329,7 @@ fn sizes_beyond_what_the_files_hold_are_one_line() {
     fail(&args(&text, &out("far"), &["--finetune", &far]), &beyond);
     fail(&args(&text, &out("far"), &["--tokenizer", &tokenizer]), &beyond);
 
-    // A run whose last checkpoint is spoilt.
+    // A run with a damaged last checkpoint.
     let run = out("spoilt");
     let small =
         "--hidden 16 --intermediate 16 --layers 1 --heads 2 --kv-heads 1 --vocab 300 --steps 2".split_whitespace();
@@ -349,7 +350,7 @@ fn sizes_beyond_what_the_files_hold_are_one_line() {
         "max_position_embeddings",
     ] {
         for size in [0, 1 << 20, 1u64 << 24, 1 << 32, u64::MAX] {
-            // A longer context costs nothing and changes nothing; it is only not what the run was started with.
+            // A longer context would change no result, but it differs from the run's own settings.
             let mut config = config.clone();
             config[key] = size.into();
             fs::write(format!("{checkpoint}/config.json"), config.to_string()).unwrap();
@@ -363,7 +364,7 @@ fn sizes_beyond_what_the_files_hold_are_one_line() {
     fail(&args(&text, &run, &resume), &["tokenizer: expected ids below"]);
 }
 
-/// A run that started from a GGUF file goes on from its own checkpoint as if it had never stopped.
+/// A run that started from a GGUF file resumes from its own checkpoint as if it had never stopped.
 #[test]
 fn a_finetuned_run_resumes() {
     let (text, model) = (text(), Fixture::get().path("f32.gguf"));
@@ -376,7 +377,7 @@ fn a_finetuned_run_resumes() {
     let (whole, again) = (out("whole"), out("again"));
     run("whole", &[]);
     run("again", &[]);
-    // Back to where step 2 was done.
+    // Back to the state after step 2.
     fs::remove_dir_all(format!("{again}/checkpoints/step-00000004")).unwrap();
     run("again", &["--resume"]);
     for file in [

@@ -1,9 +1,9 @@
-//! Tests of this process again, in one that chooses other instructions.
+//! Reruns tests in a child process that uses other instructions.
 
 use anyhow::Result;
 use std::process::Command;
 
-/// Runs tests of this file again with an environment variable set; false where this CPU has no such instructions.
+/// Runs tests of this file again with an environment variable set; false if this CPU has no such instructions.
 fn again(variable: &str, value: &str, tests: &[&str]) -> Result<bool> {
     let output = Command::new(std::env::current_exe()?)
         .env(variable, value)
@@ -25,7 +25,7 @@ pub fn on_every_instruction_set(tests: &[&str]) -> Result<()> {
     on_each("SFATTENTION_SIMD", &["avx512", "avx2", "neon"], "scalar", tests)
 }
 
-/// Runs tests again with each kind of instructions that multiply halves, and with none.
+/// Runs tests again with every kind of instructions that multiplies halves, and with none.
 pub fn on_every_kernel(tests: &[&str]) -> Result<()> {
     on_each(KERNEL, &["amx", "avx512"], "off", tests)
 }

@@ -1,26 +1,27 @@
-//! What halves may err by before the last rounding: bounds from the f64 reference's own numbers, element by element.
+//! Bounds of the errors of halves before the last rounding, from the f64 reference's own numbers, element by element.
 //!
-//! An honest path sums in f32 and rounds once at the end. On the way it may round what a product of halves needs as
-//! halves: the weights, folded rows, and the gradients of logits. With `inner` the relative error of one such rounding,
-//! to first order (what is of second order lies within the second half of what the last rounding is allowed):
+//! An honest path sums in f32 and rounds once at the end. Before that it may round to halves only the factors of its
+//! products: weights, folded rows, and gradients of logits. Let `inner` be the relative error of one such rounding. To
+//! first order (second-order terms lie within the second half of the last rounding's allowance):
 //!
-//! * A folded query or key that is rounded moves a logit by at most `ε_j = n_j · inner · scale · Σ_d |q_d||k_jd|`,
+//! * A rounded folded query or key moves a logit by at most `ε_j = n_j · inner · scale · Σ_d |q_d||k_jd|`,
 //!   where `n_j` of the two are folded. Softmax turns that into `δw_j = w_j (ε_j - Σ w ε)`, hence into `Σ_j w_j ε_j
-//!   |r_j v_j - o|` of an output o, with r dropout's factors.
+//!   |r_j v_j - o|` of an output o, with dropout's factors r.
 //! * Rounded weights move an output by `inner · Σ_j w_j r_j |v_j|`, and rounded folded values by
 //!   `inner · Σ_folded w_j r_j |v_j|`.
-//! * dv_j = Σ_i w_ij r_ij g_i is off by `Σ_i r_ij |g_i| w_ij (inner + ε_ij + ε̄_i)`, ε̄ = Σ w ε: weights are made again
-//!   from the same logits and their log-sum-exp, and rounded.
-//! * dl_ij = w_ij (a_ij - D_i), with a_ij = r_ij g_i · v_j and D_i = g_i · o_i, is off by `w_ij ((ε_ij + ε̄_i) |a_ij -
+//! * dv_j = Σ_i w_ij r_ij g_i errs by `Σ_i r_ij |g_i| w_ij (inner + ε_ij + ε̄_i)`, ε̄ = Σ w ε: weights are computed
+//!   again from the same logits and their log-sum-exp, and rounded.
+//! * dl_ij = w_ij (a_ij - D_i), with a_ij = r_ij g_i · v_j and D_i = g_i · o_i, errs by `w_ij ((ε_ij + ε̄_i) |a_ij -
 //!   D_i| + δa_ij + B_i) + inner |dl_ij|`: δa_ij = inner · r_ij Σ_d |g_id||v_jd| of folded values, `B_i = Σ_d |g_id|
-//!   δo_id` of the output, which is read as it was rounded: δo has the last rounding too, unless what it left of the
-//!   output is kept.
-//! * dq_i = scale Σ_j dl_ij k_j and dk_j = scale Σ_i dl_ij q_i are off by the same sums of |k_j| and |q_i| times the
-//!   error of dl, and by `inner |dl_ij|` times those that are folded.
-//! * Gradients go home through the fold, which is linear with factors that are not negative: so do their bounds.
+//!   δo_id` of the rounded output, which gradients read: δo includes the last rounding, unless the output's rounding
+//!   remainder is kept.
+//! * dq_i = scale Σ_j dl_ij k_j and dk_j = scale Σ_i dl_ij q_i err by the same sums of |k_j| and |q_i| times the
+//!   error of dl, and by `inner |dl_ij|` times the folded ones.
+//! * Gradients pass through the fold's transpose, which is linear with factors that are not negative: so do their
+//!   bounds.
 //!
-//! Where a number is multiplied as a sum of two parts, the product of the small parts is left out: every product has a
-//! relative error of its own. f16 has an end: what is rounded to it is off by `least` at least.
+//! If a number is multiplied as a sum of two parts, the product of the small parts is left out: every product has a
+//! relative error of its own. f16 has a smallest spacing: a number rounded to it errs by `least` at least.
 
 use super::settings::Setting;
 use anyhow::Result;
@@ -28,27 +29,27 @@ use candle_core::DType;
 use candle_sfattention::reference::{dropout_keeps, fold, unfold, visible_columns, Array4, Column, Indicators, Rows};
 use candle_sfattention::{AttentionOptions, CompressionConfig, Fold};
 
-/// Whose roundings.
+/// The implementation whose roundings are bounded.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Side {
-    /// Products of bf16 parts, or in f32, which errs less.
+    /// Multiplies in bf16 parts, or in f32, which errs less.
     Cpu,
-    /// Products of halves.
+    /// Multiplies halves.
     Cuda,
 }
 
-/// How large roundings are.
+/// Relative sizes of roundings.
 #[derive(Clone, Copy)]
 pub struct Units {
-    /// The last one's relative error, and its least absolute error.
+    /// The last rounding: its relative error and its least absolute error.
     pub last: f64,
     pub least: f64,
-    /// Of the output as gradients read it.
+    /// The output as gradients read it.
     output: f64,
-    /// On the way.
+    /// Intermediate roundings.
     inner: f64,
     inner_least: f64,
-    /// Of a product of two numbers.
+    /// A product of two numbers.
     product: f64,
 }
 
@@ -58,8 +59,8 @@ impl Units {
             DType::F16 => (2f64.powi(-11), 2f64.powi(-25)),
             _ => (2f64.powi(-8), 2f64.powi(-134)),
         };
-        // There, what rounding left of it is kept too where a weight may be nearly all of a row's, and read by
-        // gradients.
+        // If one weight may be nearly all of a row's, CUDA also keeps the output's rounding remainder, and gradients
+        // read it.
         let extras = options.bias.is_some() || options.dropout.is_some();
         let cuda = Self {
             last,
@@ -91,7 +92,7 @@ impl Units {
 /// Query, key, value and the output's gradient.
 pub type Inputs<'a> = [&'a Array4; 4];
 
-/// Bounds of what output, dq, dk and dv may be off by before they are rounded.
+/// Bounds of the errors of output, dq, dk and dv before their last rounding.
 pub fn budget(
     inputs: Inputs,
     bits: &Indicators,
@@ -181,14 +182,14 @@ impl<'a> Head<'a> {
         }
     }
 
-    /// 1 where folding changed the token's row, and it may have to be rounded.
+    /// 1 if folding changed the token's row, so that it may have been rounded; else 0.
     fn folds(&self, token: usize) -> f64 {
         let folds = self.fold != Fold::Drop && token > 0 && self.bits[token - 1];
         f64::from(u8::from(folds))
     }
 }
 
-/// Bounds of one head's gradients, before they go home: of queries, and of folded and raw keys and values.
+/// Bounds of one head's gradients before the fold's transpose: of queries, and of folded and raw keys and values.
 struct Sums {
     queries: Rows,
     keys: [Rows; 2],
@@ -206,14 +207,14 @@ impl Sums {
     }
 }
 
-/// What one row is judged by.
+/// The settings that one row is judged by.
 struct Call<'a> {
     scale: f64,
     units: Units,
     grad: &'a [f64],
 }
 
-/// One column of a row: where it is, its softmax weight, dropout's factor, and the bound of its logit's error.
+/// One column of a row: its place, softmax weight and dropout factor, and the bound of its logit's error.
 struct Seen {
     kind: usize,
     token: usize,
@@ -224,7 +225,7 @@ struct Seen {
 }
 
 impl Call<'_> {
-    /// Adds the row's part to the gradients' bounds, and returns its output's.
+    /// Adds the row's part to the gradients' bounds, and returns the bound of its output.
     fn row(
         &self,
         head: &Head,

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use super::inputs::Shape;
 
-/// Every setting that a cache takes, small windows and windows that never fill among them.
+/// Every setting that a cache takes; some windows are small, some never fill.
 pub fn configs() -> impl Strategy<Value = CompressionConfig> {
     prop_oneof![3 => compared(), 1 => observed()]
 }
@@ -56,7 +56,7 @@ pub fn shapes() -> impl Strategy<Value = Shape> {
         .prop_map(|(batch, kv_heads, group, tokens, dim)| Shape(batch, kv_heads * group, kv_heads, tokens, dim))
 }
 
-/// Uniform, per head, and per batch row and head; with thresholds where the criterion needs them.
+/// Uniform strategies, per head, or per batch row and head; with thresholds if the criterion needs them.
 pub fn strategies(kind: u8, shape: &Shape, config: &CompressionConfig) -> Result<HeadStrategies> {
     let codes = |count: usize| (0..count).map(|i| (i * 7 % 3) as u32).collect::<Vec<_>>();
     let strategies = match kind {
@@ -70,8 +70,8 @@ pub fn strategies(kind: u8, shape: &Shape, config: &CompressionConfig) -> Result
     with_thresholds(strategies, shape, config)
 }
 
-/// Thresholds that hide about half of the tokens, where the criterion needs them; the heads of a group have different
-/// ones.
+/// Thresholds that hide about half of the tokens, if the criterion needs thresholds; the heads of a group have
+/// different ones.
 pub fn with_thresholds(
     strategies: HeadStrategies,
     shape: &Shape,
@@ -92,7 +92,8 @@ pub fn part(qkv: &[Tensor; 3], start: usize, count: usize) -> Result<[Tensor; 3]
     Ok([one(&qkv[0])?, one(&qkv[1])?, one(&qkv[2])?])
 }
 
-/// The options of a whole sequence for its tokens `start..start + count`: the bias of their rows and of what they see.
+/// The options of a whole sequence, cut down to its tokens `start..start + count`: the bias of their rows and visible
+/// columns.
 pub fn part_options(options: &AttentionOptions, start: usize, count: usize) -> Result<AttentionOptions> {
     let bias = options.bias.as_ref();
     let rows = bias.map(|bias| {
@@ -105,7 +106,7 @@ pub fn part_options(options: &AttentionOptions, start: usize, count: usize) -> R
     })
 }
 
-/// Appends chunks of the given lengths, over and over, until all tokens are in.
+/// Appends chunks of these lengths, repeated until all tokens are in.
 pub fn chunked(
     cache: &mut CompressedKvCache,
     qkv: &[Tensor; 3],

@@ -4,7 +4,7 @@ use anyhow::{bail, Result};
 use candle_core::Device;
 use std::sync::OnceLock;
 
-/// The first GPU, one device for all tests of a binary; None, said aloud, where there is none.
+/// The first GPU, one device for all tests of a binary; None, with a message, if there is none.
 ///
 /// # Errors
 /// No GPU, with `SFA_REQUIRE_GPU` set.

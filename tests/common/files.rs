@@ -53,7 +53,7 @@ impl Contents {
         })
     }
 
-    /// The checksum that `CompressedKvCache::save` gives a file of these contents, with `cache` as its header.
+    /// The checksum that `CompressedKvCache::save` writes for these contents with `cache` as their header.
     pub fn checksum(&self, cache: &str) -> String {
         let mut bytes = Vec::new();
         let text = |bytes: &mut Vec<u8>, text: &str| {
@@ -74,7 +74,7 @@ impl Contents {
         format!("{:08x}", crc32fast::hash(&bytes))
     }
 
-    /// With the checksum that fits, so that what reads it has the contents to judge.
+    /// Writes the file with a checksum that fits, so that its contents are judged.
     pub fn write(&self, path: &Path) -> Result<()> {
         let cache = self.cache.to_string();
         let mut metadata: HashMap<_, _> = self.metadata.clone().into_iter().collect();
@@ -83,7 +83,7 @@ impl Contents {
         self.write_as(path, metadata)
     }
 
-    /// With these metadata in the place of its own.
+    /// Writes the file with these metadata instead of its own.
     pub fn write_as(&self, path: &Path, metadata: HashMap<String, String>) -> Result<()> {
         let tensors = self.tensors.iter();
         let views = tensors
@@ -105,7 +105,7 @@ impl Contents {
         self.tensor(name).1.reverse();
     }
 
-    /// Sets one u32 of a tensor of them.
+    /// Sets one number of a u32 tensor.
     pub fn set_u32(&mut self, name: &str, index: usize, value: u32) {
         self.tensor(name).2[4 * index..4 * index + 4].copy_from_slice(&value.to_le_bytes());
     }

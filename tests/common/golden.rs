@@ -15,12 +15,12 @@ pub struct Case {
     pub name: String,
     pub config: CompressionConfig,
     pub options: AttentionOptions,
-    /// With the case's own thresholds, one per batch row and head.
+    /// Strategies with the case's own thresholds, one per batch row and head.
     pub strategies: HeadStrategies,
     tensors: HashMap<String, Tensor>,
 }
 
-/// A case's settings as they stand in the file's header.
+/// A case's settings, as in the file's header.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Settings {
@@ -73,7 +73,7 @@ impl Case {
             .with_context(|| format!("{}: no tensor {name}", self.name))
     }
 
-    /// A tensor that may be left out: `indicators` and the loss where there is one token.
+    /// A tensor that may be absent: a case of one token has no `indicators` and no loss.
     pub fn get(&self, name: &str) -> Option<&Tensor> {
         self.tensors.get(name)
     }
@@ -91,9 +91,9 @@ pub fn all_cases() -> Result<Vec<Case>> {
     Ok(all)
 }
 
-/// Every case of `tests/data/<file>`, in the order of their names: as many as the header lists.
+/// Every case of `tests/data/<file>`, ordered by name; the header lists the same cases.
 pub fn cases(file: &str) -> Result<Vec<Case>> {
-    // The variable as it is now: a packed binary runs on another machine than it was built on.
+    // Read at run time: a packed binary runs on another machine than the one it was built on.
     let root = std::env::var("CARGO_MANIFEST_DIR").unwrap_or_else(|_| env!("CARGO_MANIFEST_DIR").to_string());
     let path = Path::new(&root).join("tests/data").join(file);
     let bytes = std::fs::read(&path).with_context(|| path.display().to_string())?;

@@ -1,4 +1,4 @@
-//! Random inputs whose neighbours resemble each other, so that every strategy finds something to merge.
+//! Random inputs whose neighbours resemble each other, so that every strategy merges something.
 
 use candle_core::{DType, Device, Result, Tensor};
 use rand::{rngs::StdRng, Rng, SeedableRng};
@@ -14,13 +14,13 @@ pub enum Memory {
     HeadMajor,
     /// A transposed view of (B, N, H, D).
     TokenMajor,
-    /// A view into one (B, N, H + 2 Hk, D) tensor, as a fused projection gives.
+    /// A view into one (B, N, H + 2 Hk, D) tensor, the output of a fused projection.
     Fused,
 }
 
 impl Shape {
-    /// Query, key and value in `dtype`, the same for the same seed. Tokens walk: each is near its left neighbour half
-    /// of the time, and queries are near their keys.
+    /// Query, key and value in `dtype`, the same for the same seed. Half of the tokens are near their left neighbour,
+    /// and queries are near their keys.
     pub fn qkv(&self, seed: u64, dtype: DType) -> Result<[Tensor; 3]> {
         let &Shape(batch, heads, kv_heads, tokens, dim) = self;
         let mut rng = StdRng::seed_from_u64(seed);

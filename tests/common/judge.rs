@@ -1,8 +1,9 @@
-//! What results are held against: the f64 reference on the values that were given, and how far from it an honest
-//! implementation in the same dtype may lie, element by element.
+//! The judge of results: the f64 reference on the given values, and how far from it an honest implementation in the
+//! same dtype may be, element by element.
 //!
-//! * Halves: at most twice what exact arithmetic with one rounding at the end errs by, 2 · u · |exact|, and what
-//!   [`super::budget`] derives of the roundings on the way. No other implementation is a yardstick: candle 0.11.1 sums
+//! * Halves: at most 2 · u · |exact|, twice the error of exact arithmetic with one rounding at the end, plus the bound
+//! that [`super::budget`] derives for intermediate roundings. No other implementation is a yardstick: candle 0.11.1
+//! sums
 //!   halves in halves, so that its own error grows with the row.
 //! * f32 on a GPU: [`F32_TIMES`] the largest error of this crate's CPU path.
 
@@ -17,25 +18,25 @@ use candle_sfattention::{attend, AttentionOptions, MergePlan};
 /// The names of [`Expected::exact`].
 const NAMES: [&str; 4] = ["output", "dq", "dk", "dv"];
 
-/// The CPU's sums run in many lanes at once, so its error grows with D / 16; that of a GPU's thread grows with D. In 256
-/// dimensions, where logits reach 30, it was 8 times as large.
+/// The CPU sums in many lanes at once, so its error grows with D / 16; a GPU thread's error grows with D. In 256
+/// dimensions, with logits up to 30, it was 8 times as large.
 pub const F32_TIMES: f64 = 10.0;
 
-/// What halves use of their allowance somewhere, at least: one rounding uses up to half of what it is allowed, where
-/// nothing else adds to that. In f32 the CPU's own error is the measure, and nothing says that a GPU errs as much.
+/// The share of their allowance that halves use somewhere, at least: one rounding alone uses up to half of its part. In
+/// f32 the allowance comes from the CPU's own error, and a GPU may err less.
 pub const FLOOR: f64 = 0.25;
 
-/// Exact results for the values that were given, and what each element may err by.
+/// Exact results for the given values, and the allowed error of each element.
 pub struct Expected {
     pub bits: Tensor,
     /// The output, and the gradients of sum(output * grad_output) with respect to query, key and value; f64.
     pub exact: [Tensor; 4],
-    /// Of each element, or one of all.
+    /// One per element, or one for all.
     allowed: [Vec<f64>; 4],
     dtype: DType,
 }
 
-/// The largest share of an allowance that was used, and where. A bound that nothing comes near proves nothing.
+/// The largest share of an allowance that was used, and its place. A bound that no result comes near proves nothing.
 #[derive(Default)]
 pub struct Shares {
     largest: f64,
@@ -51,7 +52,7 @@ impl Shares {
         }
     }
 
-    /// Prints the largest share, which is [`FLOOR`] at least in halves.
+    /// Prints the largest share; in halves it must be at least [`FLOOR`].
     pub fn report(&self) -> Result<()> {
         println!("largest share of the allowance used: {:.2} ({})", self.largest, self.at);
         ensure!(
@@ -63,7 +64,7 @@ impl Shares {
     }
 }
 
-/// The largest of |got - exact|; a NaN is an error without bound.
+/// The largest of |got - exact|; infinite for a NaN.
 pub fn largest_error(got: &Tensor, exact: &Tensor) -> Result<f64> {
     ensure!(
         got.dims() == exact.dims(),
@@ -102,7 +103,7 @@ pub fn differentiate(
 }
 
 impl Expected {
-    /// On the CPU, for one setting of the table and results of `side`.
+    /// Computes the expected results on the CPU, for one setting of the table and results of `side`.
     pub fn new(
         side: Side,
         qkv: &[Tensor; 3],
@@ -122,8 +123,8 @@ impl Expected {
             let plan = MergePlan::from_indicators(&tensor, config)?;
             let cpu = differentiate(qkv, grad_output, |q, k, v| Ok(attend(q, k, v, &plan, options)?))?;
             for (index, allowed) in allowed.iter_mut().enumerate() {
-                // The CPU may be lucky, where few numbers are summed, or cancel: the terms are about 1, and what is
-                // left of them is known to a part of a rounding of 1 only.
+                // The CPU's error may be small by luck if few numbers are summed, or if they cancel: the terms are
+                // about 1, so a remainder is known only to a part of a rounding of 1.
                 let error = F32_TIMES * largest_error(&cpu[index], &exact[index])?;
                 allowed.push(error + 4.0 * 2f64.powi(-24) * largest(&exact[index])?.max(1.0));
             }
@@ -152,7 +153,7 @@ impl Expected {
         self.check_part(what, 0, got, shares)
     }
 
-    /// Every result is as close as it may be expected to be.
+    /// Asserts that every element is within its allowance.
     pub fn check(&self, what: &str, got: [&Tensor; 4], shares: &mut Shares) -> Result<()> {
         (0..4).try_for_each(|index| self.check_part(what, index, got[index], shares))
     }
@@ -167,7 +168,7 @@ impl Expected {
         );
         for (at, (got, exact)) in values(got)?.into_iter().zip(values(exact)?).enumerate() {
             let (error, allowed) = ((got - exact).abs(), allowed[at.min(allowed.len() - 1)]);
-            // A NaN is within nothing.
+            // False for a NaN.
             ensure!(
                 error <= allowed,
                 "{what} {name}: element {at} is {got:e}, expected {exact:e} within {allowed:e}: {:.2} of it",

@@ -1,6 +1,6 @@
-//! What several test files share.
+//! Shared by several test files.
 
-// Each test file is a crate of its own and uses a part of this.
+// Each test file is a crate of its own, and uses only a part of this module.
 #![allow(dead_code)]
 
 pub mod again;

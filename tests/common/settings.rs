@@ -1,4 +1,4 @@
-//! The table of settings that the CPU path is held against the reference with.
+//! The table of settings under which fast paths are held against the reference.
 
 use super::caches::with_thresholds;
 use super::inputs::Shape;
@@ -14,18 +14,18 @@ pub struct Setting {
     pub strategy: MergeStrategy,
     pub config: CompressionConfig,
     pub options: fn(&Shape) -> AttentionOptions,
-    /// Whether something must be hidden in every shape of 59 tokens or more.
+    /// Whether a token must be hidden in every shape of 59 tokens or more.
     pub hides: bool,
 }
 
 impl Setting {
-    /// With thresholds where the criterion needs them.
+    /// The setting's strategies, with thresholds if the criterion needs them.
     pub fn strategies(&self, shape: &Shape) -> Result<HeadStrategies> {
         with_thresholds(HeadStrategies::uniform(self.strategy), shape, &self.config)
     }
 }
 
-/// The reference's decisions by any criterion.
+/// The reference's decisions, by the setting's criterion.
 pub fn reference_bits(
     [q, k, v]: [&Array4; 3],
     strategies: &HeadStrategies,
@@ -57,7 +57,7 @@ fn everywhere(_: &Shape) -> AttentionOptions {
     }
 }
 
-/// A bias per head and per pair of tokens, with a broadcast batch axis and columns that are masked by the least number.
+/// A bias per head and per pair of tokens, with a broadcast batch axis and columns masked by the dtype's least number.
 fn biased(shape: &Shape) -> AttentionOptions {
     masked(shape, |row, column| {
         match row != column && (row * 7 + column * 3) % 5 == 0 {

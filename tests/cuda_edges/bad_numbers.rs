@@ -1,4 +1,5 @@
-//! A token that is not finite: NaN rows, and NaN gradients of exactly what those rows see.
+//! A token that is not finite: the rows that see it are NaN, and so are the gradients of exactly the tokens that those
+//! rows see.
 
 use super::*;
 
@@ -48,7 +49,7 @@ fn gradients_are_nan_where_the_reference_has_them() -> Result<()> {
                 causal,
                 ..Default::default()
             };
-            // One in a query, a key and a value; each setting meets all of them in another shape.
+            // One in a query, one in a key, one in a value; each setting meets all of them, in different shapes.
             for (into, token, bad) in [0, 1, 2].map(|part| bad[part + (shape_index + index) % 2 * 3]) {
                 for dtype in [DType::F32, DTYPES[1 + (shape_index + index) / 2 % 2]] {
                     let qkv = broken(shape, dtype, [into, token], bad)?;

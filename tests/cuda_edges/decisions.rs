@@ -7,7 +7,7 @@ use candle_sfattention::{Criterion, GroupRule, HeadStrategies, MergeRule, MergeS
 use common::caches::with_thresholds;
 use rand::{rngs::StdRng, Rng, SeedableRng};
 
-/// Every width of the kernel that decides, and pairs for several warps.
+/// Every width of the deciding kernel, and pairs for several warps.
 const SHAPES: [Shape; 6] = [
     Shape(2, 4, 2, 97, 12),
     Shape(1, 4, 2, 300, 40),
@@ -17,8 +17,8 @@ const SHAPES: [Shape; 6] = [
     Shape(1, 1, 1, 1, 16),
 ];
 
-/// -inf at random: few entries, so that most pairs are seen by every head. Broadcast axes, and one where the rule must not look:
-/// above the diagonal.
+/// -inf at random in few entries, so that every head sees most pairs. Some axes are broadcast, and one bias has -inf
+/// only above the diagonal, which the rule must not read.
 fn biases(shape: &Shape, seed: u64) -> Result<Vec<(&'static str, Tensor)>> {
     let &Shape(batch, heads, _, tokens, _) = shape;
     let mut rng = StdRng::seed_from_u64(seed);
@@ -143,7 +143,8 @@ fn other_criteria_read_no_bias() -> Result<()> {
     Ok(())
 }
 
-/// A pair is decided when its second token comes, by that token's row of the call: lists are as long for any chunking.
+/// A pair is decided when its second token comes, by that token's row of the call: any chunking gives lists of the same
+/// length.
 #[test]
 fn a_cache_decides_the_same_by_any_chunking() -> Result<()> {
     let mut shorter = 0;
@@ -182,7 +183,7 @@ fn a_cache_decides_the_same_by_any_chunking() -> Result<()> {
     Ok(())
 }
 
-/// What a list holds: far columns, the edge, raw tokens.
+/// The entries of a list: far columns, the edge, raw tokens.
 fn entries(bits: &[bool], window: usize) -> usize {
     let tokens = bits.len() + 1;
     match (tokens - 1).checked_sub(window) {

@@ -1,4 +1,4 @@
-//! Logits far beyond what an f32 knows to a whole number: weights stay between 0 and 1, and equal logits have equal ones.
+//! Logits whose f32 spacing is far above 1: weights stay between 0 and 1, and equal logits have equal weights.
 
 use super::*;
 
@@ -38,7 +38,7 @@ fn settings() -> Vec<(CompressionConfig, AttentionOptions)> {
     ]
 }
 
-/// One weight is all of a row's: the output is a value, and little else gets a gradient.
+/// One weight is all of a row's: the output is that value, and gradients are nearly zero elsewhere.
 #[test]
 fn rows_of_one_weight_are_its_value() -> Result<()> {
     for (shape, (config, options)) in SHAPES
@@ -55,11 +55,12 @@ fn rows_of_one_weight_are_its_value() -> Result<()> {
             let [q, k, v] = shape.qkv(9, DType::F64)?;
             let large = |x: &Tensor| (x * factor)?.to_dtype(dtype);
             let qkv = [large(&q)?, large(&k)?, v.to_dtype(dtype)?];
-            // In halves folded rows are rounded to them, and other logits may be the largest then.
+            // In halves, folded rows are rounded, and another logit may become the largest.
             let folds = dtype == DType::F32 || config.fold == Fold::Drop;
             let mut call = Call::new(&qkv, bits_of(shape, |t| folds && t % 4 == 1)?, &config, &options)?;
-            // Where gradients add products up in another order than the forward a logit may be that much smaller: of dropped
-            // tokens, which the forward attends to in tiles, and without causality, where it has no warpgroups.
+            // If gradients sum products in another order than the forward, a logit may be smaller by that much. That is
+            // so for dropped tokens, which the forward attends in tiles, and without causality, where the forward has
+            // no warpgroups.
             if config.fold == Fold::Drop {
                 call.without.push(Kernels::Deterministic);
             }
@@ -68,15 +69,15 @@ fn rows_of_one_weight_are_its_value() -> Result<()> {
             }
             let what = format!("{shape:?} {factor:e} {config:?}");
             let share = share_of(dtype);
-            // Of gradients of logits, which are differences of about 1, as much is left as rounding leaves of 1.
+            // Gradients of logits are differences of numbers of about 1, so the rounding of 1 remains.
             call.check(&what, [share, share * factor, share * factor, share])?;
         }
     }
     Ok(())
 }
 
-/// n equal logits: each weight is 1/n, in the backward pass too. The products' sums are exact: rounded in another order those of
-/// an edge and of a tile would differ by more than 1.
+/// n equal logits: each weight is 1/n, in the backward pass too. The sums of products are exact here: rounded in
+/// another order, an edge's sum and a tile's would differ by more than 1.
 #[test]
 fn equal_logits_have_equal_weights() -> Result<()> {
     for (shape, (config, options)) in SHAPES
@@ -92,7 +93,7 @@ fn equal_logits_have_equal_weights() -> Result<()> {
             let [q, k, v] = shape.qkv(10, dtype)?;
             let constant = |x: &Tensor| Tensor::full(factor, x.dims(), &Device::Cpu)?.to_dtype(dtype);
             let qkv = [constant(&q)?, constant(&k)?, v];
-            // Pair sums of equal keys are twice as large as others: without them.
+            // Nothing merges: a pair sum of equal keys would be twice as large as the others.
             let call = Call::new(&qkv, bits_of(shape, |_| false)?, &config, &options)?;
             let what = format!("{shape:?} {factor:e} {config:?}");
             let share = share_of(dtype);

@@ -1,5 +1,5 @@
-//! The kernels under the emulator where inputs are at their edge: masks by bias, logits of any size, numbers that are not
-//! finite, any strides. Everything is held against the f64 reference: NaN where it is NaN, zeros where it has zeros.
+//! The kernels under the emulator on inputs at the edge: masks by bias, logits of any size, numbers that are not
+//! finite, any strides. Everything is held against the f64 reference: NaN where it has NaN, zeros where it has zeros.
 #![cfg(feature = "cuda-emu")]
 
 #[path = "../common/mod.rs"]
@@ -20,7 +20,7 @@ use common::inputs::{values, Shape};
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
-/// Which of a dtype's kernels run.
+/// The family of kernels that run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Kernels {
     Plain,
@@ -30,7 +30,7 @@ enum Kernels {
 }
 
 impl Kernels {
-    /// Those that there are for such a call.
+    /// The families that exist for such a call.
     fn of(dtype: DType, dim: usize, options: &AttentionOptions) -> Vec<Self> {
         let lean = options.bias.is_none() && options.dropout.is_none() && dim <= 128;
         match (dtype, lean) {
@@ -54,19 +54,19 @@ impl Kernels {
     }
 }
 
-/// One call and its output's gradient.
+/// One call and the gradient of its output.
 struct Call<'a> {
     qkv: &'a [Tensor; 3],
     grad_output: Tensor,
     bits: Tensor,
     config: &'a CompressionConfig,
     options: &'a AttentionOptions,
-    /// Kernels that are left out.
+    /// Families that are not run.
     without: Vec<Kernels>,
 }
 
 impl<'a> Call<'a> {
-    /// Of `shape`, with a gradient of numbers about 1.
+    /// A call of `shape`, with an output gradient of numbers about 1.
     fn new(
         qkv: &'a [Tensor; 3],
         bits: Tensor,
@@ -106,7 +106,7 @@ impl<'a> Call<'a> {
         Ok(pass?)
     }
 
-    /// Every family of kernels, within these shares of the largest number of output, dq, dk and dv.
+    /// Runs every family of kernels; errors stay within these shares of the largest number of output, dq, dk and dv.
     fn check(&self, what: &str, shares: [f64; 4]) -> Result<()> {
         let exact = self.exact()?;
         let hidden = values(&self.bits)?.iter().any(|bit| *bit != 0.0);
@@ -125,7 +125,7 @@ impl<'a> Call<'a> {
                 for (index, got) in [&pass.output, dq, dk, dv].into_iter().enumerate() {
                     let what = format!("{what} {}", ["output", "dq", "dk", "dv"][index]);
                     agree(&what, got, &exact[index], shares[index])?;
-                    // A row that sees nothing, or a token that nobody sees: or of which every weight was dropped.
+                    // A row that sees nothing, a token that no row sees, or one whose every weight was dropped.
                     let unseen = if index < 2 { &exact[0] } else { &exact[3] };
                     if index != 2 || self.options.dropout.is_none() {
                         zeros_agree(&what, got, unseen)?;
@@ -137,7 +137,7 @@ impl<'a> Call<'a> {
     }
 }
 
-/// NaN where `exact` is, and elsewhere within a share of its largest finite number, or of 1.
+/// Asserts NaN where `exact` is NaN, and elsewhere an error within a share of its largest finite number, or of 1.
 fn agree(what: &str, got: &Tensor, exact: &Tensor, share: f64) -> Result<()> {
     ensure!(got.dims() == exact.dims(), "{what}: shape {:?}", got.dims());
     let (got, exact) = (values(got)?, values(exact)?);
@@ -156,7 +156,7 @@ fn agree(what: &str, got: &Tensor, exact: &Tensor, share: f64) -> Result<()> {
     Ok(())
 }
 
-/// Rows are zeros where those of `unseen` are.
+/// Asserts that rows are zeros where the rows of `unseen` are.
 fn zeros_agree(what: &str, got: &Tensor, unseen: &Tensor) -> Result<()> {
     let dim = got.dim(3)?;
     let (got, unseen) = (values(got)?, values(unseen)?);
@@ -170,7 +170,7 @@ fn zeros_agree(what: &str, got: &Tensor, unseen: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// What kernels of a dtype may be off by.
+/// The allowed error of a dtype's kernels.
 fn share_of(dtype: DType) -> f64 {
     match dtype {
         DType::F32 => 2e-5,
@@ -179,7 +179,7 @@ fn share_of(dtype: DType) -> f64 {
     }
 }
 
-/// Merge indicators (B, H, N-1) by a rule of the token.
+/// Merge indicators (B, H, N-1) from a rule over tokens.
 fn bits_of(shape: &Shape, hides: impl Fn(usize) -> bool) -> Result<Tensor> {
     let &Shape(batch, heads, _, tokens, _) = shape;
     let pairs = tokens - 1;

@@ -1,4 +1,5 @@
-//! Masks by bias: -inf hides, a finite number of any size does not; a row that sees nothing is zeros and sends nothing.
+//! Masks by bias: -inf hides, a finite number of any size does not; a row that sees nothing gives zeros and sends no
+//! gradient.
 
 use super::*;
 use candle_sfattention::emulation::{fold_and_attend, EmulatedCache, Path};
@@ -20,8 +21,8 @@ const SHAPES: [Shape; 5] = [
 /// Whether a bias hides (batch row, head, row, column).
 type Hides = fn([usize; 4]) -> bool;
 
-/// Left padding of another length in each batch row; two documents beside each other; columns hidden here and there, of some rows
-/// all.
+/// Left padding of a different length in each batch row; two documents side by side; single hidden columns, and rows
+/// without any.
 fn masks() -> [(&'static str, Hides); 3] {
     [
         ("padding", |[batch, _, _, column]| column < 5 + 9 * batch),
@@ -76,7 +77,8 @@ fn a_row_that_sees_nothing_is_zeros_and_sends_nothing() -> Result<()> {
     Ok(())
 }
 
-/// The same under dropout, and with a query, key or value that is not finite: such a row is NaN even if the bias hides all.
+/// The same under dropout, and with a query, key or value that is not finite: its row is NaN even if the bias hides
+/// every column.
 #[test]
 fn hidden_columns_that_are_not_finite_make_a_row_nan() -> Result<()> {
     for (shape, into, bad) in [
@@ -99,7 +101,7 @@ fn hidden_columns_that_are_not_finite_make_a_row_nan() -> Result<()> {
         for dtype in DTYPES {
             let mut qkv = shape.qkv(4, dtype)?;
             let (mut data, dims) = (values(&qkv[into])?, qkv[into].dims().to_vec());
-            // All of the row, so that every product with it has the sign of one.
+            // The whole row, so that every product with it has the same sign.
             data[11 * shape.4..12 * shape.4].fill(bad);
             qkv[into] = Tensor::from_vec(data, dims, &Device::Cpu)?.to_dtype(dtype)?;
             qkv[1 - into.min(1)] = qkv[1 - into.min(1)].abs()?;
@@ -110,7 +112,7 @@ fn hidden_columns_that_are_not_finite_make_a_row_nan() -> Result<()> {
     Ok(())
 }
 
-/// The least number of f32, f16 and bf16, and what others take for a mask; rows of nothing else among them.
+/// The least numbers of f32, f16 and bf16, and other common mask values; some rows have nothing else.
 #[test]
 fn a_finite_bias_of_any_size_hides_nothing_by_itself() -> Result<()> {
     let least = [
@@ -142,7 +144,7 @@ fn a_finite_bias_of_any_size_hides_nothing_by_itself() -> Result<()> {
                 let qkv = shape.qkv(5, dtype)?;
                 let bits = bits_of(shape, |t| merges && t % 3 == 1)?;
                 let what = format!("{least:e} {bias_dtype:?} {shape:?} {fold:?} window {window} merges {merges}");
-                // An f32 knows a logit of 94505 to 0.008.
+                // The f32 spacing at a logit of 94505 is 0.008.
                 let share = if least == f16::MIN.to_f32() { 1.2e-2 } else { 0.0 };
                 let share = share_of(dtype).max(share);
                 let call = Call::new(&qkv, bits, &config, &options)?;
@@ -167,7 +169,7 @@ fn caches_hide_what_a_bias_hides() -> Result<()> {
             (Fold::PairSum, 0, true),
         ] {
             let options = match merges {
-                // Where tokens are hidden the reference refuses -inf.
+                // The reference refuses -inf if tokens are hidden.
                 true => with_bias(bias_of(&shape, DType::F32, least)?),
                 false => with_bias(bias_of(&shape, DType::F32, hidden)?),
             };
@@ -200,7 +202,7 @@ fn caches_hide_what_a_bias_hides() -> Result<()> {
     Ok(())
 }
 
-/// Appends chunks of the given lengths, over and over, until all tokens are in.
+/// Appends chunks of these lengths, repeated until all tokens are in.
 pub(super) fn chunked(
     cache: &mut EmulatedCache,
     qkv: &[Tensor; 3],

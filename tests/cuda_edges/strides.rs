@@ -1,4 +1,4 @@
-//! Every layout with a contiguous last axis is right, or refused with what to do.
+//! Every layout with a contiguous last axis gives right results, or is refused with a remedy.
 
 use super::*;
 use candle_sfattention::emulation::EmulatedCache;
@@ -16,11 +16,11 @@ fn settings() -> Vec<CompressionConfig> {
         .collect()
 }
 
-/// Queries and keys of another layout, and what they must be like.
+/// Inputs of other layouts; their contiguous copies give the expected results.
 fn laid_out(dtype: DType, dim: usize) -> Result<Vec<(&'static str, [Tensor; 3])>> {
     let [q, k, v] = Shape(2, 2, 1, 37, dim).qkv(13, dtype)?;
     let one = |x: &Tensor| x.narrow(2, 3, 1);
-    // (B, H, D) with a token axis put in: its stride is that of a row, or 1.
+    // (B, H, D) with an inserted token axis, whose stride is that of a row, or 1.
     let put_in = |x: &Tensor| x.narrow(2, 3, 1)?.squeeze(2)?.contiguous()?.unsqueeze(2);
     let stride_1 = |x: &Tensor| {
         x.narrow(2, 3, 1)?
@@ -82,7 +82,7 @@ fn any_layout_gives_what_a_contiguous_one_does() -> Result<()> {
     Ok(())
 }
 
-/// Rows that start between multiples of 8 are refused with what to do; decisions and caches take them.
+/// Rows that start between multiples of 8 are refused with a remedy; decisions and caches accept them.
 #[test]
 fn unaligned_rows_are_refused_with_what_to_do() -> Result<()> {
     let options = AttentionOptions::default();
@@ -95,7 +95,7 @@ fn unaligned_rows_are_refused_with_what_to_do() -> Result<()> {
             let none = bits_of(&Shape(1, 2, 1, 20, 32), |_| false)?;
             let call = Call::new(&qkv, none, &config, &options)?;
             for dense in [false, true] {
-                // Pair sums fold what they read into tensors of their own; keys and values of the window are read raw.
+                // Pair sums read folded tensors of their own; keys and values of the window are read raw.
                 let Err(error) = call.run(dense, Kernels::Plain) else {
                     panic!("{dtype:?} {config:?}: expected an error")
                 };
@@ -110,7 +110,7 @@ fn unaligned_rows_are_refused_with_what_to_do() -> Result<()> {
             let decide = |[q, k, v]: &[Tensor; 3]| emulation::decide([q, k, v], &strategies, &config, &options);
             let (got, expected) = (decide(&qkv)?, decide(&contiguous)?);
             assert_eq!(got.to_vec3::<u8>()?, expected.to_vec3::<u8>()?);
-            // Token by token: a first chunk is attended to as a whole.
+            // Token by token, because a first chunk is attended as a whole.
             let rows = |qkv: &[Tensor; 3]| -> Result<Tensor> {
                 let mut cache = EmulatedCache::new(qkv, &strategies, &config, &Default::default())?;
                 super::masks::chunked(&mut cache, qkv, &options, &[1])

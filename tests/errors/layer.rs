@@ -1,4 +1,4 @@
-//! Layers of no size, and inputs that are not for them.
+//! Layers without a size, and inputs that do not fit a layer.
 
 use anyhow::Result;
 use candle_core::DType;
@@ -40,7 +40,7 @@ fn rotary_layer(theta: f64, max_tokens: usize) -> SelfAttentionConfig {
     })
 }
 
-/// A layer that trains, and one that does not: with rotary embedding they take different ways.
+/// A layer that trains, and one that does not: their rotary embeddings take different paths.
 fn layers(
     layer: SelfAttentionConfig,
     strategies: &HeadStrategies,
@@ -135,7 +135,7 @@ fn strategies_for_another_layer() -> Result<()> {
             "(2, 3)",
             similarity().with_thresholds(&zeros(&[2, 3]))?,
         ),
-        // Rows that differ can fit no batch.
+        // Batch rows with different settings fit no batch size of the layer.
         (
             "thresholds",
             "2",
@@ -148,7 +148,7 @@ fn strategies_for_another_layer() -> Result<()> {
             refused(layer, &pattern)
         }
     }
-    // A table per batch row fits the layer, whatever its batch; a call with another batch is refused.
+    // A table per batch row fits a layer; a call with another batch size is refused.
     for layer in layers(LAYER, &codes(&[3, 4])) {
         let layer = layer?;
         assert!(layer.forward(&zeros(&[3, 6, 16])).is_ok());

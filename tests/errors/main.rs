@@ -1,4 +1,4 @@
-//! What the crate refuses, and how it says so: what was expected, what came, and what to do, in that order.
+//! The crate's refusals: an error says what was expected, what came, and what to do, in that order.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -14,18 +14,18 @@ use common::inputs::Shape;
 const CPU: &Device = &Device::Cpu;
 const SHAPE: Shape = Shape(2, 4, 2, 6, 8);
 
-/// Asserts an error that reads like `pattern`, "subject: expected this, got that; do so", where … stands for any text.
+/// Asserts an error that matches `pattern`, "subject: expected this, got that; do so", with … for any text.
 #[track_caller]
 fn refused<T>(result: candle_core::Result<T>, pattern: &str) {
     in_order(pattern, [": expected ", " got ", "; "]);
     match result {
         Ok(_) => panic!("accepted, instead of: {pattern}"),
-        // A backtrace, where RUST_BACKTRACE asks for one, starts on the second line.
+        // With RUST_BACKTRACE set, a backtrace starts on the second line.
         Err(error) => in_order(error.to_string().lines().next().unwrap_or_default(), pattern.split('…')),
     }
 }
 
-/// Asserts that `text` has the pieces one after the other.
+/// Asserts that `text` has the pieces, in this order.
 #[track_caller]
 fn in_order<'a>(text: &str, pieces: impl IntoIterator<Item = &'a str>) {
     let mut rest = text;

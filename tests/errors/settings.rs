@@ -9,7 +9,7 @@ use candle_sfattention::{
 
 use crate::{codes, config, options, plan, refused, similarity, zeros, CPU, SHAPE};
 
-/// Settings, at every function that takes them; the tensors fit.
+/// Asserts that every function that takes a configuration refuses this one; the tensors fit.
 #[track_caller]
 fn refused_config(config: &CompressionConfig, pattern: &str) {
     let [q, k, v] = SHAPE.qkv(0, DType::F32).unwrap();
@@ -31,7 +31,7 @@ fn refused_options(options: &AttentionOptions, pattern: &str) {
     refused_call(options, pattern);
 }
 
-/// Options that only a call can judge.
+/// Asserts that a call refuses these options, which only a call can judge.
 #[track_caller]
 fn refused_call(options: &AttentionOptions, pattern: &str) {
     let [q, k, v] = SHAPE.qkv(0, DType::F32).unwrap();
@@ -73,11 +73,12 @@ fn settings_without_a_meaning() {
     );
     refused_config(
         &config(|c| c.window = usize::MAX),
-        "window, sinks and max_merge_level: expected at most 4294967295, got 18446744073709551615…; a window of all tokens folds nothing",
+        "window, sinks and max_merge_level: expected at most 4294967295, got 18446744073709551615…; a window of all \
+         tokens folds nothing",
     );
 }
 
-/// What the criterion observed mass needs.
+/// A configuration for observed mass, changed by `change`.
 fn observing(change: impl FnOnce(&mut CompressionConfig)) -> CompressionConfig {
     config(|c| {
         c.criterion = Criterion::ObservedMass;
@@ -97,15 +98,15 @@ fn what_observed_mass_does_not_know() -> Result<()> {
         ("window 0", |c| c.window = 0),
     ] {
         let pattern = format!(
-            "Criterion::ObservedMass: expected causal attention, fold Drop, group_rule Unanimous and a window of at least \
-             2, got {got}; use Criterion::KeyKey"
+            "Criterion::ObservedMass: expected causal attention, fold Drop, group_rule Unanimous and a window of at \
+             least 2, got {got}; use Criterion::KeyKey"
         );
         refused_config(&observing(change), &pattern);
     }
     let [q, k, v] = SHAPE.qkv(0, DType::F32)?;
     let (config, options) = (observing(|_| ()), options(|_| ()));
     assert!(config.check(true).is_ok() && config.check(false).is_err());
-    // No default threshold, wherever strategies come in; a head that is off needs none.
+    // There is no default threshold, in any function that takes strategies; a head that is off needs none.
     let pattern = "thresholds: expected one per head for Criterion::ObservedMass, … got none; calibrate them, …";
     refused(config.check_strategies(&similarity()), pattern);
     refused(MergePlan::new(&q, &k, &v, &similarity(), &config, &options), pattern);
@@ -207,7 +208,7 @@ fn strategies_for_another_model() -> Result<()> {
         ("strategies", "(5)", codes(&[5])),
         ("strategies", "(2, 2)", codes(&[2, 2])),
         ("strategies", "(3, 4)", codes(&[3, 4])),
-        // As many entries as there are heads, along other axes.
+        // The number of heads is right, but the axes are not.
         ("strategies", "(4, 2)", codes(&[4, 2])),
         ("thresholds", "(3)", thresholds(&[3])?),
         ("thresholds", "(1, 4)", thresholds(&[1, 4])?),

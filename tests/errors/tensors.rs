@@ -1,4 +1,4 @@
-//! Tensors, indicators and plans that do not fit together, and the gradient there is none of.
+//! Tensors, indicators and plans that do not fit together, and a gradient that does not exist.
 
 use anyhow::Result;
 use candle_core::{DType, Tensor};
@@ -6,7 +6,7 @@ use candle_sfattention::{attend, compressed_attention, compression_loss, MergePl
 
 use crate::{config, options, plan, refused, similarity, zeros, Shape, CPU, SHAPE};
 
-/// Tensors that do not fit together, at every function that takes all three.
+/// Asserts that every function that takes q, k and v refuses these.
 #[track_caller]
 fn refused_tensors(q: &Tensor, k: &Tensor, v: &Tensor, pattern: &str) {
     let (config, options) = (config(|_| ()), options(|_| ()));
@@ -16,7 +16,7 @@ fn refused_tensors(q: &Tensor, k: &Tensor, v: &Tensor, pattern: &str) {
     refused(compressed_attention(q, k, v, &similarity(), &config, &options), pattern);
 }
 
-/// The same where query and key alone are wrong: the loss refuses them too.
+/// The same for a wrong query and key alone: the loss refuses them too.
 #[track_caller]
 fn refused_pair(q: &Tensor, k: &Tensor, pattern: &str) {
     refused_tensors(q, k, k, pattern);
@@ -42,7 +42,8 @@ fn keys_that_do_not_match_the_query() {
     let query = [2, 4, 6, 8];
     for dims in [[1, 2, 6, 8], [2, 2, 5, 8], [2, 2, 6, 4]] {
         let pattern = format!(
-            "key: expected shape (2, kv_heads, 6, 8) to match query {query:?}, got {dims:?}; …must cover the same tokens"
+            "key: expected shape (2, kv_heads, 6, 8) to match query {query:?}, got {dims:?}; …must cover the same \
+             tokens"
         );
         refused_pair(&zeros(&query), &zeros(&dims), &pattern);
     }
@@ -52,7 +53,8 @@ fn keys_that_do_not_match_the_query() {
 fn values_that_do_not_match_the_key() {
     for dims in [&[2, 4, 6, 8][..], &[2, 2, 5, 8], &[2, 2, 6, 4], &[2, 6, 8]] {
         let pattern = format!(
-            "value: expected the shape of key [2, 2, 6, 8], got {dims:?}; key and value need one row per token and KV head"
+            "value: expected the shape of key [2, 2, 6, 8], got {dims:?}; key and value need one row per token and KV \
+             head"
         );
         refused_tensors(&zeros(&[2, 4, 6, 8]), &zeros(&[2, 2, 6, 8]), &zeros(dims), &pattern);
     }
@@ -62,7 +64,8 @@ fn values_that_do_not_match_the_key() {
 fn heads_that_are_no_multiple_of_the_kv_heads() {
     for (heads, kv_heads) in [(4, 3), (2, 4)] {
         let pattern = format!(
-            "heads: expected a multiple of the {kv_heads} KV heads, got {heads} query heads; repeat or regroup the heads"
+            "heads: expected a multiple of the {kv_heads} KV heads, got {heads} query heads; repeat or regroup the \
+             heads"
         );
         refused_pair(&zeros(&[2, heads, 6, 8]), &zeros(&[2, kv_heads, 6, 8]), &pattern);
     }
@@ -78,13 +81,14 @@ fn nothing_to_attend() {
         ([2, 4, 6, 0], [2, 2, 6, 0]),
     ] {
         let pattern = format!(
-            "query: expected at least one batch row, head, token and dimension, got query {q:?} and key {k:?}; skip the call"
+            "query: expected at least one batch row, head, token and dimension, got query {q:?} and key {k:?}; skip \
+             the call"
         );
         refused_pair(&zeros(&q), &zeros(&k), &pattern);
     }
 }
 
-/// Strides of 0 make any size out of one row.
+/// Strides of 0 give one row any size.
 #[test]
 fn sizes_beyond_the_address_space() -> Result<()> {
     for dims in [[1 << 31, 1 << 31, 1 << 31, 8], [1 << 20, 1 << 20, 1 << 17, 8]] {

@@ -27,7 +27,7 @@ pub fn llama_with(args: &[&str], variables: &[(&str, &str)]) -> Output {
         binary.display()
     );
     let mut command = Command::new(binary);
-    // One backtrace-free line is promised even to those who ask for backtraces.
+    // One line without a backtrace is promised even if RUST_BACKTRACE is set.
     command
         .args(args)
         .env("RUST_BACKTRACE", "1")
@@ -43,7 +43,7 @@ pub fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
-/// Runs a command that must succeed with `--json`, and returns what it wrote there.
+/// Runs a command with `--json`, which must succeed, and returns the JSON.
 pub fn report(name: &str, args: &[&str]) -> Value {
     let file = Fixture::get().path(&format!("{name}.json"));
     let output = llama(&[args, &["--json", &file]].concat());
@@ -64,7 +64,7 @@ pub fn assert_error(args: &[&str], parts: &[&str]) {
     assert!(output.stdout.is_empty(), "{args:?}: {}", text(&output.stdout));
 }
 
-/// [`assert_error`] of what has run, which may have printed.
+/// [`assert_error`] for a command that has run, and may have printed before.
 pub fn assert_failed(args: &[&str], output: &Output, parts: &[&str]) {
     let stderr = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{args:?}: {stderr}");

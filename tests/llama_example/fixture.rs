@@ -26,10 +26,11 @@ pub const EPSILON: f32 = 1e-5;
 
 const SPECIAL: [&str; 2] = ["<|im_start|>", "<|im_end|>"];
 const MERGES: [(&str, &str); 3] = [("t", "h"), ("th", "e"), ("Ġ", "the")];
-const CHAT_TEMPLATE: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'].strip() + \
-                             '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+const CHAT_TEMPLATE: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + \
+                             message['content'].strip() + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt \
+                             %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
-/// The folder with everything in it, made once per test run.
+/// The folder with all files, made once per test run.
 pub struct Fixture {
     pub folder: PathBuf,
 }
@@ -217,7 +218,7 @@ pub fn gguf_name(name: &str) -> String {
     gguf
 }
 
-/// GGUF's names, and its order of the rows of q and k: the halves of each head interleaved.
+/// A tensor under its GGUF name, with the rows of q and k in GGUF's order: the halves of each head interleaved.
 fn gguf_tensor(name: &str, tensor: &Tensor) -> (String, Tensor) {
     let gguf = gguf_name(name);
     if !name.contains("q_proj") && !name.contains("k_proj") {
@@ -265,7 +266,7 @@ pub fn gguf_metadata(architecture: &str) -> Vec<(String, Value)> {
     metadata.map(|(key, value)| (key.to_string(), value)).into()
 }
 
-/// In the order of their names; vectors stay f32.
+/// Tensors ordered by name; vectors stay f32.
 pub fn gguf_tensors(weights: &HashMap<String, Tensor>, dtype: GgmlDType) -> Vec<(String, QTensor)> {
     let mut names: Vec<_> = weights.keys().collect();
     names.sort();

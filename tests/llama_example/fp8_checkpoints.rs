@@ -1,4 +1,4 @@
-//! Folders whose weights are FP8 values with scales, or quantized in ways that are not read.
+//! Folders with FP8 weights and their scales, and folders quantized in ways that the example does not read.
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::{json, Value};
@@ -8,7 +8,7 @@ use crate::hf_checkpoints::folder;
 use crate::plain_llama::frequencies;
 use crate::{assert_logits, assert_refused, random, Tensors};
 
-/// FP8 values, their scales of shape `shape` for blocks of `block`, and what they mean.
+/// FP8 values, their scales for blocks of `block`, and the weights that these mean.
 fn quantize(weight: &Tensor, block: [usize; 2]) -> (Tensor, Tensor, Tensor) {
     let (rows, columns) = weight.dims2().unwrap();
     let values = weight.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -36,7 +36,8 @@ fn quantize(weight: &Tensor, block: [usize; 2]) -> (Tensor, Tensor, Tensor) {
     (small, scales, tensor(meant))
 }
 
-/// Every matrix of the layers in FP8, with scales per `block` under `suffix`: what is stored, and what is meant.
+/// Every matrix of the layers in FP8, with scales per `block` under `suffix`: the stored tensors, and the weights they
+/// mean.
 fn in_fp8(suffix: &str, block: [usize; 2], reshape: impl Fn(Tensor) -> Tensor) -> (Tensors, Tensors) {
     let (mut stored, mut meant) = (fixture::weights(), fixture::weights());
     for (name, weight) in fixture::weights() {
@@ -98,13 +99,13 @@ fn fp8_weights_are_scaled_by_matrix_row_and_block() {
     ];
     for (suffix, block, reshape, quantization) in cases {
         let (mut stored, meant) = in_fp8(suffix, block, reshape);
-        // How activations and cached keys would be rounded is not read.
+        // Scales of activations and cached keys are not read.
         stored.insert("model.layers.0.mlp.up_proj.input_scale".into(), random(&[1], 2));
         stored.insert("model.layers.1.self_attn.k_scale".into(), random(&[1], 2));
         let model = folder("fp8", &stored, json!({"quantization_config": quantization}));
         assert_logits(&model, &meant, frequencies());
     }
-    // Without a word about quantization: a scale is a scale, and values without one are what they are.
+    // Without `quantization_config`, a scale still scales, and values without a scale are taken as they are.
     let (stored, meant) = in_fp8("_scale", [WHOLE, WHOLE], one);
     assert_logits(&folder("fp8", &stored, json!({})), &meant, frequencies());
     let mut plain = fixture::weights();

@@ -77,7 +77,7 @@ fn frequencies_are_scaled_as_llama_cpp_scales_them() {
     ] {
         assert_logits(&with_keys(&format!("rope_{name}"), &keys), &weights, frequencies());
     }
-    // One factor per frequency, and the common one on top.
+    // One factor per frequency, times the common one.
     let own: Vec<f32> = (0..HEAD_DIM / 2).map(|i| 1.0 + i as f32).collect();
     let own = [("rope_freqs.weight", Tensor::new(own, &Device::Cpu).unwrap())];
     let linear = [(KIND, word("linear")), (FACTOR, four())];
@@ -206,7 +206,7 @@ fn tensors_and_keys_that_nothing_reads_are_refused_by_name() {
     assert_logits(&with_keys("harmless", &harmless), &fixture::weights(), frequencies());
 }
 
-/// The file with the 4 bytes `behind` the name of a tensor changed to `value`.
+/// The file with 4 bytes, `behind` bytes after the name of a tensor, changed to `value`.
 fn patched(name: &str, tensor: &str, behind: usize, value: u32) -> String {
     let model = with_keys(name, &[]);
     let mut bytes = fs::read(&model).unwrap();
@@ -222,7 +222,7 @@ fn patched(name: &str, tensor: &str, behind: usize, value: u32) -> String {
 
 #[test]
 fn what_is_not_supported_says_what_it_is() {
-    // Behind a matrix's name: the number of axes, two axes of 8 bytes, the type.
+    // After a matrix's name: the number of axes, two axes of 8 bytes, the type.
     for (kind, name) in [
         (20, "IQ4_NL"),
         (9, "Q8_1"),
@@ -305,7 +305,7 @@ fn sizes_beyond_what_the_file_holds_are_refused_before_they_cost_memory() {
 
 type Metadata = Vec<(String, Value)>;
 
-/// The fixture in parts, with the metadata in the first; `change` may spoil a part's own.
+/// The fixture in parts, with the metadata in the first; `change` may damage a part's own metadata.
 fn split(folder: &str, parts: usize, change: impl Fn(usize, &mut Metadata)) -> PathBuf {
     let folder = PathBuf::from(Fixture::get().path(folder));
     let _ = fs::remove_dir_all(&folder);

@@ -10,7 +10,7 @@ use crate::fixture::{self, Fixture, HEADS, HEAD_DIM, HIDDEN, INNER, KV_HEADS};
 use crate::plain_llama::frequencies;
 use crate::{assert_logits, assert_refused, random, with_biases, Tensors};
 
-/// A folder with these tensors, and the fixture's config with these keys on top; null takes a key out.
+/// A folder with these tensors, and the fixture's config with these keys changed; null removes a key.
 pub fn folder(name: &str, tensors: &Tensors, keys: Value) -> String {
     let folder = PathBuf::from(Fixture::get().path(name));
     fs::create_dir_all(&folder).unwrap();
@@ -165,7 +165,7 @@ fn keys_that_change_what_is_computed_are_refused_by_name() {
         "is_causal": true, "rope_scaling": null, "attention_bias": false
     });
     assert_logits(&config("harmless", harmless), &fixture::weights(), frequencies());
-    // `folder` takes null for a key's absence: these nulls are written.
+    // `folder` removes a key that is null, so these nulls are written here.
     let path = PathBuf::from(config("nulls", json!({}))).join("config.json");
     let mut nulls = fixture::config();
     for key in [
@@ -312,7 +312,7 @@ fn sizes_beyond_what_the_file_holds_are_refused_before_they_cost_memory() {
             "context length: expected 1 to",
         ),
     ] {
-        // The head dimension is the file's, whatever the other sizes.
+        // The head dimension comes from the file, independent of the other sizes.
         let mut keys = json!({"head_dim": HEAD_DIM});
         keys[key] = value;
         assert_refused(&config("sizes", keys), &[part]);

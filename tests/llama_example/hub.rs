@@ -1,4 +1,4 @@
-//! A hub of a folder's files on this machine, and what it says instead of some of them.
+//! A hub on this machine that serves a folder's files, or other answers for some of them.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -7,22 +7,22 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-/// What the hub says of a file.
+/// The hub's answer for a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
     Status(u16),
-    /// Nothing, for as long as the client waits.
+    /// No answer, for as long as the client waits.
     Silence,
 }
 
 pub struct Hub {
     pub endpoint: String,
-    /// Names of files that were asked for.
+    /// Names of requested files.
     asked: Arc<Mutex<Vec<String>>>,
 }
 
 impl Hub {
-    /// Serves `folder` under any model id, with 404 for what it does not have.
+    /// Serves `folder` under any model id, with 404 for files that it lacks.
     pub fn serve(folder: &Path, answers: &[(&'static str, Answer)]) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());

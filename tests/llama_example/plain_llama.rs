@@ -1,4 +1,4 @@
-//! A Llama in f64 without tricks: what a checkpoint's logits must be.
+//! A plain Llama in f64: the expected logits of a checkpoint.
 
 use std::collections::HashMap;
 
@@ -43,7 +43,7 @@ impl PlainLlama {
         }
     }
 
-    /// `x · Wᵀ`, and the bias where there is one.
+    /// `x · Wᵀ`, plus the bias if there is one.
     fn linear(&self, path: &str, x: &[f64]) -> Vec<f64> {
         let mut y: Vec<f64> = self.weights[&format!("{path}.weight")]
             .chunks(x.len())

@@ -1,5 +1,5 @@
-//! A Llama that says what it is told: after each token of a sequence comes the next one. With any tokens, as a GGUF
-//! file or a folder.
+//! A Llama that recites a given sequence: after each token comes the next one. With any tokens, as a GGUF file or a
+//! folder.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -32,7 +32,7 @@ pub struct Tokens {
 }
 
 impl Tokens {
-    /// A token for each byte, as byte-level BPE writes it, then these.
+    /// A token for each byte, as byte-level BPE writes it, followed by these.
     pub fn bytes_and(more: &[(&str, i32)]) -> Self {
         let mut alphabet: Vec<String> = ByteLevel::alphabet().into_iter().map(String::from).collect();
         alphabet.sort();
@@ -66,7 +66,8 @@ impl Tokens {
     }
 }
 
-/// The weights of a model that says `sequence` to its end, and then its first token; each token at most once.
+/// The weights of a model that recites `sequence` to its end, then the vocabulary's first token; each token occurs at
+/// most once in `sequence`.
 pub fn says(vocabulary: usize, sequence: &[u32]) -> HashMap<String, Tensor> {
     let hidden = vocabulary.next_multiple_of(HEAD_DIM);
     let cpu = &Device::Cpu;
@@ -103,7 +104,7 @@ pub fn says(vocabulary: usize, sequence: &[u32]) -> HashMap<String, Tensor> {
     weights
 }
 
-/// One number of a weight is another.
+/// Replaces one number of a weight.
 pub fn damage(weights: &mut HashMap<String, Tensor>, name: &str, index: usize, value: f32) {
     let tensor = &weights[name];
     let mut values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -171,7 +172,7 @@ pub fn tokenizer_json(tokens: &Tokens, merges: &[(&str, &str)]) -> serde_json::V
             "vocab": vocab, "merges": merges.iter().map(|(a, b)| [a, b]).collect::<Vec<_>>()}})
 }
 
-/// A GGUF file; `metadata` is added to what every Llama has, and takes the place of what it names again.
+/// A GGUF file; `metadata` is added to the keys of every Llama, and replaces keys of the same name.
 pub fn write_gguf(
     name: &str,
     weights: &HashMap<String, Tensor>,
@@ -205,7 +206,7 @@ pub fn write_gguf(
     let all: Vec<(&str, &Value)> = all.iter().map(|(key, value)| (*key, value)).collect();
     let tensors: Vec<(String, QTensor)> = weights
         .iter()
-        // Queries and keys are zeros, so that the order of their rows is no matter.
+        // Queries and keys are zeros, so the order of their rows does not matter.
         .map(|(name, tensor)| (gguf_name(name), QTensor::quantize(tensor, GgmlDType::F32).unwrap()))
         .collect();
     let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();

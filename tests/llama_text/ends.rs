@@ -1,4 +1,4 @@
-//! Which generated tokens are printed, and which end a text.
+//! The generated tokens that are printed, and those that end a text.
 
 use candle_core::quantized::gguf_file::Value;
 use serde_json::json;
@@ -119,7 +119,7 @@ fn broken_characters_are_replaced_and_end_nothing() {
             .collect::<Vec<_>>(),
     );
     let level = Tokens::bytes_and(&[]);
-    // Byte-level BPE has its own letters for the bytes C3, A9, E2 and 82.
+    // Byte-level BPE writes the bytes C3, A9, E2 and 82 as letters of its own.
     let written = |name: &str| match name {
         "C3" => "Ã".into(),
         "A9" => "©".into(),
@@ -132,7 +132,7 @@ fn broken_characters_are_replaced_and_end_nothing() {
         (&["a", "C3", "A9", "E2", "x"], "aé\u{fffd}x"),
         (&["a", "A9", "x"], "a\u{fffd}x"),
         (&["a", "C3", "E2", "82", "x", "y"], "a\u{fffd}\u{fffd}xy"),
-        // The end comes in the middle of a character.
+        // The text ends in the middle of a character.
         (&["a", "x", "E2", "82"], "ax\u{fffd}"),
     ] {
         let limit = (names.len() - 1).to_string();

@@ -1,4 +1,4 @@
-//! The llama example's text: tokenizers, chat templates, what ends a text, and tokens printed as they come.
+//! The llama example's text: tokenizers, chat templates, ends of texts, and tokens printed as they come.
 
 #[allow(dead_code)]
 #[path = "../llama_example/binary.rs"]
@@ -52,7 +52,7 @@ fn string(text: &str) -> Value {
     Value::String(text.into())
 }
 
-/// What greedy generation prints after a prompt, and how many tokens it takes at most.
+/// The text that greedy generation prints after a prompt.
 fn say(model: &str, prompt: &str, more: &[&str]) -> String {
     let args = ["generate", "--model", model, "--prompt", prompt, "--dense"];
     let output = llama(&[&args[..], &["--max-tokens", "20"], more].concat());
@@ -60,7 +60,7 @@ fn say(model: &str, prompt: &str, more: &[&str]) -> String {
     text(&output.stdout)
 }
 
-/// A GGUF file of bytes and these tokens, with a way to split text.
+/// A GGUF file of byte tokens and these, whose pre-tokenizer is named `pre`.
 fn split_by(pre: &str, tokens: &Tokens, merges: &[&str], more: &[(&str, Value)]) -> String {
     let metadata = [
         ("tokenizer.ggml.pre", string(pre)),

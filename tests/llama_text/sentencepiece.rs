@@ -1,4 +1,4 @@
-//! SentencePiece's vocabularies in GGUF files.
+//! SentencePiece vocabularies in GGUF files.
 
 use candle_core::quantized::gguf_file::Value;
 
@@ -7,7 +7,7 @@ use crate::script::{says, write_gguf, Tokens, CONTROL, NORMAL, UNKNOWN};
 use crate::stream::TextStream;
 use crate::{byte_tokens, open, say, string};
 
-/// A SentencePiece vocabulary whose merges are few enough to follow by hand: `bc` first, then `ab`, `▁a`, `abc`, `▁ab`.
+/// A SentencePiece vocabulary with few enough merges to follow by hand: `bc` first, then `ab`, `▁a`, `abc`, `▁ab`.
 fn pieces_of_sentencepiece() -> (Tokens, Value) {
     let mut tokens = Tokens::of(&[("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL)]);
     tokens.add(
@@ -67,7 +67,7 @@ fn sentencepiece_files_merge_by_score() {
         let names: Vec<&str> = ids.iter().map(|id| tokens.names[*id as usize].as_str()).collect();
         assert_eq!(names, expected, "{text}");
     }
-    // A text comes back as it went in.
+    // Encoding and decoding give the same text.
     for text in ["abc", " a b", "é\nab"] {
         let ids = spaced.encode(text, true).unwrap();
         assert_eq!(spaced.text.tokenizer.decode(&ids, true).unwrap(), text);
@@ -118,7 +118,7 @@ fn streams_say_what_whole_texts_do() {
     for text in ["abc", "a b  c", "  é ab\n\nc", "€", "a\u{1F600}b é"] {
         let ids = checkpoint.encode(text, true).unwrap();
         for first in 0..ids.len() {
-            // Cut anywhere between characters: what came before is continued.
+            // A cut between any two characters: the stream continues the text before it.
             let before = tokenizer.decode(&ids[..first], true).unwrap();
             if before.contains('\u{fffd}') || !text.starts_with(&before) {
                 continue;

@@ -134,7 +134,7 @@ fn a_files_way_to_split_reaches_its_text() {
         ],
     );
 
-    // A word that is a token needs no merges, in these models only; and Qwen composes characters.
+    // In these models only, a word that is a token needs no merges; and Qwen composes characters.
     let words = Tokens::bytes_and(&[("abc", NORMAL)]);
     let model = |pre| open(&split_by(pre, &words, &[], &[]));
     assert_eq!(model("llama-bpe").encode("abc", false).unwrap(), [words.id("abc")]);

@@ -71,7 +71,7 @@ fn bos_is_added_where_the_checkpoint_says_and_never_twice() {
     );
 }
 
-/// A template that writes BOS gets no second one from the tokenizer.
+/// If a template writes BOS, the tokenizer adds no second one.
 #[test]
 fn a_templates_own_bos_is_the_only_one() {
     let tokens = Tokens::bytes_and(&[("<s>", CONTROL)]);

@@ -1,4 +1,4 @@
-//! [`CompressedAttention`] against the functions it calls, and heads with settings of their own against heads alone.
+//! [`CompressedAttention`] against the functions it calls, and heads with their own settings against each head alone.
 
 use anyhow::Result;
 use candle_core::{DType, IndexOp, Tensor};
@@ -51,7 +51,7 @@ fn the_module_is_the_function() -> Result<()> {
     Ok(())
 }
 
-/// Call i uses the seed plus i, wherever the counting starts over.
+/// Call i uses the seed plus i, wrapping around.
 #[test]
 fn each_call_draws_another_mask() -> Result<()> {
     let [q, k, v] = SHAPE.qkv(3, DType::F32)?;
@@ -70,7 +70,7 @@ fn each_call_draws_another_mask() -> Result<()> {
     assert_same(&module.forward_with_plan(&q, &k, &v)?.0, &expected(dropout(0))?)?;
     assert_same(&module.forward_with_loss(&q, &k, &v)?.output, &expected(dropout(1))?)?;
     assert_ne!(bits(&expected(dropout(0))?)?, bits(&expected(dropout(1))?)?);
-    // A clone counts for itself.
+    // A clone counts its own calls.
     assert_same(&clone.forward(&q, &k, &v)?, &expected(dropout(u64::MAX))?)?;
     assert_same(&module.clone().forward(&q, &k, &v)?, &expected(dropout(2))?)?;
 
@@ -83,14 +83,14 @@ fn each_call_draws_another_mask() -> Result<()> {
     Ok(())
 }
 
-/// Codes as they may come: one row for all batch rows, or a row each.
+/// Strategy codes: one row for all batch rows, or a row each.
 fn tables() -> Result<[Vec<u32>; 2]> {
     let row = STRATEGIES.map(MergeStrategy::code).to_vec();
     Ok([row, vec![0, 1, 2, 0, 2, 0, 1, 1]])
 }
 
-/// Each (batch row, query head) of a call, with strategies and thresholds of their own, against that head alone with
-/// a uniform strategy and the threshold in the configuration.
+/// Each (batch row, query head) of a call, with its own strategy and threshold, against that head alone with a uniform
+/// strategy and the threshold in the configuration.
 #[test]
 fn a_head_is_what_it_is_alone() -> Result<()> {
     let Shape(batch, heads, kv_heads, ..) = SHAPE;

@@ -1,4 +1,4 @@
-//! `forward_cached` against `forward` over the whole sequence, for any chunking, and what it refuses.
+//! `forward_cached` against `forward` over the whole sequence, for any chunking, and its refusals.
 
 use anyhow::Result;
 use candle_core::{DType, Tensor};
@@ -36,7 +36,7 @@ fn layer(config: CompressionConfig, sizes: SelfAttentionConfig, dtype: DType) ->
     Ok(trainable(sizes, attention, dtype)?.0)
 }
 
-/// All rows of xs (B, N, hidden) through one cache, in chunks of these sizes, the last one repeated.
+/// All rows of xs (B, N, hidden) through one cache, in chunks of these sizes; the last size repeats.
 fn in_chunks(layer: &CompressedSelfAttention, xs: &Tensor, chunks: &[usize]) -> Result<Tensor> {
     let mut cache = layer.attention().new_cache(CacheOptions::default())?;
     let (mut rows, mut start, tokens) = (Vec::new(), 0, xs.dim(1)?);
@@ -85,7 +85,7 @@ fn an_attentions_own_options_reach_the_cache() -> Result<()> {
     let attention = CompressedAttention::new(uniform(MergeStrategy::Similarity), generous(), options)?;
     let [q, k, v] = [(1, 4), (2, 2), (3, 2)].map(|(seed, heads)| random(seed, &[2, heads, 30, 6], DType::F64));
     let (q, k, v) = (q?, k?, v?);
-    // The first call of a fresh module draws with the seed as it is; so does every cached call.
+    // The first call of a fresh module draws with the plain seed, and so does every cached call.
     let whole = attention.clone().forward(&q, &k, &v)?;
     let mut cache = attention.new_cache(CacheOptions::default())?;
     let mut rows = Vec::new();

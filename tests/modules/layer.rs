@@ -1,4 +1,4 @@
-//! [`CompressedSelfAttention`] against the same layer written out, and as a module.
+//! [`CompressedSelfAttention`] against the same layer in plain operations, and as a module.
 
 use std::collections::HashMap;
 
@@ -17,7 +17,8 @@ fn attention(options: AttentionOptions) -> candle_core::Result<CompressedAttenti
     CompressedAttention::new(HeadStrategies::per_head(STRATEGIES.into()), generous(), options)
 }
 
-/// Turns x (B, H, N, D) element by element: entries first and second of each pair by position * theta^(-2 pair / D).
+/// Rotates x (B, H, N, D) element by element: the first and second entries of each pair by position * theta^(-2 pair /
+/// D).
 fn turned(x: &Tensor, rotary: Option<RotaryConfig>) -> Result<Tensor> {
     let Some(RotaryConfig { theta, layout, .. }) = rotary else {
         return Ok(x.clone());
@@ -39,7 +40,7 @@ fn turned(x: &Tensor, rotary: Option<RotaryConfig>) -> Result<Tensor> {
     Ok(Tensor::from_vec(data, x.dims(), x.device())?.to_dtype(x.dtype())?)
 }
 
-/// The layer with candle's operations and [`compressed_attention`]: output, loss, and how many tokens it hid.
+/// The layer in candle's operations and [`compressed_attention`]: its output, loss, and hidden tokens.
 fn by_hand(
     xs: &Tensor,
     sizes: &SelfAttentionConfig,
@@ -78,7 +79,7 @@ fn plain(vars: &VarMap) -> HashMap<String, Tensor> {
         .collect()
 }
 
-/// Trained weights and plain ones: they take different ways through the rotary embedding.
+/// Tracked and untracked weights: they take different paths through the rotary embedding.
 #[test]
 fn a_layer_is_what_it_is_made_of() -> Result<()> {
     let xs = random(1, &[2, 21, 12], DType::F32)?;
@@ -123,7 +124,7 @@ fn a_layer_is_a_module() -> Result<()> {
     for module in modules {
         assert_same(&module.forward(&xs)?, &output)?;
     }
-    // Only the layer with the sink gave its loss to it, and forward_with_loss gives it to the caller alone.
+    // Only the layer with the sink puts its loss there, and forward_with_loss returns it to the caller instead.
     sunk.forward_with_loss(&xs)?;
     let taken = sink.take()?.expect("one layer has run");
     assert_same(&taken, &loss.expect("there are pairs"))?;

@@ -11,11 +11,11 @@ use crate::common::inputs::{assert_close, values, Shape};
 use crate::{generous, uniform, CPU};
 
 const SHAPE: Shape = Shape(2, 4, 2, 30, 8);
-/// Per (batch row, query head). Nothing of the second batch row or of the second KV head's similarity head qualifies.
+/// Per (batch row, query head). In the second batch row no pair qualifies, nor in the second KV head's similarity head.
 const CODES: [[u32; 4]; 2] = [[0, 1, 2, 0], [1, 2, 0, 1]];
 const THRESHOLDS: [[f64; 4]; 2] = [[0.4, 0.3, 0.0, 1e-9], [1e-9; 4]];
 
-/// Which part of the whole one rank has: starts and counts of batch rows and KV heads.
+/// The part of one rank: starts and counts of batch rows and KV heads.
 #[derive(Clone, Copy)]
 struct Part {
     batch: (usize, usize),
@@ -117,7 +117,7 @@ fn terms_of_parts_add_up() -> Result<()> {
     Ok(())
 }
 
-/// Where nothing qualifies on one rank, its own loss would divide by its pairs: the sums must come first.
+/// If no pair qualifies on one rank, its own loss would divide by its pairs: the sums must come first.
 #[test]
 fn terms_are_divided_after_the_sum() -> Result<()> {
     let [q, k, _] = SHAPE.qkv(5, DType::F64)?;

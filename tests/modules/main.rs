@@ -1,4 +1,4 @@
-//! The modules and the loss as a user wires them: layers, sinks, heads with strategies of their own, split models.
+//! The modules and the loss as a user wires them: layers, sinks, heads with their own strategies, split models.
 
 mod attention;
 mod cached;
@@ -68,7 +68,7 @@ fn random(seed: u64, dims: &[usize], dtype: DType) -> Result<Tensor> {
     Tensor::from_vec(data, dims, CPU)?.to_dtype(dtype)
 }
 
-/// A layer whose weights are Vars, the same for the same sizes.
+/// A layer whose weights are Vars; the same sizes give the same weights.
 fn trainable(
     sizes: SelfAttentionConfig,
     attention: CompressedAttention,

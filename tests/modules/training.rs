@@ -1,4 +1,4 @@
-//! The compression loss trains the projections it comes from.
+//! The compression loss trains the projections before its cosines.
 
 use anyhow::Result;
 use candle_core::{DType, Tensor, Var};
@@ -34,8 +34,8 @@ fn slope(var: &Var, direction: &Tensor, loss: impl Fn() -> Result<f64>) -> Resul
     Ok(difference / (2.0 * step))
 }
 
-/// Every weight and bias before the cosines gets the gradient that finite differences give, through the rotary
-/// embedding too (whose fused kernels would cut it); those after them get none.
+/// Every weight and bias before the cosines gets the gradient that finite differences give, also through the rotary
+/// embedding (whose fused kernels would cut it); weights after the cosines get none.
 #[test]
 fn the_loss_reaches_the_projections() -> Result<()> {
     let xs = random(1, &[2, 19, 12], DType::F64)?;

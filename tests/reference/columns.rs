@@ -1,4 +1,4 @@
-//! Which columns a row sees, and what bias and dropout do to them.
+//! The columns that a row sees, and the effect of bias and dropout on them.
 
 use anyhow::Result;
 use candle_core::{Device, Tensor, D};
@@ -59,7 +59,7 @@ fn dropout_follows_its_words_and_its_probability() {
     assert!((0..10_000).all(|column| keeps(0.0, column)));
 }
 
-/// Ordinary attention in candle's own operations, with a keep-mask of 0 and 1 / (1 - p) on the weights.
+/// Ordinary attention in candle's own operations, with a mask of 0 and 1 / (1 - p) on the weights.
 fn dense(qkv: &[Array4; 3], scale: f64, bias: Option<&Tensor>, keep: Option<&Tensor>) -> Result<Vec<f64>> {
     let [b, h, n, d] = qkv[0].dims;
     let repeat = |x: &Array4| -> Result<Tensor> {
@@ -122,8 +122,8 @@ fn without_bits_it_is_ordinary_attention_with_bias_and_dropout() -> Result<()> {
     Ok(())
 }
 
-/// Under Drop, hiding a token is the same as a bias of minus infinity in the rows that it has left the window of: so
-/// bias and dropout are indexed by token, not by the place a column has among the visible ones.
+/// Under Drop, hiding a token equals a bias of minus infinity in the rows whose window it has left. So bias and dropout
+/// are indexed by token, not by a column's place among the visible ones.
 #[test]
 fn drop_is_a_mask_so_bias_and_dropout_go_by_token() -> Result<()> {
     let rng = &mut StdRng::seed_from_u64(5);

@@ -13,7 +13,7 @@ use rand::{rngs::StdRng, SeedableRng};
 
 use crate::{assert_close, bits, no_bits, random, random_bits, random_qkv, tensor};
 
-/// A head of one dimension and five tokens, the bits given: which rows are NaN.
+/// The NaN rows of a head of one dimension and five tokens, with given bits.
 fn nan_rows(fold: Fold, window: usize, m: &str, qkv: &[Array4; 3], bias: Option<Tensor>) -> Result<String> {
     let config = CompressionConfig {
         fold,
@@ -53,16 +53,17 @@ fn non_finite_tokens_reach_the_rows_that_see_them_and_no_other() -> Result<()> {
             let rows = |fold, window, m| nan_rows(fold, window, m, &with(which, bad), None);
             assert_eq!(rows(Fold::Drop, 0, "0000")?, ".NNNN");
             assert_eq!(rows(Fold::Drop, 3, "0000")?, ".NNNN");
-            // Token 1 is hidden: seen as long as it is in the window or its edge.
+            // Token 1 is hidden: rows see it while it is in their window or is their edge.
             assert_eq!(rows(Fold::Drop, 0, "0100")?, ".N...");
             assert_eq!(rows(Fold::Drop, 1, "0100")?, ".NN..");
             assert_eq!(rows(Fold::Drop, 3, "0100")?, ".NNNN");
-            // PairSum passes it on to token 2, and no further when token 2 is hidden too; Mean passes it down the chain.
+            // PairSum passes the NaN on to token 2, but no further if token 2 is hidden too; Mean passes it along the
+            // chain.
             assert_eq!(rows(Fold::PairSum, 0, "0100")?, ".NNNN");
             assert_eq!(rows(Fold::PairSum, 0, "0110")?, ".NN..");
             assert_eq!(rows(Fold::Mean, 0, "0110")?, ".NNNN");
         }
-        // A query is read by its own row, and under PairSum by the row it is folded into.
+        // Its own row reads a query, and under PairSum also the row it is folded into.
         assert_eq!(nan_rows(Fold::Drop, 0, "0100", &with(0, bad), None)?, ".N...");
         assert_eq!(nan_rows(Fold::Mean, 0, "0100", &with(0, bad), None)?, ".N...");
         assert_eq!(nan_rows(Fold::PairSum, 0, "0110", &with(0, bad), None)?, ".NN..");
@@ -71,7 +72,7 @@ fn non_finite_tokens_reach_the_rows_that_see_them_and_no_other() -> Result<()> {
     Ok(())
 }
 
-/// NaN or not, what no row reads changes nothing: the finite rows keep their values to the bit.
+/// A NaN in a column that a row does not see does not change that row by a bit.
 #[test]
 fn rows_that_do_not_see_a_nan_are_untouched() -> Result<()> {
     let rng = &mut StdRng::seed_from_u64(7);
@@ -101,18 +102,18 @@ fn rows_that_do_not_see_a_nan_are_untouched() -> Result<()> {
 fn bias_of_minus_infinity_hides_columns_and_a_row_without_any_is_zeros() -> Result<()> {
     let rng = &mut StdRng::seed_from_u64(8);
     let qkv = random_qkv(rng, [1, 1, 1, 5, 2]);
-    // Columns 0 and 1 are hidden from all rows.
+    // The bias hides columns 0 and 1 from all rows.
     let hidden = f64::NEG_INFINITY;
     let bias = Tensor::new(&[hidden, hidden, 0.0, 0.0, 0.0], &Device::Cpu)?;
     assert_eq!(nan_rows(Fold::Drop, 0, "0000", &qkv, Some(bias.clone()))?, "00...");
-    // A bias does not stop a NaN: the row still sees the column.
+    // A finite bias does not stop a NaN: the row still sees the column.
     let mut bad = qkv.clone();
     bad[1].row_mut(0, 0, 1)[0] = f64::NAN;
     assert_eq!(nan_rows(Fold::Drop, 0, "0000", &bad, Some(bias))?, "0NNNN");
     Ok(())
 }
 
-/// The dtype's least number as a mask: a row of nothing else is the softmax of equal logits.
+/// The dtype's least number as a mask: a row that has nothing else is the softmax of equal logits.
 #[test]
 fn a_finite_bias_of_any_size_hides_nothing_by_itself() -> Result<()> {
     let rng = &mut StdRng::seed_from_u64(10);
@@ -133,7 +134,7 @@ fn a_finite_bias_of_any_size_hides_nothing_by_itself() -> Result<()> {
     Ok(())
 }
 
-/// Rows without a column send nothing, whatever gradient comes to them.
+/// A row without a visible column sends no gradient, for any gradient that comes to it.
 #[test]
 fn a_row_that_sees_nothing_sends_no_gradient() -> Result<()> {
     let rng = &mut StdRng::seed_from_u64(11);
@@ -152,8 +153,8 @@ fn a_row_that_sees_nothing_sends_no_gradient() -> Result<()> {
     Ok(())
 }
 
-/// A hidden token neither comes back inside its neighbour nor takes a visible one with it: such pairs are not merged, and
-/// a plan that hides tokens all the same is refused.
+/// A token that a bias hides must not come back inside its neighbour, nor a visible one vanish with it: such pairs are
+/// not merged, and a plan that hides tokens all the same is refused.
 #[test]
 fn a_bias_of_minus_infinity_keeps_pairs_apart() -> Result<()> {
     let mut k = Array4::zeros([1, 1, 6, 2]);
@@ -176,7 +177,7 @@ fn a_bias_of_minus_infinity_keeps_pairs_apart() -> Result<()> {
     };
     refuses("segment", attention(&k, &k, &k, &m, &config, &options));
     attention(&k, &k, &k, &no_bits([1, 1, 5]), &config, &options)?;
-    // A causal mask says nothing about what a row sees.
+    // A causal mask hides no column that a row would see.
     let causal: Vec<f64> = (0..36)
         .map(|i| if i % 6 > i / 6 { f64::NEG_INFINITY } else { 0.0 })
         .collect();
@@ -188,7 +189,7 @@ fn a_bias_of_minus_infinity_keeps_pairs_apart() -> Result<()> {
     Ok(())
 }
 
-/// Gradients of a row with NaN reach what the row read, and nothing else.
+/// The gradients of a NaN row reach the tokens that the row read, and no others.
 #[test]
 fn nan_gradients_stay_with_what_their_row_read() -> Result<()> {
     let rng = &mut StdRng::seed_from_u64(9);
@@ -228,7 +229,7 @@ fn arrays_come_from_any_float_dtype_and_any_strides() -> Result<()> {
     Ok(())
 }
 
-/// Every refusal names the argument, and none is a panic.
+/// Asserts an error that names the argument.
 fn refuses<T>(name: &str, result: candle_core::Result<T>) {
     let message = match result {
         Ok(_) => panic!("{name} was accepted"),
@@ -316,7 +317,7 @@ fn tensors_that_do_not_fit_are_errors_that_name_them() -> Result<()> {
     Ok(())
 }
 
-/// Empty axes have no rows to compute, and are no reason to panic.
+/// Empty axes have no rows, and cause no panic.
 #[test]
 fn empty_axes_give_empty_results() -> Result<()> {
     let (config, options) = (CompressionConfig::default(), AttentionOptions::default());

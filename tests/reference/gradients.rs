@@ -73,7 +73,13 @@ proptest! {
         let bits = random_bits(rng, [b, h, n - 1]);
         let bias = case.bias.then(|| tensor(&random(rng, [1, h, n, n]))).transpose().unwrap();
         let config = CompressionConfig { fold: case.fold, window: case.window.unwrap_or(0), ..Default::default() };
-        let options = AttentionOptions { softmax_scale: Some(1.3), causal: case.window.is_some(), dropout: case.dropout, bias, ..Default::default() };
+        let options = AttentionOptions {
+            softmax_scale: Some(1.3),
+            causal: case.window.is_some(),
+            dropout: case.dropout,
+            bias,
+            ..Default::default()
+        };
 
         let objective = |q: &Array4, k: &Array4, v: &Array4| -> f64 {
             let output = attention(q, k, v, &bits, &config, &options).unwrap();
@@ -91,7 +97,7 @@ fn mixed_strategies() -> HeadStrategies {
     HeadStrategies::per_head(vec![Similarity, Difference, Off, Difference])
 }
 
-/// The loss with the divisors that `fixed` gives: M and P are constants to the gradient.
+/// The loss with the divisors of `fixed`: M and P are constants to the gradient.
 fn loss_at(q: &Array4, k: &Array4, strategies: &HeadStrategies, config: &CompressionConfig, fixed: LossTerms) -> f64 {
     let squared = compression_loss(q, k, strategies, config).unwrap().unwrap().squared;
     LossTerms { squared, ..fixed }.value(config.loss_factor, config.loss_normalizer)
@@ -140,7 +146,7 @@ fn loss_gradient_below_the_norm_floor_has_no_projection() -> Result<()> {
     let (_, dk) = compression_loss_gradients(&q, &k, &strategies, &config)?;
     let numeric = numeric_gradient(&k, 1e-16, |k| loss_at(&q, k, &strategies, &config, fixed));
     assert!(dk.data[..3].iter().all(|g| g.abs() > 1e10), "{:?}", &dk.data[..3]);
-    // The loss is a quadratic here, so the step costs no accuracy; only its rounding does.
+    // The loss is quadratic here, so the step costs no accuracy; only its rounding does.
     assert_close("dk", &dk.data[..3], &numeric[..3], 1e-8);
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The reference where the golden cases do not reach; a module for each kind of question.
+//! The reference beyond the golden cases; one module for each subject.
 
 mod columns;
 mod edges;

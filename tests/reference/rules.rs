@@ -1,4 +1,4 @@
-//! Which tokens merge, and who can see it.
+//! The tokens that merge, and the rows that can see it.
 
 use anyhow::Result;
 use candle_sfattention::reference::{
@@ -32,7 +32,7 @@ fn causal_rule_bounds_runs_and_compares_with_their_start() {
     assert_eq!(causal_rule(7, 20, |_, _| true), bits("1111111"));
     assert_eq!(causal_rule(7, 3, |_, _| true), bits("1110111"));
     assert_eq!(causal_rule(7, 1, |_, _| true), bits("1010101"));
-    // Tokens resemble others at most two places away: a run of two, then its start is out of reach.
+    // Tokens resemble others at most two places away: a run has two tokens, then its start is out of reach.
     assert_eq!(causal_rule(7, 20, |a, p| a - p <= 2), bits("1101101"));
     assert_eq!(causal_rule(7, 20, |a, p| a - p <= 2 && p != 3), bits("1100110"));
     assert!(causal_rule(0, 20, |_, _| true).is_empty());
@@ -58,7 +58,7 @@ fn reference_rule_numbers_runs_looks_ahead_and_couples_heads() {
     assert_eq!(coupled[1], bits("001100"));
 }
 
-/// Tokens that turn slowly, so that neighbours often resemble each other and now and then do not.
+/// Tokens that turn slowly: neighbours often resemble each other, and sometimes do not.
 fn slow_walk(rng: &mut StdRng, dims: [usize; 4]) -> Array4 {
     let mut walk = random(rng, dims);
     let (n, d) = (dims[2], dims[3]);
@@ -164,7 +164,7 @@ fn unanimous_bits_are_shared_and_need_every_head() -> Result<()> {
     let with = |group_rule| CompressionConfig {
         group_rule,
         difference_threshold: 0.8,
-        // No run, so that the bits of a head do not depend on each other beyond their left neighbour.
+        // No runs, so that a bit depends on no other bit than its left neighbour.
         max_merge_level: 1,
         ..Default::default()
     };
