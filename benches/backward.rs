@@ -1,7 +1,8 @@
-//! Forward and backward attention on the CPU against candle's plain operations with autograd, in one run:
-//! `cargo bench --bench backward`; with SFATTENTION_PYTHON=python3 (one that has torch) against PyTorch's SDPA too. The
-//! output's gradient is ones for all: what else would make one is not attention's time. candle adds every gradient to a
-//! tensor of zeros, which in halves is much of a call; rows that have their turns with ours time that alone.
+//! Forward and backward attention on the CPU against candle's plain operations with autograd, in one run: `cargo bench
+//! --bench backward`; with SFATTENTION_PYTHON=python3 (one that has torch) against PyTorch's SDPA too.
+//!
+//! The output's gradient is ones for all, because making another one is not attention's time. candle adds every
+//! gradient to a tensor of zeros, which in halves is much of a call; rows that run in turns with ours time that alone.
 
 mod common;
 
@@ -32,7 +33,7 @@ const HALVES: [(DType, &str, &str); 2] = [
 ];
 const SHAPES: [(usize, usize); 3] = [(1024, 64), (4096, 64), (4096, 128)];
 
-/// What [`gradients`] gives.
+/// The names of the results of [`gradients`].
 const NAMES: [&str; 3] = ["dq", "dk", "dv"];
 
 /// dq, dk, dv of the sum of all of `output`.
@@ -65,7 +66,7 @@ fn bench_shape(criterion: &mut Criterion, pytorch: &mut Option<PyTorch>, folder:
     let nothing = &shape.plan(0, &CompressionConfig::default())?;
     let plain = || plain_with_gradients(&tensors, &mask);
     let theirs = || gradients(&plain()?, &vars);
-    // Under weights that differ: a row's gradients of logits would cancel under ones.
+    // With unequal weights: under ones, a row's gradients of logits would cancel.
     let weighted = |output: Tensor| gradients(&(output * &weights)?, &vars);
     let verified = weighted(run(&vars, nothing)?)?;
     for (name, (ours, theirs)) in NAMES.iter().zip(verified.iter().zip(weighted(plain()?)?)) {
@@ -88,7 +89,7 @@ fn bench_shape(criterion: &mut Criterion, pytorch: &mut Option<PyTorch>, folder:
         let halves = [half(&vars[0], dtype)?, half(&vars[1], dtype)?, half(&vars[2], dtype)?];
         let narrow = gradients(&(run(&halves, nothing)? * weights.to_dtype(dtype)?)?, &halves)?;
         for (name, (narrow, wide)) in NAMES.iter().zip(narrow.iter().zip(&verified)) {
-            // Gradients are up to about 5; the inputs were rounded too.
+            // Gradients reach about 5, and the inputs were rounded too.
             verify_within(name, &narrow.to_dtype(DType::F32)?, wide, 0.1)?;
         }
         group.bench_function(name, |bencher| bencher.iter(|| ours(&halves, nothing)));

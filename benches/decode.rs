@@ -1,9 +1,10 @@
 //! One decoding step on the CPU against candle's own, in one run: `cargo bench --bench decode`.
 //!
-//! Decoding reads every kept key and value once, so the peer of last resort is a large copy on the same threads.
+//! Decoding reads every kept key and value once, so a large copy on the same threads is the last peer.
 //!
-//! What lost: halves widened into buffers, a tile at a time (2.2 and 2.1 times the time in bf16 and f16, 8 heads of 64, one
-//! thread; with 4 query heads a KV head 1.35 and 1.3). There products of queries and keys are bound by arithmetic.
+//! Rejected: halves widened into buffers, a tile at a time. It took 2.2 and 2.1 times the time in bf16 and f16 (8 heads
+//! of 64, one thread). With 4 query heads a KV head it took 1.35 and 1.3: there arithmetic limits the products of
+//! queries and keys.
 
 mod common;
 
@@ -21,7 +22,8 @@ use rayon::prelude::*;
 const FLASH: &str = "candle-nn CPU flash, q_len 1";
 const PLAIN: &str = "candle KvCache + matmul softmax";
 const COPY: &str = "copy of 256 MiB";
-/// Tokens that resemble their left neighbour per one that does not, what keys and values are stored in, the row's name.
+/// How many tokens resemble their left neighbour for each one that does not, the dtype of stored keys and values, and
+/// the row's name.
 const ROWS: [(usize, DType, &str); 5] = [
     (0, DType::F32, "ours, r = 0"),
     (1, DType::F32, "ours, r = 0.5"),
@@ -85,7 +87,7 @@ fn filled(shape: &Shape, (chain, storage): (usize, DType), k: &Tensor, v: &Tenso
     Ok(cache)
 }
 
-/// Heads share keys by broadcasting: the group is an axis of its own.
+/// Plain attention; heads share keys by broadcasting, with an axis for the group.
 fn plain(shape: &Shape, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
     let Shape {
         batch,
@@ -105,7 +107,7 @@ fn flash(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
     flash_attn::<f32>(q, k, v, scale, AttnMask::None, None, None)
 }
 
-/// Times steps at this context: the cache grows by the steps timed, a few hundred entries at most, and is filled anew
+/// Times steps at this context. The cache grows by the timed steps, at most a few hundred entries, and is filled anew
 /// for every row.
 fn bench_ours(
     group: &mut BenchmarkGroup<criterion::measurement::WallTime>,
@@ -120,7 +122,7 @@ fn bench_ours(
         let mut running = cache.clone();
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
-                // A clone is a copy of the store: only when it has grown by 1 %.
+                // A clone copies the store, so the cache is cloned only after it has grown by 1 %.
                 if running.seq_len() > shape.context + shape.context / 100 {
                     running = cache.clone();
                 }
@@ -163,7 +165,8 @@ fn bench_shape(bench: &mut Bench, shape: Shape) -> Result<Vec<(String, usize)>> 
     Ok(kept)
 }
 
-/// Reads and writes 256 MiB in all threads: what this machine's memory gives, in bytes read per second and written.
+/// Reads and writes 256 MiB in all threads: the memory speed of this machine, in bytes read plus bytes written per
+/// second.
 fn bench_copy(bench: &mut Bench) {
     let source = vec![1u8; 256 << 20];
     let mut target = vec![0u8; source.len()];

@@ -1,28 +1,34 @@
 //! Forward attention on the CPU against candle's own and PyTorch's, in one run: `cargo bench --bench forward`; with
-//! SFATTENTION_PYTHON=python3 (one that has torch) PyTorch's rows too. What is compared with rows of our own has its turns
+//! SFATTENTION_PYTHON=python3 (one that has torch) PyTorch's rows too. Rows that are compared with our own run in turns
 //! with them. Leaves plots of time against tokens and against the hidden ratio next to criterion's results.
 //!
-//! What lost: the gemm crate for the products of a tile. A product of our own (4 by 6 AVX-512 registers, nothing packed)
-//! first took 1.00 to 1.11 times its time, in tiles of 128 rows by 512 columns. In tiles of 64 by 64 forward reached 72 %
-//! of what the gemm crate reaches alone, no more than before (N=4096, D=64, one thread), and 83 % once every buffer that is
-//! read by registers began at a cache line (a register in two lines takes two reads), exponentials used fused multiply-adds
-//! and only hidden tokens had edges; the three were not timed one by one. Tiles of 32, 48, 96, 192 and 512 columns
-//! were slower, or no faster; so were blocks of 128 rows. Asking for the output's cache lines before a block's tiles gained
-//! 2 % at most. Observed mass with its sinks in lanes of the window's panels that a row does not look at, so that three
-//! panels are multiplied in place of four, gained 2 % at D=64 and nothing at 128.
-//! Asking for the rows of strided views 4, 16 or 24 rows ahead in place of 8, for every other cache line only, or into L2
-//! changed nothing: 1.05 of contiguous in all. Nor did asking for the rows of edges ahead, nor for the next block's queries
-//! and this one's output rows a few lines at a time between the products of tiles (1.00 to 1.02 of the time without). What
-//! had looked like waiting for memory there were loops of one number at a time: in registers four fifths hidden took 0.94.
-//! Keys of strided views read where they are, in place of a copy by head: 1.15 to 1.26. Where memory asks for that,
-//! copying them tile by tile took 1.1 to 1.2 of the time of whole heads, pointers to rows 0.97 to 1.05 (contiguous; 1.14
-//! with pair sums at D=128). All threads on one head, the next one gathered ahead: 1.03 to 1.07 of a head to each thread.
-//! Columns gathered block by block as rows come to see them, the next block's keys, values and queries asked for between the
-//! products of tiles: 0.99 to 1.01 (what gathering and queries then took less, the products took more). A line of each page
-//! asked for 40 rows ahead: 1.00. More than half of what views cost is looking pages up, of which each head touches all: with
-//! pages of 2 MiB they took 1.03 in place of 1.05.
-//! The columns that all rows see past the last whole tile in one tile with those that some see: 1.00. The window's band by
-//! 32 rows in tiles of 64 columns, in place of 64 rows and 16 columns: 1.01 to 1.04.
+//! Rejected, with the time relative to the code that stayed, or the speed relative to the gemm crate alone:
+//!
+//! 1. The gemm crate for the products of a tile. Our own product (4 by 6 AVX-512 registers, nothing packed) first took
+//!    1.00 to 1.11 times its time, in tiles of 128 rows by 512 columns. In tiles of 64 by 64 the forward reached 72 %
+//!    of the gemm crate's speed alone, as before (N=4096, D=64, one thread). It reached 83 % after three changes, which
+//!    were not timed one by one: every buffer that registers read begins at a cache line (a register in two lines takes
+//!    two reads), exponentials use fused multiply-adds, and only hidden tokens have edges.
+//! 2. Tiles of 32, 48, 96, 192 and 512 columns, and blocks of 128 rows: slower, or no faster.
+//! 3. Prefetching the output's cache lines before a block's tiles: at most 2 % faster.
+//! 4. Observed mass with its sinks in unused lanes of the window's panels, so that three panels are multiplied instead
+//!    of four: 2 % faster at D=64, no faster at 128.
+//! 5. Prefetching the rows of strided views 4, 16 or 24 rows ahead instead of 8, for every other cache line only, or
+//!    into L2: no change, 1.05 of contiguous in all.
+//! 6. Prefetching the rows of edges, or the next block's queries and this block's output rows a few lines at a time
+//!    between the products of tiles: 1.00 to 1.02. The time there was not memory's, but that of loops over single
+//!    numbers: in registers, four fifths hidden took 0.94.
+//! 7. Keys of strided views read in place instead of a copy by head: 1.15 to 1.26.
+//! 8. Copies tile by tile: 1.1 to 1.2 of the time of whole heads. Pointers to rows: 0.97 to 1.05 (contiguous; 1.14 with
+//!    pair sums at D=128). All threads on one head with the next head gathered ahead: 1.03 to 1.07 of a head to each
+//!    thread.
+//! 9. Columns gathered block by block as rows come to see them, with the next block's keys, values and queries
+//!    prefetched between the products of tiles: 0.99 to 1.01. The products took the time that gathering and queries
+//!    saved.
+//! 10. Prefetching a line of each page 40 rows ahead: 1.00. More than half of the cost of views is looking up pages,
+//!     and each head touches all of them: with pages of 2 MiB views took 1.03 instead of 1.05.
+//! 11. The columns that all rows see past the last whole tile, in one tile with those that some rows see: 1.00.
+//! 12. The window's band by 32 rows in tiles of 64 columns, instead of 64 rows and 16 columns: 1.01 to 1.04.
 
 mod common;
 
@@ -59,20 +65,20 @@ const WINDOWED: [(usize, &str); 3] = [
 const CACHED: &str = "ours, r = 0, through the cache";
 const DECIDE: &str = "ours, deciding only (KeyKey)";
 const OBSERVED: &str = "ours, deciding only (observed)";
-/// Reading, folding, edges and writing: what a row costs whatever it sees.
+/// Reading, folding, edges and writing: the cost of a row apart from products.
 const NO_PRODUCTS: &str = "ours, all hidden: no products";
-/// The same with an eighth of the folding: what the other seven cost is between the two.
+/// The same with an eighth of the folding; the difference is the cost of the other seven eighths.
 const FOLDED_ONCE: &str = "ours, all hidden, one KV head";
 const STRIDED: &str = "ours, r = 0, (B, N, H, D) views";
 const GROUPED: &str = "ours, r = 0, 4 heads a KV head";
 const BF16: &str = "ours, r = 0, bf16";
 const F16: &str = "ours, r = 0, f16";
 const HALVES: [(&str, DType); 2] = [(BF16, DType::BF16), (F16, DType::F16)];
-/// What the gemm crate reaches at its best, through candle.
+/// The best speed of the gemm crate, through candle.
 const GEMM: &str = "gemm alone, 2048 cubed";
 const GEMM_SIZE: usize = 2048;
 const ONE_THREAD: &str = "ours, r = 0, 1 thread";
-/// How far an output in halves may be from f32 of the same inputs.
+/// The allowed difference between an output in halves and f32 of the same inputs.
 const HALF_BOUND: f32 = 0.02;
 
 struct Bench {
@@ -145,7 +151,7 @@ fn cached([q, k, v]: &[Tensor; 3]) -> Result<Tensor> {
     cache.append_and_attend(q, k, v, &AttentionOptions::default())
 }
 
-/// What else there is of ours, against nothing hidden: ratios, windows, layouts, halves, the cache, one thread, deciding; and
+/// Our other rows, in turns with nothing hidden: ratios, windows, layouts, halves, the cache, one thread, deciding; and
 /// the gemm crate alone.
 fn turns(shape: Shape) -> Result<()> {
     let qkv = &shape.qkv()?;
@@ -160,7 +166,7 @@ fn turns(shape: Shape) -> Result<()> {
     let everything = &shape.plan_of(|_| true, &plain)?;
     let options = &AttentionOptions::default();
     let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
-    // Their thresholds depend on the model; the time does not depend on them.
+    // Thresholds depend on the model; the time does not depend on thresholds.
     let thresholds = Tensor::full(0.01f64, shape.heads, q.device())?;
     let scored = strategies.clone().with_thresholds(&thresholds)?;
     let mut turns = Turns::new();
@@ -215,7 +221,7 @@ fn turns(shape: Shape) -> Result<()> {
     Ok(())
 }
 
-/// How much of the gemm crate's own speed causal attention reaches, of their times in turns.
+/// Prints the share of the gemm crate's speed that causal attention reaches, from their times in turns.
 fn print_gemm_share(shape: Shape, ratios: &[(&str, f64)]) {
     if let Some((_, gemm)) = ratios.iter().find(|(name, _)| *name == GEMM) {
         let pairs = (shape.tokens * (shape.tokens + 1) / 2) as f64;

@@ -1,6 +1,6 @@
 //! Peak memory of attention beyond its inputs: ours, candle's and PyTorch's, `cargo bench --bench memory`; with
-//! SFATTENTION_PYTHON=python3 (one that has torch) PyTorch's column too. The allocator counts ours and candle's exactly;
-//! PyTorch's is the growth of its process (resolution 4 KiB, thread pools warmed up).
+//! SFATTENTION_PYTHON=python3 (one that has torch) PyTorch's column too. The allocator counts ours and candle's
+//! exactly; PyTorch's is the growth of its process (resolution 4 KiB, thread pools warmed up).
 
 mod common;
 
@@ -14,7 +14,7 @@ use peak_alloc::PeakAlloc;
 static ALLOCATOR: PeakAlloc = PeakAlloc;
 
 const MIB: f64 = 1024.0 * 1024.0;
-/// N×N in f32 for 8 heads takes 8 GiB at 16384: candle's plain operations end below that.
+/// N×N in f32 for 8 heads takes 8 GiB at 16384: candle's plain operations stop below that.
 const LONGEST_PLAIN: usize = 8192;
 /// candle's flash takes minutes above this.
 const LONGEST_FLASH: usize = 8192;
@@ -27,7 +27,7 @@ const HIDDEN: [fn(usize) -> bool; 4] = [
     |token| token % 5 < 4,
 ];
 
-/// Bytes held at the peak of `call` beyond what was held before it; its result is included.
+/// Bytes held at the peak of `call` in addition to those held before it; its result is included.
 fn peak<T>(call: impl FnOnce() -> Result<T>) -> Result<f64> {
     let before = ALLOCATOR.current_usage();
     ALLOCATOR.reset_peak_usage();
@@ -42,7 +42,7 @@ fn cell(value: Option<f64>) -> String {
 }
 
 struct Row {
-    /// One of each of [`HIDDEN`].
+    /// One for each of [`HIDDEN`].
     ours: [f64; 4],
     plain: Option<f64>,
     flash: Option<f64>,
@@ -90,7 +90,7 @@ fn views(shape: Shape) -> Result<[Tensor; 3]> {
     Ok([view(q)?, view(k)?, view(v)?])
 }
 
-/// The peak of `of` each output of ours, one of each of [`HIDDEN`].
+/// The peak of `of` applied to our output, one for each of [`HIDDEN`].
 fn peaks<T>([q, k, v]: &[Tensor; 3], shape: Shape, of: impl Fn(Tensor) -> Result<T>) -> Result<[f64; 4]> {
     let mut peaks = [0.0; 4];
     for (bytes, hidden) in peaks.iter_mut().zip(HIDDEN) {
@@ -100,7 +100,7 @@ fn peaks<T>([q, k, v]: &[Tensor; 3], shape: Shape, of: impl Fn(Tensor) -> Result
     Ok(peaks)
 }
 
-/// Outputs alone; fails where one takes more than itself, as much again, and a few MiB a thread.
+/// Peaks of outputs alone; fails if one takes more than twice the output and a few MiB a thread.
 fn outputs(qkv: &[Tensor; 3], shape: Shape) -> Result<[f64; 4]> {
     let ours = peaks(qkv, shape, Ok)?;
     let tensor = (shape.heads * shape.tokens * shape.dim * 4) as f64 / MIB;
@@ -157,7 +157,7 @@ fn main() -> Result<()> {
         let shape = shape(tokens);
         forward(&mut pytorch, shape)?.print(&shape.name(), shape);
     }
-    // Few heads: what is gathered of one is a good part of what they are.
+    // With few heads, the gathered columns of one are a large part of the total.
     for heads in [1, 2, 5] {
         let few = Shape { heads, ..shape(32768) };
         forward(&mut pytorch, few)?.print(&few.name(), few);

@@ -1,6 +1,6 @@
-"""Times PyTorch's flash attention on the shapes of examples/bench_gpu.rs and prints the same lines; and the published
-SFAttention algorithm as it is formulated there: tests of all levels, sweeps, folded tensors and an N x N softmax, forward
-only, up to N = 4096 (its matrices would not fit beyond).
+"""Times PyTorch's flash attention on the shapes of examples/bench_gpu.rs and prints the same lines. Also times the
+published SFAttention algorithm as published: tests of all levels, sweeps, folded tensors and an N x N softmax, forward
+only, up to N = 4096 (larger matrices would not fit).
 
 Run: python3 benches/pytorch_gpu.py [LONGEST [SHORTEST [PARTS]]] (N, and some of attention,published,decode; all by
 default). Needs a CUDA device and PyTorch 2.5 or newer.
@@ -121,7 +121,10 @@ def decode(batch, heads, kv_heads, tokens, dim, copy):
     seconds = timed(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=heads != kv_heads))
     speed = 4 * batch * kv_heads * tokens * dim / seconds / 1e12
     shape = name(batch, heads, kv_heads, tokens, dim)
-    print(f"{'decode':<17} {shape}        {seconds * 1e3:>9.3f} ms {speed:>7.3f} TB/s {100 * speed / copy:>5.1f}% of a copy")
+    print(
+        f"{'decode':<17} {shape}        {seconds * 1e3:>9.3f} ms {speed:>7.3f} TB/s "
+        f"{100 * speed / copy:>5.1f}% of a copy"
+    )
 
 
 def main():

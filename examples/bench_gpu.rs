@@ -1,17 +1,18 @@
-//! Verifies, then times attention on a CUDA device: forward, forward and backward, and decoding, as TFLOP/s and TB/s and
-//! as a share of what this device does in a plain matrix product and a plain copy, both measured first.
+//! Verifies, then times attention on a CUDA device: forward, forward and backward, and decoding, in TFLOP/s and TB/s
+//! and as a share of this device's speed in a plain matrix product and a plain copy, which are measured first.
 //!
-//! `cargo run --release --features cuda --example bench_gpu [LONGEST [SHORTEST [PARTS]]]` (N, and some of
-//! decide,attention,decode; these by default; and deterministic: both passes with one owner per sum; and cold: what first
-//! calls wait for, before anything else). The same lines for PyTorch's flash attention: `python3 benches/pytorch_gpu.py`.
+//! `cargo run --release --features cuda --example bench_gpu [LONGEST [SHORTEST [PARTS]]]`: the longest and shortest N,
+//! and some of decide,attention,decode (the default), deterministic (both passes with one owner per sum), and cold (the
+//! time of first calls, measured before anything else). `python3 benches/pytorch_gpu.py` prints the same lines for
+//! PyTorch's flash attention.
 //!
-//! `CUDA_CACHE_DISABLE=1 bench_gpu 0 0 cold` is a process that finds nothing in the driver's cache.
+//! `CUDA_CACHE_DISABLE=1 bench_gpu 0 0 cold` runs in a process that finds nothing in the driver's cache.
 //!
-//! Memory that is freed stays with the process, as PyTorch's allocator has it; with `SFA_GIVE_BACK` set it goes back to the
-//! driver whenever the host waits, which is what candle leaves at the driver's default.
+//! Freed memory stays with the process, as with PyTorch's allocator. With `SFA_GIVE_BACK` set it goes back to the
+//! driver whenever the host waits, which is the driver's default, and candle's.
 //!
-//! FLOPs count what ordinary causal attention would need (4·B·H·N²·D/2 forward, 2.5 times that backward), whatever is
-//! hidden, so that lines of one shape compare as times do.
+//! FLOPs are those of ordinary causal attention (4·B·H·N²·D/2 forward, 2.5 times that backward), even if tokens are
+//! hidden, so that lines of one shape compare as their times do.
 
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, Var, D};
@@ -21,7 +22,7 @@ use candle_sfattention::{
 };
 use std::time::Instant;
 
-/// What a plain kernel reaches here.
+/// The speeds of plain kernels on this device.
 struct Ceilings {
     /// TFLOP/s of an 8192-cubed bf16 product.
     product: f64,
@@ -38,7 +39,7 @@ struct Shape {
     dim: usize,
 }
 
-/// The seconds of one call, the median of five rounds, after a warm-up.
+/// Seconds of one call: the median of five rounds, after a warm-up.
 fn time(device: &Device, mut call: impl FnMut() -> Result<()>) -> Result<f64> {
     call()?;
     device.synchronize()?;
@@ -57,8 +58,8 @@ fn time(device: &Device, mut call: impl FnMut() -> Result<()>) -> Result<f64> {
     Ok(rounds[2])
 }
 
-/// Lets the device's pool keep what is freed. Else the driver takes memory back whenever the host waits, and the next call
-/// pays for mapping it again.
+/// Lets the device's pool keep freed memory. Otherwise the driver takes it back whenever the host waits, and the next
+/// call pays for mapping it again.
 fn keep_memory(device: &Device) -> Result<()> {
     use candle_core::cuda_backend::cudarc::driver::{result, sys};
     let context = device.as_cuda_device()?.cuda_stream().context().clone();
@@ -104,7 +105,7 @@ impl Shape {
         Ok([one(self.heads)?, one(self.kv_heads)?, one(self.kv_heads)?])
     }
 
-    /// A plan that hides about a share of all tokens, the same for every head.
+    /// A plan that hides about this share of all tokens, the same ones in every head.
     fn plan(&self, qkv: &[Tensor; 3], share: f64, options: &AttentionOptions) -> Result<MergePlan> {
         let [q, k, v] = qkv;
         if share == 0.0 {
@@ -135,7 +136,7 @@ impl Shape {
     }
 }
 
-/// The device's bf16 result against the CPU's in f32, for every share hidden.
+/// Holds the device's bf16 result against the CPU's in f32, for every share hidden.
 fn verify(device: &Device) -> Result<()> {
     let options = AttentionOptions::default();
     for dim in [64, 128] {
@@ -167,11 +168,11 @@ fn verify(device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// Deciding alone, by both criteria of `pretrained()` and `calibrated()`.
+/// Times deciding alone, by the criteria of `pretrained()` and `calibrated()`.
 fn bench_decide(device: &Device, shape: Shape) -> Result<()> {
     let [q, k, v] = &shape.qkv(device, DType::BF16)?;
     let similar = HeadStrategies::uniform(MergeStrategy::Similarity);
-    // Scores of observed mass depend on the model: any threshold does here.
+    // Thresholds of observed mass depend on the model; any value does here.
     let thresholds = Tensor::full(0.01f64, shape.heads, &Device::Cpu)?;
     let scored = similar.clone().with_thresholds(&thresholds)?;
     let rules = [
@@ -186,8 +187,8 @@ fn bench_decide(device: &Device, shape: Shape) -> Result<()> {
     Ok(())
 }
 
-/// How long the first call of each kind takes, most of which the driver spends on compiling kernels it has not met, and how
-/// long the same call takes again. candle's own kernels have run before.
+/// Times the first call of each kind, which the driver mostly spends on compiling kernels that it has not met, and the
+/// same call again. candle's own kernels have run before.
 fn bench_cold(device: &Device, dim: usize) -> Result<()> {
     let shape = Shape {
         batch: 1,
@@ -246,7 +247,7 @@ fn bench_cold(device: &Device, dim: usize) -> Result<()> {
     Ok(())
 }
 
-/// What candle's own backward pass adds to that of one op: ones for the output's gradient, and the op's gradients, each
+/// Times what candle's backward pass adds to one op's: the output's gradient of ones, and the op's gradients, each
 /// added to zeros.
 fn bench_candle(device: &Device, shape: Shape) -> Result<()> {
     let qkv = shape.qkv(device, DType::BF16)?;
@@ -287,7 +288,7 @@ fn bench_both(device: &Device, ceilings: &Ceilings, shape: Shape, share: f64, de
     let [q, k, v] = [&qkv[0], &qkv[1], &qkv[2]].map(Var::from_tensor);
     let (q, k, v) = (q?, k?, v?);
     let seconds = time(device, || {
-        // The output's gradient is ones, without a reduction over the output.
+        // The output's gradient is ones; there is no reduction over the output.
         attend(&q, &k, &v, &plan, &options)?.backward()?;
         Ok(())
     })?;
@@ -309,7 +310,7 @@ fn print_line(what: &str, shape: &Shape, share: f64, seconds: f64, tflop: f64, c
     );
 }
 
-/// One token against a cache of `shape.tokens`, nothing hidden; bytes are those of keys and values.
+/// Times one token against a cache of `shape.tokens` with nothing hidden; the bytes are those of keys and values.
 fn bench_decode(device: &Device, ceilings: &Ceilings, shape: Shape) -> Result<()> {
     let strategies = HeadStrategies::uniform(MergeStrategy::Off);
     let mut cache = CompressedKvCache::new(strategies, config(), CacheOptions::default())?;
@@ -319,12 +320,12 @@ fn bench_decode(device: &Device, ceilings: &Ceilings, shape: Shape) -> Result<()
     let one = Shape { tokens: 1, ..shape }.qkv(device, DType::BF16)?;
     let mut step = || Ok(cache.append_and_attend(&one[0], &one[1], &one[2], &options).map(drop)?);
     let seconds = time(device, &mut step)?;
-    // What the host needs to enqueue a step, which is lost only where it is more than the device's time.
+    // The host's time to enqueue a step, which matters only if it exceeds the device's time.
     let start = Instant::now();
     (0..50).try_for_each(|_| step())?;
     let enqueued = start.elapsed().as_secs_f64() / 50.0;
     device.synchronize()?;
-    // Every timed step added a token: the bytes are those that were held halfway.
+    // Every timed step added a token, so the bytes are those held halfway.
     let held = (shape.tokens + cache.seq_len() - 50) / 2;
     let bytes = 4.0 * (shape.batch * shape.kv_heads * held * shape.dim) as f64;
     let speed = bytes / seconds / 1e12;

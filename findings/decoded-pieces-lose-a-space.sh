@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# tokenizers 0.23.3 with the decoder of SentencePiece models (Llama 2): the pieces that DecodeStream gives for what comes
-# after a prompt do not add up to the decoded whole: the first one lacks its leading space. And a run of byte tokens in
+# tokenizers 0.23.3 with the decoder of SentencePiece models (Llama 2): the pieces that DecodeStream gives after a
+# prompt do not add up to the decoded whole, because the first one lacks its leading space. And a run of byte tokens in
 # which one character is broken or unfinished loses its whole characters too.
 #
-#   findings/decoded-pieces-lose-a-space.sh     prints both, and fails should they be others
+#   findings/decoded-pieces-lose-a-space.sh     prints both, and fails if they are others
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT

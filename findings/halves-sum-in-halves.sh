@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# candle-core 0.11.1 on the CPU sums halves in halves, so that a sum ends where adding 1 no longer changes it, and its
+# candle-core 0.11.1 on the CPU sums halves in halves, so that a sum stops where adding 1 no longer changes it, and its
 # softmax does not add up to 1. So candle's own error in halves grows with the row, and is no yardstick.
 #
-#   findings/halves-sum-in-halves.sh     prints the sums, and fails should they be others
+#   findings/halves-sum-in-halves.sh     prints the sums, and fails if they are others
 set -euo pipefail
 lock=$(cd "$(dirname "$0")/.." && pwd)/Cargo.lock
 dir=$(mktemp -d)
@@ -29,7 +29,10 @@ fn main() -> Result<()> {
         // The softmax of equal logits, summed exactly.
         let weights = candle_nn::ops::softmax(&ones.zeros_like()?, D::Minus1)?.to_dtype(DType::F64)?;
         let sum = ones.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-        println!("{dtype:?}: 4096 ones add up to {sum}, a softmax of 4096 zeros to {}", weights.sum_all()?.to_scalar::<f64>()?);
+        println!(
+            "{dtype:?}: 4096 ones add up to {sum}, a softmax of 4096 zeros to {}",
+            weights.sum_all()?.to_scalar::<f64>()?
+        );
     }
     Ok(())
 }

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# safetensors 0.8.0 saves beside the file and renames: a link becomes a file and the file that it named keeps its old
-# content; the new file may be read by its owner alone, whatever the process's mask and the old file's permissions are.
+# safetensors 0.8.0 saves beside the file and renames. A link becomes a file, and the file that it named keeps its old
+# content. Only the owner may read the new file, independent of the process's mask and the old file's permissions.
 #
-#   findings/safetensors-replaces-links.sh     prints this, and fails should it be otherwise
+#   findings/safetensors-replaces-links.sh     prints this, and fails if it is otherwise
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT

@@ -1,6 +1,6 @@
-//! What the benches share: inputs, peers, and a table of ratios from criterion's own medians.
+//! Shared by the benches: inputs, peers, and a table of ratios from criterion's own medians.
 
-// Each bench is a crate of its own and uses a part of this.
+// Each bench is a crate of its own, and uses only a part of this module.
 #![allow(dead_code)]
 
 pub mod plot;
@@ -71,7 +71,7 @@ pub fn causal_mask(tokens: usize) -> Result<Tensor> {
     Tensor::from_vec(mask.collect(), (tokens, tokens), &Device::Cpu)
 }
 
-/// candle-nn's flash attention on the CPU, which wants (B, N, H, D).
+/// candle-nn's flash attention on the CPU, which takes (B, N, H, D).
 pub fn candle_flash([q, k, v]: &[Tensor; 3]) -> Result<Tensor> {
     let scale = 1.0 / (q.dim(D::Minus1)? as f32).sqrt();
     flash_attn::<f32>(q, k, v, scale, AttnMask::causal(), None, None)
@@ -83,12 +83,12 @@ pub fn token_major(qkv: &[Tensor; 3]) -> Result<[Tensor; 3]> {
     Ok([one(&qkv[0])?, one(&qkv[1])?, one(&qkv[2])?])
 }
 
-/// Fails unless two results agree to f32 rounding; NaN does not.
+/// Fails unless two results agree to f32 rounding; a NaN fails.
 pub fn verify(what: &str, ours: &Tensor, peer: &Tensor) -> Result<()> {
     verify_within(what, ours, peer, 1e-4)
 }
 
-/// Fails unless two results agree to `bound`; NaN does not.
+/// Fails unless two results agree to `bound`; a NaN fails.
 pub fn verify_within(what: &str, ours: &Tensor, peer: &Tensor, bound: f32) -> Result<()> {
     let difference = (ours - peer)?
         .abs()?
@@ -102,17 +102,17 @@ pub fn verify_within(what: &str, ours: &Tensor, peer: &Tensor, bound: f32) -> Re
     Ok(())
 }
 
-/// Removes rows that an earlier run left and this one may not measure.
+/// Removes rows of an earlier run that this run may not measure.
 pub fn forget(folder: &Path, functions: &[&str]) {
     for group in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         for function in functions {
-            // It need not be there.
+            // The folder may not exist.
             let _ = std::fs::remove_dir_all(group.path().join(function));
         }
     }
 }
 
-/// Criterion with its results in a folder of ours, so that the ratios can be read back.
+/// Criterion with its results in a folder of ours, from which the ratios are read.
 pub fn criterion(name: &str) -> (Criterion, PathBuf) {
     let target = std::env::var("CARGO_TARGET_DIR").unwrap_or_else(|_| "target".into());
     let folder = Path::new(&target).join("criterion").join(name);
@@ -125,7 +125,7 @@ pub fn criterion(name: &str) -> (Criterion, PathBuf) {
     (criterion, folder)
 }
 
-/// The median of one benchmark in seconds; None where this run did not measure it.
+/// The median of one benchmark in seconds; None if this run did not measure it.
 pub fn median(folder: &Path, group: &str, function: &str) -> Option<f64> {
     let clean = |name: &str| name.replace(['?', '"', '/', '\\', '*', '<', '>', ':', '|', '^'], "_");
     let file = folder

@@ -12,7 +12,7 @@ pub struct Line {
 
 type DrawResult = std::result::Result<(), Box<dyn std::error::Error>>;
 
-/// With `log` both axes are logarithmic. Draws nothing where there is nothing to draw.
+/// With `log` both axes are logarithmic. Without points it draws nothing.
 pub fn plot(path: &Path, title: &str, x: &str, y: &str, log: bool, lines: &[Line]) -> Result<()> {
     let points = || lines.iter().flat_map(|line| &line.points);
     let span = |value: fn(&(f64, f64)) -> f64| {

@@ -1,5 +1,5 @@
-//! PyTorch as a peer: `benches/pytorch.py --serve` under the interpreter that SFATTENTION_PYTHON names, asked between
-//! our own rows so that both meet the same noise.
+//! PyTorch as a peer: `benches/pytorch.py --serve` under the interpreter named by SFATTENTION_PYTHON, which is called
+//! between our own rows so that both meet the same noise.
 
 use super::Shape;
 use candle_core::{Error, Result};
@@ -15,7 +15,7 @@ pub struct PyTorch {
 }
 
 impl PyTorch {
-    /// None, and a line that says so, where SFATTENTION_PYTHON is not set.
+    /// None, with a printed line, if SFATTENTION_PYTHON is not set.
     pub fn start() -> Result<Option<Self>> {
         let Some(python) = std::env::var_os("SFATTENTION_PYTHON") else {
             println!("PyTorch's rows are left out: set SFATTENTION_PYTHON to a python3 that has torch");
@@ -51,7 +51,7 @@ impl PyTorch {
         })
     }
 
-    /// Files a median among criterion's, where [`super::median`] finds it.
+    /// Stores a median among criterion's, where [`super::median`] finds it.
     pub fn record(&mut self, folder: &Path, what: &str, name: &str, shape: Shape, dtype: &str) -> Result<()> {
         let file = folder.join(shape.name()).join(name).join("new/estimates.json");
         let seconds = self.ask(what, shape, dtype)?;
@@ -64,7 +64,7 @@ impl PyTorch {
 
 impl Drop for PyTorch {
     fn drop(&mut self) {
-        // Nothing is lost with it.
+        // The child has no state to lose.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

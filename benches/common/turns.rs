@@ -1,14 +1,14 @@
-//! Rows whose ratios matter, run in turns: what disturbs the machine for a while disturbs all of them.
+//! Rows whose ratios matter, run in turns, so that a disturbance of the machine meets all of them.
 
 use candle_core::Result;
 use std::time::{Duration, Instant};
 
-/// How often each row has its turn.
+/// Turns of each row.
 const ROUNDS: usize = 21;
-/// A turn is as many calls as fill this.
+/// A turn makes calls until this time is filled.
 const TURN: Duration = Duration::from_millis(30);
 
-/// Rows that are measured against the first one.
+/// Rows, measured against the first one.
 pub struct Turns<'r> {
     rows: Vec<(&'static str, Row<'r>)>,
 }
@@ -24,8 +24,8 @@ impl<'r> Turns<'r> {
         self.rows.push((name, Box::new(move || call().map(drop))));
     }
 
-    /// Prints each row's median, and the median of its ratios to what the first row took just before and just after, and
-    /// returns the ratios. With criterion's `--test` each row runs once and has none.
+    /// Prints each row's median, and the median of its ratios to the first row's times just before and just after it.
+    /// Returns the ratios. With criterion's `--test` each row runs once and has none.
     pub fn run(mut self, title: &str) -> Result<Vec<(&'static str, f64)>> {
         if std::env::args().any(|arg| arg == "--test") {
             self.rows.iter_mut().try_for_each(|(_, call)| call())?;

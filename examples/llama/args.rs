@@ -86,8 +86,8 @@ pub struct GenerateArgs {
 }
 
 impl GenerateArgs {
-    /// What the example does when it is given nothing: enough tokens for many to leave the window, not the likeliest
-    /// ones, which a model this small repeats.
+    /// The example's run without arguments: enough tokens for many to leave the window, and not the likeliest ones,
+    /// which a model this small repeats.
     pub fn demo() -> Self {
         match Cli::parse_from([
             "llama",
@@ -115,7 +115,7 @@ pub struct EvalArgs {
     /// Tokens per window; context - 1 of them are predicted.
     #[arg(long, default_value_t = 512)]
     pub context: usize,
-    /// How many consecutive windows, which do not overlap, to score; all that fit when left out, half of them with --spread.
+    /// How many consecutive windows to score, without overlap; all that fit when left out, half of them with --spread.
     #[arg(long)]
     pub windows: Option<usize>,
     /// Spread the windows evenly over the text instead of taking the first ones; none is one that `calibrate` reads.
@@ -163,8 +163,8 @@ pub struct CalibrateArgs {
 }
 
 impl CalibrateArgs {
-    /// The shares to try where none are named. They lie close together near 1: a head that looks at nothing but its window
-    /// hides nearly all of what has left it, and what it saves others may keep.
+    /// The default shares. They lie close together near 1: a head that attends its window only hides nearly all tokens
+    /// that have left it, and the entries that it saves may stay with other heads.
     pub const RATIOS: [f64; 24] = [
         0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95,
         0.97, 0.98, 0.99, 0.995,
@@ -174,10 +174,10 @@ impl CalibrateArgs {
 /// How errors are added up over layers and windows.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct WeightArgs {
-    /// What a layer's error is in proportion to.
+    /// The divisor of a layer's error.
     #[arg(long, value_enum, default_value_t = ErrorScale::Output, value_name = "NAME")]
     pub error_scale: ErrorScale,
-    /// How many times as much an error counts in a repeated window as in prose.
+    /// How much more an error counts in a repeated window than in prose.
     #[arg(long, default_value_t = 3.0, value_name = "X")]
     pub repeat_weight: f64,
 }
@@ -197,7 +197,7 @@ pub struct ReportArgs {
     /// The text to score, and to calibrate on other windows of.
     #[arg(long)]
     pub text: PathBuf,
-    /// The folder for tables, pictures, policies and what is measured so far. Policies that are there are used.
+    /// The folder for tables, pictures, policies and measurements so far. Policies that are there are used.
     #[arg(long, value_name = "FOLDER")]
     pub out: PathBuf,
     /// Tokens per window.
@@ -249,7 +249,7 @@ pub struct BenchArgs {
     /// Draw cache bytes against tokens of the longest prompt into this file.
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
-    /// How this program runs itself: one configuration per process, as a process has one peak of memory.
+    /// How this program runs itself: one configuration per process, since a process has one peak of memory.
     #[arg(long, hide = true, value_name = "TOKENS:NAME")]
     pub child: Option<Child>,
     #[command(flatten)]
@@ -267,7 +267,7 @@ pub struct Child {
     pub attention: Contender,
 }
 
-/// Whose attention `bench` measures.
+/// The attention that `bench` measures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Contender {
     Dense,

@@ -23,7 +23,7 @@ use crate::stats::{memory, mib, KvUse, Stats};
 /// The name of candle-transformers' rows.
 const CANDLE: &str = "candle";
 
-/// Bytes of text that hold a token at the least, with room to spare: what is cut off need not be tokenized.
+/// Bytes of text that surely hold a token: the text beyond them need not be tokenized.
 const BYTES_PER_TOKEN: usize = 16;
 
 #[derive(Serialize)]
@@ -44,12 +44,12 @@ struct Row {
     run: Run,
 }
 
-/// What a child process says.
+/// The output of a child process.
 #[derive(Serialize, Deserialize)]
 struct Run {
     #[serde(flatten)]
     stats: Stats,
-    /// Memory held when the weights were loaded and nothing was run.
+    /// Memory held after loading the weights, before the first run.
     loaded_rss_bytes: Option<u64>,
     /// Tokens and cache bytes after each chunk of the prompt.
     curve: Vec<(usize, usize)>,
@@ -86,7 +86,8 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     }
 }
 
-/// What to measure: prompts that leave room to decode, each dense and, where something merges, compressed.
+/// The configurations to measure: prompts that leave room to decode, each dense and, if the settings merge anything,
+/// compressed.
 fn configurations(args: &BenchArgs) -> Result<Vec<Child>> {
     ensure!(
         !args.prompts.contains(&0) && args.decode > 0,
@@ -107,7 +108,8 @@ fn configurations(args: &BenchArgs) -> Result<Vec<Child>> {
         if prompt > longest {
             writeln!(
                 stderr(),
-                "note: a prompt of {prompt} tokens and {} more exceed the model's context of {context}: {longest} are used",
+                "note: a prompt of {prompt} tokens and {} more exceed the model's context of {context}: {longest} are \
+                 used",
                 args.decode
             )?;
         }
@@ -181,7 +183,7 @@ fn measure(args: &BenchArgs, compression: Compression, child: Child) -> Result<R
     let (prompt, rest) = tokens.split_at(child.prompt);
     let new_session = || Session::cached(&model, &args.cache.options(), args.cache.prefill_chunk);
     if !model.device().is_cpu() {
-        // Kernels are loaded when they are first used.
+        // Kernels load on first use.
         let mut warm_up = new_session()?;
         warm_up.prefill(prompt, |_| ())?;
         warm_up.step(rest[0])?;
@@ -199,7 +201,7 @@ fn measure(args: &BenchArgs, compression: Compression, child: Child) -> Result<R
     })
 }
 
-/// Runs each configuration as a process of its own, with this one's arguments.
+/// Runs each configuration in a process of its own, with this process's arguments.
 fn measure_all(configurations: &[Child], label: &str) -> Result<Vec<Row>> {
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} runs  {msg}  {elapsed}")?;
     let bar = ProgressBar::new(configurations.len() as u64).with_style(style);
@@ -241,7 +243,7 @@ fn measure_all(configurations: &[Child], label: &str) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// What a row is called in tables and plots.
+/// A row's name in tables and plots.
 fn shown(strategy: &str) -> &str {
     match strategy {
         "off" => "dense",

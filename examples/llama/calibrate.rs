@@ -59,7 +59,7 @@ fn outs(args: &CalibrateArgs) -> Result<Vec<PathBuf>> {
     Ok(outs)
 }
 
-/// Prose, and passages that are repeated.
+/// Windows of prose, and windows of repeated passages.
 pub fn windows(tokens: &[u32], context: usize, count: usize, repeats: usize) -> Result<Vec<Window>> {
     let prose = windows::spread(tokens, context, count, Purpose::Calibrate)?;
     let mut windows: Vec<Window> = prose.into_iter().map(Window::prose).collect();
@@ -93,7 +93,7 @@ pub fn measure(
                 visit(call, window)?;
                 nothing(call)
             })?;
-            // Scores of a model that computes NaN would be nonsense without a word.
+            // A model that computes NaN would give meaningless scores without an error.
             corpus::check(model, &hidden).with_context(|| format!("window {index}"))?;
             bar.inc(1);
         }
@@ -113,7 +113,7 @@ pub fn measure(
     Ok(measurement)
 }
 
-/// What a layer's errors are divided by.
+/// The divisor of a layer's errors.
 fn scale(scale: ErrorScale, call: &LayerCall) -> Result<f64> {
     let values = match scale {
         ErrorScale::None => return Ok(1.0),

@@ -17,7 +17,7 @@ use minijinja::{context, Environment, Error, ErrorKind};
 #[derive(Clone, Debug)]
 pub struct ChatTemplate {
     source: String,
-    /// `bos_token` and its kin: only those that the checkpoint has, as templates ask whether one is defined.
+    /// `bos_token` and other names, only those that the checkpoint has: templates test whether a name is defined.
     tokens: BTreeMap<String, Value>,
 }
 
@@ -34,12 +34,12 @@ impl ChatTemplate {
         self.tokens.insert(name.into(), token.into());
     }
 
-    /// As [`Self::name_token`], for a name of several tokens.
+    /// As [`Self::name_token`], for a name that stands for several tokens.
     pub fn name_tokens(&mut self, name: &str, tokens: Vec<String>) {
         self.tokens.insert(name.into(), tokens.into());
     }
 
-    /// The text of a conversation with one message of the user, up to where the assistant begins.
+    /// The text of a conversation with one message of the user, up to the start of the answer.
     pub fn render(&self, prompt: &str) -> Result<String> {
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);

@@ -1,4 +1,4 @@
-//! The compression flags, which the train example shares, and from them to one [`CompressedAttention`] per layer.
+//! The compression flags, shared with the train example, and one [`CompressedAttention`] per layer made from them.
 
 use std::fs;
 use std::path::Path;
@@ -34,8 +34,8 @@ pub struct CompressionArgs {
     #[arg(long, value_enum)]
     preset: Option<Preset>,
     /// similarity, difference or off for every head, or a JSON file: a policy that `calibrate` wrote, which brings its
-    /// parameters with it, or one entry per head (see below). Default: similarity with the preset pretrained, difference
-    /// with the others.
+    /// parameters with it, or one entry per head (see below). Default: similarity with the preset pretrained,
+    /// difference with the others.
     #[arg(long, value_name = "NAME_OR_FILE")]
     strategy: Option<String>,
     /// Plain attention: every head off.
@@ -111,10 +111,10 @@ fn by_name<T: DeserializeOwned>(name: &str) -> Result<T, String> {
     serde_json::from_value(Value::String(name.replace('-', "_"))).map_err(|error| error.to_string())
 }
 
-/// What the user asked for, before the model's shape is known.
+/// The user's settings, before the model's shape is known.
 pub struct Compression {
     pub config: CompressionConfig,
-    /// How it was named: a strategy or a file.
+    /// The name on the command line: a strategy or a file.
     pub label: String,
     strategies: Strategies,
 }
@@ -125,13 +125,13 @@ enum Strategies {
     Policy(Box<Policy>),
 }
 
-/// What a strategy file may be.
+/// The contents of a strategy file.
 enum File {
     Heads(StrategyFile),
     Policy(Box<Policy>),
 }
 
-/// One strategy, and where wanted one threshold, per layer and query head.
+/// One strategy, and optionally one threshold, per layer and query head.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct StrategyFile {
@@ -160,8 +160,8 @@ impl Compression {
                     let base = args.config(Preset::Pretrained);
                     ensure!(
                         args.preset.is_none() && base == CompressionConfig::pretrained(),
-                        "strategy {file}: expected no preset and no parameters beside a policy, whose thresholds are for \
-                         its own, got some; leave them out or calibrate with them"
+                        "strategy {file}: expected no preset and no parameters beside a policy, whose thresholds are \
+                         for its own, got some; leave them out or calibrate with them"
                     );
                     return Ok(Self {
                         config: policy.parts().config.clone(),
@@ -187,13 +187,14 @@ impl Compression {
         }
     }
 
-    /// Says so where a policy was made for other weights of the same shape.
+    /// Prints a note if a policy was made for other weights of the same shape.
     pub fn check_weights(&self, fingerprint: &str) {
         if let Strategies::Policy(policy) = &self.strategies {
             let expected = &policy.parts().fingerprint;
             if expected != fingerprint {
                 eprintln!(
-                    "note: strategy {}: the policy is for the weights {expected}, these are {fingerprint}; calibrate them",
+                    "note: strategy {}: the policy is for the weights {expected}, these are {fingerprint}; calibrate \
+                     them",
                     self.label
                 );
             }

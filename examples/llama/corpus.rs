@@ -1,4 +1,4 @@
-//! Windows of a text: plain ones and repeated ones, and what a model makes of them.
+//! Windows of a text, plain and repeated, and a model's likelihood of them.
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::model::Llama;
 /// Rows of logits held at once: 64 rows of 50k f32 are 12 MiB, and three such buffers live together.
 const LOGIT_ROWS: usize = 64;
 
-/// Tokens that a model reads, and those of them whose prediction counts.
+/// The tokens that a model reads; predictions from `first` on count.
 #[derive(Clone, Debug)]
 pub struct Window {
     pub tokens: Vec<u32>,
@@ -22,7 +22,7 @@ pub struct Window {
 }
 
 impl Window {
-    /// As it stands; all but its first token count.
+    /// The tokens as they are; all but the first count.
     pub fn prose(tokens: &[u32]) -> Self {
         Self {
             tokens: tokens.to_vec(),
@@ -49,7 +49,7 @@ impl Window {
         self.tokens.len() - self.first
     }
 
-    /// Summed negative log likelihood of what counts, given the hidden states `(1, N, hidden)`.
+    /// The summed negative log likelihood of the tokens that count, given the hidden states `(1, N, hidden)`.
     pub fn nll(&self, model: &Llama, hidden: &Tensor) -> Result<f64> {
         let mut sum = 0.0;
         let end = self.tokens.len();
@@ -68,13 +68,13 @@ impl Window {
 /// Logits `(n, vocabulary)` of rows `first..first + n` of hidden states `(1, N, hidden)`; both are finite or an error.
 pub fn logits(model: &Llama, hidden: &Tensor, first: usize, n: usize) -> Result<Tensor> {
     let logits = model.logits(hidden, first, n)?;
-    // A quantized product takes NaN for 0, so that logits alone do not tell.
+    // A quantized product reads NaN as 0, so logits alone do not show it.
     finite::check("hidden state", &hidden.narrow(1, first, n)?.squeeze(0)?, first)?;
     finite::check("logits", &logits, first)?;
     Ok(logits)
 }
 
-/// Refuses hidden states `(1, N, hidden)` with NaN in any row, or with such logits of the last one.
+/// Refuses hidden states `(1, N, hidden)` with NaN in any row, or NaN logits of the last one.
 pub fn check(model: &Llama, hidden: &Tensor) -> Result<()> {
     let n = hidden.dim(1)?;
     finite::check("hidden state", &hidden.squeeze(0)?, 0)?;
@@ -89,7 +89,7 @@ pub fn nll(logits: &Tensor, targets: &[u32]) -> Result<f64> {
     Ok(losses.to_vec1::<f32>()?.into_iter().map(f64::from).sum())
 }
 
-/// A text file that holds something.
+/// Reads a text file, which must not be empty.
 pub fn read(file: &Path) -> Result<String> {
     let text = fs::read_to_string(file).with_context(|| format!("text {}", file.display()))?;
     ensure!(

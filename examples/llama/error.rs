@@ -1,6 +1,6 @@
-//! Errors for people, which the train example shares.
+//! Errors as one line for users, shared with the train example.
 
-/// The error and its causes, each cut to its first line: candle puts a backtrace into the others. A cause that its
+/// The error and its causes, each cut to its first line, because candle adds a backtrace after it. A cause that its
 /// effect already quotes is left out.
 pub fn one_line(error: &anyhow::Error) -> String {
     let mut parts: Vec<String> = Vec::new();

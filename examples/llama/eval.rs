@@ -106,7 +106,7 @@ fn windows<'t>(tokens: &'t [u32], args: &EvalArgs) -> Result<Vec<&'t [u32]>> {
     Ok(tokens.chunks_exact(args.context).take(wanted).collect())
 }
 
-/// The summed negative log likelihood of what counts in each window.
+/// The summed negative log likelihood of the tokens that count in each window.
 fn score(model: &Llama, windows: &[Window]) -> Result<(f64, HiddenCounts)> {
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} windows  {msg}  {eta} left")?;
     let bar = ProgressBar::new(windows.len() as u64).with_style(style);

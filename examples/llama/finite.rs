@@ -1,10 +1,10 @@
-//! Numbers that are none: a model's output is held to be finite before anything is made of it.
+//! Checks that a model's output is finite before it is used.
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Tensor};
 
-/// Refuses rows `(n, width)` with a NaN or an infinite number in them. Row i belongs to the token at `position + i` of
-/// its sequence; `what` names the rows.
+/// Refuses rows `(n, width)` with a NaN or an infinite number. Row i belongs to token `position + i` of its sequence;
+/// `what` names the rows.
 pub fn check(what: &str, rows: &Tensor, position: usize) -> Result<()> {
     let (n, width) = rows.dims2()?;
     let values = rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;

@@ -55,8 +55,8 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     if args.model.model == DEFAULT_MODEL {
         writeln!(
             out,
-            "\nThis was the example's own model of 2 million parameters, trained with compression on Moby Dick. For a bigger \
-             one: examples/llama/fetch.sh, then\n  cargo run --release --example llama -- generate --model \
+            "\nThis was the example's own model of 2 million parameters, trained with compression on Moby Dick. For a \
+             bigger one: examples/llama/fetch.sh, then\n  cargo run --release --example llama -- generate --model \
              data/SmolLM2-135M-Instruct.Q4_1.gguf --dequantize --chat --prompt 'What do whales eat?'"
         )?;
     }
@@ -72,7 +72,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     write_json("json", args.model.json.as_deref(), &report)
 }
 
-/// Whether keys and values are kept. The rule reference cannot; says so.
+/// Whether keys and values are kept. The rule reference cannot keep them; a note says so.
 fn keeps_cache(args: &GenerateArgs, compression: &Compression) -> Result<bool> {
     if args.no_cache || compression.config.rule == MergeRule::Causal {
         return Ok(!args.no_cache);
@@ -103,7 +103,7 @@ fn sampler(args: &GenerateArgs) -> Result<LogitsProcessor> {
     Ok(LogitsProcessor::new(args.seed, Some(args.temperature), args.top_p))
 }
 
-/// The prompt's tokens, which must leave room for at least one more in the model's context.
+/// The prompt's tokens, which must leave room for one more in the model's context.
 fn encode_prompt(checkpoint: &Checkpoint, args: &GenerateArgs) -> Result<Vec<u32>> {
     let tokens = match args.chat {
         true => {
@@ -128,7 +128,7 @@ fn encode_prompt(checkpoint: &Checkpoint, args: &GenerateArgs) -> Result<Vec<u32
     Ok(tokens)
 }
 
-/// Generates up to `args.max_tokens`, printing text as it comes; returns the text and how many tokens it is.
+/// Generates up to `args.max_tokens`, printing text as it comes; returns the text and its number of tokens.
 fn generate(
     session: &mut Session,
     checkpoint: &Checkpoint,
@@ -137,7 +137,7 @@ fn generate(
     sampler: &mut LogitsProcessor,
 ) -> Result<(String, usize)> {
     let out = &mut stdout().lock();
-    // An answer is a text of its own; anything else goes on where the prompt ends.
+    // An answer is a text of its own; other text continues the prompt.
     let before = if args.chat { &[] } else { prompt };
     let mut stream = TextStream::new(&checkpoint.text.tokenizer, before)?;
     let (mut text, mut generated, mut last) = (String::new(), 0, None);

@@ -1,4 +1,4 @@
-//! A Llama checkpoint that generates text, is scored or timed, with compressed attention. `--help` says what it can do.
+//! Runs a Llama checkpoint with compressed attention: generates text, scores it, times it. See `--help`.
 
 mod args;
 mod bench;
@@ -34,7 +34,7 @@ use clap::Parser;
 use crate::args::{Cli, Command, GenerateArgs};
 
 fn main() -> ExitCode {
-    // Unless this is set, candle counts the cores anew before every product: a tenth of a decode step.
+    // Without this variable candle counts the cores before every product, which costs a tenth of a decode step.
     const THREADS: &str = "RAYON_NUM_THREADS";
     if env::var_os(THREADS).is_none() {
         env::set_var(THREADS, candle_core::utils::get_num_threads().to_string());

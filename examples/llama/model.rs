@@ -1,7 +1,7 @@
-//! A Llama with [`CompressedAttention`] where its attention was.
+//! A Llama with [`CompressedAttention`] in place of its attention.
 //!
 //! Activations are `(1, N, hidden)`. The model asks a [`Weights`] for its matrices by their Hugging Face names and does
-//! not know which kind of file they come from.
+//! not know the file format.
 
 #[path = "model/config.rs"]
 mod config;
@@ -16,7 +16,7 @@ use candle_sfattention::{attend, CacheOptions, CompressedAttention, CompressedKv
 use crate::rope::{Rope, Rotation};
 use crate::weights::{Linear, Weights};
 
-/// Pairs seen and hidden, per layer, over every call that counted into it.
+/// Pairs seen and hidden, per layer, over all counted calls.
 #[derive(Clone, Debug, Default)]
 pub struct HiddenCounts {
     layers: Vec<(usize, usize)>,
@@ -50,14 +50,14 @@ impl HiddenCounts {
     }
 }
 
-/// What one layer's attention is about to do, for those who decide otherwise.
+/// The inputs of one layer's attention, for a caller that makes its plan.
 pub struct LayerCall<'a> {
     pub layer: usize,
     /// Query, key and value `(1, heads or KV heads, N, D)`, rotated.
     pub qkv: [&'a Tensor; 3],
     /// The output projection `(hidden, heads·D)`.
     pub projection: &'a Linear,
-    /// What its output will be added to, `(1, N, hidden)`.
+    /// The residual stream that its output will be added to, `(1, N, hidden)`.
     pub stream: &'a Tensor,
 }
 
@@ -94,7 +94,7 @@ impl SelfAttention {
         })
     }
 
-    /// A whole sequence's rows `(1, N, hidden)`, and what was hidden from them.
+    /// The rows `(1, N, hidden)` of a whole sequence, and the tokens hidden from them.
     fn forward(&self, xs: &Tensor, rotation: &Rotation) -> Result<(Tensor, MergeStats)> {
         let [q, k, v] = self.project(xs, rotation)?;
         let (out, plan) = self.attention.forward_with_plan(&q, &k, &v)?;
@@ -219,7 +219,7 @@ impl Llama {
         })
     }
 
-    /// Hidden states `(1, N, hidden)` of a whole sequence. What each layer hid is added to `counts`.
+    /// Hidden states `(1, N, hidden)` of a whole sequence. Each layer's hidden tokens are added to `counts`.
     pub fn forward(&self, tokens: &[u32], counts: &mut HiddenCounts) -> Result<Tensor> {
         let rotation = self.rope.at(0, tokens.len())?;
         self.run(tokens, |index, layer, xs, _| {
@@ -235,7 +235,7 @@ impl Llama {
         self.layers.iter().map(cache).collect()
     }
 
-    /// Hidden states `(1, n, hidden)` of the next tokens of the sequence that `caches` have seen; they take these in.
+    /// Hidden states `(1, n, hidden)` of the next tokens of the sequence in `caches`, which append them.
     pub fn forward_cached(&self, tokens: &[u32], caches: &mut [CompressedKvCache]) -> Result<Tensor> {
         let position = caches.first().map_or(0, CompressedKvCache::seq_len);
         let rotation = self.rope.at(position, tokens.len())?;
@@ -244,8 +244,8 @@ impl Llama {
         })
     }
 
-    /// Hidden states `(1, N, hidden)` of a whole sequence, with the plans of the caller's making. What each layer hid is
-    /// added to `counts`.
+    /// Hidden states `(1, N, hidden)` of a whole sequence, with plans that the caller makes. Each layer's hidden tokens
+    /// are added to `counts`.
     pub fn forward_planned(
         &self,
         tokens: &[u32],
@@ -267,7 +267,8 @@ impl Llama {
         })
     }
 
-    /// A name for the weights, whatever they are stored as: of the norms' vectors, which stay floats.
+    /// A fingerprint of the weights that does not depend on their storage: it hashes the norms' vectors, which stay
+    /// floats.
     pub fn fingerprint(&self) -> Result<String> {
         // FNV-1a.
         let mut hash = 0xcbf2_9ce4_8422_2325_u64;
@@ -276,7 +277,7 @@ impl Llama {
             .iter()
             .flat_map(|layer| [&layer.attention_norm, &layer.mlp_norm]);
         for norm in layers.chain([&self.norm]) {
-            // Half the bits, so that a model in bf16 or f16 has the same name as in f32.
+            // bf16 of each number, so that a model in bf16 or f16 has the fingerprint of the one in f32.
             for x in norm.weight().to_dtype(DType::BF16)?.to_vec1::<half::bf16>()? {
                 hash = (hash ^ u64::from(x.to_bits())).wrapping_mul(0x0100_0000_01b3);
             }
@@ -284,7 +285,7 @@ impl Llama {
         Ok(format!("norms-{hash:016x}"))
     }
 
-    /// All layers; `attend` is given each one's index, normed input, and input.
+    /// Runs all layers; `attend` gets each layer's index, normed input, and input.
     fn run(
         &self,
         tokens: &[u32],
@@ -302,7 +303,7 @@ impl Llama {
         Ok(self.norm.forward(&xs)?)
     }
 
-    /// Where it computes.
+    /// The device of the model.
     pub fn device(&self) -> &Device {
         &self.device
     }

@@ -1,4 +1,4 @@
-//! The flags that say which model, where it computes, and how its cache is kept.
+//! The flags for the model, its device, and its cache.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -24,7 +24,7 @@ pub struct CacheArgs {
 }
 
 impl CacheArgs {
-    /// Refuses chunks of nothing.
+    /// Refuses a chunk size of 0.
     pub fn check(&self) -> anyhow::Result<()> {
         anyhow::ensure!(
             self.prefill_chunk > 0,
@@ -33,7 +33,7 @@ impl CacheArgs {
         Ok(())
     }
 
-    /// How the caches store what they keep.
+    /// The options of the caches.
     pub fn options(&self) -> CacheOptions {
         CacheOptions {
             storage: self.kv_dtype.map(DType::from),
@@ -44,8 +44,8 @@ impl CacheArgs {
 
 #[derive(Debug, Args)]
 pub struct ModelArgs {
-    /// A .gguf file, a folder with config.json, tokenizer.json and safetensors, or a Hugging Face id OWNER/NAME. Default:
-    /// the small model that comes with the example.
+    /// A .gguf file, a folder with config.json, tokenizer.json and safetensors, or a Hugging Face id OWNER/NAME.
+    /// Default: the small model that comes with the example.
     #[arg(long, value_name = "PATH_OR_ID", default_value = DEFAULT_MODEL, hide_default_value = true)]
     pub model: String,
     /// Where to compute: cpu, or cuda or cuda:N in a build with --features cuda. For generate, eval and bench.
@@ -146,7 +146,7 @@ impl ModelArgs {
         })
     }
 
-    /// Refuses a GPU for what reads scores and decisions on the host.
+    /// Refuses a GPU for commands that read scores and decisions on the host.
     ///
     /// # Errors
     /// A device other than the CPU.

@@ -1,4 +1,4 @@
-//! candle-transformers' own quantized llama, as `bench` measures it beside ours.
+//! candle-transformers' own quantized llama, which `bench` measures beside ours.
 
 use std::fs::File;
 use std::time::Instant;
@@ -11,11 +11,11 @@ use candle_transformers::models::quantized_llama::{ModelWeights, MAX_SEQ_LEN};
 use crate::finite;
 use crate::stats::{memory, Hidden, Stats};
 
-/// Tokens that it holds, whatever the file says.
+/// The tokens that it holds, for any file.
 pub const CONTEXT: usize = MAX_SEQ_LEN;
 
 /// Runs the first `prompt` tokens at once, as its callers do (it has no mask for a later chunk), then one at a time.
-/// Also the memory held once the weights were loaded.
+/// Also returns the memory held after loading the weights.
 pub fn measure(model: &str, tokens: &[u32], prompt: usize) -> Result<(Option<u64>, Stats)> {
     let mut file = File::open(model).with_context(|| format!("peer: {model}"))?;
     let content = Content::read(&mut file).with_context(|| {

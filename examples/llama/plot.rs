@@ -17,7 +17,7 @@ pub struct Curve {
 }
 
 const SIZE: (u32, u32) = (720, 400);
-/// From Okabe and Ito's palette, whose colours everyone can tell apart.
+/// From Okabe and Ito's palette, which is safe for colour-blind readers.
 const COLORS: [RGBColor; 2] = [RGBColor(213, 94, 0), RGBColor(0, 114, 178)];
 const GRID: RGBColor = RGBColor(225, 225, 225);
 const INK: RGBColor = RGBColor(60, 60, 60);

@@ -1,4 +1,4 @@
-//! What a run found, for people and for programs.
+//! The results of a run, as text and as JSON.
 
 use std::fs;
 use std::io::Write;
@@ -13,7 +13,7 @@ use crate::files::replace;
 use crate::model_args::ModelArgs;
 use crate::stats::Hidden;
 
-/// The part that the commands report alike: what ran, and how much of it was hidden.
+/// The part of a report that the commands share: what ran, and the share of hidden tokens.
 #[derive(Serialize)]
 pub struct RunReport {
     model: String,
@@ -44,7 +44,7 @@ impl RunReport {
     }
 }
 
-/// Refuses a report file that could not be written, before the work it is to report.
+/// Refuses a report file that cannot be written, before the work starts.
 pub fn check_path(name: &str, path: Option<&Path>) -> Result<()> {
     let Some(path) = path else { return Ok(()) };
     let folder = path
@@ -65,7 +65,7 @@ pub fn write_json(name: &str, path: Option<&Path>, report: &impl Serialize) -> R
     write_file(path, &text).with_context(|| format!("{name} {}", path.display()))
 }
 
-/// The whole text in the place of what was there, or an error and the old file.
+/// Replaces the file with the whole text, or fails and keeps the old file.
 pub fn write_file(path: &Path, text: &str) -> Result<()> {
     Ok(replace(path, |file| fs::write(file, text))?)
 }

@@ -1,4 +1,4 @@
-//! Rotary position embedding: both ways of pairing coordinates, and Llama 3's stretched frequencies.
+//! Rotary position embedding, with both pairings of coordinates and Llama 3's scaled frequencies.
 
 use std::f64::consts::TAU;
 use std::sync::{Mutex, PoisonError};
@@ -18,7 +18,7 @@ pub enum Pairing {
     Halves,
 }
 
-/// What is done to the frequencies `theta^(-2i/D)`.
+/// The scaling of the frequencies `theta^(-2i/D)`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
     None,
@@ -40,7 +40,7 @@ pub struct Llama3Scaling {
 }
 
 impl Llama3Scaling {
-    /// What becomes of a frequency.
+    /// The scaled frequency.
     pub fn scaled(&self, frequency: f64) -> f64 {
         let turns = self.original_context * frequency / TAU;
         let kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor);
@@ -50,7 +50,7 @@ impl Llama3Scaling {
 }
 
 impl RopeScaling {
-    /// Refuses numbers that rotate by nothing, or by no number; `half` is half the head dimension.
+    /// Refuses numbers that give no rotation, or NaN; `half` is half the head dimension.
     pub fn check(&self, half: usize) -> Result<()> {
         let numbers = match self {
             Self::None => Vec::new(),
@@ -58,7 +58,8 @@ impl RopeScaling {
             Self::Llama3(scaling) => {
                 ensure!(
                     scaling.high_freq_factor > scaling.low_freq_factor,
-                    "rope scaling: expected high_freq_factor above low_freq_factor {}, got {}; the checkpoint is damaged",
+                    "rope scaling: expected high_freq_factor above low_freq_factor {}, got {}; the checkpoint is \
+                     damaged",
                     scaling.low_freq_factor,
                     scaling.high_freq_factor
                 );
@@ -95,7 +96,7 @@ pub struct Rope {
     device: Device,
     /// `(D/2)` radians per position.
     frequencies: Vec<f64>,
-    /// Cosines and sines `(positions, D/2)` from position 0 on: made once for all steps, twice as long when outgrown.
+    /// Cosines and sines `(positions, D/2)` from position 0 on, kept for all steps and doubled when outgrown.
     tables: Mutex<Option<(Tensor, Tensor)>>,
 }
 
@@ -167,7 +168,7 @@ impl Rotation {
         })
     }
 
-    /// The same with a gradient, which candle's fused operations cut.
+    /// The same with a gradient, which candle's fused operations would cut.
     #[allow(dead_code)] // the train example needs it
     pub fn apply_diff(&self, xs: &Tensor) -> Result<Tensor> {
         let xs = xs.contiguous()?;

@@ -10,7 +10,7 @@ use crate::finite;
 use crate::model::{HiddenCounts, Llama};
 use crate::stats::{Hidden, KvUse, Stats};
 
-/// One sequence that a model reads and continues, and how long that took.
+/// One sequence that a model reads and continues, with timings.
 pub struct Session<'a> {
     model: &'a Llama,
     sequence: Sequence,
@@ -26,20 +26,20 @@ enum Sequence {
         caches: Vec<CompressedKvCache>,
         chunk: usize,
     },
-    /// All tokens so far, and what the last step hid: the longest sequence.
+    /// All tokens so far, and the counts of the last step, which ran the longest sequence.
     Recomputed { tokens: Vec<u32>, counts: HiddenCounts },
 }
 
 impl<'a> Session<'a> {
-    /// With caches; a prompt is run in chunks of `chunk` tokens, at least 1. On a GPU it is run at once: there a cache
-    /// takes later chunks in row by row.
+    /// A session with caches. A prompt runs in chunks of `chunk` tokens, at least 1; on a GPU it runs at once, because
+    /// a cache there appends later chunks row by row.
     pub fn cached(model: &'a Llama, options: &CacheOptions, chunk: usize) -> Result<Self> {
         let caches = model.caches(options)?;
         let chunk = if model.device().is_cpu() { chunk } else { usize::MAX };
         Ok(Self::new(model, Sequence::Cached { caches, chunk }))
     }
 
-    /// Without: every step runs the whole sequence again.
+    /// A session without caches: every step runs the whole sequence again.
     pub fn recomputed(model: &'a Llama) -> Self {
         let (tokens, counts) = (Vec::new(), HiddenCounts::default());
         Self::new(model, Sequence::Recomputed { tokens, counts })
@@ -56,8 +56,8 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Takes the prompt in and returns the logits `(vocabulary)` of its last token, which are finite or an error.
-    /// `watch` sees the caches after each chunk.
+    /// Runs the prompt and returns the logits `(vocabulary)` of its last token, which are finite or an error. `watch`
+    /// sees the caches after each chunk.
     pub fn prefill(&mut self, prompt: &[u32], mut watch: impl FnMut(&KvUse)) -> Result<Tensor> {
         let start = Instant::now();
         let output = match &mut self.sequence {
@@ -78,7 +78,7 @@ impl<'a> Session<'a> {
         output.check(self.prompt_tokens + self.steps)
     }
 
-    /// Takes one more token in and returns its logits `(vocabulary)`, which are finite or an error.
+    /// Runs one more token and returns its logits `(vocabulary)`, which are finite or an error.
     pub fn step(&mut self, token: u32) -> Result<Tensor> {
         let start = Instant::now();
         let output = match &mut self.sequence {
@@ -93,7 +93,7 @@ impl<'a> Session<'a> {
         output.check(self.prompt_tokens + self.steps)
     }
 
-    /// What the sequence has cost so far; `generated` tokens came of it, the first of them from the prompt's logits.
+    /// The cost of the sequence so far; `generated`: tokens generated, the first of them from the prompt's logits.
     pub fn stats(&self, generated: usize) -> Stats {
         let (kv, hidden) = match &self.sequence {
             Sequence::Cached { caches, .. } => {
@@ -122,7 +122,7 @@ fn again(model: &Llama, tokens: &mut Vec<u32>, more: &[u32], counts: &mut Hidden
     Output::of(model, model.forward(tokens, counts)?)
 }
 
-/// What a model makes of tokens.
+/// A model's output for some tokens.
 struct Output {
     /// `(1, n, hidden)`
     hidden: Tensor,
@@ -136,12 +136,12 @@ impl Output {
         Ok(Self { hidden, logits })
     }
 
-    /// The logits, where they are finite; `tokens` are all that the sequence has.
+    /// The logits, if they are finite; `tokens`: the length of the sequence.
     fn check(self, tokens: usize) -> Result<Tensor> {
         let n = self.hidden.dim(1)?;
         let last = self.hidden.narrow(1, n - 1, 1)?.squeeze(0)?;
         let logits = self.logits.unsqueeze(0)?;
-        // A quantized product takes NaN for 0, so that logits alone do not tell.
+        // A quantized product reads NaN as 0, so logits alone do not show it.
         let checked = finite::check("hidden state", &last, tokens - 1)
             .and_then(|()| finite::check("logits", &logits, tokens - 1));
         if checked.is_err() {

@@ -1,4 +1,4 @@
-//! What a sequence cost: speed, cache and memory.
+//! The cost of a sequence: speed, cache and memory.
 
 use std::fs;
 use std::io::Write;
@@ -14,23 +14,23 @@ use crate::model::HiddenCounts;
 pub struct Stats {
     pub prompt_tokens: usize,
     pub generated_tokens: usize,
-    /// None where nothing was run.
+    /// None if nothing ran.
     pub prefill_tokens_per_second: Option<f64>,
-    /// Of the steps after the prompt, each of which takes one token in; None where there was none.
+    /// Of the steps after the prompt, one token each; None if there was no such step.
     pub decode_tokens_per_second: Option<f64>,
     /// None without a cache.
     #[serde(flatten)]
     pub kv: Option<KvUse>,
     #[serde(flatten)]
     pub hidden: Hidden,
-    /// Of the whole process, weights included; None where the system does not tell.
+    /// Of the whole process, weights included; None if the system does not tell.
     pub peak_rss_bytes: Option<u64>,
 }
 
 /// The size of all layers' caches.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct KvUse {
-    /// Tokens taken in.
+    /// Tokens appended.
     pub kv_tokens: usize,
     pub kv_bytes: usize,
     /// Keys and values of all tokens in the same dtype.
@@ -42,8 +42,8 @@ pub struct KvUse {
 /// The part of the tokens that is hidden.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Hidden {
-    /// Over all heads and layers: without a cache hidden pairs / pairs, with one 1 - entries / tokens, which counts
-    /// what still waits in the window as kept.
+    /// Over all heads and layers. Without a cache: hidden pairs / pairs. With one: 1 - entries / tokens, which counts
+    /// tokens in the window as kept.
     pub hidden_ratio: f64,
     pub hidden_ratio_per_layer: Vec<f64>,
 }

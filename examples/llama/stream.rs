@@ -7,20 +7,20 @@ use anyhow::{anyhow, Result};
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::Tokenizer;
 
-/// Tokens that are decoded before a new one, as its text may depend on them.
+/// Tokens that are decoded again before a new one, whose text may depend on them.
 const CONTEXT: usize = 4;
 
-/// What a broken character is shown as.
+/// The sign for a broken character.
 const BROKEN: char = char::REPLACEMENT_CHARACTER;
 
-/// Text as tokens come. A character of several tokens is shown when it is whole; one that no token can complete, as
+/// Text as tokens come. A character of several tokens appears when it is whole; one that no token can complete, as
 /// U+FFFD. Marks such as BOS are not shown.
 pub struct TextStream<'t> {
     tokenizer: &'t Tokenizer,
     marks: HashSet<u32>,
     /// Whether tokens such as `<0xE2>` are bytes.
     byte_tokens: bool,
-    /// Bytes of such tokens that are no whole character yet.
+    /// Bytes of such tokens that do not form a whole character yet.
     bytes: Vec<u8>,
     /// Tokens that have been shown, and their text.
     context: Vec<u32>,
@@ -30,8 +30,8 @@ pub struct TextStream<'t> {
 }
 
 impl<'t> TextStream<'t> {
-    /// Of tokens that continue those `before`, or of a text of its own where there are none: then a space in front,
-    /// which some tokenizers add, is taken away.
+    /// A stream of tokens that continue `before`. If `before` is empty, they are a text of their own, and the space
+    /// that some tokenizers put in front is removed.
     pub fn new(tokenizer: &'t Tokenizer, before: &[u32]) -> Result<Self> {
         let added = tokenizer.get_added_tokens_decoder();
         let marks = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id);
@@ -52,7 +52,7 @@ impl<'t> TextStream<'t> {
         Ok(stream)
     }
 
-    /// The text that one more token completes, which may be none.
+    /// The text that one more token completes, possibly none.
     pub fn step(&mut self, id: u32) -> Result<String> {
         if self.marks.contains(&id) {
             return Ok(String::new());
@@ -78,7 +78,7 @@ impl<'t> TextStream<'t> {
         Ok(text)
     }
 
-    /// What is left at the end: a character that never came to its own.
+    /// The rest at the end: an unfinished character.
     pub fn finish(mut self) -> Result<String> {
         Ok(self.take_pending()? + &self.take_bytes())
     }
@@ -117,14 +117,15 @@ impl<'t> TextStream<'t> {
         }
     }
 
-    /// Goes on behind these tokens.
+    /// Continues after these tokens.
     fn follow(&mut self, context: Vec<u32>) -> Result<()> {
         self.shown = self.decode(&context)?;
         self.context = context;
         Ok(())
     }
 
-    /// Goes on behind bytes. A letter as a byte stands for them: the next token is not the first of a text.
+    /// Continues after bytes. A letter as a byte token stands in for them, so that the next token is not the first of a
+    /// text.
     fn follow_bytes(&mut self) -> Result<()> {
         let letter = self.tokenizer.token_to_id("<0x41>");
         self.follow(letter.into_iter().collect())
@@ -137,7 +138,7 @@ impl<'t> TextStream<'t> {
     }
 }
 
-/// The characters at the beginning of `bytes` that are whole or broken; what may still become one stays there.
+/// The characters at the beginning of `bytes` that are whole or broken; bytes that may still become one stay.
 fn take_whole(bytes: &mut Vec<u8>) -> String {
     let mut text = String::new();
     loop {

@@ -1,32 +1,32 @@
-//! Weights of a model: where they come from, and matrices as they came or still quantized.
+//! Weights of a model: their source, and matrices as floats or still quantized.
 
 use anyhow::Result;
 use candle_core::quantized::QMatMul;
 use candle_core::{DType, Device, Module, Tensor};
 
-/// Where a model's weights come from. Paths are Hugging Face's, without `.weight` and `.bias`.
+/// The source of a model's weights. Paths are Hugging Face's, without `.weight` and `.bias`.
 pub trait Weights {
     /// The dtype of activations.
     fn dtype(&self) -> DType;
-    /// Where they are.
+    /// The device of the weights.
     fn device(&self) -> Device {
         Device::Cpu
     }
-    /// How many tensors there are.
+    /// The number of tensors.
     fn len(&self) -> usize;
-    /// The shape of `PATH.weight`, where there is one; known before any weight is loaded.
+    /// The shape of `PATH.weight`, if there is one; known before any weight is loaded.
     fn shape(&self, path: &str) -> Option<Vec<usize>>;
     /// The matrix `PATH.weight` of shape `(rows, columns)`, which has no bias.
     fn table(&mut self, path: &str, rows: usize, columns: usize) -> Result<Linear>;
-    /// The matrix `PATH.weight` of shape `(rows, columns)`, and `PATH.bias` of shape `(rows)` where this one has one.
+    /// The matrix `PATH.weight` of shape `(rows, columns)`, and `PATH.bias` of shape `(rows)` if it exists.
     fn linear(&mut self, path: &str, rows: usize, columns: usize) -> Result<Linear>;
     /// The vector `PATH.weight`.
     fn vector(&mut self, path: &str, len: usize) -> Result<Tensor>;
-    /// An error that names tensors which nothing has read: the model would compute something else than they mean.
+    /// An error that names the unread tensors, if there are any: without them the model computes something else.
     fn check_all_read(&mut self) -> Result<()>;
 }
 
-/// A matrix `(rows, columns)`: as it came, or still quantized.
+/// A matrix `(rows, columns)`, as floats or still quantized.
 #[derive(Clone, Debug)]
 pub enum Linear {
     Float(candle_nn::Linear),
@@ -57,7 +57,7 @@ impl Linear {
         })
     }
 
-    /// The bias `(rows)`, where there is one.
+    /// The bias `(rows)`, if there is one.
     #[allow(dead_code)] // the train example reads it
     pub fn bias(&self) -> Option<&Tensor> {
         match self {

@@ -65,7 +65,7 @@ pub struct RunArgs {
     pub compression: CompressionArgs,
 }
 
-/// What all runs of an experiment share.
+/// The settings that all runs of an experiment share.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Training")]
 pub struct TrainingArgs {
@@ -89,10 +89,10 @@ pub struct TrainingArgs {
     /// Gradients whose norm is larger are scaled down to it.
     #[arg(long, default_value_t = 1.0)]
     pub clip: f64,
-    /// Of the weights and of the order of the data.
+    /// Seed of the weights and of the order of the data.
     #[arg(long, default_value_t = 42)]
     pub seed: u64,
-    /// Measure the held-out text every so many steps, and at the first and last.
+    /// Measure the held-out text whenever this many steps have passed, and at the first and last.
     #[arg(long, default_value_t = 100)]
     pub eval_every: usize,
     /// Held-out windows of --context tokens, those of `llama eval --spread`; all that fit when left out.

@@ -20,20 +20,20 @@ use crate::trainable::Trainable;
 
 const PREFIX: &str = "step-";
 
-/// state.json: with the weights and the moments, all that the next step depends on. The place in the data and the
-/// random numbers follow from the seed and the step.
+/// state.json: together with the weights and the moments, everything that the next step depends on. The place in the
+/// data and the random numbers follow from the seed and the step.
 #[derive(Serialize, Deserialize)]
 pub struct State {
     /// Steps done.
     pub step: usize,
-    /// Time they took.
+    /// The time of these steps.
     pub seconds: f64,
     pub held_out: Option<HeldOut>,
-    /// What must be the same when the run goes on.
+    /// Settings that must be the same when the run resumes.
     pub settings: Value,
 }
 
-/// A model as it is written to a folder.
+/// The parts of a model that are written to a folder.
 pub struct Model<'a> {
     pub weights: &'a Trainable,
     pub config: &'a LlamaConfig,
@@ -41,7 +41,7 @@ pub struct Model<'a> {
     pub framing: &'a Framing,
 }
 
-/// Writes OUT/checkpoints/step-N and removes all but it and the one before.
+/// Writes OUT/checkpoints/step-N and keeps only that one and the previous one.
 pub fn save(out: &Path, state: &State, model: &Model, optimizer: &AdamW) -> Result<()> {
     let folder = out.join("checkpoints").join(format!("{PREFIX}{:08}", state.step));
     replace_folder(&folder, |folder| {
@@ -81,7 +81,7 @@ fn list(out: &Path) -> Vec<PathBuf> {
     all
 }
 
-/// Sets the weights from `source`, which was read from `folder`, and the moments from its other file.
+/// Sets the weights from `source`, read from `folder`, and the moments from the folder's other file.
 pub fn restore(folder: &Path, source: &Source, state: &State, model: &Trainable, optimizer: &mut AdamW) -> Result<()> {
     source.fill(model)?;
     let moments = folder.join("optimizer.safetensors");
@@ -127,7 +127,7 @@ fn write_model(folder: &Path, model: &Model, dtype: DType) -> Result<()> {
         .map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))
 }
 
-/// Fills a folder beside `folder`, then puts it in its place. Where that fails, the old folder stays, and nothing is left
+/// Fills a new folder beside `folder`, then puts it in its place. On failure the old folder stays, and nothing is left
 /// beside it.
 fn replace_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let temporary = folder.with_extension("tmp");
@@ -150,7 +150,7 @@ fn write_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result
     Ok(())
 }
 
-/// The old folder is removed only once the new one has its name.
+/// Renames the new folder to `folder`; only then removes the old one.
 fn put_in_place(new: &Path, folder: &Path) -> Result<()> {
     let old = folder.with_extension("old");
     if !folder.exists() {
@@ -167,7 +167,7 @@ fn put_in_place(new: &Path, folder: &Path) -> Result<()> {
     Ok(fs::remove_dir_all(&old)?)
 }
 
-/// The whole text in the place of what was there, or an error and the old file.
+/// Replaces the file with the whole text, or fails and keeps the old file.
 pub fn write_file(path: &Path, text: &str) -> Result<()> {
     replace(path, |file| fs::write(file, text)).with_context(|| format!("{}", path.display()))
 }

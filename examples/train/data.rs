@@ -1,4 +1,4 @@
-//! The text, its tokenizer, and the order in which it is seen.
+//! The text, its tokenizer, and the order of its batches.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use tokenizers::models::TrainerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer};
 
-/// The token that ends a text. Training texts are one piece, so the model never sees it.
+/// The token that ends a text. A training text is one piece, so the model never sees this token.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
 
 /// A text in two parts.
@@ -69,8 +69,8 @@ pub fn train_tokenizer(text: &str, vocab: usize) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// How many rows an embedding needs: one more than the largest id. Ids may have gaps, but no such gaps that a few bytes
-/// of a tokenizer.json ask for gigabytes.
+/// How many rows an embedding needs: one more than the largest id. Ids may have gaps, but not so large ones that a few
+/// bytes of a tokenizer.json ask for gigabytes.
 pub fn vocabulary_size(tokenizer: &Tokenizer) -> Result<usize> {
     let vocabulary = tokenizer.get_vocab(true);
     let most = (2 * vocabulary.len()).max(1 << 16);
@@ -92,8 +92,8 @@ pub fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
         .to_vec())
 }
 
-/// What step number `step` sees: inputs and targets (batch, context), at places that depend on nothing but the seed and
-/// the step.
+/// The batch of step `step`: inputs and targets (batch, context), from places that depend only on the seed and the
+/// step.
 pub fn batch(tokens: &[u32], batch: usize, context: usize, seed: u64, step: usize) -> Result<(Tensor, Tensor)> {
     let mut rng = StdRng::seed_from_u64(seed ^ (step as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     let (mut inputs, mut targets) = (Vec::new(), Vec::new());

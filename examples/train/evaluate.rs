@@ -1,4 +1,4 @@
-//! Held-out perplexity and hidden ratio, by the llama example's model on the weights as they are.
+//! Held-out perplexity and hidden ratio, by the llama example's model on the current weights.
 
 use std::collections::BTreeMap;
 
@@ -19,7 +19,7 @@ pub struct HeldOut {
     pub hidden_ratio: f64,
 }
 
-/// JSON has no word for a number that is not finite: it is written as null, as of a run that diverged.
+/// JSON has no NaN or infinity: such a number, of a run that diverged, is written as null.
 pub fn number_or_nan<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<f64, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
@@ -30,12 +30,13 @@ pub struct Evaluator {
 }
 
 impl Evaluator {
-    /// `wanted` windows of `context` tokens, those of `llama eval --spread`, or all that `llama eval` takes.
+    /// `wanted` windows of `context` tokens, as in `llama eval --spread`, or all windows, as in `llama eval`.
     pub fn new(tokens: &[u32], context: usize, wanted: Option<usize>) -> Result<Self> {
         let available = tokens.len() / context;
         ensure!(
             available > 0,
-            "text: expected at least {context} held-out tokens, one window, got {}; lower --context or give a longer text",
+            "text: expected at least {context} held-out tokens, one window, got {}; lower --context or give a longer \
+             text",
             tokens.len()
         );
         let windows = match wanted {
@@ -77,7 +78,7 @@ fn nll(logits: &Tensor, targets: &[u32]) -> Result<f64> {
     Ok(losses.to_vec1::<f32>()?.into_iter().map(f64::from).sum())
 }
 
-/// The weights in training, without their graph, which lets the fused operations in.
+/// The weights in training without their graph, so that fused operations can run.
 struct VarWeights(BTreeMap<String, Var>);
 
 impl VarWeights {
@@ -115,7 +116,7 @@ impl Weights for VarWeights {
         self.get(path)
     }
 
-    /// The names are those of the model in training, which are the same model's.
+    /// The names come from the same model in training.
     fn check_all_read(&mut self) -> Result<()> {
         Ok(())
     }

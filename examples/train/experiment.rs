@@ -61,7 +61,7 @@ const RUNS: [(&str, &str); 13] = [
 struct Finished {
     name: String,
     flags: String,
-    /// What made it: a run is kept only under the same.
+    /// The run's settings: a finished run is kept only under the same ones.
     settings: Value,
     summary: Summary,
 }
@@ -131,7 +131,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     Ok(())
 }
 
-/// One run's arguments: its flags, parsed as from the command line, with what all runs share.
+/// One run's arguments: its flags, parsed as on the command line, and the shared settings.
 fn run_args(args: &ExperimentArgs, flags: &str, folder: &Path, tokenizer: &Path) -> Result<RunArgs> {
     let words = ["train", "--text", "-", "--out", "-"]
         .into_iter()

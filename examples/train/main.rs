@@ -1,7 +1,7 @@
-//! Trains a small Llama with compressed attention on a text file, on the CPU. `--help` says what it can do.
+//! Trains a small Llama with compressed attention on a text file, on the CPU. See `--help`.
 //!
-//! Shared with the llama example: its compression flags, its way to read a checkpoint, and its model, which does the
-//! held-out evaluation, so that what is measured here is what that example measures on the exported folder.
+//! Shared with the llama example: the compression flags, the reading of checkpoints, and the model, which evaluates the
+//! held-out text. So a measurement here equals that example's on the exported folder.
 
 mod args;
 #[allow(dead_code)]

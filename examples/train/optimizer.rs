@@ -1,4 +1,4 @@
-//! AdamW whose state can be saved: candle's own keeps its moments to itself.
+//! AdamW whose state can be saved: candle's own does not expose its moments.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -41,7 +41,7 @@ impl AdamW {
         }
     }
 
-    /// One update; returns the gradients' norm. Where that is not finite, nothing is changed.
+    /// One update; returns the gradients' norm. If that is not finite, nothing changes.
     pub fn step(&mut self, gradients: &GradStore, learning_rate: f64) -> Result<f64> {
         let mut values = Vec::with_capacity(self.parameters.len());
         for (name, parameter) in &self.parameters {
@@ -69,7 +69,7 @@ impl AdamW {
         Ok(norm)
     }
 
-    /// The moments as tensors; the step is the caller's to keep.
+    /// The moments as tensors; the caller keeps the step.
     pub fn state(&self) -> Result<HashMap<String, Tensor>> {
         let mut state = HashMap::new();
         for (name, parameter) in &self.parameters {
@@ -82,7 +82,7 @@ impl AdamW {
         Ok(state)
     }
 
-    /// Takes back what [`Self::state`] gave after `step` steps.
+    /// Restores the state that [`Self::state`] returned after `step` steps.
     pub fn restore(&mut self, state: &HashMap<String, Tensor>, step: usize) -> Result<()> {
         let expected = 2 * self.parameters.len();
         ensure!(

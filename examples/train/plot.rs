@@ -14,7 +14,7 @@ pub struct Curve {
     pub points: Vec<(f64, f64)>,
 }
 
-/// Of runs by name, OUT/loss.svg, OUT/perplexity.svg and OUT/hidden_ratio.svg.
+/// Draws OUT/loss.svg, OUT/perplexity.svg and OUT/hidden_ratio.svg for named runs.
 pub fn plot_runs(out: &Path, runs: &[(String, Vec<Row>)]) -> Result<()> {
     type Value = fn(&Row) -> Option<f64>;
     let plots: [(&str, &str, bool, Value); 3] = [
@@ -46,7 +46,7 @@ pub fn plot_runs(out: &Path, runs: &[(String, Vec<Row>)]) -> Result<()> {
     Ok(())
 }
 
-/// Each point's mean with the 19 before it.
+/// The mean of each point and the 19 before it.
 fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let mean = |i: usize| {
         let window = &points[(i + 1).saturating_sub(20)..=i];
@@ -55,8 +55,8 @@ fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     (0..points.len()).map(|i| (points[i].0, mean(i))).collect()
 }
 
-/// With `log`, values above 0 on a logarithmic axis. The axis shows the values after the first eighth of the steps: what
-/// comes before falls so far that it would leave the rest one line.
+/// With `log`, values above 0 on a logarithmic axis. The axis fits the values after the first eighth of the steps:
+/// earlier values fall so far that they would flatten the rest.
 fn draw(path: &Path, title: &str, log: bool, curves: &[Curve]) -> Result<()> {
     let points = || curves.iter().flat_map(|curve| &curve.points);
     let last = points().map(|point| point.0).fold(1.0, f64::max);

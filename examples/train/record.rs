@@ -10,9 +10,10 @@ use crate::checkpoint::write_file;
 use crate::evaluate::HeldOut;
 
 const HEADER: &str =
-    "step,train_loss,cross_entropy,compression_loss,lambda,gradient_norm,held_out_perplexity,hidden_ratio,tokens_per_second";
+    "step,train_loss,cross_entropy,compression_loss,lambda,gradient_norm,held_out_perplexity,hidden_ratio,\
+     tokens_per_second";
 
-/// One step; the step numbered 0 is the model before training, and has only what was held out.
+/// One step; step 0 is the model before training, and has only the held-out measurements.
 #[derive(Clone, Debug, Default)]
 pub struct Row {
     pub step: usize,
@@ -88,7 +89,7 @@ pub struct Record {
 }
 
 impl Record {
-    /// Keeps the rows up to `step`, which a run that goes on from there will not write again.
+    /// Keeps the rows up to `step`, which a resumed run does not write again.
     pub fn open(out: &Path, step: Option<usize>) -> Result<Self> {
         let path = out.join("log.csv");
         let mut text = format!("{HEADER}\n");
@@ -110,7 +111,7 @@ impl Record {
     }
 }
 
-/// The rows of a run's log; a line that a kill cut short is left out.
+/// The rows of a run's log, without a line that was cut short by a kill.
 pub fn read(out: &Path) -> Result<Vec<Row>> {
     let path = out.join("log.csv");
     let text = fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;

@@ -1,4 +1,4 @@
-//! The model that a run starts from: a checkpoint, read as the llama example reads it, or nothing yet.
+//! The model that a run starts from: a checkpoint, read as in the llama example, or a new one.
 
 use std::collections::BTreeMap;
 
@@ -15,17 +15,17 @@ use crate::rope::{Llama3Scaling, Pairing, RopeScaling};
 use crate::trainable::Trainable;
 use crate::weights::{Linear, Weights};
 
-/// What an export says of text besides its tokenizer.
+/// An export's settings about text, besides its tokenizer.
 #[derive(Clone, Debug)]
 pub struct Framing {
     /// Ids that end a text.
     pub ends: Vec<u32>,
-    /// Name and content of further files: tokenizer_config.json and its like.
+    /// Names and contents of further files, such as tokenizer_config.json.
     pub files: Vec<(String, Vec<u8>)>,
 }
 
 impl Framing {
-    /// Of a tokenizer that was trained here.
+    /// The framing of a tokenizer that was trained here.
     pub fn new(tokenizer: &Tokenizer) -> Result<Self> {
         let end = tokenizer.token_to_id(END_OF_TEXT).into_iter().collect();
         let text = Text::new(tokenizer.clone(), Edge::default(), Edge::default(), end, None)?;
@@ -36,7 +36,7 @@ impl Framing {
     }
 }
 
-/// A checkpoint with its weights in f32, by their Hugging Face names, for pairs of halves.
+/// A checkpoint with its weights in f32, by their Hugging Face names, with rotary pairs of halves.
 pub struct Source {
     pub config: LlamaConfig,
     pub tokenizer: Tokenizer,
@@ -45,7 +45,7 @@ pub struct Source {
 }
 
 impl Source {
-    /// `model` is what `llama --model` takes. The context becomes at least `context`, and the embedding has a row for
+    /// `model`: a value of `llama --model`. The context becomes at least `context`, and the embedding gets a row for
     /// each of the tokenizer's ids.
     pub fn open(model: &str, context: usize) -> Result<Self> {
         let options = LoadOptions {
@@ -151,8 +151,8 @@ fn halves(rows: &Tensor, head_dim: usize) -> Result<Tensor> {
     Ok(pairs.transpose(1, 2)?.contiguous()?.reshape(rows.shape())?)
 }
 
-/// The scaling by a name that config.json has. GGUF files keep Llama 3's as a factor per frequency, which all of Llama 3
-/// made with the same three numbers.
+/// The scaling in config.json's terms. GGUF files store Llama 3's as a factor per frequency; all Llama 3 models made
+/// these with the same three numbers.
 fn named(config: &LlamaConfig) -> Result<RopeScaling> {
     let RopeScaling::Factors(factors) = &config.rope_scaling else {
         return Ok(config.rope_scaling.clone());
@@ -177,7 +177,7 @@ fn named(config: &LlamaConfig) -> Result<RopeScaling> {
     Ok(RopeScaling::Llama3(llama3))
 }
 
-/// config.json, as far as a model's own numbers go.
+/// config.json with the model's own numbers.
 pub fn config_json(config: &LlamaConfig) -> Value {
     let mut json = json!({
         "model_type": "llama",

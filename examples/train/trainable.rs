@@ -1,4 +1,4 @@
-//! A Llama whose every weight gets a gradient: candle's fused norms and rotations cut them, so none is used here.
+//! A Llama whose every weight gets a gradient: candle's fused norms and rotations would cut them, so it uses none.
 
 use std::collections::BTreeMap;
 
@@ -39,7 +39,7 @@ impl SelfAttention {
         })
     }
 
-    /// xs (B, N, hidden) -> output of the same shape, compression loss, and what was hidden.
+    /// xs (B, N, hidden) -> output of the same shape, compression loss, and merge statistics.
     fn forward(&self, xs: &Tensor, rotation: &Rotation) -> Result<(Tensor, Option<Tensor>, MergeStats)> {
         let (batch, tokens, _) = xs.dims3()?;
         let split = |projection: &Linear, heads| -> Result<Tensor> {
@@ -96,12 +96,12 @@ pub struct Trainable {
     embedding: Tensor,
     layers: Vec<Layer>,
     norm: RmsNorm,
-    /// The embedding, where these are tied.
+    /// The output matrix; the embedding if they are tied.
     head: Tensor,
     rope: Rope,
 }
 
-/// What one forward pass found; both are scalars with a graph.
+/// The losses of one forward pass, scalars with a graph.
 pub struct Losses {
     pub cross_entropy: Tensor,
     /// Summed over layers.
@@ -144,9 +144,9 @@ impl Trainable {
         Ok(model)
     }
 
-    /// Normal values: 0.02 for the embedding, `fan_in^-1/2` for matrices, and less by the root of the number of
-    /// residual additions for those that add to the stream. Norms start at 1, biases at 0. candle's own CPU generator
-    /// has no seed.
+    /// Normal values: standard deviation 0.02 for the embedding, `fan_in^-1/2` for matrices, divided by the root of the
+    /// number of residual additions for matrices that add to the stream. Norms start at 1, biases at 0. candle's own
+    /// CPU generator has no seed.
     fn initialize(&self, seed: u64) -> Result<()> {
         let mut rng = StdRng::seed_from_u64(seed);
         let residual = (2.0 * self.layers.len() as f64).sqrt();
@@ -176,7 +176,7 @@ impl Trainable {
         vars.iter().map(|(name, var)| (name.clone(), var.clone())).collect()
     }
 
-    /// How many numbers the weights have.
+    /// The number of parameters.
     pub fn parameters(&self) -> usize {
         self.vars().values().map(|var| var.elem_count()).sum()
     }

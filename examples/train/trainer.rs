@@ -25,7 +25,7 @@ use crate::record::{self, Record, Row, StepLosses};
 use crate::source::{config_json, Framing, Source};
 use crate::trainable::Trainable;
 
-/// How a run ended.
+/// The results of a run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Summary {
     pub steps: usize,
@@ -38,7 +38,7 @@ pub struct Summary {
     #[serde(deserialize_with = "number_or_nan")]
     pub compression_loss: f64,
     pub held_out: HeldOut,
-    /// The step whose loss or gradient was no finite number, where one was; the run ended there.
+    /// The step whose loss or gradient was not finite, if there was one; the run ended there.
     pub diverged_at: Option<usize>,
 }
 
@@ -79,7 +79,7 @@ struct Run<'a> {
     model: Trainable,
     optimizer: AdamW,
     record: Record,
-    /// Steps done, and the time they took.
+    /// Finished steps, and their time.
     step: usize,
     seconds: f64,
     held_out: Option<HeldOut>,
@@ -138,7 +138,7 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// The step that diverged, where one did.
+    /// Runs all remaining steps; returns the step that diverged, if one did.
     fn complete(&mut self) -> Result<Option<usize>> {
         let training = &self.args.training;
         let style = ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}  {eta} left")?;
@@ -189,7 +189,7 @@ impl<'a> Run<'a> {
     }
 
     /// Forward, cross entropy + λ·compression loss, backward, AdamW. A loss that is not finite gives a gradient norm
-    /// that is not, and changes nothing. Also returns the batch's hidden ratio.
+    /// that is not finite, and changes nothing. Also returns the batch's hidden ratio.
     fn train_step(&mut self) -> Result<(StepLosses, f64)> {
         let (args, training, start) = (self.args, &self.args.training, Instant::now());
         let (inputs, targets) = data::batch(&self.tokens, training.batch, training.context, training.seed, self.step)?;
@@ -237,7 +237,7 @@ impl<'a> Run<'a> {
         checkpoint::save(&self.args.out, &state, &self.model(), &self.optimizer)
     }
 
-    /// What is written of the model.
+    /// The parts of the model that are written.
     fn model(&self) -> checkpoint::Model<'_> {
         checkpoint::Model {
             weights: &self.model,
@@ -276,7 +276,7 @@ impl<'a> Run<'a> {
     }
 }
 
-/// The checkpoint to go on from. A folder that has one is not overwritten.
+/// The checkpoint to resume from. A folder that has one is not overwritten.
 fn find_checkpoint(args: &RunArgs) -> Result<Option<std::path::PathBuf>> {
     let (latest, out) = (checkpoint::latest(&args.out), args.out.display());
     match (args.resume, &latest) {
@@ -291,7 +291,7 @@ fn find_checkpoint(args: &RunArgs) -> Result<Option<std::path::PathBuf>> {
 /// A model's sizes, its tokenizer, and how its texts end.
 type Start = (LlamaConfig, Tokenizer, Framing);
 
-/// What the run goes on with: its own checkpoint, the model to fine-tune, or a new one.
+/// The start of the run: its own checkpoint, the model to fine-tune, or a new one.
 fn start(args: &RunArgs, text: &Text, resumed: Option<&Path>) -> Result<(Option<Source>, Start)> {
     let context = args.training.context;
     let source = match (resumed, &args.finetune) {
@@ -303,7 +303,7 @@ fn start(args: &RunArgs, text: &Text, resumed: Option<&Path>) -> Result<(Option<
     Ok((Some(source), start))
 }
 
-/// Ids that the model has a row for.
+/// Encodes the text; every id must have a row in the model.
 fn encode(text: &str, tokenizer: &Tokenizer, config: &LlamaConfig) -> Result<Vec<u32>> {
     let ids = data::encode(tokenizer, text)?;
     check_ids(&ids, config.vocab_size)?;
@@ -335,7 +335,7 @@ fn resume(folder: &Path, source: &Source, settings: &Value, model: &Trainable, o
     Ok(state)
 }
 
-/// Everything that a step depends on besides the weights and moments.
+/// Everything that a step depends on, except the weights and moments.
 fn settings(
     args: &RunArgs,
     compression: &Compression,
@@ -347,7 +347,7 @@ fn settings(
     let tokenizer = tokenizer
         .to_string(false)
         .map_err(|error| anyhow::anyhow!("tokenizer: {error}"))?;
-    // A strategy is a name or a file.
+    // The strategy may be a file.
     let strategy_file = fs::read(&compression.label).ok().map(|bytes| data::hash(&bytes));
     Ok(json!({
         "steps": training.steps,

@@ -1,4 +1,4 @@
-//! Bytes as a saved cache. One that loads must take a token in, be saved, and load again.
+//! Bytes as a saved cache. If it loads, it must append a token, be saved, and load again.
 
 use crate::edits::edit;
 use crate::scratch::Scratch;
@@ -28,13 +28,13 @@ pub fn run(data: &[u8]) {
         seeds[usize::from(kind / 2) % seeds.len()].clone()
     });
     match kind % 2 {
-        // The file as it is, which the checksum must see through.
+        // The file as it is: the checksum must reveal its edits.
         0 => {
             let mut edited = file.clone();
             let _ = edit(&mut edited, &mut input);
             load(&edited);
         }
-        // Its header, with a checksum that fits, for what comes after.
+        // An edited header whose checksum fits, to test the checks after it.
         _ => {
             if let Some(edited) = with_edited_header(&file, &mut input) {
                 load(&edited);
@@ -50,7 +50,7 @@ fn load(bytes: &[u8]) {
             return;
         };
         let tokens = cache.seq_len();
-        // The shapes of the seeds; an edited header may have others, which the cache then says.
+        // The shapes of the seeds; the cache refuses them if an edited header has others.
         for dtype in [DType::F32, DType::F64] {
             let q = Tensor::full(0.5f32, (1, 2, 1, DIM), &Device::Cpu).and_then(|x| x.to_dtype(dtype));
             let (q, Ok(k)) = (q.expect("a tensor"), Tensor::ones((1, 1, 1, DIM), dtype, &Device::Cpu)) else {
@@ -130,7 +130,7 @@ fn saved(
     })
 }
 
-/// The file with an edited header and, after the number of its edits, an edited tensor; `None` where it cannot be written.
+/// The file with an edited header and, after the number of its edits, an edited tensor; `None` if it cannot be written.
 fn with_edited_header(file: &[u8], input: &mut Unstructured) -> Option<Vec<u8>> {
     let parsed = SafeTensors::deserialize(file).ok()?;
     let (_, metadata) = SafeTensors::read_metadata(file).ok()?;

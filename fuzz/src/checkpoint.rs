@@ -1,4 +1,4 @@
-//! A small valid checkpoint in both formats, and the way from a file to a loaded model.
+//! A small valid checkpoint in both formats, and the steps from a file to a loaded model.
 
 use crate::load::{Checkpoint, LoadOptions};
 use candle_core::{DType, Device, Tensor};
@@ -16,7 +16,7 @@ pub const HEAD_DIM: usize = HIDDEN / HEADS;
 pub const CONTEXT: usize = 16;
 pub const SPECIAL: [&str; 2] = ["<s>", "</s>"];
 
-/// Opens, loads and runs a checkpoint; every refusal is as good as a result. Says whether it came to logits.
+/// Opens, loads and runs a checkpoint; a refusal is as good as a result. Returns whether it gave logits.
 pub fn try_out(path: &Path) -> bool {
     let options = LoadOptions {
         dtype: DType::F32,
@@ -70,7 +70,7 @@ pub fn tokenizer() -> Tokenizer {
     tokenizer
 }
 
-/// The weights of one layer and what is around it, by their Hugging Face names.
+/// The weights of one layer, the embedding and the rest, by their Hugging Face names.
 pub fn weights() -> Vec<(String, Tensor)> {
     let vocab = tokens().len();
     let layer = |name: &str| format!("model.layers.0.{name}.weight");

@@ -1,9 +1,9 @@
-//! Inputs as edits of a valid file. Random bytes are hardly ever a file that a reader goes on with; an edited one often
-//! is, and no corpus has to be kept for it.
+//! Inputs as edits of a valid file. Readers reject random bytes at once; they often accept an edited file, and no
+//! corpus has to be kept.
 
 use arbitrary::{Result, Unstructured};
 
-/// Numbers at the edges of the integer types, around powers of two, and what JSON may have in the place of a number.
+/// Numbers at the edges of the integer types and around powers of two, and other JSON values in place of a number.
 const NUMBERS: [&str; 16] = [
     "0",
     "1",

@@ -50,7 +50,7 @@ fn valid() -> Vec<u8> {
         ("tokenizer.ggml.token_type", Value::Array(types.collect())),
         ("tokenizer.ggml.bos_token_id", count(first_special)),
         ("tokenizer.ggml.eos_token_id", count(first_special + 1)),
-        // Last, so that edits find what is before them within 2^16 bytes.
+        // The tokens come last, so that the keys before them lie within the first 2^16 bytes, which edits reach.
         ("tokenizer.ggml.tokens", strings(&tokens)),
     ];
     let metadata: Vec<(&str, &Value)> = metadata.iter().map(|(name, value)| (*name, value)).collect();

@@ -30,7 +30,7 @@ pub fn run(data: &[u8]) {
     });
 }
 
-/// The input's first bits choose files, and each has an equal part of the rest.
+/// The input's first bits choose files; each chosen file gets an equal part of the rest.
 fn edit_some(files: &mut [Vec<u8>; 4], input: &mut Unstructured) -> Result<()> {
     let chosen: u8 = input.arbitrary()?;
     let count = (chosen & 0xf).count_ones().max(1) as usize;

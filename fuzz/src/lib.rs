@@ -1,5 +1,5 @@
-//! What each fuzz target does with its input; `fuzz_targets` holds their entries. Modules of the llama example stand at
-//! the root, where their own paths look for each other.
+//! The bodies of the fuzz targets; `fuzz_targets` has their entry points. Modules of the llama example stand at the
+//! root, where their own paths expect each other.
 
 pub mod api;
 pub mod cache_file;

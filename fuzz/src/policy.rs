@@ -1,4 +1,4 @@
-//! Bytes as a policy. One that is read must be written, read back the same, and give every layer its strategies.
+//! Bytes as a policy. If it can be read, it must be written, read back the same, and give every layer its strategies.
 
 use crate::edits::edit;
 use arbitrary::Unstructured;
@@ -19,7 +19,7 @@ pub fn run(data: &[u8]) {
 fn read(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let Ok(policy) = Policy::from_json(text) else { return };
-    // Its figures may be such as JSON cannot hold only if they came from elsewhere.
+    // A policy that came from JSON has only numbers that JSON can hold.
     let json = policy.to_json().expect("a policy that was read can be written");
     let again = Policy::from_json(&json).expect("a policy that was written can be read");
     assert_eq!(again, policy);

@@ -1,11 +1,11 @@
-//! Files for code that reads files: in memory, where the system has such a folder.
+//! Files for code that reads files: in memory, if the system has such a folder.
 
 use std::path::{Path, PathBuf};
 
 pub struct Scratch(PathBuf);
 
 impl Scratch {
-    /// An empty folder of this process.
+    /// Creates an empty folder for this process.
     pub fn new(name: &str) -> Self {
         let memory = Path::new("/dev/shm");
         let parent = if memory.is_dir() {

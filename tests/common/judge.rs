@@ -2,9 +2,8 @@
 //! same dtype may be, element by element.
 //!
 //! * Halves: at most 2 · u · |exact|, twice the error of exact arithmetic with one rounding at the end, plus the bound
-//! that [`super::budget`] derives for intermediate roundings. No other implementation is a yardstick: candle 0.11.1
-//! sums
-//!   halves in halves, so that its own error grows with the row.
+//!   that [`super::budget`] derives for intermediate roundings. No other implementation is a yardstick: candle 0.11.1
+//!   sums halves in halves, so that its own error grows with the row.
 //! * f32 on a GPU: [`F32_TIMES`] the largest error of this crate's CPU path.
 
 use super::budget::{budget, Side, Units};

@@ -1,4 +1,4 @@
-//! Jinja's `tojson` as the Hugging Face libraries have it: Python's `json.dumps`.
+//! Jinja's `tojson` as in the Hugging Face libraries: Python's `json.dumps`.
 
 use std::io;
 
@@ -57,7 +57,7 @@ pub fn to_json(
     );
     let bad = |error: serde_json::Error| Error::new(ErrorKind::BadSerialization, error.to_string());
     match sorted {
-        // serde_json's own values hold their keys sorted.
+        // serde_json's values keep their keys sorted.
         true => serde_json::to_value(&value).map_err(bad)?.serialize(&mut serializer),
         false => value.serialize(&mut serializer),
     }
@@ -78,7 +78,7 @@ fn indentation(value: &Value) -> Result<String, Error> {
     }
 }
 
-/// Writes what `json.dumps` writes.
+/// Writes JSON as `json.dumps` does.
 struct Python {
     ascii: bool,
     indent: Option<String>,
@@ -86,7 +86,7 @@ struct Python {
     item: String,
     key: String,
     depth: usize,
-    /// Whether the array or object that is open has nothing in it yet.
+    /// Whether the open array or object is still empty.
     empty: bool,
 }
 
@@ -114,7 +114,7 @@ impl Python {
         self.line(writer)
     }
 
-    /// A new line, where the text has lines.
+    /// A new line, if the text has lines.
     fn line<W: ?Sized + io::Write>(&self, writer: &mut W) -> io::Result<()> {
         match &self.indent {
             Some(indent) => write_line(writer, indent, self.depth),

@@ -1,4 +1,4 @@
-//! What templates call of Python beside Jinja: methods of strings, the look of lists, and the time.
+//! The parts of Python that templates call: methods of strings, the look of lists, and the time.
 
 use jiff::fmt::strtime::BrokenDownTime;
 use jiff::Zoned;
@@ -134,7 +134,7 @@ fn pad(text: &str, method: &str, width: usize, fill: Option<char>) -> String {
             };
             format!("{sign}{}{digits}", "0".repeat(missing))
         }
-        // Python puts the odd one on the left of an even width's text.
+        // Python puts an odd space on the left if the text's length is even.
         _ => {
             let left = missing / 2 + (missing & width & 1);
             format!("{}{text}{}", fill(left), fill(missing - left))
@@ -169,7 +169,7 @@ fn repr(value: &Value) -> Result<String, Error> {
     })
 }
 
-/// In single quotes, unless only those are inside.
+/// In single quotes, unless the text has single quotes and no double ones.
 fn quoted(text: &str) -> String {
     let quote = if text.contains('\'') && !text.contains('"') {
         '"'

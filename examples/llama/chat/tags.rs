@@ -1,7 +1,7 @@
-//! `{% generation %}`: a tag of the Hugging Face libraries' own, which Jinja does not have.
+//! `{% generation %}`: a tag of the Hugging Face libraries that Jinja lacks.
 
-/// The template with `{% generation %}` and `{% endgeneration %}` as a condition that holds: the block marks what the
-/// assistant wrote, for training, and its text is the text inside. Tags in comments, strings and raw blocks stay.
+/// The template with `{% generation %}` and `{% endgeneration %}` replaced by a condition that always holds. The block
+/// marks the assistant's text for training; rendering keeps that text. Tags in comments, strings and raw blocks stay.
 pub fn without_generation(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
@@ -33,7 +33,7 @@ pub fn without_generation(source: &str) -> String {
     out + rest
 }
 
-/// Where a tag or an expression ends: behind the first `close` that is in no string.
+/// Where a tag or an expression ends: after the first `close` outside of strings.
 fn expression_end(text: &str, close: &str) -> usize {
     let mut quote = None;
     let mut escaped = false;
@@ -51,7 +51,7 @@ fn expression_end(text: &str, close: &str) -> usize {
     text.len()
 }
 
-/// The name of a whole tag, and None for what is none.
+/// The name of a whole tag; None if `part` is no tag.
 fn tag_name(part: &str) -> Option<&str> {
     let inside = part.strip_prefix("{%")?.strip_suffix("%}")?;
     inside.trim_matches(['-', '+']).split_whitespace().next()

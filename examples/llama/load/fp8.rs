@@ -1,22 +1,22 @@
 //! FP8 weights with their scales, as `fp8`, `fbgemm_fp8` and `compressed-tensors` checkpoints keep them.
 //!
-//! A weight is its 8-bit value times the scale of its block: the whole matrix, a row, or a block such as 128 x 128. Both
-//! `weight_scale` and `weight_scale_inv` are factors, whatever the second's name says. Scales of activations and of
-//! cached keys only say how these would be rounded; here they are not rounded, so [`is_of_activations`] names what is
-//! left out.
+//! A weight is its 8-bit value times the scale of its block: the whole matrix, a row, or a block such as 128 x 128.
+//! Both `weight_scale` and `weight_scale_inv` are factors, despite the second's name. Scales of activations and of
+//! cached keys only tell how to round these, and this example does not round them: [`is_of_activations`] recognizes
+//! such tensors.
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
-/// What `quantization_config` says, as far as the weights go.
+/// The part of `quantization_config` that concerns weights.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Quantization {
-    /// Rows and columns of weights that share a scale; by the scale's shape where nothing is said.
+    /// Rows and columns of weights that share a scale; None: the scale's shape tells.
     block: Option<[usize; 2]>,
 }
 
-/// The block of `weight_scale_inv` where nothing is said.
+/// The default block of `weight_scale_inv`.
 const USUAL_BLOCK: [usize; 2] = [128, 128];
 
 impl Quantization {
@@ -34,8 +34,8 @@ impl Quantization {
             (Some("fbgemm_fp8"), _) => None,
             (Some("compressed-tensors"), Some("float-quantized" | "naive-quantized")) => compressed_block(config)?,
             (method, format) => bail!(
-                "quantization_config: expected fp8, fbgemm_fp8, or compressed-tensors of format float-quantized, got {}{}; \
-                 not supported, use the unquantized checkpoint or a GGUF file",
+                "quantization_config: expected fp8, fbgemm_fp8, or compressed-tensors of format float-quantized, got \
+                 {}{}; not supported, use the unquantized checkpoint or a GGUF file",
                 method.unwrap_or("no quant_method"),
                 format.map_or_else(String::new, |format| format!(" of format {format}"))
             ),
@@ -43,7 +43,7 @@ impl Quantization {
         Ok(Self { block })
     }
 
-    /// The block that a scale of this shape belongs to, for a matrix of `rows` and `columns`.
+    /// The block of a scale of this shape, for a matrix of `rows` and `columns`.
     fn block(&self, scale: &[usize], rows: usize, columns: usize) -> Result<[usize; 2]> {
         let fits = |[high, wide]: [usize; 2]| *scale == [rows.div_ceil(high), columns.div_ceil(wide)];
         let (whole, row) = ([rows, columns], [1, columns]);
@@ -56,8 +56,8 @@ impl Quantization {
         }
         .with_context(|| {
             format!(
-                "expected a scale of one value, of {rows} rows, or per block of {:?} values of a matrix ({rows}, {columns}), \
-                 got shape {scale:?}; not supported",
+                "expected a scale of one value, of {rows} rows, or per block of {:?} values of a matrix ({rows}, \
+                 {columns}), got shape {scale:?}; not supported",
                 self.block.unwrap_or(USUAL_BLOCK)
             )
         })
@@ -122,7 +122,7 @@ fn block(size: Option<&Value>) -> Result<Option<[usize; 2]>> {
     .map(Some)
 }
 
-/// Whether a tensor of a quantized checkpoint only says how activations or cached keys and values would be rounded.
+/// Whether a tensor of a quantized checkpoint only tells how to round activations or cached keys and values.
 pub fn is_of_activations(name: &str) -> bool {
     let last = name.rsplit('.').next().unwrap_or_default();
     matches!(

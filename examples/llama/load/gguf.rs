@@ -30,7 +30,7 @@ pub fn open(path: &Path, options: LoadOptions) -> Result<Checkpoint> {
     })
 }
 
-/// The tokenizer_config.json that a folder of the same model has.
+/// The tokenizer_config.json of an equivalent folder.
 fn companions(content: &Content, text: &Text) -> Result<Vec<(String, Vec<u8>)>> {
     let token = |edge: Edge| edge.id.and_then(|id| text.tokenizer.id_to_token(id));
     let template = match content.metadata.get("tokenizer.chat_template") {
@@ -65,7 +65,7 @@ pub(super) fn count(content: &Content, key: &str) -> Result<usize> {
     whole(metadata(content, key)?, key)
 }
 
-/// A count in whichever integer type the writer chose.
+/// A count, in any integer type.
 pub(super) fn whole(value: &Value, key: &str) -> Result<usize> {
     let wide = match *value {
         Value::I8(v) => i128::from(v),
@@ -99,8 +99,8 @@ impl GgufWeights {
         Ok(floats.to_device(&self.options.device)?)
     }
 
-    /// On a GPU always floats. There candle multiplies quantized weights by one row with another kernel than by many,
-    /// and the two round otherwise, so that a token decoded alone would differ from the same token in a prompt.
+    /// Always floats on a GPU. There candle multiplies quantized weights by one row with another kernel than by many,
+    /// and the two round differently, so that a token decoded alone would differ from the same token in a prompt.
     fn product(&self, weight: QTensor, bias: Option<Tensor>) -> Result<Linear> {
         if !self.options.device.is_cpu() {
             return Ok(Linear::Float(candle_nn::Linear::new(self.floats(&weight)?, bias)));

@@ -1,4 +1,5 @@
-//! What a GGUF file's metadata says of the model. A key that nobody reads is an error, unless it changes nothing.
+//! The model's configuration in a GGUF file's metadata. A key that nothing reads is an error, unless it changes
+//! nothing.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -15,17 +16,17 @@ use crate::rope::{Pairing, RopeScaling};
 
 const PREFIX: &str = "llama.";
 
-/// Keys that change nothing of what is computed.
+/// Keys that do not change the computation.
 const HARMLESS: [&str; 4] = [
-    // Of the file's making.
+    // How the file was made.
     "tensor_data_layout",
     "rope.scaling.original_context_length",
     "rope.scaling.finetuned",
-    // Of experts, which there are none of.
+    // About experts; there are none.
     "expert_used_count",
 ];
 
-/// The keys `llama.*`, and which of them were read.
+/// The keys `llama.*`, and the set of them that was read.
 struct Keys<'a> {
     content: &'a Content,
     read: RefCell<BTreeSet<String>>,
@@ -51,7 +52,7 @@ impl<'a> Keys<'a> {
             .with_context(|| format!("{PREFIX}{key}: expected this metadata, found none; the file is damaged"))
     }
 
-    /// A count, or a list of one per layer that are all the same.
+    /// A count, or a list of equal counts per layer.
     fn optional_count(&self, key: &str) -> Result<Option<usize>> {
         let name = format!("{PREFIX}{key}");
         match self.get(key) {
@@ -78,7 +79,7 @@ impl<'a> Keys<'a> {
         })
     }
 
-    /// Refuses keys that were not read and say something: llama.cpp takes 0 and false for a key's absence.
+    /// Refuses unread keys, except 0 and false, which llama.cpp treats as absent.
     fn check_all_read(&self) -> Result<()> {
         let read = self.read.borrow();
         let silent = |value: &Value| match value {
@@ -152,7 +153,7 @@ pub fn config(content: &Content, tensors: &mut Tensors) -> Result<LlamaConfig> {
         said == vocab_size,
         "llama.vocab_size: expected {vocab_size}, the rows of token_embd.weight, got {said}; the file is damaged"
     );
-    // A dense model may say that it has one expert.
+    // A dense model may name one expert.
     keys.optional_count("expert_count")?;
     let causal = keys.get("attention.causal");
     ensure!(
@@ -187,7 +188,7 @@ pub fn config(content: &Content, tensors: &mut Tensors) -> Result<LlamaConfig> {
     Ok(LlamaConfig { rope_scaling, ..config })
 }
 
-/// As llama.cpp reads it: a factor without a type is linear, `scale_linear` is the factor's old name, and factors per
+/// As in llama.cpp: a factor without a type is linear, `scale_linear` is the factor's old name, and factors per
 /// frequency (`rope_freqs.weight`) multiply with it.
 fn rope_scaling(keys: &Keys, tensors: &mut Tensors, half: usize) -> Result<RopeScaling> {
     let factor = linear_factor(keys)?;
@@ -218,7 +219,7 @@ fn linear_factor(keys: &Keys) -> Result<f64> {
         attention == 1.0,
         "llama.rope.scaling.attn_factor: expected 1, got {attention}; not supported"
     );
-    // 0 says that there is none.
+    // 0 means no factor.
     let factor = |key: &str| Ok::<_, anyhow::Error>(keys.number(key)?.filter(|&factor| factor != 0.0));
     let (new, old) = (factor("rope.scaling.factor")?, factor("rope.scale_linear")?);
     if let (Some(new), Some(old)) = (new, old) {

@@ -1,4 +1,4 @@
-//! The header of a GGUF file. Every size is held against the file's length before anything is allocated for it.
+//! The header of a GGUF file. Every size is checked against the file's length before anything is allocated for it.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Display;
@@ -26,15 +26,15 @@ pub struct Entry {
     pub start: u64,
 }
 
-/// A file's metadata and where its tensors are.
+/// A file's metadata, and the places of its tensors.
 pub struct Header {
-    /// Without tensors: these are in `tensors`.
+    /// The metadata; tensors are in `tensors` instead.
     pub content: Content,
     pub tensors: HashMap<String, Entry>,
 }
 
 impl Header {
-    /// Reads the header, and compares the file's length to it, so that a broken download is seen before it is loaded.
+    /// Reads the header and compares the file's length with it, so that a broken download is noticed before loading.
     pub fn read(path: &Path) -> Result<Self> {
         let read = || -> Result<Self> {
             let file = File::open(path)?;
@@ -55,7 +55,7 @@ fn damaged(why: impl Display) -> anyhow::Error {
     anyhow!("expected a whole GGUF file, got a damaged or truncated one ({why}); fetch it again")
 }
 
-/// Counts what it reads, so that nothing is asked for that the file cannot hold.
+/// Counts the bytes that it reads, so that no allocation exceeds the rest of the file.
 struct Reader<R> {
     inner: R,
     position: u64,
@@ -69,7 +69,7 @@ impl<R: Read> Reader<R> {
         self.len.saturating_sub(self.position)
     }
 
-    /// Refuses `count` things of at least `size` bytes each where the file is too short for them.
+    /// Refuses `count` items of at least `size` bytes each if the file is too short for them.
     fn hold(&self, count: u64, size: u64, what: &str) -> Result<()> {
         match count.checked_mul(size).is_some_and(|bytes| bytes <= self.left()) {
             true => Ok(()),
@@ -109,7 +109,7 @@ impl<R: Read> Reader<R> {
         }
     }
 
-    /// Some writers end strings with zeros, and some are no UTF-8.
+    /// Some writers end strings with zeros; some strings are not UTF-8.
     fn string(&mut self) -> Result<String> {
         let len = self.length()?;
         self.hold(len, 1, "bytes of a string")?;
@@ -169,7 +169,8 @@ fn read_header<R: Read>(reader: &mut Reader<R>) -> Result<Header> {
     let magic = version(reader)?;
     reader.wide = magic != VersionedMagic::GgufV1;
     let (tensors, pairs) = (reader.length()?, reader.length()?);
-    // A name's length, and a type and a byte of a value; or the number of axes, the type and the offset of a tensor.
+    // A key has at least a name's length, a type and a byte of value; a tensor, at least a name's length, the number of
+    // axes, the type and the offset.
     let prefix = if reader.wide { 8 } else { 4 };
     reader.hold(pairs, prefix + 5, "metadata keys")?;
     reader.hold(tensors, prefix + 16, "tensors")?;
@@ -256,13 +257,14 @@ impl Listed {
         })
     }
 
-    /// The bytes that it takes.
+    /// The tensor's size in bytes.
     fn size(&self, dtype: GgmlDType) -> Result<u64> {
         let block = dtype.block_size();
         let row = self.shape.last().copied().unwrap_or(1);
         ensure!(
             row.is_multiple_of(block),
-            "{}: expected rows of a multiple of {block} values, as {dtype:?} packs them, got {row}; the file is damaged",
+            "{}: expected rows of a multiple of {block} values, as {dtype:?} packs them, got {row}; the file is \
+             damaged",
             self.name
         );
         let count = self
@@ -276,7 +278,7 @@ impl Listed {
     }
 }
 
-/// Where each tensor is: one after the other from byte `data` on, each on a multiple of the alignment.
+/// The place of each tensor: one after another from byte `data` on, each at a multiple of the alignment.
 fn place(listed: Vec<Listed>, data: u64, alignment: u64, len: u64) -> Result<HashMap<String, Entry>> {
     let mut names = HashSet::new();
     let mut entries = HashMap::with_capacity(listed.len());
@@ -309,7 +311,7 @@ fn place(listed: Vec<Listed>, data: u64, alignment: u64, len: u64) -> Result<Has
     Ok(entries)
 }
 
-/// What candle can compute with.
+/// The dtype, if candle can compute with it.
 fn supported(kind: u32) -> Result<GgmlDType> {
     Ok(match kind {
         0 => GgmlDType::F32,
@@ -326,8 +328,8 @@ fn supported(kind: u32) -> Result<GgmlDType> {
         14 => GgmlDType::Q6K,
         30 => GgmlDType::BF16,
         other => bail!(
-            "expected values of type F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K, got {}, which is not \
-             supported; take the model in another quantization",
+            "expected values of type F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K, got {}, which is \
+             not supported; take the model in another quantization",
             type_name(other)
         ),
     })

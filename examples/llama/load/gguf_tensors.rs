@@ -1,4 +1,4 @@
-//! The tensors of a GGUF file, or of all parts of one that was split.
+//! The tensors of a GGUF file, or of all parts of a split one.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -16,7 +16,7 @@ use super::unread::Unread;
 
 pub struct Tensors {
     parts: Vec<(PathBuf, BufReader<File>)>,
-    /// The part that holds it, and where there.
+    /// By name: the index of the part that holds the tensor, and its entry there.
     entries: HashMap<String, (usize, Entry)>,
     unread: Unread,
 }
@@ -60,8 +60,8 @@ fn part_paths(path: &Path, number: usize, count: usize) -> Result<Vec<PathBuf>> 
     let suffix = |number: usize| format!("-{:05}-of-{count:05}.gguf", number + 1);
     let Some(stem) = name.strip_suffix(&suffix(number)) else {
         bail!(
-            "{}: expected the name NAME{}, as it is part {} of {count} of a split GGUF file, got {name}; give it its name \
-             back and put the other parts beside it",
+            "{}: expected the name NAME{}, as it is part {} of {count} of a split GGUF file, got {name}; give it its \
+             name back and put the other parts beside it",
             path.display(),
             suffix(number),
             number + 1
@@ -87,7 +87,7 @@ fn part_paths(path: &Path, number: usize, count: usize) -> Result<Vec<PathBuf>> 
     Ok(paths)
 }
 
-/// A further part belongs to the first, and has nothing to say that the first does not.
+/// Checks that a further part belongs to the first, and has no metadata that the first lacks.
 fn check_part(first: &Content, part: &Content, number: usize, count: usize) -> Result<()> {
     let got = (count_or(part, "split.no", 0)?, count_or(part, "split.count", 1)?);
     ensure!(
@@ -139,7 +139,7 @@ impl Tensors {
         self.entries.keys().map(String::as_str)
     }
 
-    /// The tensor, which must have this shape; it then counts as read.
+    /// Reads the tensor, which must have this shape, and marks it as read.
     pub fn read(&mut self, name: &str, shape: &[usize]) -> Result<QTensor> {
         let first = self.parts[0].0.display();
         let Some((part, entry)) = self.entries.get(name) else {
@@ -162,7 +162,7 @@ impl Tensors {
         tensor.with_context(|| format!("{}: {name}", path.display()))
     }
 
-    /// An error that names the tensors which nothing has read.
+    /// An error that names the unread tensors, if there are any.
     pub fn check_all_read(&self) -> Result<()> {
         self.unread
             .check()

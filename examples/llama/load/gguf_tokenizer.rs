@@ -1,4 +1,4 @@
-//! What a GGUF file says of text: its tokenizer, the tokens that end one, its chat template.
+//! The text side of a GGUF file: its tokenizer, the tokens that end a text, its chat template.
 
 use std::collections::HashMap;
 
@@ -58,7 +58,7 @@ pub struct Vocabulary {
     pub kinds: Vec<Kind>,
 }
 
-/// What GGUF calls a token's type.
+/// GGUF's token types.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Normal,
@@ -116,7 +116,7 @@ impl Kind {
     }
 }
 
-/// Ids of tokens that have a name of their own in the file.
+/// Ids of the special tokens that the file names.
 struct Ids(HashMap<&'static str, u32>);
 
 impl Ids {
@@ -126,7 +126,7 @@ impl Ids {
             let key = format!("tokenizer.ggml.{key}_token_id");
             let id = match (content.metadata.contains_key(&key), model, name) {
                 (true, ..) => count(content, &key)?,
-                // SentencePiece's own ids, where the file leaves them out.
+                // SentencePiece's default ids, if the file leaves them out.
                 (false, "llama", "unk") => 0,
                 (false, "llama", "bos") => 1,
                 (false, "llama", "eos") => 2,
@@ -147,7 +147,7 @@ impl Ids {
     }
 }
 
-/// A byte-level BPE, and whether its texts begin with BOS where the file does not say.
+/// A byte-level BPE, and whether texts begin with BOS by default.
 fn byte_level(content: &Content, vocabulary: &Vocabulary) -> Result<(Tokenizer, bool)> {
     let merges = strings(content, "tokenizer.ggml.merges")?
         .into_iter()
@@ -179,8 +179,8 @@ fn byte_level(content: &Content, vocabulary: &Vocabulary) -> Result<(Tokenizer, 
     Ok((tokenizer, pre.add_bos))
 }
 
-/// Tokens that are found in a text before anything is split. User-defined ones are text and are printed; the others
-/// are marks.
+/// Adds tokens that are matched before a text is split. User-defined ones are text and are printed; the others are
+/// marks.
 fn add_tokens(tokenizer: &mut Tokenizer, vocabulary: &Vocabulary, ids: &Ids) -> Result<()> {
     let marks = ["bos", "eos", "eot", "eom"].map(|name| ids.get(name));
     let tokens = vocabulary.tokens.iter().zip(&vocabulary.kinds).zip(0..);
@@ -214,7 +214,7 @@ fn chat_template(content: &Content, vocabulary: &Vocabulary, ids: &Ids) -> Resul
     Ok(Some(template))
 }
 
-/// `tokenizer.ggml.NAME`, where the file says.
+/// `tokenizer.ggml.NAME`, if the file has it.
 pub fn flag(content: &Content, name: &str) -> Result<Option<bool>> {
     let key = format!("tokenizer.ggml.{name}");
     match content.metadata.get(&key) {

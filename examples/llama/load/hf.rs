@@ -24,10 +24,10 @@ pub struct Files {
     weights: Vec<PathBuf>,
 }
 
-/// Where [`Files`] are taken from, by their name in the checkpoint.
+/// The source of [`Files`], by their names in the checkpoint.
 pub(super) trait Origin {
     fn required(&self, name: &str) -> Result<PathBuf>;
-    /// None where the checkpoint has no such file; an error where that cannot be told.
+    /// None if the checkpoint has no such file; an error if that cannot be told.
     fn optional(&self, name: &str) -> Result<Option<PathBuf>>;
 }
 
@@ -68,7 +68,7 @@ impl Files {
     }
 }
 
-/// One file where there is one, whatever an index says that was left from before; else the shards of the index.
+/// The single weights file if it exists, even beside a stale index; otherwise the shards of the index.
 fn weights(origin: &dyn Origin) -> Result<Vec<PathBuf>> {
     const SINGLE: &str = "model.safetensors";
     const INDEX: &str = "model.safetensors.index.json";
@@ -99,7 +99,7 @@ fn weights(origin: &dyn Origin) -> Result<Vec<PathBuf>> {
     shards.iter().map(|shard| origin.required(shard)).collect()
 }
 
-/// Files that say how a text is framed.
+/// Files about the framing of texts.
 fn companions(origin: &dyn Origin) -> Result<Vec<(String, Vec<u8>)>> {
     const NAMES: [&str; 4] = [
         "tokenizer_config.json",

@@ -1,4 +1,4 @@
-//! config.json. A key that nobody reads is an error, unless it changes nothing of what is computed.
+//! config.json. A key that nothing reads is an error, unless it does not change the computation.
 
 use anyhow::{bail, ensure, Context, Result};
 use serde::Deserialize;
@@ -9,8 +9,8 @@ use super::unread::list;
 use crate::model::LlamaConfig;
 use crate::rope::{Llama3Scaling, Pairing, RopeScaling};
 
-/// Keys that change nothing of what a model computes: what made the file, what trained the model, what its tokenizer
-/// and its way to generate are. Keys that begin with `_` are such too.
+/// Keys that do not change the computation: about the making of the file, training, the tokenizer and generation. So
+/// are keys that begin with `_`.
 const HARMLESS: &[&str] = &[
     "architectures",
     "attention_dropout",
@@ -59,7 +59,7 @@ const HARMLESS: &[&str] = &[
     "output_scores",
     "pad_token_id",
     "prefix",
-    // Only splits products into parts.
+    // This only splits products into parts.
     "pretraining_tp",
     "problem_type",
     "remove_invalid_values",
@@ -172,7 +172,7 @@ pub fn read(json: &Value) -> Result<LlamaConfig> {
     })
 }
 
-/// How the weights are quantized, where config.json says that they are.
+/// How the weights are quantized, if config.json has a quantization.
 pub fn quantization(json: &Value) -> Result<Option<Quantization>> {
     let keys = ["quantization_config", "compression_config"];
     let configs: Vec<&Value> = keys
@@ -187,7 +187,7 @@ pub fn quantization(json: &Value) -> Result<Option<Quantization>> {
     }
 }
 
-/// Refuses keys that are not read and say something. What is null, false, 0 or empty is taken for a key's absence.
+/// Refuses unread keys, except null, false, 0 and empty values, which count as absent.
 fn check_all_read(keys: &Map<String, Value>) -> Result<()> {
     let mut left = Vec::new();
     for (key, value) in keys {
@@ -207,7 +207,7 @@ fn check_all_read(keys: &Map<String, Value>) -> Result<()> {
 
 fn says_nothing(key: &str, value: &Value, keys: &Map<String, Value>) -> bool {
     match (key, value) {
-        // On in every Llama.
+        // True in every Llama.
         ("is_causal" | "scale_attn_weights" | "use_rope" | "use_rms_norm", Value::Bool(on)) => *on,
         ("partial_rotary_factor" | "rotary_pct", _) => value.as_f64() == Some(1.0),
         ("layer_types", Value::Array(types)) => types.iter().all(|layer| layer == "full_attention"),
@@ -222,7 +222,7 @@ fn says_nothing(key: &str, value: &Value, keys: &Map<String, Value>) -> bool {
     }
 }
 
-/// One of the objects that say what is done to the frequencies.
+/// One of the objects that scale the frequencies.
 #[derive(Deserialize, PartialEq)]
 #[serde(deny_unknown_fields)]
 struct RawRope {
@@ -237,7 +237,7 @@ struct RawRope {
     original_max_position_embeddings: Option<f64>,
 }
 
-/// Theta and scaling, from `rope_scaling`, or `rope_parameters` as newer files call it, and the key of its own.
+/// Theta and scaling, from `rope_scaling` (`rope_parameters` in newer files) and from theta's own key.
 fn rope(json: &Value, own_theta: Option<f64>) -> Result<(Option<f64>, RopeScaling)> {
     let (mut theta, mut scaling) = (own_theta, None);
     for key in ["rope_scaling", "rope_parameters"] {
@@ -281,7 +281,7 @@ impl RawRope {
             ensure!(value.is_finite() && value > 0.0, "expected {name} above 0, got {value}");
             Ok(value)
         };
-        // What another type than the named one would read.
+        // Keys that only other types read.
         let ramp = [
             ("low_freq_factor", self.low_freq_factor),
             ("high_freq_factor", self.high_freq_factor),

@@ -11,7 +11,7 @@ use super::fp8::{is_of_activations, scaled, Quantization};
 use super::unread::Unread;
 
 pub struct Tensors {
-    /// Where they come from, for messages.
+    /// The tensors' origin, for messages.
     name: String,
     files: MmapedSafetensors,
     count: usize,
@@ -22,7 +22,7 @@ pub struct Tensors {
 impl Tensors {
     pub fn open(paths: &[PathBuf], quantization: Option<Quantization>) -> Result<Self> {
         // SAFETY: the maps are only read, and live no longer than this process; a checkpoint that another process
-        // rewrites meanwhile is outside what mapping a file can promise.
+        // rewrites meanwhile is beyond what mapping a file can guarantee.
         let files = unsafe { MmapedSafetensors::multi(paths) };
         let name = paths[0].display().to_string();
         let files = files.with_context(|| {
@@ -61,7 +61,7 @@ impl Tensors {
         self.view(name).map(|view| view.shape().to_vec())
     }
 
-    /// The tensor as floats, on the CPU, which must have this shape; it then counts as read, with its scale.
+    /// Reads the tensor as floats on the CPU; it must have this shape, and then counts as read, with its scale.
     pub fn read(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let Some(view) = self.view(name) else {
             bail!(
@@ -79,8 +79,8 @@ impl Tensors {
         use safetensors::Dtype::{BF16, F16, F32, F64, F8_E4M3};
         ensure!(
             matches!(kind, F64 | F32 | F16 | BF16 | F8_E4M3),
-            "{}: {name}: expected F64, F32, F16, BF16 or F8_E4M3, got {kind:?}, which is not supported; use the unquantized \
-             checkpoint or a GGUF file",
+            "{}: {name}: expected F64, F32, F16, BF16 or F8_E4M3, got {kind:?}, which is not supported; use the \
+             unquantized checkpoint or a GGUF file",
             self.name
         );
         let tensor = self.files.load(name, &Device::Cpu)?;
@@ -93,7 +93,7 @@ impl Tensors {
         }
     }
 
-    /// FP8 values times their scale. Without `quantization_config` and without a scale they are what they are.
+    /// FP8 values times their scale; the plain values without `quantization_config` and scale.
     fn scaled(&mut self, name: &str, values: &Tensor) -> Result<Tensor> {
         let names = ["_scale", "_scale_inv"].map(|suffix| format!("{name}{suffix}"));
         let found: Vec<String> = names.into_iter().filter(|name| self.view(name).is_some()).collect();
@@ -101,7 +101,8 @@ impl Tensors {
             [] => {
                 ensure!(
                     self.quantization.is_none(),
-                    "expected {name}_scale or {name}_scale_inv beside FP8 weights, found neither; fetch the checkpoint again"
+                    "expected {name}_scale or {name}_scale_inv beside FP8 weights, found neither; fetch the checkpoint \
+                     again"
                 );
                 return Ok(values.to_dtype(DType::F32)?);
             }
@@ -119,7 +120,7 @@ impl Tensors {
         scaled(values, &tensor, &quantization).with_context(|| scale.clone())
     }
 
-    /// Passes over the tensor `copy` where it holds what `of` holds, which the model reads in its place.
+    /// Marks the tensor `copy` as read if it equals `of`, which the model reads instead.
     pub fn pass_copy(&mut self, copy: &str, of: &str) -> Result<()> {
         if !self.unread.contains(copy) {
             return Ok(());
@@ -130,22 +131,22 @@ impl Tensors {
         };
         ensure!(
             same,
-            "{}: {copy}: expected the values of {of}, as tie_word_embeddings says, got others; set tie_word_embeddings to \
-             false in config.json where {copy} is meant",
+            "{}: {copy}: expected the values of {of}, as tie_word_embeddings says, got others; set tie_word_embeddings \
+             to false in config.json where {copy} is meant",
             self.name
         );
         self.unread.take(copy);
         Ok(())
     }
 
-    /// An error that names the tensors which nothing has read.
+    /// An error that names the unread tensors, if there are any.
     pub fn check_all_read(&self) -> Result<()> {
         self.unread.check().with_context(|| self.name.clone())
     }
 }
 
-/// Whether a tensor holds what older versions of transformers saved and no version reads: rotations, which follow from
-/// config.json.
+/// Whether a tensor is a buffer that older versions of transformers saved and no version reads: rotations, which follow
+/// from config.json.
 fn is_buffer(name: &str) -> bool {
     ["inv_freq", "cos_cached", "sin_cached"]
         .iter()

@@ -1,4 +1,4 @@
-//! What a Hugging Face checkpoint says of text: its tokenizer, the tokens that end one, its chat template.
+//! The text side of a Hugging Face checkpoint: its tokenizer, the tokens that end a text, its chat template.
 
 use std::collections::HashMap;
 use std::fs;
@@ -14,7 +14,7 @@ use super::hf::{read_json, Origin};
 use super::text::{Edge, Text};
 use crate::chat::ChatTemplate;
 
-/// The files that say it.
+/// The files about text.
 pub struct TextFiles {
     config: PathBuf,
     tokenizer: PathBuf,
@@ -36,7 +36,7 @@ impl TextFiles {
     }
 }
 
-/// A tokenizer.json. It is read as JSON first: tokenizers 0.23.2 panics where a decoder in it is none.
+/// Reads a tokenizer.json, as JSON first: tokenizers 0.23.2 panics on a decoder that is none.
 pub fn tokenizer(path: &Path) -> Result<Tokenizer> {
     let read = || -> Result<Tokenizer> {
         let json = fs::read(path)?;
@@ -48,7 +48,7 @@ pub fn tokenizer(path: &Path) -> Result<Tokenizer> {
 
 pub fn text(files: &TextFiles) -> Result<Text> {
     let mut tokenizer = tokenizer(&files.tokenizer)?;
-    // What someone trained with: a text that is read here is neither cut nor filled up.
+    // Truncation and padding belong to training: a text that is read here is neither cut nor padded.
     tokenizer.with_padding(None);
     tokenizer
         .with_truncation(None)
@@ -73,7 +73,7 @@ pub fn text(files: &TextFiles) -> Result<Text> {
     Text::new(tokenizer, bos, eos, ends(files)?, chat).with_context(source)
 }
 
-/// Those of config.json and of generation_config.json.
+/// The ends of config.json and of generation_config.json.
 fn ends(files: &TextFiles) -> Result<Vec<u32>> {
     let mut ids = Vec::new();
     for path in [Some(&files.config), files.generation_config.as_ref()]
@@ -108,13 +108,13 @@ impl OneOrMany {
     }
 }
 
-/// tokenizer_config.json, as far as it is read.
+/// The parts of tokenizer_config.json that are read.
 #[derive(Default, Deserialize)]
 struct TokenizerConfig {
     chat_template: Option<Templates>,
     add_bos_token: Option<bool>,
     add_eos_token: Option<bool>,
-    /// The special tokens are among them.
+    /// All other keys; the special tokens are among them.
     #[serde(flatten)]
     others: HashMap<String, Value>,
 }
@@ -138,7 +138,7 @@ impl TokenizerConfig {
         text_of(self.others.get(name)?)
     }
 
-    /// Lets the template name all special tokens, those of a model's own too.
+    /// Lets the template name all special tokens, including those that only this model has.
     fn name_tokens(&self, template: &mut ChatTemplate) {
         for name in ["bos", "eos", "unk", "pad", "sep", "cls", "mask"] {
             let name = format!("{name}_token");
@@ -161,7 +161,7 @@ impl TokenizerConfig {
     }
 }
 
-/// A token's text: files have it as it is, or in an object that also says how it is found.
+/// A token's text, which files write plainly or inside an object.
 fn text_of(token: &Value) -> Option<&str> {
     token.as_str().or_else(|| token.get("content")?.as_str())
 }

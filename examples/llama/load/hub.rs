@@ -1,7 +1,7 @@
-//! Files of a checkpoint on the Hugging Face hub, kept in the cache that Python's huggingface_hub uses too.
+//! Files of a checkpoint on the Hugging Face hub, in the cache that Python's huggingface_hub uses too.
 //!
-//! hf-hub fetches and stores them. This file adds `HF_HUB_OFFLINE`, `HF_HUB_CACHE`, `HF_TOKEN`, a limit on how long a
-//! hub may say nothing, and a note in the cache of files that a checkpoint does not have.
+//! hf-hub fetches and stores them. This file adds `HF_HUB_OFFLINE`, `HF_HUB_CACHE`, `HF_TOKEN`, a timeout for a silent
+//! hub, and notes in the cache of files that a checkpoint does not have.
 
 use std::env;
 use std::fs;
@@ -20,7 +20,7 @@ pub struct Hub<'a> {
     /// The checkpoint's folder in the cache.
     folder: PathBuf,
     cache: CacheRepo,
-    /// None where nothing may be fetched.
+    /// None if nothing may be fetched.
     remote: Option<Remote>,
 }
 
@@ -47,14 +47,14 @@ impl<'a> Hub<'a> {
         })
     }
 
-    /// Where the cache notes that the newest version it knows has no such file; None where it knows no version.
+    /// The path of the cache's note that the newest known version lacks this file; None if no version is known.
     fn absence(&self, name: &str) -> Option<PathBuf> {
         let commit = fs::read_to_string(self.folder.join("refs/main")).ok()?;
         Some(self.folder.join(".no_exist").join(commit.trim()).join(name))
     }
 
-    /// From the cache or else the hub; None where there is no such file, which an offline cache cannot tell from one
-    /// that was never fetched.
+    /// From the cache, else from the hub; None if there is no such file. An offline cache cannot tell an absent file
+    /// from one that was never fetched.
     fn find(&self, name: &str) -> Result<Option<PathBuf>> {
         if let Some(path) = self.cache.get(name) {
             return Ok(Some(path));
@@ -67,7 +67,7 @@ impl<'a> Hub<'a> {
             let path = remote.api.get(name).with_context(|| self.no_answer(name))?;
             return Ok(Some(path));
         }
-        // Without the note the hub is asked again next time, no more.
+        // Without the note the hub is asked again next time.
         if let Some(note) = self.absence(name) {
             let _ = note
                 .parent()
@@ -107,7 +107,7 @@ impl Remote {
         })
     }
 
-    /// Whether the hub has a file: only 404 says that it has not. hf-hub's own requests wait for ever.
+    /// Whether the hub has a file; only 404 means that it has not. hf-hub's own requests have no timeout.
     fn has(&self, name: &str) -> Result<bool> {
         let mut request = self.agent.get(&self.api.url(name)).set("Range", "bytes=0-0");
         if let Some(token) = &self.token {
@@ -144,19 +144,19 @@ impl Origin for Hub<'_> {
     }
 }
 
-/// A variable that says something.
+/// An environment variable that is set and not empty.
 fn variable(name: &str) -> Option<String> {
     env::var(name).ok().filter(|value| !value.is_empty())
 }
 
-/// As huggingface_hub reads it.
+/// HF_HUB_OFFLINE, read as huggingface_hub does.
 fn offline() -> bool {
     ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"].iter().any(|name| {
         variable(name).is_some_and(|value| matches!(value.to_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE"))
     })
 }
 
-/// `HF_HOME`, or where it is when nobody says.
+/// `HF_HOME`, or its default.
 fn home() -> Result<PathBuf> {
     if let Some(home) = variable("HF_HOME") {
         return Ok(home.into());
@@ -175,7 +175,7 @@ fn cache_folder() -> Result<PathBuf> {
     }
 }
 
-/// `HF_TOKEN`, or what `hf auth login` has stored.
+/// `HF_TOKEN`, or the token that `hf auth login` has stored.
 fn token() -> Option<String> {
     let stored = || {
         let path = variable("HF_TOKEN_PATH")
@@ -187,7 +187,7 @@ fn token() -> Option<String> {
     Some(token.trim().to_string()).filter(|token| !token.is_empty())
 }
 
-/// How long the hub may take to say whether it has a file.
+/// How long the hub may take to tell whether it has a file.
 fn timeout() -> Result<Duration> {
     const NAME: &str = "HF_HUB_ETAG_TIMEOUT";
     let Some(text) = variable(NAME) else {

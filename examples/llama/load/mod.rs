@@ -30,9 +30,9 @@ use self::text::Text;
 /// How weights are held.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
-    /// Of weights and activations; f32 for GGUF files on the CPU.
+    /// The dtype of weights and activations; f32 for GGUF files on the CPU.
     pub dtype: DType,
-    /// Whether a GGUF file's quantized matrices become floats; on a GPU they do in any case, so that one kernel serves
+    /// Whether a GGUF file's quantized matrices become floats. On a GPU they always do, so that one kernel serves
     /// prompts and single tokens.
     pub dequantize: bool,
     pub device: Device,
@@ -42,8 +42,8 @@ pub struct LoadOptions {
 pub struct Checkpoint {
     pub config: LlamaConfig,
     pub text: Text,
-    /// Name and content of the files of a Hugging Face folder that say how a text is framed, beside the tokenizer. A
-    /// model that is written anew takes them along.
+    /// Names and contents of a Hugging Face folder's files about the framing of texts, except the tokenizer. An export
+    /// copies them.
     #[allow(dead_code)] // the train example does so
     pub companions: Vec<(String, Vec<u8>)>,
     weights: Box<dyn Weights>,
@@ -64,7 +64,8 @@ impl Checkpoint {
             );
             ensure!(
                 *dtype == DType::F32 || !device.is_cpu(),
-                "dtype: expected f32 for a GGUF file on the CPU, whose weights stay quantized, got {}; leave --dtype out",
+                "dtype: expected f32 for a GGUF file on the CPU, whose weights stay quantized, got {}; leave --dtype \
+                 out",
                 dtype.as_str()
             );
             gguf::open(path, options)?
@@ -89,14 +90,14 @@ impl Checkpoint {
         self.read(|weights, config| Llama::load(weights, config, attention))
     }
 
-    /// Gives the weights to `read`, which must take all of them.
+    /// Gives the weights to `read`, which must read all of them.
     pub fn read<T>(&mut self, read: impl FnOnce(&mut dyn Weights, &LlamaConfig) -> Result<T>) -> Result<T> {
         let result = read(self.weights.as_mut(), &self.config)?;
         self.weights.check_all_read()?;
         Ok(result)
     }
 
-    /// Token ids of `text`; `special` adds what belongs around a text, such as a BOS token.
+    /// Token ids of `text`; `special` adds the tokens around a text, such as BOS.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let ids = self.text.encode(text, special)?;
         let vocabulary = self.config.vocab_size;

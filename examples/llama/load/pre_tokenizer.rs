@@ -1,7 +1,7 @@
-//! How text is cut into words before byte-level BPE merges anything: what the names in `tokenizer.ggml.pre` stand for.
+//! How text is cut into words before byte-level BPE merges anything: the meaning of the names in `tokenizer.ggml.pre`.
 //!
-//! A name stands for the pre-tokenizer of the model that it comes from, in the order of that model's tokenizer.json.
-//! Each step cuts the pieces of the step before it; a piece that a pattern does not match stays whole.
+//! A name stands for the pre-tokenizer of the model it comes from, with the steps of that model's tokenizer.json. Each
+//! step cuts the pieces of the step before; a piece that a pattern does not match stays whole.
 
 use anyhow::{anyhow, bail, Result};
 use tokenizers::normalizers::unicode::NFC;
@@ -12,13 +12,13 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::{NormalizerWrapper, SplitDelimiterBehavior};
 
-/// What a name stands for.
+/// The pre-tokenizer of a name.
 pub struct PreTokenizer {
     pub normalizer: Option<NormalizerWrapper>,
     pub splits: PreTokenizerWrapper,
-    /// Whether a word that is a token by itself is that token, whatever the merges say.
+    /// Whether a word that is a token becomes that token without regard to merges.
     pub ignore_merges: bool,
-    /// Whether a text begins with BOS where the file does not say.
+    /// Whether a text begins with BOS by default.
     pub add_bos: bool,
 }
 
@@ -86,7 +86,7 @@ impl PreTokenizer {
     }
 }
 
-/// What goes with a name besides its cuts.
+/// Properties of a name besides its cuts.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Begins {
     Plain,
@@ -106,14 +106,14 @@ impl Step {
     }
 }
 
-/// One of these, the first that matches.
+/// The first of these that matches.
 fn any(patterns: &[&str]) -> String {
     patterns.join("|")
 }
 
-/// A word with the character before it, where that is none of a word, a number or a line's end.
+/// A word with the character before it, unless that is a letter, a number or a line end.
 const WORD: &str = r"[^\r\n\p{L}\p{N}]?\p{L}+";
-/// Signs, a space before them, and the lines' ends behind them.
+/// Signs, with a space before them and line ends after them.
 const SIGNS: &str = r" ?[^\s\p{L}\p{N}]+[\r\n]*";
 const LINE_ENDS: &str = r"\s*[\r\n]+";
 
@@ -123,7 +123,7 @@ fn words(count: &str) -> Vec<Step> {
     vec![Matches(any(&[&endings, WORD, &digits, SIGNS, LINE_ENDS, SPACES]))]
 }
 
-/// As [`words`], but a capital after a small letter begins a word, and a slash goes with the signs before it.
+/// As [`words`], but a capital after a small letter begins a word, and a slash belongs to the signs before it.
 fn cased_words(endings: &str, digits: &str) -> Vec<Step> {
     const BEFORE: &str = r"[^\r\n\p{L}\p{N}]?";
     const CAPITALS: &str = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]";
@@ -134,7 +134,7 @@ fn cased_words(endings: &str, digits: &str) -> Vec<Step> {
     vec![Matches(any(&[&small, &capitals, digits, signs, LINE_ENDS, SPACES]))]
 }
 
-/// As [`words`] with digits one by one, but signs do not take the ends of lines with them.
+/// As [`words`] with single digits, but signs do not include line ends.
 fn seed_coder() -> Vec<Step> {
     let endings = format!("(?i:{SMALL_ENDINGS})");
     let signs = r" ?[^\s\p{L}\p{N}\r\n]+";
@@ -146,7 +146,7 @@ fn gpt2() -> Step {
     Matches(any(&[SMALL_ENDINGS, r" ?\p{L}+", r" ?\p{N}+", signs, SPACES]))
 }
 
-/// Signs, then GPT-2's words, then digits by three. `signs` are some more.
+/// Signs, then GPT-2's words, then digits by three. `signs`: additional signs.
 fn falcon(signs: &str, digits: &[&str]) -> Vec<Step> {
     let mut steps = vec![Matches(format!(r"[\p{{P}}$+<=>^~|{signs}]+")), gpt2()];
     steps.extend(digits.iter().map(|pattern| Matches(pattern.to_string())));
@@ -159,11 +159,11 @@ fn finnish() -> Step {
     Matches(r" ?[^(\s|.,!?…。，、।۔،)]+".into())
 }
 
-/// Chinese and Japanese signs, and what lies between them and the Latin ones, as DeepSeek counts them.
+/// Chinese and Japanese signs, and the code points between them and the Latin ones, as in DeepSeek's pattern.
 const EASTERN: &str = r"[\x{800}-\x{9fa5}\x{ac00}-\x{d7ff}]+";
 
 fn deepseek_llm() -> Vec<Step> {
-    // Letters that have a case, without Georgian, the later Latin ones, Medefaidrin's and the mathematical ones.
+    // Letters with a case, except Georgian, later Latin, Medefaidrin and mathematical ones.
     const OTHERS: &str = r"\x{10d0}-\x{10ff}\x{a790}-\x{a7ff}\x{ab30}-\x{ab68}\x{16e40}-\x{16e7f}\x{1d400}-\x{1d7cb}";
     const MARKS: &str = r"[!-/:-~\x{ff01}-\x{ff0f}\x{ff1a}-\x{ff5e}\x{2018}-\x{201f}\x{3000}-\x{3002}]";
     vec![

@@ -1,7 +1,7 @@
-//! SentencePiece's BPE as GGUF files of Llama 2 carry it: pieces and scores, and no merges.
+//! SentencePiece's BPE as in Llama 2's GGUF files: pieces and scores, without merges.
 //!
-//! Of all neighbouring pieces that together are a piece, the two of the highest score are joined first, the leftmost of
-//! equals. So a piece's score ranks the merges that make it: every way to cut it into two pieces is one.
+//! Among neighbouring pieces that together form a piece, the pair with the highest score is joined first, the leftmost
+//! of equal ones. So a piece's score ranks the merges that make it, one for every way to cut it into two pieces.
 
 use std::collections::HashMap;
 
@@ -18,7 +18,7 @@ use tokenizers::{NormalizerWrapper, Tokenizer};
 
 use super::gguf_tokenizer::{array, flag, Kind, Vocabulary};
 
-/// What stands for a space in pieces.
+/// The sign for a space in pieces.
 const SPACE: &str = "▁";
 
 pub fn tokenizer(content: &Content, vocabulary: &Vocabulary) -> Result<Tokenizer> {
@@ -65,7 +65,7 @@ fn scores(content: &Content, tokens: usize) -> Result<Vec<f32>> {
     Ok(scores)
 }
 
-/// All merges, the first ones first.
+/// All merges, in their order.
 fn merges(vocabulary: &Vocabulary, scores: &[f32]) -> Merges {
     let pieces: HashMap<&str, usize> = vocabulary
         .tokens
@@ -83,7 +83,7 @@ fn merges(vocabulary: &Vocabulary, scores: &[f32]) -> Merges {
             }
         }
     }
-    // Equal scores are rare, and then the lower id goes first; of one piece's cuts the longer left part.
+    // Equal scores are rare; then the lower id comes first, and among the cuts of one piece the longer left part.
     ranked.sort_by(|a, b| {
         let score = scores[b.0].total_cmp(&scores[a.0]);
         score.then(a.0.cmp(&b.0)).then(b.1.len().cmp(&a.1.len()))
@@ -102,7 +102,7 @@ fn normalizer(prefix: bool) -> Result<NormalizerWrapper> {
     })
 }
 
-/// Spaces and bytes as text; the space that [`normalizer`] put in front is taken away.
+/// Turns spaces and bytes into text, and removes the space that [`normalizer`] put in front.
 fn decoder(prefix: bool) -> Result<DecoderWrapper> {
     let spaces = Replace::new(SPACE, " ").map_err(|error| anyhow!("tokenizer: {error}"))?;
     let mut steps: Vec<DecoderWrapper> = vec![spaces.into(), ByteFallback::new().into(), Fuse::new().into()];

@@ -1,4 +1,4 @@
-//! What a checkpoint says of text: how it becomes tokens, which of them end it, how a conversation is written.
+//! The text side of a checkpoint: how text becomes tokens, which tokens end it, how a conversation is written.
 
 use std::iter::repeat_n;
 
@@ -7,8 +7,8 @@ use tokenizers::Tokenizer;
 
 use crate::chat::ChatTemplate;
 
-/// Names of tokens that end a turn or a text in the models that have them. A checkpoint's own `eos` is often another
-/// one: the end of a document, where a conversation never comes to.
+/// Names of tokens that end a turn or a text. A checkpoint's own `eos` is often the end of a document, which a
+/// conversation never reaches.
 const ENDS: [&str; 18] = [
     "<|eot_id|>",
     "<|eom_id|>",
@@ -30,7 +30,7 @@ const ENDS: [&str; 18] = [
     "<｜end▁of▁sentence｜>",
 ];
 
-/// A tokenizer with what its checkpoint says of it.
+/// A tokenizer and the checkpoint's settings for it.
 pub struct Text {
     pub tokenizer: Tokenizer,
     pub bos: Edge,
@@ -44,12 +44,12 @@ pub struct Text {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Edge {
     pub id: Option<u32>,
-    /// Whether it is put there; None where the tokenizer's own post-processor decides.
+    /// Whether it is added; None: the tokenizer's own post-processor decides.
     pub add: Option<bool>,
 }
 
 impl Text {
-    /// `ends` are those that the checkpoint names; tokens that are known to end a turn join them.
+    /// `ends`: the ids that the checkpoint names; known names of turn ends are added.
     pub fn new(
         tokenizer: Tokenizer,
         bos: Edge,
@@ -76,7 +76,7 @@ impl Text {
         })
     }
 
-    /// Token ids of `text`; `special` adds what belongs around a text, such as BOS. A text that has its own BOS gets no
+    /// Token ids of `text`; `special` adds the tokens around a text, such as BOS. A text that already has BOS gets no
     /// second one.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let encode = |special| -> Result<Vec<u32>> {
@@ -105,8 +105,8 @@ impl Text {
 }
 
 impl Edge {
-    /// How many of it belong there, where the text itself has `own`, and `processed` are there with what the
-    /// tokenizer's post-processor adds.
+    /// How many copies of the token belong at the edge. The text itself has `own`, and `processed` with the additions
+    /// of the tokenizer's post-processor.
     fn wanted(self, own: usize, processed: usize) -> usize {
         match self.add {
             Some(true) => own.max(1),

@@ -1,4 +1,4 @@
-//! What a checkpoint says and the model does not read is an error: half a checkpoint computes something else.
+//! Contents of a checkpoint that the model does not read are an error: half a checkpoint computes something else.
 
 use std::collections::BTreeSet;
 
@@ -13,12 +13,12 @@ impl Unread {
         Self(names.into_iter().collect())
     }
 
-    /// Takes note that `name` was read.
+    /// Marks `name` as read.
     pub fn take(&mut self, name: &str) {
         self.0.remove(name);
     }
 
-    /// Passes over the names that `harmless` knows.
+    /// Marks the names for which `harmless` is true.
     pub fn pass(&mut self, harmless: impl Fn(&str) -> bool) {
         self.0.retain(|name| !harmless(name));
     }
@@ -27,7 +27,7 @@ impl Unread {
         self.0.contains(name)
     }
 
-    /// An error that names what is left.
+    /// An error that names the unread tensors, if there are any.
     pub fn check(&self) -> Result<()> {
         ensure!(
             self.0.is_empty(),

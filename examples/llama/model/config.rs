@@ -1,4 +1,4 @@
-//! The shape of a Llama, held against what its file holds before anything is allocated for it.
+//! The shape of a Llama, checked against the contents of its file before anything is allocated for it.
 
 use anyhow::{bail, ensure, Result};
 use candle_sfattention::ModelShape;
@@ -31,7 +31,7 @@ pub struct LlamaConfig {
 }
 
 impl LlamaConfig {
-    /// What policies are made for.
+    /// The shape that policies are made for.
     pub fn shape(&self) -> ModelShape {
         ModelShape {
             layers: self.layers,
@@ -43,7 +43,7 @@ impl LlamaConfig {
 
     /// Refuses shapes that no Llama has, before anything is allocated for them.
     pub fn check(&self) -> Result<()> {
-        // Far beyond any Llama, and small enough that no product of two of them overflows.
+        // Far larger than any Llama, and small enough that a product of two sizes does not overflow.
         const MOST: usize = 1 << 24;
         for (name, value, most) in [
             ("hidden size", self.hidden_size, MOST),
@@ -84,7 +84,7 @@ impl LlamaConfig {
         self.rope_scaling.check(self.head_dim / 2)
     }
 
-    /// Refuses sizes that `weights` are too few for: what is allocated by these sizes then fits what was stored.
+    /// Refuses sizes for which `weights` has too few numbers: allocations by these sizes then fit the stored ones.
     pub fn check_held(&self, weights: &dyn Weights) -> Result<()> {
         ensure!(
             self.layers <= weights.len(),
@@ -110,15 +110,15 @@ impl LlamaConfig {
     }
 }
 
-/// Refuses ids that a vocabulary does not have. candle takes some of them for a row of zeros.
+/// Refuses ids beyond the vocabulary. candle reads some of them as a row of zeros.
 pub fn check_ids(ids: &[u32], vocab_size: usize) -> Result<()> {
     let beyond = ids
         .iter()
         .find(|&&id| usize::try_from(id).map_or(true, |id| id >= vocab_size));
     if let Some(id) = beyond {
         bail!(
-            "token id: expected one below {vocab_size}, the size of the model's vocabulary, got {id}; the tokenizer does \
-             not belong to this model"
+            "token id: expected one below {vocab_size}, the size of the model's vocabulary, got {id}; the tokenizer \
+             does not belong to this model"
         )
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! What was measured already, one line of JSON each, so that a report that was stopped goes on.
+//! The measurements so far, one line of JSON each, so that a stopped report resumes.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -16,7 +16,7 @@ pub struct Record {
     /// Summed negative log likelihood of the predicted tokens.
     pub score: f64,
     pub predicted: usize,
-    /// Of a pass key, whether it was found.
+    /// For a pass key: whether it was found.
     pub found: Option<bool>,
     pub tokens: usize,
     /// Entries left out of all, at the end of the sequence.
@@ -40,7 +40,7 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// Goes on with `path`, which must be of the same settings, or begins it.
+    /// Resumes the ledger `path`, which must have the same settings, or begins it.
     pub fn open(path: &Path, settings: &str) -> Result<Self> {
         let mut records = BTreeMap::new();
         if !path.exists() {

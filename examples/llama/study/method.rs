@@ -18,9 +18,9 @@ pub enum Method {
     Paper,
     Pretrained,
     Calibrated(f64),
-    /// As many tokens of each KV head as the calibrated policy hides, the same sinks and window, but any tokens.
+    /// Random tokens, the same number per KV head as the calibrated policy hides, with the same sinks and window.
     Random(f64),
-    /// The first tokens and a window that is as long as the calibrated policy keeps entries.
+    /// The first tokens, and a window as long as the entries that the calibrated policy keeps.
     Streaming(f64),
 }
 
@@ -80,12 +80,12 @@ impl Method {
     }
 }
 
-/// A method with all that it needs.
+/// A method and its inputs.
 pub struct Planner {
     method: Method,
     strategies: Vec<HeadStrategies>,
     config: CompressionConfig,
-    /// Of the tokens that have left the window, in calibration.
+    /// The share hidden in calibration, of the tokens that have left the window.
     hidden_ratio: f64,
 }
 
@@ -146,7 +146,7 @@ impl Planner {
     }
 }
 
-/// What a cache would hold at the end of a sequence.
+/// The contents of a cache at the end of a sequence.
 #[derive(Default)]
 pub struct Kept {
     entries: usize,
@@ -165,7 +165,7 @@ impl Kept {
             head_dim: q.dim(3)?,
         };
         let tokens = q.dim(2)?;
-        // A hidden token is gone once it has left the window.
+        // A hidden token counts as kept until it has left the window.
         let left = (tokens - 1).saturating_sub(plan.config().window);
         let step = if per_query_head {
             1

@@ -1,4 +1,4 @@
-//! `llama report`: one model under every method, and under controls that keep as many entries.
+//! `llama report`: one model under every method, and under controls that keep the same number of entries.
 
 mod ledger;
 mod method;
@@ -24,7 +24,7 @@ use ledger::{Ledger, Record};
 use method::{Kept, Method};
 use passkey::{Passkey, QUESTION};
 
-/// What one method is tried on.
+/// A task for a method.
 enum Task {
     Text(Window),
     Passkey(Passkey),

@@ -1,4 +1,4 @@
-//! Pass keys: a number somewhere in a long text, which its end asks for.
+//! Pass keys: a number inside a long text, whose end asks for it.
 
 use anyhow::{ensure, Result};
 use candle_core::{Tensor, D};
@@ -7,18 +7,18 @@ use crate::corpus::{logits, nll};
 use crate::load::Checkpoint;
 use crate::model::Llama;
 
-/// How a text ends: with words that the number followed before. With "What is the pass key?" before them SmolLM2-135M
-/// rather goes on with the prose, and finds 3 keys of 10 at 2048 tokens instead of 10 of 10, with nothing hidden.
+/// The end of a text: the words that preceded the number. With "What is the pass key?" before them SmolLM2-135M often
+/// continues the prose, and finds 3 keys of 10 at 2048 tokens instead of 10 of 10, with nothing hidden.
 pub const QUESTION: &str = "\n\nThe pass key is";
 
-/// A text with a number in it, up to and with the answer.
+/// A text with a number in it, up to and including the answer.
 pub struct Passkey {
     pub tokens: Vec<u32>,
     answer: usize,
 }
 
 impl Passkey {
-    /// `length` tokens of prose with the key at `depth` of them, 0 to 1; another key for each `index`.
+    /// `length` tokens of prose, with the key at `depth` of them, 0 to 1; each `index` has another key.
     pub fn new(checkpoint: &Checkpoint, prose: &[u32], length: usize, depth: f64, index: usize) -> Result<Self> {
         let key = 10_000 + (index * 37_411 + 7_919) % 90_000;
         let encode = |text: &str| checkpoint.encode(text, false);
@@ -30,8 +30,8 @@ impl Passkey {
         let filler = length.saturating_sub(needle.len() + question.len() + answer.len());
         ensure!(
             (0.0..=1.0).contains(&depth) && filler > 0 && filler <= prose.len(),
-            "passkey: expected depths from 0 to 1, lengths above that of the question, and a text of {length} tokens, got \
-             depth {depth} and {} tokens of text; change --depths or --passkey",
+            "passkey: expected depths from 0 to 1, lengths above that of the question, and a text of {length} tokens, \
+             got depth {depth} and {} tokens of text; change --depths or --passkey",
             prose.len()
         );
         let at = (depth * filler as f64) as usize;
@@ -47,8 +47,8 @@ impl Passkey {
         self.answer
     }
 
-    /// The answer's summed negative log likelihood, and whether the likeliest token is right at each of its places: what
-    /// greedy decoding would write.
+    /// The answer's summed negative log likelihood, and whether the likeliest token is right at each of its places: the
+    /// text of greedy decoding.
     pub fn score(&self, model: &Llama, hidden: &Tensor) -> Result<(f64, bool)> {
         let first = self.tokens.len() - self.answer;
         let logits = logits(model, hidden, first - 1, self.answer)?;

@@ -1,4 +1,4 @@
-//! A report's pictures, as SVG: what each method costs by what it keeps, and where the policies hide tokens.
+//! A report's pictures, as SVG: each method's cost against the entries it keeps, and where the policies hide tokens.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use crate::report::write_file;
 const SIZE: (u32, u32) = (720, 400);
 const INK: RGBColor = RGBColor(60, 60, 60);
 const GRID: RGBColor = RGBColor(225, 225, 225);
-/// From Okabe and Ito's palette, whose colours everyone can tell apart.
+/// From Okabe and Ito's palette, which is safe for colour-blind readers.
 const FAMILIES: [(&str, RGBColor); 6] = [
     ("dense", RGBColor(0, 0, 0)),
     ("calibrated", RGBColor(0, 114, 178)),
@@ -41,7 +41,7 @@ pub fn draw(folder: &Path, summary: &Summary, policies: &[(f64, Policy)]) -> Res
     Ok(())
 }
 
-/// One line per family. What is more than `limit` times dense is drawn at the top, with its number.
+/// One line per family. A value above `limit` times dense is drawn at the top, with its number.
 fn curves(file: &Path, title: &str, limit: f64, summary: &Summary, value: impl Fn(&Row) -> f64) -> Result<()> {
     let mut svg = String::new();
     curves_on(SVGBackend::with_string(&mut svg, SIZE), title, limit, summary, value)?;
@@ -100,7 +100,7 @@ fn curves_on(svg: SVGBackend, title: &str, limit: f64, summary: &Summary, value:
     Ok(())
 }
 
-/// Layers from left to right, what decides as one from top to bottom; the darker, the more is hidden.
+/// Layers from left to right, heads that decide together from top to bottom; the darker, the more is hidden.
 fn heat_map(file: &Path, ratio: f64, policy: &Policy) -> Result<()> {
     let layers = &policy.parts().layers;
     let units = layers.first().map_or(1, |layer| layer.hidden_ratios.len());

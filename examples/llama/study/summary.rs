@@ -20,7 +20,7 @@ pub struct Row {
     pub method: String,
     pub family: &'static str,
     pub perplexity: f64,
-    /// Mean difference of the windows' nll per token to dense, and its standard error.
+    /// Mean difference between the windows' nll per token and dense, and its standard error.
     pub nll_over_dense: f64,
     pub standard_error: f64,
     /// Perplexity of the second half of `[A][A again]`.
@@ -32,7 +32,7 @@ pub struct Row {
     pub passkey: Vec<Found>,
 }
 
-/// How often the pass key was found in texts of one length.
+/// The share of pass keys found in texts of one length.
 #[derive(Serialize)]
 pub struct Found {
     pub length: usize,
@@ -91,8 +91,8 @@ impl Summary {
                 },
             );
         }
-        out += "\nThe error is the standard error of the windows' paired differences. Hidden: entries left out at the end of \
-                a window, of all.\n";
+        out += "\nThe error is the standard error of the windows' paired differences. Hidden: entries left out at the \
+                end of a window, of all.\n";
         out
     }
 }
@@ -158,7 +158,7 @@ fn passkeys<'a>(records: impl Iterator<Item = (&'a str, &'a Record)>) -> Vec<Fou
     all
 }
 
-/// The standard error of a mean is none for a single number: 0.
+/// The mean and its standard error, 0 for a single number.
 fn mean_and_error(numbers: &[f64]) -> (f64, f64) {
     let count = numbers.len() as f64;
     let mean = numbers.iter().sum::<f64>() / count;

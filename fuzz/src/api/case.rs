@@ -1,4 +1,4 @@
-//! What one input draws. Its `Debug` form is the one line that a fault is reported with.
+//! The case that one input draws. Its `Debug` form is the one line of a fault's report.
 
 use arbitrary::{Result, Unstructured};
 use candle_core::DType;
@@ -16,7 +16,7 @@ pub enum Layout {
     PartOfTokens,
     /// A part of H + 2 heads of a (B, N, H + 2, D).
     Fused,
-    /// The same for every batch row, head or token, with a stride of 0.
+    /// The same numbers for every batch row, head or token, by a stride of 0.
     SameBatch,
     SameHeads,
     SameTokens,
@@ -56,14 +56,14 @@ pub enum Mask {
 #[derive(Clone, Copy, Debug)]
 pub struct Bias {
     pub mask: Mask,
-    /// Which of (B, H, N, N) have their size; the others are 1.
+    /// Which axes of (B, H, N, N) have their full size; the others are 1.
     pub axes: [bool; 4],
     pub dtype: DType,
     /// Leading axes that are left out.
     pub without: usize,
 }
 
-/// An entry of q, k or v that is no finite number.
+/// An entry of q, k or v that is not finite.
 #[derive(Clone, Copy, Debug)]
 pub struct Bad {
     pub tensor: usize,
@@ -80,7 +80,7 @@ pub struct Case {
     pub dim: usize,
     pub dtype: DType,
     pub layouts: [Layout; 3],
-    /// Of the entries of q and k.
+    /// The size of the entries of q and k.
     pub size: f64,
     /// How alike neighbours are: 0 are random, 2 are equal.
     pub alike: u8,
@@ -93,7 +93,7 @@ pub struct Case {
     pub causal: bool,
     pub dropout: Option<Dropout>,
     pub bias: Option<Bias>,
-    /// Of the cache, over and over; whether a chunk's rows are asked for.
+    /// Lengths of the cache's chunks, repeated; and whether a chunk's rows are computed.
     pub chunks: Vec<(usize, bool)>,
     pub storage: Option<DType>,
     pub seed: u64,

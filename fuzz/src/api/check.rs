@@ -50,8 +50,8 @@ pub fn check(case: &Case) -> Result<()> {
     Ok(())
 }
 
-/// Settings that an error is a right answer to: a layout without a contiguous last axis, columns hidden by a bias while
-/// tokens are folded, and values that the storage cannot hold.
+/// Whether an error is a right answer: a layout without a contiguous last axis, columns hidden by a bias while tokens
+/// are folded, values that the storage cannot hold.
 fn may_refuse(case: &Case) -> bool {
     let hides = case
         .bias
@@ -61,7 +61,7 @@ fn may_refuse(case: &Case) -> bool {
 }
 
 enum Failure {
-    /// By the crate.
+    /// Refused by the crate.
     Refused(candle_core::Error),
     Wrong(anyhow::Error),
 }
@@ -78,7 +78,7 @@ struct Exact<'a> {
     inputs: [Array4; 3],
     grad_output: Array4,
     options: &'a AttentionOptions,
-    /// Whether a decision may fall either way.
+    /// Whether rounding may change a decision.
     near: bool,
 }
 
@@ -88,8 +88,8 @@ impl Exact<'_> {
         Ok(reference::attention(q, k, v, bits, &self.case.config, self.options)?)
     }
 
-    /// What one result of this dtype may differ by: roundings of the logits and of the weights, of numbers as large as
-    /// the values are.
+    /// The allowed difference of one result in this dtype: roundings of logits and of weights, of numbers as large as
+    /// the values.
     fn tolerance(&self, dtype: DType) -> f64 {
         let norms = [0, 1].map(|part| {
             let rows = self.inputs[part].data.chunks(self.case.dim);
@@ -97,14 +97,14 @@ impl Exact<'_> {
                 .filter(|norm| norm.is_finite())
                 .fold(0.0, f64::max)
         });
-        // Sums of two queries and of two keys.
+        // Pair sums add two queries and two keys.
         let fold = if self.case.config.fold == Fold::PairSum {
             4.0
         } else {
             1.0
         };
         let logit = self.options.scale(self.case.dim).abs() * norms[0] * norms[1] * fold;
-        // Sums of equal numbers drift with their count; those of halves are f32.
+        // Sums of equal numbers drift with their count; sums of halves are f32.
         let drift = match dtype {
             DType::F16 | DType::BF16 => 0.0,
             _ => self.case.tokens as f64 / 4.0,
@@ -175,7 +175,7 @@ fn attention(exact: &Exact, inputs: &Inputs, bits: &Indicators) -> Result<(), Fa
             .map_err(anyhow::Error::from)?;
     let scale = exact.options.scale(case.dim).abs();
     let (dim, many) = (case.dim as f64, (case.tokens * case.heads / case.kv_heads) as f64);
-    // A weight's gradient is as large as a row of the output's gradient times a value; many rows add up to a key's.
+    // A weight's gradient is as large as a row of the output's gradient times a value, and many rows add up in a key's.
     let weight = tolerance * dim * largest(&exact.grad_output.data) * scale * 4.0;
     let by_key = weight * largest(&xk.data);
     let by_query = weight * largest(&xq.data) * many.sqrt();
@@ -204,7 +204,7 @@ fn cache(exact: &Exact, inputs: &Inputs, strategies: &HeadStrategies, bits: &Ind
     // Stored numbers are rounded before and after they are folded.
     let storage = case.storage.unwrap_or(case.dtype);
     let tolerance = exact.tolerance(case.dtype) + 2.0 * exact.tolerance(storage);
-    // Without rows there are no options, and so no scale to decide with.
+    // An append without rows has no options, hence no scale for the decision.
     let all_rows = case.config.criterion == Criterion::ObservedMass && case.scale.is_some();
     let mut start = 0;
     for (chunk, rows) in case.chunks.iter().cycle() {
@@ -263,7 +263,7 @@ fn tokens(array: &Array4, start: usize, count: usize) -> Array4 {
     part
 }
 
-/// NaN where NaN is expected and nowhere else; numbers within the tolerance, or beyond the dtype where they must be.
+/// Asserts NaN exactly where it is expected, and numbers within the tolerance, or infinite beyond the dtype's range.
 fn compare(what: &str, got: &Tensor, expected: &Array4, tolerance: f64, dtype: DType) -> Result<()> {
     ensure!(got.dims() == expected.dims, "{what}: shape {:?}", got.dims());
     ensure!(got.dtype() == dtype, "{what}: dtype {:?}", got.dtype());
@@ -276,7 +276,7 @@ fn compare(what: &str, got: &Tensor, expected: &Array4, tolerance: f64, dtype: D
     for (at, (got, expected)) in got.iter().zip(&expected.data).enumerate() {
         let right = match expected.is_nan() {
             true => got.is_nan(),
-            // Twice as large and more need not fit.
+            // The expected number may be beyond the dtype's range.
             false if expected.abs() + tolerance >= bound => true,
             false => (got - expected).abs() <= tolerance,
         };

@@ -49,7 +49,7 @@ impl Inputs {
     }
 }
 
-/// A walk of tokens: each near its left neighbour, more or less.
+/// A walk of tokens, each more or less near its left neighbour.
 fn laid_out(
     case: &Case,
     dims: [usize; 4],
@@ -167,7 +167,7 @@ fn bias_tensor(case: &Case, bias: Bias) -> Result<Tensor> {
     Ok(Tensor::from_vec(data, dims, &Device::Cpu)?.to_dtype(bias.dtype)?)
 }
 
-/// Of a whole sequence's bias, the rows from `start` on and the columns they can see.
+/// The part of a whole sequence's bias for rows from `start` on and the columns that they can see.
 pub fn part_of_bias(bias: &Tensor, start: usize, count: usize) -> Result<Tensor> {
     let axis = bias.rank() - 2;
     let rows = match bias.dim(axis)? {

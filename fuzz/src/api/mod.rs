@@ -8,7 +8,7 @@ mod near;
 use arbitrary::Unstructured;
 use std::sync::{Mutex, Once, PoisonError};
 
-/// The case at work, for whatever stops it.
+/// The running case, for the report of a fault.
 static CASE: Mutex<String> = Mutex::new(String::new());
 
 fn at_work() -> std::sync::MutexGuard<'static, String> {

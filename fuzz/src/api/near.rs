@@ -1,11 +1,11 @@
-//! Decisions so close to their threshold that rounding may take them either way.
+//! Decisions so close to their threshold that rounding may change them.
 
 use super::case::Case;
 use candle_core::{DType, Result};
 use candle_sfattention::reference::{cosine, observed_mass, Array4};
 use candle_sfattention::{AttentionOptions, Criterion, HeadStrategies, MergeRule, MergeStrategy};
 
-/// Whether any test that a decision can hang on is within rounding of its threshold.
+/// Whether any test of a decision is within rounding of its threshold.
 pub fn any(
     case: &Case,
     [q, k, v]: [&Array4; 3],
@@ -46,7 +46,7 @@ pub fn any(
     Ok(false)
 }
 
-/// A score is known to its logits' rounding.
+/// Whether a score is within its logits' rounding of the threshold.
 fn observed(
     [q, k, v]: [&Array4; 3],
     case: &Case,
