@@ -6,7 +6,7 @@
 #include "backward_columns.cuh"
 
 // WARPS warps; SPLIT (1 or 2) of them share 16 * MT columns. If two share them, each takes half of a tile's rows for
-// the logits and half of D for dK and dV, and reads the other's weights from shared memory.
+// the logits and half of D for dK and dV, and reads the other's weights and gradients of logits from shared memory.
 template <class T, int D, int MT, int WARPS, int SPLIT, int NB, bool BY_LISTS>
 struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
     typedef OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> Owned;

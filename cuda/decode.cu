@@ -17,14 +17,15 @@
 // 3. The running maximum follows a logit only if it is larger by more than 8, so that most columns rescale nothing.
 // 4. The new length is written last. Other blocks of the list split by the old length, so `next` holds the new one
 //    until the last block has arrived (`comes_last`).
-// 5. `join` has one warp per row; it reads eight parts at a time, before the weight of each is known.
+// 5. `join` has one warp per row and reads eight parts at a time; the first eight are in flight while their weights are
+//    computed.
 //
 // Shared memory: G rows of 4 warps, D + 4 floats each (output, maximum, sum, padding): 16 * G * (D + 4) bytes, for
 // example 8 448 at G = 4, D = 128. `comes_last` uses its first word again.
 #include "cache_list.cuh"
 #include "hw.cuh"
 
-// Eight elements as they are stored.
+// Eight elements in their storage dtype.
 template <class T>
 struct Stored;
 

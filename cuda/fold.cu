@@ -159,7 +159,7 @@ __device__ void fold_queries(Global<const T> q, Global<const uint8_t> all_bits, 
 
 // --- Gradients ------------------------------------------------------------------------------------------------------
 
-// Gradients of far columns and of folded tokens, (batch * lists, N, D), and what finds a token's.
+// Gradients of far columns and of folded tokens, (batch * lists, N, D), with the bits and counts that locate a token's.
 struct FoldedGradients {
   Global<const float> far, folded;
   Global<const uint8_t> bits;

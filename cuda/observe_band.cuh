@@ -277,7 +277,7 @@ __device__ __forceinline__ void observe_band(const Halves& q, const Halves& k, c
     bool bit = false;
     if (token >= int(p.sinks) && token < decided) {
         float mass = 0;
-        // A warp's columns begin 16 tokens after those of the one before; always in the same order.
+        // A warp's columns begin 16 tokens after the previous warp's; the order of the sum is always the same.
         int column = at + window - 1 - window / 2, warp = column / 16;
         column %= 16;
         for (; column < int(COLUMNS) && warp >= 0; column += 16, warp--)

@@ -31,7 +31,7 @@ template <class View> __device__ __forceinline__ void load_eight(Global<View> fr
   }
 }
 
-// Eight numbers as they are stored.
+// Eight numbers in their storage dtype.
 template <class T> struct Eight {
   Part<T> parts[8 / Part<T>::COUNT];
 

@@ -16,7 +16,7 @@ use proptest::prelude::*;
 proptest! {
     #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Half types: stored folds are rounded once more; all else is as exact as one rounding.
+    /// Half types: stored folds have a second rounding; everything else has one.
     #[test]
     fn half_storage_rounds_once_more(
         shape in shapes(),
@@ -73,7 +73,7 @@ proptest! {
         let expected = compressed_attention(q, k, v, &strategies, &config, &whole).unwrap().output;
         let mut cache = CompressedKvCache::new(strategies, config, Default::default()).unwrap();
         let got = chunked(&mut cache, &qkv, &chunks, |start, count| part_options(&whole, start, count)).unwrap();
-        // As with half storage: stored folds are rounded once more.
+        // As with half storage: stored folds have a second rounding.
         assert_close("long chunks", &got, &expected, 8.0 * unit, 4.0 * unit).unwrap();
     }
 }

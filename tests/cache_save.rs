@@ -281,7 +281,7 @@ fn a_flipped_bit_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// Files from before there was a checksum, and files whose header was written anew.
+/// Files without a checksum, and files with a rewritten header.
 #[test]
 fn a_file_without_its_checksum_is_refused() -> Result<()> {
     let saved = saved(3)?;

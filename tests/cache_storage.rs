@@ -206,7 +206,7 @@ fn sums_beyond_the_storage_are_refused() -> Result<()> {
                 values(&append(&mut tried, &rest)?)?,
                 values(&append(&mut alone, &rest)?)?
             );
-            // Without a fold there is no sum. (Attention to two values of 2^127 overflows in f32 all the same.)
+            // Without a fold there is no sum. (Attention to two values of 2^127 overflows in f32 anyway.)
             let mut off = cache(MergeStrategy::Off, &config, storage)?;
             let output = values(&append(&mut off, &large)?)?;
             assert!(storage != DType::F16 || output.iter().all(|x| x.is_finite()));

@@ -293,7 +293,7 @@ static bool run_warp(Machine& m, size_t begin, bool descending) {
       collective |= m.fibers[i].state == State::Warp;
       behind |= m.fibers[i].state == State::Progress;
     }
-    // Lanes may leave a loop one after the other, and wait for those behind them.
+    // Lanes may leave a loop one after another, and wait for slower lanes.
     if (!collective || behind) return true;
     m.warps[begin / 32].turn++;
     if (!release(m, begin, begin + 32)) return false;

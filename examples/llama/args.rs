@@ -38,8 +38,8 @@ pub enum Command {
     Bench(BenchArgs),
     /// Choose every head's threshold for a share of hidden tokens, and write them as a policy for --strategy.
     Calibrate(CalibrateArgs),
-    /// Score the model dense, with every preset, with calibrated policies and with controls that keep as many entries:
-    /// tables and pictures. A report that was stopped goes on where it was.
+    /// Score the model dense, with every preset, with calibrated policies and with controls that keep the same number
+    /// of entries: tables and pictures. A report that was stopped resumes.
     Report(ReportArgs),
 }
 
@@ -147,7 +147,7 @@ pub struct CalibrateArgs {
     /// Windows of prose, spread over the text.
     #[arg(long, default_value_t = 16)]
     pub windows: usize,
-    /// Windows that are half a window twice, so that what serves recall is kept.
+    /// Windows that are half a window twice, so that calibration keeps the tokens that recall needs.
     #[arg(long, default_value_t = 16)]
     pub repeats: usize,
     /// Shares of hidden tokens to try for each head.
@@ -188,7 +188,7 @@ pub enum ErrorScale {
     Stream,
     /// The mean square of the output itself.
     Output,
-    /// Nothing: errors are added up as they are.
+    /// Nothing: errors are added up without a scale.
     None,
 }
 
@@ -206,7 +206,7 @@ pub struct ReportArgs {
     /// Windows to score, spread over the text; each also as a copy test.
     #[arg(long, default_value_t = 32)]
     pub windows: usize,
-    /// Windows of prose to calibrate on, and as many of repeated passages.
+    /// Windows of prose to calibrate on, and the same number of repeated passages.
     #[arg(long, default_value_t = 16)]
     pub calibration: usize,
     /// Shares of tokens to hide, of those that have left the window.

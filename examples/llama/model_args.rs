@@ -14,8 +14,8 @@ use crate::load::LoadOptions;
 #[derive(Debug, Args)]
 #[command(next_help_heading = "KV cache")]
 pub struct CacheArgs {
-    /// Tokens of the prompt to run at once. Fewer take less memory for activations; what comes out is the same. A GPU
-    /// runs the whole prompt at once.
+    /// Tokens of the prompt to run at once. Fewer take less memory for activations; the result is the same. A GPU runs
+    /// the whole prompt at once.
     #[arg(long, default_value_t = 512, value_name = "N")]
     pub prefill_chunk: usize,
     /// Number type of the keys and values kept. Default: that of the activations.

@@ -16,7 +16,7 @@ pub struct Stats {
     pub generated_tokens: usize,
     /// None if nothing ran.
     pub prefill_tokens_per_second: Option<f64>,
-    /// Of the steps after the prompt, one token each; None if there was no such step.
+    /// The speed of the steps after the prompt, one token each; None if there was no step.
     pub decode_tokens_per_second: Option<f64>,
     /// None without a cache.
     #[serde(flatten)]

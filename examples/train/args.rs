@@ -133,7 +133,7 @@ pub struct ExperimentArgs {
     /// The text to train on. Its last 5% are held out.
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
-    /// Folder for the runs and the table. Started again, finished runs are kept and a stopped one goes on.
+    /// Folder for the runs and the table. Started again, finished runs are kept and a stopped one resumes.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
     /// Weight of the compression loss in the runs that have it.

@@ -19,7 +19,7 @@ pub struct Placed {
 /// Layers with the same random weights on the CPU and on `device`.
 ///
 /// # Errors
-/// Settings that do not fit, or what the device reports.
+/// Settings that do not fit, or an error of the device.
 pub fn on_both(config: &CompressionConfig, qkv_bias: bool, device: &Device) -> Result<[Placed; 2]> {
     let sizes = SelfAttentionConfig {
         hidden_size: 128,

@@ -154,7 +154,7 @@ fn a_row_that_sees_nothing_sends_no_gradient() -> Result<()> {
 }
 
 /// A token that a bias hides must not come back inside its neighbour, nor a visible one vanish with it: such pairs are
-/// not merged, and a plan that hides tokens all the same is refused.
+/// not merged, and a plan that hides tokens anyway is refused.
 #[test]
 fn a_bias_of_minus_infinity_keeps_pairs_apart() -> Result<()> {
     let mut k = Array4::zeros([1, 1, 6, 2]);
