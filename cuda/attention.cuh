@@ -301,7 +301,7 @@ SFA_DEVICE float rest_of_sum(const AttentionParams& p, const Floats& log_sum_exp
 }
 
 // Zeroes 16-byte chunks of a tile that hold a number that is not finite; each of THREADS threads checks the chunks that
-// `load_rows` gave it. A weight of 0 times such a chunk is then 0; a weight that sees it is NaN by itself.
+// `load_rows` gave it. A weight of 0 times such a chunk is then 0; a weight that is not 0 there is NaN itself.
 template <class T, class L, int ROWS, int THREADS>
 SFA_DEVICE void cleanse(const hw::Tile& tile, uint32_t thread = threadIdx.x) {
     constexpr uint32_t CHUNKS = L::GROUP / 16, STEP = THREADS / CHUNKS;

@@ -144,8 +144,8 @@ SFA_DEVICE void attend_rows(const ForwardTensors& x, const AttentionParams& p) {
     uint2 place = RowBlocks<S>(p).place(blockIdx.x);
     hw::let_next_start();
     hw::wait_for_previous();
-    // Without causality no tile needs a mask, and an infinite key may show only as a logit of minus infinity: every
-    // tile is searched.
+    // Dense and without causality, no tile needs a mask, and an infinite key may show only as a logit of minus
+    // infinity: every tile is searched.
     Block(p, x).template note_facts<S::THREADS>(place.x, place.y, p.dense && !p.causal, hw::thread());
     __syncthreads();
     for (;;) {

@@ -146,7 +146,7 @@ struct ForwardTiles {
         return int(x.far_before[at.list * (p.sizes.tokens + 1) + token]);
     }
 
-    // LISTED: notes of row `first + i` how many of the tokens that stay it sees, and its first hidden token. The first
+    // LISTED: notes for row `first + i` how many of the tokens that stay it sees, and its first hidden token. The first
     // and the last row also note the block's facts.
     SFA_DEVICE void note_row(const HeadIndex& at, int first, int i, int end) {
         int row = min(first + i, end - 1), border = max(0, row - int(p.window));

@@ -5,9 +5,9 @@
 // two roles. Attending warpgroups multiply and keep the softmax and the output in registers. Producers only start the
 // copies of queries, keys and values into shared memory.
 //
-// The idea: tensor cores read both factors from shared memory and run while the threads go on. So the softmax of one
-// tile overlaps the products of its neighbours, and producers and attending warpgroups meet at mbarriers only, never at
-// a barrier of the whole block.
+// The idea: tensor cores read queries, keys and values from shared memory, weights from registers, and run while the
+// threads go on. So the softmax of one tile overlaps the products of its neighbours. After the start, the producers and
+// the attending warpgroups meet at mbarriers only, never at a barrier of the whole block.
 //
 // 1. Software pipeline (`attend`). Two products are issued together: the logits of tile i + 1, and the weights of tile
 //    i times its values. The softmax of tile i + 1 runs while the second product is in flight.
@@ -421,8 +421,8 @@ struct Rounds {
     }
 
     SFA_DEVICE void run() {
-        // Without causality no tile needs a mask, and an infinite key may show only as a logit of minus infinity: every
-        // tile is searched.
+        // Dense and without causality, no tile needs a mask, and an infinite key may show only as a logit of minus
+        // infinity: every tile is searched.
         bool all = p.dense && !p.causal;
         if (!all) {
             run<false>(true);

@@ -1,4 +1,5 @@
-// All hardware instructions that kernels use: tensor cores, asynchronous copies, shuffles, conversions.
+// Hardware instructions: tensor cores (mma), asynchronous copies, shuffles, conversions. mbarrier.cuh has barriers, and
+// wgmma.cuh the products of warpgroups.
 //
 // Under nvcc these are inline PTX (sm_80 and up). Under emulation (SFA_EMULATION) they are plain C++ whose lanes meet
 // in emu::gather, so that a kernel's index arithmetic runs on a machine without a GPU. Fragment layouts are those of

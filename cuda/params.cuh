@@ -105,7 +105,7 @@ static_assert(sizeof(TotalParams) == 4, "as in src/cuda/params.rs");
 //   far_k, far_v        (batch * lists, capacity, D)  folded columns that are not hidden, in token order
 //   far_ln              (batch * lists, capacity)     f32 ln n; absent if all are 0
 //   far_index           (batch * lists, N)            the token of each far column, then the hidden tokens from the
-//                                                   last to the first
+//                                                     last to the first
 //   far_before          (batch * lists, N + 1)        how many far columns hold tokens before t
 //   folded_k, folded_v  (batch * lists, N, D)         every token folded, hidden or not: the edge columns; absent if
 //                                                     folding changes no token, and then raw tokens serve
