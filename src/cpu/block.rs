@@ -7,11 +7,11 @@ use super::bias::BiasUnit;
 use super::columns::{
     near_rows, Block, ColumnKind, Columns, RowScratch, Settings, EDGE_COLUMNS, FAR_COLUMNS, NEAR_COLUMNS,
 };
-use super::element::PANEL;
 use super::far::AHEAD;
 use super::fold::{add_row, all_finite, ChainFold, Check, Edge};
 use super::gemm_tile::scores;
 use super::pairs::{Packed, PairTiles, PAD};
+use super::panels::{keep_lanes, PANEL};
 use super::softmax::LANES;
 use super::transpose::to_columns;
 use super::{arch, dot, vectorized, Accumulator, Element};
@@ -391,7 +391,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             let lane = |row: usize| row.saturating_sub(first + index * PANEL).min(PANEL) as u32;
             let lanes = (lane(visible.start), lane(visible.end));
             if lanes != (0, PANEL as u32) {
-                Q::Acc::keep_lanes(simd, lanes, panel, &[Q::Acc::NEG_INFINITY; PANEL]);
+                keep_lanes(simd, lanes, panel, &[Q::Acc::NEG_INFINITY; PANEL]);
             }
         }
     }

@@ -66,7 +66,7 @@ pub(crate) fn check_environment() -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::softmax::SLACK;
+    use crate::cpu::softmax::{add_weights, SLACK};
     use crate::cpu::Accumulator;
     use rayon::prelude::*;
 
@@ -115,7 +115,7 @@ mod tests {
                 for (index, target) in registers.iter_mut().enumerate() {
                     *target = x(index);
                 }
-                f32::add_weights(simd, &mut registers, 0.0, &mut [0.0; 256]);
+                add_weights(simd, &mut registers, 0.0, &mut [0.0; 256]);
                 for (index, power) in registers.iter().enumerate() {
                     // Where 2^x rounds to 1 or its left neighbours, x ln 2 tells the error from 1 to 1e-14.
                     let x = f64::from(x(index));

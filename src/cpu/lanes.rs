@@ -33,101 +33,76 @@ pub(crate) trait Lanes: Sized {
     fn restore(_: &mut [Self::Acc]) {}
 }
 
-macro_rules! floats {
-    ($float:ident, simd ($as:ident, $as_mut:ident, $splat:ident, $fma:ident, $sum:ident)) => {
-        impl Lanes for $float {
-            type Acc = $float;
-            type Lane = $float;
-            const NUMBERS: usize = 1;
+impl<A: Accumulator> Lanes for A {
+    type Acc = A;
+    type Lane = A;
+    const NUMBERS: usize = 1;
 
-            fn lanes(source: &[Self], _: usize) -> Option<&[Self]> {
-                Some(source)
-            }
-            // Loops over indices: closures over registers are not sure to be inlined into this instruction set's code.
-            #[inline(always)]
-            #[allow(clippy::needless_range_loop)]
-            fn dots<S: Simd, const G: usize>(simd: S, rows: [&[Self]; G], stored: &[Self]) -> [Self; G] {
-                let (stored, stored_tail) = S::$as(stored);
-                let (mut heads, mut tails) = ([stored; G], [stored_tail; G]);
-                for g in 0..G {
-                    let (head, tail) = S::$as(rows[g]);
-                    (heads[g], tails[g]) = (&head[..stored.len()], &tail[..stored_tail.len()]);
-                }
-                let mut sums = [simd.$splat(0.0); G];
-                for i in 0..stored.len() {
-                    for g in 0..G {
-                        sums[g] = simd.$fma(heads[g][i], stored[i], sums[g]);
-                    }
-                }
-                let mut dots = [0.0; G];
-                for g in 0..G {
-                    dots[g] = simd.$sum(sums[g]);
-                    for i in 0..stored_tail.len() {
-                        dots[g] += tails[g][i] * stored_tail[i];
-                    }
-                }
-                dots
-            }
-            #[inline(always)]
-            #[allow(clippy::needless_range_loop)]
-            fn add_weighted<S: Simd, const G: usize>(
-                simd: S,
-                outputs: &mut [Self],
-                stored: [&[Self]; 4],
-                weights: [[Self; 4]; G],
-            ) {
-                let dim = stored[0].len();
-                let [a, b, c, d] = [
-                    S::$as(stored[0]),
-                    S::$as(stored[1]),
-                    S::$as(stored[2]),
-                    S::$as(stored[3]),
-                ];
-                let count = a.0.len();
-                let [a0, b0, c0, d0] = [a.0, &b.0[..count], &c.0[..count], &d.0[..count]];
-                let mut outputs = outputs.chunks_exact_mut(dim);
-                let pairs = [(); G].map(|_| S::$as_mut(outputs.next().unwrap_or_default()));
-                for i in 0..count {
-                    for g in 0..G {
-                        let w = &weights[g];
-                        let x = &mut pairs[g].0[i];
-                        let sum = simd.$fma(simd.$splat(w[0]), a0[i], *x);
-                        let sum = simd.$fma(simd.$splat(w[1]), b0[i], sum);
-                        let sum = simd.$fma(simd.$splat(w[2]), c0[i], sum);
-                        *x = simd.$fma(simd.$splat(w[3]), d0[i], sum);
-                    }
-                }
-                for g in 0..G {
-                    let w = &weights[g];
-                    for (i, x) in pairs[g].1.iter_mut().enumerate() {
-                        *x += w[0] * a.1[i] + w[1] * b.1[i] + w[2] * c.1[i] + w[3] * d.1[i];
-                    }
-                }
+    fn lanes(source: &[Self], _: usize) -> Option<&[Self]> {
+        Some(source)
+    }
+    // Loops over indices: closures over registers are not sure to be inlined into this instruction set's code.
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop)]
+    fn dots<S: Simd, const G: usize>(simd: S, rows: [&[Self]; G], stored: &[Self]) -> [Self; G] {
+        let (stored, stored_tail) = A::registers::<S>(stored);
+        let (mut heads, mut tails) = ([stored; G], [stored_tail; G]);
+        for g in 0..G {
+            let (head, tail) = A::registers::<S>(rows[g]);
+            (heads[g], tails[g]) = (&head[..stored.len()], &tail[..stored_tail.len()]);
+        }
+        let mut sums = [A::zeros(simd); G];
+        for i in 0..stored.len() {
+            for g in 0..G {
+                sums[g] = A::mul_add(simd, heads[g][i], stored[i], sums[g]);
             }
         }
-    };
+        let mut dots = [A::ZERO; G];
+        for g in 0..G {
+            dots[g] = A::across(simd, sums[g]);
+            for i in 0..stored_tail.len() {
+                dots[g] += tails[g][i] * stored_tail[i];
+            }
+        }
+        dots
+    }
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop)]
+    fn add_weighted<S: Simd, const G: usize>(
+        simd: S,
+        outputs: &mut [Self],
+        stored: [&[Self]; 4],
+        weights: [[Self; 4]; G],
+    ) {
+        let dim = stored[0].len();
+        let [a, b, c, d] = [
+            A::registers::<S>(stored[0]),
+            A::registers::<S>(stored[1]),
+            A::registers::<S>(stored[2]),
+            A::registers::<S>(stored[3]),
+        ];
+        let count = a.0.len();
+        let [a0, b0, c0, d0] = [a.0, &b.0[..count], &c.0[..count], &d.0[..count]];
+        let mut outputs = outputs.chunks_exact_mut(dim);
+        let pairs = [(); G].map(|_| A::registers_mut::<S>(outputs.next().unwrap_or_default()));
+        for i in 0..count {
+            for g in 0..G {
+                let w = &weights[g];
+                let x = &mut pairs[g].0[i];
+                let sum = A::mul_add(simd, A::splat(simd, w[0]), a0[i], *x);
+                let sum = A::mul_add(simd, A::splat(simd, w[1]), b0[i], sum);
+                let sum = A::mul_add(simd, A::splat(simd, w[2]), c0[i], sum);
+                *x = A::mul_add(simd, A::splat(simd, w[3]), d0[i], sum);
+            }
+        }
+        for g in 0..G {
+            let w = &weights[g];
+            for (i, x) in pairs[g].1.iter_mut().enumerate() {
+                *x += w[0] * a.1[i] + w[1] * b.1[i] + w[2] * c.1[i] + w[3] * d.1[i];
+            }
+        }
+    }
 }
-
-floats!(
-    f32,
-    simd(
-        as_simd_f32s,
-        as_mut_simd_f32s,
-        splat_f32s,
-        mul_add_e_f32s,
-        reduce_sum_f32s
-    )
-);
-floats!(
-    f64,
-    simd(
-        as_simd_f64s,
-        as_mut_simd_f64s,
-        splat_f64s,
-        mul_add_e_f64s,
-        reduce_sum_f64s
-    )
-);
 
 /// Two halves in 32 bits, the one of even index in the low ones.
 trait Pair {

@@ -26,8 +26,10 @@ pub(crate) mod loss;
 pub(crate) mod observe;
 mod output;
 mod pairs;
+mod panels;
 mod philox;
 mod product;
+mod registers;
 mod softmax;
 mod sums;
 mod tasks;
@@ -69,7 +71,7 @@ pub(crate) fn dot<A: Accumulator>(a: &[A], b: &[A]) -> A {
         type Output = A;
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) -> A {
-            A::dot(simd, self.0, self.1)
+            panels::dot(simd, self.0, self.1)
         }
     }
     arch().dispatch(Dot(a, b))

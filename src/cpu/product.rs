@@ -69,145 +69,122 @@ impl<A> Product<'_, A> {
 /// latency of one needs.
 pub(crate) const ROWS: usize = 6;
 
-macro_rules! kernel {
-    ($float:ident, $strip:ident, $block:ident, $run:ident, simd ($lanes:ident, $floats:ident, $splat:ident, $fma:ident)) => {
-        /// M rows by V registers of C.
-        ///
-        /// # Safety
-        /// [`Product::check`] has passed, `row + M <= m`, and `column + V * lanes <= n`.
-        #[inline(always)]
-        #[allow(clippy::needless_range_loop)]
-        unsafe fn $block<S: Simd, const M: usize, const V: usize>(
-            simd: S,
-            product: &mut Product<$float>,
-            row: usize,
-            column: usize,
-        ) {
-            let Product {
-                k, a, ldb, ldc, onto, ..
-            } = *product;
-            // SAFETY: what the caller vouches for bounds every address: A's (row + M - 1, k - 1), B's (k - 1, column + V
-            // registers), C's (row + M - 1, column + V registers), and the number of row row + M - 1. Registers are read
-            // and written unaligned, and any bits are a float.
-            unsafe {
-                let (a, a_step): ([*const $float; M], usize) = match a {
-                    Left::Grid {
-                        data,
-                        row: a_row,
-                        step,
-                    } => (
-                        std::array::from_fn(|m| data.as_ptr().add((row + m) * a_row)),
-                        step,
-                    ),
-                    Left::Rows(rows) => (std::array::from_fn(|m| rows.get_unchecked(row + m).as_ptr()), 1),
+/// M rows by V registers of C.
+///
+/// # Safety
+/// [`Product::check`] has passed, `row + M <= m`, and `column + V * lanes <= n`.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)]
+unsafe fn block<A: Accumulator, S: Simd, const M: usize, const V: usize>(
+    simd: S,
+    product: &mut Product<A>,
+    row: usize,
+    column: usize,
+) {
+    let Product {
+        k, a, ldb, ldc, onto, ..
+    } = *product;
+    // SAFETY: what the caller vouches for bounds every address: A's (row + M - 1, k - 1), B's (k - 1, column + V
+    // registers), C's (row + M - 1, column + V registers), and the number of row row + M - 1. Registers are read
+    // and written unaligned, and any bits are a float.
+    unsafe {
+        let (a, a_step): ([*const A; M], usize) = match a {
+            Left::Grid { data, row: a_row, step } => {
+                (std::array::from_fn(|m| data.as_ptr().add((row + m) * a_row)), step)
+            }
+            Left::Rows(rows) => (std::array::from_fn(|m| rows.get_unchecked(row + m).as_ptr()), 1),
+        };
+        let mut b = product.b.as_ptr().add(column);
+        let c = product.c.as_mut_ptr().add(row * ldc + column);
+        let mut sums = [[A::zeros(simd); V]; M];
+        if let Onto::Rows(numbers) = onto {
+            for m in 0..M {
+                sums[m] = [A::splat(simd, *numbers.get_unchecked(row + m)); V];
+            }
+        }
+        for k in 0..k {
+            let mut columns = [A::zeros(simd); V];
+            for v in 0..V {
+                columns[v] = b.cast::<A::Floats<S>>().add(v).read_unaligned();
+            }
+            for m in 0..M {
+                let x = A::splat(simd, *a[m].add(k * a_step));
+                for v in 0..V {
+                    sums[m][v] = A::mul_add(simd, x, columns[v], sums[m][v]);
+                }
+            }
+            b = b.wrapping_add(ldb);
+        }
+        let one = A::splat(simd, A::ONE);
+        for m in 0..M {
+            let target = c.add(m * ldc).cast::<A::Floats<S>>();
+            for v in 0..V {
+                let target = target.add(v);
+                let sum = match onto {
+                    Onto::C => A::mul_add(simd, one, target.read_unaligned(), sums[m][v]),
+                    _ => sums[m][v],
                 };
-                let mut b = product.b.as_ptr().add(column);
-                let c = product.c.as_mut_ptr().add(row * ldc + column);
-                let mut sums = [[simd.$splat(0.0); V]; M];
-                if let Onto::Rows(numbers) = onto {
-                    for m in 0..M {
-                        sums[m] = [simd.$splat(*numbers.get_unchecked(row + m)); V];
-                    }
-                }
-                for k in 0..k {
-                    let mut columns = [simd.$splat(0.0); V];
-                    for v in 0..V {
-                        columns[v] = b.cast::<S::$floats>().add(v).read_unaligned();
-                    }
-                    for m in 0..M {
-                        let x = simd.$splat(*a[m].add(k * a_step));
-                        for v in 0..V {
-                            sums[m][v] = simd.$fma(x, columns[v], sums[m][v]);
-                        }
-                    }
-                    b = b.wrapping_add(ldb);
-                }
-                let one = simd.$splat(1.0);
-                for m in 0..M {
-                    let target = c.add(m * ldc).cast::<S::$floats>();
-                    for v in 0..V {
-                        let target = target.add(v);
-                        let sum = match onto {
-                            Onto::C => simd.$fma(one, target.read_unaligned(), sums[m][v]),
-                            _ => sums[m][v],
-                        };
-                        target.write_unaligned(sum);
-                    }
-                }
+                target.write_unaligned(sum);
             }
         }
-
-        /// All rows by V registers of C.
-        ///
-        /// # Safety
-        /// As for one block.
-        #[inline(always)]
-        unsafe fn $strip<S: Simd, const V: usize>(simd: S, product: &mut Product<$float>, column: usize) {
-            let mut row = 0;
-            // SAFETY: no block goes past row m; the rest is the caller's word.
-            unsafe {
-                while row + ROWS <= product.m {
-                    $block::<S, ROWS, V>(simd, product, row, column);
-                    row += ROWS;
-                }
-                if row + 4 <= product.m {
-                    $block::<S, 4, V>(simd, product, row, column);
-                    row += 4;
-                }
-                if row + 2 <= product.m {
-                    $block::<S, 2, V>(simd, product, row, column);
-                    row += 2;
-                }
-                if row < product.m {
-                    $block::<S, 1, V>(simd, product, row, column);
-                }
-            }
-        }
-
-        /// Makes the product, unless its rows are no whole number of this instruction set's registers.
-        #[inline(always)]
-        pub(crate) fn $run<S: Simd>(simd: S, product: &mut Product<$float>) -> bool {
-            if S::$lanes < 4 || !product.n.is_multiple_of(S::$lanes) {
-                return false;
-            }
-            product.check();
-            let mut column = 0;
-            // SAFETY: the product was checked, and no strip goes past column n.
-            unsafe {
-                while S::REGISTER_COUNT >= 32 && column + 4 * S::$lanes <= product.n {
-                    $strip::<S, 4>(simd, product, column);
-                    column += 4 * S::$lanes;
-                }
-                while column + 2 * S::$lanes <= product.n {
-                    $strip::<S, 2>(simd, product, column);
-                    column += 2 * S::$lanes;
-                }
-                while column < product.n {
-                    $strip::<S, 1>(simd, product, column);
-                    column += S::$lanes;
-                }
-            }
-            true
-        }
-    };
+    }
 }
 
-kernel!(
-    f32,
-    strip_f32,
-    block_f32,
-    product_f32,
-    simd(F32_LANES, f32s, splat_f32s, mul_add_e_f32s)
-);
-kernel!(
-    f64,
-    strip_f64,
-    block_f64,
-    product_f64,
-    simd(F64_LANES, f64s, splat_f64s, mul_add_e_f64s)
-);
+/// All rows by V registers of C.
+///
+/// # Safety
+/// As for one block.
+#[inline(always)]
+unsafe fn strip<A: Accumulator, S: Simd, const V: usize>(simd: S, product: &mut Product<A>, column: usize) {
+    let mut row = 0;
+    // SAFETY: no block goes past row m; the rest is the caller's word.
+    unsafe {
+        while row + ROWS <= product.m {
+            block::<A, S, ROWS, V>(simd, product, row, column);
+            row += ROWS;
+        }
+        if row + 4 <= product.m {
+            block::<A, S, 4, V>(simd, product, row, column);
+            row += 4;
+        }
+        if row + 2 <= product.m {
+            block::<A, S, 2, V>(simd, product, row, column);
+            row += 2;
+        }
+        if row < product.m {
+            block::<A, S, 1, V>(simd, product, row, column);
+        }
+    }
+}
 
-/// [`Accumulator::product`] as code for one instruction set.
+/// Makes the product, unless its rows are no whole number of this instruction set's registers.
+#[inline(always)]
+fn run<A: Accumulator, S: Simd>(simd: S, product: &mut Product<A>) -> bool {
+    let lanes = A::lanes::<S>();
+    if lanes < 4 || !product.n.is_multiple_of(lanes) {
+        return false;
+    }
+    product.check();
+    let mut column = 0;
+    // SAFETY: the product was checked, and no strip goes past column n.
+    unsafe {
+        while S::REGISTER_COUNT >= 32 && column + 4 * lanes <= product.n {
+            strip::<A, S, 4>(simd, product, column);
+            column += 4 * lanes;
+        }
+        while column + 2 * lanes <= product.n {
+            strip::<A, S, 2>(simd, product, column);
+            column += 2 * lanes;
+        }
+        while column < product.n {
+            strip::<A, S, 1>(simd, product, column);
+            column += lanes;
+        }
+    }
+    true
+}
+
+/// [`run`] as code for one instruction set.
 pub(super) struct Multiply<'p, 'a, A>(pub &'p mut Product<'a, A>);
 
 impl<A: Accumulator> pulp::WithSimd for Multiply<'_, '_, A> {
@@ -215,6 +192,6 @@ impl<A: Accumulator> pulp::WithSimd for Multiply<'_, '_, A> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> bool {
-        A::product(simd, self.0)
+        run(simd, self.0)
     }
 }

@@ -1,8 +1,8 @@
 //! The online softmax of a block of rows, in base 2: logits arrive multiplied by log2(e).
 
-use super::exp2::{EXP2_F32, EXP2_F64};
 use super::fold::Check;
 use super::gemm_tile::Tile;
+use super::registers::exp2;
 use super::{arch, Accumulator, Element};
 use pulp::{Simd, WithSimd};
 
@@ -107,7 +107,7 @@ impl<A: Accumulator> WithSimd for Push<'_, '_, A> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { softmax, tile, output } = self;
-        A::weigh(simd, tile, softmax);
+        weigh(simd, tile, softmax);
         let width = output.len() / tile.leading;
         for row in tile.rows.clone() {
             let rescale = softmax.rescale[row];
@@ -118,8 +118,7 @@ impl<A: Accumulator> WithSimd for Push<'_, '_, A> {
     }
 }
 
-/// Makes weights of a tile of logits, and gradients of logits of the gradients of weights: see
-/// [`Accumulator::differentiate`].
+/// Makes weights of a tile of logits, and gradients of logits of the gradients of weights: see [`differentiate_in`].
 pub(crate) fn differentiate<'t, A: Accumulator>(weights: &mut Tile<'t, A>, logits: &mut Tile<'t, A>, rows: RowSums<A>) {
     arch().dispatch(Differentiate { weights, logits, rows })
 }
@@ -146,141 +145,117 @@ impl<A: Accumulator> WithSimd for Differentiate<'_, '_, A> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        A::differentiate(simd, self.weights, self.logits, self.rows)
+        differentiate_in(simd, self.weights, self.logits, self.rows)
     }
 }
 
-macro_rules! weigh {
-    ($float:ident, $exp2:ident, $strip:ident, $weigh:ident, $differentiate:ident, $add_weights:ident, simd ($lanes:ident, $floats:ident, $uint:ident, $as:ident, $as_mut:ident, $splat:ident, $splat_uint:ident, $fma:ident, $add:ident, $sub:ident, $mul:ident, $max:ident, $equal:ident, $less:ident, $select:ident, $bits:ident, $float_of:ident, $shift:ident), magic $magic:expr, mantissa $mantissa:expr, min $min:expr, $poly:expr) => {
-        /// As [`Accumulator::exp2_nonpositive`], a register at a time; up to [`SLACK`].
-        #[inline(always)]
-        pub(super) fn $exp2<S: Simd>(simd: S, x: S::$floats) -> S::$floats {
-            // The sum's low bits are round(x) and the exponent's bias.
-            let magic = simd.$splat($magic);
-            let shifted = simd.$add(x, magic);
-            let fraction = simd.$sub(x, simd.$sub(shifted, magic));
-            let mut power = simd.$splat($poly[0]);
-            for coefficient in &$poly[1..] {
-                power = simd.$fma(power, fraction, simd.$splat(*coefficient));
-            }
-            // A shift by the mantissa's length, or a product that is one.
-            let scale = simd.$float_of(simd.$shift(simd.$bits(shifted), simd.$splat_uint($mantissa)));
-            // A NaN fails the comparison and goes through the product.
-            simd.$select(
-                simd.$less(x, simd.$splat($min)),
-                simd.$splat(0.0),
-                simd.$mul(power, scale),
-            )
+/// V registers of rows from `first` on; columns are read twice, while they are in the first cache.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)]
+fn strip<A: Accumulator, S: Simd, const V: usize>(
+    simd: S,
+    tile: &mut Tile<A>,
+    first: usize,
+    softmax: &mut OnlineSoftmax<A>,
+) {
+    let rows = V * A::lanes::<S>();
+    let empty = A::splat(simd, A::NEG_INFINITY);
+    // Two maxima hide the latency of one.
+    let mut tops = [[empty; V]; 2];
+    let mut pairs = tile.data[..tile.columns * tile.leading].chunks_exact(2 * tile.leading);
+    for pair in &mut pairs {
+        let (even, odd) = pair.split_at(tile.leading);
+        let (even, odd) = (
+            A::registers::<S>(&even[first..][..rows]).0,
+            A::registers::<S>(&odd[first..][..rows]).0,
+        );
+        for v in 0..V {
+            tops[0][v] = A::maximum(simd, even[v], tops[0][v]);
+            tops[1][v] = A::maximum(simd, odd[v], tops[1][v]);
         }
-
-        /// V registers of rows from `first` on; columns are read twice, while they are in the first cache.
-        #[inline(always)]
-        #[allow(clippy::needless_range_loop)]
-        fn $strip<S: Simd, const V: usize>(
-            simd: S,
-            tile: &mut Tile<$float>,
-            first: usize,
-            softmax: &mut OnlineSoftmax<$float>,
-        ) {
-            let rows = V * S::$lanes;
-            let empty = simd.$splat($float::NEG_INFINITY);
-            // Two maxima hide the latency of one.
-            let mut tops = [[empty; V]; 2];
-            let mut pairs = tile.data[..tile.columns * tile.leading].chunks_exact(2 * tile.leading);
-            for pair in &mut pairs {
-                let (even, odd) = pair.split_at(tile.leading);
-                let (even, odd) = (S::$as(&even[first..][..rows]).0, S::$as(&odd[first..][..rows]).0);
-                for v in 0..V {
-                    tops[0][v] = simd.$max(even[v], tops[0][v]);
-                    tops[1][v] = simd.$max(odd[v], tops[1][v]);
-                }
-            }
-            if let Some(last) = pairs.remainder().get(first..first + rows) {
-                for v in 0..V {
-                    tops[0][v] = simd.$max(S::$as(last).0[v], tops[0][v]);
-                }
-            }
-            let max = S::$as_mut(&mut softmax.max[first..][..rows]).0;
-            let (mut base, mut rescale) = ([empty; V], [empty; V]);
-            for v in 0..V {
-                let top = simd.$max(tops[0][v], tops[1][v]);
-                let passed = simd.$less(simd.$add(max[v], simd.$splat(SLACK.into())), top);
-                let top = simd.$select(passed, top, max[v]);
-                // A row that saw only minus infinities keeps weight 0: nothing is subtracted from them.
-                base[v] = simd.$select(simd.$equal(top, empty), simd.$splat(0.0), top);
-                rescale[v] = $exp2(simd, simd.$sub(max[v], base[v]));
-                max[v] = top;
-            }
-            let mut sums = [simd.$splat(0.0); V];
-            for column in tile.data.chunks_exact_mut(tile.leading).take(tile.columns) {
-                let column = S::$as_mut(&mut column[first..][..rows]).0;
-                for v in 0..V {
-                    let weight = $exp2(simd, simd.$sub(column[v], base[v]));
-                    column[v] = weight;
-                    sums[v] = simd.$add(sums[v], weight);
-                }
-            }
-            let sum = S::$as_mut(&mut softmax.sum[first..][..rows]).0;
-            let rescales = S::$as_mut(&mut softmax.rescale[first..][..rows]).0;
-            for v in 0..V {
-                sum[v] = simd.$fma(sum[v], rescale[v], sums[v]);
-                rescales[v] = rescale[v];
-            }
+    }
+    if let Some(last) = pairs.remainder().get(first..first + rows) {
+        for v in 0..V {
+            tops[0][v] = A::maximum(simd, A::registers::<S>(last).0[v], tops[0][v]);
         }
-
-        /// See [`Accumulator::add_weights`].
-        #[inline(always)]
-        pub(super) fn $add_weights<S: Simd>(simd: S, logits: &mut [$float], top: $float, sums: &mut [$float]) {
-            let top = simd.$splat(top);
-            for (x, sum) in S::$as_mut(logits).0.iter_mut().zip(S::$as_mut(sums).0) {
-                *x = $exp2(simd, simd.$sub(*x, top));
-                *sum = simd.$add(*sum, *x);
-            }
+    }
+    let max = A::registers_mut::<S>(&mut softmax.max[first..][..rows]).0;
+    let (mut base, mut rescale) = ([empty; V], [empty; V]);
+    for v in 0..V {
+        let top = A::maximum(simd, tops[0][v], tops[1][v]);
+        let passed = A::less(simd, A::plus(simd, max[v], A::splat(simd, A::of(SLACK.into()))), top);
+        let top = A::select(simd, passed, top, max[v]);
+        // A row that saw only minus infinities keeps weight 0: nothing is subtracted from them.
+        base[v] = A::select(simd, A::equal(simd, top, empty), A::zeros(simd), top);
+        rescale[v] = exp2::<A, S>(simd, A::minus(simd, max[v], base[v]));
+        max[v] = top;
+    }
+    let mut sums = [A::zeros(simd); V];
+    for column in tile.data.chunks_exact_mut(tile.leading).take(tile.columns) {
+        let column = A::registers_mut::<S>(&mut column[first..][..rows]).0;
+        for v in 0..V {
+            let weight = exp2::<A, S>(simd, A::minus(simd, column[v], base[v]));
+            column[v] = weight;
+            sums[v] = A::plus(simd, sums[v], weight);
         }
-
-        /// See [`Accumulator::differentiate`].
-        #[inline(always)]
-        pub(super) fn $differentiate<S: Simd>(
-            simd: S,
-            weights: &mut Tile<$float>,
-            logits: &mut Tile<$float>,
-            sums: RowSums<$float>,
-        ) {
-            let rows = weights.rows.clone();
-            let max = S::$as(&sums.minus_max[rows.clone()]).0;
-            let log2_sum = S::$as(&sums.minus_log2_sum[rows.clone()]).0;
-            let delta = S::$as(&sums.delta[rows.clone()]).0;
-            let columns = weights.data.chunks_exact_mut(weights.leading);
-            let columns = columns.zip(logits.data.chunks_exact_mut(logits.leading));
-            for (weight, logit) in columns.take(weights.columns) {
-                let weight = S::$as_mut(&mut weight[rows.clone()]).0.iter_mut();
-                let logit = S::$as_mut(&mut logit[rows.clone()]).0.iter_mut();
-                let sums = max.iter().zip(log2_sum).zip(delta);
-                for ((weight, logit), ((max, log2_sum), delta)) in weight.zip(logit).zip(sums) {
-                    *weight = $exp2(simd, simd.$add(simd.$add(*weight, *max), *log2_sum));
-                    *logit = simd.$mul(*weight, simd.$sub(*logit, *delta));
-                }
-            }
-        }
-
-        #[inline(always)]
-        pub(super) fn $weigh<S: Simd>(simd: S, tile: &mut Tile<$float>, softmax: &mut OnlineSoftmax<$float>) {
-            let rows = tile.rows.clone();
-            if S::IS_SCALAR {
-                // As many as the compiler makes registers of.
-                return rows
-                    .step_by(8)
-                    .for_each(|first| $strip::<S, 8>(simd, tile, first, softmax));
-            }
-            for first in rows.step_by(2 * S::$lanes) {
-                $strip::<S, 2>(simd, tile, first, softmax);
-            }
-        }
-    };
+    }
+    let sum = A::registers_mut::<S>(&mut softmax.sum[first..][..rows]).0;
+    let rescales = A::registers_mut::<S>(&mut softmax.rescale[first..][..rows]).0;
+    for v in 0..V {
+        sum[v] = A::mul_add(simd, sum[v], rescale[v], sums[v]);
+        rescales[v] = rescale[v];
+    }
 }
 
-weigh!(f32, exp2_f32, strip_f32, weigh_f32, differentiate_f32, add_weights_f32, simd (F32_LANES, f32s, u32, as_simd_f32s, as_mut_simd_f32s, splat_f32s, splat_u32s, mul_add_e_f32s, add_f32s, sub_f32s, mul_f32s, max_f32s, equal_f32s, less_than_f32s, select_f32s, transmute_u32s_f32s, transmute_f32s_u32s, wrapping_dyn_shl_u32s), magic 12_583_039.0, mantissa 23, min -126.0, EXP2_F32);
-weigh!(f64, exp2_f64, strip_f64, weigh_f64, differentiate_f64, add_weights_f64, simd (F64_LANES, f64s, u64, as_simd_f64s, as_mut_simd_f64s, splat_f64s, splat_u64s, mul_add_e_f64s, add_f64s, sub_f64s, mul_f64s, max_f64s, equal_f64s, less_than_f64s, select_f64s, transmute_u64s_f64s, transmute_f64s_u64s, mul_u64s), magic 6_755_399_441_056_767.0, mantissa 1 << 52, min -1022.0, EXP2_F64);
+/// Makes logits weights, 2^(logit - top), and adds each to the sum beside it. The lengths are multiples of a register's.
+#[inline(always)]
+pub(crate) fn add_weights<A: Accumulator, S: Simd>(simd: S, logits: &mut [A], top: A, sums: &mut [A]) {
+    let top = A::splat(simd, top);
+    for (x, sum) in A::registers_mut::<S>(logits)
+        .0
+        .iter_mut()
+        .zip(A::registers_mut::<S>(sums).0)
+    {
+        *x = exp2::<A, S>(simd, A::minus(simd, *x, top));
+        *sum = A::plus(simd, *sum, *x);
+    }
+}
+
+/// `weights` come as logits and become 2^(logit - log_sum_exp); `logits` come as gradients g of weights and become
+/// weight * (g - delta). A tile has a multiple of [`LANES`] rows.
+#[inline(always)]
+fn differentiate_in<A: Accumulator, S: Simd>(simd: S, weights: &mut Tile<A>, logits: &mut Tile<A>, sums: RowSums<A>) {
+    let rows = weights.rows.clone();
+    let max = A::registers::<S>(&sums.minus_max[rows.clone()]).0;
+    let log2_sum = A::registers::<S>(&sums.minus_log2_sum[rows.clone()]).0;
+    let delta = A::registers::<S>(&sums.delta[rows.clone()]).0;
+    let columns = weights.data.chunks_exact_mut(weights.leading);
+    let columns = columns.zip(logits.data.chunks_exact_mut(logits.leading));
+    for (weight, logit) in columns.take(weights.columns) {
+        let weight = A::registers_mut::<S>(&mut weight[rows.clone()]).0.iter_mut();
+        let logit = A::registers_mut::<S>(&mut logit[rows.clone()]).0.iter_mut();
+        let sums = max.iter().zip(log2_sum).zip(delta);
+        for ((weight, logit), ((max, log2_sum), delta)) in weight.zip(logit).zip(sums) {
+            *weight = exp2::<A, S>(simd, A::plus(simd, A::plus(simd, *weight, *max), *log2_sum));
+            *logit = A::times(simd, *weight, A::minus(simd, *logit, *delta));
+        }
+    }
+}
+
+/// Turns a tile of logits into weights, and takes them into the softmax's state.
+#[inline(always)]
+fn weigh<A: Accumulator, S: Simd>(simd: S, tile: &mut Tile<A>, softmax: &mut OnlineSoftmax<A>) {
+    let rows = tile.rows.clone();
+    if S::IS_SCALAR {
+        // As many as the compiler makes registers of.
+        return rows
+            .step_by(8)
+            .for_each(|first| strip::<A, S, 8>(simd, tile, first, softmax));
+    }
+    for first in rows.step_by(2 * A::lanes::<S>()) {
+        strip::<A, S, 2>(simd, tile, first, softmax);
+    }
+}
 
 /// Divides a row by its sum and stores it. A row that holds anything not finite becomes NaN throughout, so that no part of
 /// it passes for a result; a row that saw nothing, whose sum is 0, is zeros.

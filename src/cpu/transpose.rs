@@ -1,6 +1,6 @@
 //! Rows to columns, by squares of registers.
 
-use super::element::PANEL;
+use super::panels::PANEL;
 use super::{arch, Accumulator};
 use pulp::{Simd, WithSimd};
 

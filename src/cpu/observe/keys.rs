@@ -1,7 +1,7 @@
 //! Keys by panels: what a query meets a register of tokens at once in.
 
 use crate::cpu::aligned::Aligned;
-use crate::cpu::element::PANEL;
+use crate::cpu::panels::PANEL;
 use crate::cpu::transpose::transpose;
 use crate::cpu::{arch, Accumulator, Element};
 use pulp::{Simd, WithSimd};

@@ -9,7 +9,8 @@
 use super::keys::Keys;
 use super::Local;
 use crate::cpu::aligned::Aligned;
-use crate::cpu::element::PANEL;
+use crate::cpu::panels::{keep_lanes, panel_dots, raise, PANEL};
+use crate::cpu::softmax::add_weights;
 use crate::cpu::{arch, Accumulator, Element, HeadRows};
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
@@ -119,7 +120,7 @@ impl<Q: Element> Observation<'_, Q> {
         for panel in 0..all.min(panels.sinks + panels.filled) {
             for g in 0..G {
                 let weights = &mut weights[g * all + panel];
-                Q::Acc::add_weights(simd, weights, top[g], &mut sums[g]);
+                add_weights(simd, weights, top[g], &mut sums[g]);
             }
         }
         let mut inverses = [Q::Acc::ZERO; G];
@@ -131,7 +132,7 @@ impl<Q: Element> Observation<'_, Q> {
             let mass = &mut masses[panel - tokens.start / PANEL];
             for g in 0..G {
                 let mut weights = weights[g * all + panels.at(panel)].map(|weight| weight * inverses[g]);
-                Q::Acc::keep_lanes(simd, lanes(panel, &counted[g]), &mut weights, &[Q::Acc::ZERO; PANEL]);
+                keep_lanes(simd, lanes(panel, &counted[g]), &mut weights, &[Q::Acc::ZERO; PANEL]);
                 for lane in 0..PANEL {
                     mass[lane] += weights[lane];
                 }
@@ -171,9 +172,9 @@ impl<Q: Element> Observation<'_, Q> {
         let (panels, stride) = ((panels.all(), panel), panels.all() * PANEL);
         // The sums, and as many registers of keys and one of a query, are all that there are.
         if S::REGISTER_COUNT >= 32 {
-            Q::Acc::panel_dots::<S, G, 4>(simd, queries, panels, weights, stride);
+            panel_dots::<Q::Acc, S, G, 4>(simd, queries, panels, weights, stride);
         } else {
-            Q::Acc::panel_dots::<S, G, 2>(simd, queries, panels, weights, stride);
+            panel_dots::<Q::Acc, S, G, 2>(simd, queries, panels, weights, stride);
         }
     }
 
@@ -187,8 +188,8 @@ impl<Q: Element> Observation<'_, Q> {
         let mut most = hidden;
         for (panel, logits) in sinks.iter_mut().enumerate() {
             let lanes = lanes(panel, &(0..self.local.sinks.min(start)));
-            Q::Acc::keep_lanes(simd, lanes, logits, &hidden);
-            Q::Acc::raise(simd, &mut most, logits);
+            keep_lanes(simd, lanes, logits, &hidden);
+            raise(simd, &mut most, logits);
         }
         let end = (row % PANEL + 1) as u32;
         // The row looks at every lane of its window's panels once they are as many as it fills.
@@ -196,14 +197,14 @@ impl<Q: Element> Observation<'_, Q> {
         if !whole {
             for (panel, logits) in panels.window.clone().zip(window.iter_mut()) {
                 let lanes = lanes(panel, &(start..row + 1));
-                Q::Acc::keep_lanes(simd, lanes, logits, &hidden);
+                keep_lanes(simd, lanes, logits, &hidden);
             }
         }
         if let (true, [first, .., last]) = (panels.window.len() > panels.filled, &mut *window) {
-            Q::Acc::keep_lanes(simd, (end, PANEL as u32), first, last);
+            keep_lanes(simd, (end, PANEL as u32), first, last);
         }
         for logits in window.iter().take(panels.filled) {
-            Q::Acc::raise(simd, &mut most, logits);
+            raise(simd, &mut most, logits);
         }
         most
     }

@@ -10,7 +10,7 @@ mod masses;
 
 pub(crate) use cached::{Chunk, Observed, Recent};
 
-use super::element::PANEL;
+use super::panels::{self, PANEL};
 use super::tasks::for_each_task;
 use super::{arch, Accumulator, Element, Rows};
 use crate::config::{HeadTest, MergeStrategy};
@@ -80,7 +80,7 @@ impl<'v, T: Element, I: Iterator<Item = &'v [T]>> WithSimd for Weigh<'_, T::Acc,
         let mut wide = Vec::new();
         for (mass, value) in self.masses.iter_mut().zip(self.values) {
             let value = widened(value, &mut wide);
-            *mass *= T::Acc::dot(simd, value, value).root();
+            *mass *= panels::dot(simd, value, value).root();
         }
     }
 }

@@ -24,6 +24,7 @@ pub(crate) use gradients::{ColumnSums, PairGradients};
 pub(crate) use pack::{Packed, PackedTile};
 
 use super::aligned::Aligned;
+pub(crate) use super::element::Split;
 use super::softmax::LANES;
 use super::transpose::to_columns;
 
@@ -70,15 +71,6 @@ fn kernel() -> &'static Choice<Option<Kernel>> {
 /// What is wrong with the variable.
 pub(crate) fn refused() -> Option<&'static String> {
     kernel().as_ref().err()
-}
-
-/// How a dtype's numbers are split; the finer the greater.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Split {
-    /// bf16
-    One,
-    /// f16
-    Two,
 }
 
 impl Split {
