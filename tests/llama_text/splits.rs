@@ -29,6 +29,17 @@ fn a_tokenizers_truncation_and_padding_are_not_the_models() {
     }
 }
 
+/// Half of a surrogate pair is no character, wherever it stands; a reader that passes over a string does not find it.
+#[test]
+fn a_tokenizers_strings_are_read_where_nothing_needs_them() {
+    let tokens = Tokens::bytes_and(&[]);
+    let json = tokenizer_json(&tokens, &[]).to_string();
+    let json = json.replacen('{', r#"{"note": "\ud800", "#, 1);
+    let model = write_folder("half-a-pair", &says(256, &[]), &[("tokenizer.json", json.into())]);
+    let args = ["generate", "--model", &model, "--prompt", "a"];
+    assert_error(&args, &["tokenizer.json: expected a tokenizer, got: ", "line 1 column"]);
+}
+
 /// The pieces of a text.
 fn pieces(pre: &str, text: &str) -> Vec<String> {
     let mut pieces = PreTokenizedString::from(text);

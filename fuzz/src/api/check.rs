@@ -200,7 +200,11 @@ fn cache(exact: &Exact, inputs: &Inputs, strategies: &HeadStrategies, bits: &Ind
     };
     let new = CompressedKvCache::new(strategies.clone(), case.config.clone(), options);
     let mut cache = new.map_err(Failure::Refused)?;
-    let expected = exact.output(bits)?;
+    // What the reference refuses the cache may refuse, or take in without rows; its rows have no yardstick.
+    let expected = match exact.output(bits) {
+        Err(_) if may_refuse(case) => None,
+        expected => Some(expected?),
+    };
     // Stored numbers are rounded before and after they are folded.
     let storage = case.storage.unwrap_or(case.dtype);
     let tolerance = exact.tolerance(case.dtype) + 2.0 * exact.tolerance(storage);
@@ -225,14 +229,11 @@ fn cache(exact: &Exact, inputs: &Inputs, strategies: &HeadStrategies, bits: &Ind
             let output = cache
                 .append_and_attend(&q, &k, &v, &options)
                 .map_err(Failure::Refused)?;
-            let rows = tokens(&expected, start, count);
-            compare(
-                &format!("cache, {count} tokens at {start}"),
-                &output,
-                &rows,
-                tolerance,
-                case.dtype,
-            )?;
+            if let Some(expected) = &expected {
+                let rows = tokens(expected, start, count);
+                let what = format!("cache, {count} tokens at {start}");
+                compare(&what, &output, &rows, tolerance, case.dtype)?;
+            }
         }
         start += count;
         ensure_len(&cache, start)?;
