@@ -1,8 +1,10 @@
 //! The custom op behind [`attend`]: it checks, matches the dtype and the device, and calls.
 
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
-use crate::cpu::backward::{backward, BackwardInput, Gradients};
-use crate::cpu::forward::{forward, ForwardInput};
+use crate::cpu::backward::{backward, Gradients};
+use crate::cpu::forward::forward;
+use crate::cpu::input::BackwardInput;
+use crate::cpu::input::ForwardInput;
 use crate::cpu::{Accumulator, Element, Rows};
 #[cfg(feature = "cuda")]
 use crate::cuda::tensors::TensorCall;

@@ -3,8 +3,9 @@
 
 use super::{CacheOptions, CompressedKvCache, Lists, ListsOf, Sizes, State};
 use crate::config::{CompressionConfig, Fold, GroupRule, HeadStrategies, HeadTest};
-use crate::cpu::cached::ListHeads;
-use crate::cpu::fold::{all_finite, quarantine, ChainFold};
+use crate::cpu::finite::{all_finite, quarantine};
+use crate::cpu::fold::ChainFold;
+use crate::cpu::heads::ListHeads;
 use crate::cpu::list::{widened, List, ListSettings, Run};
 use crate::cpu::observe::Observed;
 use crate::cpu::Element;

@@ -27,7 +27,7 @@ use super::checksum::checksum;
 use super::{CompressedKvCache, Lists, ListsOf, Sizes, State};
 use crate::config::whole::{present, WholeConfig, WholeStrategies};
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest, MergeStrategy};
-use crate::cpu::cached::ListHeads;
+use crate::cpu::heads::ListHeads;
 use crate::cpu::list::List;
 use crate::cpu::Element;
 use crate::files::replace;

@@ -2,7 +2,7 @@
 
 use super::CompressedKvCache;
 use crate::config::{GroupRule, MergeStrategy};
-use crate::cpu::cached::ListHeads;
+use crate::cpu::heads::ListHeads;
 use crate::cpu::list::{List, ListSettings};
 use crate::cpu::Element;
 use crate::problem::Problem;

@@ -6,30 +6,21 @@
 
 use super::aligned::{padded, Aligned};
 use super::block::BlockReader;
-use super::columns::FarSource;
 use super::far::FarColumns;
 use super::fold::unfold;
-use super::forward::{ForwardInput, Gathered};
 use super::sums::Sums;
 use super::tasks::{for_each_task, Pool};
-use super::{Accumulator, Element, Rows};
+use super::{Accumulator, Element};
 use crate::config::Fold;
+use crate::cpu::input::BackwardInput;
+use crate::cpu::input::{ForwardInput, Gathered};
+use crate::cpu::source::FarSource;
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 /// Fewer (batch, head) than this are split further, into shares of a head's row blocks.
 const UNITS: usize = 8;
-
-/// What one backward pass reads.
-pub(crate) struct BackwardInput<'a, T: Element> {
-    pub forward: ForwardInput<'a, T>,
-    /// The forward's output (B, H, N, D) and its gradient.
-    pub output: Rows<'a, T>,
-    pub grad_output: Rows<'a, T>,
-    /// The forward's log-sum-exp in base 2, (B, H, N), as two numbers that add up to it.
-    pub log_sum_exp: &'a [[T::Acc; 2]],
-}
 
 /// (B, H, N, D) for the query, (B, Hk, N, D) for key and value.
 pub(crate) struct Gradients<T> {

@@ -4,11 +4,7 @@
 
 use super::aligned::{padded, Aligned};
 use super::bias::BiasUnit;
-use super::columns::{
-    near_rows, Block, ColumnKind, Columns, RowScratch, Settings, EDGE_COLUMNS, FAR_COLUMNS, NEAR_COLUMNS,
-};
 use super::far::AHEAD;
-use super::fold::{add_row, all_finite, ChainFold, Check, Edge};
 use super::gemm_tile::scores;
 use super::pairs::{Packed, PairTiles, PAD};
 use super::panels::{keep_lanes, PANEL};
@@ -16,6 +12,10 @@ use super::softmax::LANES;
 use super::transpose::to_columns;
 use super::{arch, dot, vectorized, Accumulator, Element};
 use crate::config::Fold;
+use crate::cpu::columns::{Block, ColumnKind, Columns, Settings, EDGE_COLUMNS, NEAR_COLUMNS};
+use crate::cpu::finite::{add_row, all_finite, Check};
+use crate::cpu::fold::{ChainFold, Edge};
+use crate::cpu::source::{near_rows, RowScratch, FAR_COLUMNS};
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
 

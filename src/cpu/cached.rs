@@ -2,12 +2,11 @@
 
 use super::attend::Worker;
 use super::bias::{Apart, BiasView};
-use super::columns::{block_rows, Block, FarSource, Settings, PAIR_ROWS};
 use super::decode::{load_query, reads_lanes, Decoder, SPLIT};
 use super::fold::ChainFold;
-use super::list::{widened, List};
+use super::heads::ListHeads;
+use super::list::{widened, Decided, List};
 use super::list_columns::GatheredList;
-use super::list_decide::Decided;
 use super::observe::Chunk;
 use super::output::{Blank, Output};
 use super::pairs::Pairs;
@@ -15,19 +14,11 @@ use super::philox::DropoutMask;
 use super::tasks::{for_each_list_task, row_tasks, Lease, Pool, RowTask};
 use super::{Accumulator, Element, HeadRows, Rows};
 use crate::config::{Dropout, Fold};
+use crate::cpu::columns::{block_rows, Block, Settings, PAIR_ROWS};
+use crate::cpu::source::FarSource;
 use candle_core::Result;
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 use std::ops::Range;
-
-/// Which heads of which batch row a list serves.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct ListHeads {
-    pub batch: usize,
-    pub kv_head: usize,
-    /// Query heads.
-    pub heads: Range<usize>,
-}
 
 /// The new tokens of one step, and its options.
 #[derive(Clone, Copy)]

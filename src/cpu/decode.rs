@@ -1,11 +1,12 @@
 //! One query row per head against a ragged list: bound by memory, so each key and value is read once and serves all
 //! query heads of its group. Long lists are split over threads at fixed places, whatever the number of threads.
 
-use super::fold::{all_finite, log2_size, quarantine};
 use super::lanes::Lanes;
 use super::list::List;
 use super::softmax::finish_row;
 use super::{arch, outlined, Accumulator, Element, HeadRows};
+use crate::cpu::finite::{all_finite, quarantine};
+use crate::cpu::fold::log2_size;
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
 

@@ -1,11 +1,12 @@
 //! What merging leaves of one head's keys and values: compact far columns.
 
-use super::aligned::PaddedRows;
-use super::columns::{KeysValues, FAR_COLUMNS};
-use super::fold::{log2_size, spoil, ChainFold, Check};
 use super::pairs::{Packed, Pairs};
 use super::{vectorized, Accumulator, Element, HeadRows};
 use crate::config::Fold;
+use crate::cpu::finite::{spoil, Check};
+use crate::cpu::fold::{log2_size, ChainFold};
+use crate::cpu::rows::PaddedRows;
+use crate::cpu::source::{KeysValues, FAR_COLUMNS};
 use std::ops::Range;
 
 /// Rows that are asked for before they are read: the hardware does not follow strides of some KiB.
@@ -303,7 +304,7 @@ fn chains(bits: &[u8], tokens: usize) -> usize {
 mod tests {
     use super::{FarColumns, Layout};
     use crate::config::Fold;
-    use crate::cpu::columns::FAR_COLUMNS;
+    use crate::cpu::source::FAR_COLUMNS;
     use crate::cpu::HeadRows;
 
     /// Lean columns are those gathered as rows, bit for bit, and of keys and values together no more than one tensor.

@@ -3,12 +3,12 @@
 //! Read as a stream: a token that leaves the window is folded into the open chain, or closes it and starts a new one.
 //! Closed chains are far columns for every later row; the open one is the next row's edge.
 
-use super::columns::{Bits, RawRows};
-use super::fold::{log2_size, quarantine, ChainFold, Check};
-use super::list_decide::Decided;
 use super::observe::Observed;
 use super::{vectorized, Accumulator, Element, HeadRows};
 use crate::config::{CompressionConfig, Criterion, Fold, HeadTest, MergeStrategy};
+use crate::cpu::finite::{quarantine, Check};
+use crate::cpu::fold::{log2_size, ChainFold};
+use crate::cpu::source::{Bits, RawRows};
 use std::mem::take;
 use std::ops::Range;
 
@@ -101,6 +101,16 @@ pub(crate) struct Run<A> {
     pub start: Option<(usize, Vec<A>)>,
     /// The last token's key; empty before the first token and where no neighbours are compared.
     pub last_key: Vec<A>,
+}
+
+/// One chunk's decisions, made before anything changes.
+pub(crate) struct Decided<S: Element> {
+    /// Bits from the list's first one to the last but one token of the chunk.
+    pub bits: Vec<u8>,
+    pub run: Run<S::Acc>,
+    pub observed: Observed<S>,
+    /// Entries that the chunk will close.
+    pub closes: usize,
 }
 
 impl<S: Element> List<S> {

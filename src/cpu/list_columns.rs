@@ -1,12 +1,12 @@
 //! A list's closed chains as the far columns of blocks of rows: widened tile by tile, or gathered once for many blocks.
 
-use super::columns::{FarSource, KeysValues, RowScratch};
 use super::far::{FarColumns, Layout};
 use super::list::List;
 use super::pairs::{Packed, Pairs};
 use super::tasks::{Lease, Pool};
 use super::Element;
 use crate::config::Fold;
+use crate::cpu::source::{FarSource, KeysValues, RowScratch};
 use std::ops::Range;
 use std::sync::Arc;
 

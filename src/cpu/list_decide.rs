@@ -1,20 +1,10 @@
 //! What a list of a KV cache decides about a chunk of tokens, before anything changes.
 
 use super::decide::{cosine_of, qualifies};
-use super::list::{widened, List, Run};
+use super::list::{widened, Decided, List, Run};
 use super::observe::{threshold, Chunk, Local, Observed, Recent};
 use super::{dot, Accumulator, Element, HeadRows};
 use crate::config::{Criterion, HeadTest};
-
-/// One chunk's decisions, made before anything changes.
-pub(crate) struct Decided<S: Element> {
-    /// Bits from the list's first one to the last but one token of the chunk.
-    pub bits: Vec<u8>,
-    pub run: Run<S::Acc>,
-    pub observed: Observed<S>,
-    /// Entries that the chunk will close.
-    pub closes: usize,
-}
 
 impl<S: Element> List<S> {
     /// Whether tokens are hidden, now or by what was decided, though all may still be in the window.

@@ -1,7 +1,6 @@
 //! Finite numbers that a list's storage dtype cannot hold: found before anything changes.
 
-use super::list::List;
-use super::list_decide::Decided;
+use super::list::{Decided, List};
 use super::{vectorized, Accumulator, Element, HeadRows};
 use crate::config::Fold;
 use candle_core::DType;

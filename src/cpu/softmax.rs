@@ -1,9 +1,9 @@
 //! The online softmax of a block of rows, in base 2: logits arrive multiplied by log2(e).
 
-use super::fold::Check;
 use super::gemm_tile::Tile;
 use super::registers::exp2;
 use super::{arch, Accumulator, Element};
+use crate::cpu::finite::Check;
 use pulp::{Simd, WithSimd};
 
 /// Rows are handled this many at a time: two AVX-512 or four AVX2 registers of f32, so that the running maximum and

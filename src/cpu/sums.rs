@@ -2,11 +2,8 @@
 
 use super::aligned::{padded, Aligned};
 use super::attend::drop_weights;
-use super::backward::BackwardInput;
 use super::block::BlockReader;
-use super::columns::{Block, ColumnKind, Columns, FarSource, Settings, EDGE_COLUMNS};
 use super::fold::{unfold, Edge};
-use super::forward::ForwardInput;
 use super::gemm_tile::{accumulate, accumulate_columns, scores};
 use super::pairs::{ColumnSums, PairGradients};
 use super::product::Left;
@@ -14,6 +11,10 @@ use super::softmax::{differentiate, RowSums};
 use super::transpose::to_columns;
 use super::{dot, vectorized, Accumulator, Element, HeadRows};
 use crate::config::Fold;
+use crate::cpu::columns::{Block, ColumnKind, Columns, Settings, EDGE_COLUMNS};
+use crate::cpu::input::BackwardInput;
+use crate::cpu::input::ForwardInput;
+use crate::cpu::source::FarSource;
 
 /// Gradients while they are summed, and the block's rows that they are made from.
 pub(crate) struct Sums<A> {

@@ -4,7 +4,7 @@ use super::keys::Keys;
 use super::masses::{Observation, Scratch};
 use super::{weigh, Local};
 use crate::cpu::bias::Apart;
-use crate::cpu::cached::ListHeads;
+use crate::cpu::heads::ListHeads;
 use crate::cpu::{Accumulator, Element, HeadRows};
 
 /// What a cache's list keeps to go on observing.

@@ -1,0 +1,40 @@
+//! Loops compiled for the instruction set of this process.
+
+use super::arch;
+use super::element::Accumulator;
+use super::panels;
+use pulp::{Simd, WithSimd};
+
+/// Runs `body` compiled for the best instruction set of this machine. The closure must be `#[inline(always)]`; it is
+/// called through `FnMut`, since the shim around a borrowed closure's `FnOnce` would not be inlined.
+pub(crate) fn vectorized<R>(body: impl FnMut() -> R) -> R {
+    struct Body<F>(F);
+    impl<R, F: FnMut() -> R> WithSimd for Body<F> {
+        type Output = R;
+        #[inline(always)]
+        fn with_simd<S: Simd>(mut self, _: S) -> R {
+            (self.0)()
+        }
+    }
+    arch().dispatch(Body(body))
+}
+
+/// Runs `body` for an instruction set as a function of its own, which stands once in the binary however often it is called.
+/// A kernel that is inlined at each call is compiled for each, and compiling kernels is most of this crate's build.
+#[inline(never)]
+pub(crate) fn outlined<S: Simd, W: WithSimd>(simd: S, body: W) -> W::Output {
+    simd.vectorize(body)
+}
+
+/// The dot product of two rows; always this one, so that a decision falls the same way wherever it is taken.
+pub(crate) fn dot<A: Accumulator>(a: &[A], b: &[A]) -> A {
+    struct Dot<'a, A>(&'a [A], &'a [A]);
+    impl<A: Accumulator> WithSimd for Dot<'_, A> {
+        type Output = A;
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) -> A {
+            panels::dot(simd, self.0, self.1)
+        }
+    }
+    arch().dispatch(Dot(a, b))
+}
