@@ -2,7 +2,9 @@
 
 #[cfg(doc)]
 use crate::config::AttentionOptions;
-use crate::config::{CompressionConfig, Criterion, HeadStrategies, LossNormalizer, MergeStrategy};
+#[cfg(doc)]
+use crate::config::Criterion;
+use crate::config::{CompressionConfig, HeadStrategies, LossNormalizer};
 use crate::cpu::decide::DecideInput;
 use crate::cpu::loss::{loss_gradients, loss_sums};
 use crate::cpu::{Element, Rows};
@@ -89,11 +91,11 @@ pub fn compression_loss_terms(
     if !(q.device().is_cpu() || cfg!(feature = "cuda") && q.device().is_cuda()) {
         return not_on_cpu(q.device());
     }
-    if problem.tokens == 1 || config.criterion == Criterion::ObservedMass {
+    if problem.tokens == 1 || !config.criterion.compares_pairs() {
         return Ok(None);
     }
     let active = |batch: usize| {
-        let on = |head: &usize| strategies.test(config, batch, *head).strategy != MergeStrategy::Off;
+        let on = |head: &usize| !strategies.test(config, batch, *head).strategy.is_off();
         (0..problem.heads).filter(on).count()
     };
     let sums = q.apply_op2(

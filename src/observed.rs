@@ -1,7 +1,9 @@
 //! Observed mass on the tensors of one call: the scores behind [`Criterion::ObservedMass`](crate::Criterion), and the
 //! decisions made of them.
 
-use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
+#[cfg(doc)]
+use crate::config::Criterion;
+use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 use crate::cpu::observe::{threshold, Local, ObserveInput};
 use crate::cpu::{Accumulator, Element, Rows};
 use crate::plan::{cpu_slice, not_on_cpu};
@@ -31,7 +33,7 @@ pub fn observed_mass(
     let problem = options.layout.explained(Problem::new(q, k, v))?;
     config.check(options.causal)?;
     options.check()?;
-    if config.criterion != Criterion::ObservedMass {
+    if !config.criterion.observes() {
         bail!(
             "criterion: expected Criterion::ObservedMass, got {:?}; the others compare neighbours and have no scores",
             config.criterion

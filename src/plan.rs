@@ -138,7 +138,7 @@ impl MergePlan {
     /// Whether the query heads of every KV head are known to agree.
     #[cfg(feature = "cuda")]
     pub(crate) fn heads_agree(&self) -> bool {
-        self.decided && self.config.group_rule == crate::config::GroupRule::Unanimous
+        self.decided && self.config.group_rule.heads_agree()
     }
 
     /// Refuses a plan that was made for other shapes, or whose window has no meaning without causality.
@@ -173,7 +173,7 @@ fn decide(
     let problem = *problem;
     let bits = match config.criterion {
         Criterion::ObservedMass => observed::indicators(problem, [q, k, v], strategies, config, options)?,
-        _ => on_cpu(
+        Criterion::QueryKey | Criterion::KeyKey => on_cpu(
             q,
             k,
             Decide {

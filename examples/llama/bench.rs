@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{bail, ensure, Context, Result};
-use candle_sfattention::{CompressionConfig, MergeRule};
+use candle_sfattention::CompressionConfig;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 
@@ -61,7 +61,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     args.cache.check()?;
     let compression = Compression::from_args(&args.compression)?;
     ensure!(
-        compression.config.rule == MergeRule::Causal,
+        compression.config.rule.is_causal(),
         "rule: expected causal for bench, which measures the KV cache, got reference, whose rows see the future; \
          use --rule causal"
     );

@@ -4,7 +4,6 @@ use std::io::{stderr, stdout, Write};
 use std::time::Instant;
 
 use anyhow::{ensure, Context, Result};
-use candle_sfattention::MergeRule;
 use candle_transformers::generation::LogitsProcessor;
 use serde::Serialize;
 
@@ -74,7 +73,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
 
 /// Whether keys and values are kept. The rule reference cannot keep them; a note says so.
 fn keeps_cache(args: &GenerateArgs, compression: &Compression) -> Result<bool> {
-    if args.no_cache || compression.config.rule == MergeRule::Causal {
+    if args.no_cache || compression.config.rule.is_causal() {
         return Ok(!args.no_cache);
     }
     ensure!(

@@ -1,13 +1,12 @@
 //! Taking tokens in without attending, with their queries or without.
 
 use super::CompressedKvCache;
-use crate::config::{Criterion, Fold};
 use crate::problem::Problem;
 use candle_core::{bail, Result, Tensor};
 
 impl CompressedKvCache {
     /// Query (B, H, n, D), key and value (B, Hk, n, D): takes in n >= 1 new tokens without computing their rows. O(n·D)
-    /// per head, times the window and the sinks under [`Criterion::ObservedMass`].
+    /// per head, times the window and the sinks under [`Criterion::ObservedMass`](crate::Criterion::ObservedMass).
     ///
     /// **The queries decide** under [`Criterion::ObservedMass`] (with the default softmax scale) and
     /// [`Criterion::QueryKey`], and [`Fold::PairSum`] folds them: they must be the tokens' own, rotated as the keys
@@ -29,15 +28,15 @@ impl CompressedKvCache {
     /// Another criterion or fold, a number of heads that is no multiple of the KV heads, or as
     /// [`Self::append_and_attend`]. The cache is then unchanged.
     pub fn append_without_queries(&mut self, k: &Tensor, v: &Tensor, heads: usize) -> Result<()> {
-        let reads = match (self.config.criterion, self.config.fold) {
-            _ if self.strategies.all_off() => None,
-            (criterion @ (Criterion::QueryKey | Criterion::ObservedMass), _) => {
-                Some(format!("criterion {criterion:?}"))
-            }
-            (Criterion::KeyKey, fold @ Fold::PairSum) => Some(format!("fold {fold:?}")),
-            (Criterion::KeyKey, Fold::Mean | Fold::Drop) => None,
+        let (criterion, fold) = (self.config.criterion, self.config.fold);
+        let reads = if criterion.reads_queries() {
+            Some(format!("criterion {criterion:?}"))
+        } else if fold.folds_queries() {
+            Some(format!("fold {fold:?}"))
+        } else {
+            None
         };
-        if let Some(reads) = reads {
+        if let Some(reads) = reads.filter(|_| !self.strategies.all_off()) {
             bail!(
                 "append_without_queries: expected criterion KeyKey with fold Mean or Drop, or heads that are all off, \
                  got {reads}, which reads queries; give the tokens' own queries to append"

@@ -3,7 +3,7 @@
 use super::checksum::checksum;
 use super::save::{Header, SavedList, SavedState, SavedTest, Stored, FORMAT, VERSION};
 use super::{CacheOptions, CompressedKvCache, Lists, ListsOf, Sizes, State};
-use crate::config::{CompressionConfig, Fold, GroupRule, HeadTest, MergeStrategy};
+use crate::config::{CompressionConfig, HeadTest};
 use crate::cpu::fold::ChainFold;
 use crate::cpu::heads::ListHeads;
 use crate::cpu::list::{List, ListSettings, Run};
@@ -172,10 +172,10 @@ fn check_heads(saved: &SavedState, config: &CompressionConfig) -> Result<()> {
     let (mut row, mut head) = (0, 0);
     for (index, list) in saved.lists.iter().enumerate() {
         let width = list.tests.len();
-        let unanimous = config.group_rule == GroupRule::Unanimous;
-        let off = list.tests.iter().all(|test| test.strategy == MergeStrategy::Off);
-        let whole = width == group && head % group == 0 && (unanimous || off || group == 1);
-        let alone = width == 1 && !unanimous;
+        let agree = config.group_rule.heads_agree();
+        let off = list.tests.iter().all(|test| test.strategy.is_off());
+        let whole = width == group && head % group == 0 && (agree || off || group == 1);
+        let alone = width == 1 && !agree;
         let expected = ListHeads {
             batch: row,
             kv_head: head / group,
@@ -204,10 +204,10 @@ fn check_heads(saved: &SavedState, config: &CompressionConfig) -> Result<()> {
 }
 
 fn head_test(saved: &SavedTest) -> Result<HeadTest> {
-    let threshold = match (saved.threshold, saved.strategy) {
-        (Some(threshold), _) if threshold.is_finite() => threshold,
-        (None, MergeStrategy::Off) => f64::INFINITY,
-        (got, _) => bail!("tests: expected a finite threshold, got {got:?}; {DAMAGED}"),
+    let threshold = match saved.threshold {
+        Some(threshold) if threshold.is_finite() => threshold,
+        None if saved.strategy.is_off() => f64::INFINITY,
+        got => bail!("tests: expected a finite threshold, got {got:?}; {DAMAGED}"),
     };
     Ok(HeadTest {
         strategy: saved.strategy,
@@ -248,18 +248,18 @@ impl Reader<'_> {
         let entries = self.view(&name("tokens"))?.1.first().copied().unwrap_or(0);
         let tokens = self.tensor::<u32>(&name("tokens"), &[entries])?;
         let sizes = self.chain_sizes(&name("tokens"), &tokens, &settings)?;
-        let mean = settings.fold == Fold::Mean;
-        let log2_sizes = self.tensor(&name("log2_sizes"), &[if mean { entries } else { 0 }])?;
+        let sized = settings.fold.has_sizes();
+        let log2_sizes = self.tensor(&name("log2_sizes"), &[if sized { entries } else { 0 }])?;
         check_log2_sizes::<S::Acc>(&name("log2_sizes"), &log2_sizes, &sizes)?;
-        let size = *sizes.last().filter(|_| mean).unwrap_or(&1);
+        let size = *sizes.last().filter(|_| sized).unwrap_or(&1);
         let (recent, full) = (seq_len.min(window), seq_len > window);
         let bits = self.tensor::<u8>(&name("bits"), &[window.min(seq_len - 1)])?;
         if let Some(bad) = bits.iter().find(|bit| **bit > 1) {
             bail!("{}: expected 0 and 1, got {bad}; {DAMAGED}", name("bits"))
         }
         let runs = usize::from(saved.run_start.is_some());
-        let pair_sum = settings.fold == Fold::PairSum;
-        let last_queries = sums("last_queries", if pair_sum { settings.tests.len() } else { 0 })?;
+        let folds_queries = settings.fold.folds_queries();
+        let last_queries = sums("last_queries", if folds_queries { settings.tests.len() } else { 0 })?;
         let open = sums("open", if full { 4 } else { 0 })?;
         let list = List {
             dim,

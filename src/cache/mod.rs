@@ -1,8 +1,8 @@
 //! [`CompressedKvCache`]: decoding with a KV cache that really shrinks, per head.
 
+use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 #[cfg(doc)]
-use crate::config::Fold;
-use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies, MergeRule};
+use crate::config::{Fold, MergeRule};
 use crate::plan::not_on_cpu;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Result, Tensor};
@@ -115,10 +115,11 @@ impl CompressedKvCache {
     pub fn new(strategies: HeadStrategies, config: CompressionConfig, options: CacheOptions) -> Result<Self> {
         config.check(true)?;
         config.check_strategies(&strategies)?;
-        if config.rule == MergeRule::Reference {
+        if !config.rule.is_causal() {
             bail!(
-                "rule: expected MergeRule::Causal for a KV cache, got Reference; its decisions look up to four tokens \
-                 ahead, so what a row saw would change as tokens come in, use Causal"
+                "rule: expected MergeRule::Causal for a KV cache, got {:?}; its decisions look up to four tokens ahead, so \
+                 what a row saw would change as tokens come in, use Causal",
+                config.rule
             )
         }
         if let Some(storage) = options.storage {

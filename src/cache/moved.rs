@@ -84,8 +84,8 @@ impl CompressedKvCache {
             )
         };
         let problem = state.sizes.problem(dtype);
-        let unanimous = self.config.group_rule == GroupRule::Unanimous;
-        let per_row = attention::lists(&problem, self.strategies.all_off(), unanimous);
+        let agree = self.config.group_rule.heads_agree();
+        let per_row = attention::lists(&problem, self.strategies.all_off(), agree);
         Ok(Some((problem, held_of(state, lists, &self.config, per_row))))
     }
 }
@@ -137,7 +137,7 @@ fn merging_list<T: Both>(
     list.seq_len = seq_len;
     (list.keys, list.values) = (held.far_k.clone(), held.far_v.clone());
     list.tokens.clone_from(&held.tokens);
-    if fold == Fold::Mean {
+    if fold.has_sizes() {
         let before = std::iter::once(0).chain(held.tokens.iter().map(|token| token + 1));
         let sizes = held.tokens.iter().zip(before).map(|(token, before)| token + 1 - before);
         list.log2_sizes = sizes.map(|size| f64::from(size).log2() as f32).collect();
@@ -158,7 +158,7 @@ fn merging_list<T: Both>(
             sink_keys: held.sink_keys.clone(),
         };
     }
-    if fold == Fold::PairSum {
+    if fold.folds_queries() {
         list.last_queries = widened(last_queries);
     }
     let rows = held.recent_k.chunks_exact(dim).zip(held.recent_v.chunks_exact(dim));
@@ -211,7 +211,7 @@ fn held_of<T: Both>(state: &State, lists: &ListsOf<T>, config: &CompressionConfi
     };
     let each_head = || (0..batch * heads).map(|index| of(index / heads, index % heads));
     let tests: Vec<HeadTest> = each_head().map(|(list, head)| list.settings.tests[head]).collect();
-    let last_queries = (config.fold == Fold::PairSum).then(|| {
+    let last_queries = config.fold.folds_queries().then(|| {
         let mut queries = vec![T::zero(); batch * heads * head_dim];
         for ((list, head), to) in each_head().zip(queries.chunks_exact_mut(head_dim)) {
             // Of a list that never merges nobody asks for them.

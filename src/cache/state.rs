@@ -1,7 +1,6 @@
 //! What a cache on the CPU holds, and how its first call makes it.
 
 use super::CompressedKvCache;
-use crate::config::{GroupRule, MergeStrategy};
 use crate::cpu::heads::ListHeads;
 use crate::cpu::list::{List, ListSettings};
 use crate::cpu::Element;
@@ -85,10 +84,8 @@ impl CompressedKvCache {
                         .map(|head| self.strategies.test(&self.config, batch, head))
                         .collect()
                 };
-                let all_off = tests(heads.clone())
-                    .iter()
-                    .all(|test| test.strategy == MergeStrategy::Off);
-                let shared = self.config.group_rule == GroupRule::Unanimous || all_off;
+                let all_off = tests(heads.clone()).iter().all(|test| test.strategy.is_off());
+                let shared = self.config.group_rule.heads_agree() || all_off;
                 let parts = if shared {
                     vec![heads]
                 } else {

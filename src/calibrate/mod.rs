@@ -16,8 +16,10 @@ mod policy;
 
 pub use policy::{CalibrationFigures, LayerPolicy, ModelShape, Policy, PolicyOptions};
 
+#[cfg(doc)]
+use crate::config::MergeRule;
 use crate::config::{
-    AttentionOptions, CompressionConfig, Criterion, GroupRule, HeadStrategies, MergeRule, MergeStrategy, TensorLayout,
+    AttentionOptions, CompressionConfig, Criterion, GroupRule, HeadStrategies, MergeStrategy, TensorLayout,
 };
 use crate::observed::observed_mass;
 use crate::op::attend;
@@ -98,7 +100,7 @@ impl Settings {
     fn scores(&self, strategy: MergeStrategy, [q, k, v]: [&Tensor; 3]) -> Result<Vec<Vec<f32>>> {
         let scores = match self.config.criterion {
             Criterion::ObservedMass => observed_mass(q, k, v, &self.config, &self.options)?,
-            criterion => self.distances(strategy, criterion, q, k)?,
+            Criterion::QueryKey | Criterion::KeyKey => self.distances(strategy, q, k)?,
         };
         let scores = scores.squeeze(0)?.to_dtype(DType::F32)?;
         let tokens = scores.dim(1)?;
@@ -108,7 +110,7 @@ impl Settings {
     }
 
     /// `1 - cos` or `|cos|` of all pairs, the largest of each unit's heads, which must all agree.
-    fn distances(&self, strategy: MergeStrategy, criterion: Criterion, q: &Tensor, k: &Tensor) -> Result<Tensor> {
+    fn distances(&self, strategy: MergeStrategy, q: &Tensor, k: &Tensor) -> Result<Tensor> {
         let unit_vectors = |x: &Tensor| -> Result<Tensor> {
             let x = x.to_dtype(DType::F32)?;
             let norms = x.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?;
@@ -118,9 +120,10 @@ impl Settings {
         let (pairs, group) = (k.dim(2)? - 1, self.model.heads / self.model.kv_heads);
         let (_, kv_heads, tokens, dim) = k.dims4()?;
         let right = unit_vectors(k)?.unsqueeze(2)?;
-        let left = match criterion {
+        let left = match self.config.criterion {
             Criterion::QueryKey => unit_vectors(&q.contiguous()?)?.reshape((1, kv_heads, group, tokens, dim))?,
-            _ => right.clone(),
+            // ObservedMass has no pairs.
+            Criterion::KeyKey | Criterion::ObservedMass => right.clone(),
         };
         let cosines = left
             .narrow(3, 1, pairs)?
@@ -128,7 +131,8 @@ impl Settings {
             .sum(D::Minus1)?;
         let distances = match strategy {
             MergeStrategy::Similarity => cosines.affine(-1.0, 1.0)?,
-            _ => cosines.abs()?,
+            // Off is never measured.
+            MergeStrategy::Difference | MergeStrategy::Off => cosines.abs()?,
         };
         if self.heads_per_unit == group {
             return distances.max(2);
@@ -168,8 +172,11 @@ impl Calibrator {
         config.check(options.causal)?;
         options.check()?;
         model.check()?;
-        if config.rule == MergeRule::Reference {
-            bail!("rule: expected MergeRule::Causal for calibration, got Reference; its heads decide together, use Causal")
+        if !config.rule.is_causal() {
+            bail!(
+                "rule: expected MergeRule::Causal for calibration, got {:?}; its heads decide together, use Causal",
+                config.rule
+            )
         }
         let inside = |ratio: &f64| *ratio > 0.0 && *ratio < 1.0;
         if ratios.is_empty() || !ratios.iter().all(inside) {
@@ -178,7 +185,7 @@ impl Calibrator {
         let strategies = match config.criterion {
             // It does not read the strategy.
             Criterion::ObservedMass => vec![MergeStrategy::Similarity],
-            _ => vec![MergeStrategy::Similarity, MergeStrategy::Difference],
+            Criterion::QueryKey | Criterion::KeyKey => vec![MergeStrategy::Similarity, MergeStrategy::Difference],
         };
         let settings = Settings {
             model,
@@ -289,7 +296,7 @@ impl Measurement {
         let tokens = q.dim(2)?;
         let undecided = match settings.config.criterion {
             Criterion::ObservedMass => settings.config.window,
-            _ => 0,
+            Criterion::QueryKey | Criterion::KeyKey => 0,
         };
         let eligible = (tokens - 1)
             .saturating_sub(undecided)

@@ -214,7 +214,7 @@ impl HeadStrategies {
 
     /// Whether every head is [`MergeStrategy::Off`].
     pub fn all_off(&self) -> bool {
-        let off = |s: &MergeStrategy| *s == MergeStrategy::Off;
+        let off = |strategy: &MergeStrategy| strategy.is_off();
         self.strategies.values().iter().all(off)
     }
 }

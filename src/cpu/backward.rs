@@ -122,7 +122,7 @@ impl<T: Element> Group<'_, T> {
         let size = problem.tokens * dim;
         let mut rows_dq = Part::default();
         for (index, (dq, parts)) in self.dq.chunks_mut(size).zip(parts.chunks(shares)).enumerate() {
-            if let ([part], true) = (parts, input.forward.fold != Fold::PairSum) {
+            if let ([part], false) = (parts, input.forward.fold.folds_queries()) {
                 store_sum(&[*part], |part| &part.dq, dim, dq);
                 continue;
             }
@@ -135,7 +135,7 @@ impl<T: Element> Group<'_, T> {
                     rows += block.len();
                 }
             }
-            if input.forward.fold == Fold::PairSum {
+            if input.forward.fold.folds_queries() {
                 let bits = input.forward.head_bits(self.batch, self.kv_head * group + index);
                 unfold(Fold::PairSum, &mut rows_dq.dq, bits, width);
             }

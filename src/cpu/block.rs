@@ -11,7 +11,6 @@ use super::panels::{keep_lanes, PANEL};
 use super::softmax::LANES;
 use super::transpose::to_columns;
 use super::{arch, dot, vectorized, Accumulator, Element};
-use crate::config::Fold;
 use crate::cpu::columns::{Block, ColumnKind, Columns, Settings, EDGE_COLUMNS, NEAR_COLUMNS};
 use crate::cpu::finite::{add_row, all_finite, Check};
 use crate::cpu::fold::{ChainFold, Edge};
@@ -86,7 +85,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         let width = self.width;
         let left = &mut self.left;
         self.query_rows[block.rows.len() * width..].fill(Q::Acc::ZERO);
-        let (fold, query_rows) = (self.settings.fold, &mut self.query_rows);
+        let (folds_queries, query_rows) = (self.settings.fold.folds_queries(), &mut self.query_rows);
         vectorized(
             #[inline(always)]
             || {
@@ -95,7 +94,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
                     block.queries.prefetch_row(token + AHEAD - first_row);
                     let target = &mut query_rows[row * width..][..dim];
                     let query = block.queries.row(token - first_row);
-                    if !(fold == Fold::PairSum && token > 0 && block.bits.hidden(token - 1)) {
+                    if !(folds_queries && token > 0 && block.bits.hidden(token - 1)) {
                         check.copy(query, target);
                         continue;
                     }
@@ -154,7 +153,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         let held = block.far.holds_until();
         let has_edge = |token: usize| token >= held || block.bits.hidden(token);
         // Whether a token is folded into `token`.
-        let folded = |token: usize| fold != Fold::Drop && token > 0 && block.bits.hidden(token - 1);
+        let folded = |token: usize| fold.keeps_hidden() && token > 0 && block.bits.hidden(token - 1);
         let mut chain = std::mem::replace(&mut self.chain, ChainFold::new(fold, 0));
         let edges = tokens.filter(|token| has_edge(*token));
         let Block { bits, raw, .. } = block;
@@ -166,14 +165,14 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             || {
                 for token in edges.clone() {
                     let (key, value) = (raw.key(token), raw.value(token));
-                    let goes_on = fold == Fold::Mean && folded(token + 1) && has_edge(token + 1);
+                    let goes_on = fold.walks_chains() && folded(token + 1) && has_edge(token + 1);
                     let in_place = raw.clean && !folded(token) && !goes_on;
                     if let (true, Some(key), Some(value)) = (in_place, R::as_acc(key), R::as_acc(value)) {
                         let log2_size = Q::Acc::ZERO;
                         visit(self, Edge { key, value, log2_size }, token, row(token));
                         continue;
                     }
-                    if fold == Fold::PairSum && folded(token) && token > raw.base {
+                    if fold.sums_pairs() && folded(token) && token > raw.base {
                         chain.pair((raw.key(token - 1), key), (raw.value(token - 1), value));
                     } else {
                         chain.step(folded(token), key, value);

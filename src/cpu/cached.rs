@@ -13,7 +13,7 @@ use super::pairs::Pairs;
 use super::philox::DropoutMask;
 use super::tasks::{for_each_list_task, row_tasks, Lease, Pool, RowTask};
 use super::{Accumulator, Element, HeadRows, Rows};
-use crate::config::{Dropout, Fold};
+use crate::config::Dropout;
 use crate::cpu::columns::{block_rows, Block, Settings, PAIR_ROWS};
 use crate::cpu::source::FarSource;
 use candle_core::Result;
@@ -106,7 +106,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             _ => self.attend(lists, &chains, output.blank()),
         }
         for (at, list) in lists {
-            if list.settings.fold == Fold::PairSum {
+            if list.settings.fold.folds_queries() {
                 let last = self.queries(at).into_iter();
                 list.last_queries = last.flat_map(|rows| widened(rows.row(self.count - 1))).collect();
             }

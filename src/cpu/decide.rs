@@ -120,23 +120,32 @@ pub(crate) fn indicators<T: Element>(input: &DecideInput<T>) -> Vec<u8> {
     if pairs == 0 || input.strategies.all_off() {
         return bits;
     }
-    match (input.config.rule, input.config.group_rule) {
-        (MergeRule::Reference, _) => reference_rule(input, &mut bits),
-        (MergeRule::Causal, GroupRule::PerQueryHead) => bits
+    match input.config.rule {
+        MergeRule::Reference => reference_rule(input, &mut bits),
+        MergeRule::Causal => causal_rule(input, &mut bits),
+    }
+    bits
+}
+
+/// `MergeRule::Causal`: each query head decides alone, or the query heads of each KV head as one.
+fn causal_rule<T: Element>(input: &DecideInput<T>, bits: &mut [u8]) {
+    let Problem { heads, kv_heads, .. } = input.problem;
+    let pairs = input.problem.pairs();
+    match input.config.group_rule {
+        GroupRule::PerQueryHead => bits
             .par_chunks_mut(pairs)
             .enumerate()
             .for_each(|(index, bits)| decide_group(input, index / heads, index % heads..index % heads + 1, bits)),
-        (MergeRule::Causal, GroupRule::Unanimous) => {
+        GroupRule::Unanimous => {
             let group = input.problem.group();
             bits.par_chunks_mut(group * pairs)
                 .enumerate()
                 .for_each(|(index, bits)| {
-                    let (batch, kv_head) = (index / input.problem.kv_heads, index % input.problem.kv_heads);
+                    let (batch, kv_head) = (index / kv_heads, index % kv_heads);
                     decide_group(input, batch, kv_head * group..(kv_head + 1) * group, bits);
                 })
         }
     }
-    bits
 }
 
 /// One run of the causal rule for `heads`, query heads of one group: a pair passes when it passes for each of them.
@@ -145,7 +154,7 @@ fn decide_group<T: Element>(input: &DecideInput<T>, batch: usize, heads: std::op
     let (first, rest) = bits.split_at_mut(pairs);
     let tests: Vec<HeadTest> = heads.clone().map(|head| input.test(batch, head)).collect();
     // A head that is off vetoes its group.
-    if tests.iter().any(|test| test.strategy == MergeStrategy::Off) {
+    if tests.iter().any(|test| test.strategy.is_off()) {
         return;
     }
     let (tokens, kv_head) = (input.problem.tokens, heads.start / input.problem.group());
@@ -154,7 +163,7 @@ fn decide_group<T: Element>(input: &DecideInput<T>, batch: usize, heads: std::op
     let mut query_buffers = vec![Vec::new(); heads.len()];
     let queries: Vec<_> = match input.config.criterion {
         Criterion::KeyKey => Vec::new(),
-        _ => heads
+        Criterion::QueryKey | Criterion::ObservedMass => heads
             .clone()
             .zip(&mut query_buffers)
             .map(|(head, buffer)| normed(input.q.head(batch, head), tokens, buffer))
@@ -203,7 +212,7 @@ fn reference_rule<T: Element>(input: &DecideInput<T>, bits: &mut [u8]) {
     candidates.par_chunks_mut(pairs).enumerate().for_each(|(index, rows)| {
         let (batch, head) = (index / heads, index % heads);
         let test = input.test(batch, head);
-        if test.strategy == MergeStrategy::Off {
+        if test.strategy.is_off() {
             return;
         }
         input.with_sides(batch, head, |left, right| {

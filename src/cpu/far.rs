@@ -38,7 +38,7 @@ impl<A: Accumulator> FoldedRows<A> {
     }
 
     fn push_size(&mut self, fold: Fold, size: usize) {
-        if fold == Fold::Mean {
+        if fold.has_sizes() {
             self.log2_sizes.push(log2_size(size));
         }
     }
@@ -130,7 +130,7 @@ impl<A: Accumulator> FarColumns<A> {
             let key_rows = match columns.keys {
                 Keys::Rows => rows,
                 Keys::InPlace => 0,
-                Keys::Made(_) if fold == Fold::Drop => 0,
+                Keys::Made(_) if !fold.keeps_hidden() => 0,
                 Keys::Made(_) => chains(bits, tokens),
             };
             columns.far.start(key_rows, rows, dim);
@@ -170,9 +170,13 @@ impl<A: Accumulator> FarColumns<A> {
             keys.prefetch_row(t + AHEAD);
             values.prefetch_row(t + AHEAD);
             let hides = bits.get(t) == Some(&1);
-            // A chain of one is its token; a pair sum needs none.
-            let chained = fold == Fold::Mean && (merged || hides);
-            let summed = fold == Fold::PairSum && merged;
+            let (chained, summed) = match fold {
+                // A chain of one is its token.
+                Fold::Mean => (merged || hides, false),
+                // It needs no chain.
+                Fold::PairSum => (false, merged),
+                Fold::Drop => (false, false),
+            };
             if chained {
                 chain.step(merged, keys.row(t), values.row(t));
             }

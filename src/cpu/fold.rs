@@ -34,11 +34,11 @@ impl<A: Accumulator> ChainFold<A> {
     /// Steps to the next token, into which the one before is folded when `merged`.
     #[inline(always)]
     pub fn step<T: Element<Acc = A>>(&mut self, merged: bool, key: &[T], value: &[T]) {
-        if !merged || self.fold == Fold::Drop {
+        if !merged || !self.fold.keeps_hidden() {
             T::widen(key, &mut self.key);
             T::widen(value, &mut self.value);
             self.size = 1;
-            if self.fold == Fold::PairSum {
+            if self.fold.sums_pairs() {
                 self.raw_key.copy_from_slice(&self.key);
                 self.raw_value.copy_from_slice(&self.value);
             }
@@ -49,13 +49,15 @@ impl<A: Accumulator> ChainFold<A> {
                 pair_sum(&mut self.key, &mut self.raw_key, key);
                 pair_sum(&mut self.value, &mut self.raw_value, value);
             }
-            _ => {
+            Fold::Mean => {
                 T::widen(key, &mut self.raw_key);
                 T::widen(value, &mut self.raw_value);
                 running_mean(&mut self.key, &self.raw_key, self.size);
                 running_mean(&mut self.value, &self.raw_value, self.size);
                 self.size += 1;
             }
+            // It keeps nothing of a hidden token.
+            Fold::Drop => {}
         }
     }
 
@@ -82,11 +84,15 @@ impl<A: Accumulator> ChainFold<A> {
         let joins_left = |t: usize| t > 0 && bits.hidden(t - 1);
         let floor = resume.map_or(0, |(stands_on, _)| stands_on + 1);
         let mut start = token;
-        while self.fold != Fold::Drop && start > floor && joins_left(start) {
-            start -= 1;
-            // One raw left neighbour is all a pair sum reads.
-            if self.fold == Fold::PairSum {
-                break;
+        while start > floor && joins_left(start) {
+            match self.fold {
+                Fold::Mean => start -= 1,
+                // One raw left neighbour is all a pair sum reads.
+                Fold::PairSum => {
+                    start -= 1;
+                    break;
+                }
+                Fold::Drop => break,
             }
         }
         let resume = resume.filter(|_| start == floor && joins_left(start));

@@ -5,7 +5,7 @@
 
 use super::observe::Observed;
 use super::{vectorized, Accumulator, Element, HeadRows};
-use crate::config::{CompressionConfig, Criterion, Fold, HeadTest, MergeStrategy};
+use crate::config::{CompressionConfig, Criterion, Fold, HeadTest};
 use crate::cpu::finite::{quarantine, Check};
 use crate::cpu::fold::{log2_size, ChainFold};
 use crate::cpu::source::{Bits, RawRows};
@@ -30,7 +30,7 @@ pub(crate) struct ListSettings {
 impl ListSettings {
     /// `tests` are those of the query heads that share the list.
     pub fn new(tests: Vec<HeadTest>, config: &CompressionConfig) -> Self {
-        let merges = tests.iter().all(|test| test.strategy != MergeStrategy::Off);
+        let merges = tests.iter().all(|test| !test.strategy.is_off());
         Self {
             tests,
             criterion: config.criterion,
@@ -42,17 +42,17 @@ impl ListSettings {
     }
 
     pub fn merges(&self) -> bool {
-        self.tests.iter().all(|test| test.strategy != MergeStrategy::Off)
+        self.tests.iter().all(|test| !test.strategy.is_off())
     }
 
     /// Whether tokens are judged by what their window's rows gave them.
     pub fn observes(&self) -> bool {
-        self.criterion == Criterion::ObservedMass && self.merges()
+        self.criterion.observes() && self.merges()
     }
 
     /// Whether tokens are judged by their neighbours.
     pub fn compares(&self) -> bool {
-        self.criterion != Criterion::ObservedMass && self.merges()
+        self.criterion.compares_pairs() && self.merges()
     }
 
     /// The most tokens that one run may hide.
@@ -279,7 +279,7 @@ impl<S: Element> List<S> {
     /// A closed chain's last token, and how many it has.
     fn push_token(&mut self, token: usize, size: usize) {
         self.tokens.push(token as u32);
-        if self.settings.fold == Fold::Mean {
+        if self.settings.fold.has_sizes() {
             self.log2_sizes.push(log2_size(size));
         }
     }

@@ -92,13 +92,15 @@ impl<S: Element> List<S> {
                     }
                     pass
                 };
-                if settings.criterion == Criterion::KeyKey {
-                    merges = merges && passes(&key, key_norm, &settings.tests);
-                } else {
-                    for (head, test) in queries.iter().zip(&settings.tests) {
-                        if merges {
-                            Q::widen(head.row(row), &mut query);
-                            merges = passes(&query, norm(&query), std::slice::from_ref(test));
+                match settings.criterion {
+                    Criterion::KeyKey => merges = merges && passes(&key, key_norm, &settings.tests),
+                    // ObservedMass has no pairs: it is decided by `observe`.
+                    Criterion::QueryKey | Criterion::ObservedMass => {
+                        for (head, test) in queries.iter().zip(&settings.tests) {
+                            if merges {
+                                Q::widen(head.row(row), &mut query);
+                                merges = passes(&query, norm(&query), std::slice::from_ref(test));
+                            }
                         }
                     }
                 }

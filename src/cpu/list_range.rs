@@ -2,7 +2,6 @@
 
 use super::list::{Decided, List};
 use super::{vectorized, Accumulator, Element, HeadRows};
-use crate::config::Fold;
 use candle_core::DType;
 
 /// The largest finite number of a dtype that stores keys and values.
@@ -50,7 +49,7 @@ impl<S: Element> List<S> {
         values: &HeadRows<S>,
         count: usize,
     ) -> Option<f64> {
-        if self.settings.fold != Fold::PairSum {
+        if !self.settings.fold.sums_pairs() {
             return None;
         }
         let base = self.bits_base();

@@ -16,7 +16,7 @@ pub(crate) struct LossSums {
 fn residual<A: Accumulator>(strategy: MergeStrategy, cosine: A) -> A {
     match strategy {
         MergeStrategy::Similarity => cosine - A::ONE,
-        _ => cosine,
+        MergeStrategy::Difference | MergeStrategy::Off => cosine,
     }
 }
 
@@ -26,7 +26,7 @@ pub(crate) fn loss_sums<T: Element>(input: &DecideInput<T>) -> LossSums {
     let head_sums = |index: usize| {
         let (batch, head) = (index / heads, index % heads);
         let test = input.strategies.test(input.config, batch, head);
-        if test.strategy == MergeStrategy::Off {
+        if test.strategy.is_off() {
             return LossSums::default();
         }
         input.with_sides(batch, head, |left, right| {
@@ -79,7 +79,7 @@ fn head_gradients<T: Element>(
 ) {
     let (pairs, dim) = (input.problem.pairs(), input.problem.head_dim);
     let strategy = input.strategies.test(input.config, batch, head).strategy;
-    if strategy == MergeStrategy::Off {
+    if strategy.is_off() {
         return;
     }
     input.with_sides(batch, head, |left, right| {
@@ -90,7 +90,8 @@ fn head_gradients<T: Element>(
             let (a, b) = (Side::new(left, t + 1), Side::new(right, t));
             let left_sum = match input.config.criterion {
                 Criterion::KeyKey => &mut *key_sum,
-                _ => &mut query_sum,
+                // There is no loss under ObservedMass.
+                Criterion::QueryKey | Criterion::ObservedMass => &mut query_sum,
             };
             a.add_gradient(&b, cosine, factor, &mut left_sum[(t + 1) * dim..][..dim]);
             b.add_gradient(&a, cosine, factor, &mut key_sum[t * dim..][..dim]);

@@ -4,7 +4,7 @@ use super::backward;
 use super::fold::{contiguous_rows, FoldCall};
 use super::forward::{self, Attended, AttentionCall, Bias, Columns, Saved, LARGEST_LISTED};
 use super::gpu::{Gpu, GpuElement};
-use crate::config::{AttentionOptions, Fold};
+use crate::config::AttentionOptions;
 use crate::problem::{Problem, RowLayout};
 use candle_core::Result;
 
@@ -46,7 +46,7 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
     fn can_list(&self) -> bool {
         let narrow = |layout: &RowLayout| i32::try_from(layout.strides[2]).is_ok();
         T::HALF
-            && self.fold.fold == Fold::Drop
+            && !self.fold.fold.keeps_hidden()
             && self.options.causal
             && self.fold.problem.head_dim <= LARGEST_LISTED
             && [self.fold.k.1, self.fold.v.1].iter().all(narrow)

@@ -3,7 +3,7 @@
 use super::forward::Bias;
 use super::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use super::params::{BiasEntries, DecideParams, FewTests, Rows, Sizes, SweepParams};
-use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, HeadTest, MergeRule, MergeStrategy};
+use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, HeadTest, MergeRule};
 use crate::problem::Problem;
 use candle_core::Result;
 
@@ -25,15 +25,16 @@ pub(crate) struct DecideCall<'a, G: Gpu, T: GpuElement> {
 
 /// Whether a bias of -inf keeps pairs of tokens apart: a pair qualifies only where the row of its second token sees both.
 pub(crate) fn reads_bias(config: &CompressionConfig) -> bool {
-    let compares = match config.criterion {
-        Criterion::QueryKey | Criterion::KeyKey => true,
-        Criterion::ObservedMass => false,
-    };
-    let causal = match config.rule {
-        MergeRule::Causal => true,
-        MergeRule::Reference => false,
-    };
-    compares && causal
+    config.criterion.compares_pairs() && config.rule.is_causal()
+}
+
+/// As `key_key` in cuda/params.cuh: 1 where pairs are of two keys.
+pub(crate) fn key_key(criterion: Criterion) -> u32 {
+    match criterion {
+        Criterion::KeyKey => 1,
+        // ObservedMass has no pairs.
+        Criterion::QueryKey | Criterion::ObservedMass => 0,
+    }
 }
 
 impl<G: Gpu, T: GpuElement> DecideCall<'_, G, T> {
@@ -53,7 +54,7 @@ impl<G: Gpu, T: GpuElement> DecideCall<'_, G, T> {
             k: Rows::new(&self.k.1),
             bias: BiasEntries::new(self.bias),
             sizes: Sizes::new(&self.problem, lists)?,
-            key_key: u32::from(self.config.criterion == Criterion::KeyKey),
+            key_key: key_key(self.config.criterion),
             max_merge_level: count(self.config.max_merge_level),
             sinks: count(self.config.sinks),
             levels: self.levels() as u32,
@@ -100,7 +101,7 @@ pub(crate) fn head_tests(problem: &Problem, strategies: &HeadStrategies, config:
 pub(crate) fn table(tests: &[HeadTest]) -> Vec<f32> {
     let entry = |test: &HeadTest| {
         // A head that is off reads no threshold.
-        let off = test.strategy == MergeStrategy::Off;
+        let off = test.strategy.is_off();
         [
             test.strategy.code() as f32,
             if off { 0.0 } else { test.threshold as f32 },
@@ -126,8 +127,9 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>
         return gpu.zeros(batch * heads * pairs);
     }
     let tests = call.tests(gpu)?;
-    if call.config.rule == MergeRule::Reference {
-        return reference_rule(gpu, call, &tests);
+    match call.config.rule {
+        MergeRule::Causal => {}
+        MergeRule::Reference => return reference_rule(gpu, call, &tests),
     }
     let lists = match call.config.group_rule {
         GroupRule::PerQueryHead => heads,

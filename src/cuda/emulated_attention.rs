@@ -6,7 +6,7 @@ use super::emu::{EmuSlice, Emulator};
 use super::emulation::{held, HeldBias};
 use super::fold::FoldCall;
 use super::gpu::{Gpu, GpuElement};
-use crate::config::{AttentionOptions, CompressionConfig, GroupRule};
+use crate::config::{AttentionOptions, CompressionConfig};
 use crate::cpu::Element;
 use crate::problem::Problem;
 use candle_core::{DType, Device, Result, Tensor};
@@ -62,7 +62,7 @@ fn attend_as<T: GpuElement + Element>(
         v: (&v.0, v.1),
         bits: &bits,
         fold: config.fold,
-        lists: lists(&problem, dense, config.group_rule == GroupRule::Unanimous),
+        lists: lists(&problem, dense, config.group_rule.heads_agree()),
     };
     let bias = options.bias.as_ref();
     let bias = bias.map(|bias| HeldBias::new(bias, &problem.bias_dims())).transpose()?;

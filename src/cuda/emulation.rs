@@ -109,7 +109,7 @@ fn decide_as<T: GpuElement + Element>(
     };
     let bits = match config.criterion {
         Criterion::ObservedMass => observe::indicators(&Emulator, &call, borrow(&v), options.scale(problem.head_dim))?,
-        _ => indicators(&Emulator, &call)?,
+        Criterion::QueryKey | Criterion::KeyKey => indicators(&Emulator, &call)?,
     };
     Tensor::from_vec(bits.download()?, shape, &Device::Cpu)
 }

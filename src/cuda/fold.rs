@@ -51,7 +51,7 @@ pub(crate) struct FoldCall<'a, G: Gpu, T: GpuElement> {
 impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
     /// Rows of tokens in `lists` lists; `chains`: where means run, a warp walks along each chain.
     fn launch(&self, lists: usize, chains: bool) -> Launch {
-        let rows = match chains && self.fold == Fold::Mean {
+        let rows = match chains && self.fold.walks_chains() {
             true => 1,
             false => rows_of_warp(self.problem.head_dim),
         };
@@ -86,13 +86,13 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
             true => gpu.alloc::<T>(lists * tokens * head_dim).map(Some),
             false => Ok(None),
         };
-        let sizes = || match self.fold {
+        let sizes = || match self.fold.has_sizes() {
             // Past the last far column nothing is written, and nothing must be read.
-            Fold::Mean => gpu.alloc::<f32>(lists * tokens).map(Some),
-            _ => Ok(None),
+            true => gpu.alloc::<f32>(lists * tokens).map(Some),
+            false => Ok(None),
         };
         // Where tokens are dropped none changes: edges read the raw ones.
-        let changed = self.fold != Fold::Drop;
+        let changed = self.fold.keeps_hidden();
         let mut columns = Columns {
             capacity: tokens,
             far_k: rows(!listed)?,
@@ -143,7 +143,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
     /// # Errors
     /// What the device reports.
     pub fn queries(&self, gpu: &G) -> Result<Option<G::Slice<T>>> {
-        if self.fold != Fold::PairSum {
+        if !self.fold.folds_queries() {
             return Ok(None);
         }
         let (problem, params) = (self.problem, self.params(self.problem.heads)?);
@@ -181,7 +181,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         let params = self.params(self.lists)?;
         let mut unfolded = None;
         // Where means run, chains are walked before lists are added up; else one kernel does both.
-        if let (Some((far_before, far, folded)), Fold::Mean) = (columns, self.fold) {
+        if let (Some((far_before, far, folded)), true) = (columns, self.fold.walks_chains()) {
             let mut target = gpu.alloc::<f32>(batch * self.lists * tokens * head_dim)?;
             let args = [
                 gpu.read(far),
@@ -196,7 +196,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
             drop(args);
             unfolded = Some(target);
         }
-        let columns = columns.filter(|_| self.fold != Fold::Mean);
+        let columns = columns.filter(|_| !self.fold.walks_chains());
         let mut out = gpu.alloc::<T>(batch * kv_heads * tokens * head_dim)?;
         let args = [
             gpu.read_some(unfolded.as_ref()),
@@ -223,7 +223,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         let (problem, params) = (self.problem, self.params(self.problem.heads)?);
         let rows = problem.batch * problem.heads;
         let mut out = gpu.alloc::<T>(rows * problem.tokens * problem.head_dim)?;
-        let bits = (were_folded && self.fold == Fold::PairSum).then_some(self.bits);
+        let bits = (were_folded && self.fold.folds_queries()).then_some(self.bits);
         let args = [
             gpu.read(folded),
             gpu.read_some(bits),

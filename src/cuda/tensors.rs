@@ -109,7 +109,7 @@ fn decide_as<T: GpuElement>(
     };
     let bits = match config.criterion {
         Criterion::ObservedMass => observe::indicators(&gpu, &call, source::<T>(v)?, options.scale(problem.head_dim))?,
-        _ => indicators(&gpu, &call)?,
+        Criterion::QueryKey | Criterion::KeyKey => indicators(&gpu, &call)?,
     };
     Ok(tensor(bits, (problem.batch, problem.heads, problem.pairs()), &device))
 }

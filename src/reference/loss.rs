@@ -48,13 +48,13 @@ pub fn compression_loss(
     config: &CompressionConfig,
 ) -> Result<Option<LossTerms>> {
     let sizes = check(q, k, strategies, config)?;
-    if sizes.pairs() == 0 || config.criterion == Criterion::ObservedMass {
+    if sizes.pairs() == 0 || !config.criterion.compares_pairs() {
         return Ok(None);
     }
     let mut terms = LossTerms::default();
     for (batch, head) in sizes.batch_heads() {
         let test = strategies.test(config, batch, head);
-        if test.strategy == MergeStrategy::Off {
+        if test.strategy.is_off() {
             continue;
         }
         for t in 0..sizes.pairs() {
@@ -96,7 +96,7 @@ pub fn compression_loss_gradients(
     let factor = config.loss_factor / terms.divisor(config.loss_normalizer) as f64;
     for (batch, head) in sizes.batch_heads() {
         let strategy = strategies.test(config, batch, head).strategy;
-        if strategy == MergeStrategy::Off {
+        if strategy.is_off() {
             continue;
         }
         let kv_head = sizes.kv_head(head);

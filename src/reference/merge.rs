@@ -144,8 +144,11 @@ pub fn indicators_under(
     bias: Option<&Tensor>,
 ) -> Result<Indicators> {
     config.check(true)?;
-    if config.criterion == Criterion::ObservedMass {
-        bail!("criterion: expected QueryKey or KeyKey, got ObservedMass; use reference::observed_indicators")
+    match config.criterion {
+        Criterion::QueryKey | Criterion::KeyKey => {}
+        Criterion::ObservedMass => {
+            bail!("criterion: expected QueryKey or KeyKey, got ObservedMass; use reference::observed_indicators")
+        }
     }
     let sizes = Sizes::new(q, k)?;
     strategies.check(sizes.batch, sizes.heads)?;

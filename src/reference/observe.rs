@@ -3,7 +3,9 @@
 use candle_core::{bail, Result};
 
 use super::{dot, norm, Array4, Indicators, Sizes};
-use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies, MergeStrategy};
+#[cfg(doc)]
+use crate::config::Criterion;
+use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 
 /// L(i): the columns that row `row` looks at, `{t <= i : i - t < window or t < sinks}`.
 pub fn local_columns(row: usize, window: usize, sinks: usize) -> Vec<usize> {
@@ -87,7 +89,7 @@ pub fn observed_indicators(
         let below = |score: f64| {
             voters.clone().all(|voter| {
                 let test = strategies.test(config, batch, voter);
-                test.strategy != MergeStrategy::Off && score < test.threshold
+                !test.strategy.is_off() && score < test.threshold
             })
         };
         let scores = &scores[batch][kv_head];
@@ -101,7 +103,7 @@ pub fn observed_indicators(
 
 fn check(q: &Array4, k: &Array4, v: &Array4, config: &CompressionConfig, options: &AttentionOptions) -> Result<Sizes> {
     config.check(options.causal)?;
-    if config.criterion != Criterion::ObservedMass {
+    if !config.criterion.observes() {
         bail!(
             "criterion: expected ObservedMass, got {:?}; reference::indicators decides by the others",
             config.criterion

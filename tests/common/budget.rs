@@ -184,7 +184,7 @@ impl<'a> Head<'a> {
 
     /// 1 if folding changed the token's row, so that it may have been rounded; else 0.
     fn folds(&self, token: usize) -> f64 {
-        let folds = self.fold != Fold::Drop && token > 0 && self.bits[token - 1];
+        let folds = self.fold.keeps_hidden() && token > 0 && self.bits[token - 1];
         f64::from(u8::from(folds))
     }
 }

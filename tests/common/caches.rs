@@ -77,7 +77,7 @@ pub fn with_thresholds(
     shape: &Shape,
     config: &CompressionConfig,
 ) -> Result<HeadStrategies> {
-    if config.criterion != Criterion::ObservedMass {
+    if !config.criterion.needs_thresholds() {
         return Ok(strategies);
     }
     let group = (shape.1 / shape.2) as f64;

@@ -34,7 +34,9 @@ pub fn reference_bits(
 ) -> Result<Indicators> {
     Ok(match config.criterion {
         Criterion::ObservedMass => reference::observed_indicators(q, k, v, strategies, config, options)?,
-        _ => reference::indicators_under(q, k, strategies, config, options.bias.as_ref())?,
+        Criterion::QueryKey | Criterion::KeyKey => {
+            reference::indicators_under(q, k, strategies, config, options.bias.as_ref())?
+        }
     })
 }
 

@@ -2,9 +2,7 @@
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Tensor};
-use candle_sfattention::{
-    CompressionConfig, Fold, GroupRule, HeadStrategies, MergePlan, MergeStrategy, ModelShape, Policy,
-};
+use candle_sfattention::{CompressionConfig, Fold, HeadStrategies, MergePlan, MergeStrategy, ModelShape, Policy};
 use rand::seq::index::sample;
 use rand::{rngs::StdRng, SeedableRng};
 
@@ -105,7 +103,7 @@ impl Planner {
             Method::Random(_) => self.random(call, &new(&self.strategies[call.layer])?)?,
             Method::Streaming(_) => self.streaming(call)?,
         };
-        let alone = self.config.group_rule == GroupRule::PerQueryHead;
+        let alone = !self.config.group_rule.heads_agree();
         Ok((plan, alone && self.method == Method::Paper))
     }
 

@@ -127,7 +127,7 @@ impl Case {
                 .collect::<Result<_>>()?,
             false => vec![*u.choose(&MergeStrategy::ALL)?; count],
         };
-        let needed = config.criterion == Criterion::ObservedMass;
+        let needed = config.criterion.needs_thresholds();
         Ok(Self {
             layouts: [*u.choose(&LAYOUTS)?, *u.choose(&LAYOUTS)?, *u.choose(&LAYOUTS)?],
             size: *u.choose(&[1.0, 1.0, 1.0, 0.0, 1e-3, 30.0, 300.0])?,
@@ -181,7 +181,7 @@ impl Case {
     }
 
     pub fn options_are_cached(&self) -> bool {
-        self.causal && self.config.rule == MergeRule::Causal
+        self.causal && self.config.rule.is_causal()
     }
 }
 

@@ -98,10 +98,9 @@ impl Exact<'_> {
                 .fold(0.0, f64::max)
         });
         // Pair sums add two queries and two keys.
-        let fold = if self.case.config.fold == Fold::PairSum {
-            4.0
-        } else {
-            1.0
+        let fold = match self.case.config.fold {
+            Fold::PairSum => 4.0,
+            Fold::Mean | Fold::Drop => 1.0,
         };
         let logit = self.options.scale(self.case.dim).abs() * norms[0] * norms[1] * fold;
         // Sums of equal numbers drift with their count; sums of halves are f32.
@@ -135,7 +134,9 @@ fn plan(exact: &Exact, inputs: &Inputs, strategies: &HeadStrategies) -> Result<I
     let [q, k, v] = &exact.inputs;
     let expected = match case.config.criterion {
         Criterion::ObservedMass => reference::observed_indicators(q, k, v, strategies, &case.config, exact.options),
-        _ => reference::indicators_under(q, k, strategies, &case.config, exact.options.bias.as_ref()),
+        Criterion::QueryKey | Criterion::KeyKey => {
+            reference::indicators_under(q, k, strategies, &case.config, exact.options.bias.as_ref())
+        }
     };
     let expected = expected.map_err(anyhow::Error::from)?;
     if bits != expected && !exact.near {
@@ -209,7 +210,7 @@ fn cache(exact: &Exact, inputs: &Inputs, strategies: &HeadStrategies, bits: &Ind
     let storage = case.storage.unwrap_or(case.dtype);
     let tolerance = exact.tolerance(case.dtype) + 2.0 * exact.tolerance(storage);
     // An append without rows has no options, hence no scale for the decision.
-    let all_rows = case.config.criterion == Criterion::ObservedMass && case.scale.is_some();
+    let all_rows = case.config.criterion.observes() && case.scale.is_some();
     let mut start = 0;
     for (chunk, rows) in case.chunks.iter().cycle() {
         let count = (*chunk).min(case.tokens - start);

@@ -14,7 +14,7 @@ pub fn any(
 ) -> Result<bool> {
     let group = case.heads / case.kv_heads;
     let margin = if case.dtype == DType::F64 { 1e-9 } else { 1e-5 };
-    if case.config.criterion == Criterion::ObservedMass {
+    if case.config.criterion.observes() {
         return observed([q, k, v], case, strategies, options, margin);
     }
     let reach = match case.config.rule {
@@ -27,7 +27,8 @@ pub fn any(
             for right in 1..case.tokens {
                 let a = match case.config.criterion {
                     Criterion::QueryKey => q.row(batch, head, right),
-                    _ => k.row(batch, head / group, right),
+                    // ObservedMass has no pairs.
+                    Criterion::KeyKey | Criterion::ObservedMass => k.row(batch, head / group, right),
                 };
                 for left in right.saturating_sub(reach + 1)..right {
                     let c = cosine(a, k.row(batch, head / group, left));

@@ -56,7 +56,7 @@ impl Local {
 pub(crate) fn threshold(tests: impl IntoIterator<Item = HeadTest>) -> Option<f64> {
     let least = |least: f64, test: HeadTest| match test.strategy {
         MergeStrategy::Off => None,
-        _ => Some(least.min(test.threshold)),
+        MergeStrategy::Similarity | MergeStrategy::Difference => Some(least.min(test.threshold)),
     };
     tests.into_iter().try_fold(f64::INFINITY, least)
 }

@@ -44,7 +44,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let scale = options.scale(problem.head_dim);
         let bits = match config.criterion {
             Criterion::ObservedMass => observe::indicators(gpu, &call, v, scale)?,
-            _ => decide::indicators(gpu, &call)?,
+            Criterion::QueryKey | Criterion::KeyKey => decide::indicators(gpu, &call)?,
         };
         let attention = Attention {
             fold: FoldCall {

@@ -2,7 +2,7 @@
 
 use super::state::{Observed, State};
 use super::{room, DeviceLists, NO_RUN};
-use crate::config::{CompressionConfig, HeadStrategies, HeadTest, MergeStrategy};
+use crate::config::{CompressionConfig, HeadStrategies, HeadTest};
 use crate::cuda::decode::StateArgs;
 use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch};
 use crate::problem::Problem;
@@ -171,7 +171,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// Whether no list merges: each has a head that is off.
     pub fn never_merges(&self) -> bool {
         let group = self.settings.problem.heads / self.settings.lists;
-        let off = |test: &HeadTest| test.strategy == MergeStrategy::Off;
+        let off = |test: &HeadTest| test.strategy.is_off();
         self.head_tests.chunks(group).all(|tests| tests.iter().any(off))
     }
 

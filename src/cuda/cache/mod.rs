@@ -4,7 +4,7 @@
 //! reaches the room there is, and after a long chunk, the lengths are read back, which waits for the device; nothing else
 //! that takes tokens in does.
 
-use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, HeadTest};
+use crate::config::{CompressionConfig, HeadStrategies, HeadTest};
 use crate::cuda::attention::lists;
 use crate::cuda::decide;
 use crate::cuda::decode::Scratch;
@@ -90,7 +90,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         head_tests: Vec<HeadTest>,
     ) -> Result<Self> {
         let (dim, window) = (problem.head_dim, config.window);
-        if config.criterion == Criterion::ObservedMass && config.sinks > WIDEST {
+        if config.criterion.observes() && config.sinks > WIDEST {
             bail!(
                 "sinks: expected at most {WIDEST} for a KV cache on CUDA that decides by ObservedMass, got {}; use \
                  HeadStrategies of MergeStrategy::Off where nothing shall merge",
@@ -112,7 +112,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let dense = strategies.all_off();
         let settings = Settings {
             problem: *problem,
-            lists: lists(problem, dense, config.group_rule == GroupRule::Unanimous),
+            lists: lists(problem, dense, config.group_rule.heads_agree()),
             dense,
             config: config.clone(),
             strategies: strategies.clone(),
@@ -233,7 +233,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             v,
             bias: BiasEntries::new(bias),
             sizes: Sizes::new(&sizes, self.settings.lists)?,
-            key_key: u32::from(config.criterion == Criterion::KeyKey),
+            key_key: decide::key_key(config.criterion),
             max_merge_level: limited(config.max_merge_level),
             sinks: limited(config.sinks),
             window: config.window as u32,

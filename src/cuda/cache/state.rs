@@ -1,7 +1,7 @@
 //! What a cache keeps on the device: `CacheState` in cuda/cache_list.cuh.
 
 use super::{Settings, GROWTH, NO_RUN};
-use crate::config::{Criterion, Fold};
+use crate::config::Criterion;
 use crate::cuda::decode::StateArgs;
 use crate::cuda::gpu::{Gpu, GpuElement};
 use candle_core::Result;
@@ -20,7 +20,7 @@ pub(super) struct State<G: Gpu, T: GpuElement> {
     pub chain_k: G::Slice<f32>,
     pub chain_v: G::Slice<f32>,
     pub chain_sizes: G::Slice<u32>,
-    /// `previous` and `last_queries` under [`Fold::PairSum`] alone.
+    /// `previous` and `last_queries` under [`Fold::PairSum`](crate::Fold::PairSum) alone.
     pub previous_k: Option<G::Slice<T>>,
     pub previous_v: Option<G::Slice<T>>,
     pub bits: G::Slice<u32>,
@@ -46,18 +46,19 @@ impl<G: Gpu, T: GpuElement> State<G, T> {
     pub fn new(gpu: &G, settings: &Settings, batch: usize) -> Result<Self> {
         let (all, dim, config) = (batch * settings.lists, settings.problem.head_dim, &settings.config);
         let local = all * (config.window + 1);
-        let (mean, pair_sum) = (config.fold == Fold::Mean, config.fold == Fold::PairSum);
-        let some = |len: usize| -> Result<Option<G::Slice<T>>> {
-            if pair_sum {
-                gpu.zeros(len).map(Some)
-            } else {
-                Ok(None)
+        let rows = |wanted: bool, len: usize| -> Result<Option<G::Slice<T>>> {
+            match wanted {
+                true => gpu.zeros(len).map(Some),
+                false => Ok(None),
             }
         };
-        let ln = |len: usize| if mean { gpu.zeros(len).map(Some) } else { Ok(None) };
+        let ln = |len: usize| match config.fold.has_sizes() {
+            true => gpu.zeros(len).map(Some),
+            false => Ok(None),
+        };
         let observed = match config.criterion {
             Criterion::ObservedMass => Some(Observed::new(gpu, settings, all)?),
-            _ => None,
+            Criterion::QueryKey | Criterion::KeyKey => None,
         };
         Ok(Self {
             far_k: gpu.zeros(all * GROWTH * dim)?,
@@ -72,13 +73,13 @@ impl<G: Gpu, T: GpuElement> State<G, T> {
             chain_k: gpu.zeros(all * dim)?,
             chain_v: gpu.zeros(all * dim)?,
             chain_sizes: gpu.zeros(all)?,
-            previous_k: some(all * dim)?,
-            previous_v: some(all * dim)?,
+            previous_k: rows(config.fold.sums_pairs(), all * dim)?,
+            previous_v: rows(config.fold.sums_pairs(), all * dim)?,
             bits: gpu.zeros(local)?,
             run_starts: gpu.upload(&vec![NO_RUN; all])?,
             run_keys: gpu.zeros(all * dim)?,
             last_keys: gpu.zeros(all * dim)?,
-            last_queries: some(batch * settings.problem.heads * dim)?,
+            last_queries: rows(config.fold.folds_queries(), batch * settings.problem.heads * dim)?,
             observed,
         })
     }

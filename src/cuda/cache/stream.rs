@@ -2,7 +2,7 @@
 
 use super::moves::{copy, Mover};
 use super::{room, DeviceLists, GROWTH};
-use crate::config::{AttentionOptions, Fold};
+use crate::config::AttentionOptions;
 use crate::cuda::decide::reads_bias;
 use crate::cuda::decode::{decode, Appended, DecodeCall, StateArgs};
 use crate::cuda::forward::Bias;
@@ -152,7 +152,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     ) -> Result<G::Slice<T>> {
         let Problem { heads, head_dim, .. } = self.settings.problem;
         let (scale, plain) = (options.scale(head_dim), bias.is_none() && options.dropout.is_none());
-        if plain && self.settings.config.fold != Fold::PairSum {
+        if plain && !self.settings.config.fold.folds_queries() {
             return self.take_and_decode(gpu, qkv, scale);
         }
         let mut queries = gpu.alloc::<T>(self.batch * heads * head_dim)?;
