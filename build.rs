@@ -14,17 +14,24 @@ mod sources {
     use anyhow::{Context, Result};
     use std::path::{Path, PathBuf};
 
-    /// The files of a folder with this extension, in the order of their names.
-    pub fn files(folder: &str, extension: &str) -> Result<Vec<PathBuf>> {
-        println!("cargo:rerun-if-changed={folder}");
+    /// The folders of `cuda/` whose files are compiled. Files include one another by paths from `cuda/`.
+    pub const ROOMS: [&str; 5] = ["cuda/lib", "cuda/forward", "cuda/backward", "cuda/decide", "cuda/cache"];
+
+    /// The files of these folders with this extension, folder by folder, in the order of their names.
+    pub fn files(folders: &[&str], extension: &str) -> Result<Vec<PathBuf>> {
         let mut found = Vec::new();
-        for entry in Path::new(folder).read_dir().with_context(|| folder.to_string())? {
-            let path = entry?.path();
-            if path.extension().is_some_and(|e| e == extension) {
-                found.push(path);
+        for folder in folders {
+            println!("cargo:rerun-if-changed={folder}");
+            let mut here = Vec::new();
+            for entry in Path::new(folder).read_dir().with_context(|| folder.to_string())? {
+                let path = entry?.path();
+                if path.extension().is_some_and(|e| e == extension) {
+                    here.push(path);
+                }
             }
+            here.sort();
+            found.extend(here);
         }
-        found.sort();
         Ok(found)
     }
 
@@ -36,12 +43,12 @@ mod sources {
 
 #[cfg(feature = "cuda-emu")]
 mod emulation {
-    use super::sources::{files, stem};
+    use super::sources::{files, stem, ROOMS};
     use anyhow::Result;
 
     pub fn build() -> Result<()> {
-        let mut kernels = files("cuda", "cu")?;
-        kernels.extend(files("cuda/emu", "cu")?);
+        let mut kernels = files(&ROOMS, "cu")?;
+        kernels.extend(files(&["cuda/emu"], "cu")?);
         let modules = kernels.iter().map(|path| Ok(format!("M({})", stem(path)?)));
         let modules = modules.collect::<Result<Vec<_>>>()?.join(" ");
         cc::Build::new()
@@ -71,7 +78,7 @@ mod emulation {
 
 #[cfg(feature = "cuda")]
 mod ptx {
-    use super::sources::{files, stem};
+    use super::sources::{files, stem, ROOMS};
     use anyhow::{ensure, Context, Result};
     use std::collections::BTreeMap;
     use std::fmt::Write;
@@ -82,7 +89,7 @@ mod ptx {
     pub fn build() -> Result<()> {
         println!("cargo:rerun-if-env-changed=CUDA_COMPUTE_CAP");
         println!("cargo:rerun-if-env-changed=CUDA_HOME");
-        let (kernels, headers) = (files("cuda", "cu")?, files("cuda", "cuh")?);
+        let (kernels, headers) = (files(&ROOMS, "cu")?, files(&ROOMS, "cuh")?);
         let out_dir = PathBuf::from(std::env::var("OUT_DIR")?);
         // Lines for profilers and sanitizers are half of the text, and change no instruction.
         let lines = std::env::var("DEBUG").is_ok_and(|debug| debug != "false");
@@ -91,7 +98,7 @@ mod ptx {
         for (sources, architecture) in [(common, None), (hopper, Some("--gpu-architecture=sm_90a"))] {
             let mut builder = bindgen_cuda::Builder::default()
                 .kernel_paths(sources)
-                .include_paths(headers.clone())
+                .arg("-Icuda")
                 .arg("-std=c++17")
                 .arg("-O3");
             // The last one counts.

@@ -1,7 +1,7 @@
 // For the emulator's own tests: one correct kernel, and one for each fault that the emulator must detect. All take the
 // same arguments: `in` and `out` of `n` floats each, 64 threads a block, 64 floats of shared memory.
-#include "kernel.cuh"
-#include "mbarrier.cuh"
+#include "lib/kernel.cuh"
+#include "lib/mbarrier.cuh"
 
 struct BrokenParams {
   unsigned n;

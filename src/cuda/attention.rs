@@ -42,7 +42,7 @@ pub(crate) struct Gradients<G: Gpu, T: GpuElement> {
 }
 
 impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
-    /// Whether kernels that read raw tokens by their lists take these tensors: "listed" in `cuda/params.cuh`.
+    /// Whether kernels that read raw tokens by their lists take these tensors: "listed" in `cuda/lib/params.cuh`.
     fn can_list(&self) -> bool {
         let narrow = |layout: &RowLayout| i32::try_from(layout.strides[2]).is_ok();
         T::HALF

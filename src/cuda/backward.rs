@@ -1,5 +1,5 @@
-//! Launches of `cuda/backward.cu`, `backward_fused.cu`, `backward_listed.cu`, `backward_sm90a.cu` and `backward_f32.cu`:
-//! gradients of the columns and of the (folded) queries.
+//! Launches of `cuda/backward/backward.cu`, `backward_fused.cu`, `backward_listed.cu`, `backward_sm90a.cu` and
+//! `backward_f32.cu`: gradients of the columns and of the (folded) queries.
 
 use super::fold::rows_of_warp;
 use super::forward::{AttentionCall, Saved};
@@ -46,7 +46,8 @@ pub(super) fn padded(head_dim: usize) -> usize {
     }
 }
 
-/// `ColumnTarget` in `cuda/backward_fused.cuh`: for the fold to take home, or keys and values (B, Hk, N, D) as they are.
+/// `ColumnTarget` in `cuda/backward/backward_fused.cuh`: for the fold to take home, or keys and values (B, Hk, N, D) as
+/// they are.
 enum ColumnTargets<'a, G: Gpu, T: GpuElement> {
     Sums(&'a mut KeysValues<G>),
     Done(&'a mut (G::Slice<T>, G::Slice<T>)),
@@ -63,8 +64,9 @@ pub(crate) fn fuses<G: Gpu, T: GpuElement>(gpu: &G, problem: &Problem, options: 
 /// The fewest tokens for which query heads are taken apart.
 const APART_TOKENS: usize = 256;
 
-/// Lists of columns per batch row of a backward pass where nothing is hidden: one per KV head; or one for each query head
-/// where one pass over columns would have few blocks, of which the first ones run long. Their gradients are added up after.
+/// Lists of columns per batch row of a backward pass where nothing is hidden: one per KV head; or one for each query
+/// head where one pass over columns would have few blocks, of which the first ones run long. Their gradients are added
+/// up after.
 ///
 /// # Errors
 /// What the driver reports.
@@ -93,8 +95,8 @@ struct Pass<'a, G: Gpu, T: GpuElement> {
 }
 
 /// Gradients of the sum of `saved.output * grad_output`, which are contiguous (B, H, N, D). Where
-/// [`AttentionOptions::deterministic`] asks for it, and in f32 and above a head size of 128 always, every sum has one owner:
-/// the same bits every time. Nothing waits for the device.
+/// [`AttentionOptions::deterministic`] asks for it, and in f32 and above a head size of 128 always, every sum has one
+/// owner: the same bits every time. Nothing waits for the device.
 ///
 /// # Errors
 /// As [`AttentionCall::params`], or whatever the launches report.
@@ -246,7 +248,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
     }
 
     /// A pair of tiles of 64 rows, and one or two stages of another pair with two words per row: `stages` in
-    /// `cuda/backward_block.cuh`.
+    /// `cuda/backward/backward_block.cuh`.
     fn shared_bytes(&self) -> usize {
         let dim = padded(self.call.problem.head_dim);
         let (pair, stages) = (2 * BLOCK * 2 * dim, if dim <= 128 { 2 } else { 1 });

@@ -1,4 +1,4 @@
-//! Launches of `cuda/decide.cu`: which pairs merge.
+//! Launches of `cuda/decide/decide.cu`: which pairs merge.
 
 use super::forward::Bias;
 use super::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
@@ -9,7 +9,7 @@ use candle_core::Result;
 
 /// Threads of a block where each has a pair of its own.
 const THREADS: usize = 128;
-/// As in `cuda/decide.cu`.
+/// As in `cuda/decide/decide.cu`.
 const WARP_PAIRS: usize = 64;
 
 /// What decisions and the compression loss read.
@@ -83,7 +83,7 @@ impl<G: Gpu, T: GpuElement> DecideCall<'_, G, T> {
     }
 }
 
-/// `Tests` in `cuda/cosine.cuh`: few go with the other arguments, which spares a copy to the device.
+/// `Tests` in `cuda/lib/cosine.cuh`: few go with the other arguments, which spares a copy to the device.
 pub(crate) struct Tests<G: Gpu> {
     pub many: Option<G::Slice<f32>>,
     pub few: FewTests,

@@ -1,10 +1,10 @@
-//! Launches of `cuda/decode.cu`: one new token per list of a ragged store whose lengths only the device knows.
+//! Launches of `cuda/cache/decode.cu`: one new token per list of a ragged store whose lengths only the device knows.
 
 use super::gpu::{Gpu, GpuElement, Kernel, Launch};
 use super::params::{CacheParams, DecodeParams};
 use candle_core::{bail, Result};
 
-/// What a launch passes as `CACHE_STATE` in cuda/cache_list.cuh.
+/// What a launch passes as `CACHE_STATE` in cuda/cache/cache_list.cuh.
 pub(crate) trait StateArgs<G: Gpu> {
     fn args<'a>(&'a mut self, gpu: &'a G) -> Vec<G::Arg<'a>>;
 }
@@ -60,7 +60,7 @@ const LONG: usize = 16_000;
 /// Parts of a row that are joined by one warp.
 const MOST_SPLITS: usize = 128;
 
-/// Blocks of a multiprocessor: `DECODE_BLOCKS` in cuda/decode.cu.
+/// Blocks of a multiprocessor: `DECODE_BLOCKS` in cuda/cache/decode.cu.
 fn resident<T: GpuElement>(together: usize) -> usize {
     match (T::HALF, together) {
         (true, 1) => 4,

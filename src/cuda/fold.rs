@@ -1,4 +1,4 @@
-//! Launches of `cuda/fold.cu`: the columns that merging leaves, and gradients taken home from them.
+//! Launches of `cuda/decide/fold.cu`: the columns that merging leaves, and gradients taken home from them.
 
 use super::forward::Columns;
 use super::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
@@ -7,10 +7,10 @@ use crate::config::Fold;
 use crate::problem::{Problem, RowLayout};
 use candle_core::Result;
 
-/// `SCAN_WARPS` of `cuda/fold.cu`.
+/// `SCAN_WARPS` of `cuda/decide/fold.cu`.
 const SCAN_THREADS: usize = 32 * 32;
 
-/// Rows that share a warp: `Lanes` in cuda/warp_row.cuh.
+/// Rows that share a warp: `Lanes` in cuda/lib/warp_row.cuh.
 pub(super) fn rows_of_warp(head_dim: usize) -> usize {
     match head_dim {
         0..=64 => 4,
@@ -19,7 +19,7 @@ pub(super) fn rows_of_warp(head_dim: usize) -> usize {
     }
 }
 
-/// As `FoldKind` in cuda/params.cuh.
+/// As `FoldKind` in cuda/lib/params.cuh.
 pub(crate) fn fold_code(fold: Fold) -> u32 {
     match fold {
         Fold::PairSum => 0,

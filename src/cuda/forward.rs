@@ -1,5 +1,5 @@
-//! Launches of `cuda/forward.cu`, `forward_listed.cu`, `forward_sm90a.cu`, `forward_spread.cu` and `forward_f32.cu`: attention
-//! over the columns that folding left.
+//! Launches of `cuda/forward/forward.cu`, `forward_listed.cu`, `forward_sm90a.cu`, `forward_spread.cu` and
+//! `forward_f32.cu`: attention over the columns that folding left.
 
 use super::backward::padded;
 use super::gpu::{Gpu, GpuElement, Kernel, Launch};
@@ -9,7 +9,7 @@ use crate::config::AttentionOptions;
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};
 
-/// The folded columns of one call; see `cuda/params.cuh` for the shapes.
+/// The folded columns of one call; see `cuda/lib/params.cuh` for the shapes.
 pub(crate) struct Columns<G: Gpu, T: GpuElement> {
     /// Far columns that a list has room for.
     pub capacity: usize,
@@ -63,7 +63,8 @@ pub(crate) struct Attended<G: Gpu, T: GpuElement> {
 
 /// What the backward pass needs of the forward besides its output.
 pub(crate) struct Kept<G: Gpu, T: GpuElement> {
-    /// Each row's log-sum-exp in base 2, and what rounding left of it, (2, B, H, N): `saved_sum` in `cuda/softmax.cuh`.
+    /// Each row's log-sum-exp in base 2, and what rounding left of it, (2, B, H, N): `saved_sum` in
+    /// `cuda/lib/softmax.cuh`.
     pub log_sum_exp: G::Slice<f32>,
     /// What rounding left of the output, (B, H, N, D): see [`AttentionCall::keeps_rest`].
     pub rest: Option<G::Slice<T>>,
@@ -141,7 +142,7 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
         })
     }
 
-    /// Whether the columns are raw tokens by their lists: "listed" in `cuda/params.cuh`.
+    /// Whether the columns are raw tokens by their lists: "listed" in `cuda/lib/params.cuh`.
     pub fn listed(&self) -> bool {
         self.columns.is_some_and(|columns| columns.far_k.is_none())
     }
@@ -151,9 +152,10 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
         self.bias.is_some() || self.options.dropout.is_some()
     }
 
-    /// Whether what rounding leaves of the output is kept for the backward pass, as another tensor of its size. Where one
-    /// weight is nearly all of a row's, gradients are small differences, and the rounded output is all that is wrong with
-    /// them. The lean causal kernels go without, as other fused ones do: their rows rarely do that, and it costs 1 %.
+    /// Whether what rounding leaves of the output is kept for the backward pass, as another tensor of its size. Where
+    /// one weight is nearly all of a row's, gradients are small differences, and the rounded output is all that is
+    /// wrong with them. The lean causal kernels go without, as other fused ones do: their rows rarely do that, and it
+    /// costs 1 %.
     fn keeps_rest(&self) -> bool {
         T::HALF && (self.extras() || !self.options.causal || self.problem.head_dim > 128)
     }
@@ -182,7 +184,7 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
 /// Head sizes to this have kernels that read raw tokens by their lists.
 pub(super) const LARGEST_LISTED: usize = 128;
 
-/// `SPREAD_WARPS` of `cuda/forward_spread.cu`.
+/// `SPREAD_WARPS` of `cuda/forward/forward_spread.cu`.
 const SPREAD_THREADS: usize = 8 * 32;
 /// Rows of a block of the f32 kernels.
 const F32_ROWS: usize = 32;

@@ -8,7 +8,8 @@ use candle_core::Result;
 /// Columns of a block of the fused kernels.
 pub(super) const COLUMNS: usize = 128;
 
-/// One instance of the fused kernels: as in `cuda/backward_fused.cu` and `backward_listed.cu`, or, by warpgroups,
+/// One instance of the fused kernels: as in `cuda/backward/backward_fused.cu` and `backward_listed.cu`, or, by
+/// warpgroups,
 /// `backward_sm90a.cu`.
 pub(super) struct Fused {
     dim: usize,
@@ -48,8 +49,8 @@ impl Fused {
         }
     }
 
-    /// [`Self::pick`], by warpgroups where the device and the call (`extras`: a bias or dropout) allow that, and where the
-    /// device has the shared memory: 99 KiB on some consumer devices, where the one of 128 does not run.
+    /// [`Self::pick`], by warpgroups where the device and the call (`extras`: a bias or dropout) allow that, and where
+    /// the device has the shared memory: 99 KiB on some consumer devices, where the one of 128 does not run.
     pub fn on<G: Gpu, T: GpuElement>(
         gpu: &G,
         problem: &Problem,
@@ -83,7 +84,7 @@ impl Fused {
         }
     }
 
-    /// `WORDS_AT` in `cuda/backward_fused.cuh`, and the words; `BYTES` in `cuda/backward_wgmma.cuh`.
+    /// `WORDS_AT` in `cuda/backward/backward_fused.cuh`, and the words; `BYTES` in `cuda/backward/backward_wgmma.cuh`.
     pub fn shared_bytes(&self) -> usize {
         let stage = self.rows * (2 * 2 * self.dim + 2 * 4);
         let (stages, columns, others) = match self.warpgroups {

@@ -135,7 +135,7 @@ pub(crate) fn warpgroups_wanted() -> Result<bool> {
 /// A struct that a kernel takes by value.
 ///
 /// # Safety
-/// `#[repr(C)]`, without padding, and the same as the kernel's parameter in `cuda/params.cuh`.
+/// `#[repr(C)]`, without padding, and the same as the kernel's parameter in `cuda/lib/params.cuh`.
 pub(crate) unsafe trait Params: Copy {}
 
 /// A device, or what stands in for one.

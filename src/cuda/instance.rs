@@ -13,8 +13,8 @@ pub(super) struct Instance {
     warpgroups: Option<Warpgroups>,
 }
 
-/// Of kernels by warpgroups: the threads of a block that load; and how many blocks of a multiprocessor take one block of rows
-/// after the other, or 0 where each takes one.
+/// Of kernels by warpgroups: the threads of a block that load; and how many blocks of a multiprocessor take one block
+/// of rows after the other, or 0 where each takes one.
 #[derive(Clone, Copy)]
 struct Warpgroups {
     producers: usize,
@@ -22,7 +22,8 @@ struct Warpgroups {
 }
 
 impl Instance {
-    /// The smallest that holds the head size; as `FORWARD_DTYPE` in cuda/forward.cu and forward_listed.cu has them.
+    /// The smallest that holds the head size; as `FORWARD_DTYPE` in cuda/forward/forward.cu and forward_listed.cu has
+    /// them.
     pub fn pick(head_dim: usize, extras: bool, listed: bool) -> Self {
         let (name, dim, rows, columns) = match (head_dim, extras, listed) {
             (..=64, _, true) => ("forward_listed_64", 64, 128, 64),
@@ -46,8 +47,8 @@ impl Instance {
         }
     }
 
-    /// The one by warpgroups, if there is one that is faster, as `FORWARD_DTYPE` in cuda/forward_sm90a.cu has them. `short`: the
-    /// most tokens for which more and smaller blocks are faster.
+    /// The one by warpgroups, if there is one that is faster, as `FORWARD_DTYPE` in cuda/forward/forward_sm90a.cu has
+    /// them. `short`: the most tokens for which more and smaller blocks are faster.
     pub fn by_warpgroups(head_dim: usize, tokens: usize, listed: bool, short: usize) -> Option<Self> {
         let (name, dim, rows, columns, producers, at_a_time) = match (head_dim, listed) {
             // Of lists half the tiles of short calls are masked ones, in which smaller tiles waste less.
@@ -77,9 +78,9 @@ impl Instance {
             .map_or(THREADS, |warpgroups| 2 * self.rows + warpgroups.producers)
     }
 
-    /// As `ForwardTiles` has it: queries, two buffers of keys and values, words of a few tiles, the marks of columns that are
-    /// not finite, what is the same for a block and what its rows see; for warpgroups the output on its way, the facts of
-    /// three blocks, what is to be done again, and mbarriers.
+    /// As `ForwardTiles` has it: queries, two buffers of keys and values, words of a few tiles, the marks of columns
+    /// that are not finite, what is the same for a block and what its rows see; for warpgroups the output on its way,
+    /// the facts of three blocks, what is to be done again, and mbarriers.
     pub fn shared_bytes(&self) -> usize {
         let queries = 2 * self.dim * self.rows;
         let (output, words, slots, notes) = match self.warpgroups {
@@ -91,9 +92,9 @@ impl Instance {
         queries + tiles + output + 4 * (self.columns + 4) + slots * facts + notes
     }
 
-    /// Blocks of a grid for so many blocks of rows. By warpgroups, as many as run at a time take several, and load the next
-    /// one's while they end one; where there are more than go together (`QUEUE` in cuda/forward_wgmma.cuh) the device hands
-    /// them out, which keeps blocks of unlike length in balance.
+    /// Blocks of a grid for so many blocks of rows. By warpgroups, as many as run at a time take several, and load the
+    /// next one's while they end one; where there are more than go together (`QUEUE` in cuda/forward/forward_wgmma.cuh)
+    /// the device hands them out, which keeps blocks of unlike length in balance.
     pub fn grid(&self, gpu: &impl Gpu, blocks: usize) -> Result<usize> {
         match self.warpgroups {
             Some(Warpgroups { at_a_time, .. }) if at_a_time > 0 && blocks <= TOGETHER => {

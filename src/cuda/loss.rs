@@ -1,4 +1,4 @@
-//! Launches of `cuda/loss.cu`: the sums of the compression loss, and their gradient.
+//! Launches of `cuda/decide/loss.cu`: the sums of the compression loss, and their gradient.
 
 use super::decide::DecideCall;
 use super::gpu::{Gpu, GpuElement, Kernel, Launch};

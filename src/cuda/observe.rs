@@ -1,4 +1,4 @@
-//! Launches of `cuda/observe.cu`: the decisions of [`Criterion::ObservedMass`](crate::Criterion).
+//! Launches of `cuda/decide/observe.cu`: the decisions of [`Criterion::ObservedMass`](crate::Criterion).
 
 use super::backward::padded;
 use super::decide::DecideCall;
@@ -61,7 +61,7 @@ struct Band {
 }
 
 impl Band {
-    /// As `OBSERVE_DTYPE` in cuda/observe.cu has them.
+    /// As `OBSERVE_DTYPE` in cuda/decide/observe.cu has them.
     fn pick(head_dim: usize, config: &CompressionConfig, instance: &Instance, params: &ObservedParams) -> Option<Self> {
         let dim = instance.dim.filter(|_| head_dim <= 128 && config.sinks <= 8)?;
         let eighths = match config.window {

@@ -1,5 +1,5 @@
-//! The structs that kernels take by value: the same fields in the same order as in `cuda/params.cuh`, which asserts the
-//! same sizes. Only 4-byte and 8-byte fields, the 8-byte ones first: no padding.
+//! The structs that kernels take by value: the same fields in the same order as in `cuda/lib/params.cuh`, which asserts
+//! the same sizes. Only 4-byte and 8-byte fields, the 8-byte ones first: no padding.
 
 use super::forward::Bias;
 use super::gpu::{Gpu, Params};
@@ -11,7 +11,7 @@ use candle_core::{bail, Result};
 macro_rules! params {
     ($($name:ident: $size:literal),* $(,)?) => {
         $(
-            // SAFETY: repr(C), and as large as the sum of its fields, as cuda/params.cuh has it.
+            // SAFETY: repr(C), and as large as the sum of its fields, as cuda/lib/params.cuh has it.
             unsafe impl Params for $name {}
             const _: () = assert!(size_of::<$name>() == $size);
         )*
@@ -226,7 +226,7 @@ pub(crate) struct SpreadParams {
 
 params!(DecodeParams: 20);
 
-/// Of `cuda/decode.cu`, besides [`CacheParams`].
+/// Of `cuda/cache/decode.cu`, besides [`CacheParams`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct DecodeParams {

@@ -1,4 +1,4 @@
-//! Launches of `cuda/spec.cu`: attention one thread per row, which the tests hold the fast kernels against.
+//! Launches of `cuda/forward/spec.cu`: attention one thread per row, which the tests hold the fast kernels against.
 
 use super::forward::{Attended, AttentionCall, Kept};
 use super::gpu::{Gpu, GpuElement, Kernel, Launch};

@@ -1,4 +1,4 @@
-//! Launches of `cuda/cache_attend.cu`: the newest row over the whole cache, with a bias or dropout.
+//! Launches of `cuda/cache/cache_attend.cu`: the newest row over the whole cache, with a bias or dropout.
 
 use super::DeviceLists;
 use crate::config::AttentionOptions;
@@ -7,7 +7,7 @@ use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch};
 use crate::cuda::params::{BiasEntries, CacheAttendParams, DropoutParams};
 use candle_core::Result;
 
-/// `WARPS` in cuda/cache_attend.cu.
+/// `WARPS` in cuda/cache/cache_attend.cu.
 const WARPS: usize = 8;
 
 impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {

@@ -127,7 +127,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     }
 }
 
-/// `CACHE_CHUNK` in cuda/cache.cu.
+/// `CACHE_CHUNK` in cuda/cache/cache.cu.
 fn chunk_args<'a, G: Gpu, T: GpuElement>(
     gpu: &'a G,
     [_, k, v]: &[Source<'a, G, T>; 3],

@@ -1,4 +1,4 @@
-//! Launches of `cuda/cache.cu`, and a KV cache's lists on the device.
+//! Launches of `cuda/cache/cache.cu`, and a KV cache's lists on the device.
 //!
 //! How long a list is, only the device knows; the host keeps a bound that every token raises by one. When the bound
 //! reaches the room there is, and after a long chunk, the lengths are read back, which waits for the device; nothing else
@@ -28,7 +28,7 @@ mod stream;
 const WIDEST: usize = 1 << 16;
 /// Room for this many entries at least, and for an eighth more than there are.
 const GROWTH: usize = 64;
-/// As `NO_RUN` in cuda/cache.cu.
+/// As `NO_RUN` in cuda/cache/cache.cu.
 const NO_RUN: u32 = u32::MAX;
 
 /// What never changes.

@@ -1,4 +1,4 @@
-//! What a cache keeps on the device: `CacheState` in cuda/cache_list.cuh.
+//! What a cache keeps on the device: `CacheState` in cuda/cache/cache_list.cuh.
 
 use super::{Settings, GROWTH, NO_RUN};
 use crate::config::Criterion;
@@ -32,7 +32,7 @@ pub(super) struct State<G: Gpu, T: GpuElement> {
     pub observed: Option<Observed<G, T>>,
 }
 
-/// `Observed` in cuda/observe_row.cuh.
+/// `Observed` in cuda/decide/observe_row.cuh.
 pub(super) struct Observed<G: Gpu, T: GpuElement> {
     pub keys: G::Slice<T>,
     pub masses: G::Slice<f32>,

@@ -1,0 +1,253 @@
+// A KV cache's lists on the device: appending tokens, adopting a first chunk, restoring, truncating and copying lists.
+// One warp per list appends tokens one after another (cache_list.cuh) and decides as decide.cu does, up to the rounding
+// of a cosine.
+#include "cache/cache_list.cuh"
+
+template <class T>
+__device__ void append(Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests,
+                       Global<const float> bias, Global<T> queries, const CacheState<T>& state, const CacheParams& p) {
+  CacheList<T> list(p, state);
+  bool merged = false;
+  for (unsigned i = 0; i < p.sizes.tokens; i++) merged = list.take(q, k, v, tests, bias, i);
+  list.finish(state.lengths);
+  // With several tokens the query before the last is not at hand, and the caller asks for no folded queries.
+  list.queries(q, queries, merged && p.sizes.tokens == 1);
+}
+
+// One warp per list: grid (batch * lists).
+#define CACHE_APPEND(suffix, T)                                                                                   \
+  KERNEL cache_append_##suffix(Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests, \
+                               Global<const float> bias, Global<T> queries, CACHE_STATE(T), CacheParams p) {      \
+    append(q, k, v, tests, bias, queries, STATE(T), p);                                                           \
+  }
+FOR_EACH_DTYPE(CACHE_APPEND)
+
+// --- A first chunk, whose decisions and folds are known --------------------------------------------------------------
+
+// The columns that attention over a whole first chunk had: see "Attention" in params.cuh; merge bits are (batch, heads,
+// N - 1).
+template <class T> struct Chunk {
+  Global<const T> k, v;
+  Global<const uint8_t> all_bits;
+  Global<const uint32_t> far_before;
+  Global<const T> far_k, far_v;
+  Global<const float> far_ln;
+
+  __device__ bool hidden(const CacheParams& p, const List& list, unsigned t) const {
+    unsigned pairs = p.sizes.tokens - 1;
+    return t < pairs && all_bits[((size_t)list.batch * p.sizes.heads + list.first_head) * pairs + t];
+  }
+};
+
+// The state that does not grow with the list: the open chain, the current run, and the list's length. One warp per
+// list.
+template <class T>
+__device__ void adopt_state(Global<const T> q, const Chunk<T>& chunk, const CacheState<T>& state,
+                            const CacheParams& p) {
+  CacheList<T> to(p, state);
+  const List& list = to.list;
+  unsigned tokens = p.sizes.tokens, last = tokens - 1;
+  auto row = [&](Global<const T> x, const Rows& rows, unsigned t) {
+    WarpRow found;
+    found.load(x, rows.at(list.batch, list.kv_head, t), to.dim);
+    return found;
+  };
+  if (tokens > p.window) {
+    unsigned edge = last - p.window, start = edge;
+    to.length = chunk.far_before[to.index * (tokens + 1) + edge];
+    while (p.fold != DROP && start > 0 && chunk.hidden(p, list, start - 1)) {
+      start--;
+      // A pair sum reads one left neighbour only.
+      if (p.fold == PAIR_SUM) break;
+    }
+    for (unsigned t = start; t <= edge; t++) {
+      WarpRow key = row(chunk.k, p.k, t), value = row(chunk.v, p.v, t);
+      WarpRow::quarantine<T>(key, value);
+      to.step(t > start, key, value);
+    }
+  }
+  to.run_start = NO_RUN;
+  for (unsigned t = last; t > 0 && chunk.hidden(p, list, t - 1); t--) to.run_start = t - 1;
+  if (to.run_start != NO_RUN) row(chunk.k, p.k, to.run_start).store(state.run_keys, to.row, to.dim);
+  row(chunk.k, p.k, last).store(state.last_keys, to.row, to.dim);
+  to.finish(state.lengths);
+  to.queries(q, Global<T>{}, false);
+}
+
+// Closed chains and the window's tokens. One warp per token.
+template <class T>
+__device__ void adopt_rows(const Chunk<T>& chunk, const CacheState<T>& state, const CacheParams& p) {
+  unsigned t = blockIdx.x * 4 + threadIdx.x / 32, tokens = p.sizes.tokens, lane = threadIdx.x % 32,
+           dim = p.sizes.head_dim;
+  if (t >= tokens) return;
+  List list(p.sizes, blockIdx.y);
+  size_t index = blockIdx.y, ring = index * (p.window + 1);
+  WarpRow key, value;
+  if (t + p.window < tokens - 1 && !chunk.hidden(p, list, t)) {
+    unsigned column = chunk.far_before[index * (tokens + 1) + t];
+    size_t from = index * tokens + column, to = index * p.capacity + column;
+    key.load(chunk.far_k, from * dim, dim), value.load(chunk.far_v, from * dim, dim);
+    key.store(state.far_k, to * dim, dim), value.store(state.far_v, to * dim, dim);
+    if (lane == 0) state.far_tokens.set(to, t);
+    if (p.fold == MEAN && lane == 0) state.far_ln.set(to, chunk.far_ln[from]);
+  }
+  if (t + p.window >= tokens) {
+    size_t slot = ring + t % p.window;
+    key.load(chunk.k, p.k.at(list.batch, list.kv_head, t), dim);
+    value.load(chunk.v, p.v.at(list.batch, list.kv_head, t), dim);
+    WarpRow::quarantine<T>(key, value);
+    key.store(state.local_k, slot * dim, dim), value.store(state.local_v, slot * dim, dim);
+    if (p.fold == MEAN && lane == 0) state.local_ln.set(slot, 0.0f);
+  }
+  if (lane == 0 && t + p.window + 2 >= tokens && t + 1 < tokens)
+    state.bits.set(ring + t % (p.window + 1), chunk.hidden(p, list, t));
+}
+
+// The masses that the chunk's last rows gave to the tokens of their windows, and the bits that the chunk's own
+// decisions could not know yet. One warp per list; after adopt_rows.
+template <class T>
+__device__ void adopt_observed(Global<const T> q, const Chunk<T>& chunk, Global<const float> tests,
+                               const CacheState<T>& state, const CacheParams& p) {
+  CacheList<T> to(p, state);
+  const List& list = to.list;
+  Observed<T> mine = to.observed();
+  unsigned tokens = p.sizes.tokens, window = p.window, dim = to.dim;
+  auto key_of = [&](unsigned t) { return p.k.at(list.batch, list.kv_head, t); };
+  auto value_of = [&](unsigned t) { return p.v.at(list.batch, list.kv_head, t); };
+  for (unsigned t = 0; t < tokens; t++) {
+    if (t >= p.sinks && t + window < tokens) t = tokens - window;
+    WarpRow key, value;
+    key.load(chunk.k, key_of(t), dim), value.load(chunk.v, value_of(t), dim);
+    to.remember(mine, t, key, value);
+  }
+  // The oldest token to be decided has just left the last row's window.
+  unsigned since = tokens - 1 + window / 2, first = since > window ? since - window : 0;
+  for (unsigned row = first; row < tokens; row++) {
+    __syncwarp();
+    if (threadIdx.x == 0) mine.masses.set(row % window, 0.0f);
+    __syncwarp();
+    for (unsigned head = list.first_head; head < list.first_head + list.group; head++) {
+      size_t query = p.q.at(list.batch, head, row);
+      observe_row(row, p, mine.logits, mine.masses,
+                  [&](unsigned t) { return lane_dot(q, query, chunk.k, key_of(t), dim); });
+    }
+    __syncwarp();
+    if (row + 2 < tokens || row + 1 < window) continue;
+    unsigned t = row + 1 - window;
+    WarpRow value;
+    value.load(chunk.v, value_of(t), dim);
+    to.settle(mine, tests, t, value.norm());
+  }
+}
+
+#define CACHE_CHUNK(T)                                                                                            \
+  Global<const T> k, Global<const T> v, Global<const uint8_t> all_bits, Global<const uint32_t> far_before,        \
+      Global<const T> from_k, Global<const T> from_v, Global<const float> from_ln
+#define CACHE_ADOPT(suffix, T)                                                                                    \
+  KERNEL cache_adopt_state_##suffix(Global<const T> q, CACHE_CHUNK(T), CACHE_STATE(T), CacheParams p) {           \
+    adopt_state(q, Chunk<T>{k, v, all_bits, far_before, from_k, from_v, from_ln}, STATE(T), p);                   \
+  }                                                                                                               \
+  KERNEL cache_adopt_rows_##suffix(CACHE_CHUNK(T), CACHE_STATE(T), CacheParams p) {                               \
+    adopt_rows(Chunk<T>{k, v, all_bits, far_before, from_k, from_v, from_ln}, STATE(T), p);                       \
+  }                                                                                                               \
+  KERNEL cache_adopt_observed_##suffix(Global<const T> q, CACHE_CHUNK(T), Global<const float> tests,              \
+                                       CACHE_STATE(T), CacheParams p) {                                           \
+    adopt_observed(q, Chunk<T>{k, v, all_bits, far_before, from_k, from_v, from_ln}, tests, STATE(T), p);         \
+  }
+FOR_EACH_DTYPE(CACHE_ADOPT)
+
+// --- A cache that comes from the host, and one that goes back --------------------------------------------------------
+
+// Recomputes what a saved cache leaves out: local columns and their norms from raw rows, (lists, window, D) by slot,
+// and the logarithms of chain sizes. A warp per local slot: grid (lists, (window + 1) / 4).
+template <class T>
+__device__ void restore(Global<const T> recent_k, Global<const T> recent_v, Global<const uint32_t> sizes,
+                        const CacheState<T>& state, const CacheParams& p) {
+  CacheList<T> to(p, state);
+  unsigned slot = blockIdx.y * 4 + threadIdx.x / 32, lane = threadIdx.x % 32, dim = to.dim;
+  if (slot > p.window) return;
+  size_t local = to.index * (p.window + 1) + slot;
+  if (p.fold == MEAN) {
+    for (unsigned column = slot * 32 + lane; column < to.length; column += (p.window + 1) * 32) {
+      size_t at = to.index * p.capacity + column;
+      state.far_ln.set(at, logf((float)sizes[at]));
+    }
+  }
+  if (slot < p.window && slot < p.first) {
+    size_t from = (to.index * p.window + slot) * dim;
+    WarpRow key, value;
+    key.load(recent_k, from, dim), value.load(recent_v, from, dim);
+    float norm = value.norm();
+    if (p.observes && lane == 0) to.observed().norms.set(slot, norm);
+    WarpRow::quarantine<T>(key, value);
+    key.store(state.local_k, local * dim, dim), value.store(state.local_v, local * dim, dim);
+    if (p.fold == MEAN && lane == 0) state.local_ln.set(local, 0.0f);
+  }
+  if (slot == p.window && p.first > p.window) to.write(state.local_k, state.local_v, state.local_ln, local);
+}
+
+// Truncates a list from `first` tokens to `sizes.tokens`; its chains are single tokens. One warp per list.
+template <class T>
+__device__ void truncate(const CacheState<T>& state, const CacheParams& p) {
+  CacheList<T> list(p, state);
+  unsigned seen = p.first, kept = p.sizes.tokens, window = p.window, dim = list.dim,
+           local = seen < window ? seen : window;
+  size_t ring = list.index * (window + 1);
+  // Token t: a closed chain, or the open one, which follows them.
+  auto read = [&](WarpRow& key, WarpRow& value, unsigned t) {
+    key = list.chain_key, value = list.chain_value;
+    if (t >= list.length) return;
+    size_t column = list.index * p.capacity + t;
+    key.load(state.far_k, column * dim, dim), value.load(state.far_v, column * dim, dim);
+  };
+  WarpRow key, value;
+  // Tokens that come back into the window. Their slots hold tokens that are cut off.
+  for (unsigned t = kept > window ? kept - window : 0; t < kept && t + local < seen; t++) {
+    size_t slot = (ring + t % window) * dim;
+    read(key, value, t);
+    key.store(state.local_k, slot, dim), value.store(state.local_v, slot, dim);
+  }
+  unsigned length = 0;
+  if (kept > window) {
+    length = kept - 1 - window;
+    read(key, value, length);
+    list.chain_key = key, list.chain_value = value, list.size = 1;
+    list.write(state.local_k, state.local_v, state.local_ln, ring + window);
+    key.store(state.chain_k, list.row, dim), value.store(state.chain_v, list.row, dim);
+    if (p.fold == PAIR_SUM) key.store(state.previous_k, list.row, dim), value.store(state.previous_v, list.row, dim);
+  }
+  __syncwarp();
+  if (threadIdx.x != 0) return;
+  state.lengths.set(list.index, length);
+  state.chain_sizes.set(list.index, 1);
+  state.local_lengths.set(list.index, (kept < window ? kept : window) + (kept > window));
+}
+
+#define CACHE_MOVE(suffix, T)                                                                                     \
+  KERNEL cache_restore_##suffix(Global<const T> recent_k, Global<const T> recent_v, Global<const uint32_t> sizes, \
+                                CACHE_STATE(T), CacheParams p) {                                                  \
+    restore(recent_k, recent_v, sizes, STATE(T), p);                                                              \
+  }                                                                                                               \
+  KERNEL cache_truncate_##suffix(CACHE_STATE(T), CacheParams p) { truncate(STATE(T), p); }
+FOR_EACH_DTYPE(CACHE_MOVE)
+
+// Copies `count` numbers of each list, or `unit` times its length if `lengths` is given, from list sources[i] (or i) to
+// list i. The strides of the buffers may differ. Grid (count / 256, lists), 256 threads.
+template <class T>
+__device__ void copy(Global<const T> from, Global<const uint32_t> lengths, Global<const uint32_t> sources, Global<T> to,
+                     const CopyParams& p) {
+  unsigned i = blockIdx.x * 256 + threadIdx.x, source = sources ? sources[blockIdx.y] : blockIdx.y;
+  unsigned count = lengths ? lengths[source] * p.unit : p.count;
+  if (i < count) to.set((size_t)blockIdx.y * p.to_stride + p.to_offset + i, from[(size_t)source * p.from_stride + i]);
+}
+
+#define CACHE_COPY(suffix, T)                                                                                         \
+  KERNEL cache_copy_##suffix(Global<const T> from, Global<const uint32_t> lengths, Global<const uint32_t> sources,    \
+                             Global<T> to, CopyParams p) {                                                            \
+    copy(from, lengths, sources, to, p);                                                                              \
+  }
+FOR_EACH_DTYPE(CACHE_COPY)
+CACHE_COPY(u32, uint32_t)
+
+MODULE(cache, ENTRIES(cache_append) ENTRIES(cache_adopt_state) ENTRIES(cache_adopt_rows) ENTRIES(cache_adopt_observed)
+                  ENTRIES(cache_restore) ENTRIES(cache_truncate) ENTRIES(cache_copy) ENTRY(cache_copy_u32))

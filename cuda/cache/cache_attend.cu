@@ -1,0 +1,118 @@
+// Attends one row per query head over a cache's columns, with a bias or dropout. decode.cu is faster and has neither.
+#include "lib/bias.cuh"
+#include "lib/cosine.cuh"
+#include "lib/philox.cuh"
+#include "lib/warp_row.cuh"
+
+constexpr unsigned WARPS = 8;
+
+// An unfinished softmax, in base 2. A NaN never becomes the maximum; it makes the sum NaN.
+struct Softmax {
+  float maximum = -INFINITY, sum = 0.0f;
+  WarpRow output;
+
+  __device__ Softmax() { output.fill(0.0f); }
+
+  // Merges other columns, whose largest logit is `other`.
+  __device__ void merge(float other, float other_sum, const WarpRow& other_output) {
+    float larger = other > maximum ? other : maximum, base = larger == -INFINITY ? 0.0f : larger;
+    float mine = exp2f(maximum - base), theirs = exp2f(other - base);
+    maximum = larger;
+    sum = sum * mine + other_sum * theirs;
+#pragma unroll
+    for (unsigned i = 0; i < PER_LANE; i++) output.x[i] = output.x[i] * mine + other_output.x[i] * theirs;
+  }
+};
+
+// As in cache.cu.
+template <class T> struct Columns {
+  Global<const T> far_k, far_v;
+  Global<const float> far_ln;
+  Global<const uint32_t> far_tokens, lengths;
+  Global<const T> local_k, local_v;
+  Global<const float> local_ln;
+  Global<const uint32_t> local_lengths;
+};
+
+template <class T> struct Attend {
+  const CacheAttendParams& p;
+  unsigned row, batch, head;
+  WarpRow query;
+  Softmax softmax;
+
+  __device__ Attend(const CacheAttendParams& p, Global<const T> q)
+      : p(p), row(blockIdx.x), batch(row / p.heads), head(row % p.heads) {
+    query.load(q, (size_t)row * p.head_dim, p.head_dim);
+  }
+
+  // The token of a raw row, or of the open chain.
+  __device__ unsigned local_token(unsigned slot) const {
+    return slot == p.window ? p.last - p.window : p.last - (p.last - slot) % p.window;
+  }
+
+  __device__ void column(Global<const T> keys, Global<const T> values, Global<const float> ln, size_t at,
+                         unsigned token, Global<const float> bias) {
+    WarpRow key, value;
+    key.load(keys, at * p.head_dim, p.head_dim), value.load(values, at * p.head_dim, p.head_dim);
+    float dot = 0.0f, factor = 1.0f, added = ln ? LOG2_E * ln[at] : 0.0f;
+#pragma unroll
+    for (unsigned i = 0; i < PER_LANE; i++) dot += query.x[i] * key.x[i];
+    if (bias) added += bias_in_base_2(bias[p.bias.at(batch, head, 0, token)]);
+    if (p.dropout_cut != 0)
+      factor = philox_word(p.dropout_key, row, p.last, token) >= p.dropout_cut ? p.dropout_scale : 0.0f;
+    value.scale(factor);
+    softmax.merge(p.scale * warp_sum(dot) + added, 1.0f, value);
+  }
+
+  // This warp's share of the list's columns.
+  __device__ void columns(const Columns<T>& from, Global<const float> bias) {
+    size_t list = batch * p.lists + head / (p.heads / p.lists), far = list * p.capacity, local = list * (p.window + 1);
+    unsigned length = from.lengths[list], locals = from.local_lengths[list], warp = threadIdx.x / 32;
+    for (unsigned i = warp; i < length; i += WARPS)
+      column(from.far_k, from.far_v, from.far_ln, far + i, from.far_tokens[far + i], bias);
+    for (unsigned slot = warp; slot < locals; slot += WARPS)
+      column(from.local_k, from.local_v, from.local_ln, local + slot, local_token(slot), bias);
+  }
+
+  // Joins the warps' parts in their order.
+  __device__ void finish(Global<T> out) {
+    unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, dim = p.head_dim, first = lane * PER_LANE;
+    Shared<float> sums = shared_memory<float>(0, 2 * WARPS);
+    Shared<float> outputs = shared_memory<float>(2 * WARPS * sizeof(float), WARPS * dim);
+    if (lane == 0) sums.set(2 * warp, softmax.maximum), sums.set(2 * warp + 1, softmax.sum);
+    if (first < dim)
+      for (unsigned i = 0; i < PER_LANE; i++) outputs.set(warp * dim + first + i, softmax.output.x[i]);
+    __syncthreads();
+    if (warp != 0) return;
+    Softmax all;
+    for (unsigned other = 0; other < WARPS; other++) {
+      WarpRow part;
+      part.fill(0.0f);
+      if (first < dim)
+        for (unsigned i = 0; i < PER_LANE; i++) part.x[i] = outputs[other * dim + first + i];
+      all.merge(sums[2 * other], sums[2 * other + 1], part);
+    }
+    // A row whose every column is hidden gives zeros, unless its query is not finite, which no logit would show.
+    bool bad_query = __any_sync(0xffffffffu, !query.finite<float>());
+    all.output.scale(all.sum != 0.0f ? 1.0f / all.sum : bad_query ? NAN : 0.0f);
+    // As in the other kernels, a row that holds a number that is not finite is NaN throughout.
+    if (__any_sync(0xffffffffu, !all.output.finite<float>())) all.output.fill(NAN);
+    all.output.store(out, (size_t)row * dim, dim);
+  }
+};
+
+// Grid (batch * heads), 256 threads.
+#define CACHE_ATTEND(suffix, T)                                                                                        \
+  KERNEL cache_attend_##suffix(Global<const T> q, Global<const T> far_k, Global<const T> far_v,                        \
+                               Global<const float> far_ln, Global<const uint32_t> far_tokens,                          \
+                               Global<const uint32_t> lengths, Global<const T> local_k, Global<const T> local_v,       \
+                               Global<const float> local_ln, Global<const uint32_t> local_lengths,                     \
+                               Global<const float> bias, Global<T> out, CacheAttendParams p) {                         \
+    Attend<T> attend(p, q);                                                                                            \
+    attend.columns(Columns<T>{far_k, far_v, far_ln, far_tokens, lengths, local_k, local_v, local_ln, local_lengths},   \
+                   bias);                                                                                              \
+    attend.finish(out);                                                                                                \
+  }
+FOR_EACH_DTYPE(CACHE_ATTEND)
+
+MODULE(cache_attend, ENTRIES(cache_attend))
