@@ -12,7 +12,7 @@
                                                                  true);                                               \
     }
 
-// As `Fused::pick` in src/cuda/backward.rs.
+// As `BackwardVariant::pick` in src/cuda/variants/backward.rs.
 #define FUSED_DTYPE(dtype, T)                               \
     FUSED(backward_fused_64_##dtype, T, 64, 2, 4, 1, 32, 2) \
     FUSED(backward_fused_128_##dtype, T, 128, 2, 8, 2, 64, 1)

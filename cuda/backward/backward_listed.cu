@@ -7,7 +7,7 @@
                                                                 false);                                               \
     }
 
-// As `Fused::pick` in src/cuda/backward.rs.
+// As `BackwardVariant::pick` in src/cuda/variants/backward.rs.
 #define LISTED_DTYPE(dtype, T)                                \
     LISTED(backward_listed_64_##dtype, T, 64, 2, 4, 1, 32, 2) \
     LISTED(backward_listed_128_##dtype, T, 128, 2, 8, 2, 64, 1)

@@ -7,7 +7,7 @@
         fused<WarpgroupGradients<T, D, LISTED>>(BACKWARD_TENSORS, dq, {dk, done_k}, {dv, done_v}, p, near); \
     }
 
-// As `Fused::pick` in src/cuda/backward.rs.
+// As `BackwardVariant::pick` in src/cuda/variants/backward.rs.
 #define WARPGROUPS_DTYPE(dtype, T)                                               \
     WARPGROUPS(backward_wgmma_64_##dtype##_far, T, 64, false, false)             \
     WARPGROUPS(backward_wgmma_64_##dtype##_near, T, 64, false, true)             \

@@ -2,9 +2,9 @@
 // `forward_128` and the kernels of forward_listed.cu.
 #include "forward/forward_wgmma.cuh"
 
-// As `Instance::by_warpgroups` in src/cuda/instance.rs: warpgroups, columns, stages, producer threads, registers of an
-// attending thread, resident blocks a multiprocessor, LISTED. The short ones are for few tokens: more and smaller
-// blocks.
+// As `ForwardVariant::by_warpgroups` in src/cuda/variants/forward.rs: warpgroups, columns, stages, producer threads,
+// registers of an attending thread, resident blocks a multiprocessor, LISTED. The short ones are for few tokens: more
+// and smaller blocks.
 #define FORWARD_DTYPE(dtype, T)                                                              \
     FORWARD_WGMMA(forward_wgmma_64_##dtype, T, 64, 3, 128, 2, 128, 160, 1, false)            \
     FORWARD_WGMMA(forward_wgmma_128_##dtype, T, 128, 2, 128, 2, 128, 232, 1, false)          \

@@ -6,7 +6,7 @@ use super::{CompressedKvCache, Sizes, State};
 use crate::config::{AttentionOptions, CompressionConfig};
 use crate::cuda::cache::DeviceLists;
 use crate::cuda::device::Cuda;
-use crate::cuda::gpu::GpuElement;
+use crate::cuda::on_gpu::GpuElement;
 use crate::cuda::tensors::{self, source, stored, tensor};
 use crate::plan::not_on_cpu;
 use crate::problem::Problem;

@@ -11,7 +11,7 @@ use crate::cpu::observe::Observed;
 use crate::cpu::Element;
 use crate::cuda::attention;
 use crate::cuda::cache::{HostList, HostLists};
-use crate::cuda::gpu::GpuElement;
+use crate::cuda::on_gpu::GpuElement;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Result};
 

@@ -3,7 +3,7 @@
 use super::backward;
 use super::fold::{contiguous_rows, FoldCall};
 use super::forward::{self, Attended, AttentionCall, Bias, Columns, Saved, LARGEST_LISTED};
-use super::gpu::{Gpu, GpuElement};
+use super::on_gpu::{Gpu, GpuElement};
 use crate::config::AttentionOptions;
 use crate::problem::{Problem, RowLayout};
 use candle_core::Result;

@@ -3,9 +3,9 @@
 
 use super::fold::rows_of_warp;
 use super::forward::{AttentionCall, Saved};
-use super::fused::{Fused, COLUMNS};
-use super::gpu::{Gpu, GpuElement, Kernel, Launch};
+use super::on_gpu::{Gpu, GpuElement, Kernel, Launch};
 use super::params::AttentionParams;
+use super::variants::backward::{BackwardVariant, COLUMNS};
 use crate::config::AttentionOptions;
 use crate::problem::Problem;
 use candle_core::Result;
@@ -58,7 +58,7 @@ enum ColumnTargets<'a, G: Gpu, T: GpuElement> {
 /// # Errors
 /// What the driver reports.
 pub(crate) fn fuses<G: Gpu, T: GpuElement>(gpu: &G, problem: &Problem, options: &AttentionOptions) -> Result<bool> {
-    Ok(Fused::on::<G, T>(gpu, problem, options, has_extras(options))?.is_some())
+    Ok(BackwardVariant::on::<G, T>(gpu, problem, options, has_extras(options))?.is_some())
 }
 
 /// The fewest tokens for which query heads are taken apart.
@@ -71,11 +71,11 @@ const APART_TOKENS: usize = 256;
 /// # Errors
 /// What the driver reports.
 pub(crate) fn lists<G: Gpu, T: GpuElement>(gpu: &G, problem: &Problem, options: &AttentionOptions) -> Result<usize> {
-    let Some(fused) = Fused::on::<G, T>(gpu, problem, options, has_extras(options))? else {
+    let Some(variant) = BackwardVariant::on::<G, T>(gpu, problem, options, has_extras(options))? else {
         return Ok(problem.kv_heads);
     };
     let blocks = problem.batch * problem.kv_heads * problem.tokens.div_ceil(COLUMNS);
-    let at_a_time = gpu.multiprocessors()? * fused.at_a_time();
+    let at_a_time = gpu.multiprocessors()? * variant.at_a_time();
     let few = problem.tokens >= APART_TOKENS && blocks < 2 * at_a_time;
     Ok(if few { problem.heads } else { problem.kv_heads })
 }
@@ -143,8 +143,8 @@ pub(crate) fn backward<G: Gpu, T: GpuElement>(
 
 impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
     fn gradients(&self) -> Result<Gradients<G, T>> {
-        match Fused::on::<G, T>(self.gpu, &self.call.problem, self.call.options, self.call.extras())? {
-            Some(fused) => self.fused_gradients(&fused),
+        match BackwardVariant::on::<G, T>(self.gpu, &self.call.problem, self.call.options, self.call.extras())? {
+            Some(variant) => self.one_pass_gradients(&variant),
             None => self.owned_gradients(),
         }
     }
@@ -166,7 +166,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
     }
 
     /// One pass over each kind of columns, from which the queries' gradients are added up too.
-    fn fused_gradients(&self, fused: &Fused) -> Result<Gradients<G, T>> {
+    fn one_pass_gradients(&self, variant: &BackwardVariant) -> Result<Gradients<G, T>> {
         let Problem {
             batch,
             heads,
@@ -182,10 +182,10 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
             if self.params.sizes.lists as usize == kv_heads {
                 let rows = || self.gpu.alloc::<T>(batch * kv_heads * tokens * head_dim);
                 let target = done.insert((rows()?, rows()?));
-                self.fused(fused, kind, &mut queries, ColumnTargets::Done(target))?;
+                self.one_pass(variant, kind, &mut queries, ColumnTargets::Done(target))?;
             } else {
                 let target = near.insert(self.lists()?.1);
-                self.fused(fused, kind, &mut queries, ColumnTargets::Sums(target))?;
+                self.one_pass(variant, kind, &mut queries, ColumnTargets::Sums(target))?;
             }
             return Ok(Gradients {
                 queries,
@@ -197,7 +197,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         }
         let mut sums = |kind| -> Result<KeysValues<G>> {
             let (_, mut target) = self.lists()?;
-            self.fused(fused, kind, &mut queries, ColumnTargets::Sums(&mut target))?;
+            self.one_pass(variant, kind, &mut queries, ColumnTargets::Sums(&mut target))?;
             Ok(target)
         };
         let far = sums("far")?;
@@ -216,9 +216,9 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
     }
 
     /// `kind` as for [`Self::columns`], or "listed".
-    fn fused(
+    fn one_pass(
         &self,
-        fused: &Fused,
+        variant: &BackwardVariant,
         kind: &str,
         queries: &mut G::Slice<f32>,
         columns: ColumnTargets<'_, G, T>,
@@ -228,8 +228,8 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         let blocks = self.call.problem.tokens.div_ceil(COLUMNS) + usize::from(kind == "listed");
         let launch = Launch {
             grid: [lists * blocks, 1, 1],
-            threads: fused.threads,
-            shared_bytes: fused.shared_bytes(),
+            threads: variant.threads,
+            shared_bytes: variant.shared_bytes(),
         };
         let mut args = self.inputs();
         args.push(self.gpu.write(queries));
@@ -244,7 +244,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
             }
         }
         args.push(self.gpu.value(&self.params));
-        self.gpu.launch(&fused.kernel::<T>(kind).early(), launch, &args)
+        self.gpu.launch(&variant.kernel::<T>(kind).early(), launch, &args)
     }
 
     /// A pair of tiles of 64 rows, and one or two stages of another pair with two words per row: `stages` in

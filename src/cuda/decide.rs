@@ -1,7 +1,7 @@
 //! Launches of `cuda/decide/decide.cu`: which pairs merge.
 
 use super::forward::Bias;
-use super::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
+use super::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use super::params::{BiasEntries, DecideParams, FewTests, Rows, Sizes, SweepParams};
 use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, HeadTest, MergeRule};
 use crate::problem::Problem;

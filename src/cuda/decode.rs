@@ -1,6 +1,6 @@
 //! Launches of `cuda/cache/decode.cu`: one new token per list of a ragged store whose lengths only the device knows.
 
-use super::gpu::{Gpu, GpuElement, Kernel, Launch};
+use super::on_gpu::{Gpu, GpuElement, Kernel, Launch};
 use super::params::{CacheParams, DecodeParams};
 use candle_core::{bail, Result};
 

@@ -1,6 +1,6 @@
 //! [`Gpu`] on a CUDA device, on candle's own stream.
 
-use super::gpu::{warpgroups_wanted, Gpu, Kernel, Launch, Number, Params};
+use super::on_gpu::{warpgroups_wanted, Gpu, Kernel, Launch, Number, Params};
 use candle_core::cuda_backend::cudarc::driver::{
     sys::{
         cuLaunchKernelEx, CUdevice_attribute_enum, CUdeviceptr, CUfunction_attribute_enum, CUlaunchAttribute,

@@ -5,7 +5,7 @@ use super::attention::{lists, Attention};
 use super::emu::{EmuSlice, Emulator};
 use super::emulation::{held, HeldBias};
 use super::fold::FoldCall;
-use super::gpu::{Gpu, GpuElement};
+use super::on_gpu::{Gpu, GpuElement};
 use crate::config::{AttentionOptions, CompressionConfig};
 use crate::cpu::Element;
 use crate::problem::Problem;

@@ -3,7 +3,7 @@
 use super::cache::DeviceLists;
 use super::emu::Emulator;
 use super::emulation::{borrow, held, HeldBias};
-use super::gpu::GpuElement;
+use super::on_gpu::GpuElement;
 use crate::cache::{Both, CacheOptions, CompressedKvCache};
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 use crate::cpu::Element;

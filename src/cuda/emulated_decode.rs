@@ -2,7 +2,7 @@
 
 use super::decode::{decode as launch, DecodeCall, StateArgs};
 use super::emu::{EmuArg, EmuSlice, Emulator};
-use super::gpu::{Gpu, GpuElement};
+use super::on_gpu::{Gpu, GpuElement};
 use super::params::{BiasEntries, CacheParams, Rows, Sizes};
 use crate::problem::{Problem, RowLayout};
 use candle_core::{DType, Device, Result, Tensor};

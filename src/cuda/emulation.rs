@@ -9,7 +9,7 @@ use super::decide::{indicators, reads_bias, DecideCall};
 use super::emu::{EmuSlice, Emulator};
 use super::fold::FoldCall;
 use super::forward::Bias;
-use super::gpu::{row_layout, Gpu, GpuElement, Kernel, Launch};
+use super::on_gpu::{row_layout, Gpu, GpuElement, Kernel, Launch};
 use super::params::BrokenParams;
 use super::{loss, observe, spec};
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};

@@ -1,7 +1,7 @@
 //! Launches of `cuda/decide/fold.cu`: the columns that merging leaves, and gradients taken home from them.
 
 use super::forward::Columns;
-use super::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
+use super::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use super::params::{FoldParams, Rows, Sizes};
 use crate::config::Fold;
 use crate::problem::{Problem, RowLayout};

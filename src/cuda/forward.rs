@@ -2,9 +2,9 @@
 //! `forward_f32.cu`: attention over the columns that folding left.
 
 use super::backward::padded;
-use super::gpu::{Gpu, GpuElement, Kernel, Launch};
-use super::instance::{Instance, THREADS};
+use super::on_gpu::{Gpu, GpuElement, Kernel, Launch};
 use super::params::{AttentionParams, BiasEntries, DropoutParams, Rows, Sizes};
+use super::variants::forward::{ForwardVariant, THREADS};
 use crate::config::AttentionOptions;
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};
@@ -218,7 +218,7 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
         }),
         false => None,
     };
-    let instance = match T::HALF {
+    let variant = match T::HALF {
         true => {
             // Where every tile is searched for numbers that are not finite warpgroups have no advantage.
             let searches = params.dense == 1 && params.causal == 0;
@@ -226,12 +226,13 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
                 true => None,
                 false => gpu.warpgroups()?,
             };
-            let warpgroups = short.and_then(|short| Instance::by_warpgroups(head_dim, tokens, call.listed(), short));
-            Some(warpgroups.unwrap_or_else(|| Instance::pick(head_dim, call.extras(), call.listed())))
+            let warpgroups =
+                short.and_then(|short| ForwardVariant::by_warpgroups(head_dim, tokens, call.listed(), short));
+            Some(warpgroups.unwrap_or_else(|| ForwardVariant::pick(head_dim, call.extras(), call.listed())))
         }
         false => None,
     };
-    let block_rows = instance.as_ref().map_or(F32_ROWS, |instance| instance.rows);
+    let block_rows = variant.as_ref().map_or(F32_ROWS, |variant| variant.rows);
     let blocks = tokens.div_ceil(block_rows);
     // Only where the tensor-core kernels attend to raw tokens throughout is this left to a second kernel.
     let mut first_bad = match T::HALF && (params.dense | params.listed) == 1 && params.causal == 1 {
@@ -252,14 +253,14 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
         args.push(gpu.write_some(first_bad.as_mut()));
     }
     args.push(gpu.value(&params));
-    let (name, launch) = match &instance {
-        Some(instance) => {
+    let (name, launch) = match &variant {
+        Some(variant) => {
             let launch = Launch {
-                grid: [instance.grid(gpu, rows * blocks)?, 1, 1],
-                threads: instance.threads(),
-                shared_bytes: instance.shared_bytes(),
+                grid: [variant.grid(gpu, rows * blocks)?, 1, 1],
+                threads: variant.threads(),
+                shared_bytes: variant.shared_bytes(),
             };
-            (instance.name.to_string(), launch)
+            (variant.name.to_string(), launch)
         }
         None => {
             let launch = Launch {

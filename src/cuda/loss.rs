@@ -1,7 +1,7 @@
 //! Launches of `cuda/decide/loss.cu`: the sums of the compression loss, and their gradient.
 
 use super::decide::DecideCall;
-use super::gpu::{Gpu, GpuElement, Kernel, Launch};
+use super::on_gpu::{Gpu, GpuElement, Kernel, Launch};
 use super::params::TotalParams;
 use crate::problem::Problem;
 use candle_core::Result;

@@ -1,4 +1,4 @@
-//! The CUDA path. What a launcher does (sizes, buffers, order of kernels) is written once, over [`gpu::Gpu`]: a CUDA
+//! The CUDA path. What a launcher does (sizes, buffers, order of kernels) is written once, over [`on_gpu::Gpu`]: a CUDA
 //! device, or the emulator of `cuda/emu` for tests. One launcher file per file of `cuda/`.
 //!
 //! # What a bias hides
@@ -31,13 +31,12 @@ mod emulated_decode;
 pub mod emulation;
 pub(crate) mod fold;
 pub(crate) mod forward;
-mod fused;
-pub(crate) mod gpu;
-mod instance;
 pub(crate) mod loss;
 pub(crate) mod observe;
+pub(crate) mod on_gpu;
 mod params;
 #[cfg(feature = "cuda-emu")]
 mod spec;
 #[cfg(feature = "cuda")]
 pub(crate) mod tensors;
+mod variants;

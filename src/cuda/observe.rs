@@ -2,7 +2,7 @@
 
 use super::backward::padded;
 use super::decide::DecideCall;
-use super::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
+use super::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use super::params::{ObservedParams, Rows, Sizes};
 use crate::config::CompressionConfig;
 use crate::problem::{Problem, RowLayout};
@@ -13,12 +13,12 @@ const TILE: usize = 64;
 const THREADS: usize = 128;
 
 /// How the two kernels of one call are launched.
-struct Instance {
+struct ObserveVariant {
     /// The padded head size of the tensor cores' kernels; None for a warp per row.
     dim: Option<usize>,
 }
 
-impl Instance {
+impl ObserveVariant {
     /// Tensor cores where the dtype and the rows' addresses allow it.
     fn pick<T: GpuElement>(head_dim: usize, layouts: [&RowLayout; 3]) -> Self {
         let fits = head_dim.is_multiple_of(8) && head_dim <= 256;
@@ -49,7 +49,7 @@ impl Instance {
     }
 }
 
-/// One instance of the kernel that decides in one pass.
+/// One variant of the kernel that decides in one pass.
 struct Band {
     /// The padded head size.
     dim: usize,
@@ -62,8 +62,13 @@ struct Band {
 
 impl Band {
     /// As `OBSERVE_DTYPE` in cuda/decide/observe.cu has them.
-    fn pick(head_dim: usize, config: &CompressionConfig, instance: &Instance, params: &ObservedParams) -> Option<Self> {
-        let dim = instance.dim.filter(|_| head_dim <= 128 && config.sinks <= 8)?;
+    fn pick(
+        head_dim: usize,
+        config: &CompressionConfig,
+        variant: &ObserveVariant,
+        params: &ObservedParams,
+    ) -> Option<Self> {
+        let dim = variant.dim.filter(|_| head_dim <= 128 && config.sinks <= 8)?;
         let eighths = match config.window {
             0..=33 => 6,
             34..=65 => 10,
@@ -127,10 +132,10 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(
         })
     };
     let (per_head, per_kv_head) = (params(heads)?, params(kv_heads)?);
-    let instance = Instance::pick::<T>(head_dim, [&call.q.1, &call.k.1, &v.1]);
+    let variant = ObserveVariant::pick::<T>(head_dim, [&call.q.1, &call.k.1, &v.1]);
     let mut bits = gpu.alloc::<u8>(batch * heads * pairs)?;
     let limit = gpu.shared_limit()?;
-    let band = Band::pick(head_dim, call.config, &instance, &per_kv_head);
+    let band = Band::pick(head_dim, call.config, &variant, &per_kv_head);
     if let Some(band) = band.filter(|band| band.shared_bytes() <= limit) {
         let window = per_kv_head.window as usize;
         let share = band.rows() + 1 - (window - window / 2);
@@ -161,8 +166,8 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(
         gpu.write(&mut log_sum_exp),
         gpu.value(&per_head),
     ];
-    let launch = instance.launch(tokens, batch * heads, 0);
-    gpu.launch(&instance.kernel::<T>("observe_rows"), launch, &args)?;
+    let launch = variant.launch(tokens, batch * heads, 0);
+    gpu.launch(&variant.kernel::<T>("observe_rows"), launch, &args)?;
     drop(args);
     let args = [
         gpu.read(call.q.0),
@@ -174,8 +179,8 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(
         gpu.value(&per_kv_head),
         gpu.value(&tests.few),
     ];
-    let launch = instance.launch(pairs, batch * kv_heads, 1);
-    gpu.launch(&instance.kernel::<T>("observe_bits"), launch, &args)?;
+    let launch = variant.launch(pairs, batch * kv_heads, 1);
+    gpu.launch(&variant.kernel::<T>("observe_bits"), launch, &args)?;
     drop(args);
     Ok(bits)
 }

@@ -2,7 +2,7 @@
 //! the same sizes. Only 4-byte and 8-byte fields, the 8-byte ones first: no padding.
 
 use super::forward::Bias;
-use super::gpu::{Gpu, Params};
+use super::on_gpu::{Gpu, Params};
 use crate::config::AttentionOptions;
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};

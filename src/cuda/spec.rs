@@ -1,7 +1,7 @@
 //! Launches of `cuda/forward/spec.cu`: attention one thread per row, which the tests hold the fast kernels against.
 
 use super::forward::{Attended, AttentionCall, Kept};
-use super::gpu::{Gpu, GpuElement, Kernel, Launch};
+use super::on_gpu::{Gpu, GpuElement, Kernel, Launch};
 use crate::problem::Problem;
 use candle_core::Result;
 

@@ -5,7 +5,7 @@ use super::decide::{indicators, reads_bias, DecideCall};
 use super::device::Cuda;
 use super::fold::FoldCall;
 use super::forward::{Bias, Saved};
-use super::gpu::{row_layout, Gpu, GpuElement, Number};
+use super::on_gpu::{row_layout, Gpu, GpuElement, Number};
 use super::{loss, observe};
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
 use crate::plan::MergePlan;

@@ -3,7 +3,7 @@
 use super::DeviceLists;
 use crate::config::AttentionOptions;
 use crate::cuda::forward::Bias;
-use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch};
+use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch};
 use crate::cuda::params::{BiasEntries, CacheAttendParams, DropoutParams};
 use candle_core::Result;
 

@@ -7,8 +7,8 @@ use crate::cuda::decide::{self, DecideCall};
 use crate::cuda::decode::StateArgs;
 use crate::cuda::fold::FoldCall;
 use crate::cuda::forward::{forward, Bias, Columns};
-use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use crate::cuda::observe;
+use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use crate::problem::Problem;
 use candle_core::Result;
 

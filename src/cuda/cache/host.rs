@@ -4,7 +4,7 @@ use super::state::{Observed, State};
 use super::{room, DeviceLists, NO_RUN};
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest};
 use crate::cuda::decode::StateArgs;
-use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch};
+use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch};
 use crate::problem::Problem;
 use candle_core::Result;
 

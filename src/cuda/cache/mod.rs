@@ -10,7 +10,7 @@ use crate::cuda::decide;
 use crate::cuda::decode::Scratch;
 use crate::cuda::fold::fold_code;
 use crate::cuda::forward::Bias;
-use crate::cuda::gpu::{Gpu, GpuElement, Source};
+use crate::cuda::on_gpu::{Gpu, GpuElement, Source};
 use crate::cuda::params::{BiasEntries, CacheParams, Rows, Sizes};
 use crate::problem::Problem;
 use candle_core::{bail, Result};

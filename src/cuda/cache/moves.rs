@@ -2,7 +2,7 @@
 
 use super::state::{Observed, State};
 use super::DeviceLists;
-use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch, Number};
+use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Number};
 use crate::cuda::params::CopyParams;
 use candle_core::{bail, Result};
 

@@ -3,7 +3,7 @@
 use super::{Settings, GROWTH, NO_RUN};
 use crate::config::Criterion;
 use crate::cuda::decode::StateArgs;
-use crate::cuda::gpu::{Gpu, GpuElement};
+use crate::cuda::on_gpu::{Gpu, GpuElement};
 use candle_core::Result;
 
 /// The lists themselves.

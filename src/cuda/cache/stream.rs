@@ -6,7 +6,7 @@ use crate::config::AttentionOptions;
 use crate::cuda::decide::reads_bias;
 use crate::cuda::decode::{decode, Appended, DecodeCall, StateArgs};
 use crate::cuda::forward::Bias;
-use crate::cuda::gpu::{Gpu, GpuElement, Kernel, Launch, Source};
+use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use crate::cuda::params::CopyParams;
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};

@@ -82,7 +82,7 @@ impl Kernel {
         }
     }
 
-    /// The instance of a kernel for one dtype.
+    /// A kernel for one dtype.
     pub fn of<T: GpuElement>(name: &str) -> Self {
         Self {
             name: format!("{name}_{}", T::SUFFIX),

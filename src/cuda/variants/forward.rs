@@ -1,10 +1,10 @@
-//! The instances of the tensor-core forward kernels, and which of them a call takes.
+//! The variants of the tensor-core forward kernels, and which of them a call takes.
 
-use super::gpu::Gpu;
+use crate::cuda::on_gpu::Gpu;
 use candle_core::Result;
 
-/// One instance of a tensor-core kernel: its template's padded head size, rows of a block, columns of a tile.
-pub(super) struct Instance {
+/// One variant of a tensor-core forward kernel: its template's padded head size, rows of a block, columns of a tile.
+pub(in crate::cuda) struct ForwardVariant {
     pub name: &'static str,
     dim: usize,
     pub rows: usize,
@@ -21,7 +21,7 @@ struct Warpgroups {
     at_a_time: usize,
 }
 
-impl Instance {
+impl ForwardVariant {
     /// The smallest that holds the head size; as `FORWARD_DTYPE` in cuda/forward/forward.cu and forward_listed.cu has
     /// them.
     pub fn pick(head_dim: usize, extras: bool, listed: bool) -> Self {
@@ -109,4 +109,4 @@ impl Instance {
 const TOGETHER: usize = 2048;
 
 /// Threads of a block of the forward kernels that have no warpgroups.
-pub(super) const THREADS: usize = 128;
+pub(in crate::cuda) const THREADS: usize = 128;

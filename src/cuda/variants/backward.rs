@@ -1,17 +1,17 @@
-//! The instances of the kernels that make gradients in one pass over columns, and which of them a call takes.
+//! The variants of the kernels that make gradients in one pass over columns, and which of them a call takes.
 
-use super::gpu::{Gpu, GpuElement, Kernel};
 use crate::config::AttentionOptions;
+use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel};
 use crate::problem::Problem;
 use candle_core::Result;
 
 /// Columns of a block of the fused kernels.
-pub(super) const COLUMNS: usize = 128;
+pub(in crate::cuda) const COLUMNS: usize = 128;
 
-/// One instance of the fused kernels: as in `cuda/backward/backward_fused.cu` and `backward_listed.cu`, or, by
+/// One variant of the fused kernels: as in `cuda/backward/backward_fused.cu` and `backward_listed.cu`, or, by
 /// warpgroups,
 /// `backward_sm90a.cu`.
-pub(super) struct Fused {
+pub(in crate::cuda) struct BackwardVariant {
     dim: usize,
     pub threads: usize,
     /// Of a tile.
@@ -22,7 +22,7 @@ pub(super) struct Fused {
 /// Tiles on their way of the kernels by warpgroups.
 const WARPGROUP_STAGES: usize = 3;
 
-impl Fused {
+impl BackwardVariant {
     /// None where every sum must have one owner, and where no fused kernel is.
     fn pick<T: GpuElement>(problem: &Problem, options: &AttentionOptions) -> Option<Self> {
         let (dim, threads, rows) = match problem.head_dim {
@@ -57,14 +57,14 @@ impl Fused {
         options: &AttentionOptions,
         extras: bool,
     ) -> Result<Option<Self>> {
-        let Some(mut fused) = Self::pick::<T>(problem, options) else {
+        let Some(mut variant) = Self::pick::<T>(problem, options) else {
             return Ok(None);
         };
         if !extras && gpu.warpgroups()?.is_some() {
-            fused = fused.by_warpgroups();
+            variant = variant.by_warpgroups();
         }
         let limit = gpu.shared_limit()?;
-        Ok((fused.shared_bytes() <= limit).then_some(fused))
+        Ok((variant.shared_bytes() <= limit).then_some(variant))
     }
 
     /// Blocks that registers let a multiprocessor run at a time.
