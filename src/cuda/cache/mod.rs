@@ -14,15 +14,15 @@ use crate::cuda::on_gpu::{Gpu, GpuElement, Source};
 use crate::cuda::params::{BiasEntries, CacheParams, Rows, Sizes};
 use crate::problem::Problem;
 use candle_core::{bail, Result};
-pub(crate) use host::{HostList, HostLists};
 use state::State;
+pub(crate) use transfer::{HostList, HostLists};
 
+mod append;
 mod attend;
-mod chunk;
-mod host;
-mod moves;
+mod copy;
+mod first_chunk;
 mod state;
-mod stream;
+mod transfer;
 
 /// The widest window: a list holds so many raw tokens from the start.
 const WIDEST: usize = 1 << 16;

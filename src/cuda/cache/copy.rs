@@ -1,4 +1,4 @@
-//! Lists moved between buffers: when they outgrow them, when batch rows are reordered, and for a clone.
+//! Lists copied into other buffers: when they outgrow theirs, when batch rows are reordered, and for a clone.
 
 use super::state::{Observed, State};
 use super::DeviceLists;
@@ -19,12 +19,12 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             gpu.upload(&all.map(|index| index as u32).collect::<Vec<_>>())
         };
         let (list_sources, head_sources) = (of(lists)?, of(heads)?);
-        let mover = |per_row: usize, sources| Mover {
+        let copier = |per_row: usize, sources| Copier {
             gpu,
             lists: rows.len() * per_row,
             sources: Some(sources),
         };
-        let (by_list, by_head) = (mover(lists, &list_sources), mover(heads, &head_sources));
+        let (by_list, by_head) = (copier(lists, &list_sources), copier(heads, &head_sources));
         let (suffix, capacity) = (T::SUFFIX, [self.capacity; 2]);
         let far = |x| by_list.rows(suffix, x, Some(&self.state.lengths), capacity, dim);
         let local = |x| by_list.all(suffix, x, (window + 1) * dim);
@@ -95,7 +95,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
 }
 
 /// Copies lists into new buffers.
-pub(super) struct Mover<'a, G: Gpu> {
+pub(super) struct Copier<'a, G: Gpu> {
     pub gpu: &'a G,
     /// Of the new buffer.
     pub lists: usize,
@@ -103,7 +103,7 @@ pub(super) struct Mover<'a, G: Gpu> {
     pub sources: Option<&'a G::Slice<u32>>,
 }
 
-impl<G: Gpu> Mover<'_, G> {
+impl<G: Gpu> Copier<'_, G> {
     /// `count` numbers of each list.
     pub fn all<T: Number>(&self, suffix: &str, from: &G::Slice<T>, count: usize) -> Result<G::Slice<T>> {
         let mut to = self.gpu.alloc::<T>(self.lists * count)?;

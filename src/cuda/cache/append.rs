@@ -1,6 +1,6 @@
-//! Tokens taken in one after another, and the rooms that lists need.
+//! Tokens appended one after another, and the room that lists need for them.
 
-use super::moves::{copy, Mover};
+use super::copy::{copy, Copier};
 use super::{room, DeviceLists, GROWTH};
 use crate::config::AttentionOptions;
 use crate::cuda::decide::reads_bias;
@@ -50,12 +50,12 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             return self.first_chunk(gpu, qkv, count, None, None).map(|_| ());
         }
         let scale = AttentionOptions::default().scale(self.settings.problem.head_dim);
-        self.stream(gpu, qkv, count, scale, (None, None))
+        self.append_in_turn(gpu, qkv, count, scale, (None, None))
     }
 
     /// Takes in `count` tokens, one after another; `queries` receives those of the last one as attention reads them,
     /// where `count` is 1. The bias is that of their rows, which decisions read.
-    fn stream(
+    fn append_in_turn(
         &mut self,
         gpu: &G,
         qkv: [Source<'_, G, T>; 3],
@@ -156,7 +156,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             return self.take_and_decode(gpu, qkv, scale);
         }
         let mut queries = gpu.alloc::<T>(self.batch * heads * head_dim)?;
-        self.stream(gpu, qkv, 1, scale, (bias, Some(&mut queries)))?;
+        self.append_in_turn(gpu, qkv, 1, scale, (bias, Some(&mut queries)))?;
         if !plain {
             return self.attend(gpu, &queries, options, bias);
         }
@@ -228,18 +228,18 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
 
     fn resize(&mut self, gpu: &G, capacity: usize) -> Result<()> {
         let (all, dim, old) = (self.all(), self.settings.problem.head_dim, self.capacity);
-        let mover = Mover {
+        let copier = Copier {
             gpu,
             lists: all,
             sources: None,
         };
         let lengths = Some(&self.state.lengths);
-        self.state.far_k = mover.rows(T::SUFFIX, &self.state.far_k, lengths, [old, capacity], dim)?;
-        self.state.far_v = mover.rows(T::SUFFIX, &self.state.far_v, lengths, [old, capacity], dim)?;
+        self.state.far_k = copier.rows(T::SUFFIX, &self.state.far_k, lengths, [old, capacity], dim)?;
+        self.state.far_v = copier.rows(T::SUFFIX, &self.state.far_v, lengths, [old, capacity], dim)?;
         if let Some(ln) = &self.state.far_ln {
-            self.state.far_ln = Some(mover.rows("f32", ln, lengths, [old, capacity], 1)?);
+            self.state.far_ln = Some(copier.rows("f32", ln, lengths, [old, capacity], 1)?);
         }
-        self.state.far_tokens = mover.rows("u32", &self.state.far_tokens, lengths, [old, capacity], 1)?;
+        self.state.far_tokens = copier.rows("u32", &self.state.far_tokens, lengths, [old, capacity], 1)?;
         self.capacity = capacity;
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Lists brought to the host and back: what a saved cache keeps of them.
+//! Lists downloaded to the host and uploaded again: what a saved cache keeps of them.
 
 use super::state::{Observed, State};
 use super::{room, DeviceLists, NO_RUN};
@@ -199,7 +199,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     }
 }
 
-/// Lists on their way to a device.
+/// Lists of the host, uploaded to a device.
 struct Upload<'a, G: Gpu, T: GpuElement> {
     gpu: &'a G,
     host: &'a HostLists<T>,
