@@ -37,4 +37,4 @@ pub use problem::Problem;
 
 #[cfg(feature = "cuda-emu")]
 #[doc(hidden)]
-pub use cuda::emulation;
+pub use cuda::emulator as emulation;

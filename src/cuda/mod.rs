@@ -20,23 +20,13 @@ pub(crate) mod decode;
 #[cfg(feature = "cuda")]
 pub(crate) mod device;
 #[cfg(feature = "cuda-emu")]
-mod emu;
-#[cfg(feature = "cuda-emu")]
-pub mod emulated_attention;
-#[cfg(feature = "cuda-emu")]
-mod emulated_cache;
-#[cfg(feature = "cuda-emu")]
-mod emulated_decode;
-#[cfg(feature = "cuda-emu")]
-pub mod emulation;
+pub mod emulator;
 pub(crate) mod fold;
 pub(crate) mod forward;
 pub(crate) mod loss;
 pub(crate) mod observe;
 pub(crate) mod on_gpu;
 mod params;
-#[cfg(feature = "cuda-emu")]
-mod spec;
 #[cfg(feature = "cuda")]
 pub(crate) mod tensors;
 mod variants;

@@ -1,9 +1,9 @@
 //! The decoding launcher on CPU tensors under the emulator: for tests.
 
-use super::decode::{decode as launch, DecodeCall, StateArgs};
-use super::emu::{EmuArg, EmuSlice, Emulator};
-use super::on_gpu::{Gpu, GpuElement};
-use super::params::{BiasEntries, CacheParams, Rows, Sizes};
+use super::device::{EmuArg, EmuSlice, Emulator};
+use crate::cuda::decode::{decode as launch, DecodeCall, StateArgs};
+use crate::cuda::on_gpu::{Gpu, GpuElement};
+use crate::cuda::params::{BiasEntries, CacheParams, Rows, Sizes};
 use crate::problem::{Problem, RowLayout};
 use candle_core::{DType, Device, Result, Tensor};
 

@@ -1,13 +1,13 @@
 //! Attention forward and backward on CPU tensors under the emulator, from merge bits to gradients of q, k and v: for
 //! tests.
 
-use super::attention::{lists, Attention};
-use super::emu::{EmuSlice, Emulator};
-use super::emulation::{held, HeldBias};
-use super::fold::FoldCall;
-use super::on_gpu::{Gpu, GpuElement};
+use super::device::{EmuSlice, Emulator};
+use super::{held, HeldBias};
 use crate::config::{AttentionOptions, CompressionConfig};
 use crate::cpu::Element;
+use crate::cuda::attention::{lists, Attention};
+use crate::cuda::fold::FoldCall;
+use crate::cuda::on_gpu::{Gpu, GpuElement};
 use crate::problem::Problem;
 use candle_core::{DType, Device, Result, Tensor};
 

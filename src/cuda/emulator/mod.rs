@@ -1,22 +1,28 @@
 //! The CUDA path on CPU tensors, for tests: the same launchers and kernels, under the emulator.
 
-pub use super::emulated_attention::*;
-pub use super::emulated_cache::*;
-pub use super::emulated_decode::*;
+pub use attention::*;
+pub use cache::*;
+pub use decode::*;
 
-use super::attention::{lists, Attention};
-use super::decide::{indicators, reads_bias, DecideCall};
-use super::emu::{EmuSlice, Emulator};
-use super::fold::FoldCall;
-use super::forward::Bias;
-use super::on_gpu::{row_layout, Gpu, GpuElement, Kernel, Launch};
-use super::params::BrokenParams;
-use super::{loss, observe, spec};
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
 use crate::cpu::Element;
+use crate::cuda::attention::{lists, Attention};
+use crate::cuda::decide::{indicators, reads_bias, DecideCall};
+use crate::cuda::fold::FoldCall;
+use crate::cuda::forward::Bias;
+use crate::cuda::on_gpu::{row_layout, Gpu, GpuElement, Kernel, Launch};
+use crate::cuda::params::BrokenParams;
+use crate::cuda::{loss, observe};
 use crate::plan::cpu_slice;
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, DType, Device, Result, Shape, Tensor};
+use device::{EmuSlice, Emulator};
+
+mod attention;
+mod cache;
+mod decode;
+mod device;
+mod spec;
 
 /// Runs one of the kernels of `cuda/emu/broken.cu` over blocks of 64 threads; returns what it wrote.
 ///
@@ -45,7 +51,7 @@ pub fn run_broken(name: &str, input: &[f32], blocks: usize) -> Result<Vec<f32>> 
 /// Runs a closure, whose launches take the kernels for warpgroups (wgmma) where there are such; up to `short` tokens those of
 /// small blocks.
 pub fn with_warpgroups<R>(short: usize, run: impl FnOnce() -> R) -> R {
-    super::emu::with_warpgroups(short, run)
+    device::with_warpgroups(short, run)
 }
 
 /// A tensor where the emulator finds it.

@@ -1,14 +1,14 @@
 //! Launches of `cuda/forward/spec.cu`: attention one thread per row, which the tests hold the fast kernels against.
 
-use super::forward::{Attended, AttentionCall, Kept};
-use super::on_gpu::{Gpu, GpuElement, Kernel, Launch};
+use crate::cuda::forward::{Attended, AttentionCall, Kept};
+use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch};
 use crate::problem::Problem;
 use candle_core::Result;
 
-/// As [`super::forward::forward`].
+/// As [`crate::cuda::forward::forward`].
 ///
 /// # Errors
-/// As [`super::forward::forward`].
+/// As [`crate::cuda::forward::forward`].
 pub(crate) fn forward<G: Gpu, T: GpuElement>(gpu: &G, call: &AttentionCall<'_, G, T>) -> Result<Attended<G, T>> {
     let Problem {
         batch,

@@ -1,12 +1,12 @@
 //! A KV cache's lists under the emulator, on CPU tensors: for tests.
 
-use super::cache::DeviceLists;
-use super::emu::Emulator;
-use super::emulation::{borrow, held, HeldBias};
-use super::on_gpu::GpuElement;
+use super::device::Emulator;
+use super::{borrow, held, HeldBias};
 use crate::cache::{Both, CacheOptions, CompressedKvCache};
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 use crate::cpu::Element;
+use crate::cuda::cache::DeviceLists;
+use crate::cuda::on_gpu::GpuElement;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Device, Result, Tensor};
 

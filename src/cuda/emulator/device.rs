@@ -1,6 +1,6 @@
 //! [`Gpu`] on the CPU: kernels compiled by g++ run under the emulator of `cuda/emu`.
 
-use super::on_gpu::{Gpu, Kernel, Launch, Number, Params};
+use crate::cuda::on_gpu::{Gpu, Kernel, Launch, Number, Params};
 use candle_core::{bail, Result};
 use std::cell::Cell;
 use std::ffi::{c_char, c_int, c_void, CStr, CString};
