@@ -67,7 +67,7 @@ pub struct CompressedKvCache {
     state: Option<State>,
     /// In place of `state` once CUDA tensors were taken in.
     #[cfg(feature = "cuda")]
-    on_gpu: Option<gpu::GpuState>,
+    on_gpu: Option<on_device::GpuState>,
 }
 
 /// Runs one expression on the lists of any dtype.
@@ -83,18 +83,18 @@ macro_rules! each {
 }
 
 mod append;
-mod checksum;
-#[cfg(feature = "cuda")]
-mod gpu;
-mod load;
 #[cfg(any(feature = "cuda", feature = "cuda-emu"))]
-mod moved;
+mod between_devices;
+mod checksum;
+mod load;
+#[cfg(feature = "cuda")]
+mod on_device;
 mod save;
 mod state;
 mod step;
 
 #[cfg(feature = "cuda-emu")]
-pub(crate) use moved::Both;
+pub(crate) use between_devices::Both;
 
 impl std::fmt::Debug for CompressedKvCache {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
@@ -273,7 +273,7 @@ impl CompressedKvCache {
     pub fn bytes_dense(&self) -> usize {
         let held = self.state.as_ref().map(|state| (state.sizes, state.lists.dtype()));
         #[cfg(feature = "cuda")]
-        let held = held.or_else(|| self.on_gpu.as_ref().map(gpu::GpuState::sizes));
+        let held = held.or_else(|| self.on_gpu.as_ref().map(on_device::GpuState::sizes));
         let Some((sizes, dtype)) = held else { return 0 };
         2 * sizes.batch * sizes.kv_heads * self.seq_len() * sizes.head_dim * dtype.size_in_bytes()
     }

@@ -1,6 +1,6 @@
 //! A cache on a CUDA device: the calls of [`CompressedKvCache`] that reach it.
 
-use super::moved::{state_of, Both};
+use super::between_devices::{state_of, Both};
 use super::step::bias_view;
 use super::{CompressedKvCache, Sizes, State};
 use crate::config::{AttentionOptions, CompressionConfig};
