@@ -116,11 +116,14 @@ __device__ __forceinline__ void edges(const BackwardTensors& x, Global<float> dq
 }
 
 #define BACKWARD_DIM(dtype, T, D)                                                              \
+    SHARED_BYTES(backward_queries_##D##_##dtype, QueryGradients<T, D>::BYTES)                  \
     KERNEL __launch_bounds__(128)                                                              \
         backward_queries_##D##_##dtype(BACKWARD_INPUTS, Global<float> dq, AttentionParams p) { \
         queries<T, D>(BACKWARD_TENSORS, dq, p);                                                \
     }
 #define BACKWARD_COLUMNS(name, T, D, KEYS, VALUES)                                            \
+    SHARED_BYTES(name##_far, ColumnGradients<T, D, KEYS, VALUES>::BYTES)                      \
+    SHARED_BYTES(name##_near, ColumnGradients<T, D, KEYS, VALUES>::BYTES)                     \
     KERNEL __launch_bounds__(128)                                                             \
         name##_far(BACKWARD_INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {  \
         columns<T, D, KEYS, VALUES>(BACKWARD_TENSORS, dk, dv, p, false);                      \

@@ -102,7 +102,8 @@ struct OddRows {
 template <class T, int D>
 struct QueryGradients {
     static constexpr int THREADS = 128, ROWS = 64, NB = 64, NT = NB / 8, STAGES = stages(D);
-    static constexpr uint32_t TILE = 64 * D * 2;
+    // Queries and output gradients; each stage has a tile of keys and one of values.
+    static constexpr uint32_t TILE = 64 * D * 2, BYTES = 2 * TILE + STAGES * 2 * TILE;
 
     struct Columns {
         bool near;
@@ -341,7 +342,7 @@ template <class T, int D, bool KEYS, bool VALUES>
 struct ColumnGradients {
     static constexpr int THREADS = 128, NB = 64, NT = NB / 8, STAGES = stages(D);
     // A stage has a tile of queries, one of output gradients, and two words per row.
-    static constexpr uint32_t TILE = 64 * D * 2, STAGE = 2 * TILE + 2 * NB * 4;
+    static constexpr uint32_t TILE = 64 * D * 2, STAGE = 2 * TILE + 2 * NB * 4, BYTES = 2 * TILE + STAGES * STAGE;
 
     const AttentionParams& p;
     const BackwardTensors& x;

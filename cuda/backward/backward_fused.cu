@@ -3,6 +3,8 @@
 #include "backward/backward_fused.cuh"
 
 #define FUSED(name, T, D, MT, WARPS, SPLIT, NB, BLOCKS)                                                               \
+    SHARED_BYTES(name##_far, FusedGradients<T, D, MT, WARPS, SPLIT, NB, false>::BYTES)                                \
+    SHARED_BYTES(name##_near, FusedGradients<T, D, MT, WARPS, SPLIT, NB, false>::BYTES)                               \
     KERNEL __launch_bounds__(32 * WARPS, BLOCKS) name##_far(BACKWARD_INPUTS, TARGETS) {                               \
         fused<FusedGradients<T, D, MT, WARPS, SPLIT, NB, false>>(BACKWARD_TENSORS, dq, {dk, done_k}, {dv, done_v}, p, \
                                                                  false);                                              \

@@ -23,6 +23,7 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
     static constexpr uint32_t OWN = COLUMNS * D * 2, TILE = NB * D * 2, STAGE = 2 * TILE + 2 * NB * 4;
     static constexpr uint32_t LOGITS = COLUMNS * NB * 2, LOGITS_AT = 2 * OWN + 2 * STAGE;
     static constexpr uint32_t WEIGHTS_AT = LOGITS_AT + LOGITS, WORDS_AT = LOGITS_AT + 2 * LOGITS;
+    static constexpr uint32_t BYTES = WORDS_AT + Owned::WORDS;
     // A warp's part of a tile's dQ: half of the rows, PART elements of D.
     static constexpr int PART = D * 2 / WARPS, MQ = NB / 32;
     static_assert(NB % 32 == 0 && PART % 16 == 0, "half of the warps per half of the rows");

@@ -2,6 +2,7 @@
 #include "backward/backward_fused.cuh"
 
 #define LISTED(name, T, D, MT, WARPS, SPLIT, NB, BLOCKS)                                                              \
+    SHARED_BYTES(name, FusedGradients<T, D, MT, WARPS, SPLIT, NB, true>::BYTES)                                       \
     KERNEL __launch_bounds__(32 * WARPS, BLOCKS) name(BACKWARD_INPUTS, TARGETS) {                                     \
         fused<FusedGradients<T, D, MT, WARPS, SPLIT, NB, true>>(BACKWARD_TENSORS, dq, {dk, done_k}, {dv, done_v}, p,  \
                                                                 false);                                               \

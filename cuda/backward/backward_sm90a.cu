@@ -3,6 +3,7 @@
 #include "backward/backward_wgmma.cuh"
 
 #define WARPGROUPS(name, T, D, LISTED, near)                                                                \
+    SHARED_BYTES(name, WarpgroupGradients<T, D, LISTED>::BYTES)                                             \
     KERNEL __launch_bounds__(384, 1) name(BACKWARD_INPUTS, TARGETS) {                                       \
         fused<WarpgroupGradients<T, D, LISTED>>(BACKWARD_TENSORS, dq, {dk, done_k}, {dv, done_v}, p, near); \
     }

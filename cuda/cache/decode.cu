@@ -122,6 +122,7 @@ struct Decoder {
     static constexpr int LANES = D / 8, TOGETHER = 32 / LANES, STEP = TOGETHER * DECODE_WARPS;
     // Floats of a part in shared memory: output, maximum, sum and padding to 16 bytes.
     static constexpr int ROW = D + 4;
+    static constexpr uint32_t BYTES = G * DECODE_WARPS * ROW * 4;
 
     int lane, sub;  // which eight elements, and which of the rows that are read together
     uint32_t dim;
@@ -396,6 +397,7 @@ template <class T, int G>
 constexpr int DECODE_BLOCKS = sizeof(T) == 4 ? 2 : G == 1 ? 4 : G == 2 ? 3 : 2;
 
 #define DECODE(dtype, T, D, G)                                                                                       \
+    SHARED_BYTES(decode_##D##_##G##_##dtype, Decoder<T, D, G>::BYTES)                                                \
     KERNEL __launch_bounds__(128, (DECODE_BLOCKS<T, G>)) decode_##D##_##G##_##dtype(                                 \
         Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests, CACHE_STATE(T),          \
         Global<float> parts, Global<uint32_t> counters, Global<T> output, CacheParams c, DecodeParams p) {           \

@@ -33,6 +33,7 @@ struct ListBits {
 // lane one of each 32, so that reads and writes are contiguous.
 constexpr unsigned SCAN_WARPS = 32, SCAN_EACH = 4;
 
+SHARED_BYTES(fold_scan, SCAN_WARPS * 4)
 KERNEL fold_scan(Global<const uint8_t> all_bits, Global<uint32_t> far_index, Global<uint32_t> far_before,
                  FoldParams p) {
   hw::let_next_start();

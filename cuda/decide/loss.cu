@@ -36,6 +36,7 @@ __device__ void partial_sums(Global<const T> q, Global<const T> k, Global<const 
 
 
 // Adds up the blocks' sums into [S, M]. One block of 256 threads.
+SHARED_BYTES(loss_total, 2 * 256 * sizeof(double))
 KERNEL loss_total(Global<const double> sums, Global<float> out, TotalParams p) {
   Shared<double> squared = shared_memory<double>(0, 256), merged = shared_memory<double>(2048, 256);
   double s = 0.0, m = 0.0;
@@ -143,6 +144,7 @@ __device__ void key_gradient(Global<const T> q, Global<const T> k, Global<const 
 }
 
 #define LOSS(suffix, T)                                                                                            \
+  SHARED_BYTES(loss_sums_##suffix, 2 * 4 * sizeof(double))                                                         \
   KERNEL loss_sums_##suffix(Global<const T> q, Global<const T> k, Global<const float> tests, Global<double> sums,  \
                             DecideParams p) {                                                                      \
     partial_sums(q, k, tests, sums, p);                                                                            \

@@ -80,7 +80,9 @@ FOR_EACH_DTYPE(OBSERVE)
 template <class T, int D>
 struct ObserveBlock {
     static constexpr int THREADS = 128, ROWS = 64, NT = ROWS / 8;
-    static constexpr uint32_t TILE = ROWS * D * 2, WORDS = ROWS * 4;
+    // A tile that stays and two that are streamed, each of these with a word a row where bits are decided.
+    static constexpr uint32_t TILE = ROWS * D * 2, WORDS = ROWS * 4, WORDS_AT = 3 * TILE,
+                              BYTES = WORDS_AT + 2 * WORDS;
 
     hw::Tile own;
     Fragments<D> own_rows, other_rows;
@@ -91,7 +93,7 @@ struct ObserveBlock {
 
     SFA_DEVICE static hw::Tile other(int step) { return hw::tile(TILE + step % 2 * TILE, TILE); }
     // A word for each row of `other`.
-    SFA_DEVICE static hw::Tile words(int step) { return hw::tile(3 * TILE + step % 2 * WORDS, WORDS); }
+    SFA_DEVICE static hw::Tile words(int step) { return hw::tile(WORDS_AT + step % 2 * WORDS, WORDS); }
 
     // The rows (r: 0 or 1) and columns (i: 0 or 1 of each eight) of this lane, counted from the tiles' first tokens.
     SFA_DEVICE int row(int r) const { return threadIdx.x / 32 * 16 + r * 8 + lane / 4; }
@@ -245,6 +247,8 @@ __device__ __forceinline__ void observe_bit_tiles(const Halves& q, const Halves&
 }
 
 #define OBSERVE_TILES(D, dtype, T)                                                                                    \
+    SHARED_BYTES(observe_rows_##D##_##dtype, ObserveBlock<T, D>::WORDS_AT)                                            \
+    SHARED_BYTES(observe_bits_##D##_##dtype, ObserveBlock<T, D>::BYTES)                                               \
     KERNEL __launch_bounds__(128)                                                                                     \
         observe_rows_##D##_##dtype(Halves q, Halves k, Global<float> log_sum_exp, ObservedParams p) {                 \
         observe_row_tiles<T, D>(q, k, log_sum_exp, p);                                                                \
@@ -260,6 +264,7 @@ __device__ __forceinline__ void observe_bit_tiles(const Halves& q, const Halves&
     OBSERVE_BAND_OF(observe_band_##D##_##BAND##_##dtype, D, BAND, WARPS, BLOCKS, false, T)                            \
     OBSERVE_BAND_OF(observe_whole_##D##_##BAND##_##dtype, D, BAND, WARPS, BLOCKS, true, T)
 #define OBSERVE_BAND_OF(name, D, BAND, WARPS, BLOCKS, WHOLE, T)                                                       \
+    SHARED_BYTES(name, ObserveBand<T, D, BAND, WARPS, WHOLE>::BYTES)                                                  \
     KERNEL __launch_bounds__(32 * WARPS, BLOCKS) name(Halves q, Halves k, Halves v, Floats many, Global<uint8_t> bits, \
                                                       ObservedParams p, const __grid_constant__ FewTests few) {       \
         observe_band<T, D, BAND, WARPS, WHOLE>(q, k, v, Tests{many, few}, bits, p);                                   \

@@ -16,6 +16,9 @@ struct ObserveBand {
                               WORDS_AT = KEY_BYTES + 2 * STAGE_BYTES;
     // WHOLE: the eights of tokens in a window, and the eights of a warp's columns that have mass.
     static constexpr int EIGHTHS = BAND - 2, MASSES = WHOLE ? EIGHTHS / 2 + 2 : BAND;
+    // The masses that each warp's rows give to columns, then the norms of values.
+    static constexpr uint32_t MASS_BYTES = WARPS * 8 * MASSES * 4, NORMS_AT = WORDS_AT + MASS_BYTES,
+                              BYTES = NORMS_AT + ROWS * 4;
 
     const ObservedParams& p;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4, tokens = p.sizes.tokens;
@@ -214,8 +217,8 @@ __device__ __forceinline__ void observe_band(const Halves& q, const Halves& k, c
     int first_token = blockIdx.x * share;
     // Later tokens have not been seen by all the rows that decide them.
     int decided = min(pairs - window, first_token + share);
-    constexpr uint32_t COLUMNS = 8 * Band::MASSES, MASSES = WARPS * COLUMNS * 4;
-    hw::Tile masses = hw::tile(Band::WORDS_AT, MASSES), norms = hw::tile(Band::WORDS_AT + MASSES, Band::ROWS * 4);
+    constexpr uint32_t COLUMNS = 8 * Band::MASSES;
+    hw::Tile masses = hw::tile(Band::WORDS_AT, Band::MASS_BYTES), norms = hw::tile(Band::NORMS_AT, Band::ROWS * 4);
     // The first row of the block and of the warp, and the first token whose value the warp has.
     int block_row = first_token + window / 2, row = block_row + band.warp * 16, own = first_token + band.warp * 16;
     int64_t queries = p.q.at(batch, first_head, min(row, pairs)), values = p.v.at(batch, kv_head, min(own, pairs));

@@ -27,6 +27,14 @@ struct Registry {
 
 void add_entry(Registry& registry, const Entry& entry) { registry.entries[entry.name] = entry; }
 
+// Filled by constructors of other files, which may run before this file's.
+static std::unordered_map<std::string, size_t>& shared_bytes() {
+  static std::unordered_map<std::string, size_t> of_kernels;
+  return of_kernels;
+}
+
+SharedBytes::SharedBytes(const char* name, size_t bytes) { shared_bytes()[name] = bytes; }
+
 // --- Contexts -------------------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
@@ -374,6 +382,12 @@ static const Registry& registry() {
 }  // namespace emu
 
 // Returns 0 if the kernel ran; otherwise `message` holds the error.
+extern "C" size_t emu_shared_bytes(const char* name) {
+  auto found = emu::shared_bytes().find(name);
+  return found == emu::shared_bytes().end() ? 0 : found->second;
+}
+
+// `shared`: bytes beyond those that the kernel has by SHARED_BYTES.
 extern "C" int emu_launch(const char* name, const unsigned grid[3], const unsigned block[3], size_t shared,
                           bool early, const emu::Argument* arguments, size_t count, char* message, size_t capacity) {
   using namespace emu;
@@ -392,6 +406,7 @@ extern "C" int emu_launch(const char* name, const unsigned grid[3], const unsign
   size_t threads = (size_t)block[0] * block[1] * block[2];
   if (threads == 0 || threads % 32 != 0 || threads > 1024)
     return refuse("expected a block of 32 to 1024 threads in whole warps, got " + std::to_string(threads));
+  shared += emu_shared_bytes(name);
   // The limit of sm_90; sm_80 has less, which the launcher must know.
   if (shared > 227 * 1024) return refuse("shared memory: expected at most 232448 bytes, got " + std::to_string(shared));
   if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0 || grid[0] > 0x7fffffffu || grid[1] > 65535 || grid[2] > 65535)

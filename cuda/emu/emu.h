@@ -115,6 +115,11 @@ struct Entry {
 struct Registry;
 void add_entry(Registry& registry, const Entry& entry);
 
+// Notes how much dynamic shared memory a block of a kernel has, before anything is launched.
+struct SharedBytes {
+  SharedBytes(const char* name, size_t bytes);
+};
+
 template <class... A> struct Signature {
   template <size_t... I> static void unpack(void (*kernel)(A...), const Argument* a, std::index_sequence<I...>) {
     kernel(Unpack<A>::get(a[I])...);

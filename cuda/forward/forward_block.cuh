@@ -157,4 +157,5 @@ SFA_DEVICE void attend_rows(const ForwardTensors& x, const AttentionParams& p) {
 }
 
 #define FORWARD(name, T, D, MT, NB, BLOCKS, EXTRAS, LISTED) \
-    FORWARD_KERNEL(name, 128, BLOCKS, attend_rows, T, WarpShape<D, MT, NB, LISTED>, EXTRAS)
+    FORWARD_KERNEL(name, 128, BLOCKS, (ForwardTiles<WarpShape<D, MT, NB, LISTED>>::NOTES_AT), attend_rows, T, \
+                   WarpShape<D, MT, NB, LISTED>, EXTRAS)

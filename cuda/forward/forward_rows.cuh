@@ -318,8 +318,9 @@ struct RowBlocks {
     }
 };
 
-// Declares a kernel that runs `attend`.
-#define FORWARD_KERNEL(name, THREADS, BLOCKS, attend, ...)                                                           \
+// Declares a kernel that runs `attend`; the shape of its blocks has BYTES of shared memory.
+#define FORWARD_KERNEL(name, THREADS, BLOCKS, BYTES, attend, ...)                                                    \
+    SHARED_BYTES(name, BYTES)                                                                                        \
     KERNEL __launch_bounds__(THREADS, BLOCKS)                                                                        \
         name(Halves q, Halves k, Halves v, Halves far_k, Halves far_v, Floats far_ln, Words far_index,               \
              Words far_before, Halves folded_k, Halves folded_v, Floats folded_ln, Floats bias,                      \

@@ -10,6 +10,7 @@ typedef Global<const uint32_t> Words;
 // (batch, head).
 constexpr uint32_t SPREAD_WARPS = 8;
 
+SHARED_BYTES(forward_spread_nan, SPREAD_WARPS * 4)
 KERNEL forward_spread_nan(Words first_bad, Global<uint16_t> output, SpreadParams p) {
     hw::let_next_start();
     hw::wait_for_previous();

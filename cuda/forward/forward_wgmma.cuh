@@ -68,6 +68,7 @@ struct WarpgroupShape {
 // are numbered consecutively.
 template <class S>
 struct Ring {
+    static constexpr uint32_t BYTES = (4 * S::STAGES + 3) * hw::Mbarrier::BYTES;
     uint32_t at;
 
     SFA_DEVICE hw::Mbarrier queries(bool free) const {
@@ -161,9 +162,16 @@ struct Redo {
 };
 
 template <class S>
+constexpr uint32_t RING_AT = ForwardTiles<S>::NOTES_AT + Redo<S>::WORDS * 4;
+
+template <class S>
 SFA_DEVICE Ring<S> ring_of() {
-    return {ForwardTiles<S>::NOTES_AT + Redo<S>::WORDS * 4};
+    return {RING_AT<S>};
 }
+
+// Shared memory of a block.
+template <class S>
+constexpr uint32_t BLOCK_BYTES = RING_AT<S> + Ring<S>::BYTES;
 
 // The producers.
 template <class S>
@@ -451,5 +459,7 @@ SFA_DEVICE void attend_by_warpgroups(const ForwardTensors& x, const AttentionPar
 }
 
 #define FORWARD_WGMMA(name, T, D, WARPGROUPS, NB, STAGES, PRODUCERS, TAKEN, BLOCKS, LISTED)         \
-    FORWARD_KERNEL(name, 128 * WARPGROUPS + PRODUCERS, BLOCKS, attend_by_warpgroups, T,             \
+    FORWARD_KERNEL(name, 128 * WARPGROUPS + PRODUCERS, BLOCKS,                                      \
+                   (BLOCK_BYTES<WarpgroupShape<D, WARPGROUPS, NB, STAGES, PRODUCERS, TAKEN, BLOCKS, LISTED>>), \
+                   attend_by_warpgroups, T,                                                         \
                    WarpgroupShape<D, WARPGROUPS, NB, STAGES, PRODUCERS, TAKEN, BLOCKS, LISTED>)

@@ -4,12 +4,17 @@
 //   #define SCALE(x, T) KERNEL scale_##x(Global<const T> in, Global<T> out, ScaleParams p) { scale(in, out, p); }
 //   FOR_EACH_DTYPE(SCALE)
 //   MODULE(file_stem, ENTRIES(scale))
+//
+// SHARED_BYTES(name, bytes) beside a kernel says how much dynamic shared memory a block of it has. It stands nowhere
+// else: every launch has that much, and as much more as the launcher asks for. Under nvcc it is a variable that no
+// kernel reads; build.rs takes its value out of the PTX.
 #pragma once
 
 #ifdef SFA_EMULATION
 #include "emu/emu.h"
 #define KERNEL static void
 #define ENTRY(name) emu::add(registry, #name, name);
+#define SHARED_BYTES(name, ...) static const emu::SharedBytes shared_bytes_of_##name(#name, __VA_ARGS__);
 #define MODULE(stem, entries) \
   extern "C" void emu_module_##stem(emu::Registry& registry) { entries }
 #else
@@ -18,6 +23,7 @@
 #include <stdint.h>
 #define KERNEL extern "C" __global__ void
 #define ENTRY(name)
+#define SHARED_BYTES(name, ...) extern "C" { __device__ unsigned shared_bytes_of_##name = __VA_ARGS__; }
 #define MODULE(stem, entries)
 typedef __half half_t;
 typedef __nv_bfloat16 bfloat16_t;

@@ -11,7 +11,7 @@
 //   view.target(i, n)          address of n elements that are about to be written
 //
 // Global<T> is a kernel parameter (one pointer wide under nvcc); Global<const T> cannot be written. Shared<T> is made
-// from the launch's dynamic shared memory with shared_memory<T>(byte offset, elements).
+// from the block's dynamic shared memory (SHARED_BYTES in kernel.cuh) with shared_memory<T>(byte offset, elements).
 #pragma once
 
 #ifdef SFA_EMULATION

@@ -229,7 +229,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         let launch = Launch {
             grid: [lists * blocks, 1, 1],
             threads: variant.threads,
-            shared_bytes: variant.shared_bytes(),
+            shared_bytes: 0,
         };
         let mut args = self.inputs();
         args.push(self.gpu.write(queries));
@@ -247,17 +247,6 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         self.gpu.launch(&variant.kernel::<T>(kind).early(), launch, &args)
     }
 
-    /// A pair of tiles of 64 rows, and one or two stages of another pair with two words per row: `stages` in
-    /// `cuda/backward/backward_block.cuh`.
-    fn shared_bytes(&self) -> usize {
-        let dim = padded(self.call.problem.head_dim);
-        let (pair, stages) = (2 * BLOCK * 2 * dim, if dim <= 128 { 2 } else { 1 });
-        match T::HALF {
-            true => pair + stages * (pair + 2 * 4 * BLOCK),
-            false => 0,
-        }
-    }
-
     fn inputs(&self) -> Vec<G::Arg<'_>> {
         let mut args = self.call.inputs(self.gpu);
         args.push(self.gpu.read(self.grad_output));
@@ -266,11 +255,11 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         args
     }
 
-    fn launch(&self, name: &str, blocks: usize, shared_bytes: usize, args: &[G::Arg<'_>]) -> Result<()> {
+    fn launch(&self, name: &str, blocks: usize, args: &[G::Arg<'_>]) -> Result<()> {
         let launch = Launch {
             grid: [blocks, 1, 1],
             threads: THREADS,
-            shared_bytes,
+            shared_bytes: 0,
         };
         self.gpu.launch(&Kernel::plain(name), launch, args)
     }
@@ -290,7 +279,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         let name = format!("backward_queries_{}_{}", padded(head_dim), T::SUFFIX);
         let rows = if T::HALF { BLOCK } else { F32_BLOCK };
         let blocks = batch * heads * tokens.div_ceil(rows);
-        self.launch(&name, blocks, self.shared_bytes(), &args)?;
+        self.launch(&name, blocks, &args)?;
         drop(args);
         Ok(target)
     }
@@ -321,7 +310,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         args.push(self.gpu.write(&mut target.keys));
         args.push(self.gpu.write(&mut target.values));
         args.push(self.gpu.value(&self.params));
-        self.launch(&name, (lists * tokens).div_ceil(4), 0, &args)?;
+        self.launch(&name, (lists * tokens).div_ceil(4), &args)?;
         drop(args);
         Ok(target)
     }
@@ -348,6 +337,6 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         args.push(self.gpu.write(&mut target.keys));
         args.push(self.gpu.write(&mut target.values));
         args.push(self.gpu.value(&self.params));
-        self.launch(name, blocks, self.shared_bytes(), &args)
+        self.launch(name, blocks, &args)
     }
 }

@@ -128,8 +128,7 @@ pub(crate) fn decode<G: Gpu, T: GpuElement>(
     let launch = Launch {
         grid: [lists, 1 + splits * shares, 1],
         threads: 128,
-        // One row of partial output, its maximum and its sum, per warp and query head.
-        shared_bytes: together * 4 * (dim + 4) * 4,
+        shared_bytes: 0,
     };
     gpu.launch(&Kernel::of::<T>(&format!("decode_{dim}_{together}")), launch, &args)?;
     drop(args);

@@ -113,7 +113,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         let launch = Launch {
             grid: [lists, 1, 1],
             threads: SCAN_THREADS,
-            shared_bytes: SCAN_THREADS / 32 * 4,
+            shared_bytes: 0,
         };
         gpu.launch(&Kernel::plain("fold_scan").early(), launch, &args)?;
         drop(args);

@@ -258,7 +258,7 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
             let launch = Launch {
                 grid: [variant.grid(gpu, rows * blocks)?, 1, 1],
                 threads: variant.threads(),
-                shared_bytes: variant.shared_bytes(),
+                shared_bytes: 0,
             };
             (variant.name.to_string(), launch)
         }
@@ -295,7 +295,7 @@ fn spread_nan<G: Gpu, T: GpuElement>(
     let launch = Launch {
         grid: [params.heads as usize, 1, 1],
         threads: SPREAD_THREADS,
-        shared_bytes: SPREAD_THREADS / 32 * 4,
+        shared_bytes: 0,
     };
     let args = [gpu.read(first_bad), gpu.write(output), gpu.value(&params)];
     let kernel = Kernel::plain("forward_spread_nan").early();

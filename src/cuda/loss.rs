@@ -14,10 +14,7 @@ pub(crate) fn sums<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>) -> R
     let rows = call.problem.batch * call.problem.heads;
     let params = call.params(call.problem.heads)?;
     let tests = gpu.upload(&call.table())?;
-    let launch = Launch {
-        shared_bytes: 64,
-        ..Launch::warps(call.problem.pairs(), rows)
-    };
+    let launch = Launch::warps(call.problem.pairs(), rows);
     let blocks = launch.grid[0] * launch.grid[1];
     let mut partial = gpu.alloc::<f64>(2 * blocks)?;
     let args = [
@@ -35,7 +32,7 @@ pub(crate) fn sums<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>) -> R
     let launch = Launch {
         grid: [1, 1, 1],
         threads: 256,
-        shared_bytes: 4096,
+        shared_bytes: 0,
     };
     gpu.launch(&Kernel::plain("loss_total"), launch, &args)?;
     drop(args);

@@ -35,16 +35,14 @@ impl ObserveVariant {
         }
     }
 
-    /// `words`: numbers of 4 bytes for each row of a streamed tile.
-    fn launch(&self, tokens: usize, lists: usize, words: usize) -> Launch {
-        let Some(dim) = self.dim else {
+    fn launch(&self, tokens: usize, lists: usize) -> Launch {
+        if self.dim.is_none() {
             return Launch::warps(tokens, lists);
-        };
+        }
         Launch {
             grid: [tokens.div_ceil(TILE), lists, 1],
             threads: THREADS,
-            // A tile that stays, and two that are streamed.
-            shared_bytes: 3 * TILE * dim * 2 + 2 * TILE * words * 4,
+            shared_bytes: 0,
         }
     }
 }
@@ -86,12 +84,9 @@ impl Band {
         16 * self.warps
     }
 
-    /// Keys, the sinks' among them, and two stages of 64 numbers a row; the masses that each warp's rows give, and the norms
-    /// of values.
-    fn shared_bytes(&self) -> usize {
-        let masses = 8 * if self.whole { self.eighths / 2 + 1 } else { self.eighths };
-        let stages = 2 * self.rows() * 64;
-        ((self.rows() + 8 * self.eighths) * self.dim + stages) * 2 + (self.warps * masses + self.rows()) * 4
+    fn kernel<T: GpuElement>(&self) -> Kernel {
+        let name = if self.whole { "whole" } else { "band" };
+        Kernel::of::<T>(&format!("observe_{name}_{}_{}", self.dim, self.eighths))
     }
 }
 
@@ -135,14 +130,17 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(
     let variant = ObserveVariant::pick::<T>(head_dim, [&call.q.1, &call.k.1, &v.1]);
     let mut bits = gpu.alloc::<u8>(batch * heads * pairs)?;
     let limit = gpu.shared_limit()?;
-    let band = Band::pick(head_dim, call.config, &variant, &per_kv_head);
-    if let Some(band) = band.filter(|band| band.shared_bytes() <= limit) {
+    let band = match Band::pick(head_dim, call.config, &variant, &per_kv_head) {
+        Some(band) if gpu.shared_bytes(&band.kernel::<T>())? <= limit => Some(band),
+        _ => None,
+    };
+    if let Some(band) = band {
         let window = per_kv_head.window as usize;
         let share = band.rows() + 1 - (window - window / 2);
         let launch = Launch {
             grid: [pairs.div_ceil(share), kv_heads, batch],
             threads: 32 * band.warps,
-            shared_bytes: band.shared_bytes(),
+            shared_bytes: 0,
         };
         let args = [
             gpu.read(call.q.0),
@@ -153,9 +151,7 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(
             gpu.value(&per_kv_head),
             gpu.value(&tests.few),
         ];
-        let name = if band.whole { "whole" } else { "band" };
-        let kernel = Kernel::of::<T>(&format!("observe_{name}_{}_{}", band.dim, band.eighths));
-        gpu.launch(&kernel.early(), launch, &args)?;
+        gpu.launch(&band.kernel::<T>().early(), launch, &args)?;
         drop(args);
         return Ok(bits);
     }
@@ -166,7 +162,7 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(
         gpu.write(&mut log_sum_exp),
         gpu.value(&per_head),
     ];
-    let launch = variant.launch(tokens, batch * heads, 0);
+    let launch = variant.launch(tokens, batch * heads);
     gpu.launch(&variant.kernel::<T>("observe_rows"), launch, &args)?;
     drop(args);
     let args = [
@@ -179,7 +175,7 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(
         gpu.value(&per_kv_head),
         gpu.value(&tests.few),
     ];
-    let launch = variant.launch(pairs, batch * kv_heads, 1);
+    let launch = variant.launch(pairs, batch * kv_heads);
     gpu.launch(&variant.kernel::<T>("observe_bits"), launch, &args)?;
     drop(args);
     Ok(bits)

@@ -103,7 +103,7 @@ pub(crate) struct Launch {
     pub grid: [usize; 3],
     /// Threads of a block, a multiple of 32.
     pub threads: usize,
-    /// Dynamic shared memory of a block.
+    /// Dynamic shared memory of a block beyond what the kernel has by `SHARED_BYTES` in cuda/lib/kernel.cuh.
     pub shared_bytes: usize,
 }
 
@@ -171,6 +171,12 @@ pub(crate) trait Gpu {
     /// # Errors
     /// What the driver reports.
     fn shared_limit(&self) -> Result<usize>;
+
+    /// How much dynamic shared memory a block of the kernel has by `SHARED_BYTES` in cuda/lib/kernel.cuh.
+    ///
+    /// # Errors
+    /// A kernel that does not exist.
+    fn shared_bytes(&self, kernel: &Kernel) -> Result<usize>;
 
     /// How many multiprocessors run blocks side by side.
     ///

@@ -99,6 +99,8 @@ impl EmuArg<'_> {
 }
 
 extern "C" {
+    /// 0 for a kernel that declares none, or that does not exist.
+    fn emu_shared_bytes(name: *const c_char) -> usize;
     fn emu_launch(
         name: *const c_char,
         grid: *const u32,
@@ -145,6 +147,12 @@ impl Gpu for Emulator {
 
     fn shared_limit(&self) -> Result<usize> {
         Ok(usize::MAX)
+    }
+
+    fn shared_bytes(&self, kernel: &Kernel) -> Result<usize> {
+        let name = CString::new(kernel.name.as_str()).map_err(candle_core::Error::wrap)?;
+        // SAFETY: a string that ends with a zero and outlives the call.
+        Ok(unsafe { emu_shared_bytes(name.as_ptr()) })
     }
 
     fn multiprocessors(&self) -> Result<usize> {

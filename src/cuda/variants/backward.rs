@@ -14,27 +14,21 @@ pub(in crate::cuda) const COLUMNS: usize = 128;
 pub(in crate::cuda) struct BackwardVariant {
     dim: usize,
     pub threads: usize,
-    /// Of a tile.
-    rows: usize,
     warpgroups: bool,
 }
-
-/// Tiles on their way of the kernels by warpgroups.
-const WARPGROUP_STAGES: usize = 3;
 
 impl BackwardVariant {
     /// None where every sum must have one owner, and where no fused kernel is.
     fn pick<T: GpuElement>(problem: &Problem, options: &AttentionOptions) -> Option<Self> {
-        let (dim, threads, rows) = match problem.head_dim {
+        let (dim, threads) = match problem.head_dim {
             _ if options.deterministic || !T::HALF => return None,
-            0..=64 => (64, 128, 32),
-            65..=128 => (128, 256, 64),
+            0..=64 => (64, 128),
+            65..=128 => (128, 256),
             _ => return None,
         };
         Some(Self {
             dim,
             threads,
-            rows,
             warpgroups: false,
         })
     }
@@ -43,7 +37,6 @@ impl BackwardVariant {
     fn by_warpgroups(self) -> Self {
         Self {
             threads: 384,
-            rows: 8192 / self.dim,
             warpgroups: true,
             ..self
         }
@@ -64,7 +57,9 @@ impl BackwardVariant {
             variant = variant.by_warpgroups();
         }
         let limit = gpu.shared_limit()?;
-        Ok((variant.shared_bytes() <= limit).then_some(variant))
+        // The same for every kind of columns.
+        let bytes = gpu.shared_bytes(&variant.kernel::<T>("far"))?;
+        Ok((bytes <= limit).then_some(variant))
     }
 
     /// Blocks that registers let a multiprocessor run at a time.
@@ -82,19 +77,5 @@ impl BackwardVariant {
             ("listed", false) => Kernel::of::<T>(&format!("backward_listed_{dim}")),
             _ => Kernel::plain(&format!("backward_{family}_{dim}_{}_{kind}", T::SUFFIX)),
         }
-    }
-
-    /// `WORDS_AT` in `cuda/backward/backward_fused.cuh`, and the words; `BYTES` in `cuda/backward/backward_wgmma.cuh`.
-    pub fn shared_bytes(&self) -> usize {
-        let stage = self.rows * (2 * 2 * self.dim + 2 * 4);
-        let (stages, columns, others) = match self.warpgroups {
-            true => (
-                WARPGROUP_STAGES,
-                2 * self.rows,
-                4 * self.rows * self.dim + 8 * (2 * WARPGROUP_STAGES + 3),
-            ),
-            false => (2, 2 * 2 * self.rows, 0),
-        };
-        COLUMNS * (2 * 2 * self.dim + columns + 16) + stages * stage + others
     }
 }

@@ -3,13 +3,10 @@
 use crate::cuda::on_gpu::Gpu;
 use candle_core::Result;
 
-/// One variant of a tensor-core forward kernel: its template's padded head size, rows of a block, columns of a tile.
+/// One variant of a tensor-core forward kernel, and the rows of its blocks.
 pub(in crate::cuda) struct ForwardVariant {
     pub name: &'static str,
-    dim: usize,
     pub rows: usize,
-    columns: usize,
-    listed: bool,
     warpgroups: Option<Warpgroups>,
 }
 
@@ -25,24 +22,21 @@ impl ForwardVariant {
     /// The smallest that holds the head size; as `FORWARD_DTYPE` in cuda/forward/forward.cu and forward_listed.cu has
     /// them.
     pub fn pick(head_dim: usize, extras: bool, listed: bool) -> Self {
-        let (name, dim, rows, columns) = match (head_dim, extras, listed) {
-            (..=64, _, true) => ("forward_listed_64", 64, 128, 64),
-            (..=96, _, true) => ("forward_listed_96", 96, 128, 32),
-            (_, _, true) => ("forward_listed_128", 128, 128, 64),
-            (..=64, false, _) => ("forward_64", 64, 128, 64),
-            (..=96, false, _) => ("forward_96", 96, 128, 32),
-            (..=128, false, _) => ("forward_128", 128, 128, 64),
-            (_, false, _) => ("forward_256", 256, 64, 32),
-            (..=64, true, _) => ("forward_64_extras", 64, 128, 32),
-            (..=128, true, _) => ("forward_128_extras", 128, 64, 32),
-            (_, true, _) => ("forward_256_extras", 256, 64, 32),
+        let (name, rows) = match (head_dim, extras, listed) {
+            (..=64, _, true) => ("forward_listed_64", 128),
+            (..=96, _, true) => ("forward_listed_96", 128),
+            (_, _, true) => ("forward_listed_128", 128),
+            (..=64, false, _) => ("forward_64", 128),
+            (..=96, false, _) => ("forward_96", 128),
+            (..=128, false, _) => ("forward_128", 128),
+            (_, false, _) => ("forward_256", 64),
+            (..=64, true, _) => ("forward_64_extras", 128),
+            (..=128, true, _) => ("forward_128_extras", 64),
+            (_, true, _) => ("forward_256_extras", 64),
         };
         Self {
             name,
-            dim,
             rows,
-            columns,
-            listed,
             warpgroups: None,
         }
     }
@@ -50,24 +44,21 @@ impl ForwardVariant {
     /// The one by warpgroups, if there is one that is faster, as `FORWARD_DTYPE` in cuda/forward/forward_sm90a.cu has
     /// them. `short`: the most tokens for which more and smaller blocks are faster.
     pub fn by_warpgroups(head_dim: usize, tokens: usize, listed: bool, short: usize) -> Option<Self> {
-        let (name, dim, rows, columns, producers, at_a_time) = match (head_dim, listed) {
+        let (name, rows, producers, at_a_time) = match (head_dim, listed) {
             // Of lists half the tiles of short calls are masked ones, in which smaller tiles waste less.
-            (..=64, true) if tokens.div_ceil(4) <= short => ("forward_wgmma_short_listed_64", 64, 64, 64, 128, 3),
-            (..=64, true) => ("forward_wgmma_listed_64", 64, 192, 128, 128, 1),
-            // Three of these run on a multiprocessor, of which an early launch would not find places for all.
-            (..=64, false) if tokens <= short => ("forward_wgmma_short_64", 64, 64, 64, 32, 0),
-            (..=64, false) => ("forward_wgmma_64", 64, 192, 128, 128, 1),
-            (..=128, true) if tokens <= short => ("forward_wgmma_short_listed_128", 128, 64, 64, 64, 2),
-            (..=128, true) => ("forward_wgmma_listed_128", 128, 128, 128, 128, 1),
-            (..=128, false) => ("forward_wgmma_128", 128, 128, 128, 128, 1),
+            (..=64, true) if tokens.div_ceil(4) <= short => ("forward_wgmma_short_listed_64", 64, 128, 3),
+            (..=64, true) => ("forward_wgmma_listed_64", 192, 128, 1),
+            // Three of these run on a multiprocessor. An early launch would not find places for all of them.
+            (..=64, false) if tokens <= short => ("forward_wgmma_short_64", 64, 32, 0),
+            (..=64, false) => ("forward_wgmma_64", 192, 128, 1),
+            (..=128, true) if tokens <= short => ("forward_wgmma_short_listed_128", 64, 64, 2),
+            (..=128, true) => ("forward_wgmma_listed_128", 128, 128, 1),
+            (..=128, false) => ("forward_wgmma_128", 128, 128, 1),
             _ => return None,
         };
         Some(Self {
             name,
-            dim,
             rows,
-            columns,
-            listed,
             warpgroups: Some(Warpgroups { producers, at_a_time }),
         })
     }
@@ -78,21 +69,7 @@ impl ForwardVariant {
             .map_or(THREADS, |warpgroups| 2 * self.rows + warpgroups.producers)
     }
 
-    /// As `ForwardTiles` has it: queries, two buffers of keys and values, words of a few tiles, the marks of columns
-    /// that are not finite, what is the same for a block and what its rows see; for warpgroups the output on its way,
-    /// the facts of three blocks, what is to be done again, and mbarriers.
-    pub fn shared_bytes(&self) -> usize {
-        let queries = 2 * self.dim * self.rows;
-        let (output, words, slots, notes) = match self.warpgroups {
-            Some(_) => (queries, 4, 3, 4 * (4 + 32) + 8 * (4 * 2 + 3)),
-            None => (0, 2, 1, 0),
-        };
-        let facts = 48 + if self.listed { 8 * self.rows } else { 0 };
-        let tiles = 4 * 2 * self.dim * self.columns + words * 4 * self.columns;
-        queries + tiles + output + 4 * (self.columns + 4) + slots * facts + notes
-    }
-
-    /// Blocks of a grid for so many blocks of rows. By warpgroups, as many as run at a time take several, and load the
+    /// Blocks of a grid for `blocks` blocks of rows. By warpgroups, as many as run at a time take several, and load the
     /// next one's while they end one; where there are more than go together (`QUEUE` in cuda/forward/forward_wgmma.cuh)
     /// the device hands them out, which keeps blocks of unlike length in balance.
     pub fn grid(&self, gpu: &impl Gpu, blocks: usize) -> Result<usize> {
