@@ -3,8 +3,8 @@
 //!
 //! `cargo run --release --features cuda --example bench_gpu [LONGEST [SHORTEST [PARTS]]]`: the longest and shortest N,
 //! and some of decide,attention,decode (the default), deterministic (both passes with one owner per sum), and cold (the
-//! time of first calls, measured before anything else). `python3 benches/pytorch_gpu.py` prints the same lines for
-//! PyTorch's flash attention.
+//! time of first calls, measured before anything else). `python3 peers/benches/pytorch_gpu.py` prints the same lines
+//! for PyTorch's flash attention.
 //!
 //! `CUDA_CACHE_DISABLE=1 bench_gpu 0 0 cold` runs in a process that finds nothing in the driver's cache.
 //!

@@ -218,34 +218,6 @@ fn bench_measures_dense_and_compressed() {
     }
 }
 
-/// candle-transformers' own quantized llama runs beside ours, if it reads the model's file.
-#[test]
-fn bench_runs_candles_llama_too() {
-    let fixture = Fixture::get();
-    let [model, folder, prose] = ["q8.gguf", "hf", "text.txt"].map(|name| fixture.path(name));
-    let args = ["bench", "--model", &model, "--text", &prose, "--peer"];
-    let output = llama(&[&args[..], &split("--prompts 32 --decode 8")].concat());
-    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
-    assert!(output.status.success(), "{stderr}");
-    for name in ["dense", "compressed", "candle"] {
-        let rows = stdout.lines().filter(|line| line.contains(&format!("    32  {name} ")));
-        assert_eq!(rows.count(), 1, "{stdout}");
-    }
-    assert_error(
-        &[
-            "bench",
-            "--model",
-            &folder,
-            "--text",
-            &prose,
-            "--peer",
-            "--prompts",
-            "32",
-        ],
-        &["peer: ", "leave --peer out"],
-    );
-}
-
 #[test]
 fn bench_prints_a_table_and_how_a_long_prompt_is_cut() {
     let fixture = Fixture::get();

@@ -243,9 +243,6 @@ pub struct BenchArgs {
     /// Tokens to decode one at a time after each prompt: those that follow in the text.
     #[arg(long, default_value_t = 32)]
     pub decode: usize,
-    /// Run candle-transformers' own quantized llama too, where the model is a GGUF file.
-    #[arg(long)]
-    pub peer: bool,
     /// Draw cache bytes against tokens of the longest prompt into this file.
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
@@ -272,18 +269,15 @@ pub struct Child {
 pub enum Contender {
     Dense,
     Compressed,
-    /// candle-transformers' quantized llama.
-    Candle,
 }
 
 impl Contender {
-    const ALL: [Self; 3] = [Self::Dense, Self::Compressed, Self::Candle];
+    const ALL: [Self; 2] = [Self::Dense, Self::Compressed];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::Dense => "dense",
             Self::Compressed => "compressed",
-            Self::Candle => "candle",
         }
     }
 }
@@ -304,7 +298,7 @@ impl FromStr for Child {
                 prompt: prompt.parse().map_err(|error| format!("{prompt}: {error}"))?,
                 attention,
             }),
-            _ => Err("expected TOKENS:dense, TOKENS:compressed or TOKENS:candle".into()),
+            _ => Err("expected TOKENS:dense or TOKENS:compressed".into()),
         }
     }
 }

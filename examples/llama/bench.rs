@@ -1,7 +1,9 @@
 //! `llama bench`: speed, cache and memory by prompt length, dense and compressed.
 
+#[path = "bench/row.rs"]
+mod row;
+
 use std::env;
-use std::fs;
 use std::io::{stderr, stdout, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -9,22 +11,16 @@ use std::process::{Command, Stdio};
 use anyhow::{bail, ensure, Context, Result};
 use candle_sfattention::CompressionConfig;
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::{Deserialize, Serialize};
+use row::{first_tokens, Run};
+use serde::Serialize;
 
 use crate::args::{BenchArgs, Child, Contender};
 use crate::compression::Compression;
 use crate::load::Checkpoint;
-use crate::peer;
 use crate::plot;
 use crate::report::{check_path, write_json};
 use crate::session::Session;
-use crate::stats::{memory, mib, KvUse, Stats};
-
-/// The name of candle-transformers' rows.
-const CANDLE: &str = "candle";
-
-/// Bytes of text that surely hold a token: the text beyond them need not be tokenized.
-const BYTES_PER_TOKEN: usize = 16;
+use crate::stats::{memory, mib};
 
 #[derive(Serialize)]
 struct BenchReport {
@@ -38,21 +34,10 @@ struct BenchReport {
 /// One configuration, measured in a process of its own.
 #[derive(Serialize)]
 struct Row {
-    /// `off` for dense attention, `candle` for candle-transformers' own model, else the strategy.
+    /// `off` for dense attention, else the strategy.
     strategy: String,
     #[serde(flatten)]
     run: Run,
-}
-
-/// The output of a child process.
-#[derive(Serialize, Deserialize)]
-struct Run {
-    #[serde(flatten)]
-    stats: Stats,
-    /// Memory held after loading the weights, before the first run.
-    loaded_rss_bytes: Option<u64>,
-    /// Tokens and cache bytes after each chunk of the prompt.
-    curve: Vec<(usize, usize)>,
 }
 
 pub fn run(args: &BenchArgs) -> Result<()> {
@@ -102,7 +87,7 @@ fn configurations(args: &BenchArgs) -> Result<Vec<Child>> {
     );
     let longest = context - args.decode;
     let wanted = args.prompts.iter().max().map_or(0, |prompt| longest.min(*prompt));
-    tokens(args, &checkpoint, wanted + args.decode)?;
+    first_tokens(&args.text, &checkpoint, wanted + args.decode)?;
     let mut prompts: Vec<usize> = Vec::new();
     for &prompt in &args.prompts {
         if prompt > longest {
@@ -124,57 +109,17 @@ fn configurations(args: &BenchArgs) -> Result<Vec<Child>> {
         if !args.compression.dense {
             add(Contender::Compressed);
         }
-        if args.peer && prompt + args.decode <= peer::CONTEXT {
-            add(Contender::Candle);
-        } else if args.peer {
-            writeln!(
-                stderr(),
-                "note: candle's quantized llama holds {} tokens: not run with a prompt of {prompt}",
-                peer::CONTEXT
-            )?;
-        }
     }
     Ok(all)
-}
-
-/// The first `count` tokens of the text.
-fn tokens(args: &BenchArgs, checkpoint: &Checkpoint, count: usize) -> Result<Vec<u32>> {
-    let whole = fs::read_to_string(&args.text)
-        .with_context(|| format!("text {}: give one with --text", args.text.display()))?;
-    let mut end = whole.len().min(count * BYTES_PER_TOKEN);
-    while !whole.is_char_boundary(end) {
-        end += 1;
-    }
-    let mut tokens = checkpoint.encode(&whole[..end], false)?;
-    if tokens.len() < count && end < whole.len() {
-        tokens = checkpoint.encode(&whole, false)?;
-    }
-    ensure!(
-        tokens.len() >= count,
-        "text: expected at least {count} tokens, the longest prompt and those to decode, got {}; give a longer text or \
-         lower --prompts",
-        tokens.len()
-    );
-    tokens.truncate(count);
-    Ok(tokens)
 }
 
 /// Runs one configuration in this process.
 fn measure(args: &BenchArgs, compression: Compression, child: Child) -> Result<Run> {
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
-    let tokens = tokens(args, &checkpoint, child.prompt + args.decode)?;
+    let tokens = first_tokens(&args.text, &checkpoint, child.prompt + args.decode)?;
     let compression = match child.attention {
         Contender::Dense => compression.dense(),
         Contender::Compressed => compression,
-        Contender::Candle => {
-            drop(checkpoint);
-            let (loaded_rss_bytes, stats) = peer::measure(&args.model.model, &tokens, child.prompt)?;
-            return Ok(Run {
-                stats,
-                loaded_rss_bytes,
-                curve: Vec::new(),
-            });
-        }
     };
     let attention = compression.attention(&checkpoint.config.shape())?;
     let model = checkpoint.load(attention)?;
@@ -233,7 +178,6 @@ fn measure_all(configurations: &[Child], label: &str) -> Result<Vec<Row>> {
         let strategy = match child.attention {
             Contender::Dense => "off",
             Contender::Compressed => label,
-            Contender::Candle => CANDLE,
         };
         let strategy = strategy.into();
         rows.push(Row { strategy, run });
@@ -247,7 +191,6 @@ fn measure_all(configurations: &[Child], label: &str) -> Result<Vec<Row>> {
 fn shown(strategy: &str) -> &str {
     match strategy {
         "off" => "dense",
-        CANDLE => CANDLE,
         _ => "compressed",
     }
 }
@@ -255,32 +198,12 @@ fn shown(strategy: &str) -> &str {
 impl BenchReport {
     fn print(&self) -> Result<()> {
         let out = &mut stdout().lock();
-        writeln!(
-            out,
-            "prompt  attention   prefill tok/s  decode tok/s  KV MiB  of dense  hidden  peak RSS MiB"
-        )?;
+        Run::print_header(out)?;
         for Row { strategy, run } in &self.rows {
-            let stats = &run.stats;
-            let number = |number: Option<f64>| number.map_or("-".into(), |number| format!("{number:.1}"));
-            let ratio = |number: Option<f64>| number.map_or("-".into(), |number| format!("{number:.3}"));
-            let kv = stats.kv.as_ref();
-            writeln!(
-                out,
-                "{:>6}  {:<10}  {:>13}  {:>12}  {:>6}  {:>8}  {:>6}  {:>12}",
-                stats.prompt_tokens,
-                shown(strategy),
-                number(stats.prefill_tokens_per_second),
-                number(stats.decode_tokens_per_second),
-                number(kv.map(|kv| mib(kv.kv_bytes as u64))),
-                ratio(kv.map(KvUse::ratio)),
-                ratio(kv.map(|_| stats.hidden.hidden_ratio)),
-                stats
-                    .peak_rss_bytes
-                    .map_or("-".into(), |bytes| format!("{:.0}", mib(bytes))),
-            )?;
+            run.print(shown(strategy), out)?;
         }
-        if let Some(bytes) = self.rows.first().and_then(|row| row.run.loaded_rss_bytes) {
-            writeln!(out, "Weights loaded, nothing run: {:.0} MiB.", mib(bytes))?;
+        if let Some(first) = self.rows.first() {
+            first.run.print_loaded(out)?;
         }
         Ok(())
     }
@@ -296,10 +219,7 @@ impl BenchReport {
                 points: row.run.curve.clone(),
             }
         };
-        let rows = self
-            .rows
-            .iter()
-            .filter(|row| tokens(row) == longest && row.strategy != CANDLE);
+        let rows = self.rows.iter().filter(|row| tokens(row) == longest);
         let curves: Vec<_> = rows.map(curve).collect();
         let name = |path: &str| {
             Path::new(path)

@@ -4,13 +4,13 @@ use std::io::{stderr, stdout, Write};
 use std::time::Instant;
 
 use anyhow::{ensure, Context, Result};
-use candle_transformers::generation::LogitsProcessor;
 use serde::Serialize;
 
 use crate::args::{GenerateArgs, DEFAULT_MODEL};
 use crate::compression::Compression;
 use crate::load::Checkpoint;
 use crate::report::{check_path, write_json, RunReport};
+use crate::sampling::Sampler;
 use crate::session::Session;
 use crate::stats::Stats;
 use crate::stream::TextStream;
@@ -30,7 +30,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     check_path("json", args.model.json.as_deref())?;
     check_path("stats", args.stats.as_deref())?;
     args.cache.check()?;
-    let mut sampler = sampler(args)?;
+    let mut sampler = Sampler::new(args.temperature, args.top_p, args.seed)?;
     let compression = Compression::from_args(&args.compression)?;
     let cached = keeps_cache(args, &compression)?;
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
@@ -87,21 +87,6 @@ fn keeps_cache(args: &GenerateArgs, compression: &Compression) -> Result<bool> {
     Ok(false)
 }
 
-fn sampler(args: &GenerateArgs) -> Result<LogitsProcessor> {
-    ensure!(
-        args.temperature.is_finite() && args.temperature >= 0.0,
-        "temperature: expected a number of at least 0, got {}; 0 takes the likeliest token",
-        args.temperature
-    );
-    if let Some(p) = args.top_p {
-        ensure!(
-            p > 0.0 && p <= 1.0,
-            "top-p: expected a probability above 0 and at most 1, got {p}; 1 samples from all"
-        );
-    }
-    Ok(LogitsProcessor::new(args.seed, Some(args.temperature), args.top_p))
-}
-
 /// The prompt's tokens, which must leave room for one more in the model's context.
 fn encode_prompt(checkpoint: &Checkpoint, args: &GenerateArgs) -> Result<Vec<u32>> {
     let tokens = match args.chat {
@@ -133,7 +118,7 @@ fn generate(
     checkpoint: &Checkpoint,
     prompt: &[u32],
     args: &GenerateArgs,
-    sampler: &mut LogitsProcessor,
+    sampler: &mut Sampler,
 ) -> Result<(String, usize)> {
     let out = &mut stdout().lock();
     // An answer is a text of its own; other text continues the prompt.
@@ -155,7 +140,7 @@ fn generate(
             None => session.prefill(prompt, |_| ())?,
             Some(token) => session.step(token)?,
         };
-        let token = sampler.sample(&logits).context("sampling: the logits are not usable")?;
+        let token = sampler.sample(&logits)?;
         if checkpoint.text.ends.contains(&token) {
             break;
         }

@@ -1,60 +1,12 @@
-//! Random settings, shapes and strategies for caches, as property tests draw them.
+//! Strategies and chunks for caches.
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_sfattention::{
-    AttentionOptions, CompressedKvCache, CompressionConfig, Criterion, Fold, GroupRule, HeadStrategies, MergeStrategy,
+    AttentionOptions, CompressedKvCache, CompressionConfig, Criterion, HeadStrategies, MergeStrategy,
 };
-use proptest::prelude::*;
 
 use super::inputs::Shape;
-
-/// Every setting that a cache takes; some windows are small, some never fill.
-pub fn configs() -> impl Strategy<Value = CompressionConfig> {
-    prop_oneof![3 => compared(), 1 => observed()]
-}
-
-fn observed() -> impl Strategy<Value = CompressionConfig> {
-    (0..6usize, prop_oneof![2..9usize, 30..200usize]).prop_map(|(sinks, window)| CompressionConfig {
-        group_rule: GroupRule::Unanimous,
-        criterion: Criterion::ObservedMass,
-        fold: Fold::Drop,
-        sinks,
-        window,
-        ..Default::default()
-    })
-}
-
-fn compared() -> impl Strategy<Value = CompressionConfig> {
-    (
-        prop_oneof![Just(Fold::PairSum), Just(Fold::Mean), Just(Fold::Drop)],
-        prop_oneof![Just(Criterion::QueryKey), Just(Criterion::KeyKey)],
-        prop_oneof![Just(GroupRule::PerQueryHead), Just(GroupRule::Unanimous)],
-        0..6usize,
-        prop_oneof![Just(0usize), 1..9usize, 30..200usize],
-        1..7usize,
-        0.05..0.6f64,
-    )
-        .prop_map(
-            |(fold, criterion, group_rule, sinks, window, max_merge_level, threshold)| CompressionConfig {
-                similarity_threshold: threshold,
-                difference_threshold: threshold,
-                max_merge_level,
-                group_rule,
-                criterion,
-                fold,
-                sinks,
-                window,
-                ..Default::default()
-            },
-        )
-}
-
-/// Small shapes with 1 to 3 query heads per KV head.
-pub fn shapes() -> impl Strategy<Value = Shape> {
-    (1..3usize, 1..3usize, 1..4usize, 1..160usize, 1..40usize)
-        .prop_map(|(batch, kv_heads, group, tokens, dim)| Shape(batch, kv_heads * group, kv_heads, tokens, dim))
-}
 
 /// Uniform strategies, per head, or per batch row and head; with thresholds if the criterion needs them.
 pub fn strategies(kind: u8, shape: &Shape, config: &CompressionConfig) -> Result<HeadStrategies> {

@@ -12,4 +12,6 @@ pub mod golden;
 pub mod inputs;
 pub mod judge;
 pub mod layers;
+pub mod runs;
+pub mod saved;
 pub mod settings;

@@ -8,7 +8,8 @@ use candle_sfattention::reference::{
 use candle_sfattention::{AttentionOptions, CompressionConfig, Dropout, Fold};
 use rand::{rngs::StdRng, SeedableRng};
 
-use crate::{assert_close, bits, no_bits, random, random_bits, random_qkv, tensor, FOLDS};
+use crate::arrays::{assert_close, no_bits, random, random_bits, random_qkv, tensor, FOLDS};
+use crate::bits;
 
 #[test]
 fn columns_are_far_edge_and_near() {

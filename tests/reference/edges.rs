@@ -11,7 +11,8 @@ use candle_sfattention::{
 };
 use rand::{rngs::StdRng, SeedableRng};
 
-use crate::{assert_close, bits, no_bits, random, random_bits, random_qkv, tensor};
+use crate::arrays::{assert_close, no_bits, random, random_bits, random_qkv, tensor};
+use crate::bits;
 
 /// The NaN rows of a head of one dimension and five tokens, with given bits.
 fn nan_rows(fold: Fold, window: usize, m: &str, qkv: &[Array4; 3], bias: Option<Tensor>) -> Result<String> {

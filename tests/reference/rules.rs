@@ -9,7 +9,8 @@ use candle_sfattention::{
 };
 use rand::{rngs::StdRng, Rng, SeedableRng};
 
-use crate::{bits, random, random_qkv, FOLDS};
+use crate::arrays::{random, random_qkv, FOLDS};
+use crate::bits;
 
 #[test]
 fn pair_test_is_strict_and_zero_vectors_are_orthogonal() {

@@ -1,5 +1,6 @@
-//! Forward and backward attention on the CPU against candle's plain operations with autograd, in one run: `cargo bench
-//! --bench backward`; with SFATTENTION_PYTHON=python3 (one that has torch) against PyTorch's SDPA too.
+//! Forward and backward attention on the CPU against candle's plain operations with autograd, in one run:
+//! `cargo bench -p peers --bench backward`; with SFATTENTION_PYTHON=python3 (one that has torch) against PyTorch's SDPA
+//! too.
 //!
 //! The output's gradient is ones for all, because making another one is not attention's time. candle adds every
 //! gradient to a tensor of zeros, which in halves is much of a call; rows that run in turns with ours time that alone.

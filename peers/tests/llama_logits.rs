@@ -1,23 +1,23 @@
 //! The llama example's model as a module: its logits against candle-transformers' own models, and damaged files.
 
 #[allow(dead_code)]
-#[path = "llama_example/fixture.rs"]
+#[path = "../../tests/llama_example/fixture.rs"]
 mod fixture;
 
 #[allow(dead_code)]
-#[path = "../examples/llama/chat.rs"]
+#[path = "../../examples/llama/chat.rs"]
 mod chat;
 #[allow(dead_code)]
-#[path = "../examples/llama/load/mod.rs"]
+#[path = "../../examples/llama/load/mod.rs"]
 mod load;
 #[allow(dead_code)]
-#[path = "../examples/llama/model.rs"]
+#[path = "../../examples/llama/model.rs"]
 mod model;
 #[allow(dead_code)]
-#[path = "../examples/llama/rope.rs"]
+#[path = "../../examples/llama/rope.rs"]
 mod rope;
 #[allow(dead_code)]
-#[path = "../examples/llama/weights.rs"]
+#[path = "../../examples/llama/weights.rs"]
 mod weights;
 
 use std::fs;
@@ -172,7 +172,7 @@ const ISHMAEL: &str =
 
 /// The checkpoint that examples/llama/fetch.sh fetches, or the one SFATTENTION_GGUF names.
 fn real_checkpoint() -> Option<String> {
-    let fetched = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/SmolLM2-135M-Instruct.Q4_1.gguf");
+    let fetched = Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/SmolLM2-135M-Instruct.Q4_1.gguf");
     let model = std::env::var_os("SFATTENTION_GGUF").map_or(fetched, PathBuf::from);
     if !model.exists() {
         eprintln!(

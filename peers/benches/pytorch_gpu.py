@@ -2,8 +2,8 @@
 published SFAttention algorithm as published: tests of all levels, sweeps, folded tensors and an N x N softmax, forward
 only, up to N = 4096 (larger matrices would not fit).
 
-Run: python3 benches/pytorch_gpu.py [LONGEST [SHORTEST [PARTS]]] (N, and some of attention,published,decode; all by
-default). Needs a CUDA device and PyTorch 2.5 or newer.
+Run: python3 peers/benches/pytorch_gpu.py [LONGEST [SHORTEST [PARTS]]] (N, and some of attention,published,decode; all
+by default). Needs a CUDA device and PyTorch 2.5 or newer.
 """
 
 import statistics

@@ -1,5 +1,5 @@
-//! PyTorch as a peer: `benches/pytorch.py --serve` under the interpreter named by SFATTENTION_PYTHON, which is called
-//! between our own rows so that both meet the same noise.
+//! PyTorch as a peer: `peers/benches/pytorch.py --serve` under the interpreter named by SFATTENTION_PYTHON, which is
+//! called between our own rows so that both meet the same noise.
 
 use super::Shape;
 use candle_core::{Error, Result};

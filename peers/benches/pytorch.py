@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """PyTorch's attention on the CPU, timed as the benches time ours.
 
-    python3 benches/pytorch.py                              # prints PyTorch's rows
-    SFATTENTION_PYTHON=python3 cargo bench --bench forward  # puts them beside ours, timed in the same run
+    python3 peers/benches/pytorch.py                                 # prints PyTorch's rows
+    SFATTENTION_PYTHON=python3 cargo bench -p peers --bench forward  # puts them beside ours, timed in the same run
 
 Needs the package torch, whatever build; no GPU is used. Each call is verified against softmax(QK^T)V first.
 """

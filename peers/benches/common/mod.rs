@@ -112,10 +112,12 @@ pub fn forget(folder: &Path, functions: &[&str]) {
     }
 }
 
-/// Criterion with its results in a folder of ours, from which the ratios are read.
+/// Criterion with its results in `target/criterion/NAME`, from which the ratios are read.
 pub fn criterion(name: &str) -> (Criterion, PathBuf) {
-    let target = std::env::var("CARGO_TARGET_DIR").unwrap_or_else(|_| "target".into());
-    let folder = Path::new(&target).join("criterion").join(name);
+    // Cargo runs a bench in its package's folder, and names `target/tmp`.
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
+        .with_file_name("criterion")
+        .join(name);
     let criterion = Criterion::default()
         .sample_size(10)
         .warm_up_time(Duration::from_secs(1))

@@ -1,5 +1,5 @@
-//! Peak memory of attention beyond its inputs: ours, candle's and PyTorch's, `cargo bench --bench memory`; with
-//! SFATTENTION_PYTHON=python3 (one that has torch) PyTorch's column too. The allocator counts ours and candle's
+//! Peak memory of attention beyond its inputs: ours, candle's and PyTorch's, `cargo bench -p peers --bench memory`;
+//! with SFATTENTION_PYTHON=python3 (one that has torch) PyTorch's column too. The allocator counts ours and candle's
 //! exactly; PyTorch's is the growth of its process (resolution 4 KiB, thread pools warmed up).
 
 mod common;

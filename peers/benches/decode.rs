@@ -1,4 +1,4 @@
-//! One decoding step on the CPU against candle's own, in one run: `cargo bench --bench decode`.
+//! One decoding step on the CPU against candle's own, in one run: `cargo bench -p peers --bench decode`.
 //!
 //! Decoding reads every kept key and value once, so a large copy on the same threads is the last peer.
 //!

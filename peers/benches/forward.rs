@@ -1,6 +1,7 @@
-//! Forward attention on the CPU against candle's own and PyTorch's, in one run: `cargo bench --bench forward`; with
-//! SFATTENTION_PYTHON=python3 (one that has torch) PyTorch's rows too. Rows that are compared with our own run in turns
-//! with them. Leaves plots of time against tokens and against the hidden ratio next to criterion's results.
+//! Forward attention on the CPU against candle's own and PyTorch's, in one run:
+//! `cargo bench -p peers --bench forward`; with SFATTENTION_PYTHON=python3 (one that has torch) PyTorch's rows too.
+//! Rows that are compared with our own run in turns with them. Leaves plots of time against tokens and against the
+//! hidden ratio next to criterion's results.
 //!
 //! Rejected, with the time relative to the code that stayed, or the speed relative to the gemm crate alone:
 //!
