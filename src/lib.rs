@@ -12,13 +12,15 @@ pub mod config;
 mod cpu;
 #[cfg(any(feature = "cuda", feature = "cuda-emu"))]
 mod cuda;
+mod decide;
 mod files;
+mod instructions;
 pub mod loss;
-mod observed;
 pub mod op;
 pub mod plan;
 pub mod problem;
 pub mod reference;
+mod storage;
 
 pub use attention::{
     CompressedAttention, CompressedSelfAttention, CompressionLossSink, RotaryConfig, RotaryLayout, SelfAttentionConfig,
@@ -29,8 +31,8 @@ pub use config::{
     AttentionOptions, CompressionConfig, Criterion, Dropout, Fold, GroupRule, HeadStrategies, HeadTest, LossNormalizer,
     MergeRule, MergeStrategy, TensorLayout,
 };
+pub use decide::observed_mass;
 pub use loss::{compression_loss, compression_loss_terms, CompressionLossTerms};
-pub use observed::observed_mass;
 pub use op::{attend, compressed_attention, CompressedAttentionOutput};
 pub use plan::{MergePlan, MergeStats};
 pub use problem::Problem;

@@ -10,8 +10,8 @@ use crate::cpu::loss::{loss_gradients, loss_sums};
 use crate::cpu::{Element, Rows};
 #[cfg(feature = "cuda")]
 use crate::cuda::tensors::LossCall;
-use crate::plan::{not_on_cpu, on_cpu, visit_storages, QueryKeyVisitor};
 use crate::problem::Problem;
+use crate::storage::{not_on_cpu, on_cpu, visit_storages, QueryKeyVisitor};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{bail, CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};

@@ -9,8 +9,9 @@ use crate::cpu::{Accumulator, Element, Rows};
 #[cfg(feature = "cuda")]
 use crate::cuda::tensors::TensorCall;
 use crate::loss::compression_loss;
-use crate::plan::{bias_view, cpu_slice, not_on_cpu, MergePlan};
+use crate::plan::MergePlan;
 use crate::problem::{Problem, RowLayout};
+use crate::storage::{bias_view, cpu_slice, not_on_cpu};
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, CudaStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor};
 use std::sync::OnceLock;

@@ -1,7 +1,7 @@
 //! Every check of shapes, dtypes, devices and strides, once, and the names of the axes.
 
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
-use crate::cpu::check_environment;
+use crate::instructions::check_environment;
 use candle_core::{bail, DType, Layout, Result, Tensor};
 
 /// The sizes of one attention call, checked. Query head `h` reads KV head `h / group`.

@@ -9,7 +9,7 @@ use crate::cpu::heads::ListHeads;
 use crate::cpu::list::{List, ListSettings, Run};
 use crate::cpu::observe::Observed;
 use crate::cpu::{Accumulator, Element};
-use crate::plan::not_on_cpu;
+use crate::storage::not_on_cpu;
 use candle_core::{bail, DType, Device, Error, Result};
 use safetensors::{Dtype, SafeTensors};
 use std::path::Path;

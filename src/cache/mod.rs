@@ -3,8 +3,8 @@
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 #[cfg(doc)]
 use crate::config::{Fold, MergeRule};
-use crate::plan::not_on_cpu;
 use crate::problem::Problem;
+use crate::storage::not_on_cpu;
 use candle_core::{bail, DType, Result, Tensor};
 use state::{select, Lists, ListsOf, Sizes, State};
 use step::{step, WithoutGradient};

@@ -8,8 +8,8 @@ use crate::cuda::cache::DeviceLists;
 use crate::cuda::device::Cuda;
 use crate::cuda::on_gpu::GpuElement;
 use crate::cuda::tensors::{self, source, stored, tensor};
-use crate::plan::not_on_cpu;
 use crate::problem::Problem;
+use crate::storage::not_on_cpu;
 use candle_core::{bail, DType, Device, Result, Tensor};
 use std::sync::Arc;
 

@@ -5,8 +5,8 @@ use crate::config::AttentionOptions;
 use crate::cpu::cached::Step;
 use crate::cpu::list_range::{largest_in, largest_of};
 use crate::cpu::{Element, Rows};
-use crate::plan::{self, cpu_slice, not_on_cpu};
 use crate::problem::{bias_as, Problem, RowLayout};
+use crate::storage::{self, cpu_slice, not_on_cpu};
 use candle_core::{bail, CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor};
 
 /// One call on checked tensors; an error leaves `state` as it was.
@@ -102,7 +102,7 @@ impl Call<'_> {
         let [q, k, v] = self.tensors.map(Tensor::storage_and_layout);
         let bias = self.bias.as_ref().map(Tensor::storage_and_layout);
         let bias = match &bias {
-            Some((storage, layout)) => Some(plan::bias_view::<S::Acc>(storage, layout)?),
+            Some((storage, layout)) => Some(storage::bias_view::<S::Acc>(storage, layout)?),
             None => None,
         };
         let Problem {

@@ -21,7 +21,7 @@ use crate::config::MergeRule;
 use crate::config::{
     AttentionOptions, CompressionConfig, Criterion, GroupRule, HeadStrategies, MergeStrategy, TensorLayout,
 };
-use crate::observed::observed_mass;
+use crate::decide::observed_mass;
 use crate::op::attend;
 use crate::plan::MergePlan;
 use crate::problem::Problem;

@@ -1,7 +1,7 @@
 //! One query row per head against a ragged list: bound by memory, so each key and value is read once and serves all
 //! query heads of its group. Long lists are split over threads at fixed places, whatever the number of threads.
 
-use super::lanes::Lanes;
+use super::element::Lanes;
 use super::list::List;
 use super::softmax::finish_row;
 use super::{arch, outlined, Accumulator, Element, HeadRows};

@@ -1,9 +1,9 @@
 //! Stored dtypes and the dtype their sums are kept in: f64 for f64, f32 for everything else.
 
 use super::exp2::{EXP2_F32, EXP2_F64};
-use super::lanes::Lanes;
 use super::registers::Registers;
 use candle_core::WithDType;
+use pulp::Simd;
 use std::iter::Sum;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Sub};
 
@@ -14,6 +14,32 @@ pub(crate) enum Split {
     One,
     /// f16
     Two,
+}
+
+/// Numbers of which decoding reads one or two at once.
+pub(crate) trait Lanes: Sized {
+    /// What sums, softmax and folds are computed in.
+    type Acc: Accumulator;
+    type Lane: Copy + Sync;
+    /// Numbers in a lane.
+    const NUMBERS: usize;
+
+    /// None where a row does not begin at a lane.
+    fn lanes(source: &[Self], dim: usize) -> Option<&[Self::Lane]>;
+    /// The dot products of G rows with a stored one: each part of it is read once.
+    fn dots<S: Simd, const G: usize>(simd: S, rows: [&[Self::Acc]; G], stored: &[Self::Lane]) -> [Self::Acc; G];
+    /// `outputs[g] += weights[g][0] * stored[0] + ... + weights[g][3] * stored[3]`: each part of these is read once.
+    /// `outputs` are G rows, one after the other.
+    fn add_weighted<S: Simd, const G: usize>(
+        simd: S,
+        outputs: &mut [Self::Acc],
+        stored: [&[Self::Lane]; 4],
+        weights: [[Self::Acc; 4]; G],
+    );
+    /// Brings a row into the order of lanes.
+    fn order(_: &mut [Self::Acc]) {}
+    /// Brings it back.
+    fn restore(_: &mut [Self::Acc]) {}
 }
 
 /// A dtype that q, k and v may have.

@@ -3,35 +3,9 @@
 //! Two halves are widened by shifts and masks, one register of even and one of odd index, so that no number changes its
 //! lane. What meets them, queries and sums of values, lies in the same order: all of even index, then all of odd.
 
-use super::Accumulator;
+use super::element::{Accumulator, Lanes};
 use half::slice::HalfFloatSliceExt;
 use pulp::{Scalar, Simd};
-
-/// Numbers of which decoding reads one or two at once.
-pub(crate) trait Lanes: Sized {
-    /// What sums, softmax and folds are computed in.
-    type Acc: Accumulator;
-    type Lane: Copy + Sync;
-    /// Numbers in a lane.
-    const NUMBERS: usize;
-
-    /// None where a row does not begin at a lane.
-    fn lanes(source: &[Self], dim: usize) -> Option<&[Self::Lane]>;
-    /// The dot products of G rows with a stored one: each part of it is read once.
-    fn dots<S: Simd, const G: usize>(simd: S, rows: [&[Self::Acc]; G], stored: &[Self::Lane]) -> [Self::Acc; G];
-    /// `outputs[g] += weights[g][0] * stored[0] + ... + weights[g][3] * stored[3]`: each part of these is read once.
-    /// `outputs` are G rows, one after the other.
-    fn add_weighted<S: Simd, const G: usize>(
-        simd: S,
-        outputs: &mut [Self::Acc],
-        stored: [&[Self::Lane]; 4],
-        weights: [[Self::Acc; 4]; G],
-    );
-    /// Brings a row into the order of lanes.
-    fn order(_: &mut [Self::Acc]) {}
-    /// Brings it back.
-    fn restore(_: &mut [Self::Acc]) {}
-}
 
 impl<A: Accumulator> Lanes for A {
     type Acc = A;

@@ -9,7 +9,6 @@ pub(crate) mod cached;
 pub(crate) mod columns;
 pub(crate) mod decide;
 pub(crate) mod decode;
-pub(crate) mod dispatch;
 pub(crate) mod element;
 pub(crate) mod exp2;
 pub(crate) mod far;
@@ -41,9 +40,7 @@ pub(crate) mod tasks;
 pub(crate) mod transpose;
 pub(crate) mod vectorized;
 
-pub(crate) use dispatch::{arch, check_environment};
-#[cfg(feature = "cuda")]
-pub(crate) use dispatch::{choose, Choice};
+pub(crate) use crate::instructions::arch;
 pub(crate) use element::{Accumulator, Element};
 pub(crate) use rows::{HeadRows, Rows};
 pub(crate) use vectorized::{dot, outlined, vectorized};

@@ -1,7 +1,7 @@
 //! What launchers need of a GPU: buffers, and launches of kernels by name.
 
 #[cfg(feature = "cuda")]
-use crate::cpu::{choose, Choice};
+use crate::instructions::{choose, Choice};
 use crate::problem::RowLayout;
 use candle_core::{Layout, Result, WithDType};
 use half::{bf16, f16};

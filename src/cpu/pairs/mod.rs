@@ -27,51 +27,10 @@ use super::aligned::Aligned;
 pub(crate) use super::element::Split;
 use super::softmax::LANES;
 use super::transpose::to_columns;
-
-use super::dispatch::{choose, Choice};
-use std::sync::LazyLock;
+use crate::instructions::bf16::{kernel, Kernel};
 
 /// What all of A's dimensions and the number of columns are padded to: two tiles of 16 rows, or 16 pairs.
 pub(crate) const PAD: usize = 32;
-
-/// Which instructions multiply.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Kernel {
-    Amx,
-    Avx512Bf16,
-}
-
-impl Kernel {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Amx => "amx",
-            Self::Avx512Bf16 => "avx512",
-        }
-    }
-}
-
-/// Names the kernel to use in place of the best one, or "off".
-const VARIABLE: &str = "SFATTENTION_BF16";
-
-/// The kernel of this process, chosen once.
-fn kernel() -> &'static Choice<Option<Kernel>> {
-    static KERNEL: LazyLock<Choice<Option<Kernel>>> = LazyLock::new(|| {
-        let kernels = x86::kernels();
-        let mut known: Vec<_> = kernels.iter().map(|kernel| (kernel.name(), Some(*kernel))).collect();
-        let off = match kernels.first() {
-            Some(Kernel::Avx512Bf16) if !x86::avx512_pays() => 0,
-            _ => known.len(),
-        };
-        known.insert(off, ("off", None));
-        choose(VARIABLE, &known, None)
-    });
-    &KERNEL
-}
-
-/// What is wrong with the variable.
-pub(crate) fn refused() -> Option<&'static String> {
-    kernel().as_ref().err()
-}
 
 impl Split {
     pub fn parts(self) -> usize {

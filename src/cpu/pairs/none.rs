@@ -3,14 +3,6 @@
 use super::gradients::Differentials;
 use super::{Kernel, Product, Strip};
 
-pub(super) fn kernels() -> Vec<Kernel> {
-    Vec::new()
-}
-
-pub(super) fn avx512_pays() -> bool {
-    false
-}
-
 pub(super) fn product(_: Kernel, _: Product) {
     unreachable!("there is no kernel")
 }

@@ -6,28 +6,6 @@ use super::{x86_amx, Kernel, Product, Split, Strip, PAD};
 use crate::cpu::exp2::{EXP2_F32, EXP2_SHORT};
 use std::arch::x86_64::*;
 
-/// What this CPU multiplies with, the best first; what lies between two products needs AVX-512 and AVX512-BF16 with
-/// either, which every CPU with AMX has.
-pub(super) fn kernels() -> Vec<Kernel> {
-    let mut kernels = Vec::new();
-    let between = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
-    if between && is_x86_feature_detected!("avx512bf16") {
-        if x86_amx::usable() {
-            kernels.push(Kernel::Amx);
-        }
-        kernels.push(Kernel::Avx512Bf16);
-    }
-    kernels
-}
-
-/// Whether products by AVX512-BF16 are faster than f32's. On Intel's CPUs, which multiply no more of them a cycle, a call in
-/// bf16 took 1.4 to 1.8 times as long (Xeon with AMX, which was switched off); by AMD's documents theirs multiply twice as
-/// many.
-pub(super) fn avx512_pays() -> bool {
-    let vendor = __cpuid(0);
-    [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD"
-}
-
 pub(super) fn product(kernel: Kernel, product: Product) {
     match kernel {
         // SAFETY: `kernels` has found the instructions.

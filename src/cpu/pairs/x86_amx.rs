@@ -2,45 +2,6 @@
 
 use super::{Product, PAD};
 use std::arch::asm;
-use std::arch::x86_64::{__cpuid, __cpuid_count};
-
-/// Whether the CPU has AMX with bf16, and the operating system lets this process use it.
-pub(super) fn usable() -> bool {
-    // CPUID 7.0: EDX bit 22 is AMX-BF16, 24 is AMX-TILE; CPUID 1: ECX bit 27 says that XCR0 can be read.
-    if __cpuid(0).eax < 7 || __cpuid(1).ecx & (1 << 27) == 0 {
-        return false;
-    }
-    let features = __cpuid_count(7, 0).edx;
-    features & (1 << 22) != 0 && features & (1 << 24) != 0 && state_enabled() && permitted()
-}
-
-/// Whether the operating system saves the tiles' state (XCR0, bits 17 and 18).
-fn state_enabled() -> bool {
-    let low: u32;
-    // SAFETY: `usable` has seen OSXSAVE, without which this instruction would fault.
-    unsafe { asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") _, options(nomem, nostack)) };
-    low & (0b11 << 17) == 0b11 << 17
-}
-
-/// Linux gives the tiles to a process that asks, for all of its threads.
-#[cfg(target_os = "linux")]
-fn permitted() -> bool {
-    const SYS_ARCH_PRCTL: i64 = 158;
-    const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
-    const XFEATURE_XTILEDATA: u64 = 18;
-    let result: i64;
-    // SAFETY: this call changes nothing but the process's permission; a kernel that does not know it returns an error.
-    unsafe {
-        asm!("syscall", inlateout("rax") SYS_ARCH_PRCTL => result, in("rdi") ARCH_REQ_XCOMP_PERM,
-            in("rsi") XFEATURE_XTILEDATA, out("rcx") _, out("r11") _, options(nostack))
-    };
-    result == 0
-}
-
-#[cfg(not(target_os = "linux"))]
-fn permitted() -> bool {
-    false
-}
 
 /// Palette 1: eight tiles of 16 rows of 64 bytes.
 #[repr(C, align(64))]

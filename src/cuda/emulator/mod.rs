@@ -13,8 +13,8 @@ use crate::cuda::forward::Bias;
 use crate::cuda::on_gpu::{row_layout, Gpu, GpuElement, Kernel, Launch};
 use crate::cuda::params::BrokenParams;
 use crate::cuda::{loss, observe};
-use crate::plan::cpu_slice;
 use crate::problem::{Problem, RowLayout};
+use crate::storage::cpu_slice;
 use candle_core::{bail, DType, Device, Result, Shape, Tensor};
 use device::{EmuSlice, Emulator};
 

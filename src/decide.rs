@@ -1,14 +1,100 @@
-//! Observed mass on the tensors of one call: the scores behind [`Criterion::ObservedMass`](crate::Criterion), and the
-//! decisions made of them.
+//! Decisions: a criterion on the tensors of one call, on their device, makes a [`MergePlan`].
 
-#[cfg(doc)]
-use crate::config::Criterion;
-use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
+use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
+use crate::cpu::bias::Apart;
+use crate::cpu::decide::{self as cosine, DecideInput};
 use crate::cpu::observe::{threshold, Local, ObserveInput};
 use crate::cpu::{Accumulator, Element, Rows};
-use crate::plan::{cpu_slice, not_on_cpu};
+use crate::plan::MergePlan;
 use crate::problem::{Problem, RowLayout};
+use crate::storage::{bias_view, cpu_slice, not_on_cpu, on_cpu, QueryKeyVisitor};
 use candle_core::{bail, DType, Device, Result, Tensor};
+
+impl MergePlan {
+    /// Decides from query (B, H, N, D), key and value (B, Hk, N, D), or with their axes in the order of
+    /// [`AttentionOptions::layout`]: f64, f32, f16 or bf16, any strides with a contiguous last axis. Cosines and masses
+    /// are computed in f32 (f64 for f64). O(N·D) per head; under [`Criterion::ObservedMass`] O(N·(window + sinks)·D).
+    ///
+    /// Under [`MergeRule::Causal`](crate::MergeRule) two neighbours merge only where the later token's row sees both. A bias of
+    /// -inf so keeps padding apart from text, and packed documents from each other.
+    ///
+    /// # Errors
+    /// Shapes, dtypes, devices or settings that do not fit together; each message says what was expected, what came
+    /// and what to do.
+    pub fn new(
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        strategies: &HeadStrategies,
+        config: &CompressionConfig,
+        options: &AttentionOptions,
+    ) -> Result<Self> {
+        let [q, k, v] = &options.layout.turned_all([q, k, v])?;
+        let problem = options.layout.explained(Problem::new(q, k, v))?;
+        problem.check_settings(strategies, config, options)?;
+        let indicators = decide(&problem, [q, k, v], strategies, config, options)?;
+        Ok(Self::decided(indicators, config, strategies.all_off()))
+    }
+}
+
+/// The indicators (B, H, N-1) on the tensors' device.
+fn decide(
+    problem: &Problem,
+    [q, k, v]: [&Tensor; 3],
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return crate::cuda::tensors::decide(problem, [q, k, v], strategies, config, options);
+    }
+    if !q.device().is_cpu() {
+        return not_on_cpu(q.device());
+    }
+    let problem = *problem;
+    let bits = match config.criterion {
+        Criterion::ObservedMass => observed_indicators(problem, [q, k, v], strategies, config, options)?,
+        Criterion::QueryKey | Criterion::KeyKey => on_cpu(
+            q,
+            k,
+            Decide {
+                problem,
+                strategies,
+                config,
+                bias: problem.bias(options)?.as_ref(),
+            },
+        )?,
+    };
+    Tensor::from_vec(bits, (problem.batch, problem.heads, problem.pairs()), q.device())
+}
+
+struct Decide<'a> {
+    problem: Problem,
+    strategies: &'a HeadStrategies,
+    config: &'a CompressionConfig,
+    bias: Option<&'a Tensor>,
+}
+
+impl QueryKeyVisitor for Decide<'_> {
+    type Output = Vec<u8>;
+
+    fn visit<T: Element>(self, q: Rows<T>, k: Rows<T>) -> Result<Vec<u8>> {
+        let stored = self.bias.map(Tensor::storage_and_layout);
+        let bias = match &stored {
+            Some((storage, layout)) => Some(bias_view::<T::Acc>(storage, layout)?),
+            None => None,
+        };
+        Ok(cosine::indicators(&DecideInput {
+            q,
+            k,
+            apart: bias.map(|bias| Apart::new(bias, 0)),
+            problem: self.problem,
+            strategies: self.strategies,
+            config: self.config,
+        }))
+    }
+}
 
 /// The scores that [`Criterion::ObservedMass`] compares with a KV head's threshold: f32 (f64 for f64 inputs) of shape
 /// (B, Hk, N - 1 - window), or no tokens where N is at most `window`. Entry t is the attention that token t was given by
@@ -42,7 +128,7 @@ pub fn observed_mass(
     if !q.device().is_cpu() {
         return not_on_cpu(q.device());
     }
-    let call = Call {
+    let call = Observe {
         problem,
         tensors: [q, k, v],
         local: local(&problem, config, options),
@@ -56,14 +142,14 @@ pub fn observed_mass(
 }
 
 /// The merge indicators (B, H, N-1), 0 or 1, of checked tensors and settings.
-pub(crate) fn indicators(
+fn observed_indicators(
     problem: Problem,
     tensors: [&Tensor; 3],
     strategies: &HeadStrategies,
     config: &CompressionConfig,
     options: &AttentionOptions,
 ) -> Result<Vec<u8>> {
-    let call = Call {
+    let call = Observe {
         problem,
         tensors,
         local: local(&problem, config, options),
@@ -84,13 +170,13 @@ fn local(problem: &Problem, config: &CompressionConfig, options: &AttentionOptio
     }
 }
 
-struct Call<'a> {
+struct Observe<'a> {
     problem: Problem,
     tensors: [&'a Tensor; 3],
     local: Local,
 }
 
-impl Call<'_> {
+impl Observe<'_> {
     fn with_input<T: Element, R>(&self, body: impl FnOnce(&ObserveInput<T>) -> Result<R>) -> Result<R> {
         let [q, k, v] = self.tensors.map(Tensor::storage_and_layout);
         body(&ObserveInput::<T> {
