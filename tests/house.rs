@@ -1,5 +1,6 @@
-//! A law of the source text that the compiler does not know: whatever decides by a config enum stops the compiler when
-//! the enum grows. A `match` names every variant, and nothing else asks for one variant: no `==`, `matches!` or `if let`.
+//! A law of the source text that the compiler does not know: code that decides by a config enum stops the compiler when
+//! the enum grows. A `match` names every variant. Nothing else names the variant that it looks for: no `==`, no
+//! `matches!` and no `if let`.
 
 use anyhow::{bail, ensure, Context, Result};
 use std::collections::{BTreeMap, BTreeSet};
@@ -216,7 +217,7 @@ impl Code {
             .any(|arm| !self.variants(&self.text[arm.clone()]).is_empty())
     }
 
-    /// Matches that name a variant, and have an arm for whatever they do not name.
+    /// Matches that name a variant, and have an arm for variants without naming them.
     fn wildcards(&self) -> Vec<Finding> {
         let named = self.matches().filter(|arms| self.names_variant(arms));
         let finding = |arms: Vec<Arm>| {
