@@ -79,20 +79,31 @@ mod emulation {
 #[cfg(feature = "cuda")]
 mod ptx {
     use super::sources::{files, stem, ROOMS};
-    use anyhow::{ensure, Context, Result};
+    use anyhow::{bail, ensure, Context, Result};
     use std::collections::BTreeMap;
     use std::fmt::Write;
     use std::path::{Path, PathBuf};
     use std::time::SystemTime;
 
-    /// Leaves `OUT_DIR/kernels.rs`: the PTX of every kernel, by its name.
+    /// As src/cuda/ptx.rs has them: the compressed PTX of a kernel and its dynamic shared memory.
+    struct Packed {
+        text_bytes: usize,
+        shared_bytes: usize,
+        compressed: Vec<u8>,
+    }
+
+    /// Higher levels than 9 take several times as long for little: of 50 MB of PTX, level 9 leaves 6.3 MB, level 15
+    /// 6.1 MB, level 19 5.5 MB.
+    const LEVEL: i32 = 9;
+
+    /// Leaves `OUT_DIR/kernels.rs`: the compressed PTX of every kernel, by its name.
     pub fn build() -> Result<()> {
         println!("cargo:rerun-if-env-changed=CUDA_COMPUTE_CAP");
         println!("cargo:rerun-if-env-changed=CUDA_HOME");
+        println!("cargo:rerun-if-env-changed=SFA_LINE_INFO");
         let (kernels, headers) = (files(&ROOMS, "cu")?, files(&ROOMS, "cuh")?);
         let out_dir = PathBuf::from(std::env::var("OUT_DIR")?);
-        // Lines for profilers and sanitizers are half of the text, and change no instruction.
-        let lines = std::env::var("DEBUG").is_ok_and(|debug| debug != "false");
+        let lines = lines_wanted()?;
         remove_stale(&out_dir, &kernels, &headers, lines)?;
         let (hopper, common): (Vec<_>, Vec<_>) = kernels.iter().cloned().partition(|path| is_hopper(path));
         for (sources, architecture) in [(common, None), (hopper, Some("--gpu-architecture=sm_90a"))] {
@@ -117,9 +128,8 @@ mod ptx {
         for kernel in &kernels {
             let path = out_dir.join(stem(kernel)?).with_extension("ptx");
             let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-            let modules = split(&text).with_context(|| path.display().to_string())?;
-            for (name, module) in modules {
-                let twin = all.insert(name.to_string(), module);
+            for (name, packed) in pack(&text).with_context(|| path.display().to_string())? {
+                let twin = all.insert(name.clone(), packed);
                 ensure!(
                     twin.is_none(),
                     "{name}: expected kernels of unlike names, got two of this one"
@@ -129,10 +139,67 @@ mod ptx {
         write_table(&out_dir, &all)
     }
 
-    /// Files whose names end in `_sm90a` use what devices of capability 9.0 have and no other: their kernels are built for
-    /// these alone, whatever the rest is built for, and chosen where the device is one.
+    /// Files whose names end in `_sm90a` use what devices of capability 9.0 have and no other: their kernels are built
+    /// for these alone, whatever the rest is built for, and chosen where the device is one.
     fn is_hopper(path: &Path) -> bool {
         stem(path).is_ok_and(|stem| stem.ends_with("_sm90a"))
+    }
+
+    /// Lines for profilers and sanitizers are half of the text, and change no instruction.
+    fn lines_wanted() -> Result<bool> {
+        match std::env::var("SFA_LINE_INFO").as_deref() {
+            Ok("1") => Ok(true),
+            Ok("0" | "") | Err(_) => Ok(false),
+            Ok(other) => bail!("SFA_LINE_INFO: expected 1 or 0, got {other:?}"),
+        }
+    }
+
+    /// The kernels of a file, each compressed by itself.
+    fn pack(ptx: &str) -> Result<Vec<(String, Packed)>> {
+        let (ptx, mut shared_bytes) = take_shared_bytes(ptx)?;
+        let mut packed = Vec::new();
+        for (name, module) in split(&ptx)? {
+            let compressed = zstd::bulk::compress(module.as_bytes(), LEVEL)?;
+            let opened = zstd::bulk::decompress(&compressed, module.len())?;
+            ensure!(
+                opened == module.as_bytes() && module.matches(".entry ").count() == 1,
+                "{name}: expected a module of one kernel that opens to the same text"
+            );
+            let kernel = Packed {
+                text_bytes: module.len(),
+                shared_bytes: shared_bytes.remove(name).unwrap_or(0),
+                compressed,
+            };
+            packed.push((name.to_string(), kernel));
+        }
+        ensure!(
+            shared_bytes.is_empty(),
+            "SHARED_BYTES: expected kernels of the same file, got {:?}",
+            shared_bytes.keys()
+        );
+        Ok(packed)
+    }
+
+    /// The text without the variables that SHARED_BYTES of cuda/lib/kernel.cuh makes, and their values by the kernels'
+    /// names.
+    fn take_shared_bytes(ptx: &str) -> Result<(String, BTreeMap<String, usize>)> {
+        const MARK: &str = " shared_bytes_of_";
+        let (mut text, mut found) = (String::with_capacity(ptx.len()), BTreeMap::new());
+        for line in ptx.split_inclusive('\n') {
+            let variable = line.contains(".global ").then(|| line.split_once(MARK)).flatten();
+            let Some((_, variable)) = variable else {
+                text.push_str(line);
+                continue;
+            };
+            let parts = variable.trim_end().trim_end_matches(';').split_once(" = ");
+            let (name, value) = parts.with_context(|| line.to_string())?;
+            found.insert(name.to_string(), value.parse().with_context(|| line.to_string())?);
+        }
+        ensure!(
+            !text.contains(MARK),
+            "SHARED_BYTES: expected no kernel to read its variable"
+        );
+        Ok((text, found))
     }
 
     /// A module for each kernel of a file: the file's PTX without the other kernels. The driver compiles a module as a
@@ -180,21 +247,20 @@ mod ptx {
         Ok(kernels.iter().map(|(name, own)| (*name, without_others(own))).collect())
     }
 
-    /// Every kernel's PTX in a file of its own, and the table that includes them, in the order of names.
-    fn write_table(out_dir: &Path, kernels: &BTreeMap<String, String>) -> Result<()> {
+    /// Every kernel in a file of its own, and the table that includes them, in the order of names.
+    fn write_table(out_dir: &Path, kernels: &BTreeMap<String, Packed>) -> Result<()> {
         let folder = out_dir.join("kernels");
         if folder.exists() {
             std::fs::remove_dir_all(&folder)?;
         }
         std::fs::create_dir(&folder)?;
-        let mut table = String::from("/// Every kernel of `cuda/` and its PTX, in the order of names.\n");
-        writeln!(table, "static KERNELS: &[(&str, &str)] = &[")?;
-        for (name, module) in kernels {
-            std::fs::write(folder.join(name).with_extension("ptx"), module)?;
-            writeln!(
-                table,
-                "    ({name:?}, include_str!(concat!(env!(\"OUT_DIR\"), \"/kernels/{name}.ptx\"))),"
-            )?;
+        let mut table = String::from("/// Every kernel of `cuda/`, in the order of names.\n");
+        writeln!(table, "static KERNELS: [Packed; {}] = [", kernels.len())?;
+        for (name, kernel) in kernels {
+            std::fs::write(folder.join(name).with_extension("ptx.zst"), &kernel.compressed)?;
+            let file = format!("concat!(env!(\"OUT_DIR\"), \"/kernels/{name}.ptx.zst\")");
+            let sizes = format!("{}, {}", kernel.shared_bytes, kernel.text_bytes);
+            writeln!(table, "    Packed::new({name:?}, {sizes}, include_bytes!({file})),")?;
         }
         table.push_str("];\n");
         std::fs::write(out_dir.join("kernels.rs"), table)?;

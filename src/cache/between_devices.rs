@@ -1,5 +1,6 @@
-//! Lists between the CPU and a CUDA device: what [`CompressedKvCache::save`], `load` and `to_device` need. A list that never
-//! merges has no window on the CPU, where each of its tokens is a closed chain at once, and the others' window on a device.
+//! Lists between the CPU and a CUDA device: what [`CompressedKvCache::save`], `load` and `to_device` need. A list that
+//! never merges has no window on the CPU, where each of its tokens is a closed chain at once, and the others' window on
+//! a device.
 
 use super::{CacheOptions, CompressedKvCache, Lists, ListsOf, Sizes, State};
 use crate::config::{CompressionConfig, Fold, GroupRule, HeadStrategies, HeadTest};

@@ -80,8 +80,8 @@ impl GpuState {
             DType::F16 => Lists::F16(DeviceLists::new(&gpu, problem, strategies, config)?),
             DType::BF16 => Lists::BF16(DeviceLists::new(&gpu, problem, strategies, config)?),
             other => bail!(
-                "query: expected dtype f32, f16 or bf16 on CUDA, got {other:?}; convert it with to_dtype or move it with \
-                 to_device(&Device::Cpu)"
+                "query: expected dtype f32, f16 or bf16 on CUDA, got {other:?}; convert it with to_dtype or move it \
+                 with to_device(&Device::Cpu)"
             ),
         };
         Ok(Self {
@@ -135,8 +135,8 @@ impl GpuState {
             DType::F16 => brought(&gpu, cache)?.map(Lists::F16),
             DType::BF16 => brought(&gpu, cache)?.map(Lists::BF16),
             other => bail!(
-                "storage: expected f32, f16 or bf16 for a cache on CUDA, got {other:?}; keep it on Device::Cpu, or append \
-                 the tokens in another dtype to a new cache"
+                "storage: expected f32, f16 or bf16 for a cache on CUDA, got {other:?}; keep it on Device::Cpu, or \
+                 append the tokens in another dtype to a new cache"
             ),
         };
         Ok(lists.map(|lists| Self {
@@ -151,7 +151,7 @@ impl GpuState {
         (self.sizes, self.dtype)
     }
 
-    /// Row i becomes the old row `rows[i]`, all of which exist.
+    /// Row i becomes the old row `rows[i]`; all of these exist.
     pub fn select(&mut self, rows: &[usize]) -> Result<()> {
         self.lists = Arc::new(self.lists.select(&cuda(&self.device)?, rows)?);
         self.sizes.batch = rows.len();
@@ -227,8 +227,8 @@ impl CompressedKvCache {
         if let Some(state) = &self.on_gpu {
             if state.sizes != Sizes::of(problem) {
                 bail!(
-                    "query and key: expected the cache's batch, heads, KV heads and head_dim {:?}, got {:?}; reset() the \
-                     cache for other shapes",
+                    "query and key: expected the cache's batch, heads, KV heads and head_dim {:?}, got {:?}; reset() \
+                     the cache for other shapes",
                     state.sizes,
                     Sizes::of(problem)
                 )

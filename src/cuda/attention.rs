@@ -1,4 +1,4 @@
-//! Attention from q, k, v and merge bits: folds, attends, and takes gradients the same way home.
+//! Attention from q, k, v and merge bits: folds, attends, and maps gradients back the same way.
 
 use super::backward;
 use super::fold::{contiguous_rows, FoldCall};
@@ -18,8 +18,8 @@ pub(crate) struct Attention<'a, G: Gpu, T: GpuElement> {
     pub options: &'a AttentionOptions,
 }
 
-/// Lists of columns per batch row: one per KV head where nothing is hidden, or where the query heads of each are known to
-/// agree; else one per query head. Every kernel of a call is told the same.
+/// Lists of columns per batch row: one per KV head where nothing is hidden, or where the query heads of each are known
+/// to agree; else one per query head. Every kernel of a call is told the same.
 pub(crate) fn lists(problem: &Problem, dense: bool, agree: bool) -> usize {
     if dense || agree {
         problem.kv_heads
@@ -95,7 +95,7 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
         forward::forward(gpu, &self.call(&folded), keep)
     }
 
-    /// Folds again, or lists (O(N·D), which is less than keeping it would cost), and walks home.
+    /// Folds again, or lists (O(N·D), which is less than keeping it would cost), and maps gradients back.
     ///
     /// # Errors
     /// As [`backward::backward`].

@@ -16,7 +16,7 @@ pub(crate) struct KeysValues<G: Gpu> {
     pub values: G::Slice<f32>,
 }
 
-/// Gradients where attention leaves them; [`super::fold::FoldCall`] takes them home.
+/// Gradients where attention leaves them; [`super::fold::FoldCall`] maps them back to raw tokens.
 pub(crate) struct Gradients<G: Gpu, T: GpuElement> {
     /// Of the queries as attention read them, folded or not: (B, H, N, D).
     pub queries: G::Slice<f32>,
@@ -46,8 +46,8 @@ pub(super) fn padded(head_dim: usize) -> usize {
     }
 }
 
-/// `ColumnTarget` in `cuda/backward/backward_fused.cuh`: for the fold to take home, or keys and values (B, Hk, N, D) as
-/// they are.
+/// `ColumnTarget` in `cuda/backward/backward_fused.cuh`: gradients of columns, which the fold maps back to raw tokens;
+/// or gradients of raw keys and values, (B, Hk, N, D).
 enum ColumnTargets<'a, G: Gpu, T: GpuElement> {
     Sums(&'a mut KeysValues<G>),
     Done(&'a mut (G::Slice<T>, G::Slice<T>)),
@@ -65,8 +65,8 @@ pub(crate) fn fuses<G: Gpu, T: GpuElement>(gpu: &G, problem: &Problem, options: 
 const APART_TOKENS: usize = 256;
 
 /// Lists of columns per batch row of a backward pass where nothing is hidden: one per KV head; or one for each query
-/// head where one pass over columns would have few blocks, of which the first ones run long. Their gradients are added
-/// up after.
+/// head where one pass over columns would have few blocks and the first of them run long. Their gradients are added up
+/// after.
 ///
 /// # Errors
 /// What the driver reports.

@@ -23,7 +23,8 @@ pub(crate) struct DecideCall<'a, G: Gpu, T: GpuElement> {
     pub bias: Option<Bias<'a, G>>,
 }
 
-/// Whether a bias of -inf keeps pairs of tokens apart: a pair qualifies only where the row of its second token sees both.
+/// Whether a bias of -inf keeps pairs of tokens apart: a pair qualifies only where the row of its second token sees
+/// both.
 pub(crate) fn reads_bias(config: &CompressionConfig) -> bool {
     config.criterion.compares_pairs() && config.rule.is_causal()
 }

@@ -33,7 +33,7 @@ pub(crate) struct DecodeCall<'a, G: Gpu, T: GpuElement> {
 pub(crate) struct Scratch<G: Gpu> {
     parts: G::Slice<f32>,
     room: usize,
-    /// (2, lists), of which the first ones are 0 between launches.
+    /// (2, lists); the first `lists` are 0 between launches.
     counters: G::Slice<u32>,
     lists: usize,
 }
@@ -55,7 +55,7 @@ impl<G: Gpu> Scratch<G> {
 
 /// A block reads at least this many columns, or its start and its end cost more than its reading.
 const LEAST_COLUMNS: usize = 128;
-/// From so many columns on one wave of blocks leaves memory idle where each query head reads keys of its own.
+/// From this number of columns on one wave of blocks leaves memory idle where each query head reads keys of its own.
 const LONG: usize = 16_000;
 /// Parts of a row that are joined by one warp.
 const MOST_SPLITS: usize = 128;

@@ -1,6 +1,7 @@
 //! [`Gpu`] on a CUDA device, on candle's own stream.
 
 use super::on_gpu::{warpgroups_wanted, Gpu, Kernel, Launch, Number, Params};
+use super::ptx::Packed;
 use candle_core::cuda_backend::cudarc::driver::{
     sys::{
         cuLaunchKernelEx, CUdevice_attribute_enum, CUdeviceptr, CUfunction_attribute_enum, CUlaunchAttribute,
@@ -8,11 +9,9 @@ use candle_core::cuda_backend::cudarc::driver::{
     },
     CudaSlice, CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop,
 };
-use candle_core::{bail, CudaDevice, Result};
+use candle_core::{CudaDevice, Result};
 use std::ffi::c_void;
 use std::sync::Arc;
-
-include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
 /// More than this much shared memory must be asked for, kernel by kernel.
 const SHARED_BYTES_AS_IS: usize = 48 << 10;
@@ -95,6 +94,10 @@ impl Gpu for Cuda {
         usize::try_from(bytes.map_err(candle_core::Error::wrap)?).map_err(candle_core::Error::wrap)
     }
 
+    fn shared_bytes(&self, kernel: &Kernel) -> Result<usize> {
+        Ok(Packed::find(kernel)?.shared_bytes)
+    }
+
     fn multiprocessors(&self) -> Result<usize> {
         let attribute = CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let count = self.stream.context().attribute(attribute);
@@ -129,21 +132,17 @@ impl Gpu for Cuda {
 
     fn launch(&self, kernel: &Kernel, launch: Launch, args: &[CudaArg<'_>]) -> Result<()> {
         // A module of its own for every kernel: a first call waits for the driver to compile what it runs.
-        let Ok(found) = KERNELS.binary_search_by_key(&kernel.name.as_str(), |(name, _)| name) else {
-            bail!(
-                "kernel {}: expected one of cuda/*.cu; this is a defect of the crate, please report it",
-                kernel.name
-            )
-        };
+        let packed = Packed::find(kernel)?;
         let module = format!("candle-sfattention-{}", kernel.name);
         let function = self
             .device
-            .get_or_load_custom_func(&kernel.name, &module, KERNELS[found].1)?;
+            .get_or_load_custom_func(&kernel.name, &module, packed.text()?)?;
         let failed = |error| candle_core::Error::Msg(format!("kernel {}: {error} ({launch:?})", kernel.name));
         let size = |value: usize| u32::try_from(value).map_err(candle_core::Error::wrap);
-        if launch.shared_bytes > SHARED_BYTES_AS_IS {
+        let shared_bytes = packed.shared_bytes + launch.shared_bytes;
+        if shared_bytes > SHARED_BYTES_AS_IS {
             let attribute = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            let granted = function.set_attribute(attribute, size(launch.shared_bytes)? as i32);
+            let granted = function.set_attribute(attribute, size(shared_bytes)? as i32);
             granted.map_err(failed)?;
         }
         let version = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PTX_VERSION;
@@ -156,7 +155,7 @@ impl Gpu for Cuda {
             blockDimX: size(launch.threads)?,
             blockDimY: 1,
             blockDimZ: 1,
-            sharedMemBytes: size(launch.shared_bytes)?,
+            sharedMemBytes: size(shared_bytes)?,
             hStream: self.stream.cu_stream(),
             attrs: &raw mut attribute,
             numAttrs: early.into(),

@@ -1,4 +1,4 @@
-//! Launches of `cuda/decide/fold.cu`: the columns that merging leaves, and gradients taken home from them.
+//! Launches of `cuda/decide/fold.cu`: the columns that merging leaves, and their gradients mapped back to raw tokens.
 
 use super::forward::Columns;
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};

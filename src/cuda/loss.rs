@@ -39,8 +39,7 @@ pub(crate) fn sums<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>) -> R
     Ok(out)
 }
 
-/// The gradients of the query (B, H, N, D) and the key (B, Hk, N, D), from `upstream`: [dS, dM], of which the second is
-/// not read.
+/// The gradients of the query (B, H, N, D) and the key (B, Hk, N, D), from `upstream`: [dS, dM]; nothing reads dM.
 ///
 /// # Errors
 /// What the device reports.

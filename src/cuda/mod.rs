@@ -28,5 +28,7 @@ pub(crate) mod observe;
 pub(crate) mod on_gpu;
 mod params;
 #[cfg(feature = "cuda")]
+mod ptx;
+#[cfg(feature = "cuda")]
 pub(crate) mod tensors;
 mod variants;

@@ -53,8 +53,8 @@ impl GpuElement for bf16 {
 /// A tensor's buffer and where its rows start in it.
 pub(crate) type Source<'a, G, T> = (&'a <G as Gpu>::Slice<T>, RowLayout);
 
-/// Where a tensor's rows start. An axis of size 1 may have any stride, which nothing reads: it is 0 here, so that no kernel's
-/// alignment depends on it.
+/// Where a tensor's rows start. An axis of size 1 may have any stride, which nothing reads: it is 0 here, so that no
+/// kernel's alignment depends on it.
 pub(crate) fn row_layout(layout: &Layout) -> RowLayout {
     let mut rows = RowLayout::new(layout);
     for (stride, &size) in rows.strides.iter_mut().zip(layout.dims()) {
@@ -90,7 +90,7 @@ impl Kernel {
         }
     }
 
-    /// The same, of which every block calls `hw::wait_for_previous` before it touches memory.
+    /// The same kernel, started early: each of its blocks calls `hw::wait_for_previous` before it touches memory.
     pub fn early(self) -> Self {
         Self { early: true, ..self }
     }
@@ -184,8 +184,8 @@ pub(crate) trait Gpu {
     /// What the driver reports.
     fn multiprocessors(&self) -> Result<usize>;
 
-    /// Whether it is built for products of warpgroups (wgmma): kernels of `cuda/*_sm90a.cu` run then. Up to so many tokens those
-    /// of small blocks do.
+    /// Whether the device is built for products of warpgroups (wgmma): kernels of `cuda/*/*_sm90a.cu` run then. The
+    /// number is the most tokens for which their variants with small blocks run.
     ///
     /// # Errors
     /// What the driver reports, or a value of `SFATTENTION_WGMMA` that means nothing.

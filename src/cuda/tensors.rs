@@ -26,8 +26,8 @@ macro_rules! for_dtype {
             DType::BF16 => $function::<half::bf16>($($arg),*),
             DType::F32 => $function::<f32>($($arg),*),
             other => bail!(
-                "query: expected dtype f32, f16 or bf16 on CUDA, got {other:?}; convert it with to_dtype or move it with \
-                 to_device(&Device::Cpu)"
+                "query: expected dtype f32, f16 or bf16 on CUDA, got {other:?}; convert it with to_dtype or move it \
+                 with to_device(&Device::Cpu)"
             ),
         }
     };
@@ -124,8 +124,8 @@ pub(crate) struct TensorCall<'a> {
 }
 
 impl TensorCall<'_> {
-    /// The output (B, H, N, D); and, where `keep`, what the backward pass needs besides: the log-sum-exps (2, B, H, N), and
-    /// what rounding left of the output where that is kept.
+    /// The output (B, H, N, D); and, where `keep`, what the backward pass needs besides: the log-sum-exps (2, B, H, N),
+    /// and what rounding left of the output where that is kept.
     ///
     /// # Errors
     /// A dtype, a size or strides that the kernels do not take, or what the device reports.

@@ -12,8 +12,8 @@ use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};
 
 impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
-    /// Runs `step`, which takes in `count` tokens, unless a list would have more than `limit` entries then. How many there
-    /// will be only the device can say, so that near the limit a copy of the lists goes first, and waits for it.
+    /// Runs `step`, which takes in `count` tokens, unless a list would have more than `limit` entries then. How many
+    /// there will be only the device can say, so that near the limit a copy of the lists goes first, and waits for it.
     ///
     /// # Errors
     /// More entries than the limit, and those of `step`; the lists are unchanged then.
@@ -33,8 +33,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let needed = next.entries(gpu)?.into_iter().flatten().max().unwrap_or(0);
         if needed > limit {
             bail!(
-                "max_entries: expected at most {limit} entries in a list, got {needed} with the {count} new tokens; raise \
-                 the limit, merge more, or reset()"
+                "max_entries: expected at most {limit} entries in a list, got {needed} with the {count} new tokens; \
+                 raise the limit, merge more, or reset()"
             )
         }
         *self = next;
@@ -97,8 +97,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         self.bound += tokens;
     }
 
-    /// Takes in `count` tokens and returns their output rows (B, H, count, D). The bias is that of `options`, as a view of
-    /// (B, H, count, all tokens).
+    /// Takes in `count` tokens and returns their output rows (B, H, count, D). The bias is that of `options`, as a view
+    /// of (B, H, count, all tokens).
     ///
     /// # Errors
     /// Strides that the kernels do not take, or what the device reports.

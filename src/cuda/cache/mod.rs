@@ -1,8 +1,8 @@
 //! Launches of `cuda/cache/cache.cu`, and a KV cache's lists on the device.
 //!
 //! How long a list is, only the device knows; the host keeps a bound that every token raises by one. When the bound
-//! reaches the room there is, and after a long chunk, the lengths are read back, which waits for the device; nothing else
-//! that takes tokens in does.
+//! reaches the room there is, and after a long chunk, the lengths are read back, which waits for the device; nothing
+//! else that takes tokens in does.
 
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest};
 use crate::cuda::attention::lists;
@@ -24,7 +24,7 @@ mod first_chunk;
 mod state;
 mod transfer;
 
-/// The widest window: a list holds so many raw tokens from the start.
+/// The widest window: a list has room for its window of raw tokens from the start.
 const WIDEST: usize = 1 << 16;
 /// Room for this many entries at least, and for an eighth more than there are.
 const GROWTH: usize = 64;
@@ -105,8 +105,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         }
         if dim % 8 != 0 || dim > 256 {
             bail!(
-                "query: expected a head_dim that is a multiple of 8 and at most 256 on CUDA, got {dim}; pad the head or \
-                 move the tensors with to_device(&Device::Cpu)"
+                "query: expected a head_dim that is a multiple of 8 and at most 256 on CUDA, got {dim}; pad the head \
+                 or move the tensors with to_device(&Device::Cpu)"
             )
         }
         let dense = strategies.all_off();

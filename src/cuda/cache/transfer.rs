@@ -15,8 +15,8 @@ pub(crate) struct HostList<T> {
     pub far_k: Vec<T>,
     pub far_v: Vec<T>,
     pub tokens: Vec<u32>,
-    /// The open chain's key and value, and its last raw key and value, which only a pair sum reads; None while the window
-    /// is not full.
+    /// The open chain's key and value, and its last raw key and value, which only a pair sum reads; None while the
+    /// window is not full.
     pub chain: Option<[Vec<f32>; 4]>,
     /// The tokens of the open chain; 1 but for [`Fold::Mean`](crate::Fold::Mean).
     pub chain_size: u32,
@@ -119,7 +119,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         })
     }
 
-    /// What [`Self::to_host`] brought, or a cache on the CPU: one list for each of this device's, with at least one token.
+    /// What [`Self::to_host`] brought, or a cache on the CPU: one list for each of this device's, with at least one
+    /// token.
     ///
     /// # Errors
     /// As [`Self::new`].
@@ -208,7 +209,7 @@ struct Upload<'a, G: Gpu, T: GpuElement> {
 }
 
 impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
-    /// `room` rows for each list, of which `put` fills some.
+    /// `room` rows for each list; `put` fills some of them.
     fn rows(&self, room: usize, put: impl Fn(&HostList<T>, &mut [T])) -> Result<G::Slice<T>> {
         let mut data = vec![T::zero(); self.host.lists.len() * room * self.dim];
         for (list, data) in self.host.lists.iter().zip(data.chunks_exact_mut(room * self.dim)) {

@@ -10,8 +10,8 @@ thread_local! {
     static WARPGROUPS: Cell<Option<usize>> = const { Cell::new(None) };
 }
 
-/// Runs a closure on a device that has warpgroups (capability 9.0), as far as this thread's launches know; up to `short` tokens
-/// the kernels of small blocks run.
+/// Runs a closure on a device that has warpgroups (capability 9.0), as far as this thread's launches know; up to
+/// `short` tokens the kernels of small blocks run.
 pub(crate) fn with_warpgroups<R>(short: usize, run: impl FnOnce() -> R) -> R {
     struct Restored(Option<usize>);
     impl Drop for Restored {
@@ -156,8 +156,8 @@ impl Gpu for Emulator {
     }
 
     fn multiprocessors(&self) -> Result<usize> {
-        // Those of an H100: what is split there is split here. Blocks for warpgroups take one piece of work after the other, also
-        // where a test has few.
+        // Those of an H100: what is split there is split here. Blocks for warpgroups take one piece of work after the
+        // other, also where a test has few.
         Ok(if WARPGROUPS.get().is_some() { 3 } else { 132 })
     }
 

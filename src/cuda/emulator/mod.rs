@@ -48,8 +48,8 @@ pub fn run_broken(name: &str, input: &[f32], blocks: usize) -> Result<Vec<f32>> 
     target.download()
 }
 
-/// Runs a closure, whose launches take the kernels for warpgroups (wgmma) where there are such; up to `short` tokens those of
-/// small blocks.
+/// Runs a closure, whose launches take the kernels for warpgroups (wgmma) where there are such; up to `short` tokens
+/// those of small blocks.
 pub fn with_warpgroups<R>(short: usize, run: impl FnOnce() -> R) -> R {
     device::with_warpgroups(short, run)
 }
@@ -129,8 +129,8 @@ pub enum Path {
     Fast,
 }
 
-/// Folds and attends: query (B, H, N, D), key and value (B, Hk, N, D), indicators u8 (B, H, N-1) of which those of one KV
-/// head's query heads agree where `shared`. Returns the output and each row's log-sum-exp in base 2, (B, H, N).
+/// Folds and attends: query (B, H, N, D), key and value (B, Hk, N, D), indicators u8 (B, H, N-1). Where `shared`, those
+/// of one KV head's query heads agree. Returns the output and each row's log-sum-exp in base 2, (B, H, N).
 ///
 /// # Errors
 /// As [`crate::attend`], or what the emulator detects.
@@ -337,7 +337,7 @@ pub struct ColumnGradients<'a> {
     pub queries: &'a Tensor,
 }
 
-/// Takes gradients home: those of keys (B, Hk, N, D) and of queries (B, H, N, D), in the dtype of `qkv`.
+/// Maps gradients back to raw tokens: those of keys (B, Hk, N, D) and of queries (B, H, N, D), in the dtype of `qkv`.
 ///
 /// # Errors
 /// What the emulator detects.
