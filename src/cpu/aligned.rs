@@ -1,8 +1,8 @@
-//! Buffers that begin at a cache line: a register that lies in two lines takes two reads.
+//! Buffers that begin at a cache line. A register that lies in two cache lines takes two reads.
 
 use std::ops::{Deref, DerefMut};
 
-/// The length of a cache line.
+/// The length of a cache line, in bytes.
 const LINE: usize = 64;
 
 /// A slice that begins at a cache line.
@@ -19,7 +19,7 @@ impl<T: Copy + Default> Aligned<T> {
         Self { data, start, len }
     }
 
-    /// Makes room for `len` numbers; what they are is undefined.
+    /// Makes room for `len` numbers; their values are undefined.
     pub fn make_room(&mut self, len: usize) {
         if len > self.len {
             *self = Self::zeroed(len);
@@ -51,7 +51,7 @@ impl<T> DerefMut for Aligned<T> {
     }
 }
 
-/// What rows of `dim` numbers are padded to, so that they are whole registers of any instruction set: 16 numbers, a
+/// The padded length of a row of `dim` numbers, whole registers of any instruction set: a multiple of 16 numbers, a
 /// cache line of f32.
 pub(crate) fn padded(dim: usize) -> usize {
     dim.next_multiple_of(16)

@@ -9,13 +9,13 @@ use super::philox::DropoutMask;
 use super::softmax::OnlineSoftmax;
 use super::{vectorized, Accumulator, Element};
 
-/// One thread's state, reused from block to block.
+/// One thread's buffers, reused from block to block.
 pub(crate) struct Worker<'a, Q: Element> {
     reader: BlockReader<'a, Q>,
     rows: WeightedRows<Q::Acc>,
 }
 
-/// The block's rows so far.
+/// The unfinished softmax and weighted values of the block's rows.
 struct WeightedRows<A> {
     softmax: OnlineSoftmax<A>,
     /// (leading, width)
@@ -33,7 +33,7 @@ impl<'a, Q: Element> Worker<'a, Q> {
         Self { reader, rows }
     }
 
-    /// Writes the block's output rows, (rows, D), and the log-sum-exp of each row where it is wanted: see
+    /// Writes the block's output rows, (rows, D), and each row's log-sum-exp if asked: see
     /// [`OnlineSoftmax::log_sum_exp`].
     pub fn run<R: Element<Acc = Q::Acc>>(
         &mut self,
@@ -84,7 +84,7 @@ impl<'a, Q: Element> Worker<'a, Q> {
 }
 
 impl<A: Accumulator> WeightedRows<A> {
-    /// A row starts at its edge column.
+    /// Starts a row at its edge column.
     #[inline(always)]
     fn start<Q: Element<Acc = A>, R: Element<Acc = A>>(
         &mut self,
@@ -102,7 +102,8 @@ impl<A: Accumulator> WeightedRows<A> {
         };
         let (output, padding) = self.output[row * width..][..width].split_at_mut(dim);
         padding.fill(A::ZERO);
-        // A value that is not finite comes with a NaN logit, which is enough: neither it nor a hidden one is taken.
+        // A value that is not finite comes with a NaN logit, which makes the row NaN. So neither that value nor a
+        // hidden one is read.
         match logit > A::NEG_INFINITY {
             true => {
                 let pairs = output.iter_mut().zip(edge.value);
@@ -112,7 +113,7 @@ impl<A: Accumulator> WeightedRows<A> {
         }
     }
 
-    /// One tile: logits, softmax, dropout, weighted values.
+    /// Adds one tile: logits, softmax, dropout, weighted values.
     fn push<Q: Element<Acc = A>, R: Element<Acc = A>>(
         &mut self,
         reader: &mut BlockReader<Q>,

@@ -1,8 +1,8 @@
 //! Gradients of attention: the forward's tiles again, probabilities recomputed from the saved log-sum-exp.
 //!
-//! Per query head, gradients of folded columns are summed where the columns are, scattered to their tokens, and taken
-//! home through the fold; heads of a group are added in order. Work is split over (batch, query head, share of the row
-//! blocks) by the shapes alone, so that any number of threads gives the same bits. Memory O(N·D).
+//! Per query head, gradients of folded columns are summed by column, scattered to the columns' tokens, and unfolded to
+//! the raw tokens. The query heads of a group are added in order. Work is split over (batch, query head, share of the
+//! row blocks) by the shapes alone, so that any number of threads gives the same bits. Memory is O(N·D).
 
 use super::aligned::{padded, Aligned};
 use super::block::BlockReader;
@@ -19,10 +19,10 @@ use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-/// Fewer (batch, head) than this are split further, into shares of a head's row blocks.
+/// A call with fewer (batch, head) than this is split further, into shares of a head's row blocks.
 const UNITS: usize = 8;
 
-/// (B, H, N, D) for the query, (B, Hk, N, D) for key and value.
+/// Gradients: (B, H, N, D) for the query, (B, Hk, N, D) for key and value.
 pub(crate) struct Gradients<T> {
     pub dq: Vec<T>,
     pub dk: Vec<T>,
@@ -32,14 +32,14 @@ pub(crate) struct Gradients<T> {
 /// Gradients from one share of one query head.
 #[derive(Default)]
 struct Part<A: Accumulator> {
-    /// Of raw keys and values (N, width).
+    /// Gradients of raw keys (`dk`) and values (`dv`), (N, width).
     dk: Aligned<A>,
     dv: Aligned<A>,
-    /// Of folded queries (rows, width), in the order of the share's blocks.
+    /// Gradients of folded queries (rows, width), in the order of the share's blocks.
     dq: Aligned<A>,
 }
 
-/// The query heads of one KV head: where their gradients go, and those that have come in.
+/// The query heads of one KV head: the targets of their gradients, and the parts that are finished.
 struct Group<'out, T: Element> {
     batch: usize,
     kv_head: usize,
@@ -78,7 +78,7 @@ pub(crate) fn backward<T: Element>(input: &BackwardInput<T>) -> Gradients<T> {
         })
         .collect();
     let pool = Pool::new();
-    // A group's units follow each other, so that few parts are held at once, whatever the batch.
+    // A group's units follow each other, so that few parts are held at once for any batch.
     let tasks = (0..groups.len()).flat_map(|group| (0..units).map(move |unit| (group, unit)));
     for_each_task(
         tasks.collect(),
@@ -97,7 +97,7 @@ pub(crate) fn backward<T: Element>(input: &BackwardInput<T>) -> Gradients<T> {
     gradients
 }
 
-/// How many shares the row blocks of each head are split into.
+/// The number of shares that the row blocks of each head are split into.
 fn shares<T: Element>(input: &BackwardInput<T>) -> usize {
     let problem = input.forward.problem;
     UNITS.div_ceil(problem.batch * problem.heads).min(blocks(input).count())
@@ -112,7 +112,7 @@ fn blocks<T: Element>(input: &BackwardInput<T>) -> impl Iterator<Item = Range<us
 }
 
 impl<T: Element> Group<'_, T> {
-    /// Adds all parts up, in their order.
+    /// Adds up all parts, in order, and stores the sums.
     fn store(&mut self, input: &BackwardInput<T>) {
         let (problem, shares) = (input.forward.problem, shares(input));
         let (group, dim, width) = (problem.group(), problem.head_dim, padded(problem.head_dim));
@@ -144,7 +144,7 @@ impl<T: Element> Group<'_, T> {
     }
 }
 
-/// Adds up rows that lie padded.
+/// Adds up padded rows and stores the sums.
 fn store_sum<T: Element>(
     parts: &[&Part<T::Acc>],
     rows: impl Fn(&Part<T::Acc>) -> &[T::Acc] + Sync,
@@ -189,7 +189,7 @@ impl<'a, T: Element> Worker<'a, T> {
         }
     }
 
-    /// Unit `unit` of a KV head's group: one share of one query head.
+    /// Computes unit `unit` of a KV head's group: one share of one query head.
     fn part(
         &mut self,
         input: &BackwardInput<'a, T>,
@@ -205,7 +205,7 @@ impl<'a, T: Element> Worker<'a, T> {
         part.dq
             .make_room(forward.problem.tokens.div_ceil(shares).next_multiple_of(reader.leading) * sums.width);
         let mut rows_dq = &mut part.dq[..];
-        // Neighbouring blocks go to different shares: under a causal mask later ones cost more.
+        // Neighbouring blocks go to different shares: under a causal mask later blocks cost more.
         for rows in blocks(input).skip(unit % shares).step_by(shares) {
             let block = forward.block(batch, head, rows.clone(), &far);
             reader.load_queries(&block);

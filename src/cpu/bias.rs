@@ -1,4 +1,4 @@
-//! The additive bias: in base 2 without overflow, and what -inf in it keeps apart.
+//! The additive bias: its change to base 2 without overflow, and the rules for -inf.
 
 use super::Accumulator;
 use candle_core::{bail, Result};
@@ -42,8 +42,8 @@ impl<'a, A: Accumulator> BiasView<'a, A> {
     }
 }
 
-/// -inf in a call's bias. Two neighbours merge only where the later token's row sees both: else one of them would reach a
-/// row through the other.
+/// The -inf entries of a call's bias. Two neighbours merge only where the later token's row sees both. Without this
+/// rule a row would read one of them through the other.
 #[derive(Clone, Copy)]
 pub(crate) struct Apart<'a, A> {
     bias: BiasView<'a, A>,
@@ -66,16 +66,16 @@ impl<'a, A: Accumulator> Apart<'a, A> {
         })
     }
 
-    /// Refuses -inf at a column that one of the call's `rows` would see: the head `at` (batch row, query head) hides
-    /// tokens, and a bias does not say which of those that were folded together a row may see.
+    /// Refuses -inf at a column that one of the call's `rows` would see. The head `at` (batch row, query head) hides
+    /// tokens, and a bias does not say which of the folded tokens a row may see.
     fn check(&self, [batch, head]: [usize; 2], (rows, columns): (usize, usize), causal: bool) -> Result<()> {
         for row in 0..rows {
             let seen = if causal { self.first_row + row + 1 } else { columns };
             if let Some(column) = (0..seen).find(|column| self.bias.hides([batch, head, row, *column])) {
                 bail!(
-                    "bias: expected no -inf at a column that a row sees where tokens are hidden, got one at row {}, column \
-                     {column} of batch row {batch}, head {head}; give each segment (padded row, packed document) its own \
-                     call, or make the head MergeStrategy::Off",
+                    "bias: expected no -inf at a column that a row sees where tokens are hidden, got one at row {}, \
+                     column {column} of batch row {batch}, head {head}; give each segment (padded row, packed \
+                     document) its own call, or make the head MergeStrategy::Off",
                     self.first_row + row
                 )
             }
@@ -83,8 +83,8 @@ impl<'a, A: Accumulator> Apart<'a, A> {
         Ok(())
     }
 
-    /// [`Self::check`] for the heads, by batch row and query head, that hide tokens; entries that several share are looked
-    /// at once.
+    /// [`Self::check`] for the heads, by batch row and query head, that hide tokens; an entry that several heads share
+    /// is read once.
     pub fn check_all(
         &self,
         hiding: impl Iterator<Item = [usize; 2]>,
@@ -99,8 +99,9 @@ impl<'a, A: Accumulator> Apart<'a, A> {
     }
 }
 
-/// From a bias to what is added to a logit: times a factor, without overflow. A finite bias stays finite: beyond
-/// `limit` its logarithm grows in its place, so that larger ones stay larger and a dot product can still be added.
+/// Changes a bias to the number that is added to a logit: multiplies it by a factor, without overflow. A finite bias
+/// stays finite: beyond `limit` its logarithm grows in its place. So larger biases stay larger, and a dot product can
+/// still be added.
 #[derive(Clone, Copy)]
 pub(crate) struct BiasUnit<A> {
     factor: A,

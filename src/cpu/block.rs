@@ -1,6 +1,32 @@
-//! One block of rows and its columns: {far: compact; edge; near}, and the tiles of logits between them.
+//! One block of query rows, its columns {far: compact; edge; near}, and the tiles of logits between them.
 //!
-//! Forward and backward walk the same tiles.
+//! A block is some consecutive query rows of one head. A row sees three kinds of columns. Far columns are compact, in
+//! token order; a causal row sees a prefix of them, up to token `row - window`. The edge column is the folded token
+//! `row - window` itself, where no far column holds it. Near columns are the raw tokens t of `row - window < t <= row`.
+//!
+//! [`BlockReader`] owns the buffers of one thread: the folded queries as rows and transposed, one tile of logits, the
+//! chain that walks along the edge columns, scratch rows for widening, and the packed operands of products in bf16
+//! pairs. It borrows all else: a [`Block`] refers to the queries, the bits, the raw rows and the source of the far
+//! columns.
+//!
+//! The idea: forward and backward walk the same columns in the same order (edges, far tiles, near tiles) and differ
+//! only in the closure that they pass. So the rules of visibility stand here once.
+//!
+//! The tricks:
+//! 1. A query is folded, checked and multiplied by scale * log2(e) once per block. Logits are in base 2 from there on.
+//!    (Products in bf16 pairs load the unscaled query and apply the factor to the product.)
+//! 2. An edge column is seen by a single row, so that its logit is one dot product and no tile is made. A chain steps
+//!    along the tokens, one token a column; a pair sum is made from its two raw rows.
+//! 3. A finite raw row of the accumulator's dtype is an edge in place, without a copy, where no token is folded into it
+//!    and no chain goes on from it.
+//! 4. Far columns that every row sees make wide tiles without a mask. Columns of the causal diagonal make narrow tiles,
+//!    and rows that see none of a tile's columns are left out, [`LANES`] rows at a time.
+//! 5. With products in bf16 pairs a tile starts at a multiple of [`PAD`] columns and holds all rows, since the far
+//!    columns are packed in such groups.
+//! 6. Sizes, biases and masks are applied to the finished tile, column by column. The mask goes by panels of 16 rows
+//!    and skips a panel whose rows all see the column.
+//! 7. A row or column that is not finite has a NaN logit, and the mask replaces logits by minus infinity. So a NaN
+//!    reaches the rows that see it and no other row.
 
 use super::aligned::{padded, Aligned};
 use super::bias::BiasUnit;
@@ -18,27 +44,27 @@ use crate::cpu::source::{near_rows, RowScratch, FAR_COLUMNS};
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
 
-/// Reads blocks: one thread's buffers, reused from block to block.
+/// One thread's buffers to read blocks with, reused from block to block.
 pub(crate) struct BlockReader<'a, Q: Element> {
     pub settings: Settings<'a, Q::Acc>,
     /// Rows of a block, a multiple of [`LANES`]: the leading dimension of `queries` and `tile`.
     pub leading: usize,
-    /// How far rows lie apart: D, padded with zeros.
+    /// Numbers between the starts of two rows: D, padded with zeros.
     pub width: usize,
     /// Queries (rows, width), folded and multiplied by scale * log2(e).
     pub query_rows: Aligned<Q::Acc>,
-    /// The same, transposed to (D, leading).
+    /// The queries of `query_rows`, transposed to (D, leading); empty with products in bf16 pairs.
     queries: Aligned<Q::Acc>,
-    /// Logits in base 2 of one tile.
+    /// Logits of one tile (columns, leading): in base 2, or with products in bf16 pairs the products.
     pub tile: Aligned<Q::Acc>,
     scratch: RowScratch<Q::Acc>,
-    /// One row, widened.
+    /// One row, widened to the accumulator's dtype.
     left: Vec<Q::Acc>,
-    /// Products in bf16 pairs, and raw columns for them.
+    /// The operands of products in bf16 pairs, and raw columns packed for them; None without such products.
     pub products: Option<(PairTiles, Packed)>,
-    /// Stands on the token of the edge that is looked at.
+    /// The chain on the token of the edge column that is visited.
     pub chain: ChainFold<Q::Acc>,
-    /// What a bias becomes in a tile, and from there to a logit in base 2.
+    /// Changes a bias to the unit of a tile; `bias_factor` changes that to a logit in base 2.
     tile_bias: BiasUnit<Q::Acc>,
     bias_factor: Q::Acc,
 }
@@ -74,7 +100,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         }
     }
 
-    /// Fills `query_rows` and `queries`; rows past the block's end are 0.
+    /// Fills `query_rows` and `queries` with the block's folded queries; rows past the block's end are 0.
     pub fn load_queries<R: Element<Acc = Q::Acc>>(&mut self, block: &Block<Q, R>) {
         let Settings {
             head_dim: dim,
@@ -127,7 +153,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         }
     }
 
-    /// Makes rows (relative to the block) NaN where logits are made of them, and 0 where gradients are: see
+    /// Marks rows (relative to the block) as NaN: the operand of logits becomes NaN, the operand of gradients 0. See
     /// [`super::sums::Sums::load_rows`].
     pub fn poison(&mut self, rows: &[bool]) {
         let poisoned = rows.iter().enumerate().filter(|(_, poisoned)| **poisoned);
@@ -140,8 +166,8 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         }
     }
 
-    /// Calls `visit` with every edge column of the block that a row sees: the folded token `row - window`, its index and
-    /// the row relative to the block. A token that is a far column needs none.
+    /// Calls `visit` with every edge column that a row of the block sees: the folded token `row - window`, that token's
+    /// index, and the row relative to the block. A token that is a far column needs no edge.
     pub fn edges<R: Element<Acc = Q::Acc>>(
         &mut self,
         block: &Block<Q, R>,
@@ -152,7 +178,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         let row = |token: usize| token + window - block.rows.start;
         let held = block.far.holds_until();
         let has_edge = |token: usize| token >= held || block.bits.hidden(token);
-        // Whether a token is folded into `token`.
+        // Whether the token before `token` is folded into it.
         let folded = |token: usize| fold.keeps_hidden() && token > 0 && block.bits.hidden(token - 1);
         let mut chain = std::mem::replace(&mut self.chain, ChainFold::new(fold, 0));
         let edges = tokens.filter(|token| has_edge(*token));
@@ -185,7 +211,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         self.chain = chain;
     }
 
-    /// The logit of a row and an edge column; NaN where that is not finite.
+    /// The logit (base 2) of a row and an edge column; NaN where the logit is not finite.
     #[inline(always)]
     pub fn edge_logit<R: Element<Acc = Q::Acc>>(
         &self,
@@ -198,14 +224,14 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         let mut logit = dot(query, edge.key) + edge.log2_size;
         let row = block.rows.start + row;
         if let Some(bias) = self.bias(block, token, row..row + 1) {
-            // As in a tile, so that the same bias is the same number in both, however large.
+            // As in a tile, so that the same bias is the same number in a tile and at an edge, however large.
             bias.for_each(|bias| logit += self.tile_bias.of(bias) * self.bias_factor);
         }
         logit
     }
 
-    /// Whether the bias hides every column from a row (a token index). Beside hidden tokens that is refused, so that the
-    /// columns are the tokens.
+    /// Whether the bias hides every column from a row (a token index). Such a bias is refused where tokens are hidden,
+    /// so that columns are tokens here.
     pub fn sees_nothing<R: Element<Acc = Q::Acc>>(&self, block: &Block<Q, R>, row: usize) -> bool {
         let columns = if self.settings.causal {
             row + 1
@@ -228,7 +254,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         Some(self.settings.bias?.column([block.batch, block.head], rows, token))
     }
 
-    /// Calls `visit` with the far columns of the block, tile by tile.
+    /// Calls `visit` with the far columns that a row of the block sees, tile by tile.
     pub fn far_tiles<R: Element<Acc = Q::Acc>>(
         &mut self,
         block: &Block<Q, R>,
@@ -245,7 +271,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         };
         let padded = rows.len().next_multiple_of(LANES);
         let packed = self.products.is_some();
-        // Pairs are packed by so many columns, and a tile begins with them.
+        // Columns are packed in groups of `PAD`, and a tile begins with a group.
         let seen_by_all = match packed && seen_by_all < seen {
             true => seen_by_all / PAD * PAD,
             false => seen_by_all,
@@ -287,7 +313,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         self.scratch = scratch;
     }
 
-    /// Calls `visit` with the raw tokens t of row - window < t <= row, tile by tile.
+    /// Calls `visit` with the raw tokens t of row - window < t <= row for the rows of the block, tile by tile.
     pub fn near_tiles<R: Element<Acc = Q::Acc>>(
         &mut self,
         block: &Block<Q, R>,
@@ -327,7 +353,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         self.scratch = scratch;
     }
 
-    /// Fills `tile` with the logits of these columns: minus infinity where a row does not see one.
+    /// Fills `tile` with the logits of these columns: minus infinity where a row does not see the column.
     pub fn logits<R: Element<Acc = Q::Acc>>(&mut self, block: &Block<Q, R>, columns: &Columns<Q::Acc>) {
         let mut data = std::mem::take(&mut self.tile);
         let mut tile = columns.tile(&mut data, self.leading);
@@ -357,8 +383,8 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         self.tile = data;
     }
 
-    /// Adds the bias to one column of logits, and log2 n where products in bf16 pairs have not, and hides it from the rows
-    /// that do not see it.
+    /// Adds the bias to one column of logits, and log2 n where products in bf16 pairs left it out. Sets minus infinity
+    /// for the rows that do not see the column.
     #[inline(always)]
     fn adjust<S: Simd, R: Element<Acc = Q::Acc>>(
         &self,
@@ -369,7 +395,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         column: &mut [Q::Acc],
     ) {
         if let (Some(sizes), Some(pairs)) = (columns.log2_sizes, self.settings.pairs) {
-            // From base 2 to what the tile holds.
+            // From base 2 to the unit of the tile.
             let size = sizes[index] * Q::Acc::of(1.0 / f64::from(pairs.factor));
             column[columns.rows.clone()].iter_mut().for_each(|x| *x += size);
         }
@@ -396,7 +422,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
     }
 }
 
-/// [`BlockReader::adjust`] of a tile's columns as code for one instruction set.
+/// [`BlockReader::adjust`] of all columns of a tile as code for one instruction set.
 struct Adjust<'s, 'a, 'b, 'c, Q: Element, R: Element<Acc = Q::Acc>> {
     reader: &'s BlockReader<'a, Q>,
     block: &'s Block<'b, Q, R>,

@@ -1,4 +1,4 @@
-//! One step of a KV cache: decide, take the new tokens in, attend.
+//! One step of a KV cache: decides, appends the new tokens, attends.
 
 use super::attend::Worker;
 use super::bias::{Apart, BiasView};
@@ -46,7 +46,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
         (self.k.head(at.batch, at.kv_head), self.v.head(at.batch, at.kv_head))
     }
 
-    /// What each list will do, before any of them changes.
+    /// Decides for every list, before any list changes.
     pub fn decide(&self, lists: &[(ListHeads, List<S>)]) -> Vec<Decided<S>> {
         let decide = |(at, list): &(ListHeads, List<S>)| {
             let (keys, values) = self.raw(at);
@@ -60,13 +60,14 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             })
         };
         match self.count {
-            // A list's share of one token is less than it takes to hand it to a thread.
+            // A list's share of one token costs less than handing it to a thread.
             1 => lists.iter().map(decide).collect(),
             _ => lists.par_iter().map(decide).collect(),
         }
     }
 
-    /// Refuses a bias of -inf at a column that a row of a head which hides tokens would see; the step is of token `first` on.
+    /// Refuses a bias of -inf at a column that a row of a head with hidden tokens would see. `first` is the step's
+    /// first token.
     pub fn check_bias(&self, first: usize, lists: &[(ListHeads, List<S>)], decided: &[Decided<S>]) -> Result<()> {
         let Some(bias) = self.bias else { return Ok(()) };
         let lists = lists
@@ -77,7 +78,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
         Apart::new(bias, first).check_all(hiding, (self.count, first + self.count), true)
     }
 
-    /// The largest sum of neighbours that would be folded and that S cannot hold: [`List::too_large_sum`].
+    /// The size of the largest sum of neighbours that would be folded and that S cannot hold: [`List::too_large_sum`].
     pub fn too_large_sum(&self, lists: &[(ListHeads, List<S>)], decided: &[Decided<S>]) -> Option<f64> {
         let of = |((at, list), decided): (&(ListHeads, List<S>), &Decided<S>)| {
             let (keys, values) = self.raw(at);
@@ -86,7 +87,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
         lists.iter().zip(decided).filter_map(of).reduce(f64::max)
     }
 
-    /// Takes the tokens in and returns their output rows (B, H, count, D); none unless `attend`.
+    /// Appends the tokens and returns their output rows (B, H, count, D); an empty vector unless `attend`.
     pub fn run(&self, lists: &mut [(ListHeads, List<S>)], decided: Vec<Decided<S>>, attend: bool) -> Vec<Q> {
         let append = |((at, list), decided): (&mut (ListHeads, List<S>), Decided<S>)| {
             let (keys, values) = self.raw(at);
@@ -132,7 +133,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
         };
         let heads = lists.iter().map(|(at, _)| at.heads.clone());
         let tasks = row_tasks(heads, (self.count, self.head_dim, block_rows), output, None);
-        // Lists that never merge have other settings; a worker is made anew where they change.
+        // Lists that never merge have other settings: a worker is made anew for each list.
         for_each_list_task(
             tasks,
             usize::MAX,
@@ -157,8 +158,8 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
         );
     }
 
-    /// Products in bf16 pairs, where they serve: dropout takes single weights, and what a list's columns cost to be packed
-    /// takes a whole block of rows to come back.
+    /// Products in bf16 pairs, where they apply. Dropout needs single weights, so it excludes them. Packing a list's
+    /// columns pays from a whole block of rows on.
     fn pairs(&self) -> Option<Pairs> {
         match self.dropout.is_some() || self.count < PAIR_ROWS {
             true => None,
@@ -260,6 +261,6 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
 
 /// Multiply-adds below which one thread is faster than handing work to others: some 20 microseconds.
 const SEQUENTIAL: usize = 200_000;
-/// Rows over one list below which its columns are widened tile by tile, in the first cache, and not once for all: with 64
-/// rows that takes 0.85 of the time, with 256 as long.
+/// Rows over one list below which its columns are widened tile by tile, in the first cache, and not once for all rows.
+/// With 64 rows that takes 0.85 of the time; with 256 rows it takes as long.
 const GATHERED_ROWS: usize = 256;

@@ -1,6 +1,7 @@
-//! What a block of rows is made of: the call's settings, where far columns come from, raw rows, and tiles of columns.
+//! The parts of a block of rows: the call's settings, the source of far columns, raw rows, and tiles of columns.
 //!
-//! Where far columns come from is a trait, so that one call's gathered columns and a cache's store take the same way.
+//! The source of far columns is a trait, so that one call's gathered columns and a cache's stored columns take the same
+//! path.
 
 use super::bias::BiasView;
 use super::gemm_tile::Tile;
@@ -16,21 +17,22 @@ use std::ops::Range;
 
 /// Rows of a block: four registers of AVX-512 in f32.
 const BLOCK_ROWS: usize = 64;
-/// Columns of a tile that only some rows see (the causal diagonal, the window's band): small, since the rest is wasted.
+/// Columns of a tile that only some rows see (the causal diagonal, the window's band): few, since the rest is wasted.
 pub(super) const EDGE_COLUMNS: usize = 32;
-/// The same for the window's band, of which a row sees as much as the window: 0.98 of the time of 32, with four fifths hidden.
+/// As `EDGE_COLUMNS`, for the window's band, where a row sees `window` columns: 0.98 of the time of 32, with four
+/// fifths hidden.
 pub(super) const NEAR_COLUMNS: usize = 16;
 
-/// The same where products are made in bf16 pairs: several times faster, they are held back by the caches, and a tile
-/// of 32 KiB stays in the first one.
+/// As `BLOCK_ROWS`, for products in bf16 pairs. They are several times faster and wait for the caches; a tile of 32 KiB
+/// stays in the first cache.
 pub(super) const PAIR_ROWS: usize = 64;
 const PAIR_COLUMNS: usize = 256;
-/// The same for gradients, which sum over a tile's rows as well as over its columns: 128 by 128 took 0.85 of the time of
-/// 64 by 64 and 0.95 of that of 64 by 256, in bf16.
+/// As `PAIR_ROWS`, for gradients, which sum over a tile's rows as well as over its columns. Tiles of 128 by 128 took
+/// 0.85 of the time of 64 by 64 and 0.95 of the time of 64 by 256, in bf16.
 const PAIR_GRADIENT_ROWS: usize = 128;
 const PAIR_GRADIENT_COLUMNS: usize = 128;
 
-/// Fewer rows for short inputs: more of the causal diagonal would be computed in vain.
+/// The rows of a block: fewer for short inputs, where more of the causal diagonal would be computed in vain.
 pub(crate) fn block_rows(tokens: usize, pairs: Option<Pairs>) -> usize {
     if pairs.is_some() {
         return PAIR_ROWS;
@@ -38,7 +40,7 @@ pub(crate) fn block_rows(tokens: usize, pairs: Option<Pairs>) -> usize {
     BLOCK_ROWS.min(tokens.next_multiple_of(LANES))
 }
 
-/// What is the same for all blocks of a call.
+/// The settings that all blocks of a call share.
 #[derive(Clone, Copy)]
 pub(crate) struct Settings<'a, A> {
     pub head_dim: usize,
@@ -51,14 +53,14 @@ pub(crate) struct Settings<'a, A> {
     pub causal: bool,
     pub scale: f64,
     pub bias: Option<BiasView<'a, A>>,
-    /// Where products are made in bf16 pairs.
+    /// Set where products are made in bf16 pairs.
     pub pairs: Option<Pairs>,
     /// Whether tiles are for gradients.
     pub gradients: bool,
 }
 
 impl<A> Settings<'_, A> {
-    /// The same for gradients.
+    /// The settings of the same call's gradients.
     pub fn of_gradients(self, tokens: usize) -> Self {
         let block_rows = match self.pairs {
             Some(_) if tokens > PAIR_ROWS => PAIR_GRADIENT_ROWS,
@@ -90,20 +92,20 @@ pub(crate) struct Block<'b, Q: Element, R: Element<Acc = Q::Acc>> {
     pub rows: Range<usize>,
     /// The call's queries; row 0 is token `Settings::first_row`.
     pub queries: HeadRows<'b, Q>,
-    /// The query before them, for [`Fold::PairSum`]; None where there is none.
+    /// The query of the token before `first_row`, for [`Fold::PairSum`]; None where there is none.
     pub previous_query: Option<&'b [Q::Acc]>,
     pub bits: Bits<'b>,
     pub raw: RawRows<'b, R>,
-    /// The chain as it stood on the last token that was folded before this call, with that token.
+    /// The chain on the last token that was folded before this call, and that token.
     pub chain: Option<(usize, &'b ChainFold<Q::Acc>)>,
     pub far: &'b dyn FarSource<Q::Acc>,
     pub dropout: Option<DropoutMask>,
 }
 
-/// A tile's columns and who sees them.
+/// A tile's columns and the rows that see them.
 pub(crate) struct Columns<'c, A> {
     pub keys: HeadRows<'c, A>,
-    /// In the place of `keys`: see [`FarSource::keys_apart`].
+    /// The keys one by one, in the place of `keys`: see [`FarSource::keys_apart`].
     pub keys_apart: Option<&'c [&'c [A]]>,
     pub values: HeadRows<'c, A>,
     pub kind: ColumnKind,
@@ -139,7 +141,7 @@ impl<'c, A> Columns<'c, A> {
         }
     }
 
-    /// The columns as bf16 pairs: far ones where they were gathered, raw ones in `near` after [`Self::pack_raw`].
+    /// The columns as bf16 pairs: far columns as gathered, raw ones in `near` after [`Self::pack_raw`].
     pub fn packed<'p>(&self, far: &'p dyn FarSource<A>, near: &'p Packed) -> PackedTile<'p> {
         match (self.kind, far.packed()) {
             (ColumnKind::Near, _) | (_, None) => near.tile(0),
@@ -147,13 +149,13 @@ impl<'c, A> Columns<'c, A> {
         }
     }
 
-    /// The values as the keys of pairs; None for raw ones.
+    /// The values packed as the keys of pairs; None for raw values.
     pub fn packed_values<'p>(&self, far: &'p dyn FarSource<A>) -> Option<PackedTile<'p>> {
         let packed = far.packed_values().filter(|_| self.kind != ColumnKind::Near)?;
         Some(packed.tile(self.first))
     }
 
-    /// Raw values as the keys of pairs.
+    /// Packs raw values as the keys of pairs.
     pub fn pack_raw_values(&self, near: &mut Packed)
     where
         A: Accumulator,
@@ -164,7 +166,7 @@ impl<'c, A> Columns<'c, A> {
         }
     }
 
-    /// Raw keys and values; for gradients keys in the place of values.
+    /// Packs raw keys and values; for gradients keys take the place of values.
     pub fn pack_raw(&self, near: &mut Packed, gradients: bool)
     where
         A: Accumulator,

@@ -6,7 +6,7 @@ use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, Hea
 use crate::problem::Problem;
 use rayon::prelude::*;
 
-/// Norms are never taken smaller than this when a cosine divides by them.
+/// The floor of a norm in the denominator of a cosine.
 pub(crate) const MIN_NORM: f64 = 1e-12;
 
 /// The rows of one head and their norms, in the accumulator's dtype.
@@ -60,7 +60,7 @@ pub(crate) fn cosine<A: Accumulator>(a: &NormedRows<A>, i: usize, b: &NormedRows
 /// The cosine of two vectors whose norms are known.
 pub(crate) fn cosine_of<A: Accumulator>(a: &[A], a_norm: A, b: &[A], b_norm: A) -> A {
     let floor = A::of(MIN_NORM);
-    // A NaN norm is passed over here and comes back through the dot product.
+    // The floor replaces a NaN norm here; the dot product is NaN then too.
     dot(a, b) / floor.larger(a_norm) / floor.larger(b_norm)
 }
 
@@ -73,7 +73,7 @@ pub(crate) fn qualifies<A: Accumulator>(test: HeadTest, cosine: A) -> bool {
     }
 }
 
-/// What the decisions of one call read.
+/// The inputs of one call's decisions.
 #[derive(Clone, Copy)]
 pub(crate) struct DecideInput<'a, T: Element> {
     pub q: Rows<'a, T>,
@@ -99,7 +99,7 @@ impl<T: Element> DecideInput<'_, T> {
         let right = normed(self.k.head(batch, kv_head), tokens, &mut right_buffer);
         match self.config.criterion {
             Criterion::KeyKey => body(&right, &right),
-            // ObservedMass has no pairs: it is decided in observe/.
+            // ObservedMass has no pairs: `observe` decides it.
             Criterion::QueryKey | Criterion::ObservedMass => {
                 let left = normed(self.q.head(batch, head), tokens, &mut left_buffer);
                 body(&left, &right)

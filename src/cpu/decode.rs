@@ -1,5 +1,27 @@
-//! One query row per head against a ragged list: bound by memory, so each key and value is read once and serves all
-//! query heads of its group. Long lists are split over threads at fixed places, whatever the number of threads.
+//! Decoding: one query row per head against one ragged list of a cache.
+//!
+//! A [`Decoder`] owns the scaled queries (group, D) of the query heads that share a list. A [`Partial`] owns an
+//! unfinished softmax of these rows: maximum, sum and weighted values. The list owns the keys and values and is only
+//! read.
+//!
+//! The idea: a step of decoding is bound by memory. So each stored key and value comes from memory once and serves all
+//! query heads of the group, and one pass makes logits, weights and weighted values.
+//!
+//! The tricks:
+//! 1. A list is split at fixed places, every [`SPLIT`] entries. Each split is a task with a partial of its own, and
+//!    partials are merged in order. So any number of threads gives the same bits.
+//! 2. The first split also reads the open chain and the window.
+//! 3. A tile is at most [`TILE`] columns. Its weights and keys stay in the L1 cache. A group of more than four heads
+//!    reads the tile again, from the caches.
+//! 4. Four query rows are computed together: each register of a key or value is loaded once for all four.
+//! 5. Keys and values further on are prefetched while the first four rows of a tile are computed.
+//! 6. Halves are read as stored, two to a lane of 32 bits ([`Lanes`]). Queries and outputs are brought into the same
+//!    order of lanes once per step, not once per entry. A list whose rows do not begin at a lane is widened tile by
+//!    tile.
+//! 7. Four values are added to the outputs at a time, so that the outputs are loaded and stored a quarter as often.
+//! 8. Maxima and sums of a tile run in 16 lanes, so that no addition waits for the one before it.
+//! 9. A closed chain is finite or already replaced when it is stored, so that far columns need no check. The window is
+//!    checked only where the list's last token that was not finite is in its stored rows.
 
 use super::element::Lanes;
 use super::list::List;
@@ -12,7 +34,7 @@ use std::ops::Range;
 
 /// Entries of one task: at D = 64 in f32, 1 MiB of keys and values.
 pub(crate) const SPLIT: usize = 2048;
-/// Entries whose weights are held at once; their keys stay in the L1 cache.
+/// Columns whose weights are held at once; their keys stay in the L1 cache.
 const TILE: usize = 64;
 
 /// An unfinished softmax of the group's rows: maximum (base 2), sum and weighted values.
@@ -25,14 +47,14 @@ pub(crate) struct Partial<A> {
 
 /// Scaled queries (group, D) of one list.
 pub(crate) struct Decoder<A> {
-    /// In the order of lanes where the list is read by them.
+    /// In the order of lanes where `lanes` is set.
     pub queries: Vec<A>,
     pub dim: usize,
-    /// Whether the list is read by lanes: see [`reads_lanes`].
+    /// Whether the list's rows are read by lanes: see [`reads_lanes`].
     pub lanes: bool,
 }
 
-/// Whether a list's rows can be read where they are.
+/// Whether a list's rows can be read by lanes, without a copy.
 pub(crate) fn reads_lanes<S: Element>(list: &List<S>) -> bool {
     let stored = [&list.keys, &list.values, &list.recent_keys, &list.recent_values];
     stored.iter().all(|rows| S::lanes(rows, list.dim).is_some())
@@ -47,7 +69,7 @@ impl<A: Accumulator> Partial<A> {
         }
     }
 
-    /// Adds a partial result over other columns.
+    /// Adds the partial result of other columns.
     pub fn merge(&mut self, other: &Self) {
         let dim = self.output.len() / self.max.len();
         for row in 0..self.max.len() {
@@ -66,7 +88,7 @@ impl<A: Accumulator> Partial<A> {
 }
 
 impl<A: Accumulator> Decoder<A> {
-    /// Writes the group's output rows.
+    /// Divides by the sums and writes the group's output rows.
     pub fn finish<Q: Element<Acc = A>, S: Element<Acc = A>>(
         &self,
         mut partial: Partial<A>,
@@ -76,7 +98,7 @@ impl<A: Accumulator> Decoder<A> {
             if self.lanes {
                 S::restore(row);
             }
-            // There is no bias: logits that are all minus infinity have overflowed.
+            // There is no bias here: logits that are all minus infinity have overflowed.
             let sum = if *sum == A::ZERO { A::NAN } else { *sum };
             if let Some(mut target) = outputs.next() {
                 finish_row(sum, row, target.as_mut())
@@ -84,7 +106,8 @@ impl<A: Accumulator> Decoder<A> {
         }
     }
 
-    /// Far columns `range` of a list; the first split also takes the open chain and the window.
+    /// The partial result of the far columns `range` of a list; the split that begins at 0 also reads the open chain
+    /// and the window.
     pub fn split<S: Element<Acc = A>>(&self, list: &List<S>, range: Range<usize>) -> Partial<A> {
         let partial = Partial::new(self.queries.len() / self.dim, self.dim);
         arch().dispatch(Split {
@@ -95,7 +118,7 @@ impl<A: Accumulator> Decoder<A> {
         })
     }
 
-    /// The open chain, as one column.
+    /// Adds the open chain, as one column.
     #[inline(always)]
     fn edge<I: Simd, S: Element<Acc = A>>(&self, simd: I, list: &List<S>, partial: &mut Partial<A>) {
         let Some(chain) = &list.open else { return };
@@ -113,7 +136,7 @@ impl<A: Accumulator> Decoder<A> {
         self.tile::<I, A>(simd, (&key, &value), 1, Some(&size), partial);
     }
 
-    /// The raw tokens of the window.
+    /// The raw tokens of the window, as columns to read.
     fn near<'l, S: Element<Acc = A>>(&self, list: &'l List<S>) -> Part<'l, S> {
         let rows = list.recent_keys.len() / self.dim;
         let count = list.settings.window.min(list.seq_len);
@@ -164,8 +187,8 @@ impl<A: Accumulator> Decoder<A> {
         }
     }
 
-    /// At most [`TILE`] columns for every row of the group, four rows at a time: each key and value is read once for
-    /// the four, so that memory and arithmetic never wait for each other in turns.
+    /// Adds at most [`TILE`] columns for every row of the group, four rows at a time. Each key and value is read once
+    /// for the four, so that memory and arithmetic do not wait for each other in turns.
     #[inline(always)]
     fn tile<I: Simd, S: Lanes<Acc = A>>(
         &self,
@@ -199,7 +222,7 @@ impl<A: Accumulator> Decoder<A> {
     }
 }
 
-/// Stored columns that a task reads.
+/// Stored columns that a task reads: rows `range` of keys and values.
 struct Part<'l, S: Element> {
     keys: HeadRows<'l, S>,
     values: HeadRows<'l, S>,
@@ -224,8 +247,8 @@ struct TileRows<'t, S: Lanes> {
     output: &'t mut [S::Acc],
 }
 
-/// The first G rows of a tile. A function of its own for each instruction set: it stands once in the binary, wherever
-/// columns come from.
+/// The first G rows of a tile. A function of its own for each instruction set: it stands once in the binary, for every
+/// source of columns.
 struct Rows<'t, S: Lanes, const G: usize>(TileRows<'t, S>);
 
 impl<S: Lanes, const G: usize> WithSimd for Rows<'_, S, G> {
@@ -265,7 +288,7 @@ impl<S: Lanes, const G: usize> WithSimd for Rows<'_, S, G> {
     }
 }
 
-/// Turns a tile's logits into weights under the row's new maximum, and what the row had so far into its scale.
+/// Turns a tile's logits into weights relative to the row's new maximum; rescales the row's sum and output to it.
 #[inline(always)]
 fn push<A: Accumulator>(row_max: &mut A, row_sum: &mut A, weights: &mut [A; TILE], output: &mut [A]) {
     let max = row_max.larger(by_lanes(weights, A::NEG_INFINITY, A::larger));
@@ -283,7 +306,7 @@ fn push<A: Accumulator>(row_max: &mut A, row_sum: &mut A, weights: &mut [A; TILE
     *row_sum += sum;
 }
 
-/// A sum, or the like, that does not wait for itself number by number.
+/// Joins all numbers in 16 independent lanes, then the lanes: a sum or a maximum without a long chain of latencies.
 #[inline(always)]
 fn by_lanes<A: Accumulator>(numbers: &[A; TILE], start: A, join: impl Fn(A, A) -> A) -> A {
     let mut lanes = [start; 16];
@@ -328,7 +351,7 @@ impl<A: Accumulator, S: Element<Acc = A>> WithSimd for Split<'_, A, S> {
     }
 }
 
-/// Four values at a time, so that the outputs are loaded and stored a quarter as often.
+/// Adds weighted values four at a time, so that the outputs are loaded and stored a quarter as often.
 #[inline(always)]
 fn add_weighted<I: Simd, S: Lanes, const G: usize>(
     simd: I,
@@ -353,7 +376,7 @@ fn add_weighted<I: Simd, S: Lanes, const G: usize>(
         S::add_weighted(simd, outputs, rows, quad_weights);
     }
     if 4 * quads < count {
-        // The last row stands for those that are missing, and counts for nothing: a value is finite.
+        // The last row stands in for missing rows, with weight 0: a value is finite.
         let at = |i: usize| (4 * quads + i).min(count - 1);
         let rows = [0, 1, 2, 3].map(|i| values.row(at(i)));
         let mut rest = [[S::Acc::ZERO; 4]; G];
@@ -372,7 +395,7 @@ fn widen_rows<S: Element>(rows: &HeadRows<S>, start: usize, count: usize, buffer
     S::widen(source, buffer);
 }
 
-/// Scales and folds one query row; a row that is not finite becomes NaN.
+/// Widens, folds and scales one query row; a row that is not finite becomes NaN.
 pub(crate) fn load_query<Q: Element>(row: &[Q], fold_in: Option<&[Q::Acc]>, scale: f64, target: &mut [Q::Acc]) {
     Q::widen(row, target);
     if let Some(previous) = fold_in {

@@ -1,4 +1,4 @@
-//! Stored dtypes and the dtype their sums are kept in: f64 for f64, f32 for everything else.
+//! Stored dtypes, and the dtype that their sums are kept in: f64 for f64, f32 for every other dtype.
 
 use super::exp2::{EXP2_F32, EXP2_F64};
 use super::registers::Registers;
@@ -7,29 +7,29 @@ use pulp::Simd;
 use std::iter::Sum;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Sub};
 
-/// How a dtype's numbers are split into bf16 parts; the finer the greater.
+/// How a dtype's numbers are split into bf16 parts; a finer split compares greater.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Split {
-    /// bf16
+    /// bf16: one part.
     One,
-    /// f16
+    /// f16: two parts.
     Two,
 }
 
-/// Numbers of which decoding reads one or two at once.
+/// Numbers that decoding reads one or two to a lane.
 pub(crate) trait Lanes: Sized {
-    /// What sums, softmax and folds are computed in.
+    /// The dtype of sums, softmax and folds.
     type Acc: Accumulator;
     type Lane: Copy + Sync;
     /// Numbers in a lane.
     const NUMBERS: usize;
 
-    /// None where a row does not begin at a lane.
+    /// The rows as lanes; None where a row does not begin at a lane.
     fn lanes(source: &[Self], dim: usize) -> Option<&[Self::Lane]>;
-    /// The dot products of G rows with a stored one: each part of it is read once.
+    /// The dot products of G rows with a stored row; each register of the stored row is read once.
     fn dots<S: Simd, const G: usize>(simd: S, rows: [&[Self::Acc]; G], stored: &[Self::Lane]) -> [Self::Acc; G];
-    /// `outputs[g] += weights[g][0] * stored[0] + ... + weights[g][3] * stored[3]`: each part of these is read once.
-    /// `outputs` are G rows, one after the other.
+    /// `outputs[g] += weights[g][0] * stored[0] + ... + weights[g][3] * stored[3]`; each register of the stored rows is
+    /// read once. `outputs` are G rows, one after the other.
     fn add_weighted<S: Simd, const G: usize>(
         simd: S,
         outputs: &mut [Self::Acc],
@@ -38,18 +38,18 @@ pub(crate) trait Lanes: Sized {
     );
     /// Brings a row into the order of lanes.
     fn order(_: &mut [Self::Acc]) {}
-    /// Brings it back.
+    /// Brings a row back from the order of lanes.
     fn restore(_: &mut [Self::Acc]) {}
 }
 
 /// A dtype that q, k and v may have.
 pub(crate) trait Element: WithDType + Lanes {
-    /// Its numbers as sums of bf16 parts, where they are such sums.
+    /// The split of its numbers into bf16 parts, if they are exact sums of such parts.
     const SPLIT: Option<Split>;
 
     fn widen(source: &[Self], target: &mut [Self::Acc]);
     fn narrow(source: &[Self::Acc], target: &mut [Self]);
-    /// The slice itself where nothing needs widening.
+    /// The slice itself, if nothing needs widening.
     fn as_acc(source: &[Self]) -> Option<&[Self::Acc]>;
     fn as_acc_mut(target: &mut [Self]) -> Option<&mut [Self::Acc]>;
 }
@@ -72,21 +72,21 @@ pub(crate) trait Accumulator:
     const ONE: Self;
     const NAN: Self;
     const NEG_INFINITY: Self;
-    /// log2 of what no number reaches.
+    /// A bound on the base-2 logarithm of every number: no number reaches 2^MAX_EXPONENT.
     const MAX_EXPONENT: f64;
 
     fn of(value: f64) -> Self;
     fn double(self) -> f64;
-    /// The slices themselves in f32; empty ones in f64, whose products are never split.
+    /// The slices themselves in f32; empty slices in f64, whose products are never split.
     fn singles(slice: &[Self]) -> &[f32];
     fn singles_mut(slice: &mut [Self]) -> &mut [f32];
     fn root(self) -> Self;
     fn absolute(self) -> Self;
-    /// 2^x for x <= 0 or not far above, 0 below the smallest normal number, NaN for NaN. Relative error at most 3e-7 in
-    /// f32 and 1e-15 in f64 (rounding included; the polynomials alone are good to 1.9e-9 and 3.1e-18).
+    /// 2^x for x <= 0 or slightly above, 0 below the smallest normal number, NaN for NaN. Relative error at most 3e-7
+    /// in f32 and 1e-15 in f64 (rounding included; the polynomials alone are good to 1.9e-9 and 3.1e-18).
     fn exp2_nonpositive(self) -> Self;
 
-    /// The larger one; a NaN in `other` is passed over, to be caught when its weight is summed.
+    /// The larger number. A NaN in `other` is ignored here; it is found when its weight is summed.
     #[inline(always)]
     fn larger(self, other: Self) -> Self {
         if other > self {
@@ -168,7 +168,7 @@ macro_rules! accumulator {
                 }
                 let exponent = (shifted.to_bits() as $ibits).wrapping_sub(($magic as $float).to_bits() as $ibits);
                 let scale = $float::from_bits((exponent.wrapping_add($bias) as $bits) << $mantissa);
-                // A NaN fails the comparison and goes through the product.
+                // A NaN fails the comparison and passes through the product.
                 if self < Self::LEAST_EXPONENT {
                     0.0
                 } else {

@@ -1,4 +1,26 @@
-//! What merging leaves of one head's keys and values: compact far columns.
+//! Far columns: the keys and values of one head that merging leaves, compact and in token order.
+//!
+//! [`FarColumns`] owns the columns of one list of heads that share keys, values and bits: folded keys and values, log2
+//! of the number of tokens in each, and the token index of each column. A call's raw keys and values are borrowed, both
+//! while columns are gathered and where [`Keys`] says that a key is read in place.
+//!
+//! The idea: a column is made once per list and read by every block of rows. Columns are in token order, so that a
+//! causal row sees a prefix, found by binary search.
+//!
+//! The tricks:
+//! 1. One pass in token order folds, checks for numbers that are not finite, and stores or packs. Rows are prefetched
+//!    [`AHEAD`] rows ahead.
+//! 2. Where nothing is hidden and keys are compact accumulators, keys are not copied. With [`Layout::Lean`] only keys
+//!    that merging made are stored; the other keys are read from the call's tensor.
+//! 3. A pair sum is made from its two raw rows and needs no chain. Under a mean a chain of one token is the token
+//!    itself.
+//! 4. The first pass trusts that all rows are finite and only finds out. Where they are not, a second pass copies all
+//!    keys and replaces each column that is not finite. (Where rows are widened or packed anyway, the one pass replaces
+//!    at once.)
+//! 5. A replaced column has a NaN key and a zero value: a row that sees it becomes NaN through its logit, and 0 * NaN
+//!    reaches no other row. For gradients the key is 0 instead, see [`FarColumns::fill`].
+//! 6. Columns that are packed as bf16 pairs pass through a single row: the f32 rows are never all held.
+//! 7. The buffers of a list that has ended serve another list of the call (`room`).
 
 use super::pairs::{Packed, Pairs};
 use super::{vectorized, Accumulator, Element, HeadRows};
@@ -9,10 +31,10 @@ use crate::cpu::rows::PaddedRows;
 use crate::cpu::source::{KeysValues, FAR_COLUMNS};
 use std::ops::Range;
 
-/// Rows that are asked for before they are read: the hardware does not follow strides of some KiB.
+/// Rows between a prefetch and its read: the hardware does not follow strides of some KiB.
 pub(crate) const AHEAD: usize = 8;
 
-/// Folded keys and values with log2 n of each.
+/// Folded keys and values (columns, D) with log2 n of each.
 struct FoldedRows<A> {
     keys: PaddedRows<A>,
     values: PaddedRows<A>,
@@ -44,15 +66,15 @@ impl<A: Accumulator> FoldedRows<A> {
     }
 }
 
-/// How far columns are gathered.
+/// The form in which far columns are gathered.
 #[derive(Clone, Copy)]
 pub(crate) enum Layout {
-    /// Values as rows, and keys too, unless they can be read where they are.
+    /// Values as rows, and keys too, unless keys can be read in place.
     ValueRows,
-    /// The same, but of keys only those that merging makes: never more, together with the values, than one of the tensors
-    /// that they are gathered from. The others are read where they are, if they are accumulators.
+    /// As `ValueRows`, but with only the keys that merging makes: never more numbers, together with the values, than
+    /// one of the tensors that they are gathered from. The other keys are read in place, if they are accumulators.
     Lean,
-    /// For gradients.
+    /// Keys and values as rows, for gradients.
     Rows,
     /// As bf16 pairs, in place of rows.
     Pairs(Pairs),
@@ -66,17 +88,17 @@ enum Keys {
     /// Each in its row.
     #[default]
     Rows,
-    /// They are the raw ones, and read where they are.
+    /// Keys are the raw ones, read in place.
     InPlace,
-    /// Those that merging made are in rows, with the column of each; the others are the raw ones of their tokens.
+    /// Keys that merging made are in rows, with the column of each; the other keys are the raw ones of their tokens.
     Made(Vec<u32>),
 }
 
-/// What merging leaves of one list of heads that share keys, values and bits, in the accumulator's dtype. Columns are in
-/// token order; which of them a row sees is a prefix.
+/// The far columns of one list of heads that share keys, values and bits, in the accumulator's dtype. Columns are in
+/// token order; the columns that a causal row sees are a prefix.
 #[derive(Default)]
 pub(crate) struct FarColumns<A: Accumulator> {
-    /// The tokens that are not hidden; a single row where they are packed alone.
+    /// One row per column; a single row where columns are only packed.
     far: FoldedRows<A>,
     keys: Keys,
     sizes_differ: bool,
@@ -85,14 +107,14 @@ pub(crate) struct FarColumns<A: Accumulator> {
     pub columns: usize,
     /// Keys and values as bf16 pairs: see [`Layout`].
     pub packed: Option<Packed>,
-    /// Values as the keys of bf16 pairs.
+    /// Values, packed as the keys of bf16 pairs; for gradients.
     pub packed_values: Option<Packed>,
-    /// Whether no folded key or value of the head, and so no raw one, is NaN or infinite.
+    /// Whether every folded key and value of the head, and so every raw one, is finite.
     pub clean: bool,
 }
 
 impl<A: Accumulator> FarColumns<A> {
-    /// O(N·D). Into `room`, columns of a call's other list, where there is some.
+    /// Gathers in O(N·D). Reuses the buffers of `room`, columns of another list of the call, if given.
     pub fn gather<T: Element<Acc = A>>(
         (keys, values): (&HeadRows<T>, &HeadRows<T>),
         bits: &[u8],
@@ -105,7 +127,7 @@ impl<A: Accumulator> FarColumns<A> {
         let (dim, count) = (keys.dim, kept(bits, tokens));
         let nothing_hidden = count == tokens;
         columns.columns = count;
-        // Rows are read where they are if they are compact accumulators.
+        // Rows are read in place if they are compact accumulators.
         let readable = T::as_acc(&[]).is_some();
         let in_place = nothing_hidden && readable && keys.stride == dim;
         columns.keys = match layout {
@@ -142,7 +164,7 @@ impl<A: Accumulator> FarColumns<A> {
         let trusting = readable && columns.packed.is_none();
         fill(&mut columns, trusting);
         if trusting && !columns.clean {
-            // Rows that are not finite are replaced, which takes copies of all.
+            // Rows that are not finite are replaced, for which all rows are copied.
             columns.keys = Keys::Rows;
             fill(&mut columns, false);
         }
@@ -151,9 +173,10 @@ impl<A: Accumulator> FarColumns<A> {
         columns
     }
 
-    /// `trusting` only finds out whether all rows are finite; else each row that is kept is looked at, and replaced where it
-    /// is not finite. The rows that see such a column are NaN and stay out of gradients' products, where its key is 0: any
-    /// other one would reach the rows of its tile that do not see it.
+    /// With `trusting` only finds out whether all rows are finite. Without it each row that is kept is checked, and
+    /// replaced where it is not finite. A row of queries that sees a replaced column is NaN and stays out of the
+    /// products of gradients. There the column's key is 0: another key would reach the rows of its tile that do not see
+    /// it.
     #[inline(always)]
     fn fill<T: Element<Acc = A>>(
         &mut self,
@@ -173,7 +196,7 @@ impl<A: Accumulator> FarColumns<A> {
             let (chained, summed) = match fold {
                 // A chain of one is its token.
                 Fold::Mean => (merged || hides, false),
-                // It needs no chain.
+                // A pair sum needs no chain.
                 Fold::PairSum => (false, merged),
                 Fold::Drop => (false, false),
             };
@@ -187,7 +210,7 @@ impl<A: Accumulator> FarColumns<A> {
                 check.raw(values.row(t), &mut left);
                 continue;
             }
-            // A column that is packed alone passes through the only row.
+            // A column that is only packed passes through the single row.
             let row = far.min(room - 1);
             let column = far as u32;
             far += 1;
@@ -245,7 +268,7 @@ impl<A: Accumulator> FarColumns<A> {
         self.sizes_differ.then_some(&self.far.log2_sizes)
     }
 
-    /// How many far columns hold tokens before `token`.
+    /// The number of far columns that hold tokens before `token`.
     pub fn before(&self, token: usize) -> usize {
         match &self.tokens {
             Some(tokens) => tokens.partition_point(|t| (*t as usize) < token),
@@ -258,7 +281,8 @@ impl<A: Accumulator> FarColumns<A> {
         self.tokens.as_ref().map_or(column, |tokens| tokens[column] as usize)
     }
 
-    /// Keys and values from `column` on; `keys` are the head's. Without keys where they lie apart.
+    /// Keys and values from `column` on, (columns, D); `keys` are the head's raw ones. Keys are empty where they lie
+    /// apart.
     pub fn rows<'r, T: Element<Acc = A>>(&'r self, column: usize, keys: &HeadRows<'r, T>) -> KeysValues<'r, A> {
         let values = self.far.values.rows(column);
         let keys = match (&self.keys, keys.skip(column).as_acc()) {
@@ -269,7 +293,7 @@ impl<A: Accumulator> FarColumns<A> {
         (keys, values)
     }
 
-    /// Where the keys of some columns are, if they lie apart; `keys` are the head's.
+    /// Finds the keys of some columns, if keys lie apart, and returns whether they do; `keys` are the head's raw ones.
     pub fn keys_apart<'r, T: Element<Acc = A>>(
         &'r self,
         columns: Range<usize>,
@@ -293,12 +317,12 @@ impl<A: Accumulator> FarColumns<A> {
     }
 }
 
-/// How many of these tokens are not hidden: the far columns of a list.
+/// The number of these tokens that are not hidden: the far columns of a list.
 pub(crate) fn kept(bits: &[u8], tokens: usize) -> usize {
     tokens - bits.iter().filter(|bit| **bit == 1).count()
 }
 
-/// How many chains of more than one token end within these tokens.
+/// The number of chains of more than one token that end within these tokens.
 fn chains(bits: &[u8], tokens: usize) -> usize {
     let hides = |token: usize| bits.get(token) == Some(&1);
     (1..tokens).filter(|t| hides(t - 1) && !hides(*t)).count()
@@ -311,7 +335,7 @@ mod tests {
     use crate::cpu::source::FAR_COLUMNS;
     use crate::cpu::HeadRows;
 
-    /// Lean columns are those gathered as rows, bit for bit, and of keys and values together no more than one tensor.
+    /// Lean columns are those gathered as rows, bit for bit; keys and values together are no more than one tensor.
     #[test]
     fn lean_columns_are_the_gathered_ones() {
         let (tokens, dim, stride) = (157, 16, 40);

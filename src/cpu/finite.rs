@@ -1,8 +1,8 @@
-//! Rows that hold a number that is not finite: found while they are read, copied or added, and replaced.
+//! Rows that hold a number that is not finite: found while rows are read, copied or added, and replaced.
 
 use super::{Accumulator, Element};
 
-/// Adds a raw row, through `room` where it has to be widened.
+/// Adds a raw row, through `room` where the row has to be widened.
 #[inline(always)]
 pub(crate) fn add_row<T: Element>(sum: &mut [T::Acc], row: &[T], room: &mut [T::Acc]) {
     let row = T::as_acc(row).unwrap_or_else(|| {
@@ -12,8 +12,8 @@ pub(crate) fn add_row<T: Element>(sum: &mut [T::Acc], row: &[T], room: &mut [T::
     sum.iter_mut().zip(row).for_each(|(x, y)| *x += *y);
 }
 
-/// Replaces a key or value that is not finite by a NaN key and a zero value: whoever sees the column becomes NaN
-/// through its logit, and nobody else is touched by 0 * NaN. Whether it did.
+/// Replaces a key or value that is not finite by a NaN key and a zero value, and returns whether it did. A row that
+/// sees the column becomes NaN through its logit; 0 * NaN reaches no other row.
 #[inline(always)]
 pub(crate) fn quarantine<A: Accumulator>(key: &mut [A], value: &mut [A]) -> bool {
     let bad = !(all_finite(key) && all_finite(value));
@@ -23,7 +23,7 @@ pub(crate) fn quarantine<A: Accumulator>(key: &mut [A], value: &mut [A]) -> bool
     bad
 }
 
-/// What [`quarantine`] makes of a key and a value.
+/// Makes the key NaN and the value 0, as [`quarantine`] does.
 #[cold]
 pub(crate) fn spoil<A: Accumulator>(key: &mut [A], value: &mut [A]) {
     key.fill(A::NAN);
@@ -37,8 +37,9 @@ pub(crate) fn all_finite<A: Accumulator>(row: &[A]) -> bool {
     check.passed()
 }
 
-/// Finds out whether all numbers of some rows are finite: x * 0 is NaN for those that are not. Chunks are worked on as
-/// values: written in place, number by number, they might be what is read next, and would be handled one by one.
+/// Finds out whether all numbers of some rows are finite: x * 0 is NaN for a number that is not. Chunks are held as
+/// values. If they were written in place, number by number, the compiler would have to assume that a write changes the
+/// next read, and would not vectorise.
 #[derive(Default)]
 pub(crate) struct Check<A>([A; CHECK_LANES]);
 
@@ -52,7 +53,7 @@ impl<A: Accumulator> Check<A> {
         self.lanes(rest);
     }
 
-    /// Takes a row as it is stored; through `room` where it has to be widened.
+    /// Checks a stored row, through `room` where the row has to be widened.
     #[inline(always)]
     pub fn raw<T: Element<Acc = A>>(&mut self, row: &[T], room: &mut [A]) {
         match T::as_acc(row) {
@@ -61,7 +62,7 @@ impl<A: Accumulator> Check<A> {
         }
     }
 
-    /// At most as many numbers as there are lanes.
+    /// Checks at most one chunk of numbers.
     #[inline(always)]
     fn lanes(&mut self, row: &[A]) {
         for (check, x) in self.0.iter_mut().zip(row) {
@@ -69,7 +70,7 @@ impl<A: Accumulator> Check<A> {
         }
     }
 
-    /// Takes a row while it is copied.
+    /// Copies and checks a row.
     #[inline(always)]
     pub fn copy<T: Element<Acc = A>>(&mut self, source: &[T], target: &mut [A]) {
         match T::as_acc(source) {
@@ -81,7 +82,7 @@ impl<A: Accumulator> Check<A> {
         }
     }
 
-    /// Takes the sum of two rows while it is made; through `room` where they have to be widened.
+    /// Writes and checks the sum of two rows, through `room` where they have to be widened.
     #[inline(always)]
     pub fn sum<T: Element<Acc = A>>(&mut self, (left, right): (&[T], &[T]), room: &mut [A], target: &mut [A]) {
         let (Some(left), Some(right)) = (T::as_acc(left), T::as_acc(right)) else {
@@ -104,7 +105,7 @@ impl<A: Accumulator> Check<A> {
         self.lanes(target_rest);
     }
 
-    /// Takes a row while it is multiplied by `factor`.
+    /// Multiplies a row by `factor` and checks it.
     #[inline(always)]
     pub fn scale(&mut self, source: &[A], factor: A, target: &mut [A]) {
         let (chunks, rest) = source.as_chunks::<CHECK_LANES>();
@@ -132,7 +133,7 @@ impl<A: Accumulator> Check<A> {
 mod tests {
     use super::Check;
 
-    /// Rows longer and shorter than a chunk, with one number at each place that is not finite.
+    /// Rows longer and shorter than a chunk, with one number that is not finite at each place.
     #[test]
     fn sums_and_products_are_checked_at_every_place() {
         for dim in [1, 15, 16, 17, 40] {
@@ -156,7 +157,7 @@ mod tests {
                 }
             }
         }
-        // Two finite numbers whose sum is not.
+        // Two finite numbers with an infinite sum.
         let (mut check, mut sum) = (Check::default(), [0.0]);
         check.sum((&[f32::MAX][..], &[f32::MAX][..]), &mut [0.0], &mut sum);
         assert!(!check.passed());

@@ -1,4 +1,4 @@
-//! Folding of one head's keys and values, token by token, and the way home of its gradients.
+//! Folding of one head's keys and values, token by token, and its transpose for gradients.
 
 use super::finite::{quarantine, spoil, Check};
 use super::source::{Bits, RawRows};
@@ -6,7 +6,7 @@ use super::{Accumulator, Element};
 use crate::config::Fold;
 use std::sync::LazyLock;
 
-/// Walks along a head's tokens and holds the folded key, value and size of the one it stands on.
+/// Walks along a head's tokens and holds the folded key, value and size of the current token.
 #[derive(Clone)]
 pub(crate) struct ChainFold<A> {
     fold: Fold,
@@ -31,7 +31,7 @@ impl<A: Accumulator> ChainFold<A> {
         }
     }
 
-    /// Steps to the next token, into which the one before is folded when `merged`.
+    /// Steps to the next token; `merged` folds the current token into it.
     #[inline(always)]
     pub fn step<T: Element<Acc = A>>(&mut self, merged: bool, key: &[T], value: &[T]) {
         if !merged || !self.fold.keeps_hidden() {
@@ -56,12 +56,13 @@ impl<A: Accumulator> ChainFold<A> {
                 running_mean(&mut self.value, &self.raw_value, self.size);
                 self.size += 1;
             }
-            // It keeps nothing of a hidden token.
+            // Drop keeps nothing of a hidden token.
             Fold::Drop => {}
         }
     }
 
-    /// A quarantined pair sum from its two raw rows. What [`Self::step`] goes on from is not kept.
+    /// Makes a quarantined pair sum from its two raw rows. Afterwards [`Self::step`] must not fold: its raw rows are
+    /// gone.
     #[inline(always)]
     pub fn pair<T: Element<Acc = A>>(&mut self, keys: (&[T], &[T]), values: (&[T], &[T])) {
         let mut check = Check::default();
@@ -72,8 +73,8 @@ impl<A: Accumulator> ChainFold<A> {
         }
     }
 
-    /// Stands on the token before `token` if that one is folded into it, having walked its chain as far as the fold
-    /// reads; `resume` is a chain on an earlier token to start from.
+    /// Moves to the token before `token` if that token is folded into `token`, having walked its chain as far as the
+    /// fold reads. `resume` is a chain on an earlier token to start from, with that token.
     pub fn approach<T: Element<Acc = A>>(
         &mut self,
         token: usize,
@@ -87,7 +88,7 @@ impl<A: Accumulator> ChainFold<A> {
         while start > floor && joins_left(start) {
             match self.fold {
                 Fold::Mean => start -= 1,
-                // One raw left neighbour is all a pair sum reads.
+                // A pair sum reads one raw left neighbour only.
                 Fold::PairSum => {
                     start -= 1;
                     break;
@@ -104,13 +105,13 @@ impl<A: Accumulator> ChainFold<A> {
         }
     }
 
-    /// See [`quarantine`].
+    /// Replaces a key or value that is not finite: see [`quarantine`].
     #[inline(always)]
     pub fn quarantine(&mut self) {
         quarantine(&mut self.key, &mut self.value);
     }
 
-    /// The token it stands on as an edge.
+    /// The current token as an edge column.
     pub fn edge(&self) -> Edge<'_, A> {
         Edge {
             key: &self.key,
@@ -119,12 +120,12 @@ impl<A: Accumulator> ChainFold<A> {
         }
     }
 
-    /// Key, value, raw key and raw value: with fold and size, all of its state.
+    /// Key, value, raw key and raw value (D): with fold and size, all of the state.
     pub fn rows(&self) -> [&[A]; 4] {
         [&self.key, &self.value, &self.raw_key, &self.raw_value]
     }
 
-    /// A chain that goes on from the [`Self::rows`] of another.
+    /// A chain from the state that [`Self::rows`] of another chain gave.
     pub fn from_rows(fold: Fold, size: usize, [key, value, raw_key, raw_value]: [Vec<A>; 4]) -> Self {
         Self {
             fold,
@@ -136,13 +137,13 @@ impl<A: Accumulator> ChainFold<A> {
         }
     }
 
-    /// Numbers held.
+    /// The number of numbers held.
     pub fn len(&self) -> usize {
         self.key.len() + self.value.len() + self.raw_key.len() + self.raw_value.len()
     }
 }
 
-/// log2 of how many tokens a mean has; of the usual numbers nothing is computed.
+/// log2 of the number of tokens in a mean; the usual numbers come from a table.
 pub(crate) fn log2_size<A: Accumulator>(size: usize) -> A {
     static LOGARITHMS: LazyLock<[f64; 64]> = LazyLock::new(|| std::array::from_fn(|size| (size as f64).log2()));
     A::of(LOGARITHMS.get(size).copied().unwrap_or_else(|| (size as f64).log2()))
@@ -159,7 +160,7 @@ fn pair_sum<T: Element>(folded: &mut [T::Acc], raw: &mut [T::Acc], next: &[T]) {
 
 #[inline(always)]
 fn running_mean<A: Accumulator>(mean: &mut [A], next: &[A], size: usize) {
-    // Two weights, and not a sum that is divided: it could overflow where the mean does not.
+    // Two weights, not a sum that is divided: the sum could overflow where the mean does not.
     let inverse = A::ONE / A::of((size + 1) as f64);
     let rest = A::ONE - inverse;
     for (m, x) in mean.iter_mut().zip(next) {
@@ -175,8 +176,7 @@ pub(crate) struct Edge<'e, A> {
     pub log2_size: A,
 }
 
-/// Takes gradients of folded rows (tokens, D) home to the rows they were folded from, in place: the transpose of the
-/// fold.
+/// Changes gradients of folded rows (tokens, D) to gradients of the raw rows, in place: the transpose of the fold.
 #[inline(always)]
 pub(crate) fn unfold<A: Accumulator>(fold: Fold, gradients: &mut [A], bits: &[u8], dim: usize) {
     let hidden = |t: usize| bits.get(t) == Some(&1);

@@ -1,7 +1,8 @@
 //! One forward pass: a head's far columns are gathered once, and blocks of rows attend to them.
 //!
-//! Work is split over (batch, head, row block). A head's far columns are gathered by the worker that begins with it and
-//! dropped by the last that reads them, so that one head per thread is held at a time: memory O(N·D) beyond the output.
+//! Work is split over (batch, head, row block). The worker that begins with a head gathers its far columns, and the
+//! last worker that reads them drops them. So one head per thread is held at a time: memory is O(N·D) beyond the
+//! output.
 
 use super::attend::Worker;
 use super::far::{kept, FarColumns, Layout};
@@ -21,18 +22,18 @@ struct HeadList<A: Accumulator> {
     columns: Lease<FarColumns<A>>,
 }
 
-/// A call's lists, and how their columns are gathered.
+/// A call's lists, and the form in which their columns are gathered.
 struct HeadLists<'c, 'a, T: Element> {
     input: &'c ForwardInput<'a, T>,
     lists: Vec<HeadList<T::Acc>>,
     layout: Layout,
-    /// How many may be begun at a time.
+    /// The number of lists that may be begun at a time.
     open: usize,
     pool: Pool<FarColumns<T::Acc>>,
 }
 
-/// The output (B, H, N, D), contiguous; also each row's log-sum-exp in base 2, as two numbers that add up to it, where
-/// `log_sum_exp` (B, H, N) is given.
+/// The output (B, H, N, D), contiguous. If `log_sum_exp` (B, H, N) is given, also each row's log-sum-exp in base 2, as
+/// two numbers that add up to it.
 pub(crate) fn forward<T: Element>(input: &ForwardInput<T>, log_sum_exp: Option<&mut [[T::Acc; 2]]>) -> Vec<T> {
     let Problem {
         batch,
@@ -61,7 +62,7 @@ pub(crate) fn forward<T: Element>(input: &ForwardInput<T>, log_sum_exp: Option<&
 }
 
 impl<'c, 'a, T: Element> HeadLists<'c, 'a, T> {
-    /// `blocks` of rows will read each head's columns.
+    /// `blocks` is the number of row blocks that will read each head's columns.
     fn new(input: &'c ForwardInput<'a, T>, blocks: usize) -> Self {
         let (problem, group) = (input.problem, input.problem.group());
         let bits = |batch: usize, head: usize| input.head_bits(batch, head);
@@ -98,13 +99,13 @@ impl<'c, 'a, T: Element> HeadLists<'c, 'a, T> {
         lists
     }
 
-    /// Sees to it that the lists that are held at a time, those with rows left and one that ends, take no more than the
-    /// output in f32. Where each thread cannot have its own, fewer are begun at a time; where that would be a single one,
-    /// which all threads would wait for, columns are lean.
+    /// Bounds the memory of the lists that are held at a time (lists with rows left, and one that ends) by the output
+    /// in f32. Where each thread cannot have a list of its own, fewer lists are begun at a time. Where that would be a
+    /// single list, which all threads would wait for, columns are lean.
     fn fit(&mut self) {
         let problem = self.input.problem;
         let wanted = self.lists.len().min(rayon::current_num_threads());
-        // How many lists of so many columns fit.
+        // The number of lists of `columns` columns that fit.
         let room = |columns: usize| problem.batch * problem.heads * problem.tokens / (2 * columns.max(1));
         if room(problem.tokens) >= wanted {
             return;

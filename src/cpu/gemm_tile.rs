@@ -1,5 +1,5 @@
-//! The matrix products of a tile: in our own registers ([`super::product`]), or, where there are none, through the gemm
-//! crate.
+//! The matrix products of a tile: in our own registers ([`super::product`]), or, for widths that these do not serve,
+//! through the gemm crate.
 
 use super::product::{Left, Multiply, Onto, Product};
 use super::{arch, Accumulator, HeadRows};
@@ -15,8 +15,8 @@ pub(crate) struct Tile<'a, A> {
     pub rows: Range<usize>,
 }
 
-/// `tile[r, c] = query[r] . key[c] (+ added[c])` for keys of `dim` numbers; `queries` is (D, leading), transposed so that
-/// rows are the vector axis.
+/// `tile[r, c] = query[r] . key[c] (+ added[c])` for keys of `dim` numbers; `queries` is (D, leading), transposed so
+/// that rows are the vector axis.
 pub(crate) fn scores<A: Accumulator>(
     tile: &mut Tile<A>,
     queries: &[A],
@@ -37,7 +37,7 @@ pub(crate) fn scores<A: Accumulator>(
     })
 }
 
-/// `output[r] += sum_c tile[r, c] * value[c]`; `output` is (leading, width), and values are padded to as much.
+/// `output[r] += sum_c tile[r, c] * value[c]`; `output` is (leading, width), and values are padded to `width`.
 pub(crate) fn accumulate<A: Accumulator>(output: &mut [A], width: usize, tile: &Tile<A>, values: &HeadRows<A>) {
     let first = tile.rows.start;
     multiply(Product {
@@ -98,7 +98,7 @@ fn multiply<A: Accumulator>(mut product: Product<A>) {
             row[..n].fill(*number);
         }
     }
-    // Rows are brought together: one product, whose sums do not depend on where the rows were.
+    // Rows are copied together for one product. Its sums do not depend on where the rows were.
     let together: Vec<A>;
     let (a, a_row, a_step) = match a {
         Left::Grid { data, row, step } => (data, row, step),

@@ -45,7 +45,7 @@ impl Element for half::bf16 {
     }
 }
 
-/// Rounds to bf16, ties to even; a NaN stays one.
+/// Rounds to bf16, ties to even; a NaN stays NaN.
 #[inline(always)]
 pub(crate) fn bf16_bits(x: f32) -> u16 {
     let bits = x.to_bits();

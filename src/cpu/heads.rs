@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
-/// Which heads of which batch row a list serves.
+/// The batch row and heads that a list serves.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct ListHeads {
     pub batch: usize,

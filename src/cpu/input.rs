@@ -1,4 +1,4 @@
-//! What forward and backward passes read, and the far columns that are gathered from it.
+//! The inputs of forward and backward passes, and the far columns that are gathered from them.
 
 use super::bias::{Apart, BiasView};
 use super::columns::{block_rows, Block, Settings};
@@ -13,7 +13,7 @@ use candle_core::Result;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// What one forward pass reads.
+/// The inputs of one forward pass.
 #[derive(Clone, Copy)]
 pub(crate) struct ForwardInput<'a, T: Element> {
     pub q: Rows<'a, T>,
@@ -31,7 +31,7 @@ pub(crate) struct ForwardInput<'a, T: Element> {
 }
 
 impl<'a, T: Element> ForwardInput<'a, T> {
-    /// With products in bf16 pairs where they serve.
+    /// The call's settings, with products in bf16 pairs where they apply.
     pub fn settings(&self) -> Settings<'a, T::Acc> {
         let pairs = self.pairs();
         Settings {
@@ -48,7 +48,7 @@ impl<'a, T: Element> ForwardInput<'a, T> {
         }
     }
 
-    /// Products in bf16 pairs, where they serve: dropout takes single weights.
+    /// Products in bf16 pairs, where they apply. Dropout needs single weights, so it excludes them.
     pub fn pairs(&self) -> Option<Pairs> {
         match self.dropout {
             Some(_) => None,
@@ -56,7 +56,7 @@ impl<'a, T: Element> ForwardInput<'a, T> {
         }
     }
 
-    /// Refuses a bias of -inf at a column that a row of a head which hides tokens would see.
+    /// Refuses a bias of -inf at a column that a row of a head with hidden tokens would see.
     pub fn check_bias(&self) -> Result<()> {
         let Some(bias) = self.bias else { return Ok(()) };
         let Problem {
@@ -102,7 +102,7 @@ impl<'a, T: Element> ForwardInput<'a, T> {
     }
 }
 
-/// What one backward pass reads.
+/// The inputs of one backward pass.
 pub(crate) struct BackwardInput<'a, T: Element> {
     pub forward: ForwardInput<'a, T>,
     /// The forward's output (B, H, N, D) and its gradient.
@@ -112,7 +112,7 @@ pub(crate) struct BackwardInput<'a, T: Element> {
     pub log_sum_exp: &'a [[T::Acc; 2]],
 }
 
-/// A call's far columns, with the rows they were gathered from.
+/// A call's far columns, with the rows that they were gathered from.
 pub(crate) struct Gathered<'a, T: Element> {
     pub columns: Arc<FarColumns<T::Acc>>,
     pub keys: HeadRows<'a, T>,
@@ -120,7 +120,7 @@ pub(crate) struct Gathered<'a, T: Element> {
 }
 
 impl<'a, T: Element> Gathered<'a, T> {
-    /// Gathers for gradients of one query head; into `room` where there is some.
+    /// Gathers for gradients of one query head; reuses the buffers of `room` if given.
     pub fn new(input: &ForwardInput<'a, T>, batch: usize, head: usize, room: Option<FarColumns<T::Acc>>) -> Self {
         let kv_head = head / input.problem.group();
         let (keys, values) = (input.k.head(batch, kv_head), input.v.head(batch, kv_head));
@@ -140,7 +140,7 @@ impl<'a, T: Element> Gathered<'a, T> {
         }
     }
 
-    /// The columns, for their room, when nobody reads them any more.
+    /// The columns, for their buffers, if no other reader is left.
     pub fn into_columns(self) -> Option<FarColumns<T::Acc>> {
         Arc::try_unwrap(self.columns).ok()
     }

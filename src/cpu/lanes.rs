@@ -1,7 +1,8 @@
-//! Rows of a cache as decoding reads them, straight from memory: accumulators as they are, halves two to a lane of 32 bits.
+//! Rows of a cache as decoding reads them, straight from memory: accumulators as they are, halves two to a lane of 32
+//! bits.
 //!
 //! Two halves are widened by shifts and masks, one register of even and one of odd index, so that no number changes its
-//! lane. What meets them, queries and sums of values, lies in the same order: all of even index, then all of odd.
+//! lane. Queries and sums of values lie in the same order: all numbers of even index, then all of odd index.
 
 use super::element::{Accumulator, Lanes};
 use half::slice::HalfFloatSliceExt;
@@ -15,7 +16,8 @@ impl<A: Accumulator> Lanes for A {
     fn lanes(source: &[Self], _: usize) -> Option<&[Self]> {
         Some(source)
     }
-    // Loops over indices: closures over registers are not sure to be inlined into this instruction set's code.
+    // Loops go over indices: the compiler does not always inline closures over registers into this instruction set's
+    // code.
     #[inline(always)]
     #[allow(clippy::needless_range_loop)]
     fn dots<S: Simd, const G: usize>(simd: S, rows: [&[Self]; G], stored: &[Self]) -> [Self; G] {
@@ -78,9 +80,9 @@ impl<A: Accumulator> Lanes for A {
     }
 }
 
-/// Two halves in 32 bits, the one of even index in the low ones.
+/// Two halves in 32 bits; the half of even index is in the low bits.
 trait Pair {
-    /// Those of even and those of odd index.
+    /// Widens to the numbers of even index and the numbers of odd index.
     fn widen<S: Simd>(simd: S, pairs: S::u32s) -> [S::f32s; 2];
 }
 
@@ -104,13 +106,14 @@ impl Pair for half::f16 {
 /// f16 numbers in the upper halves of lanes.
 #[inline(always)]
 fn widen_high<S: Simd>(simd: S, numbers: S::u32s) -> S::f32s {
-    // Under the exponent of f32 a number is 2^112 times too small, and exact: subnormal ones are so in f32 too.
+    // Read with f32's exponent bias, the number is 2^112 times too small, and exact: a subnormal half is subnormal in
+    // f32 too.
     let magnitude = simd.and_u32s(numbers, simd.splat_u32s(0x7fff_0000));
     let magnitude = simd.wrapping_dyn_shr_u32s(magnitude, simd.splat_u32s(3));
     let sign = simd.and_u32s(numbers, simd.splat_u32s(0x8000_0000));
     let number = simd.transmute_f32s_u32s(simd.or_u32s(magnitude, sign));
     let number = simd.mul_f32s(number, simd.splat_f32s(f32::from_bits((112 + 127) << 23)));
-    // What is not finite here is a NaN: a list has no infinity.
+    // A number that is not finite here is a NaN: a list holds no infinity.
     let finite = simd.less_than_u32s(magnitude, simd.splat_u32s(0x7c00 << 13));
     simd.select_f32s(finite, number, simd.splat_f32s(f32::NAN))
 }
@@ -206,7 +209,7 @@ macro_rules! halves {
                     return None;
                 }
                 match source {
-                    // Its address need not be one of a lane.
+                    // The address of an empty slice need not be aligned to a lane.
                     [] => Some(&[]),
                     _ => pulp::bytemuck::try_cast_slice(source.reinterpret_cast()).ok(),
                 }

@@ -1,7 +1,23 @@
-//! One ragged list of a KV cache: the columns that a KV head (or a query head, where heads decide alone) keeps.
+//! One ragged list of a KV cache: the columns that a KV head keeps (or a query head, where heads decide alone).
 //!
-//! Read as a stream: a token that leaves the window is folded into the open chain, or closes it and starts a new one.
-//! Closed chains are far columns for every later row; the open one is the next row's edge.
+//! A [`List`] owns, in the storage dtype: the closed chains as compact keys and values with their token indices and
+//! sizes; the raw rows of the window; and the state to go on from: the open chain, the undecided bits, the scan of the
+//! causal rule or the observed masses. It owns no queries but the last one of each head, which a pair sum needs.
+//!
+//! The idea: a list is the columns of one call, kept between calls. Tokens arrive as a stream. A token that leaves the
+//! window is folded into the open chain, or it closes that chain and starts a new one. Closed chains are far columns
+//! for every later row; the open chain is the next row's edge.
+//!
+//! The tricks:
+//! 1. A chunk is decided before anything changes ([`Decided`]). A call that is refused leaves every list as it was, and
+//!    the number of entries after the call is known.
+//! 2. A chain of one token is copied as stored; only real chains pass through the accumulator and are rounded once,
+//!    when they close.
+//! 3. A list that never merges has window 0: each token is one entry, and nothing is kept raw.
+//! 4. Raw rows are moved to the front once per window of tokens, not at every token.
+//! 5. Capacity grows by an eighth, so that little is copied and little is unused.
+//! 6. A chain that is not finite is replaced when it closes, so that stored columns need no check. Raw rows of the
+//!    window are checked only where [`List::last_bad`] says that one of them is not finite.
 
 use super::observe::Observed;
 use super::{vectorized, Accumulator, Element, HeadRows};
@@ -15,7 +31,7 @@ use std::ops::Range;
 /// A list grows by an eighth of its length, and at least by this many entries: little is copied, little is unused.
 const GROWTH: usize = 64;
 
-/// What a list needs to know of the settings.
+/// The settings of one list.
 #[derive(Clone, Debug)]
 pub(crate) struct ListSettings {
     pub tests: Vec<HeadTest>,
@@ -23,12 +39,12 @@ pub(crate) struct ListSettings {
     pub fold: Fold,
     pub sinks: usize,
     pub max_merge_level: usize,
-    /// 0 for a list that never merges: nothing needs to be kept raw.
+    /// Tokens kept raw; 0 for a list that never merges.
     pub window: usize,
 }
 
 impl ListSettings {
-    /// `tests` are those of the query heads that share the list.
+    /// `tests` are the tests of the query heads that share the list.
     pub fn new(tests: Vec<HeadTest>, config: &CompressionConfig) -> Self {
         let merges = tests.iter().all(|test| !test.strategy.is_off());
         Self {
@@ -45,12 +61,12 @@ impl ListSettings {
         self.tests.iter().all(|test| !test.strategy.is_off())
     }
 
-    /// Whether tokens are judged by what their window's rows gave them.
+    /// Whether tokens are judged by the observed mass: the weights that the rows of their window gave them.
     pub fn observes(&self) -> bool {
         self.criterion.observes() && self.merges()
     }
 
-    /// Whether tokens are judged by their neighbours.
+    /// Whether tokens are judged by a test of neighbours.
     pub fn compares(&self) -> bool {
         self.criterion.compares_pairs() && self.merges()
     }
@@ -72,7 +88,7 @@ pub(crate) struct List<S: Element> {
     pub dim: usize,
     /// Tokens seen so far.
     pub seq_len: usize,
-    /// Closed chains (entries, D), and each one's last token.
+    /// Closed chains: keys and values (entries, D), and each chain's last token.
     pub keys: Vec<S>,
     pub values: Vec<S>,
     pub tokens: Vec<u32>,
@@ -80,21 +96,22 @@ pub(crate) struct List<S: Element> {
     pub log2_sizes: Vec<S::Acc>,
     /// The chain on token `seq_len - 1 - window`; None while the window is not full.
     pub open: Option<ChainFold<S::Acc>>,
-    /// Raw tokens (rows, D) of which the last `window` are still needed; empty where `window` is 0.
+    /// Raw tokens (rows, D): the window, after older rows that [`Self::trim`] has yet to drop; empty where `window` is
+    /// 0.
     pub recent_keys: Vec<S>,
     pub recent_values: Vec<S>,
     /// Bits from the open chain's token (or token 0) to `seq_len - 2`; 0 where they are not decided yet.
     pub bits: Vec<u8>,
     pub run: Run<S::Acc>,
-    /// Where tokens are judged by what they were given; else empty.
+    /// The observed masses, where they decide; else empty.
     pub observed: Observed<S>,
-    /// The last raw query of each query head, under [`Fold::PairSum`].
+    /// The last raw query (heads, D) of each query head, under [`Fold::PairSum`].
     pub last_queries: Vec<S::Acc>,
-    /// The newest token that was not finite.
+    /// The newest token whose key or value was not finite.
     pub last_bad: Option<usize>,
 }
 
-/// Where the causal rule's scan stands.
+/// The state of the causal rule's scan.
 #[derive(Clone, Default)]
 pub(crate) struct Run<A> {
     /// The first token of the run that ends at the last token, and its key.
@@ -105,11 +122,11 @@ pub(crate) struct Run<A> {
 
 /// One chunk's decisions, made before anything changes.
 pub(crate) struct Decided<S: Element> {
-    /// Bits from the list's first one to the last but one token of the chunk.
+    /// Bits from the list's first bit to the last but one token of the chunk.
     pub bits: Vec<u8>,
     pub run: Run<S::Acc>,
     pub observed: Observed<S>,
-    /// Entries that the chunk will close.
+    /// The number of entries that the chunk will close.
     pub closes: usize,
 }
 
@@ -134,7 +151,7 @@ impl<S: Element> List<S> {
         }
     }
 
-    /// Columns that the next row would see besides itself: closed chains, the open one, raw tokens.
+    /// The number of columns that the next row would see besides itself: closed chains, the open one, raw tokens.
     pub fn entries(&self) -> usize {
         self.tokens.len() + usize::from(self.open.is_some()) + self.seq_len.min(self.settings.window)
     }
@@ -145,7 +162,7 @@ impl<S: Element> List<S> {
         self.tokens.len() + decided.closes + usize::from(seq_len > window) + seq_len.min(window)
     }
 
-    /// Back to the first `tokens` tokens (at least 1) of a list that never merges: each entry is one token.
+    /// Cuts a list that never merges back to its first `tokens` tokens (at least 1): each entry is one token.
     pub fn truncate(&mut self, tokens: usize) {
         if tokens >= self.seq_len || self.settings.merges() {
             return;
@@ -169,7 +186,7 @@ impl<S: Element> List<S> {
         rows * size_of::<S>() + self.tokens.len() * size_of::<u32>() + self.state_bytes()
     }
 
-    /// Bytes allocated: [`Self::bytes`] and what growth has reserved.
+    /// Bytes allocated: [`Self::bytes`] and the reserve for growth.
     pub fn bytes_allocated(&self) -> usize {
         let recent = self.recent_keys.capacity() + self.recent_values.capacity();
         let rows = self.keys.capacity() + self.values.capacity() + recent;
@@ -190,8 +207,8 @@ impl<S: Element> List<S> {
         self.seq_len.saturating_sub(self.settings.window + 1)
     }
 
-    /// Takes the chunk in: raw rows, bits, and the chains that its tokens push out of the window. Returns the chain as
-    /// it stood before.
+    /// Appends a decided chunk: raw rows, bits, and the chains that its tokens push out of the window. Returns the open
+    /// chain as it was before.
     pub fn append(
         &mut self,
         decided: Decided<S>,
@@ -240,7 +257,7 @@ impl<S: Element> List<S> {
         }
     }
 
-    /// Takes in tokens that leave the window: the last one's chain stays open.
+    /// Folds the tokens that leave the window; the chain of the last one stays open.
     #[inline(always)]
     fn fold_in(&mut self, tokens: Range<usize>, bits: Bits, raw: &RawRows<S>) {
         let opened = self.open.take();
@@ -276,7 +293,7 @@ impl<S: Element> List<S> {
         self.push_token(token, chain.size);
     }
 
-    /// A closed chain's last token, and how many it has.
+    /// Stores the last token of a closed chain, and its number of tokens.
     fn push_token(&mut self, token: usize, size: usize) {
         self.tokens.push(token as u32);
         if self.settings.fold.has_sizes() {
@@ -294,7 +311,8 @@ impl<S: Element> List<S> {
         HeadRows::compact(&self.values, self.dim)
     }
 
-    /// The raw rows that a chunk's blocks read: its own where nothing is kept raw, else those of the window and its own.
+    /// The raw rows that a chunk's blocks read: the chunk's own where nothing is kept raw, else the window's and the
+    /// chunk's.
     pub fn raw<'a>(&'a self, keys: HeadRows<'a, S>, values: HeadRows<'a, S>, count: usize) -> RawRows<'a, S> {
         self.raw_of((&self.recent_keys, &self.recent_values), (keys, values), count)
     }
@@ -329,13 +347,13 @@ impl<S: Element> List<S> {
         }
     }
 
-    /// Forgets what no later row reads, after a chunk of `count` tokens.
+    /// Drops the bits and raw rows that no later row reads, after a chunk of `count` tokens.
     pub fn trim(&mut self, count: usize) {
         let (old, new) = (self.chunk_bits(count).base, self.bits_base());
         self.bits.drain(..(new - old).min(self.bits.len()));
         let (dim, keep) = (self.dim, self.settings.window.min(self.seq_len));
         let rows = self.recent_keys.len() / dim;
-        // Moved once per window's worth of tokens, not at every step; a long chunk's memory is given back.
+        // Rows are moved once per window of tokens, not at every step; the memory of a long chunk is released.
         if rows > 2 * keep {
             for recent in [&mut self.recent_keys, &mut self.recent_values] {
                 recent.drain(..(rows - keep) * dim);

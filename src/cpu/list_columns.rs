@@ -44,21 +44,21 @@ impl<S: Element> FarSource<S::Acc> for List<S> {
     }
 }
 
-/// A list whose columns were gathered, as bf16 pairs where products are made so.
+/// A list whose columns were gathered, as bf16 pairs if products are made so.
 pub(crate) struct GatheredList<'a, S: Element> {
     list: &'a List<S>,
     columns: Arc<FarColumns<S::Acc>>,
 }
 
 impl<'a, S: Element> GatheredList<'a, S> {
-    /// Gathered now if nobody has borrowed them before; into room of `pool` where there is some.
+    /// Gathers the columns unless another task has; reuses buffers of `pool` if it holds any.
     pub fn borrow(
         list: &'a List<S>,
         columns: &Lease<FarColumns<S::Acc>>,
         pairs: Option<Pairs>,
         pool: &Pool<FarColumns<S::Acc>>,
     ) -> Self {
-        // What is stored is folded: nothing is hidden.
+        // Stored columns are folded: nothing is hidden.
         let gather = || {
             FarColumns::gather(
                 (&list.key_rows(), &list.value_rows()),

@@ -1,4 +1,4 @@
-//! What a list of a KV cache decides about a chunk of tokens, before anything changes.
+//! A list's decisions about a chunk of tokens, before anything changes.
 
 use super::decide::{cosine_of, qualifies};
 use super::list::{widened, Decided, List, Run};
@@ -7,7 +7,7 @@ use super::{dot, Accumulator, Element, HeadRows};
 use crate::config::{Criterion, HeadTest};
 
 impl<S: Element> List<S> {
-    /// Whether tokens are hidden, now or by what was decided, though all may still be in the window.
+    /// Whether tokens are hidden, now or by `decided`, even if all of them are still in the window.
     pub fn hides(&self, decided: &Decided<S>) -> bool {
         self.bits_base() > self.tokens.len() || decided.bits.contains(&1)
     }
@@ -30,7 +30,8 @@ impl<S: Element> List<S> {
         } else if self.settings.observes() {
             self.observe(chunk, &mut decided);
         }
-        // Tokens that are folded by the end are those up to the new edge; each unset bit among them closes a chain.
+        // The tokens up to the new edge are folded by the end of the chunk. Each unset bit before the edge closes a
+        // chain.
         let edge = (first + count).saturating_sub(self.settings.window + 1);
         let base = self.bits_base();
         decided.closes = (base..edge.max(base)).filter(|t| decided.bits[t - base] == 0).count();
@@ -94,7 +95,7 @@ impl<S: Element> List<S> {
                 };
                 match settings.criterion {
                     Criterion::KeyKey => merges = merges && passes(&key, key_norm, &settings.tests),
-                    // ObservedMass has no pairs: it is decided by `observe`.
+                    // ObservedMass has no pairs: `observe` decides it.
                     Criterion::QueryKey | Criterion::ObservedMass => {
                         for (head, test) in queries.iter().zip(&settings.tests) {
                             if merges {

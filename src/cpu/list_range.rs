@@ -14,7 +14,7 @@ pub(crate) fn largest_of(dtype: DType) -> f64 {
     }
 }
 
-/// The size of the largest finite number of a head's first `count` rows.
+/// The absolute value of the largest finite number of a head's first `count` rows.
 pub(crate) fn largest_in<T: Element>(rows: &HeadRows<T>, count: usize) -> f64 {
     let (mut room, mut largest) = (vec![T::Acc::ZERO; rows.dim], T::Acc::ZERO);
     vectorized(
@@ -40,8 +40,8 @@ fn size<A: Accumulator>(x: A) -> A {
 }
 
 impl<S: Element> List<S> {
-    /// The size of the largest sum of two neighbouring keys or values that the chunk folds and S cannot hold. Every
-    /// pair is looked at when its right token comes, so that any chunking refuses the same tokens.
+    /// The size of the largest sum of two neighbouring keys or values that the chunk folds and S cannot hold. A pair is
+    /// checked when its right token arrives, so that any chunking refuses the same tokens.
     pub fn too_large_sum(
         &self,
         decided: &Decided<S>,
@@ -69,7 +69,7 @@ impl<S: Element> List<S> {
                 S::widen(rows.row(row), &mut right);
                 for (left, right) in left.iter().zip(&right) {
                     if left.finite() && right.finite() {
-                        // In f64: a sum that f32 cannot hold has a size there.
+                        // In f64: a sum that overflows f32 is finite there.
                         largest = largest.max((left.double() + right.double()).abs());
                     }
                 }
@@ -78,7 +78,7 @@ impl<S: Element> List<S> {
         (largest > largest_of(S::DTYPE)).then_some(largest)
     }
 
-    /// Key and value of the last token, as they came.
+    /// Key and value of the last token, as appended.
     fn last_raw(&self) -> Option<[Vec<S::Acc>; 2]> {
         let last = |rows: &[S]| {
             let mut row = vec![S::Acc::ZERO; self.dim];

@@ -5,14 +5,14 @@ use super::{Accumulator, Element};
 use crate::config::{Criterion, MergeStrategy};
 use rayon::prelude::*;
 
-/// S and M of one call, in f64 whatever the dtype.
+/// The sums S and M of one call, in f64 for any dtype.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct LossSums {
     pub squared: f64,
     pub merged: usize,
 }
 
-/// How far a cosine is from what the strategy looks for.
+/// The distance of a cosine from the strategy's target.
 fn residual<A: Accumulator>(strategy: MergeStrategy, cosine: A) -> A {
     match strategy {
         MergeStrategy::Similarity => cosine - A::ONE,
@@ -105,7 +105,7 @@ struct Side<'a, A> {
     row: &'a [A],
     /// At least [`MIN_NORM`].
     norm: A,
-    /// Whether the norm depends on the vector.
+    /// Whether the norm depends on the vector: false at the floor.
     free: bool,
 }
 
@@ -119,8 +119,8 @@ impl<'a, A: Accumulator> Side<'a, A> {
         }
     }
 
-    /// `factor * (w - c u) / norm` with u this unit vector and w the other; the projection c u only where the norm is
-    /// not the floor.
+    /// Adds `factor * (w - c u) / norm` to `sum`, with u this unit vector, w the other one and c their cosine. The
+    /// projection c u is subtracted only where the norm is above the floor.
     fn add_gradient(&self, other: &Self, cosine: A, factor: A, sum: &mut [A]) {
         let projection = if self.free { cosine / self.norm } else { A::ZERO };
         for ((sum, x), y) in sum.iter_mut().zip(self.row).zip(other.row) {

@@ -1,18 +1,18 @@
-//! Outputs that are cleared piece by piece, by whoever writes them: cleared in one go, by one thread, they would have left
-//! its caches again by the time they are written.
+//! Outputs that the threads that write them clear, piece by piece. An output that one thread clears in one go has left
+//! the caches again by the time it is written.
 
 use super::Element;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Room for numbers of which nothing has been written.
+/// Memory for numbers that are not yet written.
 pub(crate) struct Output<T> {
     data: Vec<T>,
     len: usize,
     cleared: AtomicUsize,
 }
 
-/// A piece of an [`Output`] that nothing has been written to.
+/// A piece of an [`Output`] in which nothing is written yet.
 pub(crate) struct Blank<'o, T> {
     data: &'o mut [MaybeUninit<T>],
     cleared: &'o AtomicUsize,
@@ -27,7 +27,7 @@ impl<T: Element> Output<T> {
         }
     }
 
-    /// All of it.
+    /// The whole output as one piece.
     pub fn blank(&mut self) -> Blank<'_, T> {
         let Self { data, len, cleared } = self;
         *cleared.get_mut() = 0;
@@ -47,8 +47,8 @@ impl<T: Element> Output<T> {
             self.len,
             "a piece of an output was not written"
         );
-        // SAFETY: the capacity is `len` at least, and that many numbers have been cleared since the blank was made, each in
-        // the only piece that it is in.
+        // SAFETY: the capacity is `len` at least. Since the blank was made, `len` numbers have been cleared, each in
+        // the only piece that holds it.
         unsafe { self.data.set_len(self.len) }
         self.data
     }
@@ -59,7 +59,7 @@ impl<'o, T: Element> Blank<'o, T> {
         self.data.len()
     }
 
-    /// Takes a piece off the front: `len` numbers, or what is left.
+    /// Takes a piece from the front: `len` numbers, or as many as are left.
     pub fn take(&mut self, len: usize) -> Self {
         let len = len.min(self.len());
         let (piece, rest) = std::mem::take(&mut self.data).split_at_mut(len);
@@ -70,7 +70,7 @@ impl<'o, T: Element> Blank<'o, T> {
         }
     }
 
-    /// Clears the piece, to be written.
+    /// Clears the piece, so that it can be written.
     pub fn clear(self) -> &'o mut [T] {
         self.data.iter_mut().for_each(|x| _ = x.write(T::zero()));
         self.cleared.fetch_add(self.data.len(), Ordering::Relaxed);

@@ -39,8 +39,9 @@ fn dots<A: Accumulator, S: Simd, const G: usize, const C: usize>(
     }
 }
 
-/// The dot products of G queries and the keys of the first `count` panels, each (D, [`PANEL`]), times a factor: query g's
-/// go to `logits[g * stride..]`. C registers of keys are read together. Each sum adds dimension by dimension.
+/// The dot products of G queries and the keys of the first `count` panels, each (D, [`PANEL`]), times a factor. Query
+/// g's products go to `logits[g * stride..]`. C registers of keys are read together. Each sum adds dimension by
+/// dimension.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)]
 pub(crate) fn panel_dots<'k, A: Accumulator, S: Simd, const G: usize, const C: usize>(
@@ -73,8 +74,8 @@ pub(crate) fn panel_dots<'k, A: Accumulator, S: Simd, const G: usize, const C: u
     }
 }
 
-/// Raises each maximum to the value beside it; a NaN is passed over, to be caught when its weight is summed. The lengths
-/// are multiples of a register's.
+/// Raises each maximum to the number at its index. A NaN is ignored here and found when its weight is summed. The
+/// lengths are multiples of a register's.
 #[inline(always)]
 pub(crate) fn raise<A: Registers, S: Simd>(simd: S, max: &mut [A], values: &[A]) {
     for (m, x) in A::registers_mut::<S>(max).0.iter_mut().zip(A::registers::<S>(values).0) {
@@ -82,7 +83,7 @@ pub(crate) fn raise<A: Registers, S: Simd>(simd: S, max: &mut [A], values: &[A])
     }
 }
 
-/// Makes the numbers of a panel's lanes outside of `start..end` those of `other`.
+/// Replaces the numbers of a panel's lanes outside of `start..end` by the numbers of `other`.
 #[inline(always)]
 pub(crate) fn keep_lanes<A: Accumulator, S: Simd>(
     simd: S,

@@ -1,5 +1,5 @@
-//! Philox 4x32-10, the counter-based generator of Salmon et al. (SC 2011): dropout masks that any device and the
-//! backward pass can draw again, in any order.
+//! Philox 4x32-10, the counter-based generator of Salmon et al. (SC 2011). Any device and the backward pass can draw a
+//! dropout mask again, in any order.
 
 use super::Accumulator;
 use crate::config::Dropout;
@@ -26,7 +26,7 @@ impl DropoutMask {
         }
     }
 
-    /// What the weight of this row and column (token indices) is multiplied by: 0 or 1 / (1 - p).
+    /// The factor on the weight of this row and column (token indices): 0 or 1 / (1 - p).
     pub fn factor<A: Accumulator>(&self, row: usize, column: usize) -> A {
         if self.keeps(row, column) {
             A::of(self.scale)

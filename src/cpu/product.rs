@@ -1,7 +1,9 @@
-//! Matrix products of a tile in registers, for every instruction set: `C (M, N) = A (M, K) · B (K, N)`, or added to what
-//! is there or to a number for each row. B and C lie by rows, which are the vector axis; single numbers of A are spread over a register, so A may
-//! have any strides and nothing is ever packed. All operands should lie in the first two levels of the cache: that is
-//! what the sizes of tiles see to.
+//! Matrix products of a tile in registers, for every instruction set: `C (M, N) = A (M, K) · B (K, N)`, or the product
+//! added to C or to one number for each row.
+//!
+//! B and C lie by rows, which are the vector axis. Single numbers of A are spread over a register, so A may have any
+//! strides and nothing is ever packed. All operands should lie in the first two levels of the cache; the sizes of tiles
+//! ensure that.
 
 use super::{Accumulator, HeadRows};
 use pulp::Simd;
@@ -11,7 +13,7 @@ use pulp::Simd;
 pub(crate) enum Left<'a, A> {
     /// Number (m, k) is `data[m * row + k * step]`.
     Grid { data: &'a [A], row: usize, step: usize },
-    /// Rows wherever they are.
+    /// Rows at any addresses.
     Rows(&'a [&'a [A]]),
 }
 
@@ -25,13 +27,13 @@ impl<'a, A> From<&HeadRows<'a, A>> for Left<'a, A> {
     }
 }
 
-/// What a product is added to.
+/// The numbers that a product is added to.
 #[derive(Clone, Copy)]
 pub(crate) enum Onto<'a, A> {
     Zero,
     /// One number for each row of C.
     Rows(&'a [A]),
-    /// What is there.
+    /// The numbers that C holds.
     C,
 }
 
@@ -49,7 +51,7 @@ pub(crate) struct Product<'a, A> {
 }
 
 impl<A> Product<'_, A> {
-    /// Panics where an index would leave its slice: what the kernels rely on.
+    /// Panics where an index would leave its slice; the kernels rely on this check.
     pub fn check(&self) {
         assert!(self.m > 0 && self.n > 0 && self.k > 0);
         match self.a {
@@ -64,12 +66,12 @@ impl<A> Product<'_, A> {
     }
 }
 
-/// Rows of A that are multiplied at once: with four registers of B 24 sums, which with the registers of B and one of A
-/// leave three of 32; with two registers of B 12 sums of 16. Either way there are more multiply-adds in flight than the
-/// latency of one needs.
+/// Rows of A that are multiplied at once. Four registers of B make 24 sums; with the registers of B and one of A they
+/// leave three of 32 registers. Two registers of B make 12 sums of 16 registers. Either way more multiply-adds are in
+/// flight than the latency of one needs.
 pub(crate) const ROWS: usize = 6;
 
-/// M rows by V registers of C.
+/// Computes M rows by V registers of C.
 ///
 /// # Safety
 /// [`Product::check`] has passed, `row + M <= m`, and `column + V * lanes <= n`.
@@ -84,9 +86,9 @@ unsafe fn block<A: Accumulator, S: Simd, const M: usize, const V: usize>(
     let Product {
         k, a, ldb, ldc, onto, ..
     } = *product;
-    // SAFETY: what the caller vouches for bounds every address: A's (row + M - 1, k - 1), B's (k - 1, column + V
-    // registers), C's (row + M - 1, column + V registers), and the number of row row + M - 1. Registers are read
-    // and written unaligned, and any bits are a float.
+    // SAFETY: the caller's promise bounds every address: A's (row + M - 1, k - 1), B's (k - 1, column + V registers),
+    // C's (row + M - 1, column + V registers), and the number of row row + M - 1. Registers are read and written
+    // unaligned, and any bits are a float.
     unsafe {
         let (a, a_step): ([*const A; M], usize) = match a {
             Left::Grid { data, row: a_row, step } => {
@@ -130,14 +132,14 @@ unsafe fn block<A: Accumulator, S: Simd, const M: usize, const V: usize>(
     }
 }
 
-/// All rows by V registers of C.
+/// Computes all rows by V registers of C.
 ///
 /// # Safety
 /// As for one block.
 #[inline(always)]
 unsafe fn strip<A: Accumulator, S: Simd, const V: usize>(simd: S, product: &mut Product<A>, column: usize) {
     let mut row = 0;
-    // SAFETY: no block goes past row m; the rest is the caller's word.
+    // SAFETY: no block goes past row m; the caller promises the rest.
     unsafe {
         while row + ROWS <= product.m {
             block::<A, S, ROWS, V>(simd, product, row, column);

@@ -1,9 +1,9 @@
-//! f32 and f64 a register at a time, for whichever instruction set runs: a kernel is written once, over [`Registers`].
+//! f32 and f64 a register at a time, for any instruction set: a kernel is written once, over [`Registers`].
 
 use super::exp2::{EXP2_F32, EXP2_F64};
 use pulp::Simd;
 
-/// A number of which an instruction set's registers hold several. Every method is one instruction, or a few.
+/// A number type; an instruction set's registers hold several of it. Every method is one instruction, or a few.
 pub(crate) trait Registers: Copy + 'static {
     type Floats<S: Simd>: Copy;
     type Mask<S: Simd>: Copy;
@@ -25,7 +25,7 @@ pub(crate) trait Registers: Copy + 'static {
     fn plus<S: Simd>(simd: S, x: Self::Floats<S>, y: Self::Floats<S>) -> Self::Floats<S>;
     fn minus<S: Simd>(simd: S, x: Self::Floats<S>, y: Self::Floats<S>) -> Self::Floats<S>;
     fn times<S: Simd>(simd: S, x: Self::Floats<S>, y: Self::Floats<S>) -> Self::Floats<S>;
-    /// x · y + z, rounded once where the instruction set has that.
+    /// x · y + z, rounded once where the instruction set has a fused multiply-add.
     fn mul_add<S: Simd>(simd: S, x: Self::Floats<S>, y: Self::Floats<S>, z: Self::Floats<S>) -> Self::Floats<S>;
     fn maximum<S: Simd>(simd: S, x: Self::Floats<S>, y: Self::Floats<S>) -> Self::Floats<S>;
     fn across<S: Simd>(simd: S, x: Self::Floats<S>) -> Self;
@@ -158,14 +158,14 @@ registers!(
     equal_f64s,
     less_than_f64s,
     select_f64s,
-    // There is no shift of 64 bits on every instruction set; a product is one.
+    // Not every instruction set has a shift of 64 bits; a product replaces it.
     |simd, bits| {
         let bits = simd.transmute_u64s_f64s(bits);
         simd.transmute_f64s_u64s(simd.mul_u64s(bits, simd.splat_u64s(1 << 52)))
     }
 );
 
-/// 2^x a register at a time: see [`super::Accumulator::exp2_nonpositive`]; up to [`super::softmax::SLACK`].
+/// 2^x a register at a time: see [`super::Accumulator::exp2_nonpositive`]; for x up to [`super::softmax::SLACK`].
 #[inline(always)]
 pub(crate) fn exp2<A: Registers, S: Simd>(simd: S, x: A::Floats<S>) -> A::Floats<S> {
     let magic = A::splat(simd, A::ROUND_TO_EXPONENT);
@@ -176,7 +176,7 @@ pub(crate) fn exp2<A: Registers, S: Simd>(simd: S, x: A::Floats<S>) -> A::Floats
         power = A::mul_add(simd, power, fraction, A::splat(simd, *coefficient));
     }
     let scaled = A::times(simd, power, A::exponent(simd, shifted));
-    // A NaN fails the comparison and goes through the product.
+    // A NaN fails the comparison and passes through the product.
     let vanishes = A::less(simd, x, A::splat(simd, A::LEAST_EXPONENT));
     A::select(simd, vanishes, A::zeros(simd), scaled)
 }

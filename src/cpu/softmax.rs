@@ -6,18 +6,18 @@ use super::{arch, Accumulator, Element};
 use crate::cpu::finite::Check;
 use pulp::{Simd, WithSimd};
 
-/// Rows are handled this many at a time: two AVX-512 or four AVX2 registers of f32, so that the running maximum and
-/// sum of a pass over the columns stay in registers.
+/// Rows that are computed at a time: two AVX-512 or four AVX2 registers of f32, so that the running maximum and sum of
+/// a pass over the columns stay in registers.
 pub(crate) const LANES: usize = 32;
 
-/// How far logits may pass what a row's weights are relative to before that is raised, and with it what was summed
-/// scaled: weights grow to 2^8, and few tiles after a row's first one scale anything. Against raising it at once dense
-/// forward took 0.99 of the time, with four fifths hidden 0.98.
+/// The most by which logits may exceed a row's base (the number that its weights are relative to) before the base is
+/// raised and the row's sums are scaled. Weights grow to 2^8, and few tiles after a row's first one scale anything.
+/// Against raising the base at once, dense forward took 0.99 of the time, and 0.98 with four fifths hidden.
 pub(crate) const SLACK: f32 = 8.0;
 
 /// Running maximum and sum of every row of a block.
 pub(crate) struct OnlineSoftmax<A> {
-    /// What weights are relative to: at most [`SLACK`] less than the largest logit.
+    /// The base that weights are relative to: at most [`SLACK`] less than the largest logit.
     max: Vec<A>,
     sum: Vec<A>,
     rescale: Vec<A>,
@@ -40,8 +40,8 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         self.sum.fill(A::ZERO);
     }
 
-    /// A row's first column, whose weight is 1 until far larger logits come. Minus infinity leaves the row empty, and a NaN
-    /// is kept, whether or not a tile follows.
+    /// Adds a row's first column, whose weight is 1 until far larger logits come. Minus infinity leaves the row empty.
+    /// A NaN is kept, whether or not a tile follows.
     pub fn start(&mut self, row: usize, logit: A) {
         self.max[row] = logit;
         self.sum[row] = if logit == A::NEG_INFINITY {
@@ -53,7 +53,7 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         };
     }
 
-    /// After a row's last column: a row of logits that are all minus infinity is NaN, unless it `sees_nothing`.
+    /// Ends a row after its last column: a row of logits that are all minus infinity is NaN, unless it `sees_nothing`.
     pub fn settle(&mut self, rows: usize, sees_nothing: impl Fn(usize) -> bool) {
         for (row, sum) in self.sum[..rows].iter_mut().enumerate() {
             if *sum == A::ZERO && !sees_nothing(row) {
@@ -62,8 +62,8 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         }
     }
 
-    /// Turns a tile of logits into weights relative to the maximum, in place, adds them to the sums, and scales `output`
-    /// (leading, width) where a row's maximum was raised. The tile's rows are multiples of [`LANES`].
+    /// Changes a tile of logits to weights relative to the maximum, in place, adds the weights to the sums, and scales
+    /// `output` (leading, width) where a row's maximum was raised. The tile's rows are multiples of [`LANES`].
     pub fn push(&mut self, tile: &mut Tile<A>, output: &mut [A]) {
         debug_assert!(tile.rows.start.is_multiple_of(LANES) && tile.rows.end.is_multiple_of(LANES));
         arch().dispatch(Push {
@@ -73,13 +73,14 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         })
     }
 
-    /// The running maximum (base 2) and sum of all rows, for a tile that is pushed elsewhere.
+    /// The running maximum (base 2) and sum of all rows, for a tile that other code adds.
     pub fn state(&mut self) -> (&mut [A], &mut [A]) {
         (&mut self.max, &mut self.sum)
     }
 
-    /// log2 of the sum of 2^logit over the row's columns, as a sum of two numbers: beside a large first one the second would
-    /// be rounded away. Both are 0 where the row saw nothing: its logits are minus infinity, whatever is taken from them.
+    /// log2 of the sum of 2^logit over the row's columns, as a sum of two numbers: beside a large first number the
+    /// second would be rounded away. Both are 0 where the row saw nothing: its logits are minus infinity, and stay so
+    /// after any subtraction.
     pub fn log_sum_exp(&self, row: usize) -> [A; 2] {
         match self.sum[row] == A::ZERO {
             true => [A::ZERO; 2],
@@ -118,7 +119,7 @@ impl<A: Accumulator> WithSimd for Push<'_, '_, A> {
     }
 }
 
-/// Makes weights of a tile of logits, and gradients of logits of the gradients of weights: see [`differentiate_in`].
+/// Changes a tile of logits to weights, and gradients of weights to gradients of logits: see [`differentiate_in`].
 pub(crate) fn differentiate<'t, A: Accumulator>(weights: &mut Tile<'t, A>, logits: &mut Tile<'t, A>, rows: RowSums<A>) {
     arch().dispatch(Differentiate { weights, logits, rows })
 }
@@ -130,7 +131,7 @@ struct Differentiate<'s, 't, A> {
     rows: RowSums<'s, A>,
 }
 
-/// What gradients take of each row's softmax.
+/// The numbers of each row's softmax that gradients read.
 #[derive(Clone, Copy)]
 pub(crate) struct RowSums<'s, A> {
     /// Minus the two parts of [`OnlineSoftmax::log_sum_exp`].
@@ -149,7 +150,7 @@ impl<A: Accumulator> WithSimd for Differentiate<'_, '_, A> {
     }
 }
 
-/// V registers of rows from `first` on; columns are read twice, while they are in the first cache.
+/// Computes V registers of rows from `first` on; columns are read twice, while they are in the first cache.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)]
 fn strip<A: Accumulator, S: Simd, const V: usize>(
@@ -185,7 +186,7 @@ fn strip<A: Accumulator, S: Simd, const V: usize>(
         let top = A::maximum(simd, tops[0][v], tops[1][v]);
         let passed = A::less(simd, A::plus(simd, max[v], A::splat(simd, A::of(SLACK.into()))), top);
         let top = A::select(simd, passed, top, max[v]);
-        // A row that saw only minus infinities keeps weight 0: nothing is subtracted from them.
+        // A row that saw only minus infinities keeps weight 0: nothing is subtracted from its logits.
         base[v] = A::select(simd, A::equal(simd, top, empty), A::zeros(simd), top);
         rescale[v] = exp2::<A, S>(simd, A::minus(simd, max[v], base[v]));
         max[v] = top;
@@ -207,7 +208,8 @@ fn strip<A: Accumulator, S: Simd, const V: usize>(
     }
 }
 
-/// Makes logits weights, 2^(logit - top), and adds each to the sum beside it. The lengths are multiples of a register's.
+/// Changes logits to weights, 2^(logit - top), and adds each to the sum at its index. The lengths are multiples of a
+/// register's.
 #[inline(always)]
 pub(crate) fn add_weights<A: Accumulator, S: Simd>(simd: S, logits: &mut [A], top: A, sums: &mut [A]) {
     let top = A::splat(simd, top);
@@ -221,7 +223,7 @@ pub(crate) fn add_weights<A: Accumulator, S: Simd>(simd: S, logits: &mut [A], to
     }
 }
 
-/// `weights` come as logits and become 2^(logit - log_sum_exp); `logits` come as gradients g of weights and become
+/// `weights` come as logits and become 2^(logit - log_sum_exp). `logits` come as gradients g of weights and become
 /// weight * (g - delta). A tile has a multiple of [`LANES`] rows.
 #[inline(always)]
 fn differentiate_in<A: Accumulator, S: Simd>(simd: S, weights: &mut Tile<A>, logits: &mut Tile<A>, sums: RowSums<A>) {
@@ -242,12 +244,12 @@ fn differentiate_in<A: Accumulator, S: Simd>(simd: S, weights: &mut Tile<A>, log
     }
 }
 
-/// Turns a tile of logits into weights, and takes them into the softmax's state.
+/// Changes a tile of logits to weights, and adds them to the softmax's state.
 #[inline(always)]
 fn weigh<A: Accumulator, S: Simd>(simd: S, tile: &mut Tile<A>, softmax: &mut OnlineSoftmax<A>) {
     let rows = tile.rows.clone();
     if S::IS_SCALAR {
-        // As many as the compiler makes registers of.
+        // The compiler keeps this many rows in registers.
         return rows
             .step_by(8)
             .for_each(|first| strip::<A, S, 8>(simd, tile, first, softmax));
@@ -257,8 +259,8 @@ fn weigh<A: Accumulator, S: Simd>(simd: S, tile: &mut Tile<A>, softmax: &mut Onl
     }
 }
 
-/// Divides a row by its sum and stores it. A row that holds anything not finite becomes NaN throughout, so that no part of
-/// it passes for a result; a row that saw nothing, whose sum is 0, is zeros.
+/// Divides a row by its sum and stores it. A row that holds a number that is not finite becomes NaN throughout, so that
+/// no part of it passes for a result. A row that saw nothing, whose sum is 0, is zeros.
 #[inline(always)]
 pub(crate) fn finish_row<T: Element>(sum: T::Acc, row: &mut [T::Acc], output: &mut [T]) {
     if sum == T::Acc::ZERO {
@@ -285,7 +287,7 @@ mod tests {
     use super::*;
     use rayon::prelude::*;
 
-    /// Tiles whose logits climb, stay or fall by so much: what is left is an exact softmax, and each row's weights are
+    /// Tiles whose logits climb, stay or fall by `step`: the result is an exact softmax, and each row's weights are
     /// relative to its largest logit or at most [`SLACK`] less.
     fn tiles_that_climb<A: Accumulator>(step: f64, tolerance: f64) {
         let (tiles, columns) = (7, 5);
@@ -347,8 +349,8 @@ mod tests {
         }
     }
 
-    /// Every f32 from -126 to 0 and from 2^-31 to what logits may be more than their base, on every instruction set, by
-    /// registers and by numbers: 2^x to a relative error of 1.2e-7.
+    /// 2^x to a relative error of 1.2e-7, by registers and by numbers, on every instruction set: for every f32 from
+    /// -126 to 0, and from 2^-31 to the most that a logit may exceed its base.
     #[test]
     fn exp2_is_within_its_bound_for_every_f32_in_range() {
         let chunk = 1 << 20;
@@ -386,7 +388,7 @@ mod tests {
                 }
                 add_weights(simd, &mut registers, 0.0, &mut [0.0; 256]);
                 for (index, power) in registers.iter().enumerate() {
-                    // Where 2^x rounds to 1 or its left neighbours, x ln 2 tells the error from 1 to 1e-14.
+                    // Where 2^x rounds to 1 or its left neighbours, x ln 2 gives the error from 1 to 1e-14.
                     let x = f64::from(x(index));
                     let exact = if x.abs() < 1e-7 {
                         1.0 + x * std::f64::consts::LN_2

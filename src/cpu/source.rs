@@ -1,6 +1,6 @@
-//! Where columns come from: far ones from what was gathered or a cache's list, raw rows from the call's tensors.
+//! Where columns come from: far columns from gathered columns or a cache's list, raw rows from the call's tensors.
 //!
-//! It is a trait, so that one call's gathered columns and a cache's store take the same way.
+//! The source is a trait, so that one call's gathered columns and a cache's stored columns take the same path.
 
 use super::finite::quarantine;
 use super::pairs::Packed;
@@ -9,33 +9,33 @@ use super::{Accumulator, Element, HeadRows};
 use std::ops::Range;
 
 /// Columns of a tile that every row sees. In f32 and at D = 64 the tile of logits, the queries, the keys and the values
-/// are 16 KiB each, so that every product finds two of its operands in an L1 cache of 32 to 48 KiB and the third in L2.
-/// Of 32, 48, 64, 96, 192 and 512 columns 64 was the fastest, forward and backward.
+/// are 16 KiB each. So every product finds two of its operands in an L1 cache of 32 to 48 KiB and the third in L2. Of
+/// 32, 48, 64, 96, 192 and 512 columns 64 was the fastest, forward and backward.
 pub(crate) const FAR_COLUMNS: usize = 64;
-/// Where a block finds its far columns, which are in token order.
+/// A block's source of far columns, which are in token order.
 pub(crate) trait FarSource<A>: Sync {
     fn columns(&self) -> usize;
-    /// Every token before this one that is not hidden is a column, so that only the hidden ones need an edge. A cache knows
-    /// of the last token that has left its window only when the next one leaves.
+    /// Every token before this one that is not hidden is a column, so that only hidden tokens need an edge. A cache
+    /// learns that the last token that left its window ends its chain only when the next token leaves.
     fn holds_until(&self) -> usize;
-    /// How many columns hold tokens before `token`.
+    /// The number of columns that hold tokens before `token`.
     fn before(&self, token: usize) -> usize;
     /// The token index of a column.
     fn token(&self, column: usize) -> usize;
     /// log2 n of some columns; None where all are 0.
     fn log2_sizes(&self, columns: Range<usize>) -> Option<&[A]>;
-    /// Keys and values of some columns as padded rows, through `scratch` where they are not stored so.
+    /// Keys and values of some columns as padded rows, through `scratch` where they are stored otherwise.
     fn rows<'s>(&'s self, columns: Range<usize>, scratch: &'s mut RowScratch<A>) -> KeysValues<'s, A>;
-    /// Whether keys are not in `rows`, but wherever they were found: `keys` then holds those of these columns.
+    /// Whether keys are not in `rows` but apart, each at its own address; `keys` then holds the keys of these columns.
     fn keys_apart<'s>(&'s self, _columns: Range<usize>, _keys: &mut [&'s [A]; FAR_COLUMNS]) -> bool {
         false
     }
-    /// All columns as bf16 pairs, where `Settings::pairs` wants them; then nobody asks for `rows`. For gradients keys
-    /// stand in the place of values too.
+    /// All columns as bf16 pairs, where `Settings::pairs` is set; then `rows` is not called. For gradients keys take
+    /// the place of values too.
     fn packed(&self) -> Option<&Packed> {
         None
     }
-    /// All values as the keys of bf16 pairs, where `Settings::gradients` are wanted of them.
+    /// All values packed as the keys of bf16 pairs, where `Settings::gradients` is set.
     fn packed_values(&self) -> Option<&Packed> {
         None
     }
@@ -65,7 +65,7 @@ pub(crate) struct RawRows<'b, R> {
     pub keys: HeadRows<'b, R>,
     pub values: HeadRows<'b, R>,
     pub base: usize,
-    /// Whether none of them is NaN or infinite.
+    /// Whether all rows are finite.
     pub clean: bool,
 }
 
@@ -79,7 +79,7 @@ impl<'b, R> RawRows<'b, R> {
     }
 }
 
-/// Raw rows as accumulators, padded and quarantined: where they are, if they are so there. For gradients the key of a row
+/// Raw rows as accumulators, padded and quarantined: in place, if they are stored so. For gradients the key of a row
 /// that is not finite is 0: see [`super::far::FarColumns`].
 pub(crate) fn near_rows<'b, R: Element>(
     raw: &RawRows<'b, R>,

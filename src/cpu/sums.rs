@@ -1,4 +1,4 @@
-//! Gradients of one query head while its blocks of rows are walked.
+//! Gradients of one query head, summed block by block.
 
 use super::aligned::{padded, Aligned};
 use super::attend::drop_weights;
@@ -16,25 +16,25 @@ use crate::cpu::input::BackwardInput;
 use crate::cpu::input::ForwardInput;
 use crate::cpu::source::FarSource;
 
-/// Gradients while they are summed, and the block's rows that they are made from.
+/// Sums of gradients, and the block's rows that they are made from.
 pub(crate) struct Sums<A> {
     dim: usize,
-    /// How far rows lie apart.
+    /// Numbers between the starts of two rows.
     pub width: usize,
-    /// Of far columns (columns, width), where they are compact.
+    /// Gradients of far columns (columns, width), by column.
     far: (Aligned<A>, Aligned<A>),
-    /// Of folded tokens at edges (N, width); in the end of all folded tokens.
+    /// Gradients of folded tokens at edges (N, width); in the end of all folded tokens.
     pub folded: (Aligned<A>, Aligned<A>),
-    /// Of raw tokens (N, width); empty without a window.
+    /// Gradients of raw tokens (N, width); empty without a window.
     raw: (Aligned<A>, Aligned<A>),
-    /// Of the block's folded queries (leading, width), without the scale.
+    /// Gradients of the block's folded queries (leading, width), without the scale.
     pub dq: Aligned<A>,
     /// The block's output gradients (leading, width) and (D, leading).
     grad_rows: Aligned<A>,
     grads: Aligned<A>,
     /// In place of `grads` where products are made in bf16 pairs.
     products: Option<PairGradients>,
-    /// What the block's queries are multiplied by in products with tiles, to be as those at edges.
+    /// The factor that makes the block's queries in products with tiles equal to the queries at edges.
     query_factor: A,
     /// See [`RowSums`].
     minus_max: Vec<A>,
@@ -72,7 +72,7 @@ impl<A: Accumulator> Sums<A> {
         }
     }
 
-    /// Starts a head of so many far columns.
+    /// Starts a head with `columns` far columns.
     pub fn start<T: Element<Acc = A>>(&mut self, columns: usize, forward: &ForwardInput<T>) {
         let tokens = forward.problem.tokens;
         let raw = if forward.window > 0 { tokens } else { 0 };
@@ -88,9 +88,9 @@ impl<A: Accumulator> Sums<A> {
         }
     }
 
-    /// Rows past the block's end have no gradient. A row that is NaN, or whose gradient is not finite, must make NaN of the
-    /// tokens that it sees and of no other one of a tile: its logits become NaN, which a mask replaces, and all that is
-    /// multiplied with them is 0.
+    /// Loads the block's output gradients; rows past the block's end have gradient 0. A row that is NaN, or whose
+    /// gradient is not finite, must make NaN of the tokens that it sees and of no other token of a tile. So its logits
+    /// become NaN, which a mask replaces, and every number that is multiplied with them is 0.
     pub fn load_rows<T: Element<Acc = A>>(
         &mut self,
         input: &BackwardInput<T>,
@@ -159,7 +159,7 @@ impl<A: Accumulator> Sums<A> {
         add_scaled(&mut self.folded.1[token * width..][..dim], grad, weight * kept);
     }
 
-    /// To be called after the last edge and before the first tile.
+    /// Must be called after the last edge and before the first tile.
     pub fn start_tiles(&mut self) {
         if let Some(products) = &mut self.products {
             products.load_queries(A::singles(&self.dq), (self.dim, self.width));
@@ -217,7 +217,7 @@ impl<A: Accumulator> Sums<A> {
         accumulate(&mut self.dq, width, &logits, &columns.keys);
     }
 
-    /// To be called after the last tile: the gradients of the block's queries, (rows, width), times `scale`.
+    /// Stores the gradients of the block's queries, (rows, width), times `scale`. Must be called after the last tile.
     pub fn store_queries(&mut self, scale: A, target: &mut [A]) {
         if let Some(products) = &mut self.products {
             products.store_queries(A::singles_mut(&mut self.dq), (self.dim, self.width));
@@ -225,10 +225,10 @@ impl<A: Accumulator> Sums<A> {
         target.iter_mut().zip(self.dq.iter()).for_each(|(x, y)| *x = *y * scale);
     }
 
-    /// Makes gradients of the raw keys and values of what was summed; they end in `folded`.
+    /// Unfolds the summed gradients to gradients of the raw keys and values; they end in `folded`.
     pub fn take_home(&mut self, far: &dyn FarSource<A>, bits: &[u8], fold: Fold) {
         let (width, columns) = (self.width, far.columns());
-        // The queries come multiplied by scale * log2(e), and logits in base 2 are natural ones times log2(e).
+        // The queries come multiplied by scale * log2(e), and logits in base 2 are natural logits times log2(e).
         let factors = [(self.query_factor, A::of(std::f64::consts::LN_2)), (A::ONE, A::ONE)];
         let parts = [
             (&mut self.far.0, &mut self.folded.0, &self.raw.0),

@@ -1,22 +1,22 @@
-//! Work shared among threads: queues of tasks, what several of them read, and buffers that are handed on.
+//! Work shared among threads: queues of tasks, data that several tasks read, and buffers that are reused.
 
 use super::output::Blank;
 use super::Element;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// One block of rows of one query head, and where its output goes.
+/// One block of rows of one query head, and the target of its output.
 pub(crate) struct RowTask<'out, T: Element> {
     pub list: usize,
     pub head: usize,
-    /// From the first row of `output` on.
+    /// The block's rows, counted from the first row of `output`.
     pub rows: Range<usize>,
     pub output: Blank<'out, T>,
     pub log_sum_exp: Option<&'out mut [[T::Acc; 2]]>,
 }
 
-/// Each list's tasks for an output (.., H, `tokens`, `dim`) and its log-sum-exps, of which the lists have so many heads
-/// each, in order. The longest rows come first: the last tasks to end are short ones.
+/// Each list's tasks for an output (.., H, `tokens`, `dim`) and its log-sum-exps. `lists` gives the query heads of each
+/// list, in order. The longest rows come first, so that the last tasks to end are short.
 pub(crate) fn row_tasks<'out, T: Element>(
     lists: impl Iterator<Item = Range<usize>>,
     (tokens, dim, block_rows): (usize, usize, usize),
@@ -46,7 +46,7 @@ pub(crate) fn row_tasks<'out, T: Element>(
     lists.enumerate().map(tasks_of).collect()
 }
 
-/// What several tasks read: made by the first that asks for it, given up by the last that has read it.
+/// Data that several tasks read: the first task that asks makes it, and the last task that has read it gives it up.
 pub(crate) struct Lease<T>(Mutex<Leased<T>>);
 
 struct Leased<T> {
@@ -62,13 +62,13 @@ impl<T> Lease<T> {
         }))
     }
 
-    /// Made now if nobody has asked before; the others wait for it.
+    /// The data, made now by the first task that asks; other tasks wait for it.
     pub fn borrow(&self, make: impl FnOnce() -> T) -> Arc<T> {
         let mut leased = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(leased.made.get_or_insert_with(|| Arc::new(make())))
     }
 
-    /// For each task once, when it has dropped what it borrowed; from the last one it goes to `pool`.
+    /// Must be called once by each task, after it has dropped its borrow; the last call moves the data to `pool`.
     pub fn give_back(&self, pool: &Pool<T>) {
         let mut leased = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         leased.tasks_left -= 1;
@@ -88,8 +88,9 @@ pub(crate) fn for_each_task<T: Send, W>(
     for_each_list_task(vec![tasks], usize::MAX, new_worker, run);
 }
 
-/// Hands each list's tasks, in order, to one worker as long as there are lists for all of them: what it has made for a
-/// list is in its own caches. Then workers help each other, and they do before more than `open` lists are begun.
+/// Hands each list's tasks, in order, to one worker as long as there are lists for all workers: data that a worker has
+/// made for a list is in that worker's caches. Afterwards workers help each other. They also help before more than
+/// `open` lists are begun.
 pub(crate) fn for_each_list_task<T: Send, W>(
     lists: Vec<Vec<T>>,
     open: usize,
@@ -123,13 +124,14 @@ pub(crate) fn for_each_list_task<T: Send, W>(
 struct ListQueue<T> {
     lists: Vec<std::vec::IntoIter<T>>,
     begun: usize,
-    /// Of those that were begun how many have tasks left, and how many may.
+    /// The number of begun lists with tasks left, and the largest number allowed.
     open: usize,
     limit: usize,
 }
 
 impl<T> ListQueue<T> {
-    /// The next task of a worker's own list; of another, from then on its own, when there is none.
+    /// The next task of a worker's own list. If that list has none, the next task of another list, which becomes the
+    /// worker's own.
     fn next(&mut self, own: &mut Option<usize>) -> Option<T> {
         let list = match *own {
             Some(list) if self.lists[list].len() > 0 => list,
@@ -149,7 +151,7 @@ impl<T> ListQueue<T> {
     }
 }
 
-/// Buffers that one task has done with and another may want: new ones would be cleared, page by page, by the system.
+/// Buffers that one task has finished with and another may use. The system would clear new buffers, page by page.
 pub(crate) struct Pool<T>(Mutex<Vec<T>>);
 
 impl<T> Pool<T> {

@@ -39,7 +39,8 @@ impl<A: Accumulator> WithSimd for ToColumns<'_, A> {
     }
 }
 
-/// Rows of D to (D, leading), of which the first [`PANEL`] columns are written.
+/// Transposes the first [`PANEL`] of `rows` (each of D numbers, `width` apart) to the first [`PANEL`] columns of (D,
+/// leading).
 #[inline(always)]
 pub(super) fn transpose<A: Accumulator, S: Simd>(simd: S, rows: [&[A]; PANEL], target: &mut [A], leading: usize) {
     let mut singles: [&[f32]; PANEL] = [&[]; PANEL];
@@ -59,8 +60,8 @@ pub(super) fn transpose<A: Accumulator, S: Simd>(simd: S, rows: [&[A]; PANEL], t
     }
 }
 
-/// [`transpose`] by squares of L registers of L lanes, as far as there are whole ones; returns how many dimensions those
-/// have.
+/// [`transpose`] by squares of L registers of L lanes, as far as whole squares go; returns the number of dimensions
+/// that they cover.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)]
 fn squares<S: Simd, const L: usize>(simd: S, rows: [&[f32]; PANEL], target: &mut [f32], leading: usize) -> usize {
@@ -75,7 +76,7 @@ fn squares<S: Simd, const L: usize>(simd: S, rows: [&[f32]; PANEL], target: &mut
             for i in 0..L {
                 square[i] = registers[part * L + i][index];
             }
-            // Quarters off the diagonal change places, then those of each quarter, down to single numbers.
+            // Quarters off the diagonal change places, then the quarters of each quarter, down to single numbers.
             swap::<S, L, 8>(simd, &mut square);
             swap::<S, L, 4>(simd, &mut square);
             swap::<S, L, 2>(simd, &mut square);

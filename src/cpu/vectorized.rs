@@ -19,14 +19,15 @@ pub(crate) fn vectorized<R>(body: impl FnMut() -> R) -> R {
     arch().dispatch(Body(body))
 }
 
-/// Runs `body` for an instruction set as a function of its own, which stands once in the binary however often it is called.
-/// A kernel that is inlined at each call is compiled for each, and compiling kernels is most of this crate's build.
+/// Runs `body` for an instruction set as a function of its own, which stands once in the binary for any number of
+/// calls. A kernel that is inlined at each call is compiled for each call, and compiling kernels is most of this
+/// crate's build.
 #[inline(never)]
 pub(crate) fn outlined<S: Simd, W: WithSimd>(simd: S, body: W) -> W::Output {
     simd.vectorize(body)
 }
 
-/// The dot product of two rows; always this one, so that a decision falls the same way wherever it is taken.
+/// The dot product of two rows; always this function, so that a decision is the same everywhere.
 pub(crate) fn dot<A: Accumulator>(a: &[A], b: &[A]) -> A {
     struct Dot<'a, A>(&'a [A], &'a [A]);
     impl<A: Accumulator> WithSimd for Dot<'_, A> {

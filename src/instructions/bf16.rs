@@ -3,7 +3,7 @@
 use super::{choose, Choice};
 use std::sync::LazyLock;
 
-/// Which instructions multiply.
+/// The instructions that multiply.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Kernel {
     Amx,
@@ -37,7 +37,7 @@ pub(crate) fn kernel() -> &'static Choice<Option<Kernel>> {
     &KERNEL
 }
 
-/// What is wrong with the variable.
+/// The error in the variable's value, if there is one.
 pub(crate) fn refused() -> Option<&'static String> {
     kernel().as_ref().err()
 }
@@ -61,8 +61,8 @@ mod x86 {
     use std::arch::asm;
     use std::arch::x86_64::{__cpuid, __cpuid_count};
 
-    /// What this CPU multiplies with, the best first; what lies between two products needs AVX-512 and AVX512-BF16 with
-    /// either, which every CPU with AMX has.
+    /// The instructions that this CPU multiplies with, the best first. The work between two products needs AVX-512 and
+    /// AVX512-BF16 in either case; every CPU with AMX has both.
     pub(super) fn kernels() -> Vec<Kernel> {
         let mut kernels = Vec::new();
         let between = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
@@ -75,9 +75,9 @@ mod x86 {
         kernels
     }
 
-    /// Whether products by AVX512-BF16 are faster than f32's. On Intel's CPUs, which multiply no more of them a cycle, a call in
-    /// bf16 took 1.4 to 1.8 times as long (Xeon with AMX, which was switched off); by AMD's documents theirs multiply twice as
-    /// many.
+    /// Whether products by AVX512-BF16 are faster than f32's. Intel's CPUs multiply no more of them a cycle: a call in
+    /// bf16 took 1.4 to 1.8 times as long (Xeon with AMX, which was switched off). By AMD's documents AMD's CPUs multiply
+    /// twice as many.
     pub(super) fn avx512_pays() -> bool {
         let vendor = __cpuid(0);
         [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD"

@@ -1,5 +1,5 @@
-//! The instruction sets of this process: for loops (through pulp), and for products in bf16 pairs. Each is the best that
-//! the CPU has, or what an environment variable names.
+//! The instruction sets of this process: for loops (through pulp), and for products in bf16 pairs. Each is the best set
+//! that the CPU has, or the set that an environment variable names.
 
 pub(crate) mod bf16;
 
@@ -10,10 +10,10 @@ use std::sync::LazyLock;
 /// Names the instruction set of loops in place of the best one.
 const VARIABLE: &str = "SFATTENTION_SIMD";
 
-/// Chosen once, or what is wrong with the variable's value.
+/// The choice, made once, or the error in the variable's value.
 pub(crate) type Choice<T> = std::result::Result<T, String>;
 
-/// The choice that `variable` names among `known`, best first; the best one where it is not set.
+/// The set that `variable` names among `known`, best first; the best one where the variable is not set.
 pub(crate) fn choose<T: Copy>(variable: &str, known: &[(&'static str, T)], otherwise: T) -> Choice<T> {
     let Some(wanted) = std::env::var_os(variable) else {
         return Ok(known.first().map_or(otherwise, |(_, best)| *best));
@@ -29,7 +29,7 @@ pub(crate) fn choose<T: Copy>(variable: &str, known: &[(&'static str, T)], other
     }
 }
 
-/// What the CPU has, best first.
+/// The sets that the CPU has, best first.
 pub(crate) fn known() -> Vec<(&'static str, Arch)> {
     let mut known = Vec::new();
     #[cfg(target_arch = "x86_64")]
@@ -50,13 +50,15 @@ static ARCH: LazyLock<Choice<Arch>> = LazyLock::new(|| choose(VARIABLE, &known()
 pub(crate) fn arch() -> Arch {
     match &*ARCH {
         Ok(arch) => *arch,
-        // Every call is refused by then.
+        // `check_environment` refuses every call before this is used.
         Err(_) => Arch::Scalar,
     }
 }
 
+/// Refuses a call where an environment variable names an unusable set.
+///
 /// # Errors
-/// The environment asks for instructions that are not there.
+/// The environment asks for instructions that the CPU does not have.
 pub(crate) fn check_environment() -> Result<()> {
     let refused = ARCH.as_ref().err().or(bf16::refused());
     match refused {

@@ -1,4 +1,4 @@
-//! Deciding by observed mass as tokens come.
+//! Deciding by observed mass as tokens arrive.
 
 use super::keys::Keys;
 use super::masses::{Observation, Scratch};
@@ -7,7 +7,7 @@ use crate::cpu::bias::Apart;
 use crate::cpu::heads::ListHeads;
 use crate::cpu::{Accumulator, Element, HeadRows};
 
-/// What a cache's list keeps to go on observing.
+/// The state that a cache's list keeps to go on observing.
 #[derive(Clone)]
 pub(crate) struct Observed<S: Element> {
     /// The masses so far of the last min(window, seq_len) tokens.
@@ -19,27 +19,27 @@ pub(crate) struct Observed<S: Element> {
 /// The new tokens of one list.
 #[derive(Clone, Copy)]
 pub(crate) struct Chunk<'a, Q: Element, S: Element> {
-    /// Of each head that shares the list.
+    /// The queries of each head that shares the list.
     pub queries: &'a [HeadRows<'a, Q>],
     pub keys: HeadRows<'a, S>,
     pub values: HeadRows<'a, S>,
     /// New tokens, at least 1.
     pub count: usize,
-    /// On `query . key`.
+    /// The factor on `query . key`.
     pub scale: f64,
     /// The call's bias, and the batch row and query heads that the list serves.
     pub apart: Option<(Apart<'a, S::Acc>, &'a ListHeads)>,
 }
 
 impl<Q: Element<Acc = S::Acc>, S: Element> Chunk<'_, Q, S> {
-    /// Whether the call's bias lets the tokens `t` and `t + 1`, a new one, merge.
+    /// Whether the call's bias lets the tokens `t` and `t + 1` merge; `t + 1` is a new token.
     pub fn pair_is_seen(&self, t: usize) -> bool {
         let apart = self.apart.as_ref();
         apart.is_none_or(|(apart, at)| apart.pair_is_seen(at.batch, at.heads.clone(), t))
     }
 }
 
-/// The last tokens before a chunk, raw: the latest of them, in order.
+/// The last raw tokens before a chunk: the newest ones, in order.
 #[derive(Clone, Copy)]
 pub(crate) struct Recent<'a, S> {
     pub keys: HeadRows<'a, S>,
@@ -59,8 +59,8 @@ impl<S: Element> Observed<S> {
         self.masses.len() * size_of::<S::Acc>() + self.sink_keys.len() * size_of::<S>()
     }
 
-    /// What is kept after `chunk`, which begins at token `first`; `settle(t, score)` is called for each token whose
-    /// window is complete with it.
+    /// The state after `chunk`, which begins at token `first`. Calls `settle(t, score)` for each token whose window is
+    /// complete after the chunk.
     pub fn after<Q: Element<Acc = S::Acc>>(
         &self,
         local: Local,
@@ -71,7 +71,7 @@ impl<S: Element> Observed<S> {
         let (dim, end) = (chunk.keys.dim, first + chunk.count);
         let base = first - self.masses.len();
         let stale = recent.rows - self.masses.len();
-        // A sink that a row finds outside of its window came with this chunk or before.
+        // A sink outside of a row's window came with this chunk or before.
         let mut sink_keys = self.sink_keys.clone();
         for row in first..end.min(local.sinks) {
             sink_keys.extend_from_slice(chunk.keys.row(row - first));

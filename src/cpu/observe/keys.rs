@@ -1,4 +1,4 @@
-//! Keys by panels: what a query meets a register of tokens at once in.
+//! Keys by panels: a query is multiplied by a register of tokens at once.
 
 use crate::cpu::aligned::Aligned;
 use crate::cpu::panels::PANEL;
@@ -7,20 +7,20 @@ use crate::cpu::{arch, Accumulator, Element};
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
 
-/// Keys by panels of [`PANEL`] tokens, each by dimension, so that nothing is summed across a register.
+/// Keys by panels of [`PANEL`] tokens, each by dimension, so that no sum crosses the lanes of a register.
 #[derive(Default)]
 pub(crate) struct Keys<A: Accumulator> {
     /// (panels, D, PANEL)
     data: Aligned<A>,
     dim: usize,
-    /// Which panel of the sequence is the first.
+    /// The index in the sequence of the first panel.
     first: usize,
     panels: usize,
 }
 
 impl<A: Accumulator> Keys<A> {
-    /// Takes in the keys of `tokens`, in place of what was there, from panel `first` on. Tokens that are missing there or
-    /// in the last panel are zeros.
+    /// Replaces the panels by the keys of `tokens`, from panel `first` on. Tokens that are missing at the start or in
+    /// the last panel are zeros.
     pub fn fill<'r, T: Element<Acc = A>>(
         &mut self,
         first: usize,
@@ -31,7 +31,7 @@ impl<A: Accumulator> Keys<A> {
         if !tokens.is_empty() {
             self.dim = row(tokens.start).len();
             let panels = tokens.end.div_ceil(PANEL) - first;
-            // All of it is written over.
+            // The loop below writes every number.
             self.panels = panels;
             self.data.make_room(panels * self.dim * PANEL);
             arch().dispatch(Fill {
@@ -63,7 +63,7 @@ impl<'r, T: Element, F: Fn(usize) -> &'r [T]> WithSimd for Fill<'_, T::Acc, F> {
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { keys, tokens, row } = self;
         let dim = keys.dim;
-        // Rows that need widening, and zeros for those that are missing.
+        // Rows that need widening, and zeros for missing rows.
         let mut wide = vec![T::Acc::ZERO; PANEL * dim];
         for (panel, target) in keys.data.chunks_exact_mut(PANEL * dim).take(keys.panels).enumerate() {
             let first = (keys.first + panel) * PANEL;

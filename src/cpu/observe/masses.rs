@@ -1,9 +1,10 @@
-//! What rows give the tokens of their windows: logits by panels of tokens, a softmax per row, and sums per token.
+//! The mass that rows give the tokens of their windows: logits by panels of tokens, a softmax per row, and sums per
+//! token.
 //!
-//! A token's lane is its number modulo [`PANEL`] wherever it is seen. So a logit, the sum of a row's weights and the sum of
-//! a token's mass each add the same numbers in the same order, whichever rows are seen to together.
+//! A token's lane is its index modulo [`PANEL`] everywhere. So a logit, the sum of a row's weights and the sum of a
+//! token's mass each add the same numbers in the same order, for any set of rows that is computed together.
 
-// Loops over lanes by number: they are what becomes a vector.
+// Loops go over lanes by index: the compiler vectorises these.
 #![allow(clippy::needless_range_loop)]
 
 use super::keys::Keys;
@@ -15,21 +16,21 @@ use crate::cpu::{arch, Accumulator, Element, HeadRows};
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
 
-/// Pairs of a row and a head that are seen to together: each register of keys is read for all of them.
+/// Pairs of a row and a head that are computed together: each register of keys is read once for all of them.
 const TOGETHER: usize = 4;
 
 /// One number per token of a panel.
 type Lanes<A> = [A; PANEL];
 
-/// The queries of one group and the keys that they look at.
+/// The queries of one group and the keys that they read.
 pub(crate) struct Observation<'a, Q: Element> {
     pub local: Local,
-    /// Of each head of the group, from token `first_query` on.
+    /// The queries of each head of the group, from token `first_query` on.
     pub queries: &'a [HeadRows<'a, Q>],
     pub first_query: usize,
-    /// From panel [`Local::first_panel`] of the first row on.
+    /// The keys from panel [`Local::first_panel`] of the first row on.
     pub keys: &'a Keys<Q::Acc>,
-    /// From token 0 on: at least those sinks that lie before a row's window.
+    /// The keys from token 0 on: at least the sinks that lie before a row's window.
     pub sink_keys: &'a Keys<Q::Acc>,
 }
 
@@ -37,18 +38,18 @@ pub(crate) struct Observation<'a, Q: Element> {
 #[derive(Default)]
 pub(crate) struct Scratch<A: Accumulator> {
     queries: Vec<A>,
-    /// Logits, then weights, of the rows that are seen to together: the sinks' panels, then the windows'.
+    /// Logits, then weights, of the rows that are computed together: the sinks' panels, then the windows' panels.
     weights: Aligned<A>,
-    /// By panels.
+    /// Masses by panels.
     masses: Aligned<A>,
 }
 
-/// The panels that rows of one panel look at.
+/// The panels that the rows of one panel read.
 struct Panels {
-    /// From panel 0 on.
+    /// The number of panels of sinks, from panel 0 on.
     sinks: usize,
-    /// Of the windows. A window reaches into one panel more than it fills where the last one holds the lanes that the
-    /// first one has left; their weights are kept as one.
+    /// The panels of the windows. A window reaches into one panel more than it fills where its last panel holds the
+    /// lanes that its first panel does not use. The weights of these two panels are kept as one panel.
     window: Range<usize>,
     filled: usize,
 }
@@ -58,7 +59,7 @@ impl Panels {
         self.sinks + self.window.len()
     }
 
-    /// Where the weights of panel `panel` of a window are.
+    /// The place of the weights of panel `panel` of a window.
     fn at(&self, panel: usize) -> usize {
         self.sinks + (panel - self.window.start) % self.filled
     }
@@ -66,11 +67,11 @@ impl Panels {
 
 impl<Q: Element> Observation<'_, Q> {
     /// Adds the weights of `rows` to the masses of the tokens from `base` on, where they count: row by row, and head by
-    /// head within one.
+    /// head within a row.
     pub fn add(&self, rows: Range<usize>, base: usize, masses: &mut [Q::Acc], scratch: &mut Scratch<Q::Acc>) {
         let tokens = base..base + masses.len();
         let window = self.local.window;
-        // No others have anything to say about these tokens.
+        // No other rows count for these tokens.
         let rows = rows.start.max(tokens.start + window / 2)..rows.end.min(tokens.end + window - 1);
         let (first, lead) = (base / PANEL, base % PANEL);
         scratch.masses.make_room((tokens.end.div_ceil(PANEL) - first) * PANEL);
@@ -107,7 +108,7 @@ impl<Q: Element> Observation<'_, Q> {
         let weights = scratch.weights.as_chunks_mut::<PANEL>().0;
         let masses = scratch.masses.as_chunks_mut::<PANEL>().0;
 
-        // Step by step for all rows: each step's latency is hidden behind the other rows'.
+        // Each step is done for all rows, so that its latency is hidden behind the other rows' work.
         let mut most = [[Q::Acc::NEG_INFINITY; PANEL]; G];
         for g in 0..G {
             most[g] = self.hide(simd, rows[g], &panels, &mut weights[g * all..][..all]);
@@ -140,7 +141,8 @@ impl<Q: Element> Observation<'_, Q> {
         }
     }
 
-    /// What the rows of one panel from `low` to `high` look at. Where the weights of a token are depends on its row alone.
+    /// The panels that the rows of one panel, from `low` to `high`, read. The place of a token's weights depends on its
+    /// row alone.
     #[inline(always)]
     fn panels(&self, low: usize, high: usize) -> Panels {
         let Local { window, sinks, .. } = self.local;
@@ -170,7 +172,7 @@ impl<Q: Element> Observation<'_, Q> {
             None => self.sink_keys.panel(index),
         };
         let (panels, stride) = ((panels.all(), panel), panels.all() * PANEL);
-        // The sums, and as many registers of keys and one of a query, are all that there are.
+        // G * C sums, C registers of keys and one register of a query must fit into the registers.
         if S::REGISTER_COUNT >= 32 {
             panel_dots::<Q::Acc, S, G, 4>(simd, queries, panels, weights, stride);
         } else {
@@ -178,8 +180,8 @@ impl<Q: Element> Observation<'_, Q> {
         }
     }
 
-    /// Makes the logits of one row minus infinity where it does not look, moves those of its window's last panel to the
-    /// lanes that the first one has left, and returns the largest in each lane.
+    /// Sets the logits of one row to minus infinity where it does not look. Moves the logits of its window's last panel
+    /// to the unused lanes of the first panel. Returns the largest logit of each lane.
     #[inline(always)]
     fn hide<S: Simd>(&self, simd: S, row: usize, panels: &Panels, logits: &mut [Lanes<Q::Acc>]) -> Lanes<Q::Acc> {
         let start = self.local.start(row);
@@ -192,7 +194,7 @@ impl<Q: Element> Observation<'_, Q> {
             raise(simd, &mut most, logits);
         }
         let end = (row % PANEL + 1) as u32;
-        // The row looks at every lane of its window's panels once they are as many as it fills.
+        // The row reads every lane of its window's panels once its window is full.
         let whole = self.local.window.is_multiple_of(PANEL) && row + 1 >= self.local.window;
         if !whole {
             for (panel, logits) in panels.window.clone().zip(window.iter_mut()) {
@@ -209,13 +211,13 @@ impl<Q: Element> Observation<'_, Q> {
         most
     }
 
-    /// Which of `tokens` count row `row`: t does from t + window / 2 on.
+    /// The subrange of `tokens` that row `row` counts for: it counts for t from t + window / 2 on.
     #[inline(always)]
     fn counted(&self, row: usize, tokens: &Range<usize>) -> Range<usize> {
         self.local.start(row).max(tokens.start)..(row + 1).saturating_sub(self.local.window / 2).min(tokens.end)
     }
 
-    /// Rows of queries: where they are, or widened in `buffer`.
+    /// Rows of queries: in place, or widened in `buffer`.
     #[inline(always)]
     fn queries<'r, const G: usize>(
         &'r self,
@@ -244,14 +246,14 @@ impl<Q: Element> Observation<'_, Q> {
     }
 }
 
-/// The lanes of `panel` whose tokens lie in `tokens`, from the first to before the last.
+/// The lanes of `panel` whose tokens lie in `tokens`: first lane, and the lane after the last.
 #[inline(always)]
 fn lanes(panel: usize, tokens: &Range<usize>) -> (u32, u32) {
     let lane = |token: usize| token.saturating_sub(panel * PANEL).min(PANEL) as u32;
     (lane(tokens.start), lane(tokens.end))
 }
 
-/// All lanes in one, by halves.
+/// Joins all lanes into one number, by halves.
 #[inline(always)]
 fn across<A: Accumulator>(mut lanes: Lanes<A>, both: impl Fn(A, A) -> A) -> A {
     let mut half = PANEL / 2;
@@ -303,7 +305,7 @@ impl<Q: Element> WithSimd for Add<'_, '_, Q> {
 mod tests {
     use super::*;
 
-    /// Masses of all tokens, rows taken so many at a time, the keys of each such chunk filled anew.
+    /// Masses of all tokens, in chunks of rows; the keys of each chunk are filled anew.
     fn masses(local: Local, heads: &[HeadRows<f32>], keys: HeadRows<f32>, count: usize, chunk: usize) -> Vec<u32> {
         let mut masses = vec![0f32; count];
         for first in (0..count).step_by(chunk) {
@@ -325,7 +327,7 @@ mod tests {
         masses.into_iter().map(f32::to_bits).collect()
     }
 
-    /// To the last bit, with one head and with three that share their keys.
+    /// Equal to the last bit, with one head and with three heads that share their keys.
     #[test]
     fn no_split_changes_a_mass() {
         let (count, dim) = (100, 20);

@@ -1,8 +1,8 @@
-//! Deciding by observed mass: what the rows of a token's window gave it, times the norm of its value. O(N·(W + sinks)·D)
-//! per query head.
+//! Deciding by observed mass: the weights that the rows of a token's window gave it, times the norm of its value.
+//! O(N·(W + sinks)·D) per query head.
 //!
-//! A row's weights and the order in which a token's mass is summed (row by row, head by head) are the same wherever it is
-//! done, so that any split into blocks, chunks or single tokens decides alike, to the last bit.
+//! A row's weights and the order in which a token's mass is summed (row by row, head by head) never depend on the
+//! split. So any split into blocks, chunks or single tokens decides alike, to the last bit.
 
 mod cached;
 mod keys;
@@ -20,17 +20,17 @@ use masses::{Observation, Scratch};
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
 
-/// Tokens that one task scores at the least: with a window of 32, a thirty-second of the rows is seen twice.
+/// The least number of tokens that one task scores: with a window of 32, a thirty-second of the rows is computed twice.
 const BLOCK: usize = 512;
 
-/// Which columns a row looks at, and how.
+/// The columns that a row reads, and the factor on its logits.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Local {
-    /// The row itself and the tokens before it: at least 2 in all.
+    /// The row itself and the tokens before it: at least 2 tokens.
     pub window: usize,
-    /// The first tokens, which every row looks at.
+    /// The number of first tokens, which every row reads.
     pub sinks: usize,
-    /// On `query . key`.
+    /// The factor on `query . key`.
     pub scale: f64,
 }
 
@@ -40,7 +40,7 @@ impl Local {
         (row + 1).saturating_sub(self.window)
     }
 
-    /// The first panel that the rows of `row`'s panel look at, sinks aside.
+    /// The first panel that the rows of `row`'s panel read, apart from sinks.
     pub fn first_panel(&self, row: usize) -> usize {
         self.start(row / PANEL * PANEL) / PANEL
     }
@@ -51,8 +51,8 @@ impl Local {
     }
 }
 
-/// The score below which a KV head's token is hidden: the least of its query heads' thresholds, since all must agree;
-/// None where one of them is off.
+/// The score below which a KV head's token is hidden: the least of its query heads' thresholds, since all heads must
+/// agree. None where a head is off.
 pub(crate) fn threshold(tests: impl IntoIterator<Item = HeadTest>) -> Option<f64> {
     let least = |least: f64, test: HeadTest| match test.strategy {
         MergeStrategy::Off => None,
@@ -61,7 +61,7 @@ pub(crate) fn threshold(tests: impl IntoIterator<Item = HeadTest>) -> Option<f64
     tests.into_iter().try_fold(f64::INFINITY, least)
 }
 
-/// Makes masses scores: times `‖value‖`.
+/// Changes masses to scores: multiplies them by `‖value‖`.
 fn weigh<'v, T: Element>(masses: &mut [T::Acc], values: impl Iterator<Item = &'v [T]>) {
     arch().dispatch(Weigh { masses, values })
 }
@@ -97,7 +97,7 @@ fn widened<'r, T: Element>(row: &'r [T], buffer: &'r mut Vec<T::Acc>) -> &'r [T:
     }
 }
 
-/// What the scores of one call read.
+/// The inputs of one call's scores.
 #[derive(Clone, Copy)]
 pub(crate) struct ObserveInput<'a, T> {
     pub q: Rows<'a, T>,
@@ -108,12 +108,12 @@ pub(crate) struct ObserveInput<'a, T> {
 }
 
 impl<T: Element> ObserveInput<'_, T> {
-    /// How many tokens of each KV head are seen by a whole window and then left behind by a row.
+    /// The number of tokens of each KV head that a whole window has seen and that a row has left behind.
     pub fn decided(&self) -> usize {
         self.problem.pairs().saturating_sub(self.local.window)
     }
 
-    /// The scores (B, Hk, decided) of the KV heads that are `wanted(batch, kv_head)`; zeros for others.
+    /// The scores (B, Hk, decided) of the KV heads that are `wanted(batch, kv_head)`; zeros for other heads.
     pub fn scores(&self, wanted: impl Fn(usize, usize) -> bool) -> Vec<T::Acc> {
         let Problem { batch, kv_heads, .. } = self.problem;
         let decided = self.decided();

@@ -4,28 +4,28 @@ use super::{x86, Packed, PackedTile, PairTiles, Pairs, Product, Split, Step, PAD
 use crate::cpu::aligned::Aligned;
 use crate::cpu::softmax::RowSums;
 
-/// A tile of products and what gradients are made of it.
+/// A tile of products, and the targets of its weights and gradients.
 pub(super) struct Differentials<'a> {
     /// Products of queries and keys, (columns, leading).
     pub products: &'a [f32],
-    /// Gradients of the weights, likewise.
+    /// Gradients of the weights, (columns, leading).
     pub grads: &'a [f32],
     pub leading: usize,
     pub count: usize,
-    /// From products to logits in base 2.
+    /// The factor from products to logits in base 2.
     pub factor: f32,
     pub split: Split,
     pub rows: RowSums<'a, f32>,
     /// (columns, parts, leading), with zeros up to a multiple of [`PAD`] columns.
     pub weights: &'a mut [u16],
-    /// Gradients of logits, likewise.
+    /// Gradients of logits, in the same layout.
     pub logits: &'a mut [u16],
-    /// The same as (parts, columns / 2, leading, 2), parts `plane` apart.
+    /// Gradients of logits as (parts, columns / 2, leading, 2), parts `plane` apart.
     pub logit_pairs: &'a mut [u16],
     pub plane: usize,
 }
 
-/// Where the gradients of a tile's columns are summed, rows `width` apart.
+/// The sums of the gradients of a tile's columns, rows `width` apart.
 pub(crate) struct ColumnSums<'a> {
     pub keys: &'a mut [f32],
     pub values: &'a mut [f32],
@@ -34,7 +34,8 @@ pub(crate) struct ColumnSums<'a> {
 
 /// The block's output gradients and one tile: buffers of one thread.
 pub(crate) struct PairGradients {
-    /// The output gradients in place of queries; the output is that of [`PairTiles::accumulate`], the queries' gradients.
+    /// Holds the output gradients in place of queries; its output is that of [`PairTiles::accumulate`], the queries'
+    /// gradients.
     rows: PairTiles,
     /// Raw values as keys.
     pub near: Packed,
@@ -44,7 +45,7 @@ pub(crate) struct PairGradients {
 }
 
 impl PairGradients {
-    /// For blocks of `leading` rows and tiles of up to `columns` columns, of which up to `near` are raw tokens.
+    /// For blocks of `leading` rows and tiles of at most `columns` columns; at most `near` of them are raw tokens.
     pub fn new(pairs: Pairs, leading: usize, (columns, near): (usize, usize), head_dim: usize) -> Self {
         let tile = columns.next_multiple_of(PAD) * pairs.split.parts() * leading;
         Self {
@@ -55,23 +56,24 @@ impl PairGradients {
         }
     }
 
-    /// Takes in the block's output gradients, (leading, D), `width` apart.
+    /// Loads the block's output gradients, (leading, D), `width` apart.
     pub fn load_rows(&mut self, grads: &[f32], size: (usize, usize)) {
         self.rows.load_queries(grads, size);
     }
 
-    /// Starts from gradients of the block's queries, (leading, D), `width` apart.
+    /// Loads gradients of the block's queries, (leading, D), `width` apart, to add to.
     pub fn load_queries(&mut self, rows: &[f32], size: (usize, usize)) {
         self.rows.load_output(rows, size);
     }
 
-    /// The gradients of the block's queries, without the scale.
+    /// Stores the gradients of the block's queries, without the scale.
     pub fn store_queries(&mut self, rows: &mut [f32], size: (usize, usize)) {
         self.rows.store_output(rows, size);
     }
 
-    /// Adds up one tile of `count` columns, of which `products` holds the products with the queries; `grads` is room for as
-    /// many. `keys` are packed by rows and by dimension, values by rows (raw ones in [`Self::near`]).
+    /// Adds the gradients of one tile of `count` columns. `products` holds the products of the columns with the
+    /// queries; `grads` is a buffer of the same size. `keys` are packed by rows and by dimension, values by rows (raw
+    /// ones in [`Self::near`]).
     pub fn tile(
         &mut self,
         (products, grads): (&[f32], &mut [f32]),
@@ -117,7 +119,7 @@ impl PairTiles {
         }
     }
 
-    /// `target[c, d] += sum_r tile[c, r] * row[r, d]` for a tile (columns, parts, leading) and the rows that were loaded;
+    /// `target[c, d] += sum_r tile[c, r] * row[r, d]` for a tile (columns, parts, leading) and the loaded rows;
     /// `target` has `count` rows of at least D numbers.
     fn accumulate_columns(&mut self, tile: &[u16], count: usize, target: &mut [f32], width: usize) {
         let (dim, leading) = (self.dim, self.leading);

@@ -1,12 +1,13 @@
 //! Matrix products of bf16 pairs, where the CPU has instructions for them that pay: Intel's AMX, or AMD's AVX512-BF16.
 //!
-//! They multiply bf16 exactly and sum in f32. A bf16 number is one part; an f16 number is exactly the sum of two bf16
-//! parts, so that a product of two is the sum of products of parts, of which the smallest is left out. Folded rows and
-//! weights are rounded to as many parts. f32 as three parts and six products has f32's precision, and took 0.97 to 1.1
-//! times as long as the gemm crate: it stays with that.
+//! The instructions multiply bf16 exactly and sum in f32. A bf16 number is one part; an f16 number is exactly the sum
+//! of two bf16 parts. So a product of two f16 numbers is the sum of products of parts, where the smallest product is
+//! left out. Folded rows and weights are rounded to the same number of parts. f32 as three parts and six products has
+//! f32's precision, and took 0.97 to 1.1 times as long as the gemm crate, so f32 stays with the gemm crate.
 //!
-//! One shape of product serves all: `C (M, N) = A (M, K) · B (K, N)` with A by rows, B in pairs (K / 2, N, 2), and N the
-//! rows of a block of queries, so that tiles lie as they do everywhere else: a column of the tile is one key.
+//! One shape of product serves all uses: `C (M, N) = A (M, K) · B (K, N)` with A by rows, B in pairs (K / 2, N, 2), and
+//! N the rows of a block of queries. So tiles have the layout that they have everywhere else: a column of the tile is
+//! one key.
 
 mod gradients;
 mod pack;
@@ -29,7 +30,7 @@ use super::softmax::LANES;
 use super::transpose::to_columns;
 use crate::instructions::bf16::{kernel, Kernel};
 
-/// What all of A's dimensions and the number of columns are padded to: two tiles of 16 rows, or 16 pairs.
+/// The multiple that A's dimensions and the number of columns are padded to: two tiles of 16 rows, or 16 pairs.
 pub(crate) const PAD: usize = 32;
 
 impl Split {
@@ -49,17 +50,17 @@ impl Split {
     }
 }
 
-/// How the products of one call are made.
+/// The kernel, split and factor of one call's products.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pairs {
     kernel: Kernel,
     pub split: Split,
-    /// On a product of a query and a key, to give a logit in base 2: scale · log2(e).
+    /// The factor from a product of a query and a key to a logit in base 2: scale · log2(e).
     pub factor: f32,
 }
 
 impl Pairs {
-    /// None where the CPU has no such instructions or they do not pay: AVX512-BF16 is at most twice as fast as f32, so
+    /// None where the CPU has no such instructions or they do not pay. AVX512-BF16 is at most twice as fast as f32, so
     /// it serves bf16 alone.
     pub fn new(split: Split, scale: f64) -> Option<Self> {
         let factor = (scale * std::f64::consts::LOG2_E) as f32;
@@ -70,7 +71,7 @@ impl Pairs {
     }
 }
 
-/// One product: `c[m * ldc + n] = sum over steps, pairs and both of a pair of a · b`, or added to what is there.
+/// One product: `c[m * ldc + n] = sum of a · b` over steps, pairs and both numbers of a pair, or the sum added to `c`.
 struct Product<'a> {
     /// Multiples of 32.
     m: usize,
@@ -87,7 +88,7 @@ struct Product<'a> {
     accumulate: bool,
 }
 
-/// Where 32 of the summed dimension begin, counted in numbers.
+/// The starts of 32 numbers of the summed dimension in A and B, counted in numbers.
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Step {
@@ -96,7 +97,7 @@ struct Step {
 }
 
 impl Product<'_> {
-    /// Panics where an index would leave its slice: what the kernels rely on.
+    /// Panics where an index would leave its slice; the kernels rely on this check.
     fn check(&self) {
         assert!(self.m > 0 && self.m.is_multiple_of(PAD) && self.n > 0 && self.n.is_multiple_of(PAD));
         assert!((self.m - 1) * self.ldc + self.n <= self.c.len() && self.n <= self.ldc);
@@ -107,7 +108,7 @@ impl Product<'_> {
     }
 }
 
-/// [`LANES`] rows of a tile of products, and where their weights go.
+/// [`LANES`] rows of a tile of products, and the targets of their weights.
 struct Strip<'a> {
     /// (columns, leading)
     tile: &'a [f32],
@@ -115,7 +116,7 @@ struct Strip<'a> {
     /// The strip's first row.
     first: usize,
     count: usize,
-    /// From products to logits in base 2.
+    /// The factor from products to logits in base 2.
     factor: f32,
     split: Split,
     /// (parts, columns / 2, leading, 2), parts `plane` apart.
@@ -132,9 +133,9 @@ pub(crate) struct PairTiles {
     dim: usize,
     /// The queries, (parts, D / 2, leading, 2).
     queries: Aligned<u16>,
-    /// The same as (parts, leading, D), on their way there.
+    /// The queries as (parts, leading, D), before they are transposed.
     split_queries: Aligned<u16>,
-    /// The same as (parts, leading / 2, D, 2), pairs of rows, where gradients are made; else empty.
+    /// The queries as (parts, leading / 2, D, 2), pairs of rows, where gradients are made; else empty.
     row_pairs: Aligned<u16>,
     /// Weights of one tile, (parts, columns / 2, leading, 2).
     weights: Aligned<u16>,
@@ -142,9 +143,9 @@ pub(crate) struct PairTiles {
     steps: Vec<Step>,
     /// Weighted values (D, leading).
     output: Aligned<f32>,
-    /// The same as (leading, D).
+    /// Weighted values as (leading, D).
     output_rows: Aligned<f32>,
-    /// Sums of columns (columns, D) that are not whole squares.
+    /// Sums of columns (columns, D) for tiles that are not whole squares.
     column_sums: Aligned<f32>,
 }
 
@@ -169,13 +170,13 @@ impl PairTiles {
         }
     }
 
-    /// To be multiplied by rows also, see [`Self::accumulate_columns`].
+    /// Adds the queries by pairs of rows, which [`Self::accumulate_columns`] reads.
     pub fn with_row_pairs(mut self) -> Self {
         self.row_pairs = Aligned::zeroed(self.queries.len());
         self
     }
 
-    /// Takes in the block's queries, (leading, D), `width` apart and not scaled.
+    /// Loads the block's queries, (leading, D), `width` apart and not scaled.
     pub fn load_queries(&mut self, rows: &[f32], (head_dim, width): (usize, usize)) {
         pack::interleave(
             self.pairs.split,
@@ -222,7 +223,7 @@ impl PairTiles {
         )
     }
 
-    /// Turns a tile of products into weights; raises `max` (base 2), adds to `sum`, and scales the output so far.
+    /// Changes a tile of products to weights; raises `max` (base 2), adds to `sum`, and scales the output so far.
     pub fn softmax(&mut self, tile: &[f32], count: usize, max: &mut [f32], sum: &mut [f32]) {
         let leading = self.leading;
         assert!(max.len() >= leading && sum.len() >= leading && leading.is_multiple_of(LANES));
@@ -274,12 +275,12 @@ impl PairTiles {
         )
     }
 
-    /// Starts from weighted values (leading, D), `width` apart.
+    /// Loads weighted values (leading, D), `width` apart, to add to.
     pub fn load_output(&mut self, rows: &[f32], (head_dim, width): (usize, usize)) {
         to_columns(rows, (head_dim, width), self.leading, &mut self.output);
     }
 
-    /// The weighted values as (leading, D), `width` apart.
+    /// Stores the weighted values as (leading, D), `width` apart.
     pub fn store_output(&mut self, rows: &mut [f32], (head_dim, width): (usize, usize)) {
         let leading = self.leading;
         to_columns(&self.output, (leading, leading), self.dim, &mut self.output_rows);

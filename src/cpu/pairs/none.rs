@@ -1,4 +1,4 @@
-//! No such instructions on this architecture.
+//! Stand-ins for architectures without such instructions.
 
 use super::gradients::Differentials;
 use super::{Kernel, Product, Strip};

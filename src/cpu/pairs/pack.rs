@@ -10,14 +10,14 @@ use pulp::bytemuck::{cast_slice, cast_slice_mut};
 /// The largest finite bf16 number.
 const MAX: f32 = 3.389_531_4e38;
 
-/// The parts of 32 numbers, each part `plane` apart: what a part leaves is the next one's.
+/// Splits 32 numbers into parts, each part `plane` apart: the next part holds the rest of the part before.
 #[inline(always)]
 fn store_parts(parts: usize, numbers: &[f32; 32], plane: usize, target: &mut [u16]) {
     let mut rest = *numbers;
     for part in 0..parts {
         let mut bits = [0u16; 32];
         for (bits, x) in bits.iter_mut().zip(&mut rest) {
-            // Numbers near the largest would round to infinity; infinity itself must not pass for a number.
+            // Numbers near the largest would round to infinity; an infinity itself must become NaN.
             *bits = bf16_bits(if x.is_infinite() { f32::NAN } else { x.clamp(-MAX, MAX) });
             *x -= f32::from_bits(u32::from(*bits) << 16);
         }
@@ -26,7 +26,7 @@ fn store_parts(parts: usize, numbers: &[f32; 32], plane: usize, target: &mut [u1
 }
 
 /// Rows (leading, `head_dim`), `width` apart, to (parts, dim / 2, leading, 2): pairs of a row's neighbouring numbers.
-/// `split_rows` is room for (parts, leading, dim).
+/// `split_rows` is a buffer for (parts, leading, dim).
 pub(super) fn interleave(
     split: Split,
     rows: &[f32],
@@ -48,7 +48,7 @@ pub(super) fn interleave(
             }
         },
     );
-    // A pair is as long as an f32, and to move is all that is done to it.
+    // A pair is as long as an f32, and this loop only moves it.
     for (rows, columns) in split_rows.chunks_exact(plane).zip(target.chunks_exact_mut(plane)) {
         to_columns::<f32>(cast_slice(rows), (dim / 2, dim / 2), leading, cast_slice_mut(columns));
     }
@@ -69,7 +69,7 @@ pub(super) fn pair_rows(rows: &[u16], dim: usize, target: &mut [u16]) {
     )
 }
 
-/// Keys and values of columns in token order, taken in one by one.
+/// Keys and values of columns in token order, packed one by one.
 pub(crate) struct Packed {
     /// (columns, parts, D)
     pub keys: Aligned<u16>,
@@ -80,7 +80,7 @@ pub(crate) struct Packed {
     columns: usize,
     /// The values of the columns since the last multiple of 32, (32, D).
     staged: Vec<f32>,
-    /// The same, (D, 32).
+    /// The staged values, transposed to (D, 32).
     transposed: Aligned<f32>,
     row: Vec<f32>,
 }
@@ -97,7 +97,7 @@ impl Packed {
         PackedTile { packed: self, first }
     }
 
-    /// Room for `columns` columns; those that never come count as zeros.
+    /// Room for `columns` columns; columns that are never pushed count as zeros.
     pub fn new(pairs: Pairs, head_dim: usize, columns: usize) -> Self {
         let (parts, dim) = (pairs.split.parts(), head_dim.next_multiple_of(PAD));
         let padded = columns.next_multiple_of(PAD);
@@ -121,7 +121,7 @@ impl Packed {
         }
     }
 
-    /// Starts again, keeping the room. What was there is overwritten up to the next multiple of 32.
+    /// Starts again and keeps the buffers. Old numbers are overwritten up to the next multiple of 32.
     pub fn clear(&mut self) {
         self.columns = 0;
     }
@@ -135,7 +135,7 @@ impl Packed {
         }
     }
 
-    /// A column whose value nobody asks for.
+    /// Adds a column whose value is never read.
     pub fn push_key(&mut self, key: &[f32]) {
         let (parts, dim, column) = (self.parts, self.dim, self.columns);
         self.row[..key.len()].copy_from_slice(key);
@@ -152,7 +152,7 @@ impl Packed {
         self.columns += 1;
     }
 
-    /// To be called after the last column.
+    /// Must be called after the last column.
     pub fn finish(&mut self) {
         if !self.columns.is_multiple_of(32) {
             self.staged[self.columns % 32 * self.dim..].fill(0.0);

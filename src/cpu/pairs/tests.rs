@@ -9,7 +9,7 @@ fn rows(rng: &mut StdRng, count: usize, dim: usize) -> Vec<f32> {
     (0..count * dim).map(|_| rng.random_range(-2.0..2.0)).collect()
 }
 
-/// In each kernel and split: leading, D, the columns of two tiles, and the unit of rounding.
+/// Runs `check` in each kernel and split: leading, D, the columns of two tiles, and the unit of rounding.
 fn on_every_kernel(largest: usize, check: impl Fn(Pairs, (usize, usize), [usize; 2], f64)) {
     let kernels = x86::kernels();
     if kernels.is_empty() {
@@ -55,7 +55,7 @@ fn tiles_agree(pairs: Pairs, (leading, dim): (usize, usize), counts: [usize; 2],
     let mut first = 0;
     for count in counts {
         tiles.scores(&mut tile, packed.tile(first), count);
-        // The last row sees nothing but the second tile's first column.
+        // The last row sees only the second tile's first column.
         for column in 0..count {
             if first == 0 || column > 0 {
                 tile[column * leading + leading - 1] = f32::NEG_INFINITY;
@@ -107,7 +107,7 @@ fn tiles_agree(pairs: Pairs, (leading, dim): (usize, usize), counts: [usize; 2],
     }
 }
 
-/// Gradients of two tiles against f64; whole squares and others.
+/// Gradients of two tiles against f64; whole squares and other shapes.
 #[test]
 fn gradients_agree_with_f64_on_every_kernel() {
     on_every_kernel(128, gradients_agree)
@@ -188,7 +188,7 @@ fn gradients_agree(pairs: Pairs, (leading, dim): (usize, usize), counts: [usize;
         }
     }
     for (name, got, expected) in [("dq", dq, exact_dq), ("dk", dk, exact_dk), ("dv", dv, exact_dv)] {
-        // Rows, weights and gradients of logits are each rounded, and a logit is off by that of its D products.
+        // Rows, weights and gradients of logits are each rounded, and a logit has the error of its D products.
         let largest = expected.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
         for (index, (got, expected)) in got.into_iter().zip(expected).enumerate() {
             let error = (f64::from(got) - expected).abs();

@@ -1,4 +1,5 @@
-//! The instructions of x86-64: which there are, the products by AVX512-BF16, and the softmax between two products.
+//! The instructions of x86-64: which ones the CPU has, the products by AVX512-BF16, and the softmax between two
+//! products.
 
 use super::super::softmax::LANES;
 use super::gradients::Differentials;
@@ -35,8 +36,8 @@ fn product_avx512(product: Product) {
     } = product;
     for row in (0..m).step_by(ROWS) {
         for column in (0..n).step_by(PAD) {
-            // SAFETY: `check` bounds all of what is read and written: rows row..row + 8 (m is a multiple of 32) of A and
-            // C, 16 pairs of columns column..column + 32 of B, in every step. Nothing else borrows C.
+            // SAFETY: `check` bounds everything that is read and written: rows row..row + 8 (m is a multiple of 32) of
+            // A and C, 16 pairs of columns column..column + 32 of B, in every step. Nothing else borrows C.
             unsafe {
                 let c = c.as_mut_ptr().add(row * ldc + column);
                 let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
@@ -83,7 +84,7 @@ fn into_pairs(bits: __m512i) -> __m512bh {
     unsafe { std::mem::transmute(bits) }
 }
 
-/// Turns a strip's products into weights, relative to the new maximum; raises `max`, adds to `sum`.
+/// Changes a strip's products to weights, relative to the new maximum; raises `max`, adds to `sum`.
 pub(super) fn softmax(strip: Strip, max: &mut [f32], sum: &mut [f32]) {
     // SAFETY: a `Strip` is only made where `kernels` has found AVX-512.
     unsafe {
@@ -94,7 +95,7 @@ pub(super) fn softmax(strip: Strip, max: &mut [f32], sum: &mut [f32]) {
     }
 }
 
-/// 16 numbers from `at` on.
+/// Loads 16 numbers from `at` on.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn load(slice: &[f32], at: usize) -> __m512 {
@@ -132,7 +133,7 @@ fn softmax_parts<const PARTS: usize>(strip: Strip, max: &mut [f32], sum: &mut [f
     for half in 0..LANES / 16 {
         let lane = half * 16;
         let row = first + lane;
-        // The second operand wins where one is NaN: a NaN product is passed over, to be caught in the sum.
+        // The second operand wins where one is NaN: a NaN product is ignored here and found in the sum.
         let mut tops = [empty; 2];
         for column in (0..count).step_by(2) {
             tops[0] = _mm512_max_ps(load(tile, column * leading + row), tops[0]);
@@ -141,10 +142,10 @@ fn softmax_parts<const PARTS: usize>(strip: Strip, max: &mut [f32], sum: &mut [f
         }
         let old = load(max, lane);
         let new = _mm512_max_ps(_mm512_mul_ps(_mm512_max_ps(tops[0], tops[1]), factor), old);
-        // A row that saw only minus infinities keeps weight 0: nothing is subtracted from them.
+        // A row that saw only minus infinities keeps weight 0: nothing is subtracted from its logits.
         let unseen = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(new, empty);
         let base = _mm512_mask_mov_ps(new, unseen, _mm512_setzero_ps());
-        // Products are multiplied and rounded as the maximum was, so that no weight is above 1, however large logits are.
+        // Products are multiplied and rounded as the maximum was, so that no weight is above 1, for logits of any size.
         let mut sums = [_mm512_setzero_ps(); 2];
         for pair in 0..padded / 2 {
             let mut both = [_mm512_setzero_ps(); 2];
@@ -180,7 +181,7 @@ fn softmax_parts<const PARTS: usize>(strip: Strip, max: &mut [f32], sum: &mut [f
     }
 }
 
-/// Two columns' weights as pairs of bf16, ties away from zero; what is left of them stays.
+/// Two columns' weights as pairs of bf16, ties away from zero; the rest of each weight stays.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn take_part(both: &mut [__m512; 2]) -> __m512i {
@@ -194,7 +195,7 @@ fn take_part(both: &mut [__m512; 2]) -> __m512i {
     _mm512_or_si512(_mm512_srli_epi32::<16>(even), odd_part)
 }
 
-/// Makes weights of a tile's products, and gradients of logits of the gradients of weights.
+/// Changes a tile's products to weights, and the gradients of weights to gradients of logits.
 pub(super) fn differentiate(tile: Differentials) {
     // SAFETY: `Differentials` are only made where `kernels` has found the instructions.
     unsafe {
@@ -233,7 +234,7 @@ fn differentiate_parts<const PARTS: usize>(tile: Differentials) {
                 for column in 0..2 {
                     if 2 * pair + column < count {
                         let at = (2 * pair + column) * leading + at;
-                        // Rounded before the maximum is taken away, as in the forward: large logits cancel exactly.
+                        // Rounded before the maximum is subtracted, as in the forward: large logits cancel exactly.
                         let logit_2 = _mm512_mul_ps(load(products, at), factor);
                         let x = exp2::<PARTS>(_mm512_add_ps(_mm512_add_ps(logit_2, max), log2_sum));
                         weight[column][half] = x;
@@ -266,7 +267,7 @@ fn store_pairs(slice: &mut [u16], at: usize, x: __m512i) {
     unsafe { _mm512_storeu_si512(numbers.as_mut_ptr().cast(), x) }
 }
 
-/// 32 numbers as bf16, ties to even, a NaN a NaN; what is left of them stays.
+/// 32 numbers as bf16, ties to even, a NaN a NaN; the rest of each number stays.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn take_rounded(numbers: &mut [__m512; 2]) -> __m512i {
@@ -284,7 +285,7 @@ fn take_rounded(numbers: &mut [__m512; 2]) -> __m512i {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn interleave(columns: [__m512i; 2]) -> [__m512i; 2] {
-    // Rows 0 to 3, 8 to 11, 16 to 19 and 24 to 27, and the others.
+    // Rows 0 to 3, 8 to 11, 16 to 19 and 24 to 27, then the other rows.
     let low = _mm512_unpacklo_epi16(columns[0], columns[1]);
     let high = _mm512_unpackhi_epi16(columns[0], columns[1]);
     let order = |first: i64| {
@@ -305,7 +306,7 @@ fn interleave(columns: [__m512i; 2]) -> [__m512i; 2] {
     ]
 }
 
-/// 2^x for x <= 0 or nearly so, 0 below the smallest normal number, NaN for NaN.
+/// 2^x for x <= 0 or slightly above, 0 below the smallest normal number, NaN for NaN.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn exp2<const PARTS: usize>(x: __m512) -> __m512 {

@@ -21,6 +21,8 @@ const CONFIGURATION: Configuration = Configuration {
     rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
 };
 
+/// Makes the product with AMX.
+///
 /// # Safety
 /// [`usable`] must have returned true.
 pub(super) unsafe fn product(product: Product) {
@@ -44,8 +46,9 @@ pub(super) unsafe fn product(product: Product) {
     unsafe { asm!("ldtilecfg [{}]", in(reg) &CONFIGURATION, options(nostack, readonly)) };
     for row in (0..m).step_by(PAD) {
         for column in (0..n).step_by(PAD) {
-            // SAFETY: `check` bounds rows row..row + 32 of A in every step, pairs 0..16 of columns column..column + 32 of
-            // B in every step, and those rows and columns of C, which nothing else borrows. The tiles are configured.
+            // SAFETY: `check` bounds rows row..row + 32 of A in every step, pairs 0..16 of columns column..column + 32
+            // of B in every step, and the same rows and columns of C, which nothing else borrows. The tiles are
+            // configured.
             unsafe {
                 square(
                     c.as_mut_ptr().add(row * ldc + column),
@@ -60,7 +63,7 @@ pub(super) unsafe fn product(product: Product) {
             }
         }
     }
-    // SAFETY: as above; it gives the tiles' state back, so that threads switch without it.
+    // SAFETY: as above; it releases the tiles' state, so that threads switch without it.
     unsafe { asm!("tilerelease", options(nostack, nomem)) };
 }
 
@@ -79,7 +82,7 @@ unsafe fn square(
     steps: &[super::Step],
     accumulate: bool,
 ) {
-    // SAFETY: loads and stores stay within what the caller vouches for; all tiles are declared as clobbered.
+    // SAFETY: loads and stores stay within the caller's bounds; all tiles are declared as clobbered.
     unsafe {
         asm!(
             "lea {low}, [{c} + {ldc}*8]",
