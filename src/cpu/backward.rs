@@ -1,8 +1,9 @@
 //! Gradients of attention: the forward's tiles again, probabilities recomputed from the saved log-sum-exp.
 //!
 //! Per query head, gradients of folded columns are summed by column, scattered to the columns' tokens, and unfolded to
-//! the raw tokens. The query heads of a group are added in order. Work is split over (batch, query head, share of the
-//! row blocks) by the shapes alone, so that any number of threads gives the same bits. Memory is O(N·D).
+//! the raw tokens. The query heads of a group are added in order. Work is split over
+//! (batch, query head, share of the row blocks) by the shapes alone, so that any number of threads gives the same bits.
+//! Memory is O(N·D).
 
 use super::aligned::{padded, Aligned};
 use super::block::BlockReader;

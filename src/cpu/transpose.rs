@@ -39,8 +39,8 @@ impl<A: Accumulator> WithSimd for ToColumns<'_, A> {
     }
 }
 
-/// Transposes the first [`PANEL`] of `rows` (each of D numbers, `width` apart) to the first [`PANEL`] columns of (D,
-/// leading).
+/// Transposes the first [`PANEL`] of `rows` (each of D numbers, `width` apart) to the first [`PANEL`] columns of
+/// (D, leading).
 #[inline(always)]
 pub(super) fn transpose<A: Accumulator, S: Simd>(simd: S, rows: [&[A]; PANEL], target: &mut [A], leading: usize) {
     let mut singles: [&[f32]; PANEL] = [&[]; PANEL];

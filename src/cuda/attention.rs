@@ -1,4 +1,5 @@
-//! Attention from q, k, v and merge bits: folds, attends, and maps gradients back the same way.
+//! Attention from q, k, v and merge bits: folds, attends, and changes gradients of columns back to gradients of q, k
+//! and v.
 
 use super::backward;
 use super::fold::{contiguous_rows, FoldCall};
@@ -11,15 +12,15 @@ use candle_core::Result;
 /// One attention call.
 pub(crate) struct Attention<'a, G: Gpu, T: GpuElement> {
     pub fold: FoldCall<'a, G, T>,
-    /// Whether nothing is known to be hidden anywhere: nothing is folded then.
+    /// Whether no token can be hidden; then nothing is folded.
     pub dense: bool,
     pub window: usize,
     pub bias: Option<Bias<'a, G>>,
     pub options: &'a AttentionOptions,
 }
 
-/// Lists of columns per batch row: one per KV head where nothing is hidden, or where the query heads of each are known
-/// to agree; else one per query head. Every kernel of a call is told the same.
+/// Lists of columns per batch row: one per KV head where nothing is hidden, or where the query heads of each KV head
+/// are known to agree; else one per query head. Every kernel of a call gets the same number.
 pub(crate) fn lists(problem: &Problem, dense: bool, agree: bool) -> usize {
     if dense || agree {
         problem.kv_heads
@@ -28,7 +29,7 @@ pub(crate) fn lists(problem: &Problem, dense: bool, agree: bool) -> usize {
     }
 }
 
-/// What folding left; None where the raw tensors serve as they are.
+/// The results of folding; None where the raw tensors serve unchanged.
 pub(crate) struct Folded<G: Gpu, T: GpuElement> {
     pub queries: Option<G::Slice<T>>,
     pub columns: Option<Columns<G, T>>,
@@ -42,7 +43,7 @@ pub(crate) struct Gradients<G: Gpu, T: GpuElement> {
 }
 
 impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
-    /// Whether kernels that read raw tokens by their lists take these tensors: "listed" in `cuda/lib/params.cuh`.
+    /// Whether kernels that read raw tokens by their lists accept these tensors: "listed" in `cuda/lib/params.cuh`.
     fn can_list(&self) -> bool {
         let narrow = |layout: &RowLayout| i32::try_from(layout.strides[2]).is_ok();
         T::HALF
@@ -52,10 +53,10 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
             && [self.fold.k.1, self.fold.v.1].iter().all(narrow)
     }
 
-    /// `listed`: see [`FoldCall::columns`].
+    /// Folds queries and columns. `listed`: see [`FoldCall::columns`].
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     pub fn folded(&self, gpu: &G, listed: bool) -> Result<Folded<G, T>> {
         if self.dense {
             return Ok(Folded {
@@ -69,7 +70,7 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
         })
     }
 
-    /// What the attention kernels are given.
+    /// The input of the attention kernels.
     pub fn call<'b>(&'b self, folded: &'b Folded<G, T>) -> AttentionCall<'b, G, T> {
         AttentionCall {
             problem: self.fold.problem,
@@ -87,6 +88,8 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
         }
     }
 
+    /// The output, and with `keep` the tensors that the backward pass needs.
+    ///
     /// # Errors
     /// As [`forward::forward`].
     pub fn forward(&self, gpu: &G, keep: bool) -> Result<Attended<G, T>> {
@@ -95,7 +98,7 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
         forward::forward(gpu, &self.call(&folded), keep)
     }
 
-    /// Folds again, or lists (O(N·D), which is less than keeping it would cost), and maps gradients back.
+    /// The gradients of query, key and value. Folds or lists again, O(N·D), which costs less than keeping the columns.
     ///
     /// # Errors
     /// As [`backward::backward`].

@@ -16,24 +16,25 @@ pub(crate) struct KeysValues<G: Gpu> {
     pub values: G::Slice<f32>,
 }
 
-/// Gradients where attention leaves them; [`super::fold::FoldCall`] maps them back to raw tokens.
+/// Gradients as attention writes them; [`super::fold::FoldCall`] changes them to gradients of raw tokens.
 pub(crate) struct Gradients<G: Gpu, T: GpuElement> {
-    /// Of the queries as attention read them, folded or not: (B, H, N, D).
+    /// Gradients of the queries as attention read them, folded or not: (B, H, N, D).
     pub queries: G::Slice<f32>,
-    /// Of far columns, compact (B * lists, N, D): past the last column nothing is written. None in the dense case.
+    /// Gradients of far columns, compact (B * lists, N, D); past the last column nothing is written. None in the dense
+    /// case.
     pub far: Option<KeysValues<G>>,
-    /// Of folded tokens at edges, (B * lists, N, D). None in the dense case.
+    /// Gradients of folded tokens at edges, (B * lists, N, D). None in the dense case.
     pub folded: Option<KeysValues<G>>,
-    /// Of raw tokens inside windows, or of all of them in the dense case and where they are listed, (B * lists, N, D).
-    /// None without a window.
+    /// Gradients of raw tokens inside windows, or of all raw tokens in the dense case and where they are listed,
+    /// (B * lists, N, D). None without a window.
     pub near: Option<KeysValues<G>>,
-    /// Of keys and values (B, Hk, N, D), with nothing left to do; then there are no others of theirs.
+    /// Finished gradients of keys and values (B, Hk, N, D); if set, the three fields above are None.
     pub done: Option<(G::Slice<T>, G::Slice<T>)>,
 }
 
 /// Rows, or columns, of a block.
 const BLOCK: usize = 64;
-/// The same in f32.
+/// Rows, or columns, of a block in f32.
 const F32_BLOCK: usize = 32;
 const THREADS: usize = 128;
 
@@ -46,8 +47,8 @@ pub(super) fn padded(head_dim: usize) -> usize {
     }
 }
 
-/// `ColumnTarget` in `cuda/backward/backward_fused.cuh`: gradients of columns, which the fold maps back to raw tokens;
-/// or gradients of raw keys and values, (B, Hk, N, D).
+/// `ColumnTarget` in `cuda/backward/backward_fused.cuh`: buffers for the fold to change further, or finished gradients
+/// of keys and values (B, Hk, N, D).
 enum ColumnTargets<'a, G: Gpu, T: GpuElement> {
     Sums(&'a mut KeysValues<G>),
     Done(&'a mut (G::Slice<T>, G::Slice<T>)),
@@ -56,20 +57,20 @@ enum ColumnTargets<'a, G: Gpu, T: GpuElement> {
 /// Whether one pass over columns makes the gradients.
 ///
 /// # Errors
-/// What the driver reports.
+/// An error of the driver.
 pub(crate) fn fuses<G: Gpu, T: GpuElement>(gpu: &G, problem: &Problem, options: &AttentionOptions) -> Result<bool> {
     Ok(BackwardVariant::on::<G, T>(gpu, problem, options, has_extras(options))?.is_some())
 }
 
-/// The fewest tokens for which query heads are taken apart.
+/// The fewest tokens for which each query head gets a list of its own.
 const APART_TOKENS: usize = 256;
 
-/// Lists of columns per batch row of a backward pass where nothing is hidden: one per KV head; or one for each query
-/// head where one pass over columns would have few blocks and the first of them run long. Their gradients are added up
-/// after.
+/// Lists of columns per batch row of a backward pass where nothing is hidden: one per KV head. One per query head where
+/// one pass over columns would have few blocks and the first blocks run long; the gradients of a group are added up
+/// afterwards.
 ///
 /// # Errors
-/// What the driver reports.
+/// An error of the driver.
 pub(crate) fn lists<G: Gpu, T: GpuElement>(gpu: &G, problem: &Problem, options: &AttentionOptions) -> Result<usize> {
     let Some(variant) = BackwardVariant::on::<G, T>(gpu, problem, options, has_extras(options))? else {
         return Ok(problem.kv_heads);
@@ -80,7 +81,7 @@ pub(crate) fn lists<G: Gpu, T: GpuElement>(gpu: &G, problem: &Problem, options: 
     Ok(if few { problem.heads } else { problem.kv_heads })
 }
 
-/// Whether a bias or dropout is in the way of the kernels by warpgroups.
+/// Whether a bias or dropout excludes the kernels by warpgroups.
 fn has_extras(options: &AttentionOptions) -> bool {
     options.bias.is_some() || options.dropout.is_some()
 }
@@ -94,12 +95,12 @@ struct Pass<'a, G: Gpu, T: GpuElement> {
     delta: G::Slice<f32>,
 }
 
-/// Gradients of the sum of `saved.output * grad_output`, which are contiguous (B, H, N, D). Where
-/// [`AttentionOptions::deterministic`] asks for it, and in f32 and above a head size of 128 always, every sum has one
-/// owner: the same bits every time. Nothing waits for the device.
+/// Gradients of the sum of `saved.output * grad_output`, which are contiguous (B, H, N, D). With
+/// [`AttentionOptions::deterministic`], and in f32 and above a head size of 128 always, every sum has one owner: the
+/// same bits every time. Does not wait for the device.
 ///
 /// # Errors
-/// As [`AttentionCall::params`], or whatever the launches report.
+/// As [`AttentionCall::params`], or an error of a launch.
 pub(crate) fn backward<G: Gpu, T: GpuElement>(
     gpu: &G,
     call: &AttentionCall<'_, G, T>,
@@ -149,7 +150,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         }
     }
 
-    /// Queries and columns one after the other: every sum has one owner.
+    /// Computes queries and columns one after the other: every sum has one owner.
     fn owned_gradients(&self) -> Result<Gradients<G, T>> {
         let dense = self.params.dense == 1;
         Ok(Gradients {
@@ -165,7 +166,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         })
     }
 
-    /// One pass over each kind of columns, from which the queries' gradients are added up too.
+    /// Makes one pass over each kind of columns, which also adds up the queries' gradients.
     fn one_pass_gradients(&self, variant: &BackwardVariant) -> Result<Gradients<G, T>> {
         let Problem {
             batch,
@@ -224,7 +225,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         columns: ColumnTargets<'_, G, T>,
     ) -> Result<()> {
         let lists = self.call.problem.batch * self.params.sizes.lists as usize;
-        // Of listed columns there are two kinds, each with a last block of its own.
+        // There are two kinds of listed columns, each with a last block of its own.
         let blocks = self.call.problem.tokens.div_ceil(COLUMNS) + usize::from(kind == "listed");
         let launch = Launch {
             grid: [lists * blocks, 1, 1],
@@ -284,7 +285,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         Ok(target)
     }
 
-    /// Buffers of (B * lists, N, D).
+    /// Allocates buffers of (B * lists, N, D).
     fn lists(&self) -> Result<(usize, KeysValues<G>)> {
         let lists = self.call.problem.batch * self.params.sizes.lists as usize;
         let size = lists * self.call.problem.tokens * self.call.problem.head_dim;
@@ -295,7 +296,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         Ok((lists, target))
     }
 
-    /// What the queries get is added to `queries`, if that is given.
+    /// Gradients of edge columns. Adds the queries' share to `queries`, if given.
     fn edges(&self, queries: Option<&mut G::Slice<f32>>) -> Result<KeysValues<G>> {
         let (lists, mut target) = self.lists()?;
         let Problem { tokens, head_dim, .. } = self.call.problem;
@@ -315,14 +316,14 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         Ok(target)
     }
 
-    /// `kind` is "far" (every column, in the dense case) or "near".
+    /// Gradients of one kind of columns: `kind` is "far" (every column, in the dense case) or "near".
     fn columns(&self, kind: &str) -> Result<KeysValues<G>> {
         let (lists, mut target) = self.lists()?;
         let (head_dim, tokens) = (self.call.problem.head_dim, self.call.problem.tokens);
         let dtype = T::SUFFIX;
         let blocks = lists * tokens.div_ceil(if T::HALF { BLOCK } else { F32_BLOCK });
         match padded(head_dim) {
-            // Accumulators for keys and values of 256 do not fit into the registers together.
+            // Accumulators for keys and values of D = 256 do not fit into the registers together.
             256 if T::HALF => {
                 self.both(&format!("backward_keys_256_{dtype}_{kind}"), blocks, &mut target)?;
                 self.both(&format!("backward_values_256_{dtype}_{kind}"), blocks, &mut target)?;

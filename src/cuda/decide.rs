@@ -7,23 +7,23 @@ use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, Hea
 use crate::problem::Problem;
 use candle_core::Result;
 
-/// Threads of a block where each has a pair of its own.
+/// Threads of a block where each thread has a pair of its own.
 const THREADS: usize = 128;
 /// As in `cuda/decide/decide.cu`.
 const WARP_PAIRS: usize = 64;
 
-/// What decisions and the compression loss read.
+/// The inputs of decisions and of the compression loss.
 pub(crate) struct DecideCall<'a, G: Gpu, T: GpuElement> {
     pub problem: Problem,
     pub q: Source<'a, G, T>,
     pub k: Source<'a, G, T>,
     pub strategies: &'a HeadStrategies,
     pub config: &'a CompressionConfig,
-    /// As a view of (B, H, N, N): see [`reads_bias`]. Nothing else reads it.
+    /// The bias as a view of (B, H, N, N); only read where [`reads_bias`] says so.
     pub bias: Option<Bias<'a, G>>,
 }
 
-/// Whether a bias of -inf keeps pairs of tokens apart: a pair qualifies only where the row of its second token sees
+/// Whether a bias of -inf keeps pairs of tokens apart: a pair then qualifies only where its second token's row sees
 /// both.
 pub(crate) fn reads_bias(config: &CompressionConfig) -> bool {
     config.criterion.compares_pairs() && config.rule.is_causal()
@@ -39,12 +39,12 @@ pub(crate) fn key_key(criterion: Criterion) -> u32 {
 }
 
 impl<G: Gpu, T: GpuElement> DecideCall<'_, G, T> {
-    /// How far candidates of the reference rule reach.
+    /// The distance up to which the reference rule looks for candidates.
     fn levels(&self) -> usize {
         self.config.max_merge_level.min(self.problem.pairs()).min(5)
     }
 
-    /// What the kernels are told, for `lists` decisions per batch row.
+    /// The arguments of the kernels, for `lists` decisions per batch row.
     ///
     /// # Errors
     /// As [`Sizes::new`].
@@ -67,10 +67,10 @@ impl<G: Gpu, T: GpuElement> DecideCall<'_, G, T> {
         table(&head_tests(&self.problem, self.strategies, self.config))
     }
 
-    /// [`table`] of this call, for kernels that take a few tests as an argument.
+    /// [`table`] of this call, uploaded only if it is too large for an argument.
     ///
     /// # Errors
-    /// Those of an upload.
+    /// An error of an upload.
     pub fn tests(&self, gpu: &G) -> Result<Tests<G>> {
         let (table, mut few) = (self.table(), FewTests { numbers: [0.0; 256] });
         let many = match few.numbers.get_mut(..table.len()) {
@@ -84,7 +84,7 @@ impl<G: Gpu, T: GpuElement> DecideCall<'_, G, T> {
     }
 }
 
-/// `Tests` in `cuda/lib/cosine.cuh`: few go with the other arguments, which spares a copy to the device.
+/// `Tests` in `cuda/lib/cosine.cuh`: a few tests are passed as an argument, which spares a copy to the device.
 pub(crate) struct Tests<G: Gpu> {
     pub many: Option<G::Slice<f32>>,
     pub few: FewTests,
@@ -114,7 +114,7 @@ pub(crate) fn table(tests: &[HeadTest]) -> Vec<f32> {
 /// The merge indicators (B, H, N-1), 0 or 1, by the cosine criteria. N is at least 2.
 ///
 /// # Errors
-/// What the device reports.
+/// An error of the device.
 pub(crate) fn indicators<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>) -> Result<G::Slice<u8>> {
     let Problem {
         batch,
@@ -161,7 +161,7 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>
     Ok(bits)
 }
 
-/// Candidates, then as many sweeps as there can be: those that have nothing to do copy their input.
+/// Launches the candidates, then as many sweeps as there can be: a sweep that changes nothing copies its input.
 fn reference_rule<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>, tests: &Tests<G>) -> Result<G::Slice<u8>> {
     let (pairs, rows) = (call.problem.pairs(), call.problem.batch * call.problem.heads);
     let (params, sweeps) = (call.params(call.problem.heads)?, 2 * call.levels());

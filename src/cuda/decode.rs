@@ -1,10 +1,10 @@
-//! Launches of `cuda/cache/decode.cu`: one new token per list of a ragged store whose lengths only the device knows.
+//! Launches of `cuda/cache/decode.cu`: one new token per list of a ragged cache whose lengths only the device knows.
 
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch};
 use super::params::{CacheParams, DecodeParams};
 use candle_core::{bail, Result};
 
-/// What a launch passes as `CACHE_STATE` in cuda/cache/cache_list.cuh.
+/// The arguments that a launch passes as `CACHE_STATE` in cuda/cache/cache_list.cuh.
 pub(crate) trait StateArgs<G: Gpu> {
     fn args<'a>(&'a mut self, gpu: &'a G) -> Vec<G::Arg<'a>>;
 }
@@ -18,28 +18,28 @@ pub(crate) struct Appended<'a, G: Gpu, T: GpuElement> {
 
 /// One step of decoding.
 pub(crate) struct DecodeCall<'a, G: Gpu, T: GpuElement> {
-    /// The newest token's query rows, where `params` says; folded already where the fold folds queries.
+    /// The newest token's query rows, at the strides of `params`; already folded if the fold folds queries.
     pub queries: &'a G::Slice<T>,
-    /// Where the launch shall take the newest token in.
+    /// The newest token, if the launch appends it.
     pub appended: Option<Appended<'a, G, T>>,
     pub params: CacheParams,
-    /// Far columns that a list has at most.
+    /// The most far columns that a list has.
     pub most: usize,
     /// The softmax scale.
     pub scale: f64,
 }
 
-/// What one step leaves for its own end, kept between steps.
+/// Buffers between the blocks of one step, kept from step to step.
 pub(crate) struct Scratch<G: Gpu> {
     parts: G::Slice<f32>,
     room: usize,
-    /// (2, lists); the first `lists` are 0 between launches.
+    /// Counters (2, lists); the first `lists` of them are 0 between launches.
     counters: G::Slice<u32>,
     lists: usize,
 }
 
 impl<G: Gpu> Scratch<G> {
-    /// `old` if it is large enough.
+    /// `old` if it is large enough, else new buffers.
     fn fitting(gpu: &G, old: Option<Self>, room: usize, lists: usize) -> Result<Self> {
         if let Some(old) = old.filter(|old| old.room >= room && old.lists == lists) {
             return Ok(old);
@@ -53,14 +53,14 @@ impl<G: Gpu> Scratch<G> {
     }
 }
 
-/// A block reads at least this many columns, or its start and its end cost more than its reading.
+/// The fewest columns that a block reads; with fewer its start and its end cost more than its reading.
 const LEAST_COLUMNS: usize = 128;
-/// From this number of columns on one wave of blocks leaves memory idle where each query head reads keys of its own.
+/// From this many columns on one wave of blocks leaves memory idle, if each query head reads keys of its own.
 const LONG: usize = 16_000;
-/// Parts of a row that are joined by one warp.
+/// The most parts of a row; one warp joins them.
 const MOST_SPLITS: usize = 128;
 
-/// Blocks of a multiprocessor: `DECODE_BLOCKS` in cuda/cache/decode.cu.
+/// Resident blocks of a multiprocessor: `DECODE_BLOCKS` in cuda/cache/decode.cu.
 fn resident<T: GpuElement>(together: usize) -> usize {
     match (T::HALF, together) {
         (true, 1) => 4,
@@ -69,10 +69,10 @@ fn resident<T: GpuElement>(together: usize) -> usize {
     }
 }
 
-/// The output rows (batch * heads, D). Nothing waits for the device.
+/// The output rows (batch * heads, D). Does not wait for the device.
 ///
 /// # Errors
-/// A head size that the kernels do not take, or whatever the launches report.
+/// A head size that the kernels do not accept, or an error of a launch.
 pub(crate) fn decode<G: Gpu, T: GpuElement>(
     gpu: &G,
     call: &DecodeCall<'_, G, T>,
@@ -91,8 +91,8 @@ pub(crate) fn decode<G: Gpu, T: GpuElement>(
     let (group, lists, rows) = (heads / lists, batch * lists, batch * heads);
     let together = [4, 2, 1].into_iter().find(|g| group % g == 0).unwrap_or(1);
     let shares = group / together;
-    // All blocks at once, so that none waits for another to end, and all end together. Twice as many where a block has
-    // little to compute and much to read.
+    // All blocks are resident at once, so that no block waits for another to end, and all end together. Twice as many
+    // blocks run where a block has little to compute and much to read.
     let waves = if together == 1 && call.most >= LONG { 2 } else { 1 };
     let slots = waves * gpu.multiprocessors()? * resident::<T>(together);
     let splits = slots.saturating_sub(lists) / (lists * shares);
@@ -132,7 +132,7 @@ pub(crate) fn decode<G: Gpu, T: GpuElement>(
     };
     gpu.launch(&Kernel::of::<T>(&format!("decode_{dim}_{together}")), launch, &args)?;
     drop(args);
-    // A launch that failed leaves no counters behind.
+    // A launch that failed drops its counters.
     *scratch = Some(kept);
     Ok(output)
 }

@@ -16,13 +16,13 @@ use std::sync::Arc;
 /// More than this much shared memory must be asked for, kernel by kernel.
 const SHARED_BYTES_AS_IS: usize = 48 << 10;
 
-/// The PTX from which on kernels wait by themselves for the launch before: `hw::wait_for_previous` is nothing below.
+/// The PTX version (sm_90) from which on kernels wait for the launch before: `hw::wait_for_previous` is empty below.
 const WAITS_BY_ITSELF: i32 = 90;
 
-/// The one capability that runs PTX for sm_90a.
+/// The only compute capability that runs PTX for sm_90a.
 const HAS_WARPGROUPS: (i32, i32) = (9, 0);
 
-/// The most tokens for which more and smaller blocks are faster: `forward_wgmma_short_64` and its like.
+/// The most tokens for which more and smaller blocks are faster: `forward_wgmma_short_64` and the like.
 const SHORT: usize = 1024;
 
 /// A device, with its stream held so that arguments can borrow it.
@@ -42,14 +42,14 @@ impl Cuda {
 
 /// One argument; the guard records the buffer's use on the stream when the launch is over.
 pub(crate) enum CudaArg<'a> {
-    // Nothing reads the guard: it works when it is dropped.
+    // No code reads the guard: it acts when it is dropped.
     Buffer(CUdeviceptr, #[allow(dead_code)] Option<SyncOnDrop<'a>>),
     /// The first byte of a struct.
     Value(&'a u8),
 }
 
 impl CudaArg<'_> {
-    /// Where the driver finds it; it only reads.
+    /// The address of the argument for the driver, which only reads it.
     fn pointer(&self) -> *mut c_void {
         match self {
             Self::Buffer(pointer, _) => std::ptr::from_ref(pointer).cast_mut().cast(),
@@ -58,9 +58,9 @@ impl CudaArg<'_> {
     }
 }
 
-/// What lets a launch start while the one before it on the stream ends: programmatic dependent launch.
+/// The attribute that lets a launch start while the launch before it on the stream ends: programmatic dependent launch.
 fn starts_early() -> CUlaunchAttribute {
-    // SAFETY: a struct of integers and a union of such, for which zeros are valid.
+    // SAFETY: a struct of integers and a union of integers, for which zeros are valid.
     let mut attribute: CUlaunchAttribute = unsafe { std::mem::zeroed() };
     attribute.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
     attribute.value.programmaticStreamSerializationAllowed = 1;
@@ -72,7 +72,7 @@ impl Gpu for Cuda {
     type Arg<'a> = CudaArg<'a>;
 
     fn alloc<T: Number>(&self, len: usize) -> Result<CudaSlice<T>> {
-        // SAFETY: a Number may have any bits, and the kernel that comes next fills the buffer.
+        // SAFETY: a Number may have any bits, and the next kernel fills the buffer.
         unsafe { self.device.alloc(len) }
     }
 
@@ -162,8 +162,9 @@ impl Gpu for Cuda {
         };
         let mut pointers: Vec<*mut c_void> = args.iter().map(CudaArg::pointer).collect();
         self.stream.context().bind_to_thread().map_err(failed)?;
-        // SAFETY: the launcher passes what the kernel's signature asks for (the emulator checks that in tests: count,
-        // sizes, which buffers are written and every access), and `args` keeps all of it alive until it is enqueued.
+        // SAFETY: the launcher passes the arguments of the kernel's signature (in tests the emulator checks their
+        // count, sizes, which buffers are written and every access), and `args` keeps all of them alive until the
+        // launch is enqueued.
         let launched = unsafe {
             cuLaunchKernelEx(
                 &config,

@@ -1,4 +1,5 @@
-//! Launches of `cuda/decide/fold.cu`: the columns that merging leaves, and their gradients mapped back to raw tokens.
+//! Launches of `cuda/decide/fold.cu`: the columns that merging leaves, and the gradients of raw tokens from those of
+//! columns.
 
 use super::forward::Columns;
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
@@ -35,7 +36,7 @@ pub(crate) type FoldedGradients<'a, G> = (
     &'a <G as Gpu>::Slice<f32>,
 );
 
-/// What folding reads.
+/// The inputs of folding.
 pub(crate) struct FoldCall<'a, G: Gpu, T: GpuElement> {
     pub problem: Problem,
     pub q: Source<'a, G, T>,
@@ -44,12 +45,12 @@ pub(crate) struct FoldCall<'a, G: Gpu, T: GpuElement> {
     /// Merge indicators (B, H, N-1).
     pub bits: &'a G::Slice<u8>,
     pub fold: Fold,
-    /// Per batch row: the KV heads where all query heads of each agree, else the query heads.
+    /// Lists per batch row: the KV heads if all query heads of each KV head agree, else the query heads.
     pub lists: usize,
 }
 
 impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
-    /// Rows of tokens in `lists` lists; `chains`: where means run, a warp walks along each chain.
+    /// Launches over the tokens of `lists` lists. With `chains`, under a mean, a warp walks along each chain.
     fn launch(&self, lists: usize, chains: bool) -> Launch {
         let rows = match chains && self.fold.walks_chains() {
             true => 1,
@@ -69,11 +70,11 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         })
     }
 
-    /// Folds keys and values and gathers the far columns; `listed`: only says which tokens these are, for kernels that
-    /// read raw ones.
+    /// Folds keys and values and gathers the far columns. With `listed` only finds which tokens these are, for kernels
+    /// that read raw tokens.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     pub fn columns(&self, gpu: &G, listed: bool) -> Result<Columns<G, T>> {
         let Problem {
             batch,
@@ -87,11 +88,11 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
             false => Ok(None),
         };
         let sizes = || match self.fold.has_sizes() {
-            // Past the last far column nothing is written, and nothing must be read.
+            // Past the last far column nothing is written, and nothing may be read.
             true => gpu.alloc::<f32>(lists * tokens).map(Some),
             false => Ok(None),
         };
-        // Where tokens are dropped none changes: edges read the raw ones.
+        // Under drop no token changes: edges read the raw tokens.
         let changed = self.fold.keeps_hidden();
         let mut columns = Columns {
             capacity: tokens,
@@ -141,7 +142,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
     /// The folded queries (B, H, N, D); None where the fold leaves queries alone.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     pub fn queries(&self, gpu: &G) -> Result<Option<G::Slice<T>>> {
         if !self.fold.folds_queries() {
             return Ok(None);
@@ -160,11 +161,12 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         Ok(Some(out))
     }
 
-    /// Gradients of columns (`far_before`, then those of far columns and of folded tokens) and of near tokens, each
-    /// (B·lists, N, D), to those of raw keys or values (B, Hk, N, D). Either may be absent.
+    /// Changes gradients of columns and of near tokens to gradients of raw keys or values (B, Hk, N, D). `columns`
+    /// holds `far_before`, the gradients of far columns and of folded tokens; `near` those of near tokens; each is
+    /// (B·lists, N, D). Either may be absent.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     pub fn unfold(
         &self,
         gpu: &G,
@@ -180,7 +182,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         } = self.problem;
         let params = self.params(self.lists)?;
         let mut unfolded = None;
-        // Where means run, chains are walked before lists are added up; else one kernel does both.
+        // Under a mean, chains are walked before lists are added up; otherwise one kernel does both.
         if let (Some((far_before, far, folded)), true) = (columns, self.fold.walks_chains()) {
             let mut target = gpu.alloc::<f32>(batch * self.lists * tokens * head_dim)?;
             let args = [
@@ -214,11 +216,11 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         Ok(out)
     }
 
-    /// Gradients of queries as attention read them, f32 (B, H, N, D), to those of the queries; `were_folded` as far as
-    /// the fold folds queries.
+    /// Changes gradients of the queries as attention read them, f32 (B, H, N, D), to gradients of the raw queries.
+    /// `were_folded`: whether attention read folded queries, if the fold folds queries.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     pub fn unfold_queries(&self, gpu: &G, folded: &G::Slice<f32>, were_folded: bool) -> Result<G::Slice<T>> {
         let (problem, params) = (self.problem, self.params(self.problem.heads)?);
         let rows = problem.batch * problem.heads;

@@ -13,7 +13,7 @@ use candle_core::{bail, Result};
 pub(crate) struct Columns<G: Gpu, T: GpuElement> {
     /// Far columns that a list has room for.
     pub capacity: usize,
-    /// None where only the lists of tokens are: kernels read raw ones then.
+    /// None where only the lists of tokens exist: kernels then read raw keys and values.
     pub far_k: Option<G::Slice<T>>,
     pub far_v: Option<G::Slice<T>>,
     pub far_ln: Option<G::Slice<f32>>,
@@ -40,37 +40,36 @@ impl<G: Gpu> Clone for Bias<'_, G> {
 
 impl<G: Gpu> Copy for Bias<'_, G> {}
 
-/// What attention reads. Queries are folded already where the fold folds them.
+/// The inputs of attention. Queries are already folded if the fold folds queries.
 pub(crate) struct AttentionCall<'a, G: Gpu, T: GpuElement> {
     pub problem: Problem,
     pub q: (&'a G::Slice<T>, RowLayout),
     pub k: (&'a G::Slice<T>, RowLayout),
     pub v: (&'a G::Slice<T>, RowLayout),
-    /// None where nothing is hidden anywhere: the raw keys and values are the columns.
+    /// None where nothing is hidden: the raw keys and values are the columns.
     pub columns: Option<&'a Columns<G, T>>,
-    /// Of columns, per batch row: the heads, or the KV heads.
+    /// Lists of columns per batch row: the heads, or the KV heads.
     pub lists: usize,
     pub window: usize,
     pub bias: Option<Bias<'a, G>>,
     pub options: &'a AttentionOptions,
 }
 
-/// (B, H, N, D), and what the backward pass needs, where it was wanted.
+/// The output (B, H, N, D), and the tensors that the backward pass needs, if asked for.
 pub(crate) struct Attended<G: Gpu, T: GpuElement> {
     pub output: G::Slice<T>,
     pub kept: Option<Kept<G, T>>,
 }
 
-/// What the backward pass needs of the forward besides its output.
+/// The tensors of the forward pass that the backward pass needs besides the output.
 pub(crate) struct Kept<G: Gpu, T: GpuElement> {
-    /// Each row's log-sum-exp in base 2, and what rounding left of it, (2, B, H, N): `saved_sum` in
-    /// `cuda/lib/softmax.cuh`.
+    /// Each row's log-sum-exp in base 2 and its rounding error, (2, B, H, N): `saved_sum` in `cuda/lib/softmax.cuh`.
     pub log_sum_exp: G::Slice<f32>,
-    /// What rounding left of the output, (B, H, N, D): see [`AttentionCall::keeps_rest`].
+    /// The rounding error of the output, (B, H, N, D): see [`AttentionCall::keeps_rest`].
     pub rest: Option<G::Slice<T>>,
 }
 
-/// What the backward pass reads of a forward pass.
+/// The tensors of a forward pass that the backward pass reads.
 pub(crate) struct Saved<'a, G: Gpu, T: GpuElement> {
     pub output: &'a G::Slice<T>,
     pub rest: Option<&'a G::Slice<T>>,
@@ -79,8 +78,10 @@ pub(crate) struct Saved<'a, G: Gpu, T: GpuElement> {
 
 #[cfg_attr(not(feature = "cuda-emu"), allow(dead_code))]
 impl<G: Gpu, T: GpuElement> Attended<G, T> {
+    /// The tensors for the backward pass.
+    ///
     /// # Errors
-    /// A forward pass that kept nothing.
+    /// A forward pass that kept no such tensors.
     pub fn saved(&self) -> Result<Saved<'_, G, T>> {
         match &self.kept {
             Some(kept) => Ok(Saved {
@@ -97,10 +98,10 @@ impl<G: Gpu, T: GpuElement> Attended<G, T> {
 }
 
 impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
-    /// What the kernels are told of this call.
+    /// The arguments of the kernels for this call.
     ///
     /// # Errors
-    /// Sizes or strides that the kernels do not take.
+    /// Sizes or strides that the kernels do not accept.
     pub fn params(&self) -> Result<AttentionParams> {
         let Problem { head_dim, .. } = self.problem;
         if head_dim % 8 != 0 || head_dim > 256 {
@@ -130,7 +131,7 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
             dropout_cut: dropout.cut,
             sizes: Sizes::new(&self.problem, self.lists)?,
             capacity: self.columns.map_or(0, |columns| columns.capacity as u32),
-            // A window beyond all tokens is one of all tokens.
+            // A window longer than the sequence acts like one of all tokens.
             window: self.window.min(self.problem.tokens) as u32,
             causal: options.causal.into(),
             dense: self.columns.is_none().into(),
@@ -147,20 +148,20 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
         self.columns.is_some_and(|columns| columns.far_k.is_none())
     }
 
-    /// Whether a bias or dropout is in the way of the lean kernels.
+    /// Whether a bias or dropout excludes the lean kernels.
     pub fn extras(&self) -> bool {
         self.bias.is_some() || self.options.dropout.is_some()
     }
 
-    /// Whether what rounding leaves of the output is kept for the backward pass, as another tensor of its size. Where
-    /// one weight is nearly all of a row's, gradients are small differences, and the rounded output is all that is
-    /// wrong with them. The lean causal kernels go without, as other fused ones do: their rows rarely do that, and it
-    /// costs 1 %.
+    /// Whether the rounding error of the output is kept for the backward pass, as another tensor of the output's size.
+    /// Where one weight is nearly all of a row's sum, gradients are small differences, and the rounding of the output
+    /// is their only error. The lean causal kernels do not keep it, as other fused kernels do not: their rows rarely
+    /// have such a weight, and keeping it costs 1 %.
     fn keeps_rest(&self) -> bool {
         T::HALF && (self.extras() || !self.options.causal || self.problem.head_dim > 128)
     }
 
-    /// q, k, v, then the columns in the order in which every attention kernel takes them, then the bias.
+    /// q, k, v, then the columns in the order that every attention kernel takes, then the bias.
     pub fn inputs<'a>(&'a self, gpu: &'a G) -> Vec<G::Arg<'a>> {
         let columns = self.columns;
         let words = |pick: fn(&Columns<G, T>) -> &G::Slice<u32>| gpu.read_some(columns.map(pick));
@@ -181,7 +182,7 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
     }
 }
 
-/// Head sizes to this have kernels that read raw tokens by their lists.
+/// The largest head size with kernels that read raw tokens by their lists.
 pub(super) const LARGEST_LISTED: usize = 128;
 
 /// `SPREAD_WARPS` of `cuda/forward/forward_spread.cu`.
@@ -189,10 +190,10 @@ const SPREAD_THREADS: usize = 8 * 32;
 /// Rows of a block of the f32 kernels.
 const F32_ROWS: usize = 32;
 
-/// Attends; every launch goes to the device's own stream and nothing waits for it.
+/// Attends; every launch goes to the device's own stream and no launch is waited for.
 ///
 /// # Errors
-/// As [`AttentionCall::params`], or whatever the launches report.
+/// As [`AttentionCall::params`], or an error of a launch.
 pub(crate) fn forward<G: Gpu, T: GpuElement>(
     gpu: &G,
     call: &AttentionCall<'_, G, T>,
@@ -220,7 +221,7 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
     };
     let variant = match T::HALF {
         true => {
-            // Where every tile is searched for numbers that are not finite warpgroups have no advantage.
+            // Where every tile is searched for numbers that are not finite, warpgroups have no advantage.
             let searches = params.dense == 1 && params.causal == 0;
             let short = match searches || call.extras() {
                 true => None,
@@ -234,7 +235,8 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
     };
     let block_rows = variant.as_ref().map_or(F32_ROWS, |variant| variant.rows);
     let blocks = tokens.div_ceil(block_rows);
-    // Only where the tensor-core kernels attend to raw tokens throughout is this left to a second kernel.
+    // A second kernel handles numbers that are not finite only where the tensor-core kernels attend to raw tokens
+    // throughout.
     let mut first_bad = match T::HALF && (params.dense | params.listed) == 1 && params.causal == 1 {
         true => Some(gpu.alloc::<u32>(rows * blocks)?),
         false => None,

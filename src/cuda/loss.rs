@@ -9,7 +9,7 @@ use candle_core::Result;
 /// [S, M], added up in the same order on every run. N is at least 2.
 ///
 /// # Errors
-/// What the device reports.
+/// An error of the device.
 pub(crate) fn sums<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>) -> Result<G::Slice<f32>> {
     let rows = call.problem.batch * call.problem.heads;
     let params = call.params(call.problem.heads)?;
@@ -39,10 +39,10 @@ pub(crate) fn sums<G: Gpu, T: GpuElement>(gpu: &G, call: &DecideCall<G, T>) -> R
     Ok(out)
 }
 
-/// The gradients of the query (B, H, N, D) and the key (B, Hk, N, D), from `upstream`: [dS, dM]; nothing reads dM.
+/// The gradients of the query (B, H, N, D) and the key (B, Hk, N, D), from `upstream`: [dS, dM]; dM is not read.
 ///
 /// # Errors
-/// What the device reports.
+/// An error of the device.
 pub(crate) fn gradients<G: Gpu, T: GpuElement>(
     gpu: &G,
     call: &DecideCall<G, T>,

@@ -12,14 +12,14 @@ use candle_core::Result;
 const TILE: usize = 64;
 const THREADS: usize = 128;
 
-/// How the two kernels of one call are launched.
+/// The launch shape of the two kernels of one call.
 struct ObserveVariant {
-    /// The padded head size of the tensor cores' kernels; None for a warp per row.
+    /// The padded head size of the tensor-core kernels; None for a warp per row.
     dim: Option<usize>,
 }
 
 impl ObserveVariant {
-    /// Tensor cores where the dtype and the rows' addresses allow it.
+    /// Takes tensor cores where the dtype and the rows' addresses allow it.
     fn pick<T: GpuElement>(head_dim: usize, layouts: [&RowLayout; 3]) -> Self {
         let fits = head_dim.is_multiple_of(8) && head_dim <= 256;
         let tiles = T::HALF && fits && layouts.into_iter().all(|layout| layout.is_aligned(8));
@@ -51,7 +51,7 @@ impl ObserveVariant {
 struct Band {
     /// The padded head size.
     dim: usize,
-    /// How many times eight columns a warp's 16 rows see.
+    /// The columns that a warp's 16 rows see, in units of eight.
     eighths: usize,
     warps: usize,
     /// Whether the window is the one that needs no masks.
@@ -59,7 +59,7 @@ struct Band {
 }
 
 impl Band {
-    /// As `OBSERVE_DTYPE` in cuda/decide/observe.cu has them.
+    /// Picks a variant of `OBSERVE_DTYPE` in cuda/decide/observe.cu, if one fits.
     fn pick(
         head_dim: usize,
         config: &CompressionConfig,
@@ -93,7 +93,7 @@ impl Band {
 /// The merge indicators (B, H, N-1), 0 or 1, one decision per KV head. N is at least 2.
 ///
 /// # Errors
-/// What the device reports.
+/// An error of the device.
 pub(crate) fn indicators<G: Gpu, T: GpuElement>(
     gpu: &G,
     call: &DecideCall<G, T>,
@@ -119,7 +119,7 @@ pub(crate) fn indicators<G: Gpu, T: GpuElement>(
             k: Rows::new(&call.k.1),
             v: Rows::new(&v.1),
             sizes: Sizes::new(&call.problem, lists)?,
-            // Beyond all tokens, more makes no difference.
+            // A window beyond all tokens acts like one of all tokens.
             window: call.config.window.min(tokens) as u32,
             sinks: call.config.sinks.min(tokens) as u32,
             scale: scale as f32,

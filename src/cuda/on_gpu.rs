@@ -1,4 +1,4 @@
-//! What launchers need of a GPU: buffers, and launches of kernels by name.
+//! The interface of a GPU for launchers: buffers, and launches of kernels by name.
 
 #[cfg(feature = "cuda")]
 use crate::instructions::{choose, Choice};
@@ -8,7 +8,7 @@ use half::{bf16, f16};
 #[cfg(feature = "cuda")]
 use std::sync::LazyLock;
 
-/// What a buffer holds: every bit pattern is a value.
+/// An element of a buffer: every bit pattern is a value.
 pub(crate) trait Number: WithDType + DeviceNumber {}
 
 #[cfg(feature = "cuda")]
@@ -33,7 +33,7 @@ number!(u8, u32, f32, f64, f16, bf16);
 
 /// A dtype that q, k and v may have on a GPU.
 pub(crate) trait GpuElement: Number {
-    /// What the kernels of this dtype end with.
+    /// The end of the names of this dtype's kernels.
     const SUFFIX: &'static str;
     /// Whether tensor cores multiply it.
     const HALF: bool = true;
@@ -53,8 +53,8 @@ impl GpuElement for bf16 {
 /// A tensor's buffer and where its rows start in it.
 pub(crate) type Source<'a, G, T> = (&'a <G as Gpu>::Slice<T>, RowLayout);
 
-/// Where a tensor's rows start. An axis of size 1 may have any stride, which nothing reads: it is 0 here, so that no
-/// kernel's alignment depends on it.
+/// The starts of a tensor's rows. An axis of size 1 may have any stride, which no kernel reads: it is 0 here, so that
+/// no kernel's alignment depends on it.
 pub(crate) fn row_layout(layout: &Layout) -> RowLayout {
     let mut rows = RowLayout::new(layout);
     for (stride, &size) in rows.strides.iter_mut().zip(layout.dims()) {
@@ -69,7 +69,8 @@ pub(crate) fn row_layout(layout: &Layout) -> RowLayout {
 #[derive(Clone, Debug)]
 pub(crate) struct Kernel {
     pub name: String,
-    /// Whether it may start while the launch before it ends: it waits by itself, see `hw::wait_for_previous`.
+    /// Whether the kernel may start while the launch before it ends: it then waits by itself, see
+    /// `hw::wait_for_previous`.
     pub early: bool,
 }
 
@@ -90,7 +91,7 @@ impl Kernel {
         }
     }
 
-    /// The same kernel, started early: each of its blocks calls `hw::wait_for_previous` before it touches memory.
+    /// The same kernel, started early: every block calls `hw::wait_for_previous` before it touches memory.
     pub fn early(self) -> Self {
         Self { early: true, ..self }
     }
@@ -103,12 +104,12 @@ pub(crate) struct Launch {
     pub grid: [usize; 3],
     /// Threads of a block, a multiple of 32.
     pub threads: usize,
-    /// Dynamic shared memory of a block beyond what the kernel has by `SHARED_BYTES` in cuda/lib/kernel.cuh.
+    /// Dynamic shared memory of a block, in bytes, beyond the kernel's `SHARED_BYTES` in cuda/lib/kernel.cuh.
     pub shared_bytes: usize,
 }
 
 impl Launch {
-    /// A warp per token of every head or list, 4 warps a block: what most small kernels ask for.
+    /// A warp per token of every head or list, 4 warps a block: the shape of most small kernels.
     pub fn warps(tokens: usize, lists: usize) -> Self {
         Self {
             grid: [tokens.div_ceil(4), lists, 1],
@@ -118,10 +119,10 @@ impl Launch {
     }
 }
 
-/// Whether kernels for warpgroups may be chosen: unless the environment variable says "off".
+/// Whether kernels for warpgroups may be chosen: yes, unless the environment variable says "off".
 ///
 /// # Errors
-/// Another value of the variable than "on" and "off".
+/// A value of the variable other than "on" and "off".
 #[cfg(feature = "cuda")]
 pub(crate) fn warpgroups_wanted() -> Result<bool> {
     static WANTED: LazyLock<Choice<bool>> =
@@ -138,7 +139,7 @@ pub(crate) fn warpgroups_wanted() -> Result<bool> {
 /// `#[repr(C)]`, without padding, and the same as the kernel's parameter in `cuda/lib/params.cuh`.
 pub(crate) unsafe trait Params: Copy {}
 
-/// A device, or what stands in for one.
+/// A device, or the emulator in its place.
 pub(crate) trait Gpu {
     /// An owned buffer.
     type Slice<T: Number>;
@@ -147,14 +148,14 @@ pub(crate) trait Gpu {
     where
         Self: 'a;
 
-    /// A buffer that a kernel is about to fill; it holds anything until then.
+    /// A buffer for a kernel to fill; its numbers are undefined until then.
     fn alloc<T: Number>(&self, len: usize) -> Result<Self::Slice<T>>;
     /// A buffer of zeros.
     fn zeros<T: Number>(&self, len: usize) -> Result<Self::Slice<T>>;
     /// A copy of host data.
     fn upload<T: Number>(&self, data: &[T]) -> Result<Self::Slice<T>>;
 
-    /// What a buffer holds; waits for the device.
+    /// The numbers of a buffer; waits for the device.
     fn download<T: Number>(&self, slice: &Self::Slice<T>) -> Result<Vec<T>>;
 
     /// A buffer that the kernel only reads.
@@ -166,35 +167,35 @@ pub(crate) trait Gpu {
     /// A struct by value.
     fn value<'a, P: Params>(&'a self, params: &'a P) -> Self::Arg<'a>;
 
-    /// How much shared memory a block can ask for, in bytes.
+    /// The most shared memory that a block can ask for, in bytes.
     ///
     /// # Errors
-    /// What the driver reports.
+    /// An error of the driver.
     fn shared_limit(&self) -> Result<usize>;
 
-    /// How much dynamic shared memory a block of the kernel has by `SHARED_BYTES` in cuda/lib/kernel.cuh.
+    /// The dynamic shared memory of a block of the kernel by `SHARED_BYTES` in cuda/lib/kernel.cuh, in bytes.
     ///
     /// # Errors
     /// A kernel that does not exist.
     fn shared_bytes(&self, kernel: &Kernel) -> Result<usize>;
 
-    /// How many multiprocessors run blocks side by side.
+    /// The number of multiprocessors, which run blocks side by side.
     ///
     /// # Errors
-    /// What the driver reports.
+    /// An error of the driver.
     fn multiprocessors(&self) -> Result<usize>;
 
-    /// Whether the device is built for products of warpgroups (wgmma): kernels of `cuda/*/*_sm90a.cu` run then. The
-    /// number is the most tokens for which their variants with small blocks run.
+    /// Some where the device has products of warpgroups (wgmma) and the kernels of `cuda/*_sm90a.cu` run. The number is
+    /// the most tokens for which the kernels of small blocks run.
     ///
     /// # Errors
-    /// What the driver reports, or a value of `SFATTENTION_WGMMA` that means nothing.
+    /// An error of the driver, or an invalid value of `SFATTENTION_WGMMA`.
     fn warpgroups(&self) -> Result<Option<usize>>;
 
     /// Starts a kernel; does not wait for it.
     ///
     /// # Errors
-    /// Whatever the driver or the emulator reports, with the kernel's name.
+    /// An error of the driver or the emulator, with the kernel's name.
     fn launch(&self, kernel: &Kernel, launch: Launch, args: &[Self::Arg<'_>]) -> Result<()>;
 
     /// [`Self::read`] of a buffer that may be absent.

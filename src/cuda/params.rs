@@ -1,5 +1,5 @@
 //! The structs that kernels take by value: the same fields in the same order as in `cuda/lib/params.cuh`, which asserts
-//! the same sizes. Only 4-byte and 8-byte fields, the 8-byte ones first: no padding.
+//! the same sizes. Fields have 4 or 8 bytes, and 8-byte fields come first: no padding.
 
 use super::forward::Bias;
 use super::on_gpu::{Gpu, Params};
@@ -7,11 +7,11 @@ use crate::config::AttentionOptions;
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};
 
-/// Declares that structs are such, and their size in bytes on both sides.
+/// Declares structs as parameters of kernels, and asserts their size in bytes.
 macro_rules! params {
     ($($name:ident: $size:literal),* $(,)?) => {
         $(
-            // SAFETY: repr(C), and as large as the sum of its fields, as cuda/lib/params.cuh has it.
+            // SAFETY: repr(C), and as large as the sum of its fields, as in cuda/lib/params.cuh.
             unsafe impl Params for $name {}
             const _: () = assert!(size_of::<$name>() == $size);
         )*
@@ -51,7 +51,7 @@ pub(crate) struct BiasEntries {
 }
 
 impl BiasEntries {
-    /// Without a bias nothing reads these.
+    /// Without a bias no kernel reads these fields.
     pub fn new<G: Gpu>(bias: Option<Bias<'_, G>>) -> Self {
         let (offset, strides) = bias.map_or((0, [0; 4]), |bias| (bias.offset, bias.strides));
         Self {
@@ -75,6 +75,8 @@ pub(crate) struct Sizes {
 }
 
 impl Sizes {
+    /// The sizes of `problem`, with `lists` lists per batch row.
+    ///
     /// # Errors
     /// More tokens, heads or rows than a kernel's 32-bit indices reach.
     pub fn new(problem: &Problem, lists: usize) -> Result<Self> {
@@ -99,7 +101,7 @@ impl Sizes {
     }
 }
 
-/// Of the emulator's own tests.
+/// Parameters of the emulator's own tests.
 #[cfg(feature = "cuda-emu")]
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -114,7 +116,7 @@ params!(BrokenParams: 4);
 
 params!(DecideParams: 144, FewTests: 1024, SweepParams: 16, ObservedParams: 136);
 
-/// What decide.cu and loss.cu read.
+/// The parameters of decide.cu and loss.cu.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct DecideParams {
@@ -128,7 +130,7 @@ pub(crate) struct DecideParams {
     pub levels: u32,
 }
 
-/// Strategy and threshold of every query head, (B, H, 2), where they fit.
+/// Strategy and threshold of every query head, (B, H, 2), if they fit.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FewTests {
@@ -190,7 +192,7 @@ pub(crate) struct TotalParams {
 
 params!(AttentionParams: 208);
 
-/// What every attention kernel is told.
+/// The parameters of every attention kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AttentionParams {
@@ -213,7 +215,7 @@ pub(crate) struct AttentionParams {
 
 params!(SpreadParams: 16);
 
-/// Of `forward_spread_nan`.
+/// The parameters of `forward_spread_nan`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SpreadParams {
@@ -226,7 +228,7 @@ pub(crate) struct SpreadParams {
 
 params!(DecodeParams: 20);
 
-/// Of `cuda/cache/decode.cu`, besides [`CacheParams`].
+/// The parameters of `cuda/cache/decode.cu`, besides [`CacheParams`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct DecodeParams {
@@ -235,7 +237,7 @@ pub(crate) struct DecodeParams {
     /// `splits`, and one more for local columns.
     pub parts: u32,
     pub splits: u32,
-    /// 1: a new token is taken in first.
+    /// 1: the kernel appends a new token first.
     pub appends: u32,
     /// scale * log2(e)
     pub scale: f32,
@@ -245,7 +247,7 @@ pub(crate) struct DecodeParams {
 
 params!(CacheParams: 200, CacheAttendParams: 88, CopyParams: 20);
 
-/// Of `cache_append`: `sizes.tokens` new tokens after `first` that were seen before.
+/// The parameters of `cache_append`: `sizes.tokens` new tokens, after `first` earlier ones.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CacheParams {
@@ -269,13 +271,13 @@ pub(crate) struct CacheParams {
     pub reserved: u32,
 }
 
-/// Of `cache_attend`: a row that sees the whole cache.
+/// The parameters of `cache_attend`: a row that sees the whole cache.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CacheAttendParams {
     pub bias: BiasEntries,
     pub dropout_cut: u64,
-    /// Of one batch row, as `lists`.
+    /// Heads of one batch row, like `lists`.
     pub heads: u32,
     pub lists: u32,
     pub head_dim: u32,
@@ -289,7 +291,7 @@ pub(crate) struct CacheAttendParams {
     pub dropout_scale: f32,
 }
 
-/// Of `cache_copy`, in numbers.
+/// The parameters of `cache_copy`, counted in numbers.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CopyParams {
@@ -301,7 +303,7 @@ pub(crate) struct CopyParams {
     pub unit: u32,
 }
 
-/// What every attention kernel is told of dropout, field by field.
+/// The dropout parameters of every attention kernel, field by field.
 pub(crate) struct DropoutParams {
     /// A Philox word below this is dropped; 0 without dropout.
     pub cut: u64,

@@ -15,7 +15,7 @@ use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::op::BackpropOp;
 use candle_core::{bail, CudaDevice, CudaStorage, DType, Layout, Result, Shape, Storage, Tensor};
 
-/// A storage and how a tensor lies in it.
+/// A storage and its tensor's layout.
 pub(crate) type Stored<'a> = (&'a CudaStorage, &'a Layout);
 
 /// Calls `$function::<T>` for a dtype that the kernels take.
@@ -66,7 +66,7 @@ pub(crate) fn tensor<T: Number>(slice: CudaSlice<T>, shape: impl Into<Shape>, de
 /// The merge indicators (B, H, N-1), u8, on the tensors' device.
 ///
 /// # Errors
-/// A dtype that the kernels do not take, or what the device reports.
+/// A dtype that the kernels do not accept, or an error of the device.
 pub(crate) fn decide(
     problem: &Problem,
     qkv: [&Tensor; 3],
@@ -119,16 +119,16 @@ pub(crate) struct TensorCall<'a> {
     pub problem: Problem,
     pub plan: &'a MergePlan,
     pub options: &'a AttentionOptions,
-    /// f32, as a (B, H, N, N) view.
+    /// The bias in f32, as a (B, H, N, N) view.
     pub bias: Option<&'a Tensor>,
 }
 
 impl TensorCall<'_> {
-    /// The output (B, H, N, D); and, where `keep`, what the backward pass needs besides: the log-sum-exps (2, B, H, N),
-    /// and what rounding left of the output where that is kept.
+    /// The output (B, H, N, D). With `keep` also the tensors that the backward pass needs: the log-sum-exps
+    /// (2, B, H, N), and the rounding error of the output if it is kept.
     ///
     /// # Errors
-    /// A dtype, a size or strides that the kernels do not take, or what the device reports.
+    /// A dtype, a size or strides that the kernels do not accept, or an error of the device.
     pub fn forward(&self, qkv: [Stored; 3], keep: bool) -> Result<(CudaStorage, Vec<Tensor>)> {
         for_dtype!(self.problem.dtype, forward_as(self, qkv, keep))
     }
@@ -161,7 +161,7 @@ impl TensorCall<'_> {
             None => None,
         };
         let gpu = Cuda::new(q.0.device());
-        // Where there is no pair the indicators are empty, and nothing may be looked up in them.
+        // Without a pair the indicators are empty, and no index into them is valid.
         let none = match self.problem.pairs() {
             0 => Some(gpu.zeros::<u8>(1)?),
             _ => None,
@@ -248,7 +248,7 @@ fn backward_as<T: GpuElement>(
     })
 }
 
-/// What the compression loss reads.
+/// The inputs of the compression loss.
 pub(crate) struct LossCall<'a> {
     pub problem: Problem,
     pub strategies: &'a HeadStrategies,
@@ -259,12 +259,12 @@ impl LossCall<'_> {
     /// [S, M], f32.
     ///
     /// # Errors
-    /// A dtype that the kernels do not take, or what the device reports.
+    /// A dtype that the kernels do not accept, or an error of the device.
     pub fn sums(&self, q: Stored, k: Stored) -> Result<CudaStorage> {
         for_dtype!(self.problem.dtype, loss_sums_as(self, q, k))
     }
 
-    /// The gradients of query and key from that of [S, M], f32 on the device.
+    /// The gradients of query and key from the gradient of [S, M], f32 on the device.
     ///
     /// # Errors
     /// As [`Self::sums`].

@@ -1,4 +1,4 @@
-//! Tokens appended one after another, and the room that lists need for them.
+//! Tokens appended one after another, and the growth of the lists' buffers.
 
 use super::copy::{copy, Copier};
 use super::{room, DeviceLists, GROWTH};
@@ -12,11 +12,12 @@ use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};
 
 impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
-    /// Runs `step`, which takes in `count` tokens, unless a list would have more than `limit` entries then. How many
-    /// there will be only the device can say, so that near the limit a copy of the lists goes first, and waits for it.
+    /// Runs `step`, which appends `count` tokens, unless a list would then have more than `limit` entries. Only the
+    /// device knows the number of entries. So near the limit `step` runs on a copy of the lists, and the host waits for
+    /// it.
     ///
     /// # Errors
-    /// More entries than the limit, and those of `step`; the lists are unchanged then.
+    /// More entries than the limit, or an error of `step`; the lists are then unchanged.
     pub fn within<R>(
         &mut self,
         gpu: &G,
@@ -41,10 +42,10 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         Ok(result)
     }
 
-    /// Takes in `count` tokens without their rows.
+    /// Appends `count` tokens without computing their output rows.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     pub fn append(&mut self, gpu: &G, qkv: [Source<'_, G, T>; 3], count: usize) -> Result<()> {
         if self.seq_len == 0 && count > 1 {
             return self.first_chunk(gpu, qkv, count, None, None).map(|_| ());
@@ -53,8 +54,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         self.append_in_turn(gpu, qkv, count, scale, (None, None))
     }
 
-    /// Takes in `count` tokens, one after another; `queries` receives those of the last one as attention reads them,
-    /// where `count` is 1. The bias is that of their rows, which decisions read.
+    /// Appends `count` tokens, one after another. If `count` is 1, `queries` receives the last token's queries as
+    /// attention reads them. Decisions read the bias of the new rows.
     fn append_in_turn(
         &mut self,
         gpu: &G,
@@ -85,7 +86,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         gpu.launch(&Kernel::of::<T>("cache_append"), launch, &args)?;
         drop(args);
         self.count(count);
-        // A long chunk that merged well leaves more room than is needed.
+        // A long chunk that merged well leaves more room than needed.
         if count >= GROWTH {
             self.fit(gpu)?;
         }
@@ -97,11 +98,11 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         self.bound += tokens;
     }
 
-    /// Takes in `count` tokens and returns their output rows (B, H, count, D). The bias is that of `options`, as a view
+    /// Appends `count` tokens and returns their output rows (B, H, count, D). The bias is that of `options`, as a view
     /// of (B, H, count, all tokens).
     ///
     /// # Errors
-    /// Strides that the kernels do not take, or what the device reports.
+    /// Strides that the kernels do not accept, or an error of the device.
     pub fn append_and_attend<'a>(
         &mut self,
         gpu: &G,
@@ -175,7 +176,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         decode(gpu, &call, &mut self.state, &mut self.scratch)
     }
 
-    /// One token, where its queries are attended with as they are: in one launch.
+    /// Appends one token and attends in one launch, where attention reads its raw queries.
     fn take_and_decode(&mut self, gpu: &G, qkv: [Source<'_, G, T>; 3], scale: f64) -> Result<G::Slice<T>> {
         self.reserve(gpu, 1)?;
         let [q, k, v] = qkv;
@@ -195,7 +196,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         Ok(output)
     }
 
-    /// Room for `count` more closed chains in every list.
+    /// Makes room for `count` more closed chains in every list.
     pub(super) fn reserve(&mut self, gpu: &G, count: usize) -> Result<()> {
         let most = self.seq_len + count;
         if u32::try_from(most).is_err() {
@@ -217,7 +218,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         Ok(())
     }
 
-    /// Gives back what a chunk needed at most and did not use.
+    /// Frees the room that a chunk might have needed and did not use.
     fn fit(&mut self, gpu: &G) -> Result<()> {
         self.read_bound(gpu)?;
         if self.capacity > room(self.bound) {

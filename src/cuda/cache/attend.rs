@@ -11,7 +11,7 @@ use candle_core::Result;
 const WARPS: usize = 8;
 
 impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
-    /// The output rows (B * H, D) of the last token; the bias is a view whose row axis is already at it.
+    /// The output rows (B * H, D) of the last token; the bias is a view whose row axis starts at that token.
     pub(super) fn attend(
         &self,
         gpu: &G,

@@ -1,4 +1,4 @@
-//! Lists copied into other buffers: when they outgrow theirs, when batch rows are reordered, and for a clone.
+//! Lists copied into other buffers: when they outgrow a buffer, when batch rows are reordered, and for a clone.
 
 use super::state::{Observed, State};
 use super::DeviceLists;
@@ -10,7 +10,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// Lists whose batch row i is the old row `rows[i]`.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     pub fn select(&self, gpu: &G, rows: &[usize]) -> Result<Self> {
         let (lists, heads) = (self.settings.lists, self.settings.problem.heads);
         let (dim, window) = (self.settings.problem.head_dim, self.settings.config.window);
@@ -88,7 +88,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// A copy of all lists.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     pub fn copy(&self, gpu: &G) -> Result<Self> {
         self.select(gpu, &(0..self.batch).collect::<Vec<_>>())
     }
@@ -97,14 +97,14 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
 /// Copies lists into new buffers.
 pub(super) struct Copier<'a, G: Gpu> {
     pub gpu: &'a G,
-    /// Of the new buffer.
+    /// Lists in the new buffer.
     pub lists: usize,
-    /// Where each comes from.
+    /// The old list of each new list; None copies each list to its own place.
     pub sources: Option<&'a G::Slice<u32>>,
 }
 
 impl<G: Gpu> Copier<'_, G> {
-    /// `count` numbers of each list.
+    /// Copies `count` numbers of each list.
     pub fn all<T: Number>(&self, suffix: &str, from: &G::Slice<T>, count: usize) -> Result<G::Slice<T>> {
         let mut to = self.gpu.alloc::<T>(self.lists * count)?;
         let params = CopyParams {
@@ -126,8 +126,8 @@ impl<G: Gpu> Copier<'_, G> {
         Ok(to)
     }
 
-    /// The first `lengths` entries, of `unit` numbers, of each list; room for another number of entries. What is past
-    /// the last one is 0.
+    /// Copies the first `lengths` entries, of `unit` numbers, of each list into a buffer with another number of
+    /// entries. Numbers past the last entry are 0.
     pub fn rows<T: Number>(
         &self,
         suffix: &str,
@@ -160,7 +160,7 @@ impl<G: Gpu> Copier<'_, G> {
     }
 }
 
-/// `lengths`, where given, are the old lists', and say how much of each is copied.
+/// Launches `cache_copy`. `lengths`, if given, holds the number of entries of each old list to copy.
 pub(super) fn copy<G: Gpu, T: Number>(
     gpu: &G,
     suffix: &str,

@@ -1,4 +1,5 @@
-//! A cache's first chunk: attention over a whole sequence decides and folds it, and its columns become the cache's own.
+//! A cache's first chunk: decisions and folds of attention over a whole sequence, whose columns become the cache's
+//! lists.
 
 use super::{room, DeviceLists};
 use crate::config::{AttentionOptions, Criterion};
@@ -13,8 +14,8 @@ use crate::problem::Problem;
 use candle_core::Result;
 
 impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
-    /// Takes in the first `count` tokens, 2 at least, with the decisions and folds of attention over a whole sequence;
-    /// returns its rows where there are options to attend with. Waits for the device, to know how much room is needed.
+    /// Appends the first `count` tokens, at least 2, with the decisions and folds of attention over a whole sequence.
+    /// Returns their output rows if `options` are given. Waits for the device, to learn how much room is needed.
     pub(super) fn first_chunk(
         &mut self,
         gpu: &G,
@@ -76,7 +77,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         Ok(output)
     }
 
-    /// Makes a chunk's columns this empty cache's own.
+    /// Moves a chunk's columns into this empty cache.
     fn adopt(
         &mut self,
         gpu: &G,
@@ -99,7 +100,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         gpu.launch(&Kernel::of::<T>("cache_adopt_state"), launch, &args)?;
         drop(args);
         self.read_bound(gpu)?;
-        // Nothing is in the old buffers yet.
+        // The old buffers hold nothing yet.
         self.capacity = room(self.bound);
         let (rows, dim) = (all * self.capacity, self.settings.problem.head_dim);
         (self.state.far_k, self.state.far_v) = (gpu.zeros(rows * dim)?, gpu.zeros(rows * dim)?);

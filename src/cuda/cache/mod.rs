@@ -1,8 +1,8 @@
 //! Launches of `cuda/cache/cache.cu`, and a KV cache's lists on the device.
 //!
-//! How long a list is, only the device knows; the host keeps a bound that every token raises by one. When the bound
-//! reaches the room there is, and after a long chunk, the lengths are read back, which waits for the device; nothing
-//! else that takes tokens in does.
+//! Only the device knows the length of a list; the host keeps a bound that every token raises by one. When the bound
+//! reaches the capacity, and after a long chunk, the host reads the lengths back, which waits for the device. No other
+//! step of appending waits.
 
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest};
 use crate::cuda::attention::lists;
@@ -24,28 +24,28 @@ mod first_chunk;
 mod state;
 mod transfer;
 
-/// The widest window: a list has room for its window of raw tokens from the start.
+/// The widest window: a list holds this many raw tokens from the start.
 const WIDEST: usize = 1 << 16;
-/// Room for this many entries at least, and for an eighth more than there are.
+/// The least spare room of a list, in entries; a long list has an eighth of its length to spare.
 const GROWTH: usize = 64;
 /// As `NO_RUN` in cuda/cache/cache.cu.
 const NO_RUN: u32 = u32::MAX;
 
-/// What never changes.
+/// Settings that never change.
 #[derive(Clone)]
 struct Settings {
-    /// Of the first call; its tokens mean nothing.
+    /// The shapes of the first call; its number of tokens is not used.
     problem: Problem,
-    /// Per batch row.
+    /// Lists per batch row.
     lists: usize,
-    /// Nothing can ever be hidden.
+    /// Whether nothing can ever be hidden.
     dense: bool,
     config: CompressionConfig,
     strategies: HeadStrategies,
 }
 
 impl Settings {
-    /// Raw keys that a list which observes keeps: those of the sinks, and of the window.
+    /// Raw keys that a list with observed mass keeps: those of the sinks and of the window.
     fn seen_keys(&self) -> usize {
         self.config.sinks + self.config.window
     }
@@ -56,14 +56,14 @@ pub(crate) struct DeviceLists<G: Gpu, T: GpuElement> {
     settings: Settings,
     batch: usize,
     seq_len: usize,
-    /// Far columns that a list has room for, and may have.
+    /// Far columns that a list has room for (`capacity`), and the most that it may hold (`bound`).
     capacity: usize,
     bound: usize,
-    /// Of every query head of every batch row, and the same on the device.
+    /// The tests of every query head of every batch row, and their copy on the device.
     head_tests: Vec<HeadTest>,
     tests: G::Slice<f32>,
     state: State<G, T>,
-    /// Of decoding: a copy has none.
+    /// Scratch buffers of decoding; a copy of the lists has none.
     scratch: Option<Scratch<G>>,
 }
 
@@ -75,7 +75,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// Empty lists for calls like `problem`.
     ///
     /// # Errors
-    /// A criterion, window or head size that the kernels do not take, or what the device reports.
+    /// A criterion, window or head size that the kernels do not accept, or an error of the device.
     pub fn new(gpu: &G, problem: &Problem, strategies: &HeadStrategies, config: &CompressionConfig) -> Result<Self> {
         let head_tests = decide::head_tests(problem, strategies, config);
         Self::with_tests(gpu, problem, strategies, config, head_tests)
@@ -135,7 +135,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         self.seq_len
     }
 
-    /// Lists over all batch rows.
+    /// The number of lists over all batch rows.
     fn all(&self) -> usize {
         self.batch * self.settings.lists
     }
@@ -143,7 +143,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// Entries of each list, (batch, lists): closed chains, the open one, raw tokens. Waits for the device.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     pub fn entries(&self, gpu: &G) -> Result<Vec<Vec<usize>>> {
         let window = self.settings.config.window;
         let local = self.seq_len.min(window) + usize::from(self.seq_len > window);
@@ -152,7 +152,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         Ok(entries.chunks(self.settings.lists).map(<[usize]>::to_vec).collect())
     }
 
-    /// Bytes of `entries` closed chains over all lists, and of all that does not grow.
+    /// Bytes of `entries` closed chains over all lists, and of all buffers of fixed size.
     fn bytes_of(&self, entries: usize) -> usize {
         let (dim, all, window) = (self.settings.problem.head_dim, self.all(), self.settings.config.window);
         let ln = if self.state.far_ln.is_some() { 4 } else { 0 };
@@ -172,7 +172,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// Bytes in use. Waits for the device.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     pub fn bytes(&self, gpu: &G) -> Result<usize> {
         let lengths = gpu.download(&self.state.lengths)?;
         Ok(self.bytes_of(lengths.iter().map(|length| *length as usize).sum()))
@@ -182,7 +182,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         self.bytes_of(self.all() * self.capacity)
     }
 
-    /// What kernels are told that read no tokens: of how many they have been `seen`, and a `count`.
+    /// The arguments of kernels that read no tokens: the cache has `seen` tokens, and `count` is the kernel's own.
     fn bare_params(&self, seen: usize, count: usize) -> Result<CacheParams> {
         let nowhere = Rows {
             offset: 0,
@@ -197,12 +197,12 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         })
     }
 
-    /// What the kernels are told of `count` new tokens; the softmax scale is for those that observe.
+    /// The arguments of the kernels for `count` new tokens; only observed mass reads the softmax scale.
     fn params(&self, qkv: &[Source<'_, G, T>; 3], count: usize, scale: f64) -> Result<CacheParams> {
         self.params_under(qkv, None, count, scale)
     }
 
-    /// [`Self::params`] beside a bias of their rows.
+    /// [`Self::params`] with a bias of the new rows.
     fn params_under(
         &self,
         qkv: &[Source<'_, G, T>; 3],

@@ -1,4 +1,4 @@
-//! What a cache keeps on the device: `CacheState` in cuda/cache/cache_list.cuh.
+//! The buffers of a cache on the device: `CacheState` in cuda/cache/cache_list.cuh.
 
 use super::{Settings, GROWTH, NO_RUN};
 use crate::config::Criterion;
@@ -6,7 +6,7 @@ use crate::cuda::decode::StateArgs;
 use crate::cuda::on_gpu::{Gpu, GpuElement};
 use candle_core::Result;
 
-/// The lists themselves.
+/// The lists' buffers.
 pub(super) struct State<G: Gpu, T: GpuElement> {
     pub far_k: G::Slice<T>,
     pub far_v: G::Slice<T>,
@@ -20,7 +20,7 @@ pub(super) struct State<G: Gpu, T: GpuElement> {
     pub chain_k: G::Slice<f32>,
     pub chain_v: G::Slice<f32>,
     pub chain_sizes: G::Slice<u32>,
-    /// `previous` and `last_queries` under [`Fold::PairSum`](crate::Fold::PairSum) alone.
+    /// `previous_k`, `previous_v` and `last_queries` under [`Fold::PairSum`](crate::Fold::PairSum) only.
     pub previous_k: Option<G::Slice<T>>,
     pub previous_v: Option<G::Slice<T>>,
     pub bits: G::Slice<u32>,
@@ -28,7 +28,7 @@ pub(super) struct State<G: Gpu, T: GpuElement> {
     pub run_keys: G::Slice<T>,
     pub last_keys: G::Slice<T>,
     pub last_queries: Option<G::Slice<T>>,
-    /// Under [`Criterion::ObservedMass`].
+    /// Under [`Criterion::ObservedMass`] only.
     pub observed: Option<Observed<G, T>>,
 }
 
@@ -37,12 +37,12 @@ pub(super) struct Observed<G: Gpu, T: GpuElement> {
     pub keys: G::Slice<T>,
     pub masses: G::Slice<f32>,
     pub norms: G::Slice<f32>,
-    /// Means nothing between launches.
+    /// Scratch: undefined between launches.
     pub logits: G::Slice<f32>,
 }
 
 impl<G: Gpu, T: GpuElement> State<G, T> {
-    /// Of `batch` rows, empty, with room for [`GROWTH`] entries.
+    /// Empty lists of `batch` rows, with room for [`GROWTH`] entries each.
     pub fn new(gpu: &G, settings: &Settings, batch: usize) -> Result<Self> {
         let (all, dim, config) = (batch * settings.lists, settings.problem.head_dim, &settings.config);
         let local = all * (config.window + 1);

@@ -1,4 +1,4 @@
-//! Lists downloaded to the host and uploaded again: what a saved cache keeps of them.
+//! Lists downloaded to the host and uploaded again, for a saved cache.
 
 use super::state::{Observed, State};
 use super::{room, DeviceLists, NO_RUN};
@@ -8,7 +8,7 @@ use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch};
 use crate::problem::Problem;
 use candle_core::Result;
 
-/// One list; rows are of D numbers.
+/// One list; a row has D numbers.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct HostList<T> {
     /// Closed chains, and the last token of each.
@@ -18,18 +18,18 @@ pub(crate) struct HostList<T> {
     /// The open chain's key and value, and its last raw key and value, which only a pair sum reads; None while the
     /// window is not full.
     pub chain: Option<[Vec<f32>; 4]>,
-    /// The tokens of the open chain; 1 but for [`Fold::Mean`](crate::Fold::Mean).
+    /// The number of tokens of the open chain; always 1 but for [`Fold::Mean`](crate::Fold::Mean).
     pub chain_size: u32,
-    /// The last min(window, tokens seen) tokens, raw. Of one that is not finite as much is kept as decisions and
-    /// attention can tell.
+    /// The last min(window, tokens seen) tokens, raw. A token that is not finite keeps only the parts that decisions
+    /// and attention can tell apart.
     pub recent_k: Vec<T>,
     pub recent_v: Vec<T>,
     /// Whether a token joins its left neighbour, from the open chain's (or the first) token to the last but one.
     pub bits: Vec<u8>,
-    /// The first token of the run that ends at the last one, and its key.
+    /// The first token of the run that ends at the last token, and its key.
     pub run: Option<(usize, Vec<T>)>,
     pub last_key: Vec<T>,
-    /// Under observed mass: of each recent token, and the keys of the first tokens.
+    /// Under observed mass: the mass of each recent token, and the keys of the first tokens.
     pub masses: Vec<f32>,
     pub sink_keys: Vec<T>,
 }
@@ -38,9 +38,9 @@ pub(crate) struct HostList<T> {
 pub(crate) struct HostLists<T> {
     pub seq_len: usize,
     pub lists: Vec<HostList<T>>,
-    /// The last token's queries (batch, H, D), where the fold is a pair sum.
+    /// The last token's queries (batch, H, D), if the fold is a pair sum.
     pub last_queries: Option<Vec<T>>,
-    /// Of every query head of every batch row.
+    /// The tests of every query head of every batch row.
     pub tests: Vec<HeadTest>,
 }
 
@@ -51,10 +51,10 @@ fn pick<T: Copy>(all: &[T], rows: impl Iterator<Item = usize>, dim: usize) -> Ve
 }
 
 impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
-    /// Waits for the device.
+    /// Downloads all lists. Waits for the device.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     pub fn to_host(&self, gpu: &G) -> Result<HostLists<T>> {
         let (state, dim, window) = (&self.state, self.settings.problem.head_dim, self.settings.config.window);
         let (far_k, far_v) = (gpu.download(&state.far_k)?, gpu.download(&state.far_v)?);
@@ -119,8 +119,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         })
     }
 
-    /// What [`Self::to_host`] brought, or a cache on the CPU: one list for each of this device's, with at least one
-    /// token.
+    /// Uploads the lists of [`Self::to_host`] or of a cache on the CPU: one list for each of this device's, with at
+    /// least one token.
     ///
     /// # Errors
     /// As [`Self::new`].
@@ -155,7 +155,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         Ok(new)
     }
 
-    /// What follows from the rest, as the device computes it: local columns, logarithms, norms.
+    /// Recomputes the buffers that follow from the others, as the device computes them: local columns, logarithms,
+    /// norms.
     fn restore(&mut self, gpu: &G, [k, v]: [&G::Slice<T>; 2], sizes: &G::Slice<u32>) -> Result<()> {
         let params = self.bare_params(self.seq_len, 0)?;
         let launch = Launch {
@@ -176,10 +177,10 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         self.head_tests.chunks(group).all(|tests| tests.iter().any(off))
     }
 
-    /// Back to the first `tokens` tokens, at least 1 and at most all, of lists that never merge.
+    /// Cuts lists that never merge back to the first `tokens` tokens, at least 1 and at most all.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     pub fn truncate(&mut self, gpu: &G, tokens: usize) -> Result<()> {
         if tokens >= self.seq_len {
             return Ok(());
@@ -209,7 +210,7 @@ struct Upload<'a, G: Gpu, T: GpuElement> {
 }
 
 impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
-    /// `room` rows for each list; `put` fills some of them.
+    /// Uploads `room` rows for each list; `put` fills some of them.
     fn rows(&self, room: usize, put: impl Fn(&HostList<T>, &mut [T])) -> Result<G::Slice<T>> {
         let mut data = vec![T::zero(); self.host.lists.len() * room * self.dim];
         for (list, data) in self.host.lists.iter().zip(data.chunks_exact_mut(room * self.dim)) {
@@ -228,14 +229,14 @@ impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
         self.host.seq_len.saturating_sub(self.window)
     }
 
-    /// Raw rows, each where its token belongs in the ring.
+    /// Writes raw rows to their tokens' places in the ring.
     fn ring(&self, rows: &[T], to: &mut [T]) {
         for (row, t) in rows.chunks_exact(self.dim).zip(self.oldest()..) {
             to[t % self.window * self.dim..][..self.dim].copy_from_slice(row);
         }
     }
 
-    /// Closed chains, but for the logarithms of their sizes; returns those.
+    /// Uploads closed chains, without the logarithms of their sizes; returns the sizes.
     fn closed(&self, state: &mut State<G, T>, capacity: usize) -> Result<G::Slice<u32>> {
         let front = |rows: &[T], to: &mut [T]| to[..rows.len()].copy_from_slice(rows);
         state.far_k = self.rows(capacity, |list, to| front(&list.far_k, to))?;
@@ -258,7 +259,7 @@ impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
         self.gpu.upload(&sizes)
     }
 
-    /// Open chains, and how many local columns there are.
+    /// Uploads open chains and the number of local columns.
     fn chains(&self, state: &mut State<G, T>) -> Result<()> {
         let (seen, window, dim) = (self.host.seq_len, self.window, self.dim);
         state.local_lengths = self.words(|_| (seen.min(window) + usize::from(seen > window)) as u32)?;
@@ -279,7 +280,7 @@ impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
         Ok(())
     }
 
-    /// What the next decisions and folds read.
+    /// Uploads the state of decisions and folds.
     fn decisions(&self, state: &mut State<G, T>) -> Result<()> {
         state.run_starts = self.words(|list| list.run.as_ref().map_or(NO_RUN, |run| run.0 as u32))?;
         state.run_keys = self.rows(1, |list, to| {
@@ -303,7 +304,7 @@ impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
         Ok(())
     }
 
-    /// What was observed, but for the norms of values.
+    /// Uploads the state of observed mass, without the norms of values.
     fn observed(&self, observed: &mut Observed<G, T>, sinks: usize) -> Result<()> {
         observed.keys = self.rows(sinks + self.window, |list, to| {
             to[..list.sink_keys.len()].copy_from_slice(&list.sink_keys);
@@ -320,8 +321,9 @@ impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
     }
 }
 
-/// Where a key or a value was not finite, attention has a NaN key and a zero value, and decisions the raw key. Both are
-/// kept: a finite key goes with a value of NaN, which makes the column NaN again.
+/// Undoes the replacement of keys and values that are not finite. Attention reads a NaN key and a zero value in their
+/// place, and decisions read the raw key. Both are kept: a finite key gets a value of NaN, which makes the column NaN
+/// again.
 fn unquarantine<T: GpuElement>(keys: &mut [T], values: &mut [T], raw: &[T], dim: usize) {
     let rows = keys.chunks_exact_mut(dim).zip(values.chunks_exact_mut(dim));
     for ((key, value), raw) in rows.zip(raw.chunks_exact(dim)) {

@@ -11,21 +11,21 @@ use crate::cuda::on_gpu::{Gpu, GpuElement};
 use crate::problem::Problem;
 use candle_core::{DType, Device, Result, Tensor};
 
-/// What one pass under the emulator gave.
+/// The results of one pass under the emulator.
 pub struct EmulatedPass {
     /// (B, H, N, D)
     pub output: Tensor,
     /// (B, H, N), base 2.
     pub log_sum_exp: Tensor,
-    /// Of q, k and v, where a gradient of the output was given.
+    /// Gradients of q, k and v, if a gradient of the output was given.
     pub gradients: Option<[Tensor; 3]>,
 }
 
 /// Attends under the emulator: query (B, H, N, D), key and value (B, Hk, N, D), indicators u8 (B, H, N-1), and the
-/// output's gradient (B, H, N, D) or none. `dense`: the kernels are told that nothing is hidden.
+/// output's gradient (B, H, N, D) or none. `dense` tells the kernels that nothing is hidden.
 ///
 /// # Errors
-/// What the launchers and the emulator report.
+/// An error of the launchers or the emulator.
 pub fn attend(
     qkv: [&Tensor; 3],
     indicators: &Tensor,
@@ -88,7 +88,7 @@ fn attend_as<T: GpuElement + Element>(
     };
     let [q_dims, ..] = dims;
     let mut log_sum_exp = attended.saved()?.log_sum_exp.download()?;
-    // What rounding left of them comes after.
+    // The second half holds the rounding errors of the first.
     log_sum_exp.truncate(log_sum_exp.len() / 2);
     Ok(EmulatedPass {
         log_sum_exp: Tensor::from_vec(log_sum_exp, &q_dims[..3], &Device::Cpu)?,

@@ -16,7 +16,7 @@ enum Lists {
     BF16(DeviceLists<Emulator, half::bf16>),
 }
 
-/// What [`crate::CompressedKvCache`] keeps on a CUDA device.
+/// The lists that [`crate::CompressedKvCache`] keeps on a CUDA device.
 pub struct EmulatedCache {
     lists: Lists,
     problem: Problem,
@@ -36,7 +36,7 @@ macro_rules! each {
 }
 
 impl EmulatedCache {
-    /// Empty, for tensors like these.
+    /// An empty cache for tensors like these.
     ///
     /// # Errors
     /// As on a device.
@@ -73,16 +73,16 @@ impl EmulatedCache {
     /// The same cache on the CPU.
     ///
     /// # Errors
-    /// What the emulator detects.
+    /// An error that the emulator detects.
     pub fn to_cpu(&self) -> Result<CompressedKvCache> {
         let settings = (&self.strategies, &self.config, &self.options);
         each!(&self.lists, lists => CompressedKvCache::from_device(settings, &self.problem, &lists.to_host(&Emulator)?))
     }
 
-    /// A cache of the CPU that holds tokens of this dtype.
+    /// A cache of the CPU, stored in this dtype.
     ///
     /// # Errors
-    /// As on a device, or what the emulator detects.
+    /// As on a device, or an error that the emulator detects.
     pub fn from_cpu(cache: &CompressedKvCache, options: &CacheOptions, dtype: DType) -> Result<Self> {
         let (strategies, config) = (cache.strategies(), cache.config());
         let (problem, lists) = match dtype {
@@ -94,10 +94,10 @@ impl EmulatedCache {
         Ok(Self::of(lists, problem, (strategies, config, options)))
     }
 
-    /// Back to the first `tokens` tokens, or false where the lists merge.
+    /// Cuts the cache back to the first `tokens` tokens; returns false where the lists merge.
     ///
     /// # Errors
-    /// What the emulator detects.
+    /// An error that the emulator detects.
     pub fn truncate(&mut self, tokens: usize) -> Result<bool> {
         each!(&mut self.lists, lists => {
             let exact = lists.never_merges();
@@ -108,10 +108,10 @@ impl EmulatedCache {
         })
     }
 
-    /// The output rows of new tokens; none without options.
+    /// Appends tokens and returns their output rows; None without options.
     ///
     /// # Errors
-    /// As on a device, or what the emulator detects.
+    /// As on a device, or an error that the emulator detects.
     pub fn append(&mut self, qkv: &[Tensor; 3], options: Option<&AttentionOptions>) -> Result<Option<Tensor>> {
         let limit = self.options.max_entries;
         match &mut self.lists {
@@ -124,7 +124,7 @@ impl EmulatedCache {
     /// Entries per batch row and list.
     ///
     /// # Errors
-    /// What the emulator detects.
+    /// An error that the emulator detects.
     pub fn lens(&self) -> Result<Vec<Vec<usize>>> {
         each!(&self.lists, lists => lists.entries(&Emulator))
     }
@@ -132,15 +132,15 @@ impl EmulatedCache {
     /// Bytes in use and allocated.
     ///
     /// # Errors
-    /// What the emulator detects.
+    /// An error that the emulator detects.
     pub fn bytes(&self) -> Result<(usize, usize)> {
         each!(&self.lists, lists => Ok((lists.bytes(&Emulator)?, lists.bytes_allocated())))
     }
 
-    /// Batch row i becomes the old row `rows[i]`.
+    /// Selects batch rows: row i becomes the old row `rows[i]`.
     ///
     /// # Errors
-    /// What the emulator detects.
+    /// An error that the emulator detects.
     pub fn select(&self, rows: &[usize]) -> Result<Self> {
         Ok(Self {
             lists: match &self.lists {

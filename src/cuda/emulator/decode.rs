@@ -13,9 +13,9 @@ pub struct DecodeStore {
     pub keys: Tensor,
     /// The values.
     pub values: Tensor,
-    /// ln n, where not all are 0.
+    /// ln n; None where all are 0.
     pub ln: Option<Tensor>,
-    /// How many columns each list has.
+    /// The number of columns of each list.
     pub lengths: Vec<u32>,
 }
 
@@ -30,7 +30,7 @@ struct Held<T> {
 /// Decodes one row for each of the queries (lists * group, D) under the emulator.
 ///
 /// # Errors
-/// What the launchers and the emulator report.
+/// An error of the launchers or the emulator.
 pub fn decode(queries: &Tensor, far: &DecodeStore, local: Option<&DecodeStore>, scale: f64) -> Result<Tensor> {
     match queries.dtype() {
         DType::F16 => decode_as::<half::f16>(queries, far, local, scale),
@@ -92,7 +92,7 @@ fn decode_as<T: GpuElement>(
     Tensor::from_vec(output, (rows, head_dim), &Device::Cpu)
 }
 
-/// What only a cache that takes tokens in has is absent.
+/// The cache's arguments without the buffers that only appending needs.
 struct Columns<T> {
     far: Held<T>,
     local: Option<Held<T>>,

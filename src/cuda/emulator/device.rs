@@ -10,8 +10,8 @@ thread_local! {
     static WARPGROUPS: Cell<Option<usize>> = const { Cell::new(None) };
 }
 
-/// Runs a closure on a device that has warpgroups (capability 9.0), as far as this thread's launches know; up to
-/// `short` tokens the kernels of small blocks run.
+/// Runs a closure on a device that has warpgroups (capability 9.0), for this thread's launches. Up to `short` tokens
+/// the kernels of small blocks run.
 pub(crate) fn with_warpgroups<R>(short: usize, run: impl FnOnce() -> R) -> R {
     struct Restored(Option<usize>);
     impl Drop for Restored {
@@ -23,13 +23,13 @@ pub(crate) fn with_warpgroups<R>(short: usize, run: impl FnOnce() -> R) -> R {
     run()
 }
 
-/// The emulator. What it is besides [`with_warpgroups`] is the same everywhere.
+/// The emulator. It has no state besides [`with_warpgroups`].
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Emulator;
 
-/// A buffer as a device would hold it, and which of its bytes have been written.
+/// A buffer of the device, and which of its bytes have been written.
 pub(crate) struct EmuSlice<T> {
-    /// As well aligned as vectors of a kernel need it.
+    /// Aligned for the widest vector that a kernel loads.
     data: Vec<u128>,
     written: Vec<u8>,
     len: usize,
@@ -47,10 +47,10 @@ impl<T: Number> EmuSlice<T> {
         }
     }
 
-    /// What the kernels left in it.
+    /// The numbers that the kernels left in the buffer.
     ///
     /// # Errors
-    /// An element that nothing has written.
+    /// An element that no kernel has written.
     pub fn download(&self) -> Result<Vec<T>> {
         if let Some(byte) = self.written.iter().position(|written| *written == 0) {
             bail!(
@@ -64,7 +64,7 @@ impl<T: Number> EmuSlice<T> {
     }
 }
 
-/// What the C side sees of an argument; the same as `emu::Argument`.
+/// An argument as C sees it; the same as `emu::Argument`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct RawArgument {
@@ -99,7 +99,7 @@ impl EmuArg<'_> {
 }
 
 extern "C" {
-    /// 0 for a kernel that declares none, or that does not exist.
+    /// Bytes of shared memory; 0 for a kernel that declares none, or that does not exist.
     fn emu_shared_bytes(name: *const c_char) -> usize;
     fn emu_launch(
         name: *const c_char,
@@ -130,7 +130,7 @@ impl Gpu for Emulator {
 
     fn upload<T: Number>(&self, data: &[T]) -> Result<EmuSlice<T>> {
         let mut slice = self.zeros(data.len())?;
-        // SAFETY: the new buffer holds as many bytes as `data`, which it does not overlap.
+        // SAFETY: the new buffer holds as many bytes as `data`, and the two do not overlap.
         unsafe {
             std::ptr::copy_nonoverlapping(
                 data.as_ptr().cast::<u8>(),
@@ -156,8 +156,8 @@ impl Gpu for Emulator {
     }
 
     fn multiprocessors(&self) -> Result<usize> {
-        // Those of an H100: what is split there is split here. Blocks for warpgroups take one piece of work after the
-        // other, also where a test has few.
+        // The multiprocessors of an H100: work that is split there is split here. With warpgroups only 3, so that a
+        // block handles several pieces of work in turn even where a test has few.
         Ok(if WARPGROUPS.get().is_some() { 3 } else { 132 })
     }
 
@@ -201,8 +201,8 @@ impl Gpu for Emulator {
         }
         let block = [launch.threads as u32, 1, 1];
         let mut message = [0 as c_char; 1024];
-        // SAFETY: every argument points to as many bytes as it says, for as long as the borrows in `args` last; the
-        // emulator checks each access of the kernel against that, and only writes to those of kind WRITE.
+        // SAFETY: every argument points to as many bytes as it says, for as long as the borrows in `args` last. The
+        // emulator checks each access of the kernel against that, and only writes to arguments of kind WRITE.
         let failed = unsafe {
             emu_launch(
                 name.as_ptr(),

@@ -24,10 +24,10 @@ mod decode;
 mod device;
 mod spec;
 
-/// Runs one of the kernels of `cuda/emu/broken.cu` over blocks of 64 threads; returns what it wrote.
+/// Runs one of the kernels of `cuda/emu/broken.cu` over blocks of 64 threads; returns its output.
 ///
 /// # Errors
-/// What the emulator detects.
+/// An error that the emulator detects.
 pub fn run_broken(name: &str, input: &[f32], blocks: usize) -> Result<Vec<f32>> {
     let gpu = Emulator;
     let params = BrokenParams { n: input.len() as u32 };
@@ -48,13 +48,13 @@ pub fn run_broken(name: &str, input: &[f32], blocks: usize) -> Result<Vec<f32>> 
     target.download()
 }
 
-/// Runs a closure, whose launches take the kernels for warpgroups (wgmma) where there are such; up to `short` tokens
-/// those of small blocks.
+/// Runs a closure whose launches take the kernels for warpgroups (wgmma), if there are such kernels. Up to `short`
+/// tokens the kernels of small blocks run.
 pub fn with_warpgroups<R>(short: usize, run: impl FnOnce() -> R) -> R {
     device::with_warpgroups(short, run)
 }
 
-/// A tensor where the emulator finds it.
+/// A tensor in the emulator's memory.
 pub(super) type Held<T> = (EmuSlice<T>, RowLayout);
 
 pub(super) fn held<T: GpuElement + Element>(tensor: &Tensor) -> Result<Held<T>> {
@@ -78,10 +78,10 @@ macro_rules! for_dtype {
     };
 }
 
-/// The merge indicators (B, H, N-1) that the kernels decide on.
+/// The merge indicators (B, H, N-1) of the kernels.
 ///
 /// # Errors
-/// As [`crate::MergePlan::new`], or what the emulator detects.
+/// As [`crate::MergePlan::new`], or an error that the emulator detects.
 pub fn decide(
     qkv: [&Tensor; 3],
     strategies: &HeadStrategies,
@@ -120,20 +120,20 @@ fn decide_as<T: GpuElement + Element>(
     Tensor::from_vec(bits.download()?, shape, &Device::Cpu)
 }
 
-/// Which attention kernel runs.
+/// The attention kernels to run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Path {
     /// One thread per row.
     Spec,
-    /// What a CUDA device runs.
+    /// The kernels that a CUDA device runs.
     Fast,
 }
 
-/// Folds and attends: query (B, H, N, D), key and value (B, Hk, N, D), indicators u8 (B, H, N-1). Where `shared`, those
-/// of one KV head's query heads agree. Returns the output and each row's log-sum-exp in base 2, (B, H, N).
+/// Folds and attends: query (B, H, N, D), key and value (B, Hk, N, D), indicators u8 (B, H, N-1). With `shared` the
+/// indicators of a KV head's query heads agree. Returns the output and each row's log-sum-exp in base 2, (B, H, N).
 ///
 /// # Errors
-/// As [`crate::attend`], or what the emulator detects.
+/// As [`crate::attend`], or an error that the emulator detects.
 pub fn fold_and_attend(
     qkv: [&Tensor; 3],
     bits: &Tensor,
@@ -160,7 +160,7 @@ fn fold_and_attend_as<T: GpuElement + Element>(
         Path::Fast => attention.forward(&Emulator, true)?,
     };
     let mut log_sum_exp = attended.saved()?.log_sum_exp.download()?;
-    // What rounding left of them comes after.
+    // The second half holds the rounding errors of the first.
     log_sum_exp.truncate(log_sum_exp.len() / 2);
     let shape = (problem.batch, problem.heads, problem.tokens);
     Ok((
@@ -208,7 +208,7 @@ fn attention_gradients_as<T: GpuElement + Element>(
     ])
 }
 
-/// A bias where the emulator finds it, in f32 as a view of four axes.
+/// A bias in the emulator's memory, in f32 as a view of four axes.
 pub(super) struct HeldBias(EmuSlice<f32>, usize, [usize; 4]);
 
 impl HeldBias {
@@ -229,7 +229,7 @@ impl HeldBias {
     }
 }
 
-/// A call's tensors where the emulator finds them.
+/// A call's tensors in the emulator's memory.
 struct HeldCall<T> {
     problem: Problem,
     q: Held<T>,
@@ -285,7 +285,7 @@ impl<T: GpuElement + Element> HeldCall<T> {
 /// The sums [S, M] of the compression loss, and the gradients of S for query and key.
 ///
 /// # Errors
-/// As [`crate::compression_loss_terms`], or what the emulator detects.
+/// As [`crate::compression_loss_terms`], or an error that the emulator detects.
 pub fn loss(
     q: &Tensor,
     k: &Tensor,
@@ -325,22 +325,22 @@ fn loss_as<T: GpuElement + Element>(
     ))
 }
 
-/// What gradients of keys and queries are made of, all f32.
+/// The gradients of columns and queries that [`unfold`] reads, all f32.
 pub struct ColumnGradients<'a> {
-    /// Of far columns, (B, lists, N, D); past the last one nothing is read.
+    /// Gradients of far columns, (B, lists, N, D); past the last column nothing is read.
     pub far: &'a Tensor,
-    /// Of folded tokens, (B, lists, N, D).
+    /// Gradients of folded tokens, (B, lists, N, D).
     pub folded: &'a Tensor,
-    /// Of raw tokens, (B, lists, N, D).
+    /// Gradients of raw tokens, (B, lists, N, D).
     pub near: Option<&'a Tensor>,
-    /// Of folded queries, (B, H, N, D).
+    /// Gradients of folded queries, (B, H, N, D).
     pub queries: &'a Tensor,
 }
 
-/// Maps gradients back to raw tokens: those of keys (B, Hk, N, D) and of queries (B, H, N, D), in the dtype of `qkv`.
+/// Unfolds gradients: returns those of keys (B, Hk, N, D) and of queries (B, H, N, D), in the dtype of `qkv`.
 ///
 /// # Errors
-/// What the emulator detects.
+/// An error that the emulator detects.
 pub fn unfold(
     qkv: [&Tensor; 3],
     bits: &Tensor,

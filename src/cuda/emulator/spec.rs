@@ -1,11 +1,11 @@
-//! Launches of `cuda/forward/spec.cu`: attention one thread per row, which the tests hold the fast kernels against.
+//! Launches of `cuda/forward/spec.cu`: attention with one thread per row, to which tests compare the fast kernels.
 
 use crate::cuda::forward::{Attended, AttentionCall, Kept};
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch};
 use crate::problem::Problem;
 use candle_core::Result;
 
-/// As [`crate::cuda::forward::forward`].
+/// Attends as [`crate::cuda::forward::forward`], with one thread per row.
 ///
 /// # Errors
 /// As [`crate::cuda::forward::forward`].

@@ -8,9 +8,8 @@ use candle_core::Result;
 /// Columns of a block of the fused kernels.
 pub(in crate::cuda) const COLUMNS: usize = 128;
 
-/// One variant of the fused kernels: as in `cuda/backward/backward_fused.cu` and `backward_listed.cu`, or, by
-/// warpgroups,
-/// `backward_sm90a.cu`.
+/// One variant of the fused kernels of `cuda/backward/backward_fused.cu` and `backward_listed.cu`, or, by warpgroups,
+/// of `backward_sm90a.cu`.
 pub(in crate::cuda) struct BackwardVariant {
     dim: usize,
     pub threads: usize,
@@ -18,7 +17,7 @@ pub(in crate::cuda) struct BackwardVariant {
 }
 
 impl BackwardVariant {
-    /// None where every sum must have one owner, and where no fused kernel is.
+    /// None where every sum must have one owner, and where there is no fused kernel.
     fn pick<T: GpuElement>(problem: &Problem, options: &AttentionOptions) -> Option<Self> {
         let (dim, threads) = match problem.head_dim {
             _ if options.deterministic || !T::HALF => return None,
@@ -33,7 +32,7 @@ impl BackwardVariant {
         })
     }
 
-    /// The same by warpgroups.
+    /// The same variant by warpgroups.
     fn by_warpgroups(self) -> Self {
         Self {
             threads: 384,
@@ -42,8 +41,9 @@ impl BackwardVariant {
         }
     }
 
-    /// [`Self::pick`], by warpgroups where the device and the call (`extras`: a bias or dropout) allow that, and where
-    /// the device has the shared memory: 99 KiB on some consumer devices, where the one of 128 does not run.
+    /// [`Self::pick`], by warpgroups where the device and the call (`extras`: a bias or dropout) allow that. None where
+    /// the device lacks the shared memory: some consumer devices have 99 KiB, where the variant for D = 128 does not
+    /// run.
     pub fn on<G: Gpu, T: GpuElement>(
         gpu: &G,
         problem: &Problem,
@@ -62,7 +62,7 @@ impl BackwardVariant {
         Ok((bytes <= limit).then_some(variant))
     }
 
-    /// Blocks that registers let a multiprocessor run at a time.
+    /// Blocks that a multiprocessor runs at a time, limited by registers.
     pub fn at_a_time(&self) -> usize {
         match self.warpgroups {
             true => 1,

@@ -10,8 +10,8 @@ pub(in crate::cuda) struct ForwardVariant {
     warpgroups: Option<Warpgroups>,
 }
 
-/// Of kernels by warpgroups: the threads of a block that load; and how many blocks of a multiprocessor take one block
-/// of rows after the other, or 0 where each takes one.
+/// The launch of kernels by warpgroups: the threads of a block that load (producers), and the number of resident blocks
+/// of a multiprocessor that each take several blocks of rows in turn; 0 where a block takes one block of rows.
 #[derive(Clone, Copy)]
 struct Warpgroups {
     producers: usize,
@@ -19,8 +19,8 @@ struct Warpgroups {
 }
 
 impl ForwardVariant {
-    /// The smallest that holds the head size; as `FORWARD_DTYPE` in cuda/forward/forward.cu and forward_listed.cu has
-    /// them.
+    /// The smallest variant that holds the head size, by `FORWARD_DTYPE` in cuda/forward/forward.cu and
+    /// forward_listed.cu.
     pub fn pick(head_dim: usize, extras: bool, listed: bool) -> Self {
         let (name, rows) = match (head_dim, extras, listed) {
             (..=64, _, true) => ("forward_listed_64", 128),
@@ -41,14 +41,14 @@ impl ForwardVariant {
         }
     }
 
-    /// The one by warpgroups, if there is one that is faster, as `FORWARD_DTYPE` in cuda/forward/forward_sm90a.cu has
-    /// them. `short`: the most tokens for which more and smaller blocks are faster.
+    /// The variant by warpgroups, if a faster one exists, by `FORWARD_DTYPE` in cuda/forward/forward_sm90a.cu. `short`
+    /// is the most tokens for which more and smaller blocks are faster.
     pub fn by_warpgroups(head_dim: usize, tokens: usize, listed: bool, short: usize) -> Option<Self> {
         let (name, rows, producers, at_a_time) = match (head_dim, listed) {
-            // Of lists half the tiles of short calls are masked ones, in which smaller tiles waste less.
+            // With lists, half the tiles of short calls are masked, and smaller tiles waste less.
             (..=64, true) if tokens.div_ceil(4) <= short => ("forward_wgmma_short_listed_64", 64, 128, 3),
             (..=64, true) => ("forward_wgmma_listed_64", 192, 128, 1),
-            // Three of these run on a multiprocessor. An early launch would not find places for all of them.
+            // Three of these blocks run on a multiprocessor. An early launch would not find room for all of them.
             (..=64, false) if tokens <= short => ("forward_wgmma_short_64", 64, 32, 0),
             (..=64, false) => ("forward_wgmma_64", 192, 128, 1),
             (..=128, true) if tokens <= short => ("forward_wgmma_short_listed_128", 64, 64, 2),
@@ -63,15 +63,15 @@ impl ForwardVariant {
         })
     }
 
-    /// Four warps, or a warpgroup for each 64 rows and those that load.
+    /// Four warps, or a warpgroup for each 64 rows and the producers.
     pub fn threads(&self) -> usize {
         self.warpgroups
             .map_or(THREADS, |warpgroups| 2 * self.rows + warpgroups.producers)
     }
 
-    /// Blocks of a grid for `blocks` blocks of rows. By warpgroups, as many as run at a time take several, and load the
-    /// next one's while they end one; where there are more than go together (`QUEUE` in cuda/forward/forward_wgmma.cuh)
-    /// the device hands them out, which keeps blocks of unlike length in balance.
+    /// Blocks of a grid for `blocks` blocks of rows. By warpgroups only the resident blocks are launched: each takes
+    /// several blocks of rows, and loads the next one while it ends the current one. Beyond [`TOGETHER`] blocks of rows
+    /// (`QUEUE` in cuda/forward/forward_wgmma.cuh) the device schedules them, which balances blocks of unequal length.
     pub fn grid(&self, gpu: &impl Gpu, blocks: usize) -> Result<usize> {
         match self.warpgroups {
             Some(Warpgroups { at_a_time, .. }) if at_a_time > 0 && blocks <= TOGETHER => {
@@ -82,7 +82,7 @@ impl ForwardVariant {
     }
 }
 
-/// Blocks of rows by warpgroups that go together, the longest first.
+/// The most blocks of rows by warpgroups that resident blocks share; the longest come first.
 const TOGETHER: usize = 2048;
 
 /// Threads of a block of the forward kernels that have no warpgroups.
