@@ -139,8 +139,8 @@ mod ptx {
         write_table(&out_dir, &all)
     }
 
-    /// Files whose names end in `_sm90a` use what devices of capability 9.0 have and no other: their kernels are built
-    /// for these alone, whatever the rest is built for, and chosen where the device is one.
+    /// Files whose names end in `_sm90a` use instructions that only devices of capability 9.0 have. Their kernels are
+    /// built for this capability alone, for any target of the other kernels, and chosen where the device has it.
     fn is_hopper(path: &Path) -> bool {
         stem(path).is_ok_and(|stem| stem.ends_with("_sm90a"))
     }

@@ -15,9 +15,9 @@ use candle_nn::{linear_b, Linear, Module, VarBuilder};
 use rotary::Rotary;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or with their axes in the order of
-/// [`AttentionOptions::layout`]: compressed attention without weights. Put it where a layer computes
-/// `softmax(scale·QKᵀ)·V`; views that are transposed need no `contiguous()`.
+/// Compressed attention without weights. Query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or with
+/// their axes in the order of [`AttentionOptions::layout`]. Put it where a layer computes `softmax(scale·QKᵀ)·V`;
+/// transposed views need no `contiguous()`.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -34,7 +34,7 @@ pub struct CompressedAttention {
     strategies: HeadStrategies,
     config: CompressionConfig,
     options: AttentionOptions,
-    /// Calls so far; each draws another dropout mask.
+    /// The number of calls so far; each call draws another dropout mask.
     calls: AtomicU64,
 }
 
@@ -50,11 +50,11 @@ impl Clone for CompressedAttention {
 }
 
 impl CompressedAttention {
-    /// Keeps the settings for all calls. Where `options` has dropout, call number i (from 0) uses its seed plus i, so
-    /// that each call draws another mask; see [`Self::set_dropout`] to end training.
+    /// Keeps the settings for all calls. If `options` has dropout, call number i (from 0) uses its seed plus i, so that
+    /// each call draws another mask; see [`Self::set_dropout`] to end training.
     ///
     /// # Errors
-    /// Settings that have no meaning, as [`CompressionConfig::check`] and [`AttentionOptions::check`] say.
+    /// Settings that have no meaning, see [`CompressionConfig::check`] and [`AttentionOptions::check`].
     pub fn new(strategies: HeadStrategies, config: CompressionConfig, options: AttentionOptions) -> Result<Self> {
         config.check(options.causal)?;
         config.check_strategies(&strategies)?;
@@ -67,8 +67,8 @@ impl CompressedAttention {
         })
     }
 
-    /// Query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or in the options' layout: the output
-    /// alone.
+    /// The output alone: query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or in the options'
+    /// layout.
     ///
     /// # Errors
     /// As [`MergePlan::new`] and [`attend`].
@@ -76,8 +76,8 @@ impl CompressedAttention {
         Ok(self.forward_with_plan(q, k, v)?.0)
     }
 
-    /// Query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or in the options' layout: the output and
-    /// what was hidden.
+    /// The output and the plan: query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or in the
+    /// options' layout.
     ///
     /// # Errors
     /// As [`MergePlan::new`] and [`attend`].
@@ -87,8 +87,8 @@ impl CompressedAttention {
         Ok((attend(q, k, v, &plan, &options)?, plan))
     }
 
-    /// Query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or in the options' layout: the output, the
-    /// compression loss and what was hidden.
+    /// The output, the compression loss and the plan: query (B, H, N, D), key and value (B, Hk, N, D), output
+    /// (B, H, N, D), or in the options' layout.
     ///
     /// # Errors
     /// As [`compressed_attention`].
@@ -107,10 +107,10 @@ impl CompressedAttention {
         CompressedKvCache::new(self.strategies.clone(), self.config.clone(), options)
     }
 
-    /// Query (B, H, n, D), key and value (B, Hk, n, D), output (B, H, n, D), or with their axes in the order of
-    /// [`AttentionOptions::layout`]: the output rows of n >= 1 new tokens over all that `cache` has seen; the tokens
-    /// are added to it. Any chunking of a sequence gives what [`Self::forward`] gives on the whole, to rounding.
-    /// Dropout uses its seed as it is in every call, so the whole is again one mask.
+    /// Appends n >= 1 new tokens to `cache` and returns their output rows over all tokens in it. Query (B, H, n, D),
+    /// key and value (B, Hk, n, D), output (B, H, n, D), or with their axes in the order of
+    /// [`AttentionOptions::layout`]. Any chunking of a sequence gives the result of [`Self::forward`] on the whole
+    /// sequence, to rounding. Dropout uses the unchanged seed in every call, so that the whole sequence has one mask.
     ///
     /// # Errors
     /// A cache of other strategies or parameters than [`Self::new_cache`] gives, or as
@@ -118,8 +118,8 @@ impl CompressedAttention {
     pub fn forward_cached(&self, q: &Tensor, k: &Tensor, v: &Tensor, cache: &mut CompressedKvCache) -> Result<Tensor> {
         if (cache.strategies(), cache.config()) != (&self.strategies, &self.config) {
             bail!(
-                "cache: expected this attention's strategies and {:?}, got other strategies or {:?}; make the cache with \
-                 new_cache",
+                "cache: expected this attention's strategies and {:?}, got other strategies or {:?}; make the cache \
+                 with new_cache",
                 self.config,
                 cache.config()
             )
@@ -175,7 +175,7 @@ pub struct SelfAttentionConfig {
     pub num_heads: usize,
     /// Hk: key and value heads; divides `num_heads`.
     pub num_kv_heads: usize,
-    /// D: size of one head's vectors; `hidden_size / num_heads` in most models, even where it is rotated.
+    /// D: size of one head's vectors; `hidden_size / num_heads` in most models. Rotary embedding needs it even.
     pub head_dim: usize,
     /// Whether the q, k and v projections have a bias.
     pub qkv_bias: bool,
@@ -214,7 +214,7 @@ impl SelfAttentionConfig {
 
 /// A self-attention layer with compressed attention: `q_proj`, `k_proj`, `v_proj`, `o_proj` from a [`VarBuilder`],
 /// optional rotary embedding, input and output (B, N, hidden_size). Its [`Module::forward`] gives the compression loss
-/// to the [`CompressionLossSink`], where one is set.
+/// to the [`CompressionLossSink`], if one is set.
 #[derive(Clone, Debug)]
 pub struct CompressedSelfAttention {
     q_proj: Linear,
@@ -266,7 +266,7 @@ impl CompressedSelfAttention {
         &self.attention
     }
 
-    /// The same, to change its dropout.
+    /// The attention between the projections, to change its dropout.
     pub fn attention_mut(&mut self) -> &mut CompressedAttention {
         &mut self.attention
     }
@@ -281,8 +281,8 @@ impl CompressedSelfAttention {
         Ok((self.merge_heads(&result.output)?, result.compression_loss))
     }
 
-    /// xs (B, N, hidden_size) -> output of the same shape, and what was hidden. The compression loss goes to the sink,
-    /// where there is one. [`Module::forward`] is this without the plan.
+    /// xs (B, N, hidden_size) -> output of the same shape, and the plan. The compression loss goes to the sink, if one
+    /// is set. [`Module::forward`] does the same without returning the plan.
     ///
     /// # Errors
     /// As [`Self::forward_with_loss`].
@@ -299,9 +299,9 @@ impl CompressedSelfAttention {
         Ok((self.merge_heads(&output)?, plan))
     }
 
-    /// xs (B, n, hidden_size), n >= 1 new tokens -> output of the same shape, over all tokens that `cache` has seen; the
-    /// new ones are added to it. Their positions start at [`CompressedKvCache::seq_len`]. Any chunking of a sequence
-    /// gives what [`Module::forward`] gives on the whole, to rounding. No compression loss, and no gradient:
+    /// Appends n >= 1 new tokens xs (B, n, hidden_size) to `cache` and returns their output, of the same shape, over
+    /// all tokens in it. Positions start at [`CompressedKvCache::seq_len`]. Any chunking of a sequence gives the result
+    /// of [`Module::forward`] on the whole sequence, to rounding. There is no compression loss and no gradient:
     /// differentiating the result is an error.
     ///
     /// ```
@@ -309,7 +309,10 @@ impl CompressedSelfAttention {
     /// # use candle_nn::{VarBuilder, VarMap};
     /// # use candle_sfattention::*;
     /// # let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
-    /// # let sizes = SelfAttentionConfig { hidden_size: 16, num_heads: 2, num_kv_heads: 1, head_dim: 8, qkv_bias: false, output_bias: false, rotary: None };
+    /// # let sizes = SelfAttentionConfig {
+    /// #     hidden_size: 16, num_heads: 2, num_kv_heads: 1, head_dim: 8, qkv_bias: false, output_bias: false,
+    /// #     rotary: None,
+    /// # };
     /// # let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
     /// # let attention = CompressedAttention::new(strategies, CompressionConfig::pretrained(), Default::default())?;
     /// # let layer = CompressedSelfAttention::new(sizes, attention, vb)?;
@@ -334,7 +337,8 @@ impl CompressedSelfAttention {
         let (batch, tokens) = match *xs.dims() {
             [batch, tokens, hidden] if hidden == self.config.hidden_size && batch * tokens > 0 => (batch, tokens),
             [_, _, hidden] if hidden == self.config.hidden_size => bail!(
-                "input: expected at least one batch row and token, got {:?}; skip the call when there is nothing to attend",
+                "input: expected at least one batch row and token, got {:?}; skip the call when there is nothing to \
+                 attend",
                 xs.dims()
             ),
             ref dims => bail!(

@@ -1,4 +1,5 @@
-//! Decisions: a criterion on the tensors of one call, on their device, makes a [`MergePlan`].
+//! Observed mass on the tensors of one call: the scores behind [`Criterion::ObservedMass`](crate::Criterion), and the
+//! decisions by these scores.
 
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
 use crate::cpu::bias::Apart;
@@ -97,17 +98,17 @@ impl QueryKeyVisitor for Decide<'_> {
 }
 
 /// The scores that [`Criterion::ObservedMass`] compares with a KV head's threshold: f32 (f64 for f64 inputs) of shape
-/// (B, Hk, N - 1 - window), or no tokens where N is at most `window`. Entry t is the attention that token t was given by
-/// the rows of the second half of its window, summed over the group's query heads, times the norm of its value. Later
-/// tokens are not decided yet; the first `sinks` have a score that nothing reads. Thresholds are quantiles of these.
+/// (B, Hk, N - 1 - window), or no tokens where N is at most `window`. Entry t is the attention to token t of the rows
+/// in the second half of its window, summed over the group's query heads, times the norm of its value. Later tokens are
+/// not decided yet. The scores of the first `sinks` tokens are never read. Thresholds are quantiles of these scores.
 ///
 /// Query (B, H, N, D), key and value (B, Hk, N, D), or with their axes in the order of [`AttentionOptions::layout`]:
-/// f64, f32, f16 or bf16, any strides with a contiguous last axis. Of `config`, the window and the sinks are read; of
-/// `options`, the layout and the scale. O(N·(window + sinks)·D) per query head. No gradient.
+/// f64, f32, f16 or bf16, any strides with a contiguous last axis. Reads the window and the sinks of `config`, the
+/// layout and the scale of `options`. O(N·(window + sinks)·D) per query head. No gradient.
 ///
 /// # Errors
 /// Shapes, dtypes or devices that do not fit together or are not supported, another criterion, or settings that it does
-/// not know.
+/// not support.
 pub fn observed_mass(
     q: &Tensor,
     k: &Tensor,

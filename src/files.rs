@@ -1,13 +1,13 @@
-//! Files that appear whole or not at all: saved caches, and all that the examples write, which include this file.
+//! Files that appear whole or not at all: saved caches, and all files of the examples, which include this module.
 
 use std::fs;
 use std::io::{Error, ErrorKind, Result};
 use std::path::{Path, PathBuf};
 
-/// Links from one to the next, as many as Linux follows.
+/// The most links that are followed, one to the next; as many as Linux follows.
 const MOST_LINKS: usize = 40;
 
-/// Where a file's content goes.
+/// The target of a file's content.
 enum Place {
     /// A file, or a name that is still free: a new file takes it.
     Name(PathBuf),
@@ -15,10 +15,9 @@ enum Place {
     Stream,
 }
 
-/// Has `fill` write a new file, whose path it gets, and puts that file in the place of `path`. The new file is on the
-/// disk before it takes the name, so that `path` holds the old content or the new one, whatever fails. A link stays a
-/// link: the file that it names is replaced. A file that is replaced passes its permissions on. A device or a pipe is
-/// written to.
+/// Lets `fill` write a new file, whose path it gets, and renames that file to `path`. The new file is on the disk
+/// before the rename, so that `path` holds the old content or the new one after any failure. A link stays a link: the
+/// file that it names is replaced. The permissions of a replaced file are kept. A device or a pipe is written to.
 ///
 /// # Errors
 /// A folder that does not exist or may not be written to, a file that may only be read, a full disk, or an error of
@@ -36,20 +35,20 @@ pub(crate) fn replace(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
         fs::set_permissions(&beside, old.permissions())?;
     }
     beside.persist(&target).map_err(|error| error.error)?;
-    // The file has its name; not every file system can say when the folder is on the disk.
+    // The file has its name; not every file system can tell when the folder is on the disk.
     #[cfg(unix)]
     let _ = fs::File::open(folder).and_then(|folder| folder.sync_all());
     Ok(())
 }
 
-/// A file of no name in use, which the folder's others do not show. Its permissions are those of any new file.
+/// A file with an unused, hidden name. Its permissions are those of any new file.
 fn new_file(folder: &Path, target: &Path) -> Result<tempfile::TempPath> {
     let mut prefix = std::ffi::OsString::from(".");
     prefix.push(target.file_name().unwrap_or_default());
     prefix.push(".");
     let mut builder = tempfile::Builder::new();
     builder.prefix(&prefix).suffix(".tmp");
-    // The process's mask is taken off.
+    // The process's umask is subtracted.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     Ok(builder.tempfile_in(folder)?.into_temp_path())
@@ -67,7 +66,7 @@ fn place(path: &Path) -> Result<Place> {
             return Err(Error::new(ErrorKind::IsADirectory, "a folder in the place of a file"));
         };
         let folder = folder_of(&target).canonicalize()?;
-        // Links there name open files, not paths.
+        // Links in /proc name open files, not paths.
         if folder.starts_with("/proc") {
             return Ok(Place::Stream);
         }
@@ -78,7 +77,7 @@ fn place(path: &Path) -> Result<Place> {
                 return Err(Error::new(ErrorKind::IsADirectory, "a folder in the place of a file"))
             }
             Ok(found) if !found.is_file() => return Ok(Place::Stream),
-            // A rename would not ask.
+            // A rename would not check that.
             Ok(found) if found.permissions().readonly() => {
                 return Err(Error::new(ErrorKind::PermissionDenied, "a file that may only be read"))
             }
@@ -92,7 +91,7 @@ fn place(path: &Path) -> Result<Place> {
     )))
 }
 
-/// The whole content first, so that an error of `fill` writes nothing.
+/// Buffers the whole content first, so that an error of `fill` writes nothing.
 fn stream(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let whole = tempfile::NamedTempFile::new()?.into_temp_path();
     fill(&whole)?;

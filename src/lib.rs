@@ -1,9 +1,9 @@
 #![doc = include_str!("../README.md")]
 #![doc = "\n## Where things are\n"]
-//! [`config`] what a caller may choose; [`problem`] the checks; [`plan`] which tokens are hidden; [`op`] attention;
+//! [`config`] holds the caller's choices; [`problem`] the checks; [`plan`] the hidden tokens; [`op`] attention;
 //! [`loss`] the compression loss; [`attention`] modules; [`mod@reference`] the specification as code; [`calibrate`]
-//! strategies and thresholds from samples. Below the public
-//! names, `config <- problem <- plan <- cpu <- op <- attention`; the reference and the fast path never call each other.
+//! strategies and thresholds from samples. Below the public names,
+//! `config <- problem <- plan <- cpu <- op <- attention`; the reference and the fast path never call each other.
 
 pub mod attention;
 pub mod cache;

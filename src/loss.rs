@@ -1,4 +1,4 @@
-//! The compression loss: its value, the sums it is made of, and its gradient.
+//! The compression loss: its value, the sums that it is made of, and its gradient.
 
 #[cfg(doc)]
 use crate::config::AttentionOptions;
@@ -16,25 +16,25 @@ use crate::storage::{not_on_cpu, on_cpu, visit_storages, QueryKeyVisitor};
 use candle_core::CudaStorage;
 use candle_core::{bail, CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 
-/// The sums S, M and P that the loss is made of, over the query heads that are not off. Ranks of a model whose heads or
-/// batch rows are split add them up before they divide.
+/// The sums S, M and P that the loss is made of, over the query heads that are not off. Where a model's heads or batch
+/// rows are split over ranks, add the ranks' sums before [`Self::loss`].
 #[derive(Clone, Debug)]
 pub struct CompressionLossTerms {
-    /// S: the sum of `(1 - cos)²` over the pairs of similarity heads and `cos²` over those of difference heads. A
-    /// scalar, f32 (f64 for f64 inputs), differentiable.
+    /// S: the sum of `(1 - cos)²` over the pairs of similarity heads and of `cos²` over the pairs of difference heads.
+    /// A scalar, f32 (f64 for f64 inputs), differentiable.
     pub squared: Tensor,
-    /// M: how many pairs qualify, before any run rule and without regard to sinks. A scalar of the same dtype, without
-    /// gradient.
+    /// M: the number of pairs that qualify, before any run rule and without regard to sinks. A scalar of the same
+    /// dtype, without gradient.
     pub merged: Tensor,
-    /// P: how many pairs there are.
+    /// P: the number of pairs.
     pub pairs: usize,
 }
 
 impl CompressionLossTerms {
-    /// `factor * (S / Z - M / P)`, Z = M (or P where M is 0) or P by `normalizer`; 0 where P is 0.
+    /// `factor * (S / Z - M / P)`, where Z is M (or P where M is 0) or P, by `normalizer`; 0 where P is 0.
     ///
     /// # Errors
-    /// Those of candle's scalar arithmetic.
+    /// An error of candle's scalar arithmetic.
     pub fn loss(&self, factor: f64, normalizer: LossNormalizer) -> Result<Tensor> {
         if self.pairs == 0 {
             return self.squared.zeros_like();
@@ -53,10 +53,10 @@ impl CompressionLossTerms {
     }
 }
 
-/// The compression loss of query (B, H, N, D) and key (B, Hk, N, D), whatever [`AttentionOptions::layout`] other calls
-/// have (give it `transpose(1, 2)` of tensors with tokens first): a scalar, f32 (f64 for f64 inputs), whose
-/// gradient reaches both. `None` where N = 1; 0 where every head is off. Source: the paper (whose published code
-/// computes it without a gradient). `None` also under [`Criterion::ObservedMass`], which judges no pairs.
+/// The compression loss of query (B, H, N, D) and key (B, Hk, N, D): a scalar, f32 (f64 for f64 inputs), with gradients
+/// for both. The axes have this order under any [`AttentionOptions::layout`]: give it `transpose(1, 2)` of tensors with
+/// tokens first. `None` where N = 1, and under [`Criterion::ObservedMass`], which judges no pairs; 0 where every head
+/// is off. Source: the paper (whose published code computes the loss without a gradient).
 ///
 /// # Errors
 /// As [`compression_loss_terms`].
@@ -72,8 +72,8 @@ pub fn compression_loss(
     }
 }
 
-/// Query (B, H, N, D), key (B, Hk, N, D): the terms of [`compression_loss`], for those who reduce them over ranks
-/// first. `None` where N = 1 and under [`Criterion::ObservedMass`]. Of `config`, the criterion and the thresholds are
+/// The terms of [`compression_loss`] of query (B, H, N, D) and key (B, Hk, N, D), to be reduced over ranks first.
+/// `None` where N = 1 and under [`Criterion::ObservedMass`]. Only the criterion and the thresholds of `config` are
 /// read.
 ///
 /// # Errors
@@ -224,7 +224,8 @@ impl CustomOp2 for LossSumsOp {
         }
         let [upstream, _] = grad_result.to_dtype(DType::F64)?.to_vec1::<f64>()?[..] else {
             bail!(
-                "compression-loss: expected a gradient of 2 elements, got {:?}; pass on one element for each of the two sums",
+                "compression-loss: expected a gradient of 2 elements, got {:?}; pass on one element for each of the \
+                 two sums",
                 grad_result.dims()
             )
         };

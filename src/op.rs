@@ -1,4 +1,4 @@
-//! The custom op behind [`attend`]: it checks, matches the dtype and the device, and calls.
+//! The custom op behind [`attend`]: it checks, matches the dtype and the device, and calls the device's path.
 
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 use crate::cpu::backward::{backward, Gradients};
@@ -16,23 +16,23 @@ use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, CudaStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor};
 use std::sync::OnceLock;
 
-/// What [`compressed_attention`] returns.
+/// The results of [`compressed_attention`].
 #[derive(Clone, Debug)]
 pub struct CompressedAttentionOutput {
-    /// (B, H, N, D), or in the order of [`AttentionOptions::layout`]; in the dtype of the query.
+    /// The output (B, H, N, D), or in the order of [`AttentionOptions::layout`]; in the dtype of the query.
     pub output: Tensor,
     /// The compression loss, a scalar; `None` where N = 1.
     pub compression_loss: Option<Tensor>,
-    /// What was hidden.
+    /// The plan: the tokens that were hidden.
     pub plan: MergePlan,
 }
 
-/// Query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or with their axes in the order of
-/// [`AttentionOptions::layout`]. Decides, attends and computes the compression loss in one call: [`MergePlan::new`],
-/// [`attend`], [`compression_loss`].
+/// Decides, attends and computes the compression loss in one call: [`MergePlan::new`], [`attend`],
+/// [`compression_loss`]. Query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or with their axes in
+/// the order of [`AttentionOptions::layout`].
 ///
 /// # Errors
-/// As those three.
+/// As these three functions.
 pub fn compressed_attention(
     q: &Tensor,
     k: &Tensor,
@@ -50,27 +50,27 @@ pub fn compressed_attention(
     })
 }
 
-/// Query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D), or with their axes in the order of
-/// [`AttentionOptions::layout`]: attention over the columns that `plan` leaves. The output has the query's dtype (sums
-/// in f32, or f64 for f64; one rounding at the end). Hidden tokens keep their output row. Memory beyond the output is
-/// O(N·D); no N×N matrix is formed.
+/// Attention over the columns that `plan` leaves. Query (B, H, N, D), key and value (B, Hk, N, D), output (B, H, N, D),
+/// or with their axes in the order of [`AttentionOptions::layout`]. The output has the query's dtype (sums in f32, or
+/// f64 for f64; one rounding at the end). Hidden tokens keep their output row. Memory beyond the output is O(N·D); no
+/// N×N matrix is formed.
 ///
 /// Differentiable in query, key and value, for every fold, window, bias and dropout; the decisions are constants. The
 /// gradients have the shapes and dtypes of their tensors, keep O(N·D) memory besides them, and do not depend on the
-/// number of threads. The bias gets none.
+/// number of threads. The bias gets no gradient.
 ///
-/// A row is NaN throughout when its query or any column it sees is not finite; other rows are untouched by it. A row whose
-/// columns all have a bias of -inf is zeros and sends no gradient. A finite bias of any size, the dtype's least number
-/// included, is finite.
+/// A row is NaN throughout when its query or any column that it sees is not finite; other rows are not affected. A row
+/// whose columns all have a bias of -inf is zeros and sends no gradient. A finite bias of any size, the dtype's least
+/// number included, is finite.
 ///
-/// With the feature `cuda`, tensors on a CUDA device are taken in f32, f16 and bf16, with a D that is a multiple of 8 up to
-/// 256 and rows that start at multiples of 8 elements; nothing waits for the device. The same call gives the same bits,
+/// With the feature `cuda`, tensors on a CUDA device may be f32, f16 and bf16, with a D that is a multiple of 8 up to
+/// 256 and rows that start at multiples of 8 elements; no call waits for the device. The same call gives the same bits,
 /// except for gradients there without [`AttentionOptions::deterministic`].
 ///
 /// # Errors
-/// Shapes, dtypes or devices that do not fit together or are not supported, or a plan made for other shapes. On the CPU, a
-/// bias of -inf at a column that a row would see, in a head that hides tokens: a bias does not say which of the tokens that
-/// were folded together a row may see. On CUDA that is not looked for, since it would mean waiting for the device.
+/// Shapes, dtypes or devices that do not fit together or are not supported, or a plan made for other shapes. On the
+/// CPU, a bias of -inf at a column that a row would see, in a head that hides tokens: a bias does not tell apart the
+/// tokens that were folded together. On CUDA there is no such check, since it would mean waiting for the device.
 pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &AttentionOptions) -> Result<Tensor> {
     let [q, k, v] = &options.layout.turned_all([q, k, v])?;
     let problem = options.layout.explained(Problem::new(q, k, v))?;
@@ -96,13 +96,13 @@ struct CompressedAttentionOp {
     problem: Problem,
     plan: MergePlan,
     options: AttentionOptions,
-    /// In the accumulator's dtype, as a (B, H, N, N) view.
+    /// The bias in the accumulator's dtype, as a (B, H, N, N) view.
     bias: Option<Tensor>,
     /// Whether a gradient may be asked for.
     tracked: bool,
-    /// What the backward pass needs of the forward where `tracked`, besides the output; tensors without a graph: each
-    /// row's log-sum-exp (base 2), (B, H, N), on the CPU as two numbers (B, H, N, 2); on CUDA, where gradients are better for
-    /// it, what rounding left of the output too, (B, H, N, D).
+    /// The tensors that the backward pass needs besides the output, where `tracked`; they have no graph. Each row's
+    /// log-sum-exp (base 2), (B, H, N), on the CPU as two numbers (B, H, N, 2). On CUDA, where gradients gain by it,
+    /// also the rounding error of the output, (B, H, N, D).
     kept: OnceLock<Vec<Tensor>>,
 }
 
@@ -176,7 +176,7 @@ impl CompressedAttentionOp {
         }
     }
 
-    /// dq (B, H, N, D), dk and dv (B, Hk, N, D).
+    /// The gradients dq (B, H, N, D), dk and dv (B, Hk, N, D).
     fn cpu_bwd<T: Element>(&self, qkv: [&Tensor; 3], output: &Tensor, grad_output: &Tensor) -> Result<[Tensor; 3]> {
         let log_sum_exp = self.kept()?[0].storage_and_layout();
         let tensors = [qkv[0], qkv[1], qkv[2], output, grad_output].map(Tensor::storage_and_layout);
@@ -296,7 +296,7 @@ impl CustomOp3 for CompressedAttentionOp {
         let (qkv, grad_output) = ([q, k, v], &grad_output.contiguous()?);
         #[cfg(feature = "cuda")]
         if q.device().is_cuda() {
-            // A narrowed gradient is contiguous and yet not at the start of its buffer.
+            // A narrowed gradient is contiguous but does not start at the start of its buffer.
             let grad_output = match grad_output.layout().start_offset() {
                 0 => grad_output.clone(),
                 _ => grad_output.copy()?,

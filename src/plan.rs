@@ -1,14 +1,14 @@
-//! [`MergePlan`]: which tokens of which heads are hidden, and what that saves.
+//! [`MergePlan`]: the tokens that each head hides, and their number.
 
 use crate::config::CompressionConfig;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Result, Tensor};
 
-/// Which tokens are folded into their right neighbours, per batch row and query head. Made once per call, from the
+/// The tokens that are folded into their right neighbours, per batch row and query head. Made once per call, from the
 /// tensors or from the caller's own bits, and then given to [`crate::attend`]. The decisions carry no gradient.
 #[derive(Clone, Debug)]
 pub struct MergePlan {
-    /// u8 (B, H, N-1), contiguous.
+    /// The indicators, u8 (B, H, N-1), contiguous.
     indicators: Tensor,
     config: CompressionConfig,
     /// Whether [`Self::new`] decided, so that under [`crate::GroupRule::Unanimous`] a KV head's query heads agree.
@@ -19,14 +19,14 @@ pub struct MergePlan {
     hides_nothing: bool,
 }
 
-/// How much a plan hides. A pair is two neighbouring tokens of one query head of one batch row.
+/// The counts of a plan. A pair is two neighbouring tokens of one query head of one batch row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MergeStats {
-    /// B·H·(N-1): all pairs, each of which can hide one token.
+    /// B·H·(N-1): all pairs. Each pair can hide one token.
     pub pairs: usize,
-    /// How many tokens are hidden, over all heads.
+    /// The number of hidden tokens, over all heads.
     pub hidden: usize,
-    /// The same per batch row and query head: `per_head[b][h]`.
+    /// Hidden tokens per batch row and query head: `per_head[b][h]`.
     pub per_head: Vec<Vec<usize>>,
 }
 
@@ -48,8 +48,8 @@ impl MergePlan {
         }
     }
 
-    /// Takes the caller's own merge indicators: u8 (B, H, N-1) in either [`AttentionOptions::layout`], 1 where token t
-    /// is folded into t+1. Of `config`, only the fold and the window are read from here on.
+    /// A plan of the caller's own merge indicators: u8 (B, H, N-1) in either [`AttentionOptions::layout`], 1 where
+    /// token t is folded into t+1. Of `config`, only the fold and the window are read from here on.
     ///
     /// # Errors
     /// Another dtype or rank, a value that is not 0 or 1, or a configuration that has no meaning.
@@ -85,7 +85,7 @@ impl MergePlan {
         &self.indicators
     }
 
-    /// The settings this plan was made with.
+    /// The settings that this plan was made with.
     pub fn config(&self) -> &CompressionConfig {
         &self.config
     }
@@ -93,7 +93,7 @@ impl MergePlan {
     /// Counts the hidden tokens. On a GPU this waits for the device.
     ///
     /// # Errors
-    /// Those of reading the indicators.
+    /// An error of reading the indicators.
     pub fn stats(&self) -> Result<MergeStats> {
         let rows = self.indicators.to_vec3::<u8>()?;
         let count = |head: &Vec<u8>| head.iter().map(|bit| usize::from(*bit)).sum();
@@ -105,7 +105,7 @@ impl MergePlan {
         })
     }
 
-    /// Whether nothing is known to be hidden; the indicators of a GPU are not read for it.
+    /// Whether nothing is known to be hidden; a GPU's indicators are not read for this.
     #[cfg(feature = "cuda")]
     pub(crate) fn hides_nothing(&self) -> bool {
         self.hides_nothing

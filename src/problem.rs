@@ -40,7 +40,7 @@ impl Problem {
         Ok(problem)
     }
 
-    /// Checks query (B, H, N, D) against key (B, Hk, N, D), for what reads no values.
+    /// Checks query (B, H, N, D) against key (B, Hk, N, D), for computations that read no values.
     ///
     /// # Errors
     /// As [`Self::new`].
@@ -99,7 +99,8 @@ impl Problem {
                 tensor.dtype()
             )
         }
-        // Two handles of one GPU are two devices to `Device::same_device`, and one place to all of candle's operations.
+        // Two handles of one GPU are two devices to `Device::same_device`, and one location to all of candle's
+        // operations.
         if tensor.device().location() != query.device().location() {
             bail!(
                 "{name}: expected the query's device {:?}, got {:?}; move it with to_device",
@@ -117,7 +118,7 @@ impl Problem {
     }
 
     /// Refuses sizes whose f64 numbers would fill more than the address space: strides of 0 cost no memory, but the
-    /// output has a number for each.
+    /// output holds a number for each entry.
     fn check_size(&self, name: &str, dims: [usize; 4]) -> Result<()> {
         let product = dims.iter().try_fold(1usize, |product, dim| product.checked_mul(*dim));
         if product.is_none_or(|product| product > isize::MAX as usize / size_of::<f64>()) {
@@ -129,7 +130,7 @@ impl Problem {
         Ok(())
     }
 
-    /// Checks everything that one call gets besides its tensors.
+    /// Checks all settings of one call, apart from its tensors.
     ///
     /// # Errors
     /// As [`CompressionConfig::check`], [`CompressionConfig::check_strategies`], [`HeadStrategies::check`] and
@@ -169,7 +170,7 @@ impl Problem {
     /// The bias of checked options as a (B, H, N, N) view, in f32, or f64 for f64.
     ///
     /// # Errors
-    /// Those of converting it.
+    /// An error of the conversion.
     pub fn bias(&self, options: &AttentionOptions) -> Result<Option<Tensor>> {
         let accumulator = if self.dtype == DType::F64 {
             DType::F64
@@ -180,23 +181,23 @@ impl Problem {
         options.bias.as_ref().map(view).transpose()
     }
 
-    /// (B, H, N, N): the shape a bias broadcasts to.
+    /// (B, H, N, N): the shape that a bias broadcasts to.
     pub fn bias_dims(&self) -> [usize; 4] {
         [self.batch, self.heads, self.tokens, self.tokens]
     }
 
-    /// How many query heads read one KV head.
+    /// The number of query heads that read one KV head.
     pub fn group(&self) -> usize {
         self.heads / self.kv_heads
     }
 
-    /// N - 1: how many pairs of neighbours one head has.
+    /// N - 1: the number of pairs of neighbours in one head.
     pub fn pairs(&self) -> usize {
         self.tokens - 1
     }
 }
 
-/// A bias in another dtype, in which a finite number stays finite: f64 has larger ones than f32.
+/// A bias in another dtype, where a finite number stays finite: f64 has larger numbers than f32.
 pub(crate) fn bias_as(bias: &Tensor, dtype: DType) -> Result<Tensor> {
     if bias.dtype() != DType::F64 || dtype == DType::F64 {
         return bias.to_dtype(dtype);
@@ -218,7 +219,7 @@ fn four_axes(name: &str, axes: &str, tensor: &Tensor) -> Result<(usize, usize, u
     }
 }
 
-/// Where one (batch, head, token) row starts in a flat buffer: the checked layout of q, k or v.
+/// The start of one (batch, head, token) row in a flat buffer: the checked layout of q, k or v.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RowLayout {
     pub offset: usize,

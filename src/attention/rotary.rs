@@ -3,7 +3,7 @@
 use candle_core::{bail, DType, Device, Result, Tensor};
 use candle_nn::rotary_emb;
 
-/// Which entries of a head's vector a rotary embedding turns together.
+/// The entries of a head's vector that a rotary embedding turns together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RotaryLayout {
     /// d and d + D/2: Hugging Face checkpoints.
@@ -17,13 +17,13 @@ pub enum RotaryLayout {
 pub struct RotaryConfig {
     /// Base of the frequencies, 10000 in the first Llama.
     pub theta: f64,
-    /// Positions to prepare, at most 2^24; longer inputs are refused.
+    /// The number of positions to prepare, at most 2^24; longer inputs are refused.
     pub max_tokens: usize,
-    /// Which entries are turned together.
+    /// The pairs of entries that are turned together.
     pub layout: RotaryLayout,
 }
 
-/// The first whole number that f32 cannot tell from the next.
+/// The first whole number n where f32 does not hold n + 1.
 const MOST_TOKENS: u32 = 1 << 24;
 
 /// Prepared cosines and sines, (max_tokens, D / 2).
@@ -55,7 +55,7 @@ impl Rotary {
             .collect();
         let frequencies = Tensor::new(frequencies, device)?.unsqueeze(0)?;
         let positions = Tensor::arange(0, max_tokens, device)?.to_dtype(DType::F32)?;
-        // Element by element: on CUDA a product of matrices may be made in TF32, which has 10 bits for a position.
+        // Element by element: on CUDA a matrix product may run in TF32, which has 10 bits for a position.
         let angles = positions.unsqueeze(1)?.broadcast_mul(&frequencies)?;
         Ok(Self {
             cos: angles.cos()?.to_dtype(dtype)?,
@@ -64,8 +64,8 @@ impl Rotary {
         })
     }
 
-    /// Turns (B, H, n, D), the first token of which stands at `position`. The fused kernels cut gradients, so a tracked
-    /// input takes candle's plain operations.
+    /// Turns (B, H, n, D), whose first token stands at `position`. The fused kernels cut gradients, so a tracked input
+    /// uses candle's plain operations.
     pub fn apply(&self, xs: &Tensor, position: usize) -> Result<Tensor> {
         let (tokens, positions) = (xs.dim(2)?, self.cos.dim(0)?);
         if position + tokens > positions {

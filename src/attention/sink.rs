@@ -1,4 +1,4 @@
-//! What gathers the losses of layers.
+//! The sink that sums the losses of layers.
 
 use candle_core::{Result, Tensor};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 ///
 /// Give clones of one sink to all layers, run the model, then add [`Self::take`] to the loss.
 ///
-/// A loss that a gradient can be asked of keeps its whole graph alive, activations included, until [`Self::take`]: call
-/// it once per forward pass, even where its result is not used. Losses without a graph, as in evaluation, are added up
-/// as they come, so that a sink that nobody empties stays one scalar.
+/// A loss with a graph keeps that whole graph alive, activations included, until [`Self::take`]: call it once per
+/// forward pass, even if its result is not used. Losses without a graph, as in evaluation, are summed at once, so that
+/// a sink that is never emptied stays one scalar.
 #[derive(Clone, Debug, Default)]
 pub struct CompressionLossSink(Arc<Mutex<Vec<Tensor>>>);
 
@@ -24,7 +24,7 @@ impl CompressionLossSink {
     pub fn push(&self, loss: Tensor) {
         let mut losses = self.lock();
         if let Some(last) = losses.last_mut().filter(|last| !last.track_op() && !loss.track_op()) {
-            // Losses that do not fit together stay apart, for `take` to refuse.
+            // Losses that do not fit together stay apart, and `take` refuses them.
             if let Ok(sum) = &*last + &loss {
                 *last = sum;
                 return;
@@ -33,7 +33,7 @@ impl CompressionLossSink {
         losses.push(loss)
     }
 
-    /// The sum of what was pushed since the last call; `None` where nothing was.
+    /// The sum of the losses pushed since the last call; `None` if there are none.
     ///
     /// # Errors
     /// Losses of different shapes, dtypes or devices.
@@ -71,7 +71,7 @@ mod tests {
             sum.backward()?.get(&var).expect("three graphs").to_scalar::<f64>()?,
             6.0
         );
-        // Losses that do not fit together are refused when they are asked for, and not lost.
+        // Losses that do not fit together are refused by `take`, and not lost.
         sink.push(one.clone());
         sink.push(one.to_dtype(DType::F32)?);
         assert!(sink.take().is_err() && sink.take()?.is_none());

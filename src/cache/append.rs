@@ -1,17 +1,17 @@
-//! Taking tokens in without attending, with their queries or without.
+//! Appending tokens without attending, with their queries or without.
 
 use super::CompressedKvCache;
 use crate::problem::Problem;
 use candle_core::{bail, Result, Tensor};
 
 impl CompressedKvCache {
-    /// Query (B, H, n, D), key and value (B, Hk, n, D): takes in n >= 1 new tokens without computing their rows. O(n·D)
+    /// Appends n >= 1 new tokens without computing their rows: query (B, H, n, D), key and value (B, Hk, n, D). O(n·D)
     /// per head, times the window and the sinks under [`Criterion::ObservedMass`](crate::Criterion::ObservedMass).
     ///
     /// **The queries decide** under [`Criterion::ObservedMass`] (with the default softmax scale) and
-    /// [`Criterion::QueryKey`], and [`Fold::PairSum`] folds them: they must be the tokens' own, rotated as the keys
-    /// are. Zeros or made-up ones fill the cache with wrong decisions, and no call can see that. Without the queries,
-    /// use [`Self::append_without_queries`], which refuses those settings.
+    /// [`Criterion::QueryKey`], and [`Fold::PairSum`] folds them: they must be the tokens' own, rotated like the keys.
+    /// Zeros or invented queries fill the cache with wrong decisions, and no call can detect that. Without the queries,
+    /// use [`Self::append_without_queries`], which refuses these settings.
     ///
     /// # Errors
     /// As [`Self::append_and_attend`]. The cache is then unchanged.
@@ -19,9 +19,9 @@ impl CompressedKvCache {
         self.take_in(&Problem::new(q, k, v)?, [q, k, v], None).map(|_| ())
     }
 
-    /// Key and value (B, Hk, n, D): takes in n >= 1 new tokens whose queries nobody has, and leaves the cache as
-    /// [`Self::append_and_attend`] does. `heads` is H, how many query heads will read it. For settings that read no
-    /// queries: [`Criterion::KeyKey`] with [`Fold::Mean`] or `Drop`, and heads that are all
+    /// Appends n >= 1 new tokens without their queries: key and value (B, Hk, n, D). Leaves the cache as
+    /// [`Self::append_and_attend`] does. `heads` is H, the number of query heads that will read the cache. For settings
+    /// that read no queries: [`Criterion::KeyKey`] with [`Fold::Mean`] or `Drop`, and heads that are all
     /// [`MergeStrategy::Off`](crate::MergeStrategy).
     ///
     /// # Errors
@@ -44,12 +44,12 @@ impl CompressedKvCache {
         }
         let [batch, _, tokens, dim] = *k.dims() else {
             bail!(
-                "key: expected 4 axes (batch, kv_heads, tokens, head_dim), got shape {:?}; split the heads with reshape \
-                 and transpose",
+                "key: expected 4 axes (batch, kv_heads, tokens, head_dim), got shape {:?}; split the heads with \
+                 reshape and transpose",
                 k.dims()
             )
         };
-        // Nothing reads them: one row of zeros stands for all.
+        // No step reads the queries: one row of zeros stands for all.
         let row = Tensor::zeros((1, 1, 1, dim), k.dtype(), k.device())?;
         let q = row.broadcast_as((batch, heads, tokens, dim))?;
         self.append(&q, k, v)

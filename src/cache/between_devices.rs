@@ -1,6 +1,5 @@
-//! Lists between the CPU and a CUDA device: what [`CompressedKvCache::save`], `load` and `to_device` need. A list that
-//! never merges has no window on the CPU, where each of its tokens is a closed chain at once, and the others' window on
-//! a device.
+//! Lists between the CPU and a CUDA device, for [`CompressedKvCache::save`], `load` and `to_device`. A list that never
+//! merges has no window on the CPU: each token is a closed chain at once. On a device it has the other lists' window.
 
 use super::{CacheOptions, CompressedKvCache, Lists, ListsOf, Sizes, State};
 use crate::config::{CompressionConfig, Fold, GroupRule, HeadStrategies, HeadTest};
@@ -16,7 +15,7 @@ use crate::cuda::on_gpu::GpuElement;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Result};
 
-/// A dtype in which caches store on both.
+/// A dtype in which caches store on the CPU and on a device.
 pub(crate) trait Both: GpuElement + Element<Acc = f32> {
     fn wrap(lists: ListsOf<Self>) -> Lists;
     fn unwrap(lists: &Lists) -> Option<&ListsOf<Self>>;
@@ -42,7 +41,7 @@ macro_rules! both {
 both!(f32: F32, half::f16: F16, half::bf16: BF16);
 
 impl Sizes {
-    /// As a call of one token.
+    /// The shapes as a call of one token.
     pub fn problem(&self, dtype: DType) -> Problem {
         Problem {
             batch: self.batch,
@@ -56,7 +55,7 @@ impl Sizes {
 }
 
 impl CompressedKvCache {
-    /// A cache on the CPU that holds what a device held.
+    /// A cache on the CPU with the lists of a device.
     #[cfg_attr(not(feature = "cuda-emu"), allow(dead_code))]
     pub(crate) fn from_device<T: Both>(
         settings: (&HeadStrategies, &CompressionConfig, &CacheOptions),
@@ -71,7 +70,7 @@ impl CompressedKvCache {
         Ok(cache)
     }
 
-    /// What a device shall hold of a cache on the CPU that has tokens, and the shapes.
+    /// The lists for a device of a cache on the CPU that has tokens, and the shapes; None of an empty cache.
     ///
     /// # Errors
     /// Another dtype than T.
@@ -91,7 +90,7 @@ impl CompressedKvCache {
     }
 }
 
-/// What a device held, as the CPU holds it.
+/// The state of a cache on the CPU from the lists of a device.
 pub(super) fn state_of<T: Both>(sizes: Sizes, config: &CompressionConfig, held: &HostLists<T>) -> State {
     let Sizes {
         batch, heads, kv_heads, ..
@@ -199,14 +198,14 @@ fn plain_list<T: Both>(settings: ListSettings, held: &HostList<T>, (seq_len, dim
     list
 }
 
-/// What the CPU holds, as a device holds it, with `per_row` lists a batch row.
+/// The lists for a device, `per_row` of them a batch row, from the state of a cache on the CPU.
 fn held_of<T: Both>(state: &State, lists: &ListsOf<T>, config: &CompressionConfig, per_row: usize) -> HostLists<T> {
     let Sizes {
         batch, heads, head_dim, ..
     } = state.sizes;
     let of = |row: usize, head: usize| {
         let mine = |(at, _): &&(ListHeads, List<T>)| at.batch == row && at.heads.contains(&head);
-        // The loader and every call see to it that each head has its list.
+        // The loader and every call ensure that each head has its list.
         let (at, list) = lists.iter().find(mine).expect("a list of every head");
         (list, head - at.heads.start)
     };
@@ -215,7 +214,7 @@ fn held_of<T: Both>(state: &State, lists: &ListsOf<T>, config: &CompressionConfi
     let last_queries = config.fold.folds_queries().then(|| {
         let mut queries = vec![T::zero(); batch * heads * head_dim];
         for ((list, head), to) in each_head().zip(queries.chunks_exact_mut(head_dim)) {
-            // Of a list that never merges nobody asks for them.
+            // The last queries of a list that never merges are never read.
             if let Some(query) = list.last_queries.get(head * head_dim..(head + 1) * head_dim) {
                 T::narrow(query, to);
             }

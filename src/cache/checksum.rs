@@ -4,9 +4,9 @@ use super::save::{FORMAT, VERSION};
 use crc32fast::Hasher;
 use safetensors::View;
 
-/// CRC-32, that of zip, in eight hexadecimal digits: of the format, the version, the header, and, in the order of their
-/// names, each tensor's name, dtype, shape and bytes. Each text comes after its length, and each shape after its rank, as
-/// u64. Sorts the tensors.
+/// CRC-32, as in zip, in eight hexadecimal digits. It covers the format, the version, the header, and each tensor's
+/// name, dtype, shape and bytes, in the order of the names. Each text comes after its length, and each shape after its
+/// rank, as u64. Sorts the tensors.
 pub(super) fn checksum<V: View>(header: &str, tensors: &mut [(String, V)]) -> String {
     let mut crc = Hasher::new();
     for part in [FORMAT, VERSION, header] {

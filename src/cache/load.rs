@@ -1,4 +1,4 @@
-//! [`CompressedKvCache::load`]: the reader of `save`'s files, which trusts nothing that later code indexes by.
+//! [`CompressedKvCache::load`]: the reader of `save`'s files, which checks every number that later code indexes by.
 
 use super::checksum::checksum;
 use super::save::{Header, SavedList, SavedState, SavedTest, Stored, FORMAT, VERSION};
@@ -17,13 +17,13 @@ use std::path::Path;
 const DAMAGED: &str = "the file is damaged, save the cache again";
 
 impl CompressedKvCache {
-    /// Reads what [`Self::save`] wrote: a cache with the same settings, options and tokens, which goes on bit for bit
-    /// like the one that was saved on the same kind of device, and on another one as if it had always been there.
+    /// Reads a file of [`Self::save`]: a cache with the same settings, options and tokens. On the same kind of device
+    /// it continues bit for bit like the saved cache. On another kind it continues as if it had always been there.
     ///
     /// # Errors
-    /// A device without kernels, a file that cannot be read, is no saved cache, was written in another version of the
-    /// format, is cut short or otherwise damaged, which its checksum shows, or whose parts do not fit together; on a GPU
-    /// also what it does not take.
+    /// A device without kernels. A file that cannot be read, is no saved cache, has another version of the format, is
+    /// cut short or otherwise damaged (its checksum shows that), or whose parts do not fit together. On a GPU also a
+    /// dtype, head size or window that it does not support.
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
         if !(device.is_cpu() || cfg!(feature = "cuda") && device.is_cuda()) {
             return not_on_cpu(device);
@@ -39,11 +39,10 @@ impl CompressedKvCache {
         cache.to_device(device).map_err(|error| at_path(&error))
     }
 
-    /// A copy on another device, or on its own. A device counts as this cache's once it holds tokens.
+    /// A copy on another device, or on its own. A device counts as this cache's once it holds tokens. Waits for a GPU.
     ///
     /// # Errors
-    /// A device without kernels, what it does not take (a dtype, a head size, a window), or what it reports; a GPU is waited
-    /// for.
+    /// A device without kernels, a dtype, head size or window that it does not support, or an error that it reports.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         #[cfg(feature = "cuda")]
         return self.to_any_device(device);
@@ -59,8 +58,8 @@ fn read(bytes: &[u8]) -> Result<CompressedKvCache> {
     let (file, header) = match (SafeTensors::deserialize(bytes), SafeTensors::read_metadata(bytes)) {
         (Ok(file), Ok((_, header))) => (file, header),
         (Err(error), _) | (_, Err(error)) => bail!(
-            "expected a safetensors file that CompressedKvCache::save wrote, got {error}; it is another kind of file or \
-             was cut short, save the cache again"
+            "expected a safetensors file that CompressedKvCache::save wrote, got {error}; it is another kind of file \
+             or was cut short, save the cache again"
         ),
     };
     let metadata = |name: &str| header.metadata().as_ref().and_then(|map| map.get(name));
@@ -162,8 +161,8 @@ fn check_sizes(sizes: &Sizes) -> Result<()> {
     Ok(())
 }
 
-/// Batch-major, every head of every batch row in one list: a KV head's whole group where the group decides as one, else
-/// one head.
+/// Checks the order of the lists: batch-major, and each head of each batch row in one list. A list serves a KV head's
+/// whole group where the group decides as one, else one head.
 fn check_heads(saved: &SavedState, config: &CompressionConfig) -> Result<()> {
     let Sizes {
         batch, heads, kv_heads, ..
@@ -183,8 +182,8 @@ fn check_heads(saved: &SavedState, config: &CompressionConfig) -> Result<()> {
         };
         if !(whole || alone) || list.at != expected {
             bail!(
-                "list {index}: expected batch row {row} and heads from {head} on, alone or all {group} of a KV head, got \
-                 {:?} with {width} tests; {DAMAGED}",
+                "list {index}: expected batch row {row} and heads from {head} on, alone or all {group} of a KV head, \
+                 got {:?} with {width} tests; {DAMAGED}",
                 list.at
             )
         }
@@ -244,7 +243,7 @@ impl Reader<'_> {
         let name = |name: &str| format!("{index}.{name}");
         let rows = |tensor: &str, count: usize| self.tensor::<S>(&name(tensor), &[count, dim]);
         let sums = |tensor: &str, count: usize| self.tensor::<S::Acc>(&name(tensor), &[count, dim]);
-        // How many entries there are is for this one tensor to say.
+        // This tensor alone gives the number of entries.
         let entries = self.view(&name("tokens"))?.1.first().copied().unwrap_or(0);
         let tokens = self.tensor::<u32>(&name("tokens"), &[entries])?;
         let sizes = self.chain_sizes(&name("tokens"), &tokens, &settings)?;
@@ -324,8 +323,8 @@ impl Reader<'_> {
         Ok(T::from_bytes(bytes))
     }
 
-    /// The tokens in each chain, the open one last: chains end at `tokens` and at the window's edge and cover all up to
-    /// it.
+    /// The number of tokens in each chain, the open one last. Chains end at `tokens` and at the window's edge, and
+    /// cover all tokens up to the edge.
     fn chain_sizes(&self, name: &str, tokens: &[u32], settings: &ListSettings) -> Result<Vec<usize>> {
         let edge = self.seq_len.checked_sub(settings.window.saturating_add(1));
         if edge.is_none() && !tokens.is_empty() {
@@ -341,8 +340,8 @@ impl Reader<'_> {
             let size = (end + 1).saturating_sub(next);
             if !(1..=longest).contains(&size) {
                 bail!(
-                    "{name}: expected increasing tokens before {edge:?} with at most {longest} to a chain, got {end} as \
-                     the end of one that begins at {next}; {DAMAGED}"
+                    "{name}: expected increasing tokens before {edge:?} with at most {longest} to a chain, got {end} \
+                     as the end of one that begins at {next}; {DAMAGED}"
                 )
             }
             next = end + 1;
@@ -371,7 +370,7 @@ impl Reader<'_> {
     }
 }
 
-/// To a rounding: another machine's logarithm may differ in the last bit.
+/// Compares to rounding: another machine's logarithm may differ in the last bit.
 fn check_log2_sizes<A: Accumulator>(name: &str, log2_sizes: &[A], sizes: &[usize]) -> Result<()> {
     for (got, size) in log2_sizes.iter().zip(sizes) {
         let (got, expected) = (got.double(), (*size as f64).log2());

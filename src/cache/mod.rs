@@ -9,41 +9,42 @@ use candle_core::{bail, DType, Result, Tensor};
 use state::{select, Lists, ListsOf, Sizes, State};
 use step::{step, WithoutGradient};
 
-/// How a cache stores what it keeps.
+/// The storage of a cache.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct CacheOptions {
     /// The dtype of stored keys and values: f32, f16 or bf16, or f64 for f64 inputs. Keys and values are rounded to it
-    /// as they come in, and folded ones once more when their chain is closed; sums stay in f32. `None` is the dtype of
-    /// the first keys.
+    /// when they are appended, and folded ones once more when their chain is closed; sums stay in f32. `None` is the
+    /// dtype of the first keys.
     ///
-    /// f16 holds numbers up to 65504, and bf16 up to 3.39e38. A finite key or value beyond that, or such a sum of two
-    /// that [`Fold::PairSum`] folds, is an error that names the largest one, and the cache is unchanged: store it in
-    /// bf16 or f32. On CUDA seeing it would mean waiting for the device: there it is stored as infinite, and the rows
-    /// that see it are NaN. Choose bf16 or f32 there where numbers may be large.
+    /// f16 holds numbers up to 65504, and bf16 up to 3.39e38. A larger finite key or value, or a larger sum of two that
+    /// [`Fold::PairSum`] folds, is an error that names the largest one, and the cache is unchanged: store it in bf16 or
+    /// f32. On CUDA detecting it would mean waiting for the device: there it is stored as infinite, and the rows that
+    /// see it are NaN. Choose bf16 or f32 there where numbers may be large.
     pub storage: Option<DType>,
-    /// The most entries that one list may keep; a call that would exceed it is refused and changes nothing. On a GPU a call
-    /// that comes near it works on a copy of the cache first, and waits for the device.
+    /// The most entries that one list may keep; a call that would exceed it is refused and changes nothing. On a GPU a
+    /// call that comes near the limit works on a copy of the cache first, and waits for the device.
     pub max_entries: Option<usize>,
 }
 
 /// The KV cache of one layer. Each (batch row, KV head) keeps a list of its own length: closed chains as one key, one
 /// value and their size, the open chain at the window's edge, and the last `window` tokens raw. A hidden token's memory
-/// is really gone.
+/// is really freed.
 ///
-/// One call takes one token or a chunk of any length; any chunking gives what [`crate::attend`] gives on the whole
+/// One call appends one token or a chunk of any length. Any chunking gives the result of [`crate::attend`] on the whole
 /// sequence, to f32 rounding (with f16 or bf16 storage, folded keys and values are rounded once more when stored).
 ///
-/// Lists are kept per KV head where a group decides as one: [`GroupRule::Unanimous`](crate::GroupRule), as many KV heads
-/// as query heads, or a group whose heads are all off. Otherwise every query head keeps a list of its own, and [`Self::bytes`] says so:
-/// such a cache can be larger than a dense one.
+/// Lists are kept per KV head where a group decides as one: under [`GroupRule::Unanimous`](crate::GroupRule), with as
+/// many KV heads as query heads, or for a group whose heads are all off. Otherwise every query head keeps a list of its
+/// own, and [`Self::bytes`] says so: such a cache can be larger than a dense one.
 ///
-/// On a CUDA device, the first call's tensors decide, it takes f32, f16 and bf16, computes in the storage dtype, to which
-/// queries and results are rounded too. Only the device knows how long its lists are: memory is
-/// rectangular, as much for every list as for the longest, and the host waits for the device only when that room is used up, and after chunks of 64 tokens and more, or a first
-/// one. A first chunk is attended to at once; later ones row by row.
+/// The first call's tensors decide the device. On CUDA a cache accepts f32, f16 and bf16 and computes in the storage
+/// dtype; queries and results are rounded to it too. Only the device knows the lengths of its lists, so memory is
+/// rectangular: every list has as much room as the longest one. The host waits for the device only when that room is
+/// full, and after a first chunk or a chunk of 64 tokens or more. A first chunk is attended to at once, a later one row
+/// by row.
 ///
-/// [`Self::save`] writes it to a file, and [`Self::load`] brings it back to go on bit for bit, or on another device to go on
-/// as if it had always been there; [`Self::to_device`] does so without a file.
+/// [`Self::save`] writes the cache to a file. [`Self::load`] reads it, to continue bit for bit, or on another kind of
+/// device as if it had always been there. [`Self::to_device`] does the same without a file.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -65,7 +66,7 @@ pub struct CompressedKvCache {
     config: CompressionConfig,
     options: CacheOptions,
     state: Option<State>,
-    /// In place of `state` once CUDA tensors were taken in.
+    /// In place of `state` once CUDA tensors were appended.
     #[cfg(feature = "cuda")]
     on_gpu: Option<on_device::GpuState>,
 }
@@ -117,8 +118,8 @@ impl CompressedKvCache {
         config.check_strategies(&strategies)?;
         if !config.rule.is_causal() {
             bail!(
-                "rule: expected MergeRule::Causal for a KV cache, got {:?}; its decisions look up to four tokens ahead, so \
-                 what a row saw would change as tokens come in, use Causal",
+                "rule: expected MergeRule::Causal for a KV cache, got {:?}; its decisions look up to four tokens \
+                 ahead, so what a row saw would change as tokens come in, use Causal",
                 config.rule
             )
         }
@@ -140,16 +141,16 @@ impl CompressedKvCache {
         })
     }
 
-    /// Query (B, H, n, D), key and value (B, Hk, n, D), output (B, H, n, D), or with their axes in the order of
-    /// [`AttentionOptions::layout`]: takes in n >= 1 new tokens, and returns their output rows over everything seen so
-    /// far. Of `options`, the bias broadcasts to (B, H, n, tokens seen with the new
-    /// ones), and dropout draws by absolute position. The result carries no gradient: differentiating it is an error.
+    /// Appends n >= 1 new tokens, and returns their output rows over all tokens so far. Query (B, H, n, D), key and
+    /// value (B, Hk, n, D), output (B, H, n, D), or with their axes in the order of [`AttentionOptions::layout`]. The
+    /// bias of `options` broadcasts to (B, H, n, all tokens with the new ones), and dropout draws by absolute position.
+    /// The result carries no gradient: differentiating it is an error.
     ///
     /// # Errors
-    /// Shapes or dtypes that do not fit together or the first call's, options that have no meaning or are not causal,
-    /// a device without kernels or other than the first call's, numbers beyond what [`CacheOptions::storage`] holds, more
-    /// entries than [`CacheOptions::max_entries`], or (on the CPU) a bias of -inf at a column that a new row of a head which
-    /// hides tokens would see. The cache is then unchanged.
+    /// Shapes or dtypes that do not fit together or the first call's, options that have no meaning or are not causal, a
+    /// device without kernels or other than the first call's, numbers beyond the range of [`CacheOptions::storage`],
+    /// more entries than [`CacheOptions::max_entries`], or (on the CPU) a bias of -inf at a column that a new row would
+    /// see in a head that hides tokens. The cache is then unchanged.
     pub fn append_and_attend(
         &mut self,
         q: &Tensor,
@@ -172,7 +173,7 @@ impl CompressedKvCache {
         layout.turned(&output)
     }
 
-    /// The output rows where there are options to attend with.
+    /// Appends tokens; returns their output rows if there are options to attend with.
     fn take_in(
         &mut self,
         problem: &Problem,
@@ -222,7 +223,7 @@ impl CompressedKvCache {
         &self.config
     }
 
-    /// Tokens taken in so far.
+    /// The number of tokens appended so far.
     pub fn seq_len(&self) -> usize {
         #[cfg(feature = "cuda")]
         if let Some(state) = &self.on_gpu {
@@ -232,7 +233,7 @@ impl CompressedKvCache {
     }
 
     /// Entries kept, per batch row and list: closed chains, the open one, and raw tokens of the window. On a GPU this
-    /// waits for the device, and is empty should that fail.
+    /// waits for the device, and is empty if that fails.
     pub fn lens(&self) -> Vec<Vec<usize>> {
         #[cfg(feature = "cuda")]
         if let Some(state) = &self.on_gpu {
@@ -246,8 +247,8 @@ impl CompressedKvCache {
         lens
     }
 
-    /// Bytes in use: keys, values, token indices, sizes, open chains, raw tokens and run state of all lists. On a GPU this
-    /// waits for the device; [`Self::bytes_allocated`] does not.
+    /// Bytes in use: keys, values, token indices, sizes, open chains, raw tokens and run state of all lists. On a GPU
+    /// this waits for the device; [`Self::bytes_allocated`] does not.
     pub fn bytes(&self) -> usize {
         #[cfg(feature = "cuda")]
         if let Some(state) = &self.on_gpu {
@@ -257,8 +258,8 @@ impl CompressedKvCache {
         each!(&state.lists, lists => lists.iter().map(|(_, list)| list.bytes()).sum())
     }
 
-    /// Bytes allocated: [`Self::bytes`] and what growth has reserved. Folded entries have room for an eighth of a list
-    /// or 64 entries more at most. Raw tokens of the window are moved up once per window's worth of tokens, so their
+    /// Bytes allocated: [`Self::bytes`] and the reserve for growth. Folded entries have room for an eighth of a list or
+    /// 64 entries more at most. Raw tokens of the window are moved to the front once per window of tokens, so their
     /// buffers have room for up to four windows of rows. On a GPU every list has as much room as the longest one.
     pub fn bytes_allocated(&self) -> usize {
         #[cfg(feature = "cuda")]
@@ -278,7 +279,7 @@ impl CompressedKvCache {
         2 * sizes.batch * sizes.kv_heads * self.seq_len() * sizes.head_dim * dtype.size_in_bytes()
     }
 
-    /// Forgets everything, the shapes included, and frees the memory.
+    /// Forgets all tokens and the shapes, and frees the memory.
     pub fn reset(&mut self) {
         self.state = None;
         #[cfg(feature = "cuda")]
@@ -287,11 +288,11 @@ impl CompressedKvCache {
         }
     }
 
-    /// Back to the first `tokens` tokens, exactly: possible for all of them, for none, and where every list has a head that
-    /// is [`MergeStrategy::Off`](crate::MergeStrategy).
+    /// Cuts the cache back to its first `tokens` tokens, exactly. Possible for all tokens, for none, and where every
+    /// list has a head that is [`MergeStrategy::Off`](crate::MergeStrategy).
     ///
     /// # Errors
-    /// More tokens than were seen, or a cache that merges: what was folded cannot be taken apart.
+    /// More tokens than the cache has, or a cache that merges: folded tokens cannot be taken apart.
     pub fn truncate(&mut self, tokens: usize) -> Result<()> {
         let seq_len = self.seq_len();
         if tokens > seq_len {
@@ -356,7 +357,7 @@ impl CompressedKvCache {
 
 fn truncated_while_merging(tokens: usize, seq_len: usize) -> Result<()> {
     bail!(
-        "truncate: expected 0 or all {seq_len} tokens for a cache that merges, got {tokens}; folded tokens cannot be taken \
-         apart, reset() and append again, or keep a clone() from before"
+        "truncate: expected 0 or all {seq_len} tokens for a cache that merges, got {tokens}; folded tokens cannot be \
+         taken apart, reset() and append again, or keep a clone() from before"
     )
 }

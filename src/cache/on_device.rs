@@ -31,12 +31,12 @@ macro_rules! each {
     };
 }
 
-/// What a cache holds on a device. A clone shares it until one of the two changes.
+/// The lists and shapes of a cache on a device. A clone shares them until one of the two changes.
 #[derive(Clone)]
 pub(super) struct GpuState {
     device: Device,
     sizes: Sizes,
-    /// Of what is stored.
+    /// The storage dtype.
     dtype: DType,
     lists: Arc<Lists>,
 }
@@ -114,19 +114,19 @@ impl GpuState {
         each!(&*self.lists, lists => lists.never_merges())
     }
 
-    /// Back to the first `tokens` tokens of lists that never merge.
+    /// Cuts lists that never merge back to the first `tokens` tokens.
     pub fn truncate(&mut self, tokens: usize) -> Result<()> {
         let gpu = cuda(&self.device)?;
         each!(self.lists_mut(&gpu)?, lists => lists.truncate(&gpu, tokens))
     }
 
-    /// What the CPU would hold. Waits for the device.
+    /// The same state on the CPU. Waits for the device.
     pub fn to_cpu(&self, config: &CompressionConfig) -> Result<State> {
         let gpu = cuda(&self.device)?;
         each!(&*self.lists, lists => Ok(state_of(self.sizes, config, &lists.to_host(&gpu)?)))
     }
 
-    /// What a device shall hold of a cache on the CPU; None of an empty one.
+    /// The device's state from a cache on the CPU; None from an empty one.
     pub fn from_cpu(cache: &CompressedKvCache, device: &Device) -> Result<Option<Self>> {
         let Some(state) = &cache.state else { return Ok(None) };
         let (gpu, dtype) = (cuda(device)?, state.lists.dtype());
@@ -158,7 +158,7 @@ impl GpuState {
         Ok(())
     }
 
-    /// The lists, to change them; a clone's are copied first.
+    /// The lists, to change them; shared lists are copied first.
     fn lists_mut(&mut self, gpu: &Cuda) -> Result<&mut Lists> {
         if Arc::get_mut(&mut self.lists).is_none() {
             self.lists = Arc::new(self.lists.copy(gpu)?);
@@ -171,7 +171,7 @@ impl GpuState {
 }
 
 impl CompressedKvCache {
-    /// [`Self::to_device`] where there are other devices than the CPU.
+    /// [`Self::to_device`] in a build with other devices than the CPU.
     pub(super) fn to_any_device(&self, device: &Device) -> Result<Self> {
         let mut moved = self.clone();
         if let Some(state) = self
@@ -238,8 +238,7 @@ impl CompressedKvCache {
     }
 }
 
-/// One call on checked tensors; only a device's own failure leaves `state` half changed. Everything is computed in the
-/// storage dtype.
+/// Runs one call on checked tensors, in the storage dtype. Only an error of the device leaves `state` half changed.
 fn step(
     state: &mut GpuState,
     problem: &Problem,
@@ -279,9 +278,9 @@ struct Call<'a> {
     device: &'a Device,
     tensors: [&'a Tensor; 3],
     count: usize,
-    /// None to take the tokens in without attending.
+    /// None to append the tokens without attending.
     options: Option<&'a AttentionOptions>,
-    /// f32, as a (B, H, count, all tokens) view.
+    /// The bias in f32, as a (B, H, count, all tokens) view.
     bias: Option<&'a Tensor>,
     limit: Option<usize>,
 }

@@ -1,8 +1,9 @@
 //! [`CompressedKvCache::save`] and the file format that it shares with [`CompressedKvCache::load`].
 //!
-//! One safetensors file. Its metadata hold `format` ([`FORMAT`]), `version` ([`VERSION`]), `cache`, a [`Header`] as
-//! JSON, and `checksum` ([`checksum`]) over all of these and the tensors. List i of the header has the tensors `i.NAME`: all of them, with 0 rows where it has nothing to keep. S is the
-//! storage dtype, A that of sums: f64 for f64, else f32.
+//! A cache is one safetensors file. Its metadata hold `format` ([`FORMAT`]), `version` ([`VERSION`]), `cache`, a
+//! [`Header`] as JSON, and `checksum` ([`checksum`]) over all of these and the tensors. List i of the header has all of
+//! the tensors `i.NAME` below, with 0 rows where there is no data. S is the storage dtype, A the dtype of sums: f64 for
+//! f64, else f32.
 //!
 //! | NAME | shape | dtype | |
 //! |---|---|---|---|
@@ -38,12 +39,12 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::Path;
 
-/// What the metadata say the file is.
+/// The format that the metadata name.
 pub(super) const FORMAT: &str = "candle-sfattention kv-cache";
 /// Raised whenever the meaning of the header or of a tensor changes.
 pub(super) const VERSION: &str = "1";
 
-/// Everything but the tensors.
+/// All of the cache but the tensors.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Header {
@@ -76,7 +77,7 @@ pub(super) struct SavedState {
 #[serde(deny_unknown_fields)]
 pub(super) struct SavedList {
     pub at: ListHeads,
-    /// One per query head. Not those of the strategies once `index_select` has moved batch rows.
+    /// The tests, one per query head. They differ from the strategies once `index_select` has moved batch rows.
     pub tests: Vec<SavedTest>,
     /// The token of `run_key`.
     #[serde(deserialize_with = "present")]
@@ -85,7 +86,7 @@ pub(super) struct SavedList {
     pub last_bad: Option<usize>,
 }
 
-/// A [`HeadTest`]; JSON has no infinity, which an off head without a threshold of its own holds.
+/// A [`HeadTest`]. JSON has no infinity, which is the threshold of an off head that has none of its own.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SavedTest {
@@ -129,7 +130,7 @@ macro_rules! stored {
 
 stored!(u8, u32, half::f16, half::bf16, f32, f64);
 
-/// One tensor to be written, as bytes only when its turn comes.
+/// One tensor to write; its bytes are made only when it is written.
 struct Piece<'a> {
     dtype: Dtype,
     shape: Vec<usize>,
@@ -146,7 +147,7 @@ impl<'a> Piece<'a> {
         }
     }
 
-    /// Rows of `dim`.
+    /// Numbers as rows of `dim`.
     fn rows<T: Stored>(data: impl Into<Cow<'a, [T]>>, dim: usize) -> Self {
         let data = data.into();
         let rows = data.len() / dim;
@@ -232,10 +233,10 @@ fn saved_lists<S: Element>(lists: &ListsOf<S>) -> Vec<SavedList> {
 }
 
 impl CompressedKvCache {
-    /// Writes the cache to one safetensors file, from which [`Self::load`] brings it back bit for bit. The file appears
-    /// whole or not at all: it is written beside `path` and renamed, in place of what was there. On Unix only its owner
-    /// may read it, unless it replaces a file with other permissions. It takes about [`Self::bytes`], and 2 kB per list.
-    /// A link stays a link, and its file is replaced.
+    /// Writes the cache to one safetensors file; [`Self::load`] reads it back bit for bit. The file appears whole or
+    /// not at all: it is written beside `path` and then renamed to replace `path`. On Unix only its owner may read it,
+    /// unless it replaces a file with other permissions. Its size is about [`Self::bytes`], and 2 kB per list. A link
+    /// stays a link, and its file is replaced.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
@@ -253,7 +254,7 @@ impl CompressedKvCache {
     /// ```
     ///
     /// # Errors
-    /// A file that cannot be written, or what a GPU reports, which is waited for.
+    /// A file that cannot be written, or an error of a GPU, which is waited for.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         #[cfg(feature = "cuda")]
         if let Some(state) = &self.on_gpu {

@@ -1,4 +1,4 @@
-//! What a cache on the CPU holds, and how its first call makes it.
+//! The state of a cache on the CPU, and how its first call makes it.
 
 use super::CompressedKvCache;
 use crate::cpu::heads::ListHeads;
@@ -102,7 +102,7 @@ impl CompressedKvCache {
     }
 }
 
-/// Batch row i of the result is row `rows[i]`.
+/// Lists whose batch row i is the old row `rows[i]`.
 pub(super) fn select<S: Element>(lists: &ListsOf<S>, rows: &[i64]) -> ListsOf<S> {
     let of_row = |(new, old): (usize, &i64)| {
         let old = *old as usize;

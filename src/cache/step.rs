@@ -1,4 +1,4 @@
-//! One call of the cache: dtypes are matched here, and everything is checked before anything changes.
+//! One call of the cache: matches the dtypes, and checks everything before anything changes.
 
 use super::{Lists, ListsOf, Sizes, State};
 use crate::config::AttentionOptions;
@@ -9,7 +9,7 @@ use crate::problem::{bias_as, Problem, RowLayout};
 use crate::storage::{self, cpu_slice, not_on_cpu};
 use candle_core::{bail, CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor};
 
-/// One call on checked tensors; an error leaves `state` as it was.
+/// Runs one call on checked tensors; an error leaves `state` as it was.
 pub(super) fn step(
     state: &mut State,
     problem: &Problem,
@@ -72,8 +72,8 @@ pub(super) fn bias_view(bias: Option<&Tensor>, full: [usize; 4], dtype: DType) -
     let Some(bias) = bias else { return Ok(None) };
     if bias.broadcast_as(&full).is_err() {
         bail!(
-            "bias: expected a shape that broadcasts to (batch, heads, new tokens, all tokens) = {full:?}, got {:?}; use \
-             size 1 for the axes it does not depend on",
+            "bias: expected a shape that broadcasts to (batch, heads, new tokens, all tokens) = {full:?}, got {:?}; \
+             use size 1 for the axes it does not depend on",
             bias.dims()
         )
     }
@@ -86,7 +86,7 @@ struct Call<'a> {
     /// Key and value in Q.
     given: [&'a Tensor; 2],
     tensors: [&'a Tensor; 3],
-    /// None to take the tokens in without attending.
+    /// None to append the tokens without attending.
     options: Option<&'a AttentionOptions>,
     bias: Option<Tensor>,
     /// The token index of the first new token.
@@ -159,7 +159,7 @@ impl Call<'_> {
 }
 
 impl Call<'_> {
-    /// Refuses finite keys and values that their storage dtype cannot hold.
+    /// Refuses finite keys and values that the storage dtype cannot hold.
     fn check_given<Q: Element<Acc = S::Acc>, S: Element>(&self) -> Result<()> {
         let Problem {
             batch,
@@ -191,8 +191,8 @@ impl Call<'_> {
     }
 }
 
-/// A finished result as part of the graph of tracked inputs, so that `backward()` through it fails instead of silently
-/// giving nothing.
+/// A finished result that joins the graph of tracked inputs, so that `backward()` through it fails instead of silently
+/// giving no gradient.
 pub(super) struct WithoutGradient(pub Tensor);
 
 impl CustomOp3 for WithoutGradient {

@@ -3,7 +3,7 @@
 use crate::config::MergeStrategy;
 use candle_core::{bail, Result};
 
-/// One way for one unit: a strategy with its threshold, and what it hid and cost so far.
+/// One choice for one unit: a strategy with its threshold, and the tokens that it hid and its error so far.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Candidate {
     pub strategy: MergeStrategy,
@@ -31,8 +31,8 @@ impl Candidate {
     };
 }
 
-/// One candidate (or off) per unit that hide `wanted` tokens in all, at the least summed error on the units' lower convex
-/// hulls. Equal prices go to the first unit.
+/// Chooses one candidate (or off) per unit. Together they hide `wanted` tokens at the least summed error on the units'
+/// lower convex hulls. Equal prices go to the first unit.
 pub(super) fn choose(units: &[Vec<Candidate>], wanted: f64) -> Result<Vec<Candidate>> {
     if let Some(bad) = units.iter().flatten().find(|candidate| !candidate.error.is_finite()) {
         bail!(
@@ -65,8 +65,8 @@ pub(super) fn choose(units: &[Vec<Candidate>], wanted: f64) -> Result<Vec<Candid
             .map(|last| last.hidden)
             .sum();
         bail!(
-            "target: expected at most the {most} tokens that the largest ratio hides, got {wanted}; lower the target or \
-             try larger ratios"
+            "target: expected at most the {most} tokens that the largest ratio hides, got {wanted}; lower the target \
+             or try larger ratios"
         )
     }
     Ok(hulls.iter().zip(chosen).map(|(hull, index)| hull[index]).collect())
@@ -77,7 +77,7 @@ fn price(from: &Candidate, to: &Candidate) -> f64 {
     (to.error - from.error) / (to.hidden - from.hidden) as f64
 }
 
-/// The candidates, and off, that are best for some price: more hidden from one to the next, at a rising price.
+/// The candidates, and off, that are best at some price: each hides more than the one before, at a rising price.
 fn lower_hull(candidates: &[Candidate]) -> Vec<Candidate> {
     let mut sorted = vec![Candidate::OFF];
     sorted.extend(candidates.iter().filter(|candidate| candidate.hidden > 0));
@@ -129,7 +129,7 @@ mod tests {
         );
     }
 
-    /// A candidate above the line between its neighbours is never worth it, nor one that costs more and hides as much.
+    /// A candidate above the line between its neighbours is never chosen, nor one that costs more and hides as much.
     #[test]
     fn hulls_are_convex() {
         let hull = lower_hull(&[

@@ -7,7 +7,7 @@ pub(super) struct Histogram {
     total: u64,
 }
 
-/// Bins of an octave: a threshold is known to 1 %, and interpolated inside of its bin.
+/// Bins of an octave: a threshold is known to 1 %, and interpolated within its bin.
 const PER_OCTAVE: f64 = 64.0;
 /// 2^-40 is far below any score that differs from 0, 2^24 far above any.
 const LOWEST: f64 = -40.0;
@@ -21,11 +21,11 @@ impl Histogram {
         }
     }
 
-    /// Counts numbers; what is not a number is never below a threshold.
+    /// Counts numbers. A NaN counts as above every threshold.
     pub fn extend(&mut self, numbers: &[f32]) {
         for x in numbers {
             let bin = ((f64::from(*x).log2() - LOWEST) * PER_OCTAVE).floor();
-            // Zero is minus infinity here, and negative roundings of it are NaN.
+            // The logarithm of zero is minus infinity here, and that of a negative rounding of zero is NaN.
             let bin = if *x <= 0.0 {
                 0.0
             } else {
@@ -38,7 +38,7 @@ impl Histogram {
         }
     }
 
-    /// The number that a share `ratio` of those counted lie below; None where nothing was counted.
+    /// The number below which a share `ratio` of the counted numbers lie; None if none were counted.
     pub fn quantile(&self, ratio: f64) -> Option<f64> {
         let wanted = ratio * self.total as f64;
         let mut below = 0.0;
@@ -76,7 +76,7 @@ mod tests {
         histogram.extend(&[0.0, -1e-9, 1e-30, 1e30, f32::INFINITY, f32::NAN]);
         assert!(histogram.quantile(0.3).unwrap() < 1e-11);
         assert!(histogram.quantile(0.7).unwrap() > 1e6);
-        // Nothing is above what is no number.
+        // No number is above a NaN.
         assert_eq!(histogram.quantile(0.99), None);
     }
 }

@@ -1,12 +1,12 @@
-//! Choosing each head's strategy and threshold from sample queries, keys and values: what hides a target share of the
-//! tokens at the least error of the layers' outputs.
+//! Chooses each head's strategy and threshold from sample queries, keys and values, so that a target share of the
+//! tokens is hidden at the least error of the layers' outputs.
 //!
-//! Samples are given twice, window by window and layer by layer, in any order. The first time, a [`Calibrator`] counts
-//! each head's scores, whose quantiles become candidate thresholds. The second time, a [`Measurement`] sums what each
-//! candidate hides and how far it moves the output. [`Measurement::policy`] then spends one global budget over all
-//! heads of all layers: it goes down the lower convex hulls of the heads' errors, always where the next hidden token
-//! costs least, which is the minimum of error + λ·entries kept for the λ that meets the target. Memory does not grow
-//! with the samples, and the result depends on nothing else.
+//! Samples are given twice, window by window and layer by layer, in any order. In the first pass a [`Calibrator`]
+//! counts each head's scores, whose quantiles become candidate thresholds. In the second pass a [`Measurement`] sums,
+//! per candidate, the tokens that it hides and the error of the output. [`Measurement::policy`] then spends one global
+//! budget over all heads of all layers. It goes down the lower convex hulls of the heads' errors, always where the next
+//! hidden token costs least. This is the minimum of error + λ·entries kept for the λ that meets the target. Memory does
+//! not grow with the samples, and the result depends on the samples and settings only.
 //!
 //! A policy's thresholds are fixed numbers, so attention stays causal: nothing is chosen at run time.
 
@@ -29,34 +29,34 @@ use candle_core::{bail, DType, Result, Tensor, D};
 use choose::Candidate;
 use histogram::Histogram;
 
-/// The first time through the samples: each head's scores.
+/// The first pass through the samples: each head's scores.
 #[derive(Clone, Debug)]
 pub struct Calibrator {
     settings: Settings,
     ratios: Vec<f64>,
-    /// By layer, strategy and unit.
+    /// Scores by layer, strategy and unit.
     scores: Vec<Vec<Vec<Histogram>>>,
 }
 
-/// The second time: what each candidate hides and costs.
+/// The second pass: the hidden tokens and the error of each candidate.
 #[derive(Clone, Debug)]
 pub struct Measurement {
     settings: Settings,
-    /// By layer, strategy and ratio, then by unit.
+    /// Candidates by layer, strategy and ratio, then by unit.
     candidates: Vec<Vec<Vec<Candidate>>>,
-    /// Tokens that could be hidden, and all pairs, over all layers and units.
+    /// The number of tokens that could be hidden (`eligible`) and of all pairs, over all layers and units.
     eligible: usize,
     pairs: usize,
     windows: usize,
     tokens: usize,
 }
 
-/// What both passes know. A unit is what decides as one: a KV head under [`GroupRule::Unanimous`], else a query head.
+/// The settings of both passes. A unit decides as one: a KV head under [`GroupRule::Unanimous`], else a query head.
 #[derive(Clone, Debug)]
 struct Settings {
     model: ModelShape,
     config: CompressionConfig,
-    /// With heads first, whatever the caller's layout is.
+    /// The options with heads first, for any layout of the caller.
     options: AttentionOptions,
     layout: TensorLayout,
     strategies: Vec<MergeStrategy>,
@@ -96,7 +96,8 @@ impl Settings {
         Ok(tensors)
     }
 
-    /// What is below the threshold of a hidden token, `(units, tokens)` in f32, of those tokens that may be hidden.
+    /// The scores, `(units, tokens)` in f32, of the tokens that may be hidden; a hidden token's score is below its
+    /// threshold.
     fn scores(&self, strategy: MergeStrategy, [q, k, v]: [&Tensor; 3]) -> Result<Vec<Vec<f32>>> {
         let scores = match self.config.criterion {
             Criterion::ObservedMass => observed_mass(q, k, v, &self.config, &self.options)?,
@@ -109,7 +110,7 @@ impl Settings {
         (0..rows.dim(0)?).map(|unit| rows.get(unit)?.to_vec1()).collect()
     }
 
-    /// `1 - cos` or `|cos|` of all pairs, the largest of each unit's heads, which must all agree.
+    /// `1 - cos` or `|cos|` of all pairs, the largest over each unit's heads, which must all agree.
     fn distances(&self, strategy: MergeStrategy, q: &Tensor, k: &Tensor) -> Result<Tensor> {
         let unit_vectors = |x: &Tensor| -> Result<Tensor> {
             let x = x.to_dtype(DType::F32)?;
@@ -155,14 +156,14 @@ impl Settings {
 }
 
 impl Calibrator {
-    /// For a model of that shape, its attention's settings and `options` (of which scale, bias and layout count), and
-    /// the shares of hidden tokens to try, between 0 and 1; every head may also stay off. Under
-    /// [`Criterion::ObservedMass`] a share is one of the tokens that have left the window, else of all; sinks are never
-    /// counted.
+    /// Starts the first pass, for a model of shape `model` with its attention's settings and `options`; only scale,
+    /// bias and layout of `options` are read. `ratios` are the shares of hidden tokens to try, between 0 and 1; every
+    /// head may also stay off. Under [`Criterion::ObservedMass`] a share counts the tokens that have left the window,
+    /// else all tokens; sinks are never counted.
     ///
     /// # Errors
-    /// Settings that have no meaning, [`MergeRule::Reference`], whose decisions depend on one another, shapes of no
-    /// model, and ratios that are none.
+    /// Settings that have no meaning, [`MergeRule::Reference`], whose decisions depend on one another, an invalid model
+    /// shape, and ratios outside of 0 to 1.
     pub fn new(
         model: ModelShape,
         config: CompressionConfig,
@@ -183,7 +184,7 @@ impl Calibrator {
             bail!("ratios: expected shares between 0 and 1, got {ratios:?}; give some as 0.25, 0.5 and 0.75")
         }
         let strategies = match config.criterion {
-            // It does not read the strategy.
+            // Observed mass does not read the strategy.
             Criterion::ObservedMass => vec![MergeStrategy::Similarity],
             Criterion::QueryKey | Criterion::KeyKey => vec![MergeStrategy::Similarity, MergeStrategy::Difference],
         };
@@ -209,8 +210,8 @@ impl Calibrator {
         })
     }
 
-    /// Query (1, H, N, D), key and value (1, Hk, N, D), or with their axes in the order of the options' layout, as they
-    /// reach the attention, N >= 2: counts the scores of one window in one layer.
+    /// Counts the scores of one window in one layer. Query (1, H, N, D), key and value (1, Hk, N, D), or with their
+    /// axes in the order of the options' layout, as they reach the attention; N >= 2.
     ///
     /// # Errors
     /// Tensors of another shape than the model's, a window of one token, or as [`MergePlan::new`].
@@ -228,7 +229,7 @@ impl Calibrator {
     /// Turns the shares to try into each head's thresholds.
     ///
     /// # Errors
-    /// A layer that no token was counted for: no window, or none long enough.
+    /// A layer without counted tokens: no window was given, or none was long enough.
     pub fn measure(&self) -> Result<Measurement> {
         let candidates_of = |(layer, by_strategy): (usize, &Vec<Vec<Histogram>>)| {
             let mut candidates = Vec::new();
@@ -259,10 +260,10 @@ impl Calibrator {
 }
 
 impl Measurement {
-    /// Query (1, H, N, D), key and value (1, Hk, N, D), or as in [`Calibrator::observe`]: adds what every candidate
-    /// hides in one window of one layer, and the squared error that it leaves in the layer's output: after the output
-    /// projection `projection` (hidden, H·D) where one is given, else per head. `weight` is a factor on the error:
-    /// errors of different layers are added up, and 1 over the mean square of the layer's own output makes them
+    /// Adds, for every candidate, the tokens that it hides in one window of one layer and the squared error of the
+    /// layer's output. Query (1, H, N, D), key and value (1, Hk, N, D), or as in [`Calibrator::observe`]. The error is
+    /// taken after the output projection `projection` (hidden, H·D) if given, else per head. `weight` is a factor on
+    /// the error. Errors of different layers are added up; 1 over the mean square of the layer's own output makes them
     /// comparable.
     ///
     /// # Errors
@@ -311,8 +312,8 @@ impl Measurement {
     }
 
     /// The policy that hides the share `target` of the tokens that can be hidden, over all layers, at the least summed
-    /// error. `fingerprint` is the caller's name for the model. Under [`Criterion::ObservedMass`] the tokens that can be
-    /// hidden are those that have left the window, so that the share holds at any length.
+    /// error. `fingerprint` is the caller's name for the model. Under [`Criterion::ObservedMass`] the tokens that can
+    /// be hidden are the tokens that have left the window, so that the share holds at any length.
     ///
     /// # Errors
     /// No samples, errors that are not finite, or a target that no choice of candidates reaches.
@@ -391,7 +392,7 @@ impl<'a> OutputError<'a> {
         })
     }
 
-    /// Of a difference of outputs (1, H, N, D).
+    /// The squared error per unit of a difference of outputs (1, H, N, D).
     fn per_unit(&self, difference: &Tensor) -> Result<Vec<f64>> {
         let (heads, width) = (
             self.settings.heads_per_unit,

@@ -1,14 +1,14 @@
-//! [`Policy`]: what calibration chose, as JSON.
+//! [`Policy`]: the result of calibration, as JSON.
 
 use crate::config::whole::WholeConfig;
 use crate::config::{CompressionConfig, GroupRule, HeadStrategies, MergeStrategy};
 use candle_core::{bail, Device, Error, Result, Tensor};
 use serde::{Deserialize, Serialize};
 
-/// What a policy file says it is.
+/// The format that a policy file names.
 const FORMAT: &str = "candle-sfattention policy 1";
-/// The most heads of a layer and numbers of a head. A file of a few bytes can name any, and later code makes as many
-/// entries.
+/// The most heads of a layer and numbers of a head. A file of a few bytes can name any number, and later code makes as
+/// many entries.
 const LARGEST: usize = 1 << 16;
 
 /// The sizes of a model's attention.
@@ -41,35 +41,37 @@ impl ModelShape {
     }
 }
 
-/// One layer's choices. An entry is for what decides as one: a KV head under [`GroupRule::Unanimous`], else a query head.
+/// One layer's choices. An entry is for a unit: a KV head under [`GroupRule::Unanimous`], else a query head.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerPolicy {
-    /// Under [`Criterion::ObservedMass`](crate::Criterion::ObservedMass) only whether it is off counts.
+    /// The strategies. Under [`Criterion::ObservedMass`](crate::Criterion::ObservedMass) only off differs from the
+    /// others.
     pub strategies: Vec<MergeStrategy>,
-    /// Not read where the strategy is off.
+    /// The thresholds; not read where the strategy is off.
     pub thresholds: Vec<f64>,
-    /// Hidden in the samples, of the tokens that could be.
+    /// Hidden tokens in the samples, as a share of the tokens that could be hidden.
     pub hidden_ratios: Vec<f64>,
     /// The squared error of the output, summed over the samples.
     pub errors: Vec<f64>,
 }
 
-/// What calibration found.
+/// The figures of a calibration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CalibrationFigures {
-    /// The share of tokens that was to be hidden, of those that could be.
+    /// The wanted share of hidden tokens, of the tokens that could be hidden.
     pub target: f64,
-    /// What was hidden of them.
+    /// The share that was hidden, of the tokens that could be hidden.
     pub hidden_ratio: f64,
-    /// The same of all pairs of neighbours, as [`MergeStats::hidden_ratio`](crate::MergeStats::hidden_ratio) counts it.
+    /// The share of all pairs of neighbours, as [`MergeStats::hidden_ratio`](crate::MergeStats::hidden_ratio) counts
+    /// it.
     pub hidden_ratio_of_all: f64,
     /// The squared errors of all layers, summed.
     pub error: f64,
-    /// Sample windows.
+    /// The number of sample windows.
     pub windows: usize,
-    /// Tokens in them.
+    /// The number of tokens in the sample windows.
     pub tokens: usize,
 }
 
@@ -79,14 +81,14 @@ pub struct CalibrationFigures {
 pub struct PolicyOptions {
     /// The caller's name for the model's weights.
     pub fingerprint: String,
-    /// The shape that it fits.
+    /// The model shape that the policy fits.
     pub model: ModelShape,
-    /// The settings that the thresholds are for. None of them may be left out.
+    /// The settings that the thresholds are for; the file must name all of them.
     #[serde(with = "WholeConfig")]
     pub config: CompressionConfig,
     /// One per layer.
     pub layers: Vec<LayerPolicy>,
-    /// How it came about.
+    /// The figures of the calibration.
     pub calibration: CalibrationFigures,
 }
 
@@ -129,8 +131,8 @@ impl Policy {
     /// Checks that the parts fit together.
     ///
     /// # Errors
-    /// Settings that have no meaning, a model of no or of more than 65,536 heads or numbers per head, another number of
-    /// layers or entries than the model has, thresholds that are not finite.
+    /// Settings that have no meaning, a model with no heads or with more than 65,536 heads or numbers per head, another
+    /// number of layers or entries than the model has, thresholds that are not finite.
     pub fn new(parts: PolicyOptions) -> Result<Self> {
         parts.model.check()?;
         parts.config.check(true)?;
@@ -167,7 +169,7 @@ impl Policy {
         }
     }
 
-    /// Its parts.
+    /// The parts of the policy.
     pub fn parts(&self) -> &PolicyOptions {
         &self.0
     }
@@ -200,7 +202,7 @@ impl Policy {
     /// Reads JSON.
     ///
     /// # Errors
-    /// Text that is no policy, or one whose parts do not fit together.
+    /// Text that is no policy, or a policy whose parts do not fit together.
     pub fn from_json(text: &str) -> Result<Self> {
         serde_json::from_str(text).map_err(|error| {
             Error::msg(format!(
@@ -233,7 +235,7 @@ impl Policy {
     }
 }
 
-/// JSON has no other numbers.
+/// JSON has finite numbers only.
 fn check_finite(what: &str, numbers: &[f64]) -> Result<()> {
     match numbers.iter().find(|x| !x.is_finite()) {
         Some(bad) => bail!("{what}: expected finite numbers, got {bad}; calibrate on samples that are finite"),

@@ -3,7 +3,7 @@
 use candle_core::{bail, Result};
 use serde::{Deserialize, Serialize};
 
-/// How one head decides that a token resembles its neighbour. Source: the paper.
+/// The test by which one head decides whether a token resembles its neighbour. Source: the paper.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MergeStrategy {
@@ -44,21 +44,21 @@ impl MergeStrategy {
     }
 }
 
-/// Which qualifying pairs are merged. See [`crate::reference`] for both as scalar code.
+/// The rule that selects pairs to merge among the qualifying ones. See [`crate::reference`] for both as scalar code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MergeRule {
-    /// One left-to-right scan per head: a token joins the run that ends at its left neighbour when it also qualifies
+    /// One left-to-right scan per head. A token joins the run that ends at its left neighbour when it also qualifies
     /// against the run's first token and the run is shorter than `max_merge_level`. A bit depends on tokens up to its
-    /// right neighbour only, so prefill and step-by-step decoding agree. Ours.
+    /// right neighbour only, so prefill and step-by-step decoding agree. Source: this crate.
     Causal,
-    /// Bit for bit what the published Python reference does. **Not causal**: a row can depend on tokens up to four
+    /// The rule of the published Python reference, bit for bit. **Not causal**: a row can depend on tokens up to four
     /// places to its right, and all heads and batch rows of one call influence each other. It has no cache.
     Reference,
 }
 
 impl MergeRule {
-    /// Whether no row depends on a later token, so that a KV cache can keep what was decided.
+    /// Whether no row depends on a later token, so that a KV cache can keep the decisions.
     #[inline]
     pub const fn is_causal(self) -> bool {
         match self {
@@ -68,14 +68,14 @@ impl MergeRule {
     }
 }
 
-/// How the query heads that share one KV head decide. Ours.
+/// How the query heads that share one KV head decide. Source: this crate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum GroupRule {
     /// Every query head decides for itself, as if keys and values had been repeated.
     PerQueryHead,
-    /// One decision per KV head: a pair merges only when every query head of the group passes every test. Only this
-    /// (or as many KV heads as query heads) lets a KV cache drop anything.
+    /// One decision per KV head: a pair merges only when every query head of the group passes every test. A KV cache
+    /// can drop tokens only under this rule, or with as many KV heads as query heads.
     Unanimous,
 }
 
@@ -90,25 +90,26 @@ impl GroupRule {
     }
 }
 
-/// Which quantity a pair is judged by.
+/// The quantity by which a pair is judged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Criterion {
-    /// `cos(q[t+1], k[t])`, the paper's.
+    /// `cos(q[t+1], k[t])`. Source: the paper.
     QueryKey,
-    /// `cos(k[t+1], k[t])`, ours; it does not read the queries.
+    /// `cos(k[t+1], k[t])`; it does not read the queries. Source: this crate.
     KeyKey,
-    /// The attention that the rows of a token's window gave it, times the norm of its value: a token that was little
-    /// attended to is left out once it has left the window. Needs a `window` of at least 2, [`Fold::Drop`],
+    /// The attention that the rows of a token's window gave it, times the norm of its value: a token with little
+    /// attention is left out once it has left the window. Needs a `window` of at least 2, [`Fold::Drop`],
     /// [`GroupRule::Unanimous`], and a threshold of its own for every head that is not off, as scores depend on the
-    /// model; it reads neither the strategy of those heads nor `max_merge_level`, and has no compression loss. For
-    /// pretrained models. Ours. See [`crate::reference::observed_mass`].
+    /// model. It reads neither the strategy of such heads nor `max_merge_level`, and has no compression loss. For
+    /// pretrained models. Source: this crate. See [`crate::reference::observed_mass`].
     ObservedMass,
 }
 
 impl Criterion {
-    /// Whether a token is judged by a cosine with its neighbour. Only such a criterion reads the strategies of heads that
-    /// are not off and `max_merge_level`, has a compression loss, and lets no pair merge that a bias of -inf keeps apart.
+    /// Whether a token is judged by a cosine with its neighbour. Only such a criterion reads the strategies of heads
+    /// that are not off and `max_merge_level`, has a compression loss, and lets no pair merge that a bias of -inf keeps
+    /// apart.
     #[inline]
     pub const fn compares_pairs(self) -> bool {
         match self {
@@ -154,17 +155,17 @@ impl Criterion {
     }
 }
 
-/// What merging does to keys and values (and, for [`Fold::PairSum`], to queries).
+/// How merging changes keys and values (and, for [`Fold::PairSum`], queries).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Fold {
-    /// The token plus its hidden left neighbour, both as they came in, so a chain does not accumulate; queries are
-    /// folded the same way. The paper's: for models trained with it.
+    /// The token plus its hidden left neighbour, both raw, so that a chain does not accumulate; queries are folded the
+    /// same way. For models trained with it. Source: the paper.
     PairSum,
     /// The running mean of the chain, which enters the softmax with `ln n` for its `n` tokens. For pretrained models.
-    /// Ours.
+    /// Source: this crate.
     Mean,
-    /// The hidden token is left out. For pretrained models; the cheapest. Ours.
+    /// The hidden token is left out. For pretrained models; the cheapest. Source: this crate.
     Drop,
 }
 
@@ -187,7 +188,7 @@ impl Fold {
         }
     }
 
-    /// Whether a hidden token's key and value go on in its right neighbour's.
+    /// Whether a hidden token's key and value are part of its right neighbour's.
     #[inline]
     pub const fn keeps_hidden(self) -> bool {
         match self {
@@ -196,7 +197,8 @@ impl Fold {
         }
     }
 
-    /// Whether a folded key or value is the sum of itself and its raw left neighbour, which may outgrow the storage.
+    /// Whether a folded key or value is the sum of itself and its raw left neighbour, which may exceed the storage
+    /// dtype.
     #[inline]
     pub(crate) const fn sums_pairs(self) -> bool {
         match self {
@@ -215,13 +217,13 @@ impl Fold {
     }
 }
 
-/// What the squared terms of the compression loss are divided by.
+/// The divisor of the squared terms of the compression loss.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LossNormalizer {
-    /// The number of qualifying pairs, or of all pairs where none qualifies. The paper's; it explodes when only a few
-    /// pairs qualify.
+    /// The number of qualifying pairs, or of all pairs if none qualifies. It explodes when only a few pairs qualify.
+    /// Source: the paper.
     Merged,
-    /// The number of all pairs: bounded. Ours.
+    /// The number of all pairs: bounded. Source: this crate.
     Pairs,
 }

@@ -68,7 +68,7 @@ impl CompressionConfig {
     }
 
     /// For stock checkpoints that were never trained with merging: running means of similar keys, decided once per KV
-    /// head, with the first 4 tokens and the last 32 left alone. Use it with [`MergeStrategy::Similarity`].
+    /// head; the first 4 tokens and the last 32 stay unchanged. Use it with [`MergeStrategy::Similarity`].
     pub fn pretrained() -> Self {
         Self {
             fold: Fold::Mean,
@@ -82,9 +82,9 @@ impl CompressionConfig {
         }
     }
 
-    /// For stock checkpoints with a calibrated [`Policy`](crate::Policy): tokens that their window's rows hardly attended
-    /// to are left out, decided once per KV head, with the first 4 tokens and the last 32 left alone. The thresholds are
-    /// the policy's.
+    /// For stock checkpoints with a calibrated [`Policy`](crate::Policy), which gives the thresholds. Tokens with
+    /// little attention from their window's rows are left out, decided once per KV head; the first 4 tokens and the
+    /// last 32 stay unchanged.
     pub fn calibrated() -> Self {
         Self {
             fold: Fold::Drop,
@@ -106,7 +106,8 @@ impl CompressionConfig {
     ///
     /// # Errors
     /// A threshold or `loss_factor` that is not finite, `max_merge_level` of 0, counts over 2^32 - 1, a window without
-    /// causal attention, and every setting that [`MergeRule::Reference`] or [`Criterion::ObservedMass`] does not know.
+    /// causal attention, and every setting that [`MergeRule::Reference`] or [`Criterion::ObservedMass`] does not
+    /// support.
     pub fn check(&self, causal: bool) -> Result<()> {
         for (name, value) in [
             ("similarity_threshold", self.similarity_threshold),
@@ -176,8 +177,8 @@ impl CompressionConfig {
             return Ok(());
         };
         bail!(
-            "Criterion::ObservedMass: expected causal attention, fold Drop, group_rule Unanimous and a window of at least \
-             2, got {got}; use Criterion::KeyKey for everything it does not have"
+            "Criterion::ObservedMass: expected causal attention, fold Drop, group_rule Unanimous and a window of at \
+             least 2, got {got}; use Criterion::KeyKey for everything it does not have"
         )
     }
 
@@ -198,8 +199,8 @@ impl CompressionConfig {
             return Ok(());
         };
         bail!(
-            "MergeRule::Reference: expected criterion QueryKey, group_rule PerQueryHead, sinks 0 and window 0, got {got}; \
-             use MergeRule::Causal for everything the published reference does not have"
+            "MergeRule::Reference: expected criterion QueryKey, group_rule PerQueryHead, sinks 0 and window 0, got \
+             {got}; use MergeRule::Causal for everything the published reference does not have"
         )
     }
 }

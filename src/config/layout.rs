@@ -2,22 +2,22 @@
 
 use candle_core::{Error, Result, Tensor};
 
-/// The order of the axes of query, key, value and output. No entry point can tell one order from the other where there
-/// are as many heads as tokens, so the caller names it. Neither costs a copy.
+/// The order of the axes of query, key, value and output. No entry point can tell the orders apart where there are as
+/// many heads as tokens, so the caller names the order. Neither order costs a copy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum TensorLayout {
-    /// Query and output (batch, heads, tokens, head_dim), key and value (batch, kv_heads, tokens, head_dim): what
-    /// PyTorch's `scaled_dot_product_attention` takes. The default.
+    /// Query and output (batch, heads, tokens, head_dim), key and value (batch, kv_heads, tokens, head_dim): the order
+    /// of PyTorch's `scaled_dot_product_attention`. The default.
     #[default]
     HeadsFirst,
-    /// Query and output (batch, tokens, heads, head_dim), key and value (batch, tokens, kv_heads, head_dim): what a
-    /// projection gives after `reshape`, and what flash-attention takes.
+    /// Query and output (batch, tokens, heads, head_dim), key and value (batch, tokens, kv_heads, head_dim): the order
+    /// after a projection and `reshape`, and that of flash-attention.
     TokensFirst,
 }
 
 impl TensorLayout {
-    /// A view of (batch, heads, tokens, head_dim) of a tensor in this order, or back: both ways are one. Another rank
-    /// is left as it is, for the checks to refuse.
+    /// A view with the token and head axes swapped, if this order is not (batch, heads, tokens, head_dim). The same
+    /// swap leads back. A tensor of another rank is left unchanged, for the checks to refuse.
     pub(crate) fn turned(self, tensor: &Tensor) -> Result<Tensor> {
         match self {
             Self::TokensFirst if tensor.rank() == 4 => tensor.transpose(1, 2),
@@ -30,7 +30,7 @@ impl TensorLayout {
         Ok([self.turned(q)?, self.turned(k)?, self.turned(v)?])
     }
 
-    /// Makes an error that names shapes say in which order it names them.
+    /// Adds the order to an error that names shapes.
     pub(crate) fn explained<T>(self, result: Result<T>) -> Result<T> {
         match self {
             Self::HeadsFirst => result,

@@ -1,10 +1,11 @@
-//! What a caller may choose: the method's parameters, each head's strategy, and the options of one attention call.
+//! The choices of a caller: the method's parameters, each head's strategy, and the options of one attention call.
 //!
-//! Everything here is plain data. Combinations that make no sense together are refused by [`CompressionConfig::check`],
-//! which every entry point of the crate calls before it computes anything.
+//! Everything here is plain data. [`CompressionConfig::check`] refuses combinations that make no sense together; every
+//! entry point of the crate calls it before it computes anything.
 //!
-//! A `match` on one of the enums here names every variant. What a variant implies is a method on its enum, such as
-//! [`Fold::has_sizes`] or [`Criterion::reads_queries`]. So a new variant stops the compiler at every place that decides.
+//! A `match` on one of the enums here names every variant. Each consequence of a variant is a method on its enum, such
+//! as [`Fold::has_sizes`] or [`Criterion::reads_queries`]. So a new variant stops the compiler at every place that
+//! decides.
 
 mod choices;
 mod compression;

@@ -1,4 +1,4 @@
-//! [`AttentionOptions`]: the options of one attention call that have nothing to do with compression.
+//! [`AttentionOptions`]: the options of one attention call, apart from compression.
 
 use super::TensorLayout;
 use candle_core::{bail, Result, Tensor};
@@ -6,13 +6,13 @@ use candle_core::{bail, Result, Tensor};
 /// Dropout on the softmax weights, drawn from Philox 4x32-10 so that every device and the backward pass see one mask.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
-    /// The probability that a weight is set to 0, in `[0, 1)`; the others are scaled by `1 / (1 - p)`.
+    /// The probability that a weight is set to 0, in `[0, 1)`; kept weights are scaled by `1 / (1 - p)`.
     pub p: f64,
     /// The generator's key. The same seed draws the same mask: change it from step to step.
     pub seed: u64,
 }
 
-/// The options of one attention call that have nothing to do with compression. [`Default`] is plain causal attention.
+/// The options of one attention call, apart from compression. [`Default`] is plain causal attention.
 #[derive(Clone, Debug)]
 pub struct AttentionOptions {
     /// Factor on `query . key`; `None` is `1 / sqrt(head_dim)`.
@@ -28,20 +28,20 @@ pub struct AttentionOptions {
     /// the softmax of equal logits. Minus infinity hides a column from a row. A row that sees nothing is zeros and
     /// sends no gradient.
     ///
-    /// Under [`MergeRule::Causal`](crate::MergeRule::Causal) two neighbours merge only where the later one's row sees both. Minus infinity at any
-    /// other column that a row would see, in a head that hides tokens, is an error on the CPU: a bias does not say which of
-    /// the tokens that were folded together a row may see, and `sinks` and `window` count from the first token, padding or
-    /// not. On CUDA seeing it would mean waiting for the device, so it is not looked for: do not give such a bias.
-    /// Left-padded batches and packed documents with merging: give each sequence its own call, or keep their heads
-    /// [`MergeStrategy::Off`](crate::MergeStrategy::Off).
+    /// Under [`MergeRule::Causal`](crate::MergeRule::Causal) two neighbours merge only where the later token's row sees
+    /// both. Minus infinity at any other column that a row would see, in a head that hides tokens, is an error on the
+    /// CPU. The reasons: a bias does not tell apart the tokens that were folded together, and `sinks` and `window`
+    /// count from the first token, padding included. On CUDA the check would mean waiting for the device, so there is
+    /// no check: do not give such a bias. For left-padded batches and packed documents with merging, give each sequence
+    /// its own call, or keep their heads [`MergeStrategy::Off`](crate::MergeStrategy::Off).
     pub bias: Option<Tensor>,
     /// The order of the axes of query, key, value and output tensors, at every function that takes these options.
     /// Default [`TensorLayout::HeadsFirst`]: (B, H, N, D). The bias is (B, H, N, N) in either, and the arrays of
     /// [`crate::reference`] are (B, H, N, D).
     pub layout: TensorLayout,
     /// Whether gradients must be the same bits every time. Default false: on CUDA in f16 and bf16, for head sizes up to
-    /// 128, the gradient of the query is then added up in whatever order its parts arrive, and both passes take a quarter
-    /// less time. Everything else, and everything on the CPU, is the same bits every time either way.
+    /// 128, the parts of the query's gradient are then added in the order in which they arrive, and both passes take a
+    /// quarter less time. Every other result, and every result on the CPU, is the same bits every time either way.
     pub deterministic: bool,
 }
 
@@ -88,7 +88,10 @@ impl AttentionOptions {
                 )
             }
             if bias.track_op() {
-                bail!("bias: expected a tensor without gradient, got a tracked one; no gradient would reach it, pass bias.detach()")
+                bail!(
+                    "bias: expected a tensor without gradient, got a tracked one; no gradient would reach it, pass \
+                     bias.detach()"
+                )
             }
         }
         Ok(())

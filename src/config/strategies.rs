@@ -7,14 +7,14 @@ use serde::{Deserialize, Serialize};
 /// One head's decision test: its strategy and its threshold, with the defaults filled in.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct HeadTest {
-    /// What makes a pair qualify.
+    /// The test of a pair.
     pub strategy: MergeStrategy,
     /// The bound of the strict comparison; not read by [`MergeStrategy::Off`].
     pub threshold: f64,
 }
 
-/// Each head's strategy and, where given, its own threshold: the same for all heads, per head `(H)`, or per batch row
-/// and head `(B, H)`. H counts query heads. Deserialising refuses tables without whole rows and thresholds that are not
+/// Each head's strategy and, if given, its own threshold: the same for all heads, per head `(H)`, or per batch row and
+/// head `(B, H)`. H counts query heads. Deserialising refuses tables without whole rows and thresholds that are not
 /// finite.
 ///
 /// ```
@@ -76,7 +76,7 @@ impl<T: Copy> Table<T> {
         }
     }
 
-    /// `batch` where it is known.
+    /// Checks a table's shape; `batch` is None where it is not yet known.
     fn check(&self, what: &str, batch: Option<usize>, heads: usize) -> Result<()> {
         let rows_fit = |len: usize| batch.is_none_or(|batch| len == batch * heads);
         let got = match self {
@@ -134,7 +134,8 @@ impl HeadStrategies {
         }
     }
 
-    /// Reads strategy codes (0 similarity, 1 difference, 2 off) from a u32, u8 or i64 tensor of shape `(H)` or `(B, H)`.
+    /// Reads strategy codes (0 similarity, 1 difference, 2 off) from a u32, u8 or i64 tensor of shape `(H)` or
+    /// `(B, H)`.
     ///
     /// # Errors
     /// Another dtype, another rank, or an unknown code.
@@ -186,7 +187,7 @@ impl HeadStrategies {
 
     fn check_tables(&self, batch: Option<usize>, heads: usize) -> Result<()> {
         self.strategies.check("strategies", batch, heads)?;
-        // Two tables with batch rows have as many of them.
+        // Two tables with batch rows have the same number of them.
         let batch = match &self.strategies {
             Table::PerBatchHead { heads, values } => batch.or(Some(values.len() / (*heads).max(1))),
             _ => batch,

@@ -1,5 +1,5 @@
-//! Settings in the files that this crate writes. A call's settings may leave fields out; a file that lacks one is damaged,
-//! and a default in its place would change what the file means.
+//! Settings in the files that this crate writes. A call's settings may leave fields out. A file that lacks a field is
+//! damaged, and a default in the field's place would change the file's meaning.
 
 use super::strategies::{HeadTables, Table};
 use super::{CompressionConfig, Criterion, Fold, GroupRule, HeadStrategies, LossNormalizer, MergeRule, MergeStrategy};
@@ -22,7 +22,7 @@ pub(crate) struct WholeConfig {
     loss_normalizer: LossNormalizer,
 }
 
-/// [`HeadStrategies`] that say whether there are thresholds.
+/// [`HeadStrategies`] that name whether there are thresholds.
 #[derive(Deserialize)]
 #[serde(remote = "HeadTables", deny_unknown_fields)]
 pub(crate) struct WholeStrategies {
@@ -38,7 +38,7 @@ impl WholeStrategies {
     }
 }
 
-/// What may be `null` but not left out.
+/// Deserialises a field that may be `null` but not left out.
 pub(crate) fn present<'de, D: Deserializer<'de>, T: Deserialize<'de>>(source: D) -> Result<Option<T>, D::Error> {
     Option::deserialize(source)
 }

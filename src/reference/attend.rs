@@ -1,4 +1,4 @@
-//! One softmax per row over the columns it sees, and its gradients.
+//! One softmax per row over the columns that it sees, and its gradients.
 
 use candle_core::{bail, Result};
 
@@ -13,9 +13,9 @@ use crate::config::{AttentionOptions, CompressionConfig, Fold};
 /// `scale · query_i · key_j + ln n_j + bias[i, token j]` after dropout. Keys and values of far columns and of the edge
 /// are folded by the query head's own bits; so are the queries under [`Fold::PairSum`], whatever the window is.
 ///
-/// A row is NaN when its query, or the key or value of any column it sees, has an entry that is not finite, whatever
-/// bias or dropout say about the column. Other rows are not touched by that token. A row all of whose columns have a bias
-/// of -inf is zeros, and sends no gradient; a finite bias of any size hides nothing.
+/// A row is NaN when its query, or the key or value of any column that it sees, has an entry that is not finite, for
+/// any bias or dropout of the column. Other rows are not affected by that token. A row whose columns all have a bias of
+/// -inf is zeros, and sends no gradient; a finite bias of any size hides nothing.
 ///
 /// # Errors
 /// Shapes or settings that do not fit together, or a bias of -inf at a column that a row would see in a head that hides
@@ -275,7 +275,8 @@ impl HeadGradients {
     }
 
     /// With weights w, dropout factors r and the row's output gradient g: `dvalue_j = w_j r_j g`, and for the logits
-    /// `dl_j = w_j (a_j - Σ w a)` with `a_j = r_j · g · value_j`; `dquery = scale Σ dl_j key_j`, `dkey_j = scale dl_j query`.
+    /// `dl_j = w_j (a_j - Σ w a)` with `a_j = r_j · g · value_j`; `dquery = scale Σ dl_j key_j`,
+    /// `dkey_j = scale dl_j query`.
     fn add_row(&mut self, head: &Head, row: usize, Row { columns, weights, keep }: &Row, grad: &[f64]) {
         let arrived: Vec<f64> = columns
             .iter()

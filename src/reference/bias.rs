@@ -38,14 +38,14 @@ impl Bias {
         self.get([batch, head, row, column]) == f64::NEG_INFINITY
     }
 
-    /// Whether row `t + 1`, with which the pair (t, t + 1) is decided, sees both of its tokens. A pair that it does not
-    /// see never qualifies.
+    /// Whether row `t + 1`, which decides the pair (t, t + 1), sees both tokens. A pair that it does not see never
+    /// qualifies.
     pub(super) fn pair_is_seen(&self, head: [usize; 2], t: usize) -> bool {
         !self.hides(head, t + 1, t) && !self.hides(head, t + 1, t + 1)
     }
 
-    /// Refuses a head that hides tokens while its bias is -inf at a column that a row would see: the bias says nothing
-    /// about the tokens that are folded together.
+    /// Refuses a head that hides tokens while its bias is -inf at a column that a row would see: the bias does not tell
+    /// apart the tokens that are folded together.
     pub(super) fn check(&self, indicators: &Indicators, causal: bool) -> Result<()> {
         let [batch, heads, pairs] = indicators.dims;
         for (b, h) in (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h))) {
@@ -56,9 +56,9 @@ impl Bias {
                 let last = if causal { row } else { pairs };
                 if let Some(column) = (0..=last).find(|&column| self.hides([b, h], row, column)) {
                     bail!(
-                        "bias: expected no -inf where tokens are hidden, got one at row {row}, column {column} of batch \
-                         row {b}, head {h}; give each segment (padded row, packed document) its own call, or make the \
-                         head MergeStrategy::Off"
+                        "bias: expected no -inf where tokens are hidden, got one at row {row}, column {column} of \
+                         batch row {b}, head {h}; give each segment (padded row, packed document) its own call, or \
+                         make the head MergeStrategy::Off"
                     )
                 }
             }

@@ -23,8 +23,8 @@ pub fn philox4x32_10(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
 /// Whether dropout keeps one softmax weight; a kept weight is scaled by `1 / (1 - p)`.
 ///
 /// `batch_head` is `batch · heads + query head` and `column` the column's token. One Philox call serves four
-/// neighbouring columns: the counter is `(column / 4, row, batch_head, 0)`, the key is the seed's low and high half, the
-/// word is number `column % 4`, and the weight is kept when the word is at least `⌈p · 2³²⌉`.
+/// neighbouring columns. The counter is `(column / 4, row, batch_head, 0)`, the key is the seed's low and high half,
+/// and the word is number `column % 4`. The weight is kept when the word is at least `⌈p · 2³²⌉`.
 pub fn dropout_keeps(dropout: Dropout, batch_head: usize, row: usize, column: usize) -> bool {
     let counter = [(column / 4) as u32, row as u32, batch_head as u32, 0];
     let key = [dropout.seed as u32, (dropout.seed >> 32) as u32];

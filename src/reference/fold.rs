@@ -1,4 +1,4 @@
-//! What merging does to one head: folded vectors and their sizes, and the columns a row sees.
+//! Merging in one head: folded vectors and their sizes, and the columns that a row sees.
 
 use super::{add_scaled, Rows};
 use crate::config::Fold;
@@ -13,7 +13,7 @@ use crate::config::Fold;
 /// Where a bit is 0 the left neighbour is not read, so NaN does not pass through it.
 ///
 /// # Panics
-/// With fewer bits than that, like a slice index.
+/// With fewer bits, like a slice index.
 pub fn fold(fold: Fold, rows: &[Vec<f64>], bits: &[bool]) -> (Rows, Vec<f64>) {
     let mut folded = rows.to_vec();
     let mut sizes = vec![1.0; rows.len()];

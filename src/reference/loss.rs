@@ -1,4 +1,4 @@
-//! The compression loss: how far each head's pairs are from what its strategy hopes for.
+//! The compression loss: the distance of each head's pairs from its strategy's target.
 
 use candle_core::Result;
 
@@ -7,7 +7,7 @@ use super::{add_scaled, Array4, Sizes};
 use crate::config::{CompressionConfig, Criterion, HeadStrategies, LossNormalizer, MergeStrategy};
 
 /// The sums that the loss is made of, over every pair of every query head that is not off. Ranks of a tensor-parallel
-/// model add theirs before they call [`Self::value`].
+/// model add their sums before they call [`Self::value`].
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LossTerms {
     /// S: the sum of `(1 - c)²` over similarity heads and of `c²` over difference heads.
@@ -68,7 +68,7 @@ pub fn compression_loss(
     Ok(Some(terms))
 }
 
-/// What the loss squares: `c - 1` for similarity, `c` for difference.
+/// The number that the loss squares: `c - 1` for similarity, `c` for difference.
 fn distance(strategy: MergeStrategy, c: f64) -> f64 {
     match strategy {
         MergeStrategy::Similarity => c - 1.0,

@@ -1,4 +1,4 @@
-//! Which tokens merge: the pair test, the two run rules, and the groups of heads that decide together.
+//! The tokens that merge: the pair test, the two run rules, and the groups of heads that decide together.
 
 use candle_core::{bail, Result, Tensor};
 
@@ -20,7 +20,7 @@ pub fn unit(a: &[f64]) -> Vec<f64> {
     a.iter().map(|x| x / length).collect()
 }
 
-/// `cos(a, b)`, the dot product of the two [`unit()`] vectors: 0 for a zero vector, NaN for a vector with NaN or infinity.
+/// `cos(a, b)`, the dot product of the two [`unit()`] vectors: 0 for a zero vector, NaN for one with NaN or infinity.
 pub fn cosine(a: &[f64], b: &[f64]) -> f64 {
     dot(&unit(a), &unit(b))
 }
@@ -118,10 +118,11 @@ pub(super) fn pair_cosine(
     cosine(left, k.row(batch, kv_head, p))
 }
 
-/// Which tokens merge, for q of shape (B, H, N, D) and k of shape (B, Hk, N, D).
+/// The tokens that merge, for q of shape (B, H, N, D) and k of shape (B, Hk, N, D).
 ///
 /// # Errors
-/// Shapes, strategies or settings that do not fit together, or [`Criterion::ObservedMass`], which reads the values, too.
+/// Shapes, strategies or settings that do not fit together, or [`Criterion::ObservedMass`], which reads the values,
+/// too.
 pub fn indicators(
     q: &Array4,
     k: &Array4,
@@ -131,8 +132,9 @@ pub fn indicators(
     indicators_under(q, k, strategies, config, None)
 }
 
-/// [`indicators`] beside a bias that broadcasts to (B, H, N, N): under [`MergeRule::Causal`] a pair (t, t + 1) qualifies
-/// only where row t + 1 sees both tokens, so that neither reaches a row through the other that the bias hides it from.
+/// [`indicators`] with a bias that broadcasts to (B, H, N, N): under [`MergeRule::Causal`] a pair (t, t + 1) qualifies
+/// only where row t + 1 sees both tokens. So a token that the bias hides from a row does not reach it through its
+/// neighbour.
 ///
 /// # Errors
 /// As [`indicators`], or a bias of another shape.

@@ -1,14 +1,14 @@
-//! The executable specification: what this crate computes, in f64 and scalar loops, one function per equation.
+//! The executable specification: the computations of this crate, in f64 and scalar loops, one function per equation.
 //!
 //! Every fast path is tested against these functions and none of them calls one. They are public so that a reader can
 //! look up an equation, and a user can check a result; they are slow on purpose (a call allocates freely and takes
 //! `O(N² · D)` per head).
 //!
-//! The way through is the same as everywhere in the crate:
+//! The steps are the same as everywhere in the crate:
 //!
 //! 1. [`indicators`] decides which tokens merge: [`cosine`], [`qualifies`], then [`causal_rule`] or [`reference_rule`];
 //!    or [`observed_indicators`] does, by [`observed_mass`];
-//! 2. [`fold()`] gives every token its folded key and value, [`visible_columns`] says which of them a row attends to;
+//! 2. [`fold()`] gives every token its folded key and value, [`visible_columns`] says which columns a row attends to;
 //! 3. [`attention`] and [`attention_gradients`] compute one softmax per row over those columns;
 //! 4. [`compression_loss`] and [`compression_loss_gradients`] are the training loss;
 //! 5. [`dropout_keeps`] is the dropout mask, from [`philox4x32_10`].
@@ -128,7 +128,8 @@ impl Array4 {
     }
 }
 
-/// The merge indicators of one call: bit `t` of a head says that token `t` is folded into `t + 1` and its column hidden.
+/// The merge indicators of one call: bit `t` of a head says that token `t` is folded into `t + 1` and its column
+/// hidden.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Indicators {
     /// Batch, query heads, tokens - 1 (0 for no tokens).

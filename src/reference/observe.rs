@@ -1,4 +1,4 @@
-//! Deciding by observed mass: what a token was given by the rows of its window.
+//! Deciding by observed mass: the attention that the rows of a token's window gave it.
 
 use candle_core::{bail, Result};
 
@@ -12,7 +12,7 @@ pub fn local_columns(row: usize, window: usize, sinks: usize) -> Vec<usize> {
     (0..=row).filter(|t| row - t < window || *t < sinks).collect()
 }
 
-/// The rows whose weights count for `token`: those of the second half of its window, which may not have come yet.
+/// The rows whose weights count for `token`: the second half of its window, where some rows may not have come yet.
 pub fn observing_rows(token: usize, window: usize) -> std::ops::Range<usize> {
     token + window / 2..token.saturating_add(window)
 }
@@ -26,8 +26,8 @@ pub fn local_weights(query: &[f64], keys: &[&[f64]], scale: f64) -> Vec<f64> {
     weights.into_iter().map(|weight| weight / sum).collect()
 }
 
-/// `score[t] = A[t] · ‖v[t]‖` of the tokens that can be decided, t + window + 1 <= N - 1, per batch row and KV head: `A[t]`
-/// is the sum of [`local_weights`] over the group's query heads and [`observing_rows`].
+/// `score[t] = A[t] · ‖v[t]‖` of the tokens that can be decided, t + window + 1 <= N - 1, per batch row and KV head:
+/// `A[t]` is the sum of [`local_weights`] over the group's query heads and [`observing_rows`].
 ///
 /// # Errors
 /// Shapes or settings that do not fit together, or another criterion than [`Criterion::ObservedMass`].
@@ -64,8 +64,9 @@ pub fn observed_mass(
     Ok(scores)
 }
 
-/// Which tokens merge under [`Criterion::ObservedMass`], for q of shape (B, H, N, D), k and v of shape (B, Hk, N, D): all
-/// that can be decided, are no sinks, and score below the threshold of every query head of their group.
+/// The tokens that merge under [`Criterion::ObservedMass`], for q of shape (B, H, N, D), k and v of shape
+/// (B, Hk, N, D): all tokens that can be decided, are no sinks, and score below the threshold of every query head of
+/// their group.
 ///
 /// # Errors
 /// Shapes, strategies or settings that do not fit together, or another criterion.

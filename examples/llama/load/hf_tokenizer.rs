@@ -35,8 +35,8 @@ impl TextFiles {
     }
 }
 
-/// Reads a tokenizer.json, as JSON first: tokenizers 0.23.2 panics on a decoder that is none. All of it becomes a value:
-/// serde_json does not look into the strings of what is ignored.
+/// Reads a tokenizer.json, as JSON first: tokenizers 0.23.2 panics on an invalid decoder. All of it becomes a value:
+/// serde_json does not check the strings of fields that are ignored.
 pub fn tokenizer(path: &Path) -> Result<Tokenizer> {
     let read = || -> Result<Tokenizer> {
         let json = fs::read(path)?;
