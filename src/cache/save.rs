@@ -21,7 +21,7 @@
 //!
 //! | NAME | shape | dtype | |
 //! |---|---|---|---|
-//! | `masses` | (min(window, seq_len)) | A | what each raw token was given so far |
+//! | `masses` | (min(window, seq_len)) | A | the mass of each raw token so far |
 //! | `sink_keys` | (min(sinks, seq_len), D) | S | the keys of the first tokens |
 
 use super::checksum::checksum;

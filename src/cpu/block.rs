@@ -17,8 +17,8 @@
 //!    (Products in bf16 pairs load the unscaled query and apply the factor to the product.)
 //! 2. An edge column is seen by a single row, so that its logit is one dot product and no tile is made. A chain steps
 //!    along the tokens, one token a column; a pair sum is made from its two raw rows.
-//! 3. A finite raw row of the accumulator's dtype is an edge in place, without a copy, where no token is folded into it
-//!    and no chain goes on from it.
+//! 3. Where all raw rows are finite, a row of the accumulator's dtype is an edge in place, without a copy, if no token
+//!    is folded into it and no later edge continues its chain.
 //! 4. Far columns that every row sees make wide tiles without a mask. Columns of the causal diagonal make narrow tiles,
 //!    and rows that see none of a tile's columns are left out, [`LANES`] rows at a time.
 //! 5. With products in bf16 pairs a tile starts at a multiple of [`PAD`] columns and holds all rows, since the far

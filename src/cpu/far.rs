@@ -335,7 +335,8 @@ mod tests {
     use crate::cpu::source::FAR_COLUMNS;
     use crate::cpu::HeadRows;
 
-    /// Lean columns are those gathered as rows, bit for bit; keys and values together are no more than one tensor.
+    /// Lean columns equal the columns gathered as rows, bit for bit; keys and values together are no more than one
+    /// tensor.
     #[test]
     fn lean_columns_are_the_gathered_ones() {
         let (tokens, dim, stride) = (157, 16, 40);

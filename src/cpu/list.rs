@@ -1,8 +1,8 @@
 //! One ragged list of a KV cache: the columns that a KV head keeps (or a query head, where heads decide alone).
 //!
 //! A [`List`] owns, in the storage dtype: the closed chains as compact keys and values with their token indices and
-//! sizes; the raw rows of the window; and the state to go on from: the open chain, the undecided bits, the scan of the
-//! causal rule or the observed masses. It owns no queries but the last one of each head, which a pair sum needs.
+//! sizes; the raw rows of the window; and the state for the next chunk: the open chain, the undecided bits, the scan of
+//! the causal rule or the observed masses. It owns no queries but the last one of each head, which a pair sum needs.
 //!
 //! The idea: a list is the columns of one call, kept between calls. Tokens arrive as a stream. A token that leaves the
 //! window is folded into the open chain, or it closes that chain and starts a new one. Closed chains are far columns
@@ -11,8 +11,8 @@
 //! The tricks:
 //! 1. A chunk is decided before anything changes ([`Decided`]). A call that is refused leaves every list as it was, and
 //!    the number of entries after the call is known.
-//! 2. A chain of one token is copied as stored; only real chains pass through the accumulator and are rounded once,
-//!    when they close.
+//! 2. A chain of one token is copied as stored, where raw rows are finite. A longer chain is folded in the accumulator
+//!    and rounded once, when it closes.
 //! 3. A list that never merges has window 0: each token is one entry, and nothing is kept raw.
 //! 4. Raw rows are moved to the front once per window of tokens, not at every token.
 //! 5. Capacity grows by an eighth, so that little is copied and little is unused.

@@ -80,7 +80,7 @@ impl<'a, T> HeadRows<'a, T> {
             use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
             let start = self.data.as_ptr().wrapping_add(token * self.stride).cast::<i8>();
             for line in (0..self.dim * size_of::<T>()).step_by(64) {
-                // SAFETY: a prefetch touches no memory, whatever its address, and SSE is part of x86-64.
+                // SAFETY: a prefetch touches no memory, for any address, and SSE is part of x86-64.
                 unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line + ahead)) }
             }
         }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 /// More than this much shared memory must be asked for, kernel by kernel.
 const SHARED_BYTES_AS_IS: usize = 48 << 10;
 
-/// The PTX version (sm_90) from which on kernels wait for the launch before: `hw::wait_for_previous` is empty below.
+/// The PTX target (sm_90) from which on kernels wait for the launch before: `hw::wait_for_previous` is empty below.
 const WAITS_BY_ITSELF: i32 = 90;
 
 /// The only compute capability that runs PTX for sm_90a.

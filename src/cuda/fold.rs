@@ -1,5 +1,5 @@
-//! Launches of `cuda/decide/fold.cu`: the columns that merging leaves, and the gradients of raw tokens from those of
-//! columns.
+//! Launches of `cuda/decide/fold.cu`: the columns that merging leaves, and the gradients of raw tokens from the
+//! gradients of columns.
 
 use super::forward::Columns;
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
@@ -162,8 +162,8 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
     }
 
     /// Changes gradients of columns and of near tokens to gradients of raw keys or values (B, Hk, N, D). `columns`
-    /// holds `far_before`, the gradients of far columns and of folded tokens; `near` those of near tokens; each is
-    /// (B·lists, N, D). Either may be absent.
+    /// holds `far_before`, the gradients of far columns and of folded tokens; `near` the gradients of near tokens; each
+    /// is (B·lists, N, D). Either may be absent.
     ///
     /// # Errors
     /// An error of the device.

@@ -11,7 +11,7 @@ use crate::config::{AttentionOptions, CompressionConfig, Fold};
 ///
 /// Row i is `Σ w_j · value_j` over its [`visible_columns`], with the softmax weights w of the logits
 /// `scale · query_i · key_j + ln n_j + bias[i, token j]` after dropout. Keys and values of far columns and of the edge
-/// are folded by the query head's own bits; so are the queries under [`Fold::PairSum`], whatever the window is.
+/// are folded by the query head's own bits; so are the queries under [`Fold::PairSum`], for any window.
 ///
 /// A row is NaN when its query, or the key or value of any column that it sees, has an entry that is not finite, for
 /// any bias or dropout of the column. Other rows are not affected by that token. A row whose columns all have a bias of

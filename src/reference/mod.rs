@@ -9,7 +9,7 @@
 //! 1. [`indicators`] decides which tokens merge: [`cosine`], [`qualifies`], then [`causal_rule`] or [`reference_rule`];
 //!    or [`observed_indicators`] does, by [`observed_mass`];
 //! 2. [`fold()`] gives every token its folded key and value, [`visible_columns`] says which columns a row attends to;
-//! 3. [`attention`] and [`attention_gradients`] compute one softmax per row over those columns;
+//! 3. [`attention`] and [`attention_gradients`] compute one softmax per row over these columns;
 //! 4. [`compression_loss`] and [`compression_loss_gradients`] are the training loss;
 //! 5. [`dropout_keeps`] is the dropout mask, from [`philox4x32_10`].
 //!

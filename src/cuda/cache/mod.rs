@@ -45,7 +45,7 @@ struct Settings {
 }
 
 impl Settings {
-    /// Raw keys that a list with observed mass keeps: those of the sinks and of the window.
+    /// Raw keys that a list with observed mass keeps: the keys of the sinks and of the window.
     fn seen_keys(&self) -> usize {
         self.config.sinks + self.config.window
     }

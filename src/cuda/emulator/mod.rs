@@ -337,7 +337,7 @@ pub struct ColumnGradients<'a> {
     pub queries: &'a Tensor,
 }
 
-/// Unfolds gradients: returns those of keys (B, Hk, N, D) and of queries (B, H, N, D), in the dtype of `qkv`.
+/// Unfolds gradients: returns the gradients of keys (B, Hk, N, D) and of queries (B, H, N, D), in the dtype of `qkv`.
 ///
 /// # Errors
 /// An error that the emulator detects.
