@@ -16,12 +16,12 @@ impl MergePlan {
     /// [`AttentionOptions::layout`]: f64, f32, f16 or bf16, any strides with a contiguous last axis. Cosines and masses
     /// are computed in f32 (f64 for f64). O(N·D) per head; under [`Criterion::ObservedMass`] O(N·(window + sinks)·D).
     ///
-    /// Under [`MergeRule::Causal`](crate::MergeRule) two neighbours merge only where the later token's row sees both. A bias of
-    /// -inf so keeps padding apart from text, and packed documents from each other.
+    /// Under [`MergeRule::Causal`](crate::MergeRule) two neighbours merge only where the later token's row sees both.
+    /// So a bias of -inf keeps padding apart from text, and packed documents from each other.
     ///
     /// # Errors
-    /// Shapes, dtypes, devices or settings that do not fit together; each message says what was expected, what came
-    /// and what to do.
+    /// Shapes, dtypes, devices or settings that do not fit together; each message says what was expected, what was
+    /// given and what to do.
     pub fn new(
         q: &Tensor,
         k: &Tensor,

@@ -1,7 +1,7 @@
 //! f16 and bf16: stored dtypes that are widened to f32.
 
 use super::element::Element;
-use super::pairs::Split;
+use super::element::Split;
 use half::slice::HalfFloatSliceExt;
 
 impl Element for half::f16 {

@@ -1,4 +1,5 @@
-//! Which instructions multiply pairs of bf16 numbers: Intel's AMX or AMD's AVX512-BF16, where the CPU has them and they pay.
+//! The instructions that multiply pairs of bf16 numbers: Intel's AMX or AMD's AVX512-BF16, where the CPU has them and
+//! they pay.
 
 use super::{choose, Choice};
 use std::sync::LazyLock;
@@ -76,8 +77,8 @@ mod x86 {
     }
 
     /// Whether products by AVX512-BF16 are faster than f32's. Intel's CPUs multiply no more of them a cycle: a call in
-    /// bf16 took 1.4 to 1.8 times as long (Xeon with AMX, which was switched off). By AMD's documents AMD's CPUs multiply
-    /// twice as many.
+    /// bf16 took 1.4 to 1.8 times as long (Xeon with AMX, which was switched off). By AMD's documents AMD's
+    /// CPUs multiply twice as many.
     pub(super) fn avx512_pays() -> bool {
         let vendor = __cpuid(0);
         [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD"
@@ -108,7 +109,8 @@ mod x86 {
         const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
         const XFEATURE_XTILEDATA: u64 = 18;
         let result: i64;
-        // SAFETY: this call changes nothing but the process's permission; a kernel that does not know it returns an error.
+        // SAFETY: this call changes nothing but the process's permission; a kernel that does not know it returns an
+        // error.
         unsafe {
             asm!("syscall", inlateout("rax") SYS_ARCH_PRCTL => result, in("rdi") ARCH_REQ_XCOMP_PERM,
                 in("rsi") XFEATURE_XTILEDATA, out("rcx") _, out("r11") _, options(nostack))
