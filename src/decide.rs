@@ -2,10 +2,12 @@
 //! decisions by these scores.
 
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
-use crate::cpu::bias::Apart;
-use crate::cpu::decide::{self as cosine, DecideInput};
-use crate::cpu::observe::{threshold, Local, ObserveInput};
-use crate::cpu::{Accumulator, Element, Rows};
+use crate::cpu::decide::cosine;
+use crate::cpu::decide::cosine::DecideInput;
+use crate::cpu::decide::observe::{threshold, Local, ObserveInput};
+use crate::cpu::number::bias::Apart;
+use crate::cpu::number::element::{Accumulator, Element};
+use crate::cpu::number::rows::Rows;
 use crate::plan::MergePlan;
 use crate::problem::{Problem, RowLayout};
 use crate::storage::{bias_view, cpu_slice, not_on_cpu, on_cpu, QueryKeyVisitor};

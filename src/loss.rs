@@ -5,9 +5,10 @@ use crate::config::AttentionOptions;
 #[cfg(doc)]
 use crate::config::Criterion;
 use crate::config::{CompressionConfig, HeadStrategies, LossNormalizer};
-use crate::cpu::decide::DecideInput;
-use crate::cpu::loss::{loss_gradients, loss_sums};
-use crate::cpu::{Element, Rows};
+use crate::cpu::decide::cosine::DecideInput;
+use crate::cpu::decide::loss::{loss_gradients, loss_sums};
+use crate::cpu::number::element::Element;
+use crate::cpu::number::rows::Rows;
 #[cfg(feature = "cuda")]
 use crate::cuda::tensors::LossCall;
 use crate::problem::Problem;

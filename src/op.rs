@@ -1,11 +1,12 @@
 //! The custom op behind [`attend`]: it checks, matches the dtype and the device, and calls the device's path.
 
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
-use crate::cpu::backward::{backward, Gradients};
-use crate::cpu::forward::forward;
-use crate::cpu::input::BackwardInput;
-use crate::cpu::input::ForwardInput;
-use crate::cpu::{Accumulator, Element, Rows};
+use crate::cpu::attend::backward::{backward, Gradients};
+use crate::cpu::attend::forward::forward;
+use crate::cpu::attend::input::BackwardInput;
+use crate::cpu::attend::input::ForwardInput;
+use crate::cpu::number::element::{Accumulator, Element};
+use crate::cpu::number::rows::Rows;
 #[cfg(feature = "cuda")]
 use crate::cuda::tensors::TensorCall;
 use crate::loss::compression_loss;

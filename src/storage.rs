@@ -1,7 +1,8 @@
 //! Slices of candle's CPU storages, by their dtype.
 
-use crate::cpu::bias::BiasView;
-use crate::cpu::{Element, Rows};
+use crate::cpu::number::bias::BiasView;
+use crate::cpu::number::element::Element;
+use crate::cpu::number::rows::Rows;
 use crate::problem::RowLayout;
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, Device, Layout, Result, Storage, Tensor};

@@ -3,12 +3,12 @@
 
 use super::{CacheOptions, CompressedKvCache, Lists, ListsOf, Sizes, State};
 use crate::config::{CompressionConfig, Fold, GroupRule, HeadStrategies, HeadTest};
-use crate::cpu::finite::{all_finite, quarantine};
-use crate::cpu::fold::ChainFold;
-use crate::cpu::heads::ListHeads;
-use crate::cpu::list::{widened, List, ListSettings, Run};
-use crate::cpu::observe::Observed;
-use crate::cpu::Element;
+use crate::cpu::cache::list::{widened, List, ListSettings, Run};
+use crate::cpu::columns::chain::ChainFold;
+use crate::cpu::decide::heads::ListHeads;
+use crate::cpu::decide::observe::Observed;
+use crate::cpu::number::element::Element;
+use crate::cpu::number::finite::{all_finite, quarantine};
 use crate::cuda::attention;
 use crate::cuda::cache::{HostList, HostLists};
 use crate::cuda::on_gpu::GpuElement;

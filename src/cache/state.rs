@@ -1,9 +1,9 @@
 //! The state of a cache on the CPU, and how its first call makes it.
 
 use super::CompressedKvCache;
-use crate::cpu::heads::ListHeads;
-use crate::cpu::list::{List, ListSettings};
-use crate::cpu::Element;
+use crate::cpu::cache::list::{List, ListSettings};
+use crate::cpu::decide::heads::ListHeads;
+use crate::cpu::number::element::Element;
 use crate::problem::Problem;
 use candle_core::{DType, Result};
 use serde::{Deserialize, Serialize};

@@ -2,9 +2,10 @@
 
 use super::{Lists, ListsOf, Sizes, State};
 use crate::config::AttentionOptions;
-use crate::cpu::cached::Step;
-use crate::cpu::list_range::{largest_in, largest_of};
-use crate::cpu::{Element, Rows};
+use crate::cpu::cache::range::{largest_in, largest_of};
+use crate::cpu::cache::step::Step;
+use crate::cpu::number::element::Element;
+use crate::cpu::number::rows::Rows;
 use crate::problem::{bias_as, Problem, RowLayout};
 use crate::storage::{self, cpu_slice, not_on_cpu};
 use candle_core::{bail, CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor};

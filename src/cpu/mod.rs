@@ -1,46 +1,17 @@
-//! The CPU path: `decide` and `fold` prepare columns, `forward` attends to them.
+//! The CPU path. A room uses those above it in this list, and none below:
+//!
+//! - `number`: numbers, registers, rows;
+//! - `work`: threads and outputs;
+//! - `tile`: products and the softmax of a tile of logits;
+//! - `columns`: far columns, edges, raw rows, and the blocks of rows that read them;
+//! - `decide`: which tokens are hidden;
+//! - `attend`: attention of one call and its gradients;
+//! - `cache`: one step of a KV cache.
 
-pub(crate) mod aligned;
 pub(crate) mod attend;
-pub(crate) mod backward;
-pub(crate) mod bias;
-pub(crate) mod block;
-pub(crate) mod cached;
+pub(crate) mod cache;
 pub(crate) mod columns;
 pub(crate) mod decide;
-pub(crate) mod decode;
-pub(crate) mod element;
-pub(crate) mod exp2;
-pub(crate) mod far;
-pub(crate) mod finite;
-pub(crate) mod fold;
-pub(crate) mod forward;
-pub(crate) mod gemm_tile;
-pub(crate) mod halves;
-pub(crate) mod heads;
-pub(crate) mod input;
-pub(crate) mod lanes;
-pub(crate) mod list;
-pub(crate) mod list_columns;
-pub(crate) mod list_decide;
-pub(crate) mod list_range;
-pub(crate) mod loss;
-pub(crate) mod observe;
-pub(crate) mod output;
-pub(crate) mod pairs;
-pub(crate) mod panels;
-pub(crate) mod philox;
-pub(crate) mod product;
-pub(crate) mod registers;
-pub(crate) mod rows;
-pub(crate) mod softmax;
-pub(crate) mod source;
-pub(crate) mod sums;
-pub(crate) mod tasks;
-pub(crate) mod transpose;
-pub(crate) mod vectorized;
-
-pub(crate) use crate::instructions::arch;
-pub(crate) use element::{Accumulator, Element};
-pub(crate) use rows::{HeadRows, Rows};
-pub(crate) use vectorized::{dot, outlined, vectorized};
+pub(crate) mod number;
+pub(crate) mod tile;
+pub(crate) mod work;

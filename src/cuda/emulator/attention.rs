@@ -4,7 +4,7 @@
 use super::device::{EmuSlice, Emulator};
 use super::{held, HeldBias};
 use crate::config::{AttentionOptions, CompressionConfig};
-use crate::cpu::Element;
+use crate::cpu::number::element::Element;
 use crate::cuda::attention::{lists, Attention};
 use crate::cuda::fold::FoldCall;
 use crate::cuda::on_gpu::{Gpu, GpuElement};

@@ -4,7 +4,7 @@ use super::device::Emulator;
 use super::{borrow, held, HeldBias};
 use crate::cache::{Both, CacheOptions, CompressedKvCache};
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
-use crate::cpu::Element;
+use crate::cpu::number::element::Element;
 use crate::cuda::cache::DeviceLists;
 use crate::cuda::on_gpu::GpuElement;
 use crate::problem::Problem;

@@ -5,7 +5,7 @@ pub use cache::*;
 pub use decode::*;
 
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
-use crate::cpu::Element;
+use crate::cpu::number::element::Element;
 use crate::cuda::attention::{lists, Attention};
 use crate::cuda::decide::{indicators, reads_bias, DecideCall};
 use crate::cuda::fold::FoldCall;

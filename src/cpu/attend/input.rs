@@ -1,0 +1,186 @@
+//! The inputs of forward and backward passes, and the far columns that are gathered from them.
+
+use crate::config::{Dropout, Fold};
+use crate::cpu::columns::far::{FarColumns, Layout};
+use crate::cpu::columns::source::{Bits, FarSource, KeysValues, RawRows, RowScratch, FAR_COLUMNS};
+use crate::cpu::columns::tiles::{block_rows, Block, Settings};
+use crate::cpu::number::bias::{Apart, BiasView};
+use crate::cpu::number::element::Element;
+use crate::cpu::number::philox::DropoutMask;
+use crate::cpu::number::rows::{HeadRows, Rows};
+use crate::cpu::tile::bf16::{Packed, Pairs};
+use crate::problem::Problem;
+use candle_core::Result;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// The inputs of one forward pass.
+#[derive(Clone, Copy)]
+pub(crate) struct ForwardInput<'a, T: Element> {
+    pub q: Rows<'a, T>,
+    pub k: Rows<'a, T>,
+    pub v: Rows<'a, T>,
+    pub problem: Problem,
+    /// Merge indicators (B, H, N-1).
+    pub bits: &'a [u8],
+    pub fold: Fold,
+    pub window: usize,
+    pub causal: bool,
+    pub scale: f64,
+    pub dropout: Option<Dropout>,
+    pub bias: Option<BiasView<'a, T::Acc>>,
+}
+
+impl<'a, T: Element> ForwardInput<'a, T> {
+    /// The call's settings, with products in bf16 pairs where they apply.
+    pub fn settings(&self) -> Settings<'a, T::Acc> {
+        let pairs = self.pairs();
+        Settings {
+            head_dim: self.problem.head_dim,
+            block_rows: block_rows(self.problem.tokens, pairs),
+            first_row: 0,
+            fold: self.fold,
+            window: self.window,
+            causal: self.causal,
+            scale: self.scale,
+            bias: self.bias,
+            pairs,
+            gradients: false,
+        }
+    }
+
+    /// Products in bf16 pairs, where they apply. Dropout needs single weights, so it excludes them.
+    pub fn pairs(&self) -> Option<Pairs> {
+        match self.dropout {
+            Some(_) => None,
+            None => Pairs::new(T::SPLIT?, self.scale),
+        }
+    }
+
+    /// Refuses a bias of -inf at a column that a row of a head with hidden tokens would see.
+    pub fn check_bias(&self) -> Result<()> {
+        let Some(bias) = self.bias else { return Ok(()) };
+        let Problem {
+            batch, heads, tokens, ..
+        } = self.problem;
+        let all = (0..batch).flat_map(|batch| (0..heads).map(move |head| [batch, head]));
+        let hiding = all.filter(|[batch, head]| self.head_bits(*batch, *head).contains(&1));
+        Apart::new(bias, 0).check_all(hiding, (tokens, tokens), self.causal)
+    }
+
+    /// The merge bits of one query head.
+    pub fn head_bits(&self, batch: usize, head: usize) -> &'a [u8] {
+        let pairs = self.problem.pairs();
+        &self.bits[(batch * self.problem.heads + head) * pairs..][..pairs]
+    }
+
+    /// One block of rows over gathered columns.
+    pub fn block<'b>(&self, batch: usize, head: usize, rows: Range<usize>, far: &'b Gathered<'a, T>) -> Block<'b, T, T>
+    where
+        'a: 'b,
+    {
+        let batch_head = batch * self.problem.heads + head;
+        Block {
+            batch,
+            head,
+            rows,
+            queries: self.q.head(batch, head),
+            previous_query: None,
+            bits: Bits {
+                bits: self.head_bits(batch, head),
+                base: 0,
+            },
+            raw: RawRows {
+                keys: far.keys,
+                values: far.values,
+                base: 0,
+                clean: far.columns.clean,
+            },
+            chain: None,
+            far,
+            dropout: self.dropout.map(|dropout| DropoutMask::new(dropout, batch_head)),
+        }
+    }
+}
+
+/// The inputs of one backward pass.
+pub(crate) struct BackwardInput<'a, T: Element> {
+    pub forward: ForwardInput<'a, T>,
+    /// The forward's output (B, H, N, D) and its gradient.
+    pub output: Rows<'a, T>,
+    pub grad_output: Rows<'a, T>,
+    /// The forward's log-sum-exp in base 2, (B, H, N), as two numbers that add up to it.
+    pub log_sum_exp: &'a [[T::Acc; 2]],
+}
+
+/// A call's far columns, with the rows that they were gathered from.
+pub(crate) struct Gathered<'a, T: Element> {
+    pub columns: Arc<FarColumns<T::Acc>>,
+    pub keys: HeadRows<'a, T>,
+    pub values: HeadRows<'a, T>,
+}
+
+impl<'a, T: Element> Gathered<'a, T> {
+    /// Gathers for gradients of one query head; reuses the buffers of `room` if given.
+    pub fn new(input: &ForwardInput<'a, T>, batch: usize, head: usize, room: Option<FarColumns<T::Acc>>) -> Self {
+        let kv_head = head / input.problem.group();
+        let (keys, values) = (input.k.head(batch, kv_head), input.v.head(batch, kv_head));
+        let bits = input.head_bits(batch, head);
+        let tokens = input.problem.tokens;
+        Self {
+            columns: Arc::new(FarColumns::gather(
+                (&keys, &values),
+                bits,
+                tokens,
+                input.fold,
+                input.pairs().map_or(Layout::Rows, Layout::Gradients),
+                room,
+            )),
+            keys,
+            values,
+        }
+    }
+
+    /// The columns, for their buffers, if no other reader is left.
+    pub fn into_columns(self) -> Option<FarColumns<T::Acc>> {
+        Arc::try_unwrap(self.columns).ok()
+    }
+}
+
+impl<T: Element> FarSource<T::Acc> for Gathered<'_, T> {
+    fn holds_until(&self) -> usize {
+        usize::MAX
+    }
+
+    fn columns(&self) -> usize {
+        self.columns.columns
+    }
+
+    fn before(&self, token: usize) -> usize {
+        self.columns.before(token)
+    }
+
+    fn token(&self, column: usize) -> usize {
+        self.columns.token(column)
+    }
+
+    fn log2_sizes(&self, columns: Range<usize>) -> Option<&[T::Acc]> {
+        self.columns.log2_sizes().map(|sizes| &sizes[columns])
+    }
+
+    fn rows<'s>(&'s self, columns: Range<usize>, _: &'s mut RowScratch<T::Acc>) -> KeysValues<'s, T::Acc> {
+        self.columns.rows(columns.start, &self.keys)
+    }
+
+    fn keys_apart<'s>(&'s self, columns: Range<usize>, keys: &mut [&'s [T::Acc]; FAR_COLUMNS]) -> bool {
+        self.columns.keys_apart(columns, &self.keys, keys)
+    }
+
+    fn packed(&self) -> Option<&Packed> {
+        self.columns.packed.as_ref()
+    }
+
+    fn packed_values(&self) -> Option<&Packed> {
+        self.columns.packed_values.as_ref()
+    }
+}

@@ -1,0 +1,122 @@
+//! A list's decisions about a chunk of tokens, before anything changes.
+
+use crate::config::{Criterion, HeadTest};
+use crate::cpu::cache::list::{widened, Decided, List, Run};
+use crate::cpu::decide::cosine::{cosine_of, qualifies};
+use crate::cpu::decide::observe::{threshold, Chunk, Local, Observed, Recent};
+use crate::cpu::number::element::{Accumulator, Element};
+use crate::cpu::number::rows::HeadRows;
+use crate::cpu::number::vectorized::dot;
+
+impl<S: Element> List<S> {
+    /// Whether tokens are hidden, now or by `decided`, even if all of them are still in the window.
+    pub fn hides(&self, decided: &Decided<S>) -> bool {
+        self.bits_base() > self.tokens.len() || decided.bits.contains(&1)
+    }
+
+    /// Decides for a chunk of tokens.
+    pub fn decide<Q: Element<Acc = S::Acc>>(&self, chunk: &Chunk<Q, S>) -> Decided<S> {
+        let (first, count) = (self.seq_len, chunk.count);
+        let mut decided = Decided {
+            bits: self.bits.clone(),
+            run: Run::default(),
+            observed: Observed::new(),
+            closes: 0,
+        };
+        decided
+            .bits
+            .resize(self.bits.len() + count - usize::from(first == 0), 0);
+        if self.settings.compares() {
+            self.scan(chunk, &mut decided);
+            decided.run.last_key = widened(chunk.keys.row(count - 1));
+        } else if self.settings.observes() {
+            self.observe(chunk, &mut decided);
+        }
+        // The tokens up to the new edge are folded by the end of the chunk. Each unset bit before the edge closes a
+        // chain.
+        let edge = (first + count).saturating_sub(self.settings.window + 1);
+        let base = self.bits_base();
+        decided.closes = (base..edge.max(base)).filter(|t| decided.bits[t - base] == 0).count();
+        decided
+    }
+
+    fn observe<Q: Element<Acc = S::Acc>>(&self, chunk: &Chunk<Q, S>, decided: &mut Decided<S>) {
+        let settings = &self.settings;
+        let local = Local {
+            window: settings.window,
+            sinks: settings.sinks,
+            scale: chunk.scale,
+        };
+        let recent = Recent {
+            keys: HeadRows::compact(&self.recent_keys, self.dim),
+            values: HeadRows::compact(&self.recent_values, self.dim),
+            rows: self.recent_keys.len() / self.dim,
+        };
+        let Some(least) = threshold(settings.tests.iter().copied()) else {
+            return;
+        };
+        let (base, least) = (self.bits_base(), S::Acc::of(least));
+        let bits = &mut decided.bits;
+        decided.observed = self
+            .observed
+            .after(local, (self.seq_len, recent), chunk, |token, score| {
+                bits[token - base] = u8::from(token >= settings.sinks && score < least);
+            });
+    }
+
+    fn scan<Q: Element<Acc = S::Acc>>(&self, chunk: &Chunk<Q, S>, decided: &mut Decided<S>) {
+        let (settings, first) = (&self.settings, self.seq_len);
+        let Chunk { queries, keys, .. } = chunk;
+        let norm = |row: &[S::Acc]| dot(row, row).root();
+        let Run {
+            mut start,
+            last_key: mut left,
+        } = self.run.clone();
+        let mut start_norm = start.as_ref().map(|(_, key)| norm(key));
+        let mut left_norm = norm(&left);
+        let mut key = vec![S::Acc::ZERO; self.dim];
+        let mut query = vec![S::Acc::ZERO; self.dim];
+        // The pair (t, t + 1) is decided when t + 1 arrives.
+        let known = self.bits.len();
+        for row in 0..decided.bits.len() - known + usize::from(first == 0) {
+            S::widen(keys.row(row), &mut key);
+            let key_norm = norm(&key);
+            let token = first + row;
+            if token > 0 {
+                let t = token - 1;
+                let long = start.as_ref().is_some_and(|(p, _)| t - p >= settings.max_merge_level);
+                let mut merges = t >= settings.sinks && !long && chunk.pair_is_seen(t);
+                let passes = |a: &[S::Acc], a_norm: S::Acc, tests: &[HeadTest]| {
+                    let beside = cosine_of(a, a_norm, &left, left_norm);
+                    let mut pass = tests.iter().all(|test| qualifies(*test, beside));
+                    if let (true, Some((_, run)), Some(run_norm)) = (pass, &start, start_norm) {
+                        let across = cosine_of(a, a_norm, run, run_norm);
+                        pass = tests.iter().all(|test| qualifies(*test, across));
+                    }
+                    pass
+                };
+                match settings.criterion {
+                    Criterion::KeyKey => merges = merges && passes(&key, key_norm, &settings.tests),
+                    // ObservedMass has no pairs: `observe` decides it.
+                    Criterion::QueryKey | Criterion::ObservedMass => {
+                        for (head, test) in queries.iter().zip(&settings.tests) {
+                            if merges {
+                                Q::widen(head.row(row), &mut query);
+                                merges = passes(&query, norm(&query), std::slice::from_ref(test));
+                            }
+                        }
+                    }
+                }
+                decided.bits[known + row - usize::from(first == 0)] = u8::from(merges);
+                if !merges {
+                    (start, start_norm) = (None, None);
+                } else if start.is_none() {
+                    (start, start_norm) = (Some((t, left.clone())), Some(left_norm));
+                }
+            }
+            left.clone_from(&key);
+            left_norm = key_norm;
+        }
+        decided.run.start = start;
+    }
+}

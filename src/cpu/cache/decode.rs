@@ -1,0 +1,412 @@
+//! Decoding: one query row per head against one ragged list of a cache.
+//!
+//! A [`Decoder`] owns the scaled queries (group, D) of the query heads that share a list. A [`Partial`] owns an
+//! unfinished softmax of these rows: maximum, sum and weighted values. The list owns the keys and values and is only
+//! read.
+//!
+//! The idea: a step of decoding is bound by memory. So each stored key and value comes from memory once and serves all
+//! query heads of the group, and one pass makes logits, weights and weighted values.
+//!
+//! The tricks:
+//! 1. A list is split at fixed places, every [`SPLIT`] entries. Each split is a task with a partial of its own, and
+//!    partials are merged in order. So any number of threads gives the same bits.
+//! 2. The first split also reads the open chain and the window.
+//! 3. A tile is at most [`TILE`] columns. Its weights and keys stay in the L1 cache. A group of more than four heads
+//!    reads the tile again, from the caches.
+//! 4. Four query rows are computed together: each register of a key or value is loaded once for all four.
+//! 5. Keys and values further on are prefetched while the first four rows of a tile are computed.
+//! 6. Halves are read as stored, two to a lane of 32 bits ([`Lanes`]). Queries and outputs are brought into the same
+//!    order of lanes once per step, not once per entry. A list whose rows do not begin at a lane is widened tile by
+//!    tile.
+//! 7. Four values are added to the outputs at a time, so that the outputs are loaded and stored a quarter as often.
+//! 8. Maxima and sums of a tile run in 16 lanes, so that no addition waits for the one before it.
+//! 9. A closed chain is finite or already replaced when it is stored, so that far columns need no check. The window is
+//!    checked only where the list's last token that was not finite is in its stored rows.
+
+use crate::cpu::cache::list::List;
+use crate::cpu::columns::chain::log2_size;
+use crate::cpu::number::element::Lanes;
+use crate::cpu::number::element::{Accumulator, Element};
+use crate::cpu::number::finite::{all_finite, quarantine};
+use crate::cpu::number::rows::HeadRows;
+use crate::cpu::number::vectorized::outlined;
+use crate::cpu::tile::softmax::finish_row;
+use crate::instructions::arch;
+use pulp::{Simd, WithSimd};
+use std::ops::Range;
+
+/// Entries of one task: at D = 64 in f32, 1 MiB of keys and values.
+pub(crate) const SPLIT: usize = 2048;
+/// Columns whose weights are held at once; their keys stay in the L1 cache.
+const TILE: usize = 64;
+
+/// An unfinished softmax of the group's rows: maximum (base 2), sum and weighted values.
+pub(crate) struct Partial<A> {
+    max: Vec<A>,
+    sum: Vec<A>,
+    /// (group, D)
+    output: Vec<A>,
+}
+
+/// Scaled queries (group, D) of one list.
+pub(crate) struct Decoder<A> {
+    /// In the order of lanes where `lanes` is set.
+    pub queries: Vec<A>,
+    pub dim: usize,
+    /// Whether the list's rows are read by lanes: see [`reads_lanes`].
+    pub lanes: bool,
+}
+
+/// Whether a list's rows can be read by lanes, without a copy.
+pub(crate) fn reads_lanes<S: Element>(list: &List<S>) -> bool {
+    let stored = [&list.keys, &list.values, &list.recent_keys, &list.recent_values];
+    stored.iter().all(|rows| S::lanes(rows, list.dim).is_some())
+}
+
+impl<A: Accumulator> Partial<A> {
+    pub fn new(group: usize, dim: usize) -> Self {
+        Self {
+            max: vec![A::NEG_INFINITY; group],
+            sum: vec![A::ZERO; group],
+            output: vec![A::ZERO; group * dim],
+        }
+    }
+
+    /// Adds the partial result of other columns.
+    pub fn merge(&mut self, other: &Self) {
+        let dim = self.output.len() / self.max.len();
+        for row in 0..self.max.len() {
+            let max = self.max[row].larger(other.max[row]);
+            let base = if max == A::NEG_INFINITY { A::ZERO } else { max };
+            let (mine, theirs) = (
+                (self.max[row] - base).exp2_nonpositive(),
+                (other.max[row] - base).exp2_nonpositive(),
+            );
+            self.max[row] = max;
+            self.sum[row] = self.sum[row] * mine + other.sum[row] * theirs;
+            let rows = self.output[row * dim..].iter_mut().zip(&other.output[row * dim..]);
+            rows.take(dim).for_each(|(x, y)| *x = *x * mine + *y * theirs);
+        }
+    }
+}
+
+impl<A: Accumulator> Decoder<A> {
+    /// Divides by the sums and writes the group's output rows.
+    pub fn finish<Q: Element<Acc = A>, S: Element<Acc = A>>(
+        &self,
+        mut partial: Partial<A>,
+        mut outputs: impl Iterator<Item = impl AsMut<[Q]>>,
+    ) {
+        for (row, sum) in partial.output.chunks_exact_mut(self.dim).zip(&partial.sum) {
+            if self.lanes {
+                S::restore(row);
+            }
+            // There is no bias here: logits that are all minus infinity have overflowed.
+            let sum = if *sum == A::ZERO { A::NAN } else { *sum };
+            if let Some(mut target) = outputs.next() {
+                finish_row(sum, row, target.as_mut())
+            }
+        }
+    }
+
+    /// The partial result of the far columns `range` of a list; the split that begins at 0 also reads the open chain
+    /// and the window.
+    pub fn split<S: Element<Acc = A>>(&self, list: &List<S>, range: Range<usize>) -> Partial<A> {
+        let partial = Partial::new(self.queries.len() / self.dim, self.dim);
+        arch().dispatch(Split {
+            decoder: self,
+            list,
+            range,
+            partial,
+        })
+    }
+
+    /// Adds the open chain, as one column.
+    #[inline(always)]
+    fn edge<I: Simd, S: Element<Acc = A>>(&self, simd: I, list: &List<S>, partial: &mut Partial<A>) {
+        let Some(chain) = &list.open else { return };
+        let (mut key, mut value) = (chain.key.clone(), chain.value.clone());
+        quarantine(&mut key, &mut value);
+        if self.lanes {
+            S::order(&mut key);
+            S::order(&mut value);
+        }
+        let size = [log2_size(chain.size)];
+        let (key, value) = (
+            HeadRows::compact(&key[..], self.dim),
+            HeadRows::compact(&value[..], self.dim),
+        );
+        self.tile::<I, A>(simd, (&key, &value), 1, Some(&size), partial);
+    }
+
+    /// The raw tokens of the window, as columns to read.
+    fn near<'l, S: Element<Acc = A>>(&self, list: &'l List<S>) -> Part<'l, S> {
+        let rows = list.recent_keys.len() / self.dim;
+        let count = list.settings.window.min(list.seq_len);
+        Part {
+            keys: HeadRows::compact(&list.recent_keys[..], self.dim),
+            values: HeadRows::compact(&list.recent_values[..], self.dim),
+            range: rows - count.min(rows)..rows,
+            log2_sizes: &[],
+            check: list.last_bad.is_some_and(|bad| bad + rows >= list.seq_len),
+        }
+    }
+
+    #[inline(always)]
+    fn part<I: Simd, S: Element<Acc = A>>(&self, simd: I, part: Part<S>, partial: &mut Partial<A>) {
+        let Part {
+            keys, values, check, ..
+        } = part;
+        let mut buffers = (Vec::new(), Vec::new());
+        for start in part.range.clone().step_by(TILE) {
+            let count = TILE.min(part.range.end - start);
+            let sizes = part.log2_sizes.get(start..start + count);
+            let lanes = |rows| S::lanes(rows, self.dim).filter(|_| self.lanes && !check);
+            match (lanes(keys.data), lanes(values.data)) {
+                (Some(keys), Some(values)) => {
+                    let keys = HeadRows::compact(keys, self.dim / S::NUMBERS).skip(start);
+                    let values = HeadRows::compact(values, self.dim / S::NUMBERS).skip(start);
+                    self.tile::<I, S>(simd, (&keys, &values), count, sizes, partial);
+                }
+                _ => {
+                    widen_rows(&keys, start, count, &mut buffers.0);
+                    widen_rows(&values, start, count, &mut buffers.1);
+                    if check {
+                        let rows = buffers.0.chunks_exact_mut(self.dim);
+                        let rows = rows.zip(buffers.1.chunks_exact_mut(self.dim));
+                        rows.for_each(|(key, value)| {
+                            quarantine(key, value);
+                        });
+                    }
+                    if self.lanes {
+                        let rows = buffers.0.chunks_exact_mut(self.dim);
+                        rows.chain(buffers.1.chunks_exact_mut(self.dim)).for_each(S::order);
+                    }
+                    let keys = HeadRows::compact(&buffers.0[..], self.dim);
+                    let values = HeadRows::compact(&buffers.1[..], self.dim);
+                    self.tile::<I, A>(simd, (&keys, &values), count, sizes, partial);
+                }
+            }
+        }
+    }
+
+    /// Adds at most [`TILE`] columns for every row of the group, four rows at a time. Each key and value is read once
+    /// for the four, so that memory and arithmetic do not wait for each other in turns.
+    #[inline(always)]
+    fn tile<I: Simd, S: Lanes<Acc = A>>(
+        &self,
+        simd: I,
+        (keys, values): (&HeadRows<S::Lane>, &HeadRows<S::Lane>),
+        count: usize,
+        log2_sizes: Option<&[A]>,
+        partial: &mut Partial<A>,
+    ) {
+        let group = self.queries.len() / self.dim;
+        for first in (0..group).step_by(4) {
+            let rows = TileRows::<S> {
+                queries: &self.queries[first * self.dim..],
+                dim: self.dim,
+                keys: *keys,
+                values: *values,
+                count,
+                log2_sizes,
+                prefetch: first == 0,
+                max: &mut partial.max[first..],
+                sum: &mut partial.sum[first..],
+                output: &mut partial.output[first * self.dim..],
+            };
+            match group - first {
+                1 => outlined(simd, Rows::<S, 1>(rows)),
+                2 => outlined(simd, Rows::<S, 2>(rows)),
+                3 => outlined(simd, Rows::<S, 3>(rows)),
+                _ => outlined(simd, Rows::<S, 4>(rows)),
+            }
+        }
+    }
+}
+
+/// Stored columns that a task reads: rows `range` of keys and values.
+struct Part<'l, S: Element> {
+    keys: HeadRows<'l, S>,
+    values: HeadRows<'l, S>,
+    range: Range<usize>,
+    log2_sizes: &'l [S::Acc],
+    /// Whether a row may hold a number that is not finite.
+    check: bool,
+}
+
+/// A tile of columns and the rows of the group that read it.
+struct TileRows<'t, S: Lanes> {
+    queries: &'t [S::Acc],
+    dim: usize,
+    keys: HeadRows<'t, S::Lane>,
+    values: HeadRows<'t, S::Lane>,
+    count: usize,
+    log2_sizes: Option<&'t [S::Acc]>,
+    prefetch: bool,
+    max: &'t mut [S::Acc],
+    sum: &'t mut [S::Acc],
+    /// (rows, D)
+    output: &'t mut [S::Acc],
+}
+
+/// The first G rows of a tile. A function of its own for each instruction set: it stands once in the binary, for every
+/// source of columns.
+struct Rows<'t, S: Lanes, const G: usize>(TileRows<'t, S>);
+
+impl<S: Lanes, const G: usize> WithSimd for Rows<'_, S, G> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<I: Simd>(self, simd: I) {
+        let TileRows {
+            queries,
+            dim,
+            keys,
+            values,
+            count,
+            log2_sizes,
+            prefetch,
+            max,
+            sum,
+            output,
+        } = self.0;
+        let queries: [&[S::Acc]; G] = std::array::from_fn(|row| &queries[row * dim..][..dim]);
+        let mut weights = [[S::Acc::NEG_INFINITY; TILE]; G];
+        for column in 0..count {
+            if prefetch {
+                keys.prefetch(column);
+                values.prefetch(column);
+            }
+            let size = log2_sizes.map_or(S::Acc::ZERO, |sizes| sizes[column]);
+            let logits = S::dots(simd, queries, keys.row(column));
+            for (weights, logit) in weights.iter_mut().zip(logits) {
+                weights[column] = logit + size;
+            }
+        }
+        for (row, weights) in weights.iter_mut().enumerate() {
+            push(&mut max[row], &mut sum[row], weights, &mut output[row * dim..][..dim]);
+        }
+        add_weighted::<I, S, G>(simd, output, &values, &weights, count);
+    }
+}
+
+/// Turns a tile's logits into weights relative to the row's new maximum; rescales the row's sum and output to it.
+#[inline(always)]
+fn push<A: Accumulator>(row_max: &mut A, row_sum: &mut A, weights: &mut [A; TILE], output: &mut [A]) {
+    let max = row_max.larger(by_lanes(weights, A::NEG_INFINITY, A::larger));
+    let base = if max == A::NEG_INFINITY { A::ZERO } else { max };
+    for weight in weights.iter_mut() {
+        *weight = (*weight - base).exp2_nonpositive();
+    }
+    let sum = by_lanes(weights, A::ZERO, |x, y| x + y);
+    if max != *row_max {
+        let rescale = (*row_max - base).exp2_nonpositive();
+        output.iter_mut().for_each(|x| *x *= rescale);
+        *row_sum *= rescale;
+        *row_max = max;
+    }
+    *row_sum += sum;
+}
+
+/// Joins all numbers in 16 independent lanes, then the lanes: a sum or a maximum without a long chain of latencies.
+#[inline(always)]
+fn by_lanes<A: Accumulator>(numbers: &[A; TILE], start: A, join: impl Fn(A, A) -> A) -> A {
+    let mut lanes = [start; 16];
+    for chunk in numbers.as_chunks::<16>().0 {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane = join(*lane, *x);
+        }
+    }
+    lanes.into_iter().fold(start, join)
+}
+
+/// One task, as code for one instruction set.
+struct Split<'a, A, S: Element<Acc = A>> {
+    decoder: &'a Decoder<A>,
+    list: &'a List<S>,
+    range: Range<usize>,
+    partial: Partial<A>,
+}
+
+impl<A: Accumulator, S: Element<Acc = A>> WithSimd for Split<'_, A, S> {
+    type Output = Partial<A>;
+
+    #[inline(always)]
+    fn with_simd<I: Simd>(mut self, simd: I) -> Partial<A> {
+        let Self { decoder, list, .. } = self;
+        let far = Part {
+            keys: HeadRows::compact(&list.keys[..], decoder.dim),
+            values: HeadRows::compact(&list.values[..], decoder.dim),
+            log2_sizes: &list.log2_sizes,
+            check: false,
+            range: self.range,
+        };
+        let first = far.range.start == 0;
+        if first {
+            decoder.edge(simd, list, &mut self.partial);
+        }
+        let near = first.then(|| decoder.near(list));
+        for part in near.into_iter().chain([far]) {
+            decoder.part(simd, part, &mut self.partial);
+        }
+        self.partial
+    }
+}
+
+/// Adds weighted values four at a time, so that the outputs are loaded and stored a quarter as often.
+#[inline(always)]
+fn add_weighted<I: Simd, S: Lanes, const G: usize>(
+    simd: I,
+    outputs: &mut [S::Acc],
+    values: &HeadRows<S::Lane>,
+    weights: &[[S::Acc; TILE]; G],
+    count: usize,
+) {
+    let quads = count / 4;
+    for quad in 0..quads {
+        let at = 4 * quad;
+        let mut quad_weights = [[S::Acc::ZERO; 4]; G];
+        for (target, row) in quad_weights.iter_mut().zip(weights) {
+            target.copy_from_slice(&row[at..at + 4]);
+        }
+        let rows = [
+            values.row(at),
+            values.row(at + 1),
+            values.row(at + 2),
+            values.row(at + 3),
+        ];
+        S::add_weighted(simd, outputs, rows, quad_weights);
+    }
+    if 4 * quads < count {
+        // The last row stands in for missing rows, with weight 0: a value is finite.
+        let at = |i: usize| (4 * quads + i).min(count - 1);
+        let rows = [0, 1, 2, 3].map(|i| values.row(at(i)));
+        let mut rest = [[S::Acc::ZERO; 4]; G];
+        for (target, row) in rest.iter_mut().zip(weights) {
+            target[..count - 4 * quads].copy_from_slice(&row[4 * quads..count]);
+        }
+        S::add_weighted(simd, outputs, rows, rest);
+    }
+}
+
+#[inline(always)]
+fn widen_rows<S: Element>(rows: &HeadRows<S>, start: usize, count: usize, buffer: &mut Vec<S::Acc>) {
+    buffer.resize(count * rows.dim, S::Acc::ZERO);
+    (start..start + count).for_each(|row| rows.prefetch(row));
+    let source = &rows.data[start * rows.dim..][..count * rows.dim];
+    S::widen(source, buffer);
+}
+
+/// Widens, folds and scales one query row; a row that is not finite becomes NaN.
+pub(crate) fn load_query<Q: Element>(row: &[Q], fold_in: Option<&[Q::Acc]>, scale: f64, target: &mut [Q::Acc]) {
+    Q::widen(row, target);
+    if let Some(previous) = fold_in {
+        target.iter_mut().zip(previous).for_each(|(x, y)| *x += *y);
+    }
+    if !all_finite(target) {
+        target.fill(Q::Acc::NAN);
+    }
+    let factor = Q::Acc::of(scale * std::f64::consts::LOG2_E);
+    target.iter_mut().for_each(|x| *x *= factor);
+}

@@ -1,0 +1,394 @@
+//! One ragged list of a KV cache: the columns that a KV head keeps (or a query head, where heads decide alone).
+//!
+//! A [`List`] owns, in the storage dtype: the closed chains as compact keys and values with their token indices and
+//! sizes; the raw rows of the window; and the state for the next chunk: the open chain, the undecided bits, the scan of
+//! the causal rule or the observed masses. It owns no queries but the last one of each head, which a pair sum needs.
+//!
+//! The idea: a list is the columns of one call, kept between calls. Tokens arrive as a stream. A token that leaves the
+//! window is folded into the open chain, or it closes that chain and starts a new one. Closed chains are far columns
+//! for every later row; the open chain is the next row's edge.
+//!
+//! The tricks:
+//! 1. A chunk is decided before anything changes ([`Decided`]). A call that is refused leaves every list as it was, and
+//!    the number of entries after the call is known.
+//! 2. A chain of one token is copied as stored, where raw rows are finite. A longer chain is folded in the accumulator
+//!    and rounded once, when it closes.
+//! 3. A list that never merges has window 0: each token is one entry, and nothing is kept raw.
+//! 4. Raw rows are moved to the front once per window of tokens, not at every token.
+//! 5. Capacity grows by an eighth, so that little is copied and little is unused.
+//! 6. A chain that is not finite is replaced when it closes, so that stored columns need no check. Raw rows of the
+//!    window are checked only where [`List::last_bad`] says that one of them is not finite.
+
+use crate::config::{CompressionConfig, Criterion, Fold, HeadTest};
+use crate::cpu::columns::chain::{log2_size, ChainFold};
+use crate::cpu::columns::source::{Bits, RawRows};
+use crate::cpu::decide::observe::Observed;
+use crate::cpu::number::element::{Accumulator, Element};
+use crate::cpu::number::finite::{quarantine, Check};
+use crate::cpu::number::rows::HeadRows;
+use crate::cpu::number::vectorized::vectorized;
+use std::mem::take;
+use std::ops::Range;
+
+/// A list grows by an eighth of its length, and at least by this many entries: little is copied, little is unused.
+const GROWTH: usize = 64;
+
+/// The settings of one list.
+#[derive(Clone, Debug)]
+pub(crate) struct ListSettings {
+    pub tests: Vec<HeadTest>,
+    pub criterion: Criterion,
+    pub fold: Fold,
+    pub sinks: usize,
+    pub max_merge_level: usize,
+    /// Tokens kept raw; 0 for a list that never merges.
+    pub window: usize,
+}
+
+impl ListSettings {
+    /// `tests` are the tests of the query heads that share the list.
+    pub fn new(tests: Vec<HeadTest>, config: &CompressionConfig) -> Self {
+        let merges = tests.iter().all(|test| !test.strategy.is_off());
+        Self {
+            tests,
+            criterion: config.criterion,
+            fold: if merges { config.fold } else { Fold::Drop },
+            sinks: config.sinks,
+            max_merge_level: config.max_merge_level,
+            window: if merges { config.window } else { 0 },
+        }
+    }
+
+    pub fn merges(&self) -> bool {
+        self.tests.iter().all(|test| !test.strategy.is_off())
+    }
+
+    /// Whether tokens are judged by the observed mass: the weights that the rows of their window gave them.
+    pub fn observes(&self) -> bool {
+        self.criterion.observes() && self.merges()
+    }
+
+    /// Whether tokens are judged by a test of neighbours.
+    pub fn compares(&self) -> bool {
+        self.criterion.compares_pairs() && self.merges()
+    }
+
+    /// The most tokens that one run may hide.
+    pub fn longest_run(&self) -> usize {
+        match (self.merges(), self.observes()) {
+            (false, _) => 0,
+            (true, false) => self.max_merge_level,
+            (true, true) => usize::MAX,
+        }
+    }
+}
+
+/// Columns in the storage dtype S.
+#[derive(Clone)]
+pub(crate) struct List<S: Element> {
+    pub settings: ListSettings,
+    pub dim: usize,
+    /// Tokens seen so far.
+    pub seq_len: usize,
+    /// Closed chains: keys and values (entries, D), and each chain's last token.
+    pub keys: Vec<S>,
+    pub values: Vec<S>,
+    pub tokens: Vec<u32>,
+    /// log2 n of each entry under [`Fold::Mean`]; else empty.
+    pub log2_sizes: Vec<S::Acc>,
+    /// The chain on token `seq_len - 1 - window`; None while the window is not full.
+    pub open: Option<ChainFold<S::Acc>>,
+    /// Raw tokens (rows, D): the window, after older rows that [`Self::trim`] has yet to drop; empty where `window` is
+    /// 0.
+    pub recent_keys: Vec<S>,
+    pub recent_values: Vec<S>,
+    /// Bits from the open chain's token (or token 0) to `seq_len - 2`; 0 where they are not decided yet.
+    pub bits: Vec<u8>,
+    pub run: Run<S::Acc>,
+    /// The observed masses, where they decide; else empty.
+    pub observed: Observed<S>,
+    /// The last raw query (heads, D) of each query head, under [`Fold::PairSum`].
+    pub last_queries: Vec<S::Acc>,
+    /// The newest token whose key or value was not finite.
+    pub last_bad: Option<usize>,
+}
+
+/// The state of the causal rule's scan.
+#[derive(Clone, Default)]
+pub(crate) struct Run<A> {
+    /// The first token of the run that ends at the last token, and its key.
+    pub start: Option<(usize, Vec<A>)>,
+    /// The last token's key; empty before the first token and where no neighbours are compared.
+    pub last_key: Vec<A>,
+}
+
+/// One chunk's decisions, made before anything changes.
+pub(crate) struct Decided<S: Element> {
+    /// Bits from the list's first bit to the last but one token of the chunk.
+    pub bits: Vec<u8>,
+    pub run: Run<S::Acc>,
+    pub observed: Observed<S>,
+    /// The number of entries that the chunk will close.
+    pub closes: usize,
+}
+
+impl<S: Element> List<S> {
+    pub fn new(settings: ListSettings, dim: usize) -> Self {
+        Self {
+            settings,
+            dim,
+            seq_len: 0,
+            keys: Vec::new(),
+            values: Vec::new(),
+            tokens: Vec::new(),
+            log2_sizes: Vec::new(),
+            open: None,
+            recent_keys: Vec::new(),
+            recent_values: Vec::new(),
+            bits: Vec::new(),
+            run: Run::default(),
+            observed: Observed::new(),
+            last_queries: Vec::new(),
+            last_bad: None,
+        }
+    }
+
+    /// The number of columns that the next row would see besides itself: closed chains, the open one, raw tokens.
+    pub fn entries(&self) -> usize {
+        self.tokens.len() + usize::from(self.open.is_some()) + self.seq_len.min(self.settings.window)
+    }
+
+    /// [`Self::entries`] after a chunk of `count` tokens.
+    pub fn entries_after(&self, count: usize, decided: &Decided<S>) -> usize {
+        let (seq_len, window) = (self.seq_len + count, self.settings.window);
+        self.tokens.len() + decided.closes + usize::from(seq_len > window) + seq_len.min(window)
+    }
+
+    /// Cuts a list that never merges back to its first `tokens` tokens (at least 1): each entry is one token.
+    pub fn truncate(&mut self, tokens: usize) {
+        if tokens >= self.seq_len || self.settings.merges() {
+            return;
+        }
+        let (start, end) = ((tokens - 1) * self.dim, tokens * self.dim);
+        let mut chain = ChainFold::new(self.settings.fold, self.dim);
+        chain.step(false, &self.keys[start..end], &self.values[start..end]);
+        self.open = Some(chain);
+        self.keys.truncate(start);
+        self.values.truncate(start);
+        self.tokens.truncate(tokens - 1);
+        self.bits.clear();
+        self.last_bad = self.last_bad.filter(|bad| *bad < tokens);
+        self.seq_len = tokens;
+    }
+
+    /// Bytes in use: entries with their token indices and sizes, the open chain, raw tokens, run state.
+    pub fn bytes(&self) -> usize {
+        let recent = 2 * self.seq_len.min(self.settings.window) * self.dim;
+        let rows = self.keys.len() + self.values.len() + recent;
+        rows * size_of::<S>() + self.tokens.len() * size_of::<u32>() + self.state_bytes()
+    }
+
+    /// Bytes allocated: [`Self::bytes`] and the reserve for growth.
+    pub fn bytes_allocated(&self) -> usize {
+        let recent = self.recent_keys.capacity() + self.recent_values.capacity();
+        let rows = self.keys.capacity() + self.values.capacity() + recent;
+        rows * size_of::<S>() + self.tokens.capacity() * size_of::<u32>() + self.state_bytes()
+    }
+
+    fn state_bytes(&self) -> usize {
+        let numbers = self.log2_sizes.len()
+            + self.open.as_ref().map_or(0, ChainFold::len)
+            + self.run.last_key.len()
+            + self.run.start.as_ref().map_or(0, |(_, key)| key.len())
+            + self.last_queries.len();
+        numbers * size_of::<S::Acc>() + self.bits.len() + self.observed.bytes()
+    }
+
+    /// The token of `bits[0]`.
+    pub fn bits_base(&self) -> usize {
+        self.seq_len.saturating_sub(self.settings.window + 1)
+    }
+
+    /// Appends a decided chunk: raw rows, bits, and the chains that its tokens push out of the window. Returns the open
+    /// chain as it was before.
+    pub fn append(
+        &mut self,
+        decided: Decided<S>,
+        keys: &HeadRows<S>,
+        values: &HeadRows<S>,
+        count: usize,
+    ) -> Option<ChainFold<S::Acc>> {
+        let first = self.seq_len;
+        let before = self.open.clone();
+        if self.settings.window > 0 {
+            for row in 0..count {
+                self.recent_keys.extend_from_slice(keys.row(row));
+                self.recent_values.extend_from_slice(values.row(row));
+            }
+        }
+        if let Some(bad) = last_not_finite(keys, values, count) {
+            self.last_bad = Some(first + bad);
+        }
+        let (base, bits) = (self.bits_base(), decided.bits);
+        self.run = decided.run;
+        self.observed = decided.observed;
+        self.seq_len += count;
+        self.reserve(decided.closes);
+        if let Some(edge) = self.seq_len.checked_sub(self.settings.window + 1) {
+            let next = if self.open.is_some() { base + 1 } else { 0 };
+            let recent = (take(&mut self.recent_keys), take(&mut self.recent_values));
+            let raw = self.raw_of((&recent.0, &recent.1), (*keys, *values), count);
+            let bits = Bits { bits: &bits, base };
+            vectorized(
+                #[inline(always)]
+                || self.fold_in(next..edge + 1, bits, &raw),
+            );
+            (self.recent_keys, self.recent_values) = recent;
+        }
+        self.bits = bits;
+        before
+    }
+
+    fn reserve(&mut self, entries: usize) {
+        let dim = self.dim;
+        if self.keys.len() + entries * dim > self.keys.capacity() {
+            let extra = entries + GROWTH.max(self.tokens.len() / 8);
+            self.keys.reserve_exact(extra * dim);
+            self.values.reserve_exact(extra * dim);
+            self.tokens.reserve_exact(extra);
+        }
+    }
+
+    /// Folds the tokens that leave the window; the chain of the last one stays open.
+    #[inline(always)]
+    fn fold_in(&mut self, tokens: Range<usize>, bits: Bits, raw: &RawRows<S>) {
+        let opened = self.open.take();
+        let mut open = opened.is_some();
+        let mut chain = opened.unwrap_or_else(|| ChainFold::new(self.settings.fold, self.dim));
+        for token in tokens.clone() {
+            let merged = token > 0 && bits.hidden(token - 1);
+            if open && !merged {
+                self.close(&chain, token - 1);
+            }
+            // A chain of one is its token.
+            open = merged || bits.hidden(token) || token + 1 == tokens.end || !raw.clean;
+            if open {
+                chain.step(merged, raw.key(token), raw.value(token));
+            } else {
+                self.keys.extend_from_slice(raw.key(token));
+                self.values.extend_from_slice(raw.value(token));
+                self.push_token(token, 1);
+            }
+        }
+        self.open = open.then_some(chain);
+    }
+
+    #[inline(always)]
+    fn close(&mut self, chain: &ChainFold<S::Acc>, token: usize) {
+        let start = self.keys.len();
+        self.keys.resize(start + self.dim, S::zero());
+        self.values.resize(start + self.dim, S::zero());
+        let (mut key, mut value) = (chain.key.clone(), chain.value.clone());
+        quarantine(&mut key, &mut value);
+        S::narrow(&key, &mut self.keys[start..]);
+        S::narrow(&value, &mut self.values[start..]);
+        self.push_token(token, chain.size);
+    }
+
+    /// Stores the last token of a closed chain, and its number of tokens.
+    fn push_token(&mut self, token: usize, size: usize) {
+        self.tokens.push(token as u32);
+        if self.settings.fold.has_sizes() {
+            self.log2_sizes.push(log2_size(size));
+        }
+    }
+
+    /// The keys of closed chains.
+    pub fn key_rows(&self) -> HeadRows<'_, S> {
+        HeadRows::compact(&self.keys, self.dim)
+    }
+
+    /// The values of closed chains.
+    pub fn value_rows(&self) -> HeadRows<'_, S> {
+        HeadRows::compact(&self.values, self.dim)
+    }
+
+    /// The raw rows that a chunk's blocks read: the chunk's own where nothing is kept raw, else the window's and the
+    /// chunk's.
+    pub fn raw<'a>(&'a self, keys: HeadRows<'a, S>, values: HeadRows<'a, S>, count: usize) -> RawRows<'a, S> {
+        self.raw_of((&self.recent_keys, &self.recent_values), (keys, values), count)
+    }
+
+    fn raw_of<'a>(
+        &self,
+        recent: (&'a [S], &'a [S]),
+        chunk: (HeadRows<'a, S>, HeadRows<'a, S>),
+        count: usize,
+    ) -> RawRows<'a, S> {
+        let compact = |rows| HeadRows::compact(rows, self.dim);
+        let (base, (keys, values)) = match self.settings.window {
+            0 => (self.seq_len - count, chunk),
+            _ => (
+                self.seq_len - recent.0.len() / self.dim,
+                (compact(recent.0), compact(recent.1)),
+            ),
+        };
+        RawRows {
+            keys,
+            values,
+            base,
+            clean: self.last_bad.is_none_or(|bad| bad < base),
+        }
+    }
+
+    /// The bits that a chunk's blocks read.
+    pub fn chunk_bits(&self, count: usize) -> Bits<'_> {
+        Bits {
+            bits: &self.bits,
+            base: (self.seq_len - count).saturating_sub(self.settings.window + 1),
+        }
+    }
+
+    /// Drops the bits and raw rows that no later row reads, after a chunk of `count` tokens.
+    pub fn trim(&mut self, count: usize) {
+        let (old, new) = (self.chunk_bits(count).base, self.bits_base());
+        self.bits.drain(..(new - old).min(self.bits.len()));
+        let (dim, keep) = (self.dim, self.settings.window.min(self.seq_len));
+        let rows = self.recent_keys.len() / dim;
+        // Rows are moved once per window of tokens, not at every step; the memory of a long chunk is released.
+        if rows > 2 * keep {
+            for recent in [&mut self.recent_keys, &mut self.recent_values] {
+                recent.drain(..(rows - keep) * dim);
+                recent.shrink_to(2 * keep * dim + dim);
+            }
+        }
+    }
+}
+
+/// The last row whose key or value is NaN or infinite.
+fn last_not_finite<T: Element>(keys: &HeadRows<T>, values: &HeadRows<T>, count: usize) -> Option<usize> {
+    let mut room = vec![T::Acc::ZERO; keys.dim];
+    let mut finite = |rows: Range<usize>| {
+        vectorized(
+            #[inline(always)]
+            || {
+                let mut check = Check::default();
+                for row in rows.clone() {
+                    check.copy(keys.row(row), &mut room);
+                    check.copy(values.row(row), &mut room);
+                }
+                check.passed()
+            },
+        )
+    };
+    match finite(0..count) {
+        true => None,
+        false => (0..count).rev().find(|row| !finite(*row..row + 1)),
+    }
+}
+
+pub(crate) fn widened<T: Element>(row: &[T]) -> Vec<T::Acc> {
+    let mut out = vec![T::Acc::ZERO; row.len()];
+    T::widen(row, &mut out);
+    out
+}

@@ -1,0 +1,8 @@
+//! One step of a KV cache: what a list keeps, decides, and shows to rows.
+
+pub(crate) mod columns;
+pub(crate) mod decide;
+pub(crate) mod decode;
+pub(crate) mod list;
+pub(crate) mod range;
+pub(crate) mod step;

@@ -1,0 +1,16 @@
+//! Stand-ins for architectures without such instructions.
+
+use crate::cpu::tile::bf16::gradients::Differentials;
+use crate::cpu::tile::bf16::{Kernel, Product, Strip};
+
+pub(crate) fn product(_: Kernel, _: Product) {
+    unreachable!("there is no kernel")
+}
+
+pub(crate) fn softmax(_: Strip, _: &mut [f32], _: &mut [f32]) {
+    unreachable!("there is no kernel")
+}
+
+pub(crate) fn differentiate(_: Differentials) {
+    unreachable!("there is no kernel")
+}

@@ -1,0 +1,7 @@
+//! Tiles of logits: products, the online softmax, and the same in bf16 pairs.
+
+pub(crate) mod bf16;
+pub(crate) mod gemm_tile;
+pub(crate) mod product;
+pub(crate) mod softmax;
+pub(crate) mod transpose;
