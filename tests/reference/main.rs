@@ -1,6 +1,7 @@
 //! The reference beyond the golden cases; one module for each subject.
 
 mod arrays;
+mod choices;
 mod columns;
 mod edges;
 mod gradients;
