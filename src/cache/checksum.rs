@@ -1,8 +1,12 @@
-//! The checksum of a saved cache.
+//! The format of a saved cache, and its checksum.
 
-use super::save::{FORMAT, VERSION};
 use crc32fast::Hasher;
 use safetensors::View;
+
+/// The format that the metadata name.
+pub(super) const FORMAT: &str = "candle-sfattention kv-cache";
+/// Raised whenever the meaning of the header or of a tensor changes.
+pub(super) const VERSION: &str = "1";
 
 /// CRC-32, as in zip, in eight hexadecimal digits. It covers the format, the version, the header, and each tensor's
 /// name, dtype, shape and bytes, in the order of the names. Each text comes after its length, and each shape after its

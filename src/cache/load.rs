@@ -1,7 +1,7 @@
 //! [`CompressedKvCache::load`]: the reader of `save`'s files, which checks every number that later code indexes by.
 
-use super::checksum::checksum;
-use super::save::{Header, SavedList, SavedState, SavedTest, Stored, FORMAT, VERSION};
+use super::checksum::{checksum, FORMAT, VERSION};
+use super::save::{Header, SavedList, SavedState, SavedTest, Stored};
 use super::{CacheOptions, CompressedKvCache, Lists, ListsOf, Sizes, State};
 use crate::config::{CompressionConfig, HeadTest};
 use crate::cpu::cache::list::{List, ListSettings, Run};

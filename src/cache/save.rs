@@ -24,7 +24,7 @@
 //! | `masses` | (min(window, seq_len)) | A | the mass of each raw token so far |
 //! | `sink_keys` | (min(sinks, seq_len), D) | S | the keys of the first tokens |
 
-use super::checksum::checksum;
+use super::checksum::{checksum, FORMAT, VERSION};
 use super::{CompressedKvCache, Lists, ListsOf, Sizes, State};
 use crate::config::whole::{present, WholeConfig, WholeStrategies};
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest, MergeStrategy};
@@ -38,11 +38,6 @@ use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::Path;
-
-/// The format that the metadata name.
-pub(super) const FORMAT: &str = "candle-sfattention kv-cache";
-/// Raised whenever the meaning of the header or of a tensor changes.
-pub(super) const VERSION: &str = "1";
 
 /// All of the cache but the tensors.
 #[derive(Serialize, Deserialize)]

@@ -3,9 +3,11 @@
 
 use super::backward;
 use super::fold::{contiguous_rows, FoldCall};
-use super::forward::{self, Attended, AttentionCall, Bias, Columns, Saved, LARGEST_LISTED};
 use super::on_gpu::{Gpu, GpuElement};
 use crate::config::AttentionOptions;
+use crate::cuda::forward;
+use crate::cuda::forward::{Attended, AttentionCall, Saved, LARGEST_LISTED};
+use crate::cuda::operands::{Bias, Columns};
 use crate::problem::{Problem, RowLayout};
 use candle_core::Result;
 

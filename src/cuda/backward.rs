@@ -4,6 +4,7 @@
 use super::fold::rows_of_warp;
 use super::forward::{AttentionCall, Saved};
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch};
+use super::operands::padded;
 use super::params::AttentionParams;
 use super::variants::backward::{BackwardVariant, COLUMNS};
 use crate::config::AttentionOptions;
@@ -37,15 +38,6 @@ const BLOCK: usize = 64;
 /// Rows, or columns, of a block in f32.
 const F32_BLOCK: usize = 32;
 const THREADS: usize = 128;
-
-/// The kernels' template for a head size: its padded size.
-pub(super) fn padded(head_dim: usize) -> usize {
-    match head_dim {
-        0..=64 => 64,
-        65..=128 => 128,
-        _ => 256,
-    }
-}
 
 /// `ColumnTarget` in `cuda/backward/backward_fused.cuh`: buffers for the fold to change further, or finished gradients
 /// of keys and values (B, Hk, N, D).

@@ -1,9 +1,9 @@
 //! Launches of `cuda/decide/decide.cu`: which pairs merge.
 
-use super::forward::Bias;
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use super::params::{BiasEntries, DecideParams, FewTests, Rows, Sizes, SweepParams};
 use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, HeadTest, MergeRule};
+use crate::cuda::operands::Bias;
 use crate::problem::Problem;
 use candle_core::Result;
 

@@ -1,10 +1,10 @@
 //! Launches of `cuda/decide/fold.cu`: the columns that merging leaves, and the gradients of raw tokens from the
 //! gradients of columns.
 
-use super::forward::Columns;
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use super::params::{FoldParams, Rows, Sizes};
 use crate::config::Fold;
+use crate::cuda::operands::Columns;
 use crate::problem::{Problem, RowLayout};
 use candle_core::Result;
 

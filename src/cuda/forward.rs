@@ -1,44 +1,13 @@
 //! Launches of `cuda/forward/forward.cu`, `forward_listed.cu`, `forward_sm90a.cu`, `forward_spread.cu` and
 //! `forward_f32.cu`: attention over the columns that folding left.
 
-use super::backward::padded;
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch};
+use super::operands::{padded, Bias, Columns};
 use super::params::{AttentionParams, BiasEntries, DropoutParams, Rows, Sizes};
 use super::variants::forward::{ForwardVariant, THREADS};
 use crate::config::AttentionOptions;
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};
-
-/// The folded columns of one call; see `cuda/lib/params.cuh` for the shapes.
-pub(crate) struct Columns<G: Gpu, T: GpuElement> {
-    /// Far columns that a list has room for.
-    pub capacity: usize,
-    /// None where only the lists of tokens exist: kernels then read raw keys and values.
-    pub far_k: Option<G::Slice<T>>,
-    pub far_v: Option<G::Slice<T>>,
-    pub far_ln: Option<G::Slice<f32>>,
-    pub far_index: G::Slice<u32>,
-    pub far_before: G::Slice<u32>,
-    /// None where folding changes no token.
-    pub folded_k: Option<G::Slice<T>>,
-    pub folded_v: Option<G::Slice<T>>,
-    pub folded_ln: Option<G::Slice<f32>>,
-}
-
-/// An additive bias in f32 as a strided (B, H, N, N) view.
-pub(crate) struct Bias<'a, G: Gpu> {
-    pub data: &'a G::Slice<f32>,
-    pub offset: usize,
-    pub strides: [usize; 4],
-}
-
-impl<G: Gpu> Clone for Bias<'_, G> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<G: Gpu> Copy for Bias<'_, G> {}
 
 /// The inputs of attention. Queries are already folded if the fold folds queries.
 pub(crate) struct AttentionCall<'a, G: Gpu, T: GpuElement> {

@@ -26,6 +26,7 @@ pub(crate) mod forward;
 pub(crate) mod loss;
 pub(crate) mod observe;
 pub(crate) mod on_gpu;
+pub(crate) mod operands;
 mod params;
 #[cfg(feature = "cuda")]
 mod ptx;

@@ -1,10 +1,10 @@
 //! Launches of `cuda/decide/observe.cu`: the decisions of [`Criterion::ObservedMass`](crate::Criterion).
 
-use super::backward::padded;
 use super::decide::DecideCall;
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use super::params::{ObservedParams, Rows, Sizes};
 use crate::config::CompressionConfig;
+use crate::cuda::operands::padded;
 use crate::problem::{Problem, RowLayout};
 use candle_core::Result;
 

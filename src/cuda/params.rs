@@ -1,9 +1,9 @@
 //! The structs that kernels take by value: the same fields in the same order as in `cuda/lib/params.cuh`, which asserts
 //! the same sizes. Fields have 4 or 8 bytes, and 8-byte fields come first: no padding.
 
-use super::forward::Bias;
 use super::on_gpu::{Gpu, Params};
 use crate::config::AttentionOptions;
+use crate::cuda::operands::Bias;
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};
 

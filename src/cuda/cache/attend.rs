@@ -2,8 +2,8 @@
 
 use super::DeviceLists;
 use crate::config::AttentionOptions;
-use crate::cuda::forward::Bias;
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch};
+use crate::cuda::operands::Bias;
 use crate::cuda::params::{BiasEntries, CacheAttendParams, DropoutParams};
 use candle_core::Result;
 

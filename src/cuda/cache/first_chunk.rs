@@ -7,9 +7,10 @@ use crate::cuda::attention::Attention;
 use crate::cuda::decide::{self, DecideCall};
 use crate::cuda::decode::StateArgs;
 use crate::cuda::fold::FoldCall;
-use crate::cuda::forward::{forward, Bias, Columns};
+use crate::cuda::forward::forward;
 use crate::cuda::observe;
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
+use crate::cuda::operands::{Bias, Columns};
 use crate::problem::Problem;
 use candle_core::Result;
 

@@ -1,29 +1,8 @@
 //! Gradients of a tile by products of bf16 pairs: weights and gradients of logits are rounded to as many parts as rows.
 
 use crate::cpu::number::aligned::Aligned;
-use crate::cpu::tile::bf16::{x86, Packed, PackedTile, PairTiles, Pairs, Product, Split, Step, PAD};
+use crate::cpu::tile::bf16::{x86, Differentials, Packed, PackedTile, PairTiles, Pairs, Product, Step, PAD};
 use crate::cpu::tile::softmax::RowSums;
-
-/// A tile of products, and the targets of its weights and gradients.
-pub(crate) struct Differentials<'a> {
-    /// Products of queries and keys, (columns, leading).
-    pub products: &'a [f32],
-    /// Gradients of the weights, (columns, leading).
-    pub grads: &'a [f32],
-    pub leading: usize,
-    pub count: usize,
-    /// The factor from products to logits in base 2.
-    pub factor: f32,
-    pub split: Split,
-    pub rows: RowSums<'a, f32>,
-    /// (columns, parts, leading), with zeros up to a multiple of [`PAD`] columns.
-    pub weights: &'a mut [u16],
-    /// Gradients of logits, in the same layout.
-    pub logits: &'a mut [u16],
-    /// Gradients of logits as (parts, columns / 2, leading, 2), parts `plane` apart.
-    pub logit_pairs: &'a mut [u16],
-    pub plane: usize,
-}
 
 /// The sums of the gradients of a tile's columns, rows `width` apart.
 pub(crate) struct ColumnSums<'a> {

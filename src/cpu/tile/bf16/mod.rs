@@ -26,12 +26,33 @@ pub(crate) use pack::{Packed, PackedTile};
 
 use crate::cpu::number::aligned::Aligned;
 pub(crate) use crate::cpu::number::element::Split;
-use crate::cpu::tile::softmax::LANES;
+use crate::cpu::tile::softmax::{RowSums, LANES};
 use crate::cpu::tile::transpose::to_columns;
 use crate::instructions::bf16::{kernel, Kernel};
 
 /// The multiple that A's dimensions and the number of columns are padded to: two tiles of 16 rows, or 16 pairs.
 pub(crate) const PAD: usize = 32;
+
+/// A tile of products, and the targets of its weights and gradients.
+pub(crate) struct Differentials<'a> {
+    /// Products of queries and keys, (columns, leading).
+    pub products: &'a [f32],
+    /// Gradients of the weights, (columns, leading).
+    pub grads: &'a [f32],
+    pub leading: usize,
+    pub count: usize,
+    /// The factor from products to logits in base 2.
+    pub factor: f32,
+    pub split: Split,
+    pub rows: RowSums<'a, f32>,
+    /// (columns, parts, leading), with zeros up to a multiple of [`PAD`] columns.
+    pub weights: &'a mut [u16],
+    /// Gradients of logits, in the same layout.
+    pub logits: &'a mut [u16],
+    /// Gradients of logits as (parts, columns / 2, leading, 2), parts `plane` apart.
+    pub logit_pairs: &'a mut [u16],
+    pub plane: usize,
+}
 
 impl Split {
     pub fn parts(self) -> usize {

@@ -1,6 +1,6 @@
 //! Stand-ins for architectures without such instructions.
 
-use crate::cpu::tile::bf16::gradients::Differentials;
+use crate::cpu::tile::bf16::Differentials;
 use crate::cpu::tile::bf16::{Kernel, Product, Strip};
 
 pub(crate) fn product(_: Kernel, _: Product) {
