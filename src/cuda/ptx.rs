@@ -85,7 +85,7 @@ mod tests {
                 kernel.name
             );
             assert!(!module.contains("shared_bytes_of_"), "{}", kernel.name);
-            // Who reaches dynamic shared memory declares it, or depends on the head size.
+            // A kernel that reaches dynamic shared memory declares it; that of cache_attend depends on the call.
             let shares = module.contains("[shared_bytes") || module.contains(", shared_bytes");
             let by_call = kernel.name.starts_with("cache_attend_");
             assert_eq!(kernel.shared_bytes > 0, shares && !by_call, "{}", kernel.name);
