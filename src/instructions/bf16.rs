@@ -44,7 +44,7 @@ pub(crate) fn refused() -> Option<&'static String> {
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn kernels() -> Vec<Kernel> {
+pub(crate) fn kernels() -> Vec<Kernel> {
     Vec::new()
 }
 
@@ -54,7 +54,9 @@ fn avx512_pays() -> bool {
 }
 
 #[cfg(target_arch = "x86_64")]
-use x86::{avx512_pays, kernels};
+use x86::avx512_pays;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::kernels;
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -64,7 +66,7 @@ mod x86 {
 
     /// The instructions that this CPU multiplies with, the best first. The work between two products needs AVX-512 and
     /// AVX512-BF16 in either case; every CPU with AMX has both.
-    pub(super) fn kernels() -> Vec<Kernel> {
+    pub(crate) fn kernels() -> Vec<Kernel> {
         let mut kernels = Vec::new();
         let between = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
         if between && is_x86_feature_detected!("avx512bf16") {

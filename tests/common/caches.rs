@@ -2,9 +2,7 @@
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_sfattention::{
-    AttentionOptions, CompressedKvCache, CompressionConfig, Criterion, HeadStrategies, MergeStrategy,
-};
+use candle_sfattention::{AttentionOptions, CompressedKvCache, CompressionConfig, HeadStrategies, MergeStrategy};
 
 use super::inputs::Shape;
 

@@ -11,7 +11,8 @@ use candle_sfattention::{
 };
 use rand::{rngs::StdRng, SeedableRng};
 
-use crate::{bits, no_bits, random, random_qkv, tensor, FOLDS};
+use crate::arrays::{no_bits, random, random_qkv, tensor, FOLDS};
+use crate::bits;
 
 const SIZES: [usize; 5] = [1, 4, 2, 48, 8];
 

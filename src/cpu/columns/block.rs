@@ -156,7 +156,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
     }
 
     /// Marks rows (relative to the block) as NaN: the operand of logits becomes NaN, the operand of gradients 0. See
-    /// [`crate::cpu::attend::head_gradients::Sums::load_rows`].
+    /// `Sums::load_rows` of `head_gradients`.
     pub fn poison(&mut self, rows: &[bool]) {
         let poisoned = rows.iter().enumerate().filter(|(_, poisoned)| **poisoned);
         for (row, _) in poisoned {

@@ -165,7 +165,8 @@ registers!(
     }
 );
 
-/// 2^x a register at a time: see [`crate::cpu::number::element::Accumulator::exp2_nonpositive`]; for x up to [`crate::cpu::tile::softmax::SLACK`].
+/// 2^x a register at a time, for x up to the slack of a softmax's maximum: the bounds are those of
+/// `Accumulator::exp2_nonpositive`.
 #[inline(always)]
 pub(crate) fn exp2<A: Registers, S: Simd>(simd: S, x: A::Floats<S>) -> A::Floats<S> {
     let magic = A::splat(simd, A::ROUND_TO_EXPONENT);

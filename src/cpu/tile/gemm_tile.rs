@@ -1,5 +1,5 @@
-//! The matrix products of a tile: in our own registers ([`crate::cpu::tile::product`]), or, for widths that these do not serve,
-//! through the gemm crate.
+//! The matrix products of a tile: in our own registers (`product.rs`), or, for widths that these do not serve, through
+//! the gemm crate.
 
 use crate::cpu::number::element::Accumulator;
 use crate::cpu::number::rows::HeadRows;

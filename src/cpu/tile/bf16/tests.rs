@@ -11,7 +11,7 @@ fn rows(rng: &mut StdRng, count: usize, dim: usize) -> Vec<f32> {
 
 /// Runs `check` in each kernel and split: leading, D, the columns of two tiles, and the unit of rounding.
 fn on_every_kernel(largest: usize, check: impl Fn(Pairs, (usize, usize), [usize; 2], f64)) {
-    let kernels = x86::kernels();
+    let kernels = crate::instructions::bf16::kernels();
     if kernels.is_empty() {
         println!("skipped: this CPU multiplies no bf16 pairs");
     }
@@ -202,7 +202,7 @@ fn gradients_agree(pairs: Pairs, (leading, dim): (usize, usize), counts: [usize;
 
 #[test]
 fn what_is_not_finite_stays_in_its_row() {
-    for kernel in x86::kernels() {
+    for kernel in crate::instructions::bf16::kernels() {
         let pairs = Pairs {
             kernel,
             split: Split::One,
