@@ -2,7 +2,7 @@
 //! merges has no window on the CPU: each token is a closed chain at once. On a device it has the other lists' window.
 
 use super::{CacheOptions, CompressedKvCache, Lists, ListsOf, Sizes, State};
-use crate::config::{CompressionConfig, Fold, GroupRule, HeadStrategies, HeadTest};
+use crate::config::{CompressionConfig, HeadStrategies, HeadTest};
 use crate::cpu::cache::list::{widened, List, ListSettings, Run};
 use crate::cpu::columns::chain::ChainFold;
 use crate::cpu::decide::heads::ListHeads;
