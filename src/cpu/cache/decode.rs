@@ -39,6 +39,8 @@ use std::ops::Range;
 pub(crate) const SPLIT: usize = 2048;
 /// Columns whose weights are held at once; their keys stay in the L1 cache.
 const TILE: usize = 64;
+/// Rows of a group that read a key or a value together.
+const TOGETHER: usize = 4;
 
 /// An unfinished softmax of the group's rows: maximum (base 2), sum and weighted values.
 pub(crate) struct Partial<A> {
@@ -136,7 +138,7 @@ impl<A: Accumulator> Decoder<A> {
             HeadRows::compact(&key[..], self.dim),
             HeadRows::compact(&value[..], self.dim),
         );
-        self.tile::<I, A>(simd, (&key, &value), 1, Some(&size), partial);
+        self.columns::<I, A>(simd, (&key, &value), 1, Some(&size), partial);
     }
 
     /// The raw tokens of the window, as columns to read.
@@ -157,43 +159,50 @@ impl<A: Accumulator> Decoder<A> {
         let Part {
             keys, values, check, ..
         } = part;
+        let lanes = |rows| S::lanes(rows, self.dim).filter(|_| self.lanes && !check);
+        if let (Some(keys), Some(values)) = (lanes(keys.data), lanes(values.data)) {
+            // Rows that fit into registers together read all of the part in one call; others share a tile's keys and
+            // values while the first cache holds them.
+            let step = match self.queries.len() / self.dim {
+                0..=TOGETHER => part.range.len().max(1),
+                _ => TILE,
+            };
+            for start in part.range.clone().step_by(step) {
+                let count = step.min(part.range.end - start);
+                let sizes = part.log2_sizes.get(start..start + count);
+                let keys = HeadRows::compact(keys, self.dim / S::NUMBERS).skip(start);
+                let values = HeadRows::compact(values, self.dim / S::NUMBERS).skip(start);
+                self.columns::<I, S>(simd, (&keys, &values), count, sizes, partial);
+            }
+            return;
+        }
         let mut buffers = (Vec::new(), Vec::new());
         for start in part.range.clone().step_by(TILE) {
             let count = TILE.min(part.range.end - start);
             let sizes = part.log2_sizes.get(start..start + count);
-            let lanes = |rows| S::lanes(rows, self.dim).filter(|_| self.lanes && !check);
-            match (lanes(keys.data), lanes(values.data)) {
-                (Some(keys), Some(values)) => {
-                    let keys = HeadRows::compact(keys, self.dim / S::NUMBERS).skip(start);
-                    let values = HeadRows::compact(values, self.dim / S::NUMBERS).skip(start);
-                    self.tile::<I, S>(simd, (&keys, &values), count, sizes, partial);
-                }
-                _ => {
-                    widen_rows(&keys, start, count, &mut buffers.0);
-                    widen_rows(&values, start, count, &mut buffers.1);
-                    if check {
-                        let rows = buffers.0.chunks_exact_mut(self.dim);
-                        let rows = rows.zip(buffers.1.chunks_exact_mut(self.dim));
-                        rows.for_each(|(key, value)| {
-                            quarantine(key, value);
-                        });
-                    }
-                    if self.lanes {
-                        let rows = buffers.0.chunks_exact_mut(self.dim);
-                        rows.chain(buffers.1.chunks_exact_mut(self.dim)).for_each(S::order);
-                    }
-                    let keys = HeadRows::compact(&buffers.0[..], self.dim);
-                    let values = HeadRows::compact(&buffers.1[..], self.dim);
-                    self.tile::<I, A>(simd, (&keys, &values), count, sizes, partial);
-                }
+            widen_rows(&keys, start, count, &mut buffers.0);
+            widen_rows(&values, start, count, &mut buffers.1);
+            if check {
+                let rows = buffers.0.chunks_exact_mut(self.dim);
+                let rows = rows.zip(buffers.1.chunks_exact_mut(self.dim));
+                rows.for_each(|(key, value)| {
+                    quarantine(key, value);
+                });
             }
+            if self.lanes {
+                let rows = buffers.0.chunks_exact_mut(self.dim);
+                rows.chain(buffers.1.chunks_exact_mut(self.dim)).for_each(S::order);
+            }
+            let keys = HeadRows::compact(&buffers.0[..], self.dim);
+            let values = HeadRows::compact(&buffers.1[..], self.dim);
+            self.columns::<I, A>(simd, (&keys, &values), count, sizes, partial);
         }
     }
 
-    /// Adds at most [`TILE`] columns for every row of the group, four rows at a time. Each key and value is read once
+    /// Adds columns for every row of the group, four rows at a time. Each key and value is read once
     /// for the four, so that memory and arithmetic do not wait for each other in turns.
     #[inline(always)]
-    fn tile<I: Simd, S: Lanes<Acc = A>>(
+    fn columns<I: Simd, S: Lanes<Acc = A>>(
         &self,
         simd: I,
         (keys, values): (&HeadRows<S::Lane>, &HeadRows<S::Lane>),
@@ -202,7 +211,7 @@ impl<A: Accumulator> Decoder<A> {
         partial: &mut Partial<A>,
     ) {
         let group = self.queries.len() / self.dim;
-        for first in (0..group).step_by(4) {
+        for first in (0..group).step_by(TOGETHER) {
             let rows = TileRows::<S> {
                 queries: &self.queries[first * self.dim..],
                 dim: self.dim,
@@ -272,22 +281,26 @@ impl<S: Lanes, const G: usize> WithSimd for Rows<'_, S, G> {
             output,
         } = self.0;
         let queries: [&[S::Acc]; G] = std::array::from_fn(|row| &queries[row * dim..][..dim]);
-        let mut weights = [[S::Acc::NEG_INFINITY; TILE]; G];
-        for column in 0..count {
-            if prefetch {
-                keys.prefetch(column);
-                values.prefetch(column);
+        for start in (0..count).step_by(TILE) {
+            let (keys, values) = (keys.skip(start), values.skip(start));
+            let columns = TILE.min(count - start);
+            let mut weights = [[S::Acc::NEG_INFINITY; TILE]; G];
+            for column in 0..columns {
+                if prefetch {
+                    keys.prefetch(column);
+                    values.prefetch(column);
+                }
+                let size = log2_sizes.map_or(S::Acc::ZERO, |sizes| sizes[start + column]);
+                let logits = S::dots(simd, queries, keys.row(column));
+                for (weights, logit) in weights.iter_mut().zip(logits) {
+                    weights[column] = logit + size;
+                }
             }
-            let size = log2_sizes.map_or(S::Acc::ZERO, |sizes| sizes[column]);
-            let logits = S::dots(simd, queries, keys.row(column));
-            for (weights, logit) in weights.iter_mut().zip(logits) {
-                weights[column] = logit + size;
+            for (row, weights) in weights.iter_mut().enumerate() {
+                push(&mut max[row], &mut sum[row], weights, &mut output[row * dim..][..dim]);
             }
+            add_weighted::<I, S, G>(simd, output, &values, &weights, columns);
         }
-        for (row, weights) in weights.iter_mut().enumerate() {
-            push(&mut max[row], &mut sum[row], weights, &mut output[row * dim..][..dim]);
-        }
-        add_weighted::<I, S, G>(simd, output, &values, &weights, count);
     }
 }
 
