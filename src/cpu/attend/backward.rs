@@ -32,7 +32,7 @@ pub(crate) struct Gradients<T> {
 
 /// Gradients from one share of one query head.
 #[derive(Default)]
-struct Part<A: Accumulator> {
+struct GradientPart<A: Accumulator> {
     /// Gradients of raw keys (`dk`) and values (`dv`), (N, width).
     dk: Aligned<A>,
     dv: Aligned<A>,
@@ -50,7 +50,7 @@ struct Group<'out, T: Element> {
     dk: &'out mut [T],
     dv: &'out mut [T],
     /// Head by head, share by share.
-    parts: Vec<Option<Part<T::Acc>>>,
+    parts: Vec<Option<GradientPart<T::Acc>>>,
 }
 
 pub(crate) fn backward<T: Element>(input: &BackwardInput<T>) -> Gradients<T> {
@@ -83,7 +83,7 @@ pub(crate) fn backward<T: Element>(input: &BackwardInput<T>) -> Gradients<T> {
     let tasks = (0..groups.len()).flat_map(|group| (0..units).map(move |unit| (group, unit)));
     for_each_task(
         tasks.collect(),
-        || Worker::new(&input.forward),
+        || GradientWorker::new(&input.forward),
         |worker, (group, unit)| {
             let at = (group / kv_heads, group % kv_heads);
             let part = worker.part(input, at, unit, pool.take().unwrap_or_default());
@@ -117,11 +117,11 @@ impl<T: Element> Group<'_, T> {
     fn store(&mut self, input: &BackwardInput<T>) {
         let (problem, shares) = (input.forward.problem, shares(input));
         let (group, dim, width) = (problem.group(), problem.head_dim, padded(problem.head_dim));
-        let parts: Vec<&Part<T::Acc>> = self.parts.iter().flatten().collect();
+        let parts: Vec<&GradientPart<T::Acc>> = self.parts.iter().flatten().collect();
         store_sum(&parts, |part| &part.dk, dim, self.dk);
         store_sum(&parts, |part| &part.dv, dim, self.dv);
         let size = problem.tokens * dim;
-        let mut rows_dq = Part::default();
+        let mut rows_dq = GradientPart::default();
         for (index, (dq, parts)) in self.dq.chunks_mut(size).zip(parts.chunks(shares)).enumerate() {
             if let ([part], false) = (parts, input.forward.fold.folds_queries()) {
                 store_sum(&[*part], |part| &part.dq, dim, dq);
@@ -147,8 +147,8 @@ impl<T: Element> Group<'_, T> {
 
 /// Adds up padded rows and stores the sums.
 fn store_sum<T: Element>(
-    parts: &[&Part<T::Acc>],
-    rows: impl Fn(&Part<T::Acc>) -> &[T::Acc] + Sync,
+    parts: &[&GradientPart<T::Acc>],
+    rows: impl Fn(&GradientPart<T::Acc>) -> &[T::Acc] + Sync,
     dim: usize,
     target: &mut [T],
 ) {
@@ -172,13 +172,13 @@ fn store_sum<T: Element>(
 }
 
 /// One thread's buffers.
-struct Worker<'a, T: Element> {
+struct GradientWorker<'a, T: Element> {
     reader: BlockReader<'a, T>,
     sums: Sums<T::Acc>,
     columns: Option<FarColumns<T::Acc>>,
 }
 
-impl<'a, T: Element> Worker<'a, T> {
+impl<'a, T: Element> GradientWorker<'a, T> {
     fn new(forward: &ForwardInput<'a, T>) -> Self {
         let settings = forward.settings().of_gradients(forward.problem.tokens);
         let reader = BlockReader::new(settings, forward.problem.tokens);
@@ -196,8 +196,8 @@ impl<'a, T: Element> Worker<'a, T> {
         input: &BackwardInput<'a, T>,
         (batch, kv_head): (usize, usize),
         unit: usize,
-        mut part: Part<T::Acc>,
-    ) -> Part<T::Acc> {
+        mut part: GradientPart<T::Acc>,
+    ) -> GradientPart<T::Acc> {
         let (forward, shares) = (&input.forward, shares(input));
         let head = kv_head * forward.problem.group() + unit / shares;
         let Self { reader, sums, columns } = self;

@@ -115,7 +115,7 @@ impl<A: Accumulator> Decoder<A> {
     /// and the window.
     pub fn split<S: Element<Acc = A>>(&self, list: &List<S>, range: Range<usize>) -> Partial<A> {
         let partial = Partial::new(self.queries.len() / self.dim, self.dim);
-        arch().dispatch(Split {
+        arch().dispatch(ListSplit {
             decoder: self,
             list,
             range,
@@ -142,10 +142,10 @@ impl<A: Accumulator> Decoder<A> {
     }
 
     /// The raw tokens of the window, as columns to read.
-    fn near<'l, S: Element<Acc = A>>(&self, list: &'l List<S>) -> Part<'l, S> {
+    fn near<'l, S: Element<Acc = A>>(&self, list: &'l List<S>) -> ListPart<'l, S> {
         let rows = list.recent_keys.len() / self.dim;
         let count = list.settings.window.min(list.seq_len);
-        Part {
+        ListPart {
             keys: HeadRows::compact(&list.recent_keys[..], self.dim),
             values: HeadRows::compact(&list.recent_values[..], self.dim),
             range: rows - count.min(rows)..rows,
@@ -155,8 +155,8 @@ impl<A: Accumulator> Decoder<A> {
     }
 
     #[inline(always)]
-    fn part<I: Simd, S: Element<Acc = A>>(&self, simd: I, part: Part<S>, partial: &mut Partial<A>) {
-        let Part {
+    fn part<I: Simd, S: Element<Acc = A>>(&self, simd: I, part: ListPart<S>, partial: &mut Partial<A>) {
+        let ListPart {
             keys, values, check, ..
         } = part;
         let lanes = |rows| S::lanes(rows, self.dim).filter(|_| self.lanes && !check);
@@ -225,17 +225,17 @@ impl<A: Accumulator> Decoder<A> {
                 output: &mut partial.output[first * self.dim..],
             };
             match group - first {
-                1 => outlined(simd, Rows::<S, 1>(rows)),
-                2 => outlined(simd, Rows::<S, 2>(rows)),
-                3 => outlined(simd, Rows::<S, 3>(rows)),
-                _ => outlined(simd, Rows::<S, 4>(rows)),
+                1 => outlined(simd, GroupRows::<S, 1>(rows)),
+                2 => outlined(simd, GroupRows::<S, 2>(rows)),
+                3 => outlined(simd, GroupRows::<S, 3>(rows)),
+                _ => outlined(simd, GroupRows::<S, 4>(rows)),
             }
         }
     }
 }
 
 /// Stored columns that a task reads: rows `range` of keys and values.
-struct Part<'l, S: Element> {
+struct ListPart<'l, S: Element> {
     keys: HeadRows<'l, S>,
     values: HeadRows<'l, S>,
     range: Range<usize>,
@@ -261,9 +261,9 @@ struct TileRows<'t, S: Lanes> {
 
 /// The first G rows of a tile. A function of its own for each instruction set: it stands once in the binary, for every
 /// source of columns.
-struct Rows<'t, S: Lanes, const G: usize>(TileRows<'t, S>);
+struct GroupRows<'t, S: Lanes, const G: usize>(TileRows<'t, S>);
 
-impl<S: Lanes, const G: usize> WithSimd for Rows<'_, S, G> {
+impl<S: Lanes, const G: usize> WithSimd for GroupRows<'_, S, G> {
     type Output = ();
 
     #[inline(always)]
@@ -335,20 +335,20 @@ fn by_lanes<A: Accumulator>(numbers: &[A; TILE], start: A, join: impl Fn(A, A) -
 }
 
 /// One task, as code for one instruction set.
-struct Split<'a, A, S: Element<Acc = A>> {
+struct ListSplit<'a, A, S: Element<Acc = A>> {
     decoder: &'a Decoder<A>,
     list: &'a List<S>,
     range: Range<usize>,
     partial: Partial<A>,
 }
 
-impl<A: Accumulator, S: Element<Acc = A>> WithSimd for Split<'_, A, S> {
+impl<A: Accumulator, S: Element<Acc = A>> WithSimd for ListSplit<'_, A, S> {
     type Output = Partial<A>;
 
     #[inline(always)]
     fn with_simd<I: Simd>(mut self, simd: I) -> Partial<A> {
         let Self { decoder, list, .. } = self;
-        let far = Part {
+        let far = ListPart {
             keys: HeadRows::compact(&list.keys[..], decoder.dim),
             values: HeadRows::compact(&list.values[..], decoder.dim),
             log2_sizes: &list.log2_sizes,

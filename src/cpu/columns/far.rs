@@ -2,7 +2,7 @@
 //!
 //! [`FarColumns`] owns the columns of one list of heads that share keys, values and bits: folded keys and values, log2
 //! of the number of tokens in each, and the token index of each column. A call's raw keys and values are borrowed, both
-//! while columns are gathered and where [`Keys`] says that a key is read in place.
+//! while columns are gathered and where [`FarKeys`] says that a key is read in place.
 //!
 //! The idea: a column is made once per list and read by every block of rows. Columns are in token order, so that a
 //! causal row sees a prefix, found by binary search.
@@ -86,7 +86,7 @@ pub(crate) enum Layout {
 
 /// Where far keys are.
 #[derive(Default)]
-enum Keys {
+enum FarKeys {
     /// Each in its row.
     #[default]
     Rows,
@@ -102,7 +102,7 @@ enum Keys {
 pub(crate) struct FarColumns<A: Accumulator> {
     /// One row per column; a single row where columns are only packed.
     far: FoldedRows<A>,
-    keys: Keys,
+    keys: FarKeys,
     sizes_differ: bool,
     /// The token index of each column; None where nothing is hidden.
     pub tokens: Option<Vec<u32>>,
@@ -133,9 +133,9 @@ impl<A: Accumulator> FarColumns<A> {
         let readable = T::as_acc(&[]).is_some();
         let in_place = nothing_hidden && readable && keys.stride == dim;
         columns.keys = match layout {
-            Layout::ValueRows | Layout::Lean if in_place => Keys::InPlace,
-            Layout::Lean if readable => Keys::Made(Vec::new()),
-            _ => Keys::Rows,
+            Layout::ValueRows | Layout::Lean if in_place => FarKeys::InPlace,
+            Layout::Lean if readable => FarKeys::Made(Vec::new()),
+            _ => FarKeys::Rows,
         };
         let rows = match layout {
             Layout::ValueRows | Layout::Lean | Layout::Rows => count,
@@ -152,10 +152,10 @@ impl<A: Accumulator> FarColumns<A> {
         let for_gradients = matches!(layout, Layout::Rows | Layout::Gradients(_));
         let fill = |columns: &mut Self, trusting: bool| {
             let key_rows = match columns.keys {
-                Keys::Rows => rows,
-                Keys::InPlace => 0,
-                Keys::Made(_) if !fold.keeps_hidden() => 0,
-                Keys::Made(_) => chains(bits, tokens),
+                FarKeys::Rows => rows,
+                FarKeys::InPlace => 0,
+                FarKeys::Made(_) if !fold.keeps_hidden() => 0,
+                FarKeys::Made(_) => chains(bits, tokens),
             };
             columns.far.start(key_rows, rows, dim);
             vectorized(
@@ -167,7 +167,7 @@ impl<A: Accumulator> FarColumns<A> {
         fill(&mut columns, trusting);
         if trusting && !columns.clean {
             // Rows that are not finite are replaced, for which all rows are copied.
-            columns.keys = Keys::Rows;
+            columns.keys = FarKeys::Rows;
             fill(&mut columns, false);
         }
         let tokens_kept = || (0..tokens as u32).filter(|t| bits.get(*t as usize) != Some(&1));
@@ -219,12 +219,12 @@ impl<A: Accumulator> FarColumns<A> {
             self.far.push_size(fold, if folded { chain.size } else { 1 });
             let value = self.far.values.row_mut(row);
             let key_row = match &mut self.keys {
-                Keys::Rows => row,
-                Keys::Made(made) if folded || summed => {
+                FarKeys::Rows => row,
+                FarKeys::Made(made) if folded || summed => {
                     made.push(column);
                     made.len() - 1
                 }
-                Keys::Made(_) | Keys::InPlace => {
+                FarKeys::Made(_) | FarKeys::InPlace => {
                     check.raw(keys.row(t), &mut left);
                     check.copy(values.row(t), value);
                     continue;
@@ -288,8 +288,8 @@ impl<A: Accumulator> FarColumns<A> {
     pub fn rows<'r, T: Element<Acc = A>>(&'r self, column: usize, keys: &HeadRows<'r, T>) -> KeysValues<'r, A> {
         let values = self.far.values.rows(column);
         let keys = match (&self.keys, keys.skip(column).as_acc()) {
-            (Keys::InPlace, Some(keys)) => keys,
-            (Keys::Made(_), _) => HeadRows::default(),
+            (FarKeys::InPlace, Some(keys)) => keys,
+            (FarKeys::Made(_), _) => HeadRows::default(),
             _ => self.far.keys.rows(column),
         };
         (keys, values)
@@ -302,7 +302,7 @@ impl<A: Accumulator> FarColumns<A> {
         keys: &HeadRows<'r, T>,
         apart: &mut [&'r [A]; FAR_COLUMNS],
     ) -> bool {
-        let (Keys::Made(made), Some(keys)) = (&self.keys, keys.as_acc()) else {
+        let (FarKeys::Made(made), Some(keys)) = (&self.keys, keys.as_acc()) else {
             return false;
         };
         let stored = self.far.keys.rows(0);

@@ -2,7 +2,7 @@
 
 use crate::cpu::decide::heads::ListHeads;
 use crate::cpu::decide::observe::keys::Keys;
-use crate::cpu::decide::observe::masses::{Observation, Scratch};
+use crate::cpu::decide::observe::masses::{Observation, MassScratch};
 use crate::cpu::decide::observe::{weigh, Local};
 use crate::cpu::number::bias::Apart;
 use crate::cpu::number::element::{Accumulator, Element};
@@ -94,7 +94,7 @@ impl<S: Element> Observed<S> {
             keys: &keys,
             sink_keys: &sinks,
         };
-        observation.add(first..end, base, &mut masses, &mut Scratch::default());
+        observation.add(first..end, base, &mut masses, &mut MassScratch::default());
         let complete = local.start(first)..(end + 1).saturating_sub(local.window);
         let mut scores: Vec<_> = complete.clone().map(|token| masses[token - base]).collect();
         let values = complete.clone().map(|token| match token.checked_sub(first) {

@@ -22,7 +22,7 @@ use std::ops::Range;
 const TOGETHER: usize = 4;
 
 /// One number per token of a panel.
-type Lanes<A> = [A; PANEL];
+type PanelLanes<A> = [A; PANEL];
 
 /// The queries of one group and the keys that they read.
 pub(crate) struct Observation<'a, Q: Element> {
@@ -38,7 +38,7 @@ pub(crate) struct Observation<'a, Q: Element> {
 
 /// Buffers of [`Observation::add`].
 #[derive(Default)]
-pub(crate) struct Scratch<A: Accumulator> {
+pub(crate) struct MassScratch<A: Accumulator> {
     queries: Vec<A>,
     /// Logits, then weights, of the rows that are computed together: the sinks' panels, then the windows' panels.
     weights: Aligned<A>,
@@ -70,7 +70,7 @@ impl Panels {
 impl<Q: Element> Observation<'_, Q> {
     /// Adds the weights of `rows` to the masses of the tokens from `base` on, where they count: row by row, and head by
     /// head within a row.
-    pub fn add(&self, rows: Range<usize>, base: usize, masses: &mut [Q::Acc], scratch: &mut Scratch<Q::Acc>) {
+    pub fn add(&self, rows: Range<usize>, base: usize, masses: &mut [Q::Acc], scratch: &mut MassScratch<Q::Acc>) {
         let tokens = base..base + masses.len();
         let window = self.local.window;
         // No other rows count for these tokens.
@@ -95,7 +95,7 @@ impl<Q: Element> Observation<'_, Q> {
         simd: S,
         pairs: [(usize, usize); G],
         tokens: &Range<usize>,
-        scratch: &mut Scratch<Q::Acc>,
+        scratch: &mut MassScratch<Q::Acc>,
     ) {
         let mut rows = [0; G];
         let mut counted = [const { 0..0 }; G];
@@ -162,9 +162,9 @@ impl<Q: Element> Observation<'_, Q> {
         simd: S,
         pairs: [(usize, usize); G],
         panels: &Panels,
-        scratch: &mut Scratch<Q::Acc>,
+        scratch: &mut MassScratch<Q::Acc>,
     ) {
-        let Scratch { queries, weights, .. } = scratch;
+        let MassScratch { queries, weights, .. } = scratch;
         let queries = (
             self.queries(pairs, queries),
             Q::Acc::of(self.local.scale * std::f64::consts::LOG2_E),
@@ -185,7 +185,7 @@ impl<Q: Element> Observation<'_, Q> {
     /// Sets the logits of one row to minus infinity where it does not look. Moves the logits of its window's last panel
     /// to the unused lanes of the first panel. Returns the largest logit of each lane.
     #[inline(always)]
-    fn hide<S: Simd>(&self, simd: S, row: usize, panels: &Panels, logits: &mut [Lanes<Q::Acc>]) -> Lanes<Q::Acc> {
+    fn hide<S: Simd>(&self, simd: S, row: usize, panels: &Panels, logits: &mut [PanelLanes<Q::Acc>]) -> PanelLanes<Q::Acc> {
         let start = self.local.start(row);
         let (sinks, window) = logits.split_at_mut(panels.sinks);
         let hidden = [Q::Acc::NEG_INFINITY; PANEL];
@@ -257,7 +257,7 @@ fn lanes(panel: usize, tokens: &Range<usize>) -> (u32, u32) {
 
 /// Joins all lanes into one number, by halves.
 #[inline(always)]
-fn across<A: Accumulator>(mut lanes: Lanes<A>, both: impl Fn(A, A) -> A) -> A {
+fn across<A: Accumulator>(mut lanes: PanelLanes<A>, both: impl Fn(A, A) -> A) -> A {
     let mut half = PANEL / 2;
     while half > 0 {
         for lane in 0..half {
@@ -273,7 +273,7 @@ struct Add<'s, 'o, Q: Element> {
     observation: &'s Observation<'o, Q>,
     rows: Range<usize>,
     tokens: Range<usize>,
-    scratch: &'s mut Scratch<Q::Acc>,
+    scratch: &'s mut MassScratch<Q::Acc>,
 }
 
 impl<Q: Element> WithSimd for Add<'_, '_, Q> {
@@ -324,7 +324,7 @@ mod tests {
                 sink_keys: &sinks,
             };
             let base = local.start(first);
-            observation.add(first..end, base, &mut masses[base..end], &mut Scratch::default());
+            observation.add(first..end, base, &mut masses[base..end], &mut MassScratch::default());
         }
         masses.into_iter().map(f32::to_bits).collect()
     }

@@ -19,7 +19,7 @@ use crate::cpu::work::tasks::for_each_task;
 use crate::instructions::arch;
 use crate::problem::Problem;
 use keys::Keys;
-use masses::{Observation, Scratch};
+use masses::{Observation, MassScratch};
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
 
@@ -133,18 +133,18 @@ impl<T: Element> ObserveInput<'_, T> {
                 tasks.extend(blocks.map(|(block_index, scores)| (at, block_index * block, scores)));
             }
         }
-        for_each_task(tasks, Worker::default, |worker, (at, first, scores)| {
+        for_each_task(tasks, ScoreWorker::default, |worker, (at, first, scores)| {
             self.score_block(at, first, scores, worker)
         });
         scores
     }
 
-    fn score_block(&self, at: (usize, usize), first: usize, scores: &mut [T::Acc], worker: &mut Worker<T::Acc>) {
+    fn score_block(&self, at: (usize, usize), first: usize, scores: &mut [T::Acc], worker: &mut ScoreWorker<T::Acc>) {
         let ((batch, kv_head), group) = (at, self.problem.group());
         let tokens = first..first + scores.len();
         let rows = self.local.rows(&tokens);
         let keys = self.k.head(batch, kv_head);
-        let Worker {
+        let ScoreWorker {
             keys: all,
             sinks,
             scratch,
@@ -180,8 +180,8 @@ impl<T: Element> ObserveInput<'_, T> {
 
 /// Buffers of one thread.
 #[derive(Default)]
-struct Worker<A: Accumulator> {
+struct ScoreWorker<A: Accumulator> {
     keys: Keys<A>,
     sinks: Keys<A>,
-    scratch: Scratch<A>,
+    scratch: MassScratch<A>,
 }

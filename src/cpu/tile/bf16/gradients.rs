@@ -1,7 +1,7 @@
 //! Gradients of a tile by products of bf16 pairs: weights and gradients of logits are rounded to as many parts as rows.
 
 use crate::cpu::number::aligned::Aligned;
-use crate::cpu::tile::bf16::{x86, Differentials, Packed, PackedTile, PairTiles, Pairs, Product, Step, PAD};
+use crate::cpu::tile::bf16::{x86, Differentials, Packed, PackedTile, PairTiles, Pairs, PairProduct, PairStep, PAD};
 use crate::cpu::tile::softmax::RowSums;
 
 /// The sums of the gradients of a tile's columns, rows `width` apart.
@@ -106,7 +106,7 @@ impl PairTiles {
         self.steps.clear();
         for (part, row_part) in self.pairs.split.terms() {
             for row in (0..leading).step_by(32) {
-                self.steps.push(Step {
+                self.steps.push(PairStep {
                     a: part * leading + row,
                     b: row_part * leading * dim + row * dim,
                 });
@@ -121,7 +121,7 @@ impl PairTiles {
             true => (&mut *target, width),
             false => (&mut self.column_sums[..], dim),
         };
-        let product = Product {
+        let product = PairProduct {
             m,
             n: dim,
             c,

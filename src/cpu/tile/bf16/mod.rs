@@ -93,7 +93,7 @@ impl Pairs {
 }
 
 /// One product: `c[m * ldc + n] = sum of a · b` over steps, pairs and both numbers of a pair, or the sum added to `c`.
-struct Product<'a> {
+struct PairProduct<'a> {
     /// Multiples of 32.
     m: usize,
     n: usize,
@@ -105,19 +105,19 @@ struct Product<'a> {
     /// Pair p of column n of step s is `b[steps[s].b + p * ldb + 2 * n..][..2]`, 16 pairs.
     b: &'a [u16],
     ldb: usize,
-    steps: &'a [Step],
+    steps: &'a [PairStep],
     accumulate: bool,
 }
 
 /// The starts of 32 numbers of the summed dimension in A and B, counted in numbers.
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct Step {
+struct PairStep {
     a: usize,
     b: usize,
 }
 
-impl Product<'_> {
+impl PairProduct<'_> {
     /// Panics where an index would leave its slice; the kernels rely on this check.
     fn check(&self) {
         assert!(self.m > 0 && self.m.is_multiple_of(PAD) && self.n > 0 && self.n.is_multiple_of(PAD));
@@ -161,7 +161,7 @@ pub(crate) struct PairTiles {
     /// Weights of one tile, (parts, columns / 2, leading, 2).
     weights: Aligned<u16>,
     capacity: usize,
-    steps: Vec<Step>,
+    steps: Vec<PairStep>,
     /// Weighted values (D, leading).
     output: Aligned<f32>,
     /// Weighted values as (leading, D).
@@ -220,7 +220,7 @@ impl PairTiles {
         self.steps.clear();
         for (part, query_part) in self.pairs.split.terms() {
             for d in (0..dim).step_by(32) {
-                self.steps.push(Step {
+                self.steps.push(PairStep {
                     a: part * dim + d,
                     b: query_part * plane + d * leading,
                 });
@@ -229,7 +229,7 @@ impl PairTiles {
         let lda = self.pairs.split.parts() * dim;
         x86::product(
             self.pairs.kernel,
-            Product {
+            PairProduct {
                 m: count.next_multiple_of(PAD),
                 n: leading,
                 c: tile,
@@ -273,7 +273,7 @@ impl PairTiles {
         self.steps.clear();
         for block in 0..count.div_ceil(32) {
             for (part, weight_part) in self.pairs.split.terms() {
-                self.steps.push(Step {
+                self.steps.push(PairStep {
                     a: ((first / 32 + block) * parts + part) * dim * 32,
                     b: weight_part * plane + block * 32 * leading,
                 });
@@ -281,7 +281,7 @@ impl PairTiles {
         }
         x86::product(
             self.pairs.kernel,
-            Product {
+            PairProduct {
                 m: dim,
                 n: leading,
                 c: &mut self.output,

@@ -1,9 +1,9 @@
 //! Stand-ins for architectures without such instructions.
 
 use crate::cpu::tile::bf16::Differentials;
-use crate::cpu::tile::bf16::{Kernel, Product, Strip};
+use crate::cpu::tile::bf16::{Kernel, PairProduct, Strip};
 
-pub(crate) fn product(_: Kernel, _: Product) {
+pub(crate) fn product(_: Kernel, _: PairProduct) {
     unreachable!("there is no kernel")
 }
 

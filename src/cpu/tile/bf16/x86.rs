@@ -3,11 +3,11 @@
 
 use crate::cpu::number::exp2::{EXP2_F32, EXP2_SHORT};
 use crate::cpu::tile::bf16::Differentials;
-use crate::cpu::tile::bf16::{x86_amx, Kernel, Product, Split, Strip, PAD};
+use crate::cpu::tile::bf16::{x86_amx, Kernel, PairProduct, Split, Strip, PAD};
 use crate::cpu::tile::softmax::LANES;
 use std::arch::x86_64::*;
 
-pub(crate) fn product(kernel: Kernel, product: Product) {
+pub(crate) fn product(kernel: Kernel, product: PairProduct) {
     match kernel {
         // SAFETY: `kernels` has found the instructions.
         Kernel::Amx => unsafe { x86_amx::product(product) },
@@ -20,9 +20,9 @@ pub(crate) fn product(kernel: Kernel, product: Product) {
 const ROWS: usize = 8;
 
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn product_avx512(product: Product) {
+fn product_avx512(product: PairProduct) {
     product.check();
-    let Product {
+    let PairProduct {
         m,
         n,
         c,

@@ -1,6 +1,6 @@
 //! Products of bf16 pairs by Intel's AMX: tiles of 16 rows of 64 bytes, in eight registers of their own.
 
-use crate::cpu::tile::bf16::{Product, PAD};
+use crate::cpu::tile::bf16::{PairProduct, PAD};
 use std::arch::asm;
 
 /// Palette 1: eight tiles of 16 rows of 64 bytes.
@@ -25,9 +25,9 @@ const CONFIGURATION: Configuration = Configuration {
 ///
 /// # Safety
 /// [`usable`] must have returned true.
-pub(crate) unsafe fn product(product: Product) {
+pub(crate) unsafe fn product(product: PairProduct) {
     product.check();
-    let Product {
+    let PairProduct {
         m,
         n,
         c,
@@ -79,7 +79,7 @@ unsafe fn square(
     lda: usize,
     b: *const u8,
     ldb: usize,
-    steps: &[crate::cpu::tile::bf16::Step],
+    steps: &[crate::cpu::tile::bf16::PairStep],
     accumulate: bool,
 ) {
     // SAFETY: loads and stores stay within the caller's bounds; all tiles are declared as clobbered.
