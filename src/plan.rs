@@ -1,5 +1,7 @@
 //! [`MergePlan`]: the tokens that each head hides, and their number.
 
+#[cfg(doc)]
+use crate::config::AttentionOptions;
 use crate::config::CompressionConfig;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Result, Tensor};

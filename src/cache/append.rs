@@ -1,12 +1,14 @@
 //! Appending tokens without attending, with their queries or without.
 
 use super::CompressedKvCache;
+#[cfg(doc)]
+use crate::config::{Criterion, Fold};
 use crate::problem::Problem;
 use candle_core::{bail, Result, Tensor};
 
 impl CompressedKvCache {
     /// Appends n >= 1 new tokens without computing their rows: query (B, H, n, D), key and value (B, Hk, n, D). O(n·D)
-    /// per head, times the window and the sinks under [`Criterion::ObservedMass`](crate::Criterion::ObservedMass).
+    /// per head, times the window and the sinks under [`Criterion::ObservedMass`].
     ///
     /// **The queries decide** under [`Criterion::ObservedMass`] (with the default softmax scale) and
     /// [`Criterion::QueryKey`], and [`Fold::PairSum`] folds them: they must be the tokens' own, rotated like the keys.

@@ -2,7 +2,7 @@
 
 use crate::cpu::decide::heads::ListHeads;
 use crate::cpu::decide::observe::keys::Keys;
-use crate::cpu::decide::observe::masses::{Observation, MassScratch};
+use crate::cpu::decide::observe::masses::{MassScratch, Observation};
 use crate::cpu::decide::observe::{weigh, Local};
 use crate::cpu::number::bias::Apart;
 use crate::cpu::number::element::{Accumulator, Element};

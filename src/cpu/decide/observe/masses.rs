@@ -185,7 +185,13 @@ impl<Q: Element> Observation<'_, Q> {
     /// Sets the logits of one row to minus infinity where it does not look. Moves the logits of its window's last panel
     /// to the unused lanes of the first panel. Returns the largest logit of each lane.
     #[inline(always)]
-    fn hide<S: Simd>(&self, simd: S, row: usize, panels: &Panels, logits: &mut [PanelLanes<Q::Acc>]) -> PanelLanes<Q::Acc> {
+    fn hide<S: Simd>(
+        &self,
+        simd: S,
+        row: usize,
+        panels: &Panels,
+        logits: &mut [PanelLanes<Q::Acc>],
+    ) -> PanelLanes<Q::Acc> {
         let start = self.local.start(row);
         let (sinks, window) = logits.split_at_mut(panels.sinks);
         let hidden = [Q::Acc::NEG_INFINITY; PANEL];

@@ -19,7 +19,7 @@ use crate::cpu::work::tasks::for_each_task;
 use crate::instructions::arch;
 use crate::problem::Problem;
 use keys::Keys;
-use masses::{Observation, MassScratch};
+use masses::{MassScratch, Observation};
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
 

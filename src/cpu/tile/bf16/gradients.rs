@@ -1,7 +1,7 @@
 //! Gradients of a tile by products of bf16 pairs: weights and gradients of logits are rounded to as many parts as rows.
 
 use crate::cpu::number::aligned::Aligned;
-use crate::cpu::tile::bf16::{x86, Differentials, Packed, PackedTile, PairTiles, Pairs, PairProduct, PairStep, PAD};
+use crate::cpu::tile::bf16::{x86, Differentials, Packed, PackedTile, PairProduct, PairStep, PairTiles, Pairs, PAD};
 use crate::cpu::tile::softmax::RowSums;
 
 /// The sums of the gradients of a tile's columns, rows `width` apart.
