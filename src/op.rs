@@ -3,8 +3,7 @@
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 use crate::cpu::attend::backward::{backward, Gradients};
 use crate::cpu::attend::forward::forward;
-use crate::cpu::attend::input::BackwardInput;
-use crate::cpu::attend::input::ForwardInput;
+use crate::cpu::attend::input::{BackwardInput, ForwardInput};
 use crate::cpu::number::element::{Accumulator, Element};
 use crate::cpu::number::rows::Rows;
 #[cfg(feature = "cuda")]

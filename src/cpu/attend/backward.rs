@@ -7,8 +7,7 @@
 
 use crate::config::Fold;
 use crate::cpu::attend::head_gradients::Sums;
-use crate::cpu::attend::input::BackwardInput;
-use crate::cpu::attend::input::{ForwardInput, Gathered};
+use crate::cpu::attend::input::{BackwardInput, ForwardInput, Gathered};
 use crate::cpu::columns::block::BlockReader;
 use crate::cpu::columns::chain::unfold;
 use crate::cpu::columns::far::FarColumns;

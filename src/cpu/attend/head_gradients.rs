@@ -1,8 +1,7 @@
 //! Gradients of one query head, summed block by block.
 
 use crate::config::Fold;
-use crate::cpu::attend::input::BackwardInput;
-use crate::cpu::attend::input::ForwardInput;
+use crate::cpu::attend::input::{BackwardInput, ForwardInput};
 use crate::cpu::attend::worker::drop_weights;
 use crate::cpu::columns::block::BlockReader;
 use crate::cpu::columns::chain::{unfold, Edge};

@@ -25,8 +25,7 @@
 
 use crate::cpu::cache::list::List;
 use crate::cpu::columns::chain::log2_size;
-use crate::cpu::number::element::Lanes;
-use crate::cpu::number::element::{Accumulator, Element};
+use crate::cpu::number::element::{Accumulator, Element, Lanes};
 use crate::cpu::number::finite::{all_finite, quarantine};
 use crate::cpu::number::rows::HeadRows;
 use crate::cpu::number::vectorized::outlined;

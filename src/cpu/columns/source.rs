@@ -4,8 +4,7 @@
 
 use crate::cpu::number::element::{Accumulator, Element};
 use crate::cpu::number::finite::quarantine;
-use crate::cpu::number::rows::HeadRows;
-use crate::cpu::number::rows::PaddedRows;
+use crate::cpu::number::rows::{HeadRows, PaddedRows};
 use crate::cpu::tile::bf16::Packed;
 use std::ops::Range;
 

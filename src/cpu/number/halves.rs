@@ -1,7 +1,6 @@
 //! f16 and bf16: stored dtypes that are widened to f32.
 
-use crate::cpu::number::element::Element;
-use crate::cpu::number::element::Split;
+use crate::cpu::number::element::{Element, Split};
 use half::slice::HalfFloatSliceExt;
 
 impl Element for half::f16 {

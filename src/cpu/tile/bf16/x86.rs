@@ -2,8 +2,7 @@
 //! products.
 
 use crate::cpu::number::exp2::{EXP2_F32, EXP2_SHORT};
-use crate::cpu::tile::bf16::Differentials;
-use crate::cpu::tile::bf16::{x86_amx, Kernel, PairProduct, Split, Strip, PAD};
+use crate::cpu::tile::bf16::{x86_amx, Differentials, Kernel, PairProduct, Split, Strip, PAD};
 use crate::cpu::tile::softmax::LANES;
 use std::arch::x86_64::*;
 
