@@ -7,7 +7,7 @@ use crate::cpu::decide::cosine::DecideInput;
 use crate::cpu::decide::observe::{threshold, Local, ObserveInput};
 use crate::cpu::number::bias::Apart;
 use crate::cpu::number::element::{Accumulator, Element};
-use crate::cpu::number::rows::Rows;
+use crate::cpu::number::rows::RowGrid;
 use crate::plan::MergePlan;
 use crate::problem::{Problem, RowLayout};
 use crate::storage::{bias_view, cpu_slice, not_on_cpu, on_cpu, QueryKeyVisitor};
@@ -82,7 +82,7 @@ struct Decide<'a> {
 impl QueryKeyVisitor for Decide<'_> {
     type Output = Vec<u8>;
 
-    fn visit<T: Element>(self, q: Rows<T>, k: Rows<T>) -> Result<Vec<u8>> {
+    fn visit<T: Element>(self, q: RowGrid<T>, k: RowGrid<T>) -> Result<Vec<u8>> {
         let stored = self.bias.map(Tensor::storage_and_layout);
         let bias = match &stored {
             Some((storage, layout)) => Some(bias_view::<T::Acc>(storage, layout)?),
@@ -183,9 +183,9 @@ impl Observe<'_> {
     fn with_input<T: Element, R>(&self, body: impl FnOnce(&ObserveInput<T>) -> Result<R>) -> Result<R> {
         let [q, k, v] = self.tensors.map(Tensor::storage_and_layout);
         body(&ObserveInput::<T> {
-            q: Rows::new(cpu_slice(&q.0)?, RowLayout::new(q.1)),
-            k: Rows::new(cpu_slice(&k.0)?, RowLayout::new(k.1)),
-            v: Rows::new(cpu_slice(&v.0)?, RowLayout::new(v.1)),
+            q: RowGrid::new(cpu_slice(&q.0)?, RowLayout::new(q.1)),
+            k: RowGrid::new(cpu_slice(&k.0)?, RowLayout::new(k.1)),
+            v: RowGrid::new(cpu_slice(&v.0)?, RowLayout::new(v.1)),
             problem: self.problem,
             local: self.local,
         })

@@ -8,7 +8,7 @@ use crate::config::{CompressionConfig, HeadStrategies, LossNormalizer};
 use crate::cpu::decide::cosine::DecideInput;
 use crate::cpu::decide::loss::{loss_gradients, loss_sums};
 use crate::cpu::number::element::Element;
-use crate::cpu::number::rows::Rows;
+use crate::cpu::number::rows::RowGrid;
 #[cfg(feature = "cuda")]
 use crate::cuda::tensors::LossCall;
 use crate::problem::Problem;
@@ -131,7 +131,7 @@ impl LossSumsOp {
         }
     }
 
-    fn input<'a, T: Element>(&'a self, q: Rows<'a, T>, k: Rows<'a, T>) -> DecideInput<'a, T> {
+    fn input<'a, T: Element>(&'a self, q: RowGrid<'a, T>, k: RowGrid<'a, T>) -> DecideInput<'a, T> {
         DecideInput {
             apart: None,
             q,
@@ -148,7 +148,7 @@ struct Forward<'a>(&'a LossSumsOp);
 impl QueryKeyVisitor for Forward<'_> {
     type Output = (CpuStorage, Shape);
 
-    fn visit<T: Element>(self, q: Rows<T>, k: Rows<T>) -> Result<Self::Output> {
+    fn visit<T: Element>(self, q: RowGrid<T>, k: RowGrid<T>) -> Result<Self::Output> {
         let sums = loss_sums(&self.0.input(q, k));
         let (squared, merged) = (sums.squared, sums.merged as f64);
         let storage = match self.0.problem.dtype {
@@ -167,7 +167,7 @@ struct Backward<'a> {
 impl QueryKeyVisitor for Backward<'_> {
     type Output = (Tensor, Tensor);
 
-    fn visit<T: Element>(self, q: Rows<T>, k: Rows<T>) -> Result<Self::Output> {
+    fn visit<T: Element>(self, q: RowGrid<T>, k: RowGrid<T>) -> Result<Self::Output> {
         let (dq, dk) = loss_gradients(&self.op.input(q, k), self.upstream);
         let Problem {
             batch,

@@ -5,7 +5,7 @@ use crate::cpu::attend::backward::{backward, Gradients};
 use crate::cpu::attend::forward::forward;
 use crate::cpu::attend::input::{BackwardInput, ForwardInput};
 use crate::cpu::number::element::{Accumulator, Element};
-use crate::cpu::number::rows::Rows;
+use crate::cpu::number::rows::RowGrid;
 #[cfg(feature = "cuda")]
 use crate::cuda::tensors::TensorCall;
 use crate::loss::compression_loss;
@@ -204,8 +204,8 @@ impl CompressedAttentionOp {
     }
 }
 
-fn rows<'a, T>((data, layout): (&'a [T], &Layout)) -> Rows<'a, T> {
-    Rows::new(data, RowLayout::new(layout))
+fn rows<'a, T>((data, layout): (&'a [T], &Layout)) -> RowGrid<'a, T> {
+    RowGrid::new(data, RowLayout::new(layout))
 }
 
 fn contiguous<'a, T: candle_core::WithDType>(storage: &'a Storage, layout: &Layout) -> Result<&'a [T]> {

@@ -2,7 +2,7 @@
 
 use crate::cpu::number::bias::BiasView;
 use crate::cpu::number::element::Element;
-use crate::cpu::number::rows::Rows;
+use crate::cpu::number::rows::RowGrid;
 use crate::problem::RowLayout;
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, Device, Layout, Result, Storage, Tensor};
@@ -10,7 +10,7 @@ use candle_core::{bail, CpuStorage, Device, Layout, Result, Storage, Tensor};
 /// Something that reads a query and a key on the CPU, for any dtype.
 pub(crate) trait QueryKeyVisitor {
     type Output;
-    fn visit<T: Element>(self, q: Rows<T>, k: Rows<T>) -> Result<Self::Output>;
+    fn visit<T: Element>(self, q: RowGrid<T>, k: RowGrid<T>) -> Result<Self::Output>;
 }
 
 /// Runs `visitor` on the storages of a checked query and key.
@@ -32,10 +32,10 @@ pub(crate) fn visit_storages<V: QueryKeyVisitor>(
 ) -> Result<V::Output> {
     let (q_rows, k_rows) = (RowLayout::new(q_layout), RowLayout::new(k_layout));
     match (q, k) {
-        (CpuStorage::F64(q), CpuStorage::F64(k)) => visitor.visit(Rows::new(q, q_rows), Rows::new(k, k_rows)),
-        (CpuStorage::F32(q), CpuStorage::F32(k)) => visitor.visit(Rows::new(q, q_rows), Rows::new(k, k_rows)),
-        (CpuStorage::F16(q), CpuStorage::F16(k)) => visitor.visit(Rows::new(q, q_rows), Rows::new(k, k_rows)),
-        (CpuStorage::BF16(q), CpuStorage::BF16(k)) => visitor.visit(Rows::new(q, q_rows), Rows::new(k, k_rows)),
+        (CpuStorage::F64(q), CpuStorage::F64(k)) => visitor.visit(RowGrid::new(q, q_rows), RowGrid::new(k, k_rows)),
+        (CpuStorage::F32(q), CpuStorage::F32(k)) => visitor.visit(RowGrid::new(q, q_rows), RowGrid::new(k, k_rows)),
+        (CpuStorage::F16(q), CpuStorage::F16(k)) => visitor.visit(RowGrid::new(q, q_rows), RowGrid::new(k, k_rows)),
+        (CpuStorage::BF16(q), CpuStorage::BF16(k)) => visitor.visit(RowGrid::new(q, q_rows), RowGrid::new(k, k_rows)),
         // Problem has checked the dtypes.
         _ => bail!(
             "query and key: expected one dtype of f64, f32, f16 and bf16 for both, got {:?} and {:?}; \

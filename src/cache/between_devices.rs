@@ -1,7 +1,7 @@
 //! Lists between the CPU and a CUDA device, for [`CompressedKvCache::save`], `load` and `to_device`. A list that never
 //! merges has no window on the CPU: each token is a closed chain at once. On a device it has the other lists' window.
 
-use super::{CacheOptions, CompressedKvCache, Lists, ListsOf, Sizes, State};
+use super::{CacheOptions, CacheSizes, CompressedKvCache, Lists, ListsOf, State};
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest};
 use crate::cpu::cache::list::{widened, List, ListSettings, Run};
 use crate::cpu::columns::chain::ChainFold;
@@ -40,7 +40,7 @@ macro_rules! both {
 
 both!(f32: F32, half::f16: F16, half::bf16: BF16);
 
-impl Sizes {
+impl CacheSizes {
     /// The shapes as a call of one token.
     pub fn problem(&self, dtype: DType) -> Problem {
         Problem {
@@ -65,7 +65,7 @@ impl CompressedKvCache {
         let (strategies, config, options) = settings;
         let mut cache = Self::new(strategies.clone(), config.clone(), options.clone())?;
         if held.seq_len > 0 {
-            cache.state = Some(state_of(Sizes::of(problem), config, held));
+            cache.state = Some(state_of(CacheSizes::of(problem), config, held));
         }
         Ok(cache)
     }
@@ -91,8 +91,8 @@ impl CompressedKvCache {
 }
 
 /// The state of a cache on the CPU from the lists of a device.
-pub(super) fn state_of<T: Both>(sizes: Sizes, config: &CompressionConfig, held: &HostLists<T>) -> State {
-    let Sizes {
+pub(super) fn state_of<T: Both>(sizes: CacheSizes, config: &CompressionConfig, held: &HostLists<T>) -> State {
+    let CacheSizes {
         batch, heads, kv_heads, ..
     } = sizes;
     let per_row = held.lists.len() / batch;
@@ -200,7 +200,7 @@ fn plain_list<T: Both>(settings: ListSettings, held: &HostList<T>, (seq_len, dim
 
 /// The lists for a device, `per_row` of them a batch row, from the state of a cache on the CPU.
 fn held_of<T: Both>(state: &State, lists: &ListsOf<T>, config: &CompressionConfig, per_row: usize) -> HostLists<T> {
-    let Sizes {
+    let CacheSizes {
         batch, heads, head_dim, ..
     } = state.sizes;
     let of = |row: usize, head: usize| {

@@ -1,8 +1,8 @@
 //! [`CompressedKvCache::load`]: the reader of `save`'s files, which checks every number that later code indexes by.
 
 use super::checksum::{checksum, FORMAT, VERSION};
-use super::save::{Header, SavedList, SavedState, SavedTest, Stored};
-use super::{CacheOptions, CompressedKvCache, Lists, ListsOf, Sizes, State};
+use super::save::{Header, SavedList, SavedState, SavedTest, Storable};
+use super::{CacheOptions, CacheSizes, CompressedKvCache, Lists, ListsOf, State};
 use crate::config::{CompressionConfig, HeadTest};
 use crate::cpu::cache::list::{List, ListSettings, Run};
 use crate::cpu::columns::chain::ChainFold;
@@ -148,8 +148,8 @@ fn restore_state(cache: &CompressedKvCache, saved: &SavedState, file: &SafeTenso
     })
 }
 
-fn check_sizes(sizes: &Sizes) -> Result<()> {
-    let Sizes {
+fn check_sizes(sizes: &CacheSizes) -> Result<()> {
+    let CacheSizes {
         batch,
         heads,
         kv_heads,
@@ -164,7 +164,7 @@ fn check_sizes(sizes: &Sizes) -> Result<()> {
 /// Checks the order of the lists: batch-major, and each head of each batch row in one list. A list serves a KV head's
 /// whole group where the group decides as one, else one head.
 fn check_heads(saved: &SavedState, config: &CompressionConfig) -> Result<()> {
-    let Sizes {
+    let CacheSizes {
         batch, heads, kv_heads, ..
     } = saved.sizes;
     let group = heads / kv_heads;
@@ -222,9 +222,9 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn lists<S: Element + Stored>(&self, saved: &SavedState) -> Result<ListsOf<S>>
+    fn lists<S: Element + Storable>(&self, saved: &SavedState) -> Result<ListsOf<S>>
     where
-        S::Acc: Stored,
+        S::Acc: Storable,
     {
         let lists = saved.lists.iter().enumerate();
         lists
@@ -232,9 +232,9 @@ impl Reader<'_> {
             .collect()
     }
 
-    fn list<S: Element + Stored>(&self, index: usize, saved: &SavedList) -> Result<List<S>>
+    fn list<S: Element + Storable>(&self, index: usize, saved: &SavedList) -> Result<List<S>>
     where
-        S::Acc: Stored,
+        S::Acc: Storable,
     {
         let (dim, seq_len) = (self.dim, self.seq_len);
         let tests = saved.tests.iter().map(head_test).collect::<Result<_>>()?;
@@ -287,13 +287,13 @@ impl Reader<'_> {
         Ok(list)
     }
 
-    fn observed<S: Element + Stored>(
+    fn observed<S: Element + Storable>(
         &self,
         name: &dyn Fn(&str) -> String,
         settings: &ListSettings,
     ) -> Result<Observed<S>>
     where
-        S::Acc: Stored,
+        S::Acc: Storable,
     {
         if !settings.observes() {
             return Ok(Observed::new());
@@ -312,7 +312,7 @@ impl Reader<'_> {
         }
     }
 
-    fn tensor<T: Stored>(&self, name: &str, shape: &[usize]) -> Result<Vec<T>> {
+    fn tensor<T: Storable>(&self, name: &str, shape: &[usize]) -> Result<Vec<T>> {
         let (dtype, got, bytes) = self.view(name)?;
         if dtype != Dtype::from(T::DTYPE) || got != shape {
             bail!(

@@ -6,7 +6,7 @@ use crate::config::{Fold, MergeRule};
 use crate::problem::Problem;
 use crate::storage::not_on_cpu;
 use candle_core::{bail, DType, Result, Tensor};
-use state::{select, Lists, ListsOf, Sizes, State};
+use state::{select, CacheSizes, Lists, ListsOf, State};
 use step::{step, WithoutGradient};
 
 /// The storage of a cache.

@@ -2,7 +2,7 @@
 
 use super::between_devices::{state_of, Both};
 use super::step::bias_view;
-use super::{CompressedKvCache, Sizes, State};
+use super::{CacheSizes, CompressedKvCache, State};
 use crate::config::{AttentionOptions, CompressionConfig};
 use crate::cuda::cache::DeviceLists;
 use crate::cuda::device::Cuda;
@@ -14,7 +14,7 @@ use candle_core::{bail, DType, Device, Result, Tensor};
 use std::sync::Arc;
 
 /// All lists, by dtype.
-enum Lists {
+enum ListsByDtype {
     F32(DeviceLists<Cuda, f32>),
     F16(DeviceLists<Cuda, half::f16>),
     BF16(DeviceLists<Cuda, half::bf16>),
@@ -24,9 +24,9 @@ enum Lists {
 macro_rules! each {
     ($lists:expr, $name:ident => $body:expr) => {
         match $lists {
-            Lists::F32($name) => $body,
-            Lists::F16($name) => $body,
-            Lists::BF16($name) => $body,
+            ListsByDtype::F32($name) => $body,
+            ListsByDtype::F16($name) => $body,
+            ListsByDtype::BF16($name) => $body,
         }
     };
 }
@@ -35,10 +35,10 @@ macro_rules! each {
 #[derive(Clone)]
 pub(super) struct GpuState {
     device: Device,
-    sizes: Sizes,
+    sizes: CacheSizes,
     /// The storage dtype.
     dtype: DType,
-    lists: Arc<Lists>,
+    lists: Arc<ListsByDtype>,
 }
 
 fn brought<T: Both>(gpu: &Cuda, cache: &CompressedKvCache) -> Result<Option<DeviceLists<Cuda, T>>> {
@@ -52,7 +52,7 @@ fn cuda(device: &Device) -> Result<Cuda> {
     Ok(Cuda::new(device.as_cuda_device()?))
 }
 
-impl Lists {
+impl ListsByDtype {
     fn copy(&self, gpu: &Cuda) -> Result<Self> {
         Ok(match self {
             Self::F32(lists) => Self::F32(lists.copy(gpu)?),
@@ -76,9 +76,9 @@ impl GpuState {
         strategies.check(problem.batch, problem.heads)?;
         let dtype = cache.options.storage.unwrap_or(problem.dtype);
         let lists = match dtype {
-            DType::F32 => Lists::F32(DeviceLists::new(&gpu, problem, strategies, config)?),
-            DType::F16 => Lists::F16(DeviceLists::new(&gpu, problem, strategies, config)?),
-            DType::BF16 => Lists::BF16(DeviceLists::new(&gpu, problem, strategies, config)?),
+            DType::F32 => ListsByDtype::F32(DeviceLists::new(&gpu, problem, strategies, config)?),
+            DType::F16 => ListsByDtype::F16(DeviceLists::new(&gpu, problem, strategies, config)?),
+            DType::BF16 => ListsByDtype::BF16(DeviceLists::new(&gpu, problem, strategies, config)?),
             other => bail!(
                 "query: expected dtype f32, f16 or bf16 on CUDA, got {other:?}; convert it with to_dtype or move it \
                  with to_device(&Device::Cpu)"
@@ -86,7 +86,7 @@ impl GpuState {
         };
         Ok(Self {
             device: device.clone(),
-            sizes: Sizes::of(problem),
+            sizes: CacheSizes::of(problem),
             dtype,
             lists: Arc::new(lists),
         })
@@ -131,9 +131,9 @@ impl GpuState {
         let Some(state) = &cache.state else { return Ok(None) };
         let (gpu, dtype) = (cuda(device)?, state.lists.dtype());
         let lists = match dtype {
-            DType::F32 => brought(&gpu, cache)?.map(Lists::F32),
-            DType::F16 => brought(&gpu, cache)?.map(Lists::F16),
-            DType::BF16 => brought(&gpu, cache)?.map(Lists::BF16),
+            DType::F32 => brought(&gpu, cache)?.map(ListsByDtype::F32),
+            DType::F16 => brought(&gpu, cache)?.map(ListsByDtype::F16),
+            DType::BF16 => brought(&gpu, cache)?.map(ListsByDtype::BF16),
             other => bail!(
                 "storage: expected f32, f16 or bf16 for a cache on CUDA, got {other:?}; keep it on Device::Cpu, or \
                  append the tokens in another dtype to a new cache"
@@ -147,7 +147,7 @@ impl GpuState {
         }))
     }
 
-    pub fn sizes(&self) -> (Sizes, DType) {
+    pub fn sizes(&self) -> (CacheSizes, DType) {
         (self.sizes, self.dtype)
     }
 
@@ -159,7 +159,7 @@ impl GpuState {
     }
 
     /// The lists, to change them; shared lists are copied first.
-    fn lists_mut(&mut self, gpu: &Cuda) -> Result<&mut Lists> {
+    fn lists_mut(&mut self, gpu: &Cuda) -> Result<&mut ListsByDtype> {
         if Arc::get_mut(&mut self.lists).is_none() {
             self.lists = Arc::new(self.lists.copy(gpu)?);
         }
@@ -225,12 +225,12 @@ impl CompressedKvCache {
         }
         self.storage_for(problem.dtype)?;
         if let Some(state) = &self.on_gpu {
-            if state.sizes != Sizes::of(problem) {
+            if state.sizes != CacheSizes::of(problem) {
                 bail!(
                     "query and key: expected the cache's batch, heads, KV heads and head_dim {:?}, got {:?}; reset() \
                      the cache for other shapes",
                     state.sizes,
-                    Sizes::of(problem)
+                    CacheSizes::of(problem)
                 )
             }
         }
@@ -255,7 +255,7 @@ fn step(
     ];
     let bias = bias_view(options.and_then(|options| options.bias.as_ref()), full, DType::F32)?;
     let (q, k, v) = (q.to_dtype(storage)?, k.to_dtype(storage)?, v.to_dtype(storage)?);
-    let call = Call {
+    let call = DeviceCall {
         gpu: &gpu,
         device: &device,
         tensors: [&q, &k, &v],
@@ -265,15 +265,15 @@ fn step(
         limit,
     };
     let output = match state.lists_mut(&gpu)? {
-        Lists::F32(lists) => call.run(lists),
-        Lists::F16(lists) => call.run(lists),
-        Lists::BF16(lists) => call.run(lists),
+        ListsByDtype::F32(lists) => call.run(lists),
+        ListsByDtype::F16(lists) => call.run(lists),
+        ListsByDtype::BF16(lists) => call.run(lists),
     }?;
     output.map(|output| output.to_dtype(problem.dtype)).transpose()
 }
 
 /// One checked call, its tensors in the storage dtype.
-struct Call<'a> {
+struct DeviceCall<'a> {
     gpu: &'a Cuda,
     device: &'a Device,
     tensors: [&'a Tensor; 3],
@@ -285,7 +285,7 @@ struct Call<'a> {
     limit: Option<usize>,
 }
 
-impl Call<'_> {
+impl DeviceCall<'_> {
     fn run<T: GpuElement>(&self, lists: &mut DeviceLists<Cuda, T>) -> Result<Option<Tensor>> {
         let (gpu, count) = (self.gpu, self.count);
         let held = self.tensors.map(Tensor::storage_and_layout);

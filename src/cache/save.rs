@@ -25,7 +25,7 @@
 //! | `sink_keys` | (min(sinks, seq_len), D) | S | the keys of the first tokens |
 
 use super::checksum::{checksum, FORMAT, VERSION};
-use super::{CompressedKvCache, Lists, ListsOf, Sizes, State};
+use super::{CacheSizes, CompressedKvCache, Lists, ListsOf, State};
 use crate::config::whole::{present, WholeConfig, WholeStrategies};
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest, MergeStrategy};
 use crate::cpu::cache::list::List;
@@ -60,7 +60,7 @@ pub(super) struct Header {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SavedState {
-    pub sizes: Sizes,
+    pub sizes: CacheSizes,
     pub seq_len: usize,
     /// The storage dtype in use.
     pub dtype: String,
@@ -100,14 +100,14 @@ impl From<&HeadTest> for SavedTest {
 }
 
 /// Numbers as safetensors stores them, little-endian.
-pub(super) trait Stored: WithDType {
+pub(super) trait Storable: WithDType {
     fn to_bytes(data: &[Self]) -> Vec<u8>;
     fn from_bytes(bytes: &[u8]) -> Vec<Self>;
 }
 
 macro_rules! stored {
     ($($number:ty),*) => {$(
-        impl Stored for $number {
+        impl Storable for $number {
             fn to_bytes(data: &[Self]) -> Vec<u8> {
                 let mut bytes = vec![0; size_of_val(data)];
                 for (target, x) in bytes.as_chunks_mut().0.iter_mut().zip(data) {
@@ -133,7 +133,7 @@ struct Piece<'a> {
 }
 
 impl<'a> Piece<'a> {
-    fn new<T: Stored>(data: impl Into<Cow<'a, [T]>>, shape: Vec<usize>) -> Self {
+    fn new<T: Storable>(data: impl Into<Cow<'a, [T]>>, shape: Vec<usize>) -> Self {
         let data = data.into();
         Self {
             dtype: T::DTYPE.into(),
@@ -143,13 +143,13 @@ impl<'a> Piece<'a> {
     }
 
     /// Numbers as rows of `dim`.
-    fn rows<T: Stored>(data: impl Into<Cow<'a, [T]>>, dim: usize) -> Self {
+    fn rows<T: Storable>(data: impl Into<Cow<'a, [T]>>, dim: usize) -> Self {
         let data = data.into();
         let rows = data.len() / dim;
         Self::new(data, vec![rows, dim])
     }
 
-    fn flat<T: Stored>(data: &'a [T]) -> Self {
+    fn flat<T: Storable>(data: &'a [T]) -> Self {
         Self::new(data, vec![data.len()])
     }
 }
@@ -172,9 +172,9 @@ impl View for Piece<'_> {
     }
 }
 
-fn pieces<S: Element + Stored>(lists: &ListsOf<S>) -> Vec<(String, Piece<'_>)>
+fn pieces<S: Element + Storable>(lists: &ListsOf<S>) -> Vec<(String, Piece<'_>)>
 where
-    S::Acc: Stored,
+    S::Acc: Storable,
 {
     let mut pieces = Vec::new();
     for (index, (_, list)) in lists.iter().enumerate() {
@@ -187,9 +187,9 @@ where
     pieces
 }
 
-fn list_pieces<S: Element + Stored>(list: &List<S>) -> Vec<(&'static str, Piece<'_>)>
+fn list_pieces<S: Element + Storable>(list: &List<S>) -> Vec<(&'static str, Piece<'_>)>
 where
-    S::Acc: Stored,
+    S::Acc: Storable,
 {
     let dim = list.dim;
     // A list may still hold raw tokens that have left the window.

@@ -11,21 +11,21 @@ use serde::{Deserialize, Serialize};
 /// Everything that the first call fixes or that later calls change.
 #[derive(Clone)]
 pub(crate) struct State {
-    pub sizes: Sizes,
+    pub sizes: CacheSizes,
     pub seq_len: usize,
     pub lists: Lists,
 }
 
 /// The shapes that the first call fixed.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Sizes {
+pub(crate) struct CacheSizes {
     pub batch: usize,
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
 }
 
-impl Sizes {
+impl CacheSizes {
     pub fn of(problem: &Problem) -> Self {
         Self {
             batch: problem.batch,
@@ -62,7 +62,7 @@ impl CompressedKvCache {
     pub(super) fn first_state(&self, problem: &Problem, storage: DType) -> Result<State> {
         self.strategies.check(problem.batch, problem.heads)?;
         Ok(State {
-            sizes: Sizes::of(problem),
+            sizes: CacheSizes::of(problem),
             seq_len: 0,
             lists: match storage {
                 DType::F64 => Lists::F64(self.new_lists(problem)),

@@ -1,11 +1,11 @@
 //! One call of the cache: matches the dtypes, and checks everything before anything changes.
 
-use super::{Lists, ListsOf, Sizes, State};
+use super::{CacheSizes, Lists, ListsOf, State};
 use crate::config::AttentionOptions;
 use crate::cpu::cache::range::{largest_in, largest_of};
 use crate::cpu::cache::step::Step;
 use crate::cpu::number::element::Element;
-use crate::cpu::number::rows::Rows;
+use crate::cpu::number::rows::RowGrid;
 use crate::problem::{bias_as, Problem, RowLayout};
 use crate::storage::{self, cpu_slice, not_on_cpu};
 use candle_core::{bail, CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor};
@@ -18,12 +18,12 @@ pub(super) fn step(
     options: Option<&AttentionOptions>,
     max_entries: Option<usize>,
 ) -> Result<Option<Tensor>> {
-    if state.sizes != Sizes::of(problem) {
+    if state.sizes != CacheSizes::of(problem) {
         bail!(
             "query and key: expected the cache's batch, heads, KV heads and head_dim {:?}, got {:?}; reset() the cache \
              for other shapes",
             state.sizes,
-            Sizes::of(problem)
+            CacheSizes::of(problem)
         )
     }
     let total = state.seq_len + problem.tokens;
@@ -48,7 +48,7 @@ pub(super) fn step(
     };
     let [q, k, v] = [q.to_dtype(inner)?, k.to_dtype(inner)?, v.to_dtype(inner)?];
     let stored = [k.to_dtype(storage)?, v.to_dtype(storage)?];
-    let call = Call {
+    let call = CpuCall {
         problem,
         given: [&k, &v],
         tensors: [&q, &stored[0], &stored[1]],
@@ -82,7 +82,7 @@ pub(super) fn bias_view(bias: Option<&Tensor>, full: [usize; 4], dtype: DType) -
 }
 
 /// One checked call: query in Q, key and value in the storage dtype.
-struct Call<'a> {
+struct CpuCall<'a> {
     problem: &'a Problem,
     /// Key and value in Q.
     given: [&'a Tensor; 2],
@@ -95,7 +95,7 @@ struct Call<'a> {
     max_entries: Option<usize>,
 }
 
-impl Call<'_> {
+impl CpuCall<'_> {
     fn run<Q: Element<Acc = S::Acc>, S: Element>(&self, lists: &mut ListsOf<S>) -> Result<Option<Tensor>> {
         if Q::DTYPE != S::DTYPE {
             self.check_given::<Q, S>()?;
@@ -114,9 +114,9 @@ impl Call<'_> {
             ..
         } = *self.problem;
         let step = Step::<Q, S> {
-            q: Rows::new(cpu_slice(&q.0)?, RowLayout::new(q.1)),
-            k: Rows::new(cpu_slice(&k.0)?, RowLayout::new(k.1)),
-            v: Rows::new(cpu_slice(&v.0)?, RowLayout::new(v.1)),
+            q: RowGrid::new(cpu_slice(&q.0)?, RowLayout::new(q.1)),
+            k: RowGrid::new(cpu_slice(&k.0)?, RowLayout::new(k.1)),
+            v: RowGrid::new(cpu_slice(&v.0)?, RowLayout::new(v.1)),
             count: tokens,
             heads,
             head_dim,
@@ -159,7 +159,7 @@ impl Call<'_> {
     }
 }
 
-impl Call<'_> {
+impl CpuCall<'_> {
     /// Refuses finite keys and values that the storage dtype cannot hold.
     fn check_given<Q: Element<Acc = S::Acc>, S: Element>(&self) -> Result<()> {
         let Problem {
@@ -170,7 +170,7 @@ impl Call<'_> {
         } = *self.problem;
         for (name, tensor) in ["key", "value"].into_iter().zip(self.given) {
             let (storage, layout) = tensor.storage_and_layout();
-            let rows = Rows::new(cpu_slice::<Q>(&storage)?, RowLayout::new(layout));
+            let rows = RowGrid::new(cpu_slice::<Q>(&storage)?, RowLayout::new(layout));
             let heads = (0..batch).flat_map(|row| (0..kv_heads).map(move |head| (row, head)));
             let largest = heads.fold(0.0, |largest: f64, (row, head)| {
                 largest.max(largest_in(&rows.head(row, head), tokens))

@@ -32,7 +32,7 @@ use histogram::Histogram;
 /// The first pass through the samples: each head's scores.
 #[derive(Clone, Debug)]
 pub struct Calibrator {
-    settings: Settings,
+    settings: PassSettings,
     ratios: Vec<f64>,
     /// Scores by layer, strategy and unit.
     scores: Vec<Vec<Vec<Histogram>>>,
@@ -41,7 +41,7 @@ pub struct Calibrator {
 /// The second pass: the hidden tokens and the error of each candidate.
 #[derive(Clone, Debug)]
 pub struct Measurement {
-    settings: Settings,
+    settings: PassSettings,
     /// Candidates by layer, strategy and ratio, then by unit.
     candidates: Vec<Vec<Vec<Candidate>>>,
     /// The number of tokens that could be hidden (`eligible`) and of all pairs, over all layers and units.
@@ -53,7 +53,7 @@ pub struct Measurement {
 
 /// The settings of both passes. A unit decides as one: a KV head under [`GroupRule::Unanimous`], else a query head.
 #[derive(Clone, Debug)]
-struct Settings {
+struct PassSettings {
     model: ModelShape,
     config: CompressionConfig,
     /// The options with heads first, for any layout of the caller.
@@ -64,7 +64,7 @@ struct Settings {
     heads_per_unit: usize,
 }
 
-impl Settings {
+impl PassSettings {
     fn units(&self) -> usize {
         self.model.heads / self.heads_per_unit
     }
@@ -188,7 +188,7 @@ impl Calibrator {
             Criterion::ObservedMass => vec![MergeStrategy::Similarity],
             Criterion::QueryKey | Criterion::KeyKey => vec![MergeStrategy::Similarity, MergeStrategy::Difference],
         };
-        let settings = Settings {
+        let settings = PassSettings {
             model,
             heads_per_unit: match config.group_rule {
                 GroupRule::Unanimous => model.heads / model.kv_heads,
@@ -359,13 +359,13 @@ impl Measurement {
 
 /// The squared error of a layer's output that each unit's heads cause alone.
 struct OutputError<'a> {
-    settings: &'a Settings,
+    settings: &'a PassSettings,
     /// WᵀW of each unit's columns of the projection.
     grams: Option<Vec<Tensor>>,
 }
 
 impl<'a> OutputError<'a> {
-    fn new(settings: &'a Settings, projection: Option<&Tensor>) -> Result<Self> {
+    fn new(settings: &'a PassSettings, projection: Option<&Tensor>) -> Result<Self> {
         let Some(projection) = projection else {
             return Ok(Self { settings, grams: None });
         };

@@ -7,7 +7,7 @@ use super::on_gpu::{Gpu, GpuElement};
 use crate::config::AttentionOptions;
 use crate::cuda::forward;
 use crate::cuda::forward::{Attended, AttentionCall, Saved, LARGEST_LISTED};
-use crate::cuda::operands::{Bias, Columns};
+use crate::cuda::operands::{BiasBuffer, ColumnBuffers};
 use crate::problem::{Problem, RowLayout};
 use candle_core::Result;
 
@@ -17,7 +17,7 @@ pub(crate) struct Attention<'a, G: Gpu, T: GpuElement> {
     /// Whether no token can be hidden; then nothing is folded.
     pub dense: bool,
     pub window: usize,
-    pub bias: Option<Bias<'a, G>>,
+    pub bias: Option<BiasBuffer<'a, G>>,
     pub options: &'a AttentionOptions,
 }
 
@@ -34,11 +34,11 @@ pub(crate) fn lists(problem: &Problem, dense: bool, agree: bool) -> usize {
 /// The results of folding; None where the raw tensors serve unchanged.
 pub(crate) struct Folded<G: Gpu, T: GpuElement> {
     pub queries: Option<G::Slice<T>>,
-    pub columns: Option<Columns<G, T>>,
+    pub columns: Option<ColumnBuffers<G, T>>,
 }
 
 /// Gradients of query (B, H, N, D), key and value (B, Hk, N, D).
-pub(crate) struct Gradients<G: Gpu, T: GpuElement> {
+pub(crate) struct GradientBuffers<G: Gpu, T: GpuElement> {
     pub dq: G::Slice<T>,
     pub dk: G::Slice<T>,
     pub dv: G::Slice<T>,
@@ -104,7 +104,12 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
     ///
     /// # Errors
     /// As [`backward::backward`].
-    pub fn backward(&self, gpu: &G, saved: &Saved<'_, G, T>, grad_output: &G::Slice<T>) -> Result<Gradients<G, T>> {
+    pub fn backward(
+        &self,
+        gpu: &G,
+        saved: &Saved<'_, G, T>,
+        grad_output: &G::Slice<T>,
+    ) -> Result<GradientBuffers<G, T>> {
         let lists = match self.dense {
             true => backward::lists::<G, T>(gpu, &self.fold.problem, self.options)?,
             false => self.fold.lists,
@@ -113,23 +118,23 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
         Attention { fold, ..*self }.gradients(gpu, saved, grad_output)
     }
 
-    fn gradients(&self, gpu: &G, saved: &Saved<'_, G, T>, grad_output: &G::Slice<T>) -> Result<Gradients<G, T>> {
+    fn gradients(&self, gpu: &G, saved: &Saved<'_, G, T>, grad_output: &G::Slice<T>) -> Result<GradientBuffers<G, T>> {
         let listed = self.can_list() && backward::fuses::<G, T>(gpu, &self.fold.problem, self.options)?;
         let folded = self.folded(gpu, listed)?;
         let gradients = backward::backward(gpu, &self.call(&folded), saved, grad_output)?;
         let dq = self.fold.unfold_queries(gpu, &gradients.queries, !self.dense)?;
         if let Some((dk, dv)) = gradients.done {
-            return Ok(Gradients { dq, dk, dv });
+            return Ok(GradientBuffers { dq, dk, dv });
         }
         let far_before = folded.columns.as_ref().map(|columns| &columns.far_before);
-        let home = |pick: fn(&backward::KeysValues<G>) -> &G::Slice<f32>| {
+        let home = |pick: fn(&backward::KvGradients<G>) -> &G::Slice<f32>| {
             let columns = match (far_before, &gradients.far, &gradients.folded) {
                 (Some(before), Some(far), Some(folded)) => Some((before, pick(far), pick(folded))),
                 _ => None,
             };
             self.fold.unfold(gpu, columns, gradients.near.as_ref().map(pick))
         };
-        Ok(Gradients {
+        Ok(GradientBuffers {
             dq,
             dk: home(|x| &x.keys)?,
             dv: home(|x| &x.values)?,

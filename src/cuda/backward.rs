@@ -12,23 +12,23 @@ use crate::problem::Problem;
 use candle_core::Result;
 
 /// Gradients of keys and of values, f32.
-pub(crate) struct KeysValues<G: Gpu> {
+pub(crate) struct KvGradients<G: Gpu> {
     pub keys: G::Slice<f32>,
     pub values: G::Slice<f32>,
 }
 
 /// Gradients as attention writes them; [`super::fold::FoldCall`] changes them to gradients of raw tokens.
-pub(crate) struct Gradients<G: Gpu, T: GpuElement> {
+pub(crate) struct AttendedGradients<G: Gpu, T: GpuElement> {
     /// Gradients of the queries as attention read them, folded or not: (B, H, N, D).
     pub queries: G::Slice<f32>,
     /// Gradients of far columns, compact (B * lists, N, D); past the last column nothing is written. None in the dense
     /// case.
-    pub far: Option<KeysValues<G>>,
+    pub far: Option<KvGradients<G>>,
     /// Gradients of folded tokens at edges, (B * lists, N, D). None in the dense case.
-    pub folded: Option<KeysValues<G>>,
+    pub folded: Option<KvGradients<G>>,
     /// Gradients of raw tokens inside windows, or of all raw tokens in the dense case and where they are listed,
     /// (B * lists, N, D). None without a window.
-    pub near: Option<KeysValues<G>>,
+    pub near: Option<KvGradients<G>>,
     /// Finished gradients of keys and values (B, Hk, N, D); if set, the three fields above are None.
     pub done: Option<(G::Slice<T>, G::Slice<T>)>,
 }
@@ -42,7 +42,7 @@ const THREADS: usize = 128;
 /// `ColumnTarget` in `cuda/backward/backward_fused.cuh`: buffers for the fold to change further, or finished gradients
 /// of keys and values (B, Hk, N, D).
 enum ColumnTargets<'a, G: Gpu, T: GpuElement> {
-    Sums(&'a mut KeysValues<G>),
+    Sums(&'a mut KvGradients<G>),
     Done(&'a mut (G::Slice<T>, G::Slice<T>)),
 }
 
@@ -98,7 +98,7 @@ pub(crate) fn backward<G: Gpu, T: GpuElement>(
     call: &AttentionCall<'_, G, T>,
     saved: &Saved<'_, G, T>,
     grad_output: &G::Slice<T>,
-) -> Result<Gradients<G, T>> {
+) -> Result<AttendedGradients<G, T>> {
     let params = call.params()?;
     let Problem {
         batch, heads, tokens, ..
@@ -135,7 +135,7 @@ pub(crate) fn backward<G: Gpu, T: GpuElement>(
 }
 
 impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
-    fn gradients(&self) -> Result<Gradients<G, T>> {
+    fn gradients(&self) -> Result<AttendedGradients<G, T>> {
         match BackwardVariant::on::<G, T>(self.gpu, &self.call.problem, self.call.options, self.call.extras())? {
             Some(variant) => self.one_pass_gradients(&variant),
             None => self.owned_gradients(),
@@ -143,9 +143,9 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
     }
 
     /// Computes queries and columns one after the other: every sum has one owner.
-    fn owned_gradients(&self) -> Result<Gradients<G, T>> {
+    fn owned_gradients(&self) -> Result<AttendedGradients<G, T>> {
         let dense = self.params.dense == 1;
-        Ok(Gradients {
+        Ok(AttendedGradients {
             queries: self.queries()?,
             far: if dense { None } else { Some(self.columns("far")?) },
             folded: if dense { None } else { Some(self.edges(None)?) },
@@ -159,7 +159,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
     }
 
     /// Makes one pass over each kind of columns, which also adds up the queries' gradients.
-    fn one_pass_gradients(&self, variant: &BackwardVariant) -> Result<Gradients<G, T>> {
+    fn one_pass_gradients(&self, variant: &BackwardVariant) -> Result<AttendedGradients<G, T>> {
         let Problem {
             batch,
             heads,
@@ -180,7 +180,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
                 let target = near.insert(self.lists()?.1);
                 self.one_pass(variant, kind, &mut queries, ColumnTargets::Sums(target))?;
             }
-            return Ok(Gradients {
+            return Ok(AttendedGradients {
                 queries,
                 far: None,
                 folded: None,
@@ -188,7 +188,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
                 done,
             });
         }
-        let mut sums = |kind| -> Result<KeysValues<G>> {
+        let mut sums = |kind| -> Result<KvGradients<G>> {
             let (_, mut target) = self.lists()?;
             self.one_pass(variant, kind, &mut queries, ColumnTargets::Sums(&mut target))?;
             Ok(target)
@@ -199,7 +199,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         } else {
             None
         };
-        Ok(Gradients {
+        Ok(AttendedGradients {
             far: Some(far),
             folded: Some(self.edges(Some(&mut queries))?),
             near,
@@ -278,10 +278,10 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
     }
 
     /// Allocates buffers of (B * lists, N, D).
-    fn lists(&self) -> Result<(usize, KeysValues<G>)> {
+    fn lists(&self) -> Result<(usize, KvGradients<G>)> {
         let lists = self.call.problem.batch * self.params.sizes.lists as usize;
         let size = lists * self.call.problem.tokens * self.call.problem.head_dim;
-        let target = KeysValues {
+        let target = KvGradients {
             keys: self.gpu.alloc(size)?,
             values: self.gpu.alloc(size)?,
         };
@@ -289,7 +289,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
     }
 
     /// Gradients of edge columns. Adds the queries' share to `queries`, if given.
-    fn edges(&self, queries: Option<&mut G::Slice<f32>>) -> Result<KeysValues<G>> {
+    fn edges(&self, queries: Option<&mut G::Slice<f32>>) -> Result<KvGradients<G>> {
         let (lists, mut target) = self.lists()?;
         let Problem { tokens, head_dim, .. } = self.call.problem;
         let mut args = self.inputs();
@@ -309,7 +309,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
     }
 
     /// Gradients of one kind of columns: `kind` is "far" (every column, in the dense case) or "near".
-    fn columns(&self, kind: &str) -> Result<KeysValues<G>> {
+    fn columns(&self, kind: &str) -> Result<KvGradients<G>> {
         let (lists, mut target) = self.lists()?;
         let (head_dim, tokens) = (self.call.problem.head_dim, self.call.problem.tokens);
         let dtype = T::SUFFIX;
@@ -325,7 +325,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         Ok(target)
     }
 
-    fn both(&self, name: &str, blocks: usize, target: &mut KeysValues<G>) -> Result<()> {
+    fn both(&self, name: &str, blocks: usize, target: &mut KvGradients<G>) -> Result<()> {
         let mut args = self.inputs();
         args.push(self.gpu.write(&mut target.keys));
         args.push(self.gpu.write(&mut target.values));

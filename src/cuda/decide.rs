@@ -3,7 +3,7 @@
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use super::params::{BiasEntries, DecideParams, FewTests, Rows, Sizes, SweepParams};
 use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, HeadTest, MergeRule};
-use crate::cuda::operands::Bias;
+use crate::cuda::operands::BiasBuffer;
 use crate::problem::Problem;
 use candle_core::Result;
 
@@ -20,7 +20,7 @@ pub(crate) struct DecideCall<'a, G: Gpu, T: GpuElement> {
     pub strategies: &'a HeadStrategies,
     pub config: &'a CompressionConfig,
     /// The bias as a view of (B, H, N, N); only read where [`reads_bias`] says so.
-    pub bias: Option<Bias<'a, G>>,
+    pub bias: Option<BiasBuffer<'a, G>>,
 }
 
 /// Whether a bias of -inf keeps pairs of tokens apart: a pair then qualifies only where its second token's row sees

@@ -1,7 +1,7 @@
 //! [`Gpu`] on a CUDA device, on candle's own stream.
 
 use super::on_gpu::{warpgroups_wanted, Gpu, Kernel, Launch, Number, Params};
-use super::ptx::Packed;
+use super::ptx::PackedKernel;
 use candle_core::cuda_backend::cudarc::driver::{
     sys::{
         cuLaunchKernelEx, CUdevice_attribute_enum, CUdeviceptr, CUfunction_attribute_enum, CUlaunchAttribute,
@@ -95,7 +95,7 @@ impl Gpu for Cuda {
     }
 
     fn shared_bytes(&self, kernel: &Kernel) -> Result<usize> {
-        Ok(Packed::find(kernel)?.shared_bytes)
+        Ok(PackedKernel::find(kernel)?.shared_bytes)
     }
 
     fn multiprocessors(&self) -> Result<usize> {
@@ -132,7 +132,7 @@ impl Gpu for Cuda {
 
     fn launch(&self, kernel: &Kernel, launch: Launch, args: &[CudaArg<'_>]) -> Result<()> {
         // A module of its own for every kernel: a first call waits for the driver to compile what it runs.
-        let packed = Packed::find(kernel)?;
+        let packed = PackedKernel::find(kernel)?;
         let module = format!("candle-sfattention-{}", kernel.name);
         let function = self
             .device

@@ -4,7 +4,7 @@
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use super::params::{FoldParams, Rows, Sizes};
 use crate::config::Fold;
-use crate::cuda::operands::Columns;
+use crate::cuda::operands::ColumnBuffers;
 use crate::problem::{Problem, RowLayout};
 use candle_core::Result;
 
@@ -75,7 +75,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
     ///
     /// # Errors
     /// An error of the device.
-    pub fn columns(&self, gpu: &G, listed: bool) -> Result<Columns<G, T>> {
+    pub fn columns(&self, gpu: &G, listed: bool) -> Result<ColumnBuffers<G, T>> {
         let Problem {
             batch,
             tokens,
@@ -94,7 +94,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         };
         // Under drop no token changes: edges read the raw tokens.
         let changed = self.fold.keeps_hidden();
-        let mut columns = Columns {
+        let mut columns = ColumnBuffers {
             capacity: tokens,
             far_k: rows(!listed)?,
             far_v: rows(!listed)?,

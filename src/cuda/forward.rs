@@ -2,7 +2,7 @@
 //! `forward_f32.cu`: attention over the columns that folding left.
 
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch};
-use super::operands::{padded, Bias, Columns};
+use super::operands::{padded, BiasBuffer, ColumnBuffers};
 use super::params::{AttentionParams, BiasEntries, DropoutParams, Rows, Sizes};
 use super::variants::forward::{ForwardVariant, THREADS};
 use crate::config::AttentionOptions;
@@ -16,11 +16,11 @@ pub(crate) struct AttentionCall<'a, G: Gpu, T: GpuElement> {
     pub k: (&'a G::Slice<T>, RowLayout),
     pub v: (&'a G::Slice<T>, RowLayout),
     /// None where nothing is hidden: the raw keys and values are the columns.
-    pub columns: Option<&'a Columns<G, T>>,
+    pub columns: Option<&'a ColumnBuffers<G, T>>,
     /// Lists of columns per batch row: the heads, or the KV heads.
     pub lists: usize,
     pub window: usize,
-    pub bias: Option<Bias<'a, G>>,
+    pub bias: Option<BiasBuffer<'a, G>>,
     pub options: &'a AttentionOptions,
 }
 
@@ -133,7 +133,7 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
     /// q, k, v, then the columns in the order that every attention kernel takes, then the bias.
     pub fn inputs<'a>(&'a self, gpu: &'a G) -> Vec<G::Arg<'a>> {
         let columns = self.columns;
-        let words = |pick: fn(&Columns<G, T>) -> &G::Slice<u32>| gpu.read_some(columns.map(pick));
+        let words = |pick: fn(&ColumnBuffers<G, T>) -> &G::Slice<u32>| gpu.read_some(columns.map(pick));
         vec![
             gpu.read(self.q.0),
             gpu.read(self.k.0),

@@ -3,7 +3,7 @@
 use super::on_gpu::{Gpu, GpuElement};
 
 /// The folded columns of one call; see `cuda/lib/params.cuh` for the shapes.
-pub(crate) struct Columns<G: Gpu, T: GpuElement> {
+pub(crate) struct ColumnBuffers<G: Gpu, T: GpuElement> {
     /// Far columns that a list has room for.
     pub capacity: usize,
     /// None where only the lists of tokens exist: kernels then read raw keys and values.
@@ -19,19 +19,19 @@ pub(crate) struct Columns<G: Gpu, T: GpuElement> {
 }
 
 /// An additive bias in f32 as a strided (B, H, N, N) view.
-pub(crate) struct Bias<'a, G: Gpu> {
+pub(crate) struct BiasBuffer<'a, G: Gpu> {
     pub data: &'a G::Slice<f32>,
     pub offset: usize,
     pub strides: [usize; 4],
 }
 
-impl<G: Gpu> Clone for Bias<'_, G> {
+impl<G: Gpu> Clone for BiasBuffer<'_, G> {
     fn clone(&self) -> Self {
         *self
     }
 }
 
-impl<G: Gpu> Copy for Bias<'_, G> {}
+impl<G: Gpu> Copy for BiasBuffer<'_, G> {}
 
 /// The kernels' template for a head size: its padded size.
 pub(crate) fn padded(head_dim: usize) -> usize {

@@ -3,7 +3,7 @@
 
 use super::on_gpu::{Gpu, Params};
 use crate::config::AttentionOptions;
-use crate::cuda::operands::Bias;
+use crate::cuda::operands::BiasBuffer;
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};
 
@@ -52,7 +52,7 @@ pub(crate) struct BiasEntries {
 
 impl BiasEntries {
     /// Without a bias no kernel reads these fields.
-    pub fn new<G: Gpu>(bias: Option<Bias<'_, G>>) -> Self {
+    pub fn new<G: Gpu>(bias: Option<BiasBuffer<'_, G>>) -> Self {
         let (offset, strides) = bias.map_or((0, [0; 4]), |bias| (bias.offset, bias.strides));
         Self {
             offset: offset as u64,

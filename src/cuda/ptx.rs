@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
 /// One kernel.
-pub(super) struct Packed {
+pub(super) struct PackedKernel {
     name: &'static str,
     /// Dynamic shared memory of a block, by `SHARED_BYTES` in cuda/lib/kernel.cuh.
     pub shared_bytes: usize,
@@ -18,7 +18,7 @@ pub(super) struct Packed {
     text: OnceLock<String>,
 }
 
-impl Packed {
+impl PackedKernel {
     const fn new(name: &'static str, shared_bytes: usize, text_bytes: usize, compressed: &'static [u8]) -> Self {
         Self {
             name,

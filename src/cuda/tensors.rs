@@ -8,7 +8,7 @@ use super::on_gpu::{row_layout, Gpu, GpuElement, Number};
 use super::{loss, observe};
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
 use crate::cuda::forward::Saved;
-use crate::cuda::operands::Bias;
+use crate::cuda::operands::BiasBuffer;
 use crate::plan::MergePlan;
 use crate::problem::{bias_as, Problem, RowLayout};
 use candle_core::backend::BackendStorage;
@@ -39,8 +39,8 @@ pub(crate) fn source<T: GpuElement>((storage, layout): Stored<'_>) -> Result<(&C
 }
 
 /// An f32 bias of four axes.
-pub(crate) fn bias_view((storage, layout): Stored<'_>) -> Result<Bias<'_, Cuda>> {
-    Ok(Bias {
+pub(crate) fn bias_view((storage, layout): Stored<'_>) -> Result<BiasBuffer<'_, Cuda>> {
+    Ok(BiasBuffer {
         data: storage.as_cuda_slice::<f32>()?,
         offset: layout.start_offset(),
         strides: [0, 1, 2, 3].map(|axis| layout.stride()[axis]),

@@ -6,12 +6,12 @@ use std::sync::LazyLock;
 
 /// The instructions that multiply.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Kernel {
+pub(crate) enum PairInstructions {
     Amx,
     Avx512Bf16,
 }
 
-impl Kernel {
+impl PairInstructions {
     fn name(self) -> &'static str {
         match self {
             Self::Amx => "amx",
@@ -24,12 +24,12 @@ impl Kernel {
 const VARIABLE: &str = "SFATTENTION_BF16";
 
 /// The kernel of this process, chosen once.
-pub(crate) fn kernel() -> &'static Choice<Option<Kernel>> {
-    static KERNEL: LazyLock<Choice<Option<Kernel>>> = LazyLock::new(|| {
+pub(crate) fn kernel() -> &'static Choice<Option<PairInstructions>> {
+    static KERNEL: LazyLock<Choice<Option<PairInstructions>>> = LazyLock::new(|| {
         let kernels = kernels();
         let mut known: Vec<_> = kernels.iter().map(|kernel| (kernel.name(), Some(*kernel))).collect();
         let off = match kernels.first() {
-            Some(Kernel::Avx512Bf16) if !avx512_pays() => 0,
+            Some(PairInstructions::Avx512Bf16) if !avx512_pays() => 0,
             _ => known.len(),
         };
         known.insert(off, ("off", None));
@@ -44,7 +44,7 @@ pub(crate) fn refused() -> Option<&'static String> {
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-pub(crate) fn kernels() -> Vec<Kernel> {
+pub(crate) fn kernels() -> Vec<PairInstructions> {
     Vec::new()
 }
 
@@ -60,20 +60,20 @@ pub(crate) use x86::kernels;
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::Kernel;
+    use super::PairInstructions;
     use std::arch::asm;
     use std::arch::x86_64::{__cpuid, __cpuid_count};
 
     /// The instructions that this CPU multiplies with, the best first. The work between two products needs AVX-512 and
     /// AVX512-BF16 in either case; every CPU with AMX has both.
-    pub(crate) fn kernels() -> Vec<Kernel> {
+    pub(crate) fn kernels() -> Vec<PairInstructions> {
         let mut kernels = Vec::new();
         let between = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
         if between && is_x86_feature_detected!("avx512bf16") {
             if usable() {
-                kernels.push(Kernel::Amx);
+                kernels.push(PairInstructions::Amx);
             }
-            kernels.push(Kernel::Avx512Bf16);
+            kernels.push(PairInstructions::Avx512Bf16);
         }
         kernels
     }

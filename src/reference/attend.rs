@@ -4,7 +4,7 @@ use candle_core::{bail, Result};
 
 use super::bias::Bias;
 use super::fold::{fold, unfold, visible_columns, Column};
-use super::{add_scaled, dot, dropout_keeps, Array4, Indicators, Rows, Sizes};
+use super::{add_scaled, dot, dropout_keeps, Array4, Axes, HeadTokens, Indicators};
 use crate::config::{AttentionOptions, CompressionConfig, Fold};
 
 /// Compressed attention of shape (B, H, N, D), for q (B, H, N, D), k and v (B, Hk, N, D) and bits (B, H, N-1).
@@ -73,7 +73,7 @@ pub fn attention_gradients(
             grads.add_row(&parts, row, &call.row(&parts, row), grad_output.row(batch, head, row));
         }
         let kv_head = call.sizes.kv_head(head);
-        let unfolded = |rows: &Rows| unfold(config.fold, rows, parts.bits, &parts.sizes);
+        let unfolded = |rows: &HeadTokens| unfold(config.fold, rows, parts.bits, &parts.sizes);
         dk.add_head(batch, kv_head, &grads.raw_keys);
         dk.add_head(batch, kv_head, &unfolded(&grads.folded_keys));
         dv.add_head(batch, kv_head, &grads.raw_values);
@@ -88,7 +88,7 @@ pub fn attention_gradients(
 
 /// A call's arguments, checked.
 struct Call<'a> {
-    sizes: Sizes,
+    sizes: Axes,
     inputs: (&'a Array4, &'a Array4, &'a Array4),
     indicators: &'a Indicators,
     config: &'a CompressionConfig,
@@ -103,11 +103,11 @@ struct Head<'a> {
     head: usize,
     bits: &'a [bool],
     scale: f64,
-    queries: Rows,
-    raw_keys: Rows,
-    raw_values: Rows,
-    folded_keys: Rows,
-    folded_values: Rows,
+    queries: HeadTokens,
+    raw_keys: HeadTokens,
+    raw_values: HeadTokens,
+    folded_keys: HeadTokens,
+    folded_values: HeadTokens,
     sizes: Vec<f64>,
 }
 
@@ -127,7 +127,7 @@ impl<'a> Call<'a> {
     ) -> Result<Self> {
         config.check(options.causal)?;
         options.check()?;
-        let sizes = Sizes::new(q, k)?;
+        let sizes = Axes::new(q, k)?;
         v.check("v")?;
         if v.dims != k.dims {
             bail!(
@@ -255,16 +255,16 @@ fn softmax(logits: Vec<f64>) -> Vec<f64> {
 
 /// The gradients of one query head's vectors, before they are unfolded.
 struct HeadGradients {
-    queries: Rows,
-    raw_keys: Rows,
-    raw_values: Rows,
-    folded_keys: Rows,
-    folded_values: Rows,
+    queries: HeadTokens,
+    raw_keys: HeadTokens,
+    raw_values: HeadTokens,
+    folded_keys: HeadTokens,
+    folded_values: HeadTokens,
 }
 
 impl HeadGradients {
     fn zeros(head: &Head) -> Self {
-        let zeros = || -> Rows { head.queries.iter().map(|row| vec![0.0; row.len()]).collect() };
+        let zeros = || -> HeadTokens { head.queries.iter().map(|row| vec![0.0; row.len()]).collect() };
         Self {
             queries: zeros(),
             raw_keys: zeros(),

@@ -2,7 +2,7 @@
 
 use candle_core::{bail, Result, Tensor};
 
-use super::{to_f64, Indicators, Sizes};
+use super::{to_f64, Axes, Indicators};
 
 /// A bias that broadcasts to (B, H, N, N), as f64.
 pub(super) struct Bias {
@@ -11,7 +11,7 @@ pub(super) struct Bias {
 }
 
 impl Bias {
-    pub(super) fn read(bias: &Tensor, sizes: Sizes) -> Result<Self> {
+    pub(super) fn read(bias: &Tensor, sizes: Axes) -> Result<Self> {
         let full = [sizes.batch, sizes.heads, sizes.tokens, sizes.tokens];
         let got = bias.dims();
         let padding = 4usize.saturating_sub(got.len());

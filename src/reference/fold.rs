@@ -1,6 +1,6 @@
 //! Merging in one head: folded vectors and their sizes, and the columns that a row sees.
 
-use super::{add_scaled, Rows};
+use super::{add_scaled, HeadTokens};
 use crate::config::Fold;
 
 /// The folded vectors `F[x]` of one head and the sizes `n[x]` that enter the softmax as `ln n[x]`, for the raw vectors
@@ -14,7 +14,7 @@ use crate::config::Fold;
 ///
 /// # Panics
 /// With fewer bits, like a slice index.
-pub fn fold(fold: Fold, rows: &[Vec<f64>], bits: &[bool]) -> (Rows, Vec<f64>) {
+pub fn fold(fold: Fold, rows: &[Vec<f64>], bits: &[bool]) -> (HeadTokens, Vec<f64>) {
     let mut folded = rows.to_vec();
     let mut sizes = vec![1.0; rows.len()];
     for x in 1..rows.len() {
@@ -43,7 +43,7 @@ pub fn fold(fold: Fold, rows: &[Vec<f64>], bits: &[bool]) -> (Rows, Vec<f64>) {
 ///
 /// # Panics
 /// With fewer bits or sizes than [`fold()`] has, like a slice index.
-pub fn unfold(fold: Fold, gradients: &[Vec<f64>], bits: &[bool], sizes: &[f64]) -> Rows {
+pub fn unfold(fold: Fold, gradients: &[Vec<f64>], bits: &[bool], sizes: &[f64]) -> HeadTokens {
     let mut unfolded = gradients.to_vec();
     for x in (0..gradients.len()).rev() {
         let joins_left = x > 0 && bits[x - 1];

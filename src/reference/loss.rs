@@ -3,7 +3,7 @@
 use candle_core::Result;
 
 use super::merge::{norm, pair_cosine, qualifies, unit, NORM_FLOOR};
-use super::{add_scaled, Array4, Sizes};
+use super::{add_scaled, Array4, Axes};
 use crate::config::{CompressionConfig, Criterion, HeadStrategies, LossNormalizer, MergeStrategy};
 
 /// The sums that the loss is made of, over every pair of every query head that is not off. Ranks of a tensor-parallel
@@ -92,7 +92,7 @@ pub fn compression_loss_gradients(
     let Some(terms) = compression_loss(q, k, strategies, config)? else {
         return Ok((dq, dk));
     };
-    let sizes = Sizes::new(q, k)?;
+    let sizes = Axes::new(q, k)?;
     let factor = config.loss_factor / terms.divisor(config.loss_normalizer) as f64;
     for (batch, head) in sizes.batch_heads() {
         let strategy = strategies.test(config, batch, head).strategy;
@@ -130,10 +130,10 @@ fn cosine_gradient(a: &[f64], b: &[f64], c: f64) -> Vec<f64> {
     gradient
 }
 
-fn check(q: &Array4, k: &Array4, strategies: &HeadStrategies, config: &CompressionConfig) -> Result<Sizes> {
+fn check(q: &Array4, k: &Array4, strategies: &HeadStrategies, config: &CompressionConfig) -> Result<Axes> {
     config.check(true)?;
     config.check_strategies(strategies)?;
-    let sizes = Sizes::new(q, k)?;
+    let sizes = Axes::new(q, k)?;
     strategies.check(sizes.batch, sizes.heads)?;
     Ok(sizes)
 }

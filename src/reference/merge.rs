@@ -3,7 +3,7 @@
 use candle_core::{bail, Result, Tensor};
 
 use super::bias::Bias;
-use super::{dot, Array4, Indicators, Sizes};
+use super::{dot, Array4, Axes, Indicators};
 use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, HeadTest, MergeRule, MergeStrategy};
 
 /// The least length a vector is divided by, so that the cosine of a zero vector is 0.
@@ -152,7 +152,7 @@ pub fn indicators_under(
             bail!("criterion: expected QueryKey or KeyKey, got ObservedMass; use reference::observed_indicators")
         }
     }
-    let sizes = Sizes::new(q, k)?;
+    let sizes = Axes::new(q, k)?;
     strategies.check(sizes.batch, sizes.heads)?;
     let bias = bias.map(|bias| Bias::read(bias, sizes)).transpose()?;
     let seen = |batch: usize, head: usize, a: usize| {
@@ -193,7 +193,7 @@ pub fn indicators_under(
 }
 
 /// The query heads that must all agree before a bit of `head` is set: itself, or every head of its group.
-fn voters(rule: GroupRule, sizes: Sizes, head: usize) -> std::ops::Range<usize> {
+fn voters(rule: GroupRule, sizes: Axes, head: usize) -> std::ops::Range<usize> {
     match rule {
         GroupRule::PerQueryHead => head..head + 1,
         GroupRule::Unanimous => {

@@ -34,7 +34,7 @@ pub use observe::{local_columns, local_weights, observed_indicators, observed_ma
 use candle_core::{bail, DType, Device, Result, Tensor};
 
 /// One head's tokens, a vector of head dimension each.
-pub type Rows = Vec<Vec<f64>>;
+pub type HeadTokens = Vec<Vec<f64>>;
 
 /// A row-major f64 array of shape (batch, heads, tokens, dim).
 #[derive(Clone, Debug, PartialEq)]
@@ -113,7 +113,7 @@ impl Array4 {
         ((batch * heads + head) * tokens + token) * dim
     }
 
-    fn head(&self, batch: usize, head: usize) -> Rows {
+    fn head(&self, batch: usize, head: usize) -> HeadTokens {
         (0..self.dims[2]).map(|t| self.row(batch, head, t).to_vec()).collect()
     }
 
@@ -187,14 +187,14 @@ impl Indicators {
 
 /// The axes of one call, once its arrays are known to fit together.
 #[derive(Clone, Copy)]
-struct Sizes {
+struct Axes {
     batch: usize,
     heads: usize,
     kv_heads: usize,
     tokens: usize,
 }
 
-impl Sizes {
+impl Axes {
     fn new(q: &Array4, k: &Array4) -> Result<Self> {
         q.check("q")?;
         k.check("k")?;

@@ -2,7 +2,7 @@
 
 use candle_core::{bail, Result};
 
-use super::{dot, norm, Array4, Indicators, Sizes};
+use super::{dot, norm, Array4, Axes, Indicators};
 #[cfg(doc)]
 use crate::config::Criterion;
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
@@ -102,7 +102,7 @@ pub fn observed_indicators(
     })
 }
 
-fn check(q: &Array4, k: &Array4, v: &Array4, config: &CompressionConfig, options: &AttentionOptions) -> Result<Sizes> {
+fn check(q: &Array4, k: &Array4, v: &Array4, config: &CompressionConfig, options: &AttentionOptions) -> Result<Axes> {
     config.check(options.causal)?;
     if !config.criterion.observes() {
         bail!(
@@ -118,5 +118,5 @@ fn check(q: &Array4, k: &Array4, v: &Array4, config: &CompressionConfig, options
             v.dims
         )
     }
-    Sizes::new(q, k)
+    Axes::new(q, k)
 }

@@ -26,7 +26,9 @@
 use super::settings::Setting;
 use anyhow::Result;
 use candle_core::DType;
-use candle_sfattention::reference::{dropout_keeps, fold, unfold, visible_columns, Array4, Column, Indicators, Rows};
+use candle_sfattention::reference::{
+    dropout_keeps, fold, unfold, visible_columns, Array4, Column, HeadTokens, Indicators,
+};
 use candle_sfattention::{AttentionOptions, CompressionConfig, Fold};
 
 /// The implementation whose roundings are bounded.
@@ -115,7 +117,8 @@ pub fn budget(
     let mut bounds = [q, q, k, k].map(|like| Array4::zeros(like.dims));
     for (b, h) in (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h))) {
         let kv = h / (heads / k.dims[1]);
-        let rows = |x: &Array4, head: usize| -> Rows { (0..tokens).map(|t| x.row(b, head, t).to_vec()).collect() };
+        let rows =
+            |x: &Array4, head: usize| -> HeadTokens { (0..tokens).map(|t| x.row(b, head, t).to_vec()).collect() };
         let head = Head::new([rows(q, h), rows(k, kv), rows(v, kv)], bits.head(b, h), &setting.config);
         let mut sums = Sums::new(tokens, dim);
         for row in 0..tokens {
@@ -135,7 +138,7 @@ pub fn budget(
             let output = call.row(&head, row, &columns, (bias, &keep), &mut sums);
             bounds[0].row_mut(b, h, row).copy_from_slice(&output);
         }
-        let home = |rows: &Rows| unfold(setting.config.fold, rows, head.bits, &head.sizes);
+        let home = |rows: &HeadTokens| unfold(setting.config.fold, rows, head.bits, &head.sizes);
         let queries = match setting.config.fold {
             Fold::PairSum => home(&sums.queries),
             Fold::Mean | Fold::Drop => sums.queries.clone(),
@@ -159,14 +162,14 @@ pub fn budget(
 struct Head<'a> {
     bits: &'a [bool],
     sizes: Vec<f64>,
-    queries: Rows,
-    keys: [Rows; 2],
-    values: [Rows; 2],
+    queries: HeadTokens,
+    keys: [HeadTokens; 2],
+    values: [HeadTokens; 2],
     fold: Fold,
 }
 
 impl<'a> Head<'a> {
-    fn new([q, k, v]: [Rows; 3], bits: &'a [bool], config: &CompressionConfig) -> Self {
+    fn new([q, k, v]: [HeadTokens; 3], bits: &'a [bool], config: &CompressionConfig) -> Self {
         let (keys, sizes) = fold(config.fold, &k, bits);
         let (values, _) = fold(config.fold, &v, bits);
         Self {
@@ -191,9 +194,9 @@ impl<'a> Head<'a> {
 
 /// Bounds of one head's gradients before the fold's transpose: of queries, and of folded and raw keys and values.
 struct Sums {
-    queries: Rows,
-    keys: [Rows; 2],
-    values: [Rows; 2],
+    queries: HeadTokens,
+    keys: [HeadTokens; 2],
+    values: [HeadTokens; 2],
 }
 
 impl Sums {

@@ -6,7 +6,7 @@ use crate::cpu::attend::worker::drop_weights;
 use crate::cpu::columns::block::BlockReader;
 use crate::cpu::columns::chain::{unfold, Edge};
 use crate::cpu::columns::source::FarSource;
-use crate::cpu::columns::tiles::{Block, ColumnKind, Columns, Settings, EDGE_COLUMNS};
+use crate::cpu::columns::tiles::{Block, BlockSettings, ColumnKind, Columns, EDGE_COLUMNS};
 use crate::cpu::number::aligned::{padded, Aligned};
 use crate::cpu::number::element::{Accumulator, Element};
 use crate::cpu::number::rows::HeadRows;
@@ -48,7 +48,7 @@ pub(crate) struct Sums<A> {
 }
 
 impl<A: Accumulator> Sums<A> {
-    pub fn new(settings: &Settings<A>, leading: usize) -> Self {
+    pub fn new(settings: &BlockSettings<A>, leading: usize) -> Self {
         let dim = settings.head_dim;
         let width = padded(dim);
         let columns = (settings.far_columns(), EDGE_COLUMNS);

@@ -3,11 +3,11 @@
 use crate::config::{Dropout, Fold};
 use crate::cpu::columns::far::{FarColumns, Layout};
 use crate::cpu::columns::source::{Bits, FarSource, KeysValues, RawRows, RowScratch, FAR_COLUMNS};
-use crate::cpu::columns::tiles::{block_rows, Block, Settings};
+use crate::cpu::columns::tiles::{block_rows, Block, BlockSettings};
 use crate::cpu::number::bias::{Apart, BiasView};
 use crate::cpu::number::element::Element;
 use crate::cpu::number::philox::DropoutMask;
-use crate::cpu::number::rows::{HeadRows, Rows};
+use crate::cpu::number::rows::{HeadRows, RowGrid};
 use crate::cpu::tile::bf16::{Packed, Pairs};
 use crate::problem::Problem;
 use candle_core::Result;
@@ -17,9 +17,9 @@ use std::sync::Arc;
 /// The inputs of one forward pass.
 #[derive(Clone, Copy)]
 pub(crate) struct ForwardInput<'a, T: Element> {
-    pub q: Rows<'a, T>,
-    pub k: Rows<'a, T>,
-    pub v: Rows<'a, T>,
+    pub q: RowGrid<'a, T>,
+    pub k: RowGrid<'a, T>,
+    pub v: RowGrid<'a, T>,
     pub problem: Problem,
     /// Merge indicators (B, H, N-1).
     pub bits: &'a [u8],
@@ -33,9 +33,9 @@ pub(crate) struct ForwardInput<'a, T: Element> {
 
 impl<'a, T: Element> ForwardInput<'a, T> {
     /// The call's settings, with products in bf16 pairs where they apply.
-    pub fn settings(&self) -> Settings<'a, T::Acc> {
+    pub fn settings(&self) -> BlockSettings<'a, T::Acc> {
         let pairs = self.pairs();
-        Settings {
+        BlockSettings {
             head_dim: self.problem.head_dim,
             block_rows: block_rows(self.problem.tokens, pairs),
             first_row: 0,
@@ -107,8 +107,8 @@ impl<'a, T: Element> ForwardInput<'a, T> {
 pub(crate) struct BackwardInput<'a, T: Element> {
     pub forward: ForwardInput<'a, T>,
     /// The forward's output (B, H, N, D) and its gradient.
-    pub output: Rows<'a, T>,
-    pub grad_output: Rows<'a, T>,
+    pub output: RowGrid<'a, T>,
+    pub grad_output: RowGrid<'a, T>,
     /// The forward's log-sum-exp in base 2, (B, H, N), as two numbers that add up to it.
     pub log_sum_exp: &'a [[T::Acc; 2]],
 }
@@ -133,7 +133,7 @@ impl<'a, T: Element> Gathered<'a, T> {
                 bits,
                 tokens,
                 input.fold,
-                input.pairs().map_or(Layout::Rows, Layout::Gradients),
+                input.pairs().map_or(Layout::RowGrid, Layout::Gradients),
                 room,
             )),
             keys,

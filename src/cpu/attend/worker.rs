@@ -2,7 +2,7 @@
 
 use crate::cpu::columns::block::BlockReader;
 use crate::cpu::columns::chain::Edge;
-use crate::cpu::columns::tiles::{Block, Columns, Settings};
+use crate::cpu::columns::tiles::{Block, BlockSettings, Columns};
 use crate::cpu::number::aligned::Aligned;
 use crate::cpu::number::element::{Accumulator, Element};
 use crate::cpu::number::philox::DropoutMask;
@@ -25,7 +25,7 @@ struct WeightedRows<A> {
 
 impl<'a, Q: Element> Worker<'a, Q> {
     /// `columns` is an upper bound of the far columns of a block.
-    pub fn new(settings: Settings<'a, Q::Acc>, columns: usize) -> Self {
+    pub fn new(settings: BlockSettings<'a, Q::Acc>, columns: usize) -> Self {
         let reader = BlockReader::new(settings, columns);
         let rows = WeightedRows {
             softmax: OnlineSoftmax::new(reader.leading),

@@ -7,13 +7,13 @@ use crate::cpu::cache::decode::{load_query, reads_lanes, Decoder, SPLIT};
 use crate::cpu::cache::list::{widened, Decided, List};
 use crate::cpu::columns::chain::ChainFold;
 use crate::cpu::columns::source::FarSource;
-use crate::cpu::columns::tiles::{block_rows, Block, Settings, PAIR_ROWS};
+use crate::cpu::columns::tiles::{block_rows, Block, BlockSettings, PAIR_ROWS};
 use crate::cpu::decide::heads::ListHeads;
 use crate::cpu::decide::observe::Chunk;
 use crate::cpu::number::bias::{Apart, BiasView};
 use crate::cpu::number::element::{Accumulator, Element};
 use crate::cpu::number::philox::DropoutMask;
-use crate::cpu::number::rows::{HeadRows, Rows};
+use crate::cpu::number::rows::{HeadRows, RowGrid};
 use crate::cpu::tile::bf16::Pairs;
 use crate::cpu::work::output::{Blank, Output};
 use crate::cpu::work::tasks::{for_each_list_task, row_tasks, Lease, Pool, RowTask};
@@ -24,9 +24,9 @@ use std::ops::Range;
 /// The new tokens of one step, and its options.
 #[derive(Clone, Copy)]
 pub(crate) struct Step<'a, Q: Element, S: Element> {
-    pub q: Rows<'a, Q>,
-    pub k: Rows<'a, S>,
-    pub v: Rows<'a, S>,
+    pub q: RowGrid<'a, Q>,
+    pub k: RowGrid<'a, S>,
+    pub v: RowGrid<'a, S>,
     /// New tokens, at least 1.
     pub count: usize,
     /// Query heads of one batch row.
@@ -168,8 +168,8 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
         }
     }
 
-    fn settings(&self, list: &List<S>, block_rows: usize, pairs: Option<Pairs>) -> Settings<'a, S::Acc> {
-        Settings {
+    fn settings(&self, list: &List<S>, block_rows: usize, pairs: Option<Pairs>) -> BlockSettings<'a, S::Acc> {
+        BlockSettings {
             head_dim: self.head_dim,
             block_rows,
             first_row: list.seq_len - self.count,

@@ -31,7 +31,7 @@
 use crate::cpu::columns::chain::{ChainFold, Edge};
 use crate::cpu::columns::far::AHEAD;
 use crate::cpu::columns::source::{near_rows, RowScratch, FAR_COLUMNS};
-use crate::cpu::columns::tiles::{Block, ColumnKind, Columns, Settings, EDGE_COLUMNS, NEAR_COLUMNS};
+use crate::cpu::columns::tiles::{Block, BlockSettings, ColumnKind, Columns, EDGE_COLUMNS, NEAR_COLUMNS};
 use crate::cpu::number::aligned::{padded, Aligned};
 use crate::cpu::number::bias::BiasUnit;
 use crate::cpu::number::element::{Accumulator, Element};
@@ -48,7 +48,7 @@ use std::ops::Range;
 
 /// One thread's buffers to read blocks with, reused from block to block.
 pub(crate) struct BlockReader<'a, Q: Element> {
-    pub settings: Settings<'a, Q::Acc>,
+    pub settings: BlockSettings<'a, Q::Acc>,
     /// Rows of a block, a multiple of [`LANES`]: the leading dimension of `queries` and `tile`.
     pub leading: usize,
     /// Numbers between the starts of two rows: D, padded with zeros.
@@ -73,7 +73,7 @@ pub(crate) struct BlockReader<'a, Q: Element> {
 
 impl<'a, Q: Element> BlockReader<'a, Q> {
     /// `columns` is an upper bound of the far columns of a block.
-    pub fn new(settings: Settings<'a, Q::Acc>, columns: usize) -> Self {
+    pub fn new(settings: BlockSettings<'a, Q::Acc>, columns: usize) -> Self {
         let dim = settings.head_dim;
         let leading = settings.block_rows.next_multiple_of(LANES);
         let tile_columns = columns
@@ -104,7 +104,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
 
     /// Fills `query_rows` and `queries` with the block's folded queries; rows past the block's end are 0.
     pub fn load_queries<R: Element<Acc = Q::Acc>>(&mut self, block: &Block<Q, R>) {
-        let Settings {
+        let BlockSettings {
             head_dim: dim,
             first_row,
             ..
@@ -175,7 +175,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         block: &Block<Q, R>,
         mut visit: impl FnMut(&Self, Edge<Q::Acc>, usize, usize),
     ) {
-        let Settings { window, fold, .. } = self.settings;
+        let BlockSettings { window, fold, .. } = self.settings;
         let tokens = block.rows.start.max(window) - window..block.rows.end.max(window) - window;
         let row = |token: usize| token + window - block.rows.start;
         let held = block.far.holds_until();

@@ -43,7 +43,7 @@ pub(crate) fn block_rows(tokens: usize, pairs: Option<Pairs>) -> usize {
 
 /// The settings that all blocks of a call share.
 #[derive(Clone, Copy)]
-pub(crate) struct Settings<'a, A> {
+pub(crate) struct BlockSettings<'a, A> {
     pub head_dim: usize,
     /// The largest block, see [`block_rows`].
     pub block_rows: usize,
@@ -60,7 +60,7 @@ pub(crate) struct Settings<'a, A> {
     pub gradients: bool,
 }
 
-impl<A> Settings<'_, A> {
+impl<A> BlockSettings<'_, A> {
     /// The settings of the same call's gradients.
     pub fn of_gradients(self, tokens: usize) -> Self {
         let block_rows = match self.pairs {
@@ -131,7 +131,7 @@ pub(crate) enum ColumnKind {
 impl<'c, A> Columns<'c, A> {
     /// The keys as the left operand of a product.
     pub fn left(&self) -> Left<'c, A> {
-        self.keys_apart.map_or_else(|| Left::from(&self.keys), Left::Rows)
+        self.keys_apart.map_or_else(|| Left::from(&self.keys), Left::RowGrid)
     }
 
     /// The token index of a column.

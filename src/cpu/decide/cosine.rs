@@ -3,7 +3,7 @@
 use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, HeadTest, MergeRule, MergeStrategy};
 use crate::cpu::number::bias::Apart;
 use crate::cpu::number::element::{Accumulator, Element};
-use crate::cpu::number::rows::{HeadRows, Rows};
+use crate::cpu::number::rows::{HeadRows, RowGrid};
 use crate::cpu::number::vectorized::dot;
 use crate::problem::Problem;
 use rayon::prelude::*;
@@ -78,8 +78,8 @@ pub(crate) fn qualifies<A: Accumulator>(test: HeadTest, cosine: A) -> bool {
 /// The inputs of one call's decisions.
 #[derive(Clone, Copy)]
 pub(crate) struct DecideInput<'a, T: Element> {
-    pub q: Rows<'a, T>,
-    pub k: Rows<'a, T>,
+    pub q: RowGrid<'a, T>,
+    pub k: RowGrid<'a, T>,
     pub problem: Problem,
     pub strategies: &'a HeadStrategies,
     pub config: &'a CompressionConfig,

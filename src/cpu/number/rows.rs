@@ -6,12 +6,12 @@ use crate::problem::RowLayout;
 
 /// A (batch, head, token) grid of contiguous rows in a borrowed buffer, with any strides but the last.
 #[derive(Clone, Copy)]
-pub(crate) struct Rows<'a, T> {
+pub(crate) struct RowGrid<'a, T> {
     data: &'a [T],
     layout: RowLayout,
 }
 
-impl<'a, T> Rows<'a, T> {
+impl<'a, T> RowGrid<'a, T> {
     pub fn new(data: &'a [T], layout: RowLayout) -> Self {
         Self { data, layout }
     }

@@ -6,7 +6,7 @@ use crate::config::AttentionOptions;
 use crate::cuda::decide::reads_bias;
 use crate::cuda::decode::{decode, Appended, DecodeCall, StateArgs};
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
-use crate::cuda::operands::Bias;
+use crate::cuda::operands::BiasBuffer;
 use crate::cuda::params::CopyParams;
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};
@@ -62,7 +62,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         qkv: [Source<'_, G, T>; 3],
         count: usize,
         scale: f64,
-        (bias, queries): (Option<Bias<'_, G>>, Option<&mut G::Slice<T>>),
+        (bias, queries): (Option<BiasBuffer<'_, G>>, Option<&mut G::Slice<T>>),
     ) -> Result<()> {
         self.reserve(gpu, count)?;
         let bias = bias.filter(|_| reads_bias(&self.settings.config));
@@ -109,7 +109,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         qkv: [Source<'a, G, T>; 3],
         count: usize,
         options: &AttentionOptions,
-        bias: Option<Bias<'a, G>>,
+        bias: Option<BiasBuffer<'a, G>>,
     ) -> Result<G::Slice<T>> {
         if self.seq_len == 0 && count > 1 {
             if let Some(output) = self.first_chunk(gpu, qkv, count, Some(options), bias)? {
@@ -127,7 +127,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 let offset = layout.offset + token * layout.strides[2];
                 (slice, RowLayout { offset, ..layout })
             };
-            let bias = bias.map(|bias| Bias {
+            let bias = bias.map(|bias| BiasBuffer {
                 offset: bias.offset + token * bias.strides[2],
                 ..bias
             });
@@ -149,7 +149,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         gpu: &G,
         qkv: [Source<'_, G, T>; 3],
         options: &AttentionOptions,
-        bias: Option<Bias<'_, G>>,
+        bias: Option<BiasBuffer<'_, G>>,
     ) -> Result<G::Slice<T>> {
         let Problem { heads, head_dim, .. } = self.settings.problem;
         let (scale, plain) = (options.scale(head_dim), bias.is_none() && options.dropout.is_none());

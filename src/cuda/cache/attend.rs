@@ -3,7 +3,7 @@
 use super::DeviceLists;
 use crate::config::AttentionOptions;
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch};
-use crate::cuda::operands::Bias;
+use crate::cuda::operands::BiasBuffer;
 use crate::cuda::params::{BiasEntries, CacheAttendParams, DropoutParams};
 use candle_core::Result;
 
@@ -17,7 +17,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         gpu: &G,
         queries: &G::Slice<T>,
         options: &AttentionOptions,
-        bias: Option<Bias<'_, G>>,
+        bias: Option<BiasBuffer<'_, G>>,
     ) -> Result<G::Slice<T>> {
         let (heads, head_dim) = (self.settings.problem.heads, self.settings.problem.head_dim);
         let rows = self.batch * heads;

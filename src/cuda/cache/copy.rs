@@ -1,6 +1,6 @@
 //! Lists copied into other buffers: when they outgrow a buffer, when batch rows are reordered, and for a clone.
 
-use super::state::{Observed, State};
+use super::state::{ListBuffers, ObservedBuffers};
 use super::DeviceLists;
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Number};
 use crate::cuda::params::CopyParams;
@@ -42,7 +42,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 .flat_map(|row| self.head_tests[row * heads..(row + 1) * heads].iter().copied())
                 .collect(),
             tests: by_head.all("f32", &self.tests, 2)?,
-            state: State {
+            state: ListBuffers {
                 far_k: far(&self.state.far_k)?,
                 far_v: far(&self.state.far_v)?,
                 far_ln: match &self.state.far_ln {
@@ -72,7 +72,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                     None => None,
                 },
                 observed: match &self.state.observed {
-                    Some(observed) => Some(Observed {
+                    Some(observed) => Some(ObservedBuffers {
                         keys: by_list.all(suffix, &observed.keys, self.settings.seen_keys() * dim)?,
                         masses: by_list.all("f32", &observed.masses, window)?,
                         norms: by_list.all("f32", &observed.norms, window)?,

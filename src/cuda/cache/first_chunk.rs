@@ -10,7 +10,7 @@ use crate::cuda::fold::FoldCall;
 use crate::cuda::forward::forward;
 use crate::cuda::observe;
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
-use crate::cuda::operands::{Bias, Columns};
+use crate::cuda::operands::{BiasBuffer, ColumnBuffers};
 use crate::problem::Problem;
 use candle_core::Result;
 
@@ -23,7 +23,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         qkv: [Source<'_, G, T>; 3],
         count: usize,
         options: Option<&AttentionOptions>,
-        bias: Option<Bias<'_, G>>,
+        bias: Option<BiasBuffer<'_, G>>,
     ) -> Result<Option<G::Slice<T>>> {
         let [q, k, v] = qkv;
         let settings = self.settings.clone();
@@ -86,7 +86,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         count: usize,
         scale: f64,
         bits: &G::Slice<u8>,
-        columns: &Columns<G, T>,
+        columns: &ColumnBuffers<G, T>,
     ) -> Result<()> {
         let (params, all) = (self.params(&qkv, count, scale)?, self.all());
         let launch = Launch {
@@ -134,7 +134,7 @@ fn chunk_args<'a, G: Gpu, T: GpuElement>(
     gpu: &'a G,
     [_, k, v]: &[Source<'a, G, T>; 3],
     bits: &'a G::Slice<u8>,
-    columns: &'a Columns<G, T>,
+    columns: &'a ColumnBuffers<G, T>,
 ) -> Vec<G::Arg<'a>> {
     vec![
         gpu.read(k.0),

@@ -10,11 +10,11 @@ use crate::cuda::decide;
 use crate::cuda::decode::Scratch;
 use crate::cuda::fold::fold_code;
 use crate::cuda::on_gpu::{Gpu, GpuElement, Source};
-use crate::cuda::operands::Bias;
+use crate::cuda::operands::BiasBuffer;
 use crate::cuda::params::{BiasEntries, CacheParams, Rows, Sizes};
 use crate::problem::Problem;
 use candle_core::{bail, Result};
-use state::State;
+use state::ListBuffers;
 pub(crate) use transfer::{HostList, HostLists};
 
 mod append;
@@ -33,7 +33,7 @@ const NO_RUN: u32 = u32::MAX;
 
 /// Settings that never change.
 #[derive(Clone)]
-struct Settings {
+struct CacheSettings {
     /// The shapes of the first call; its number of tokens is not used.
     problem: Problem,
     /// Lists per batch row.
@@ -44,7 +44,7 @@ struct Settings {
     strategies: HeadStrategies,
 }
 
-impl Settings {
+impl CacheSettings {
     /// Raw keys that a list with observed mass keeps: the keys of the sinks and of the window.
     fn seen_keys(&self) -> usize {
         self.config.sinks + self.config.window
@@ -53,7 +53,7 @@ impl Settings {
 
 /// The lists of one layer.
 pub(crate) struct DeviceLists<G: Gpu, T: GpuElement> {
-    settings: Settings,
+    settings: CacheSettings,
     batch: usize,
     seq_len: usize,
     /// Far columns that a list has room for (`capacity`), and the most that it may hold (`bound`).
@@ -62,7 +62,7 @@ pub(crate) struct DeviceLists<G: Gpu, T: GpuElement> {
     /// The tests of every query head of every batch row, and their copy on the device.
     head_tests: Vec<HeadTest>,
     tests: G::Slice<f32>,
-    state: State<G, T>,
+    state: ListBuffers<G, T>,
     /// Scratch buffers of decoding; a copy of the lists has none.
     scratch: Option<Scratch<G>>,
 }
@@ -110,7 +110,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             )
         }
         let dense = strategies.all_off();
-        let settings = Settings {
+        let settings = CacheSettings {
             problem: *problem,
             lists: lists(problem, dense, config.group_rule.heads_agree()),
             dense,
@@ -124,7 +124,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             bound: 0,
             tests: gpu.upload(&decide::table(&head_tests))?,
             head_tests,
-            state: State::new(gpu, &settings, problem.batch)?,
+            state: ListBuffers::new(gpu, &settings, problem.batch)?,
             settings,
             scratch: None,
         })
@@ -206,7 +206,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     fn params_under(
         &self,
         qkv: &[Source<'_, G, T>; 3],
-        bias: Option<Bias<'_, G>>,
+        bias: Option<BiasBuffer<'_, G>>,
         count: usize,
         scale: f64,
     ) -> Result<CacheParams> {
@@ -216,7 +216,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     fn params_at(
         &self,
         [q, k, v]: [Rows; 3],
-        bias: Option<Bias<'_, G>>,
+        bias: Option<BiasBuffer<'_, G>>,
         count: usize,
         scale: f64,
     ) -> Result<CacheParams> {

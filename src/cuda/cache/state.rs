@@ -1,13 +1,13 @@
 //! The buffers of a cache on the device: `CacheState` in cuda/cache/cache_list.cuh.
 
-use super::{Settings, GROWTH, NO_RUN};
+use super::{CacheSettings, GROWTH, NO_RUN};
 use crate::config::Criterion;
 use crate::cuda::decode::StateArgs;
 use crate::cuda::on_gpu::{Gpu, GpuElement};
 use candle_core::Result;
 
 /// The lists' buffers.
-pub(super) struct State<G: Gpu, T: GpuElement> {
+pub(super) struct ListBuffers<G: Gpu, T: GpuElement> {
     pub far_k: G::Slice<T>,
     pub far_v: G::Slice<T>,
     pub far_ln: Option<G::Slice<f32>>,
@@ -29,11 +29,11 @@ pub(super) struct State<G: Gpu, T: GpuElement> {
     pub last_keys: G::Slice<T>,
     pub last_queries: Option<G::Slice<T>>,
     /// Under [`Criterion::ObservedMass`] only.
-    pub observed: Option<Observed<G, T>>,
+    pub observed: Option<ObservedBuffers<G, T>>,
 }
 
-/// `Observed` in cuda/decide/observe_row.cuh.
-pub(super) struct Observed<G: Gpu, T: GpuElement> {
+/// `ObservedBuffers` in cuda/decide/observe_row.cuh.
+pub(super) struct ObservedBuffers<G: Gpu, T: GpuElement> {
     pub keys: G::Slice<T>,
     pub masses: G::Slice<f32>,
     pub norms: G::Slice<f32>,
@@ -41,9 +41,9 @@ pub(super) struct Observed<G: Gpu, T: GpuElement> {
     pub logits: G::Slice<f32>,
 }
 
-impl<G: Gpu, T: GpuElement> State<G, T> {
+impl<G: Gpu, T: GpuElement> ListBuffers<G, T> {
     /// Empty lists of `batch` rows, with room for [`GROWTH`] entries each.
-    pub fn new(gpu: &G, settings: &Settings, batch: usize) -> Result<Self> {
+    pub fn new(gpu: &G, settings: &CacheSettings, batch: usize) -> Result<Self> {
         let (all, dim, config) = (batch * settings.lists, settings.problem.head_dim, &settings.config);
         let local = all * (config.window + 1);
         let rows = |wanted: bool, len: usize| -> Result<Option<G::Slice<T>>> {
@@ -57,7 +57,7 @@ impl<G: Gpu, T: GpuElement> State<G, T> {
             false => Ok(None),
         };
         let observed = match config.criterion {
-            Criterion::ObservedMass => Some(Observed::new(gpu, settings, all)?),
+            Criterion::ObservedMass => Some(ObservedBuffers::new(gpu, settings, all)?),
             Criterion::QueryKey | Criterion::KeyKey => None,
         };
         Ok(Self {
@@ -85,7 +85,7 @@ impl<G: Gpu, T: GpuElement> State<G, T> {
     }
 }
 
-impl<G: Gpu, T: GpuElement> StateArgs<G> for State<G, T> {
+impl<G: Gpu, T: GpuElement> StateArgs<G> for ListBuffers<G, T> {
     fn args<'a>(&'a mut self, gpu: &'a G) -> Vec<G::Arg<'a>> {
         let mut args = vec![
             gpu.write(&mut self.far_k),
@@ -121,8 +121,8 @@ impl<G: Gpu, T: GpuElement> StateArgs<G> for State<G, T> {
     }
 }
 
-impl<G: Gpu, T: GpuElement> Observed<G, T> {
-    fn new(gpu: &G, settings: &Settings, all: usize) -> Result<Self> {
+impl<G: Gpu, T: GpuElement> ObservedBuffers<G, T> {
+    fn new(gpu: &G, settings: &CacheSettings, all: usize) -> Result<Self> {
         let (window, seen) = (settings.config.window, settings.seen_keys());
         Ok(Self {
             keys: gpu.zeros(all * seen * settings.problem.head_dim)?,

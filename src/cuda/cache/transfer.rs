@@ -1,6 +1,6 @@
 //! Lists downloaded to the host and uploaded again, for a saved cache.
 
-use super::state::{Observed, State};
+use super::state::{ListBuffers, ObservedBuffers};
 use super::{room, DeviceLists, NO_RUN};
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest};
 use crate::cuda::decode::StateArgs;
@@ -237,7 +237,7 @@ impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
     }
 
     /// Uploads closed chains, without the logarithms of their sizes; returns the sizes.
-    fn closed(&self, state: &mut State<G, T>, capacity: usize) -> Result<G::Slice<u32>> {
+    fn closed(&self, state: &mut ListBuffers<G, T>, capacity: usize) -> Result<G::Slice<u32>> {
         let front = |rows: &[T], to: &mut [T]| to[..rows.len()].copy_from_slice(rows);
         state.far_k = self.rows(capacity, |list, to| front(&list.far_k, to))?;
         state.far_v = self.rows(capacity, |list, to| front(&list.far_v, to))?;
@@ -260,7 +260,7 @@ impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
     }
 
     /// Uploads open chains and the number of local columns.
-    fn chains(&self, state: &mut State<G, T>) -> Result<()> {
+    fn chains(&self, state: &mut ListBuffers<G, T>) -> Result<()> {
         let (seen, window, dim) = (self.host.seq_len, self.window, self.dim);
         state.local_lengths = self.words(|_| (seen.min(window) + usize::from(seen > window)) as u32)?;
         state.chain_sizes = self.words(|list| list.chain_size)?;
@@ -281,7 +281,7 @@ impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
     }
 
     /// Uploads the state of decisions and folds.
-    fn decisions(&self, state: &mut State<G, T>) -> Result<()> {
+    fn decisions(&self, state: &mut ListBuffers<G, T>) -> Result<()> {
         state.run_starts = self.words(|list| list.run.as_ref().map_or(NO_RUN, |run| run.0 as u32))?;
         state.run_keys = self.rows(1, |list, to| {
             if let Some((_, key)) = &list.run {
@@ -305,7 +305,7 @@ impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
     }
 
     /// Uploads the state of observed mass, without the norms of values.
-    fn observed(&self, observed: &mut Observed<G, T>, sinks: usize) -> Result<()> {
+    fn observed(&self, observed: &mut ObservedBuffers<G, T>, sinks: usize) -> Result<()> {
         observed.keys = self.rows(sinks + self.window, |list, to| {
             to[..list.sink_keys.len()].copy_from_slice(&list.sink_keys);
             self.ring(&list.recent_k, &mut to[sinks * self.dim..]);

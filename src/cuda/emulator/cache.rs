@@ -10,7 +10,7 @@ use crate::cuda::on_gpu::GpuElement;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Device, Result, Tensor};
 
-enum Lists {
+enum EmulatedLists {
     F32(DeviceLists<Emulator, f32>),
     F16(DeviceLists<Emulator, half::f16>),
     BF16(DeviceLists<Emulator, half::bf16>),
@@ -18,7 +18,7 @@ enum Lists {
 
 /// The lists that [`crate::CompressedKvCache`] keeps on a CUDA device.
 pub struct EmulatedCache {
-    lists: Lists,
+    lists: EmulatedLists,
     problem: Problem,
     strategies: HeadStrategies,
     config: CompressionConfig,
@@ -28,9 +28,9 @@ pub struct EmulatedCache {
 macro_rules! each {
     ($cache:expr, $lists:ident => $body:expr) => {
         match $cache {
-            Lists::F32($lists) => $body,
-            Lists::F16($lists) => $body,
-            Lists::BF16($lists) => $body,
+            EmulatedLists::F32($lists) => $body,
+            EmulatedLists::F16($lists) => $body,
+            EmulatedLists::BF16($lists) => $body,
         }
     };
 }
@@ -48,16 +48,16 @@ impl EmulatedCache {
     ) -> Result<Self> {
         let problem = Problem::new(&qkv[0], &qkv[1], &qkv[2])?;
         let lists = match options.storage.unwrap_or(problem.dtype) {
-            DType::F32 => Lists::F32(DeviceLists::new(&Emulator, &problem, strategies, config)?),
-            DType::F16 => Lists::F16(DeviceLists::new(&Emulator, &problem, strategies, config)?),
-            DType::BF16 => Lists::BF16(DeviceLists::new(&Emulator, &problem, strategies, config)?),
+            DType::F32 => EmulatedLists::F32(DeviceLists::new(&Emulator, &problem, strategies, config)?),
+            DType::F16 => EmulatedLists::F16(DeviceLists::new(&Emulator, &problem, strategies, config)?),
+            DType::BF16 => EmulatedLists::BF16(DeviceLists::new(&Emulator, &problem, strategies, config)?),
             other => return no_kernels(other),
         };
         Ok(Self::of(lists, problem, (strategies, config, options)))
     }
 
     fn of(
-        lists: Lists,
+        lists: EmulatedLists,
         problem: Problem,
         (strategies, config, options): (&HeadStrategies, &CompressionConfig, &CacheOptions),
     ) -> Self {
@@ -86,9 +86,9 @@ impl EmulatedCache {
     pub fn from_cpu(cache: &CompressedKvCache, options: &CacheOptions, dtype: DType) -> Result<Self> {
         let (strategies, config) = (cache.strategies(), cache.config());
         let (problem, lists) = match dtype {
-            DType::F32 => brought(cache).map(|(problem, lists)| (problem, Lists::F32(lists)))?,
-            DType::F16 => brought(cache).map(|(problem, lists)| (problem, Lists::F16(lists)))?,
-            DType::BF16 => brought(cache).map(|(problem, lists)| (problem, Lists::BF16(lists)))?,
+            DType::F32 => brought(cache).map(|(problem, lists)| (problem, EmulatedLists::F32(lists)))?,
+            DType::F16 => brought(cache).map(|(problem, lists)| (problem, EmulatedLists::F16(lists)))?,
+            DType::BF16 => brought(cache).map(|(problem, lists)| (problem, EmulatedLists::BF16(lists)))?,
             other => return no_kernels(other),
         };
         Ok(Self::of(lists, problem, (strategies, config, options)))
@@ -115,9 +115,9 @@ impl EmulatedCache {
     pub fn append(&mut self, qkv: &[Tensor; 3], options: Option<&AttentionOptions>) -> Result<Option<Tensor>> {
         let limit = self.options.max_entries;
         match &mut self.lists {
-            Lists::F32(lists) => append(lists, qkv, options, limit),
-            Lists::F16(lists) => append(lists, qkv, options, limit),
-            Lists::BF16(lists) => append(lists, qkv, options, limit),
+            EmulatedLists::F32(lists) => append(lists, qkv, options, limit),
+            EmulatedLists::F16(lists) => append(lists, qkv, options, limit),
+            EmulatedLists::BF16(lists) => append(lists, qkv, options, limit),
         }
     }
 
@@ -144,9 +144,9 @@ impl EmulatedCache {
     pub fn select(&self, rows: &[usize]) -> Result<Self> {
         Ok(Self {
             lists: match &self.lists {
-                Lists::F32(lists) => Lists::F32(lists.select(&Emulator, rows)?),
-                Lists::F16(lists) => Lists::F16(lists.select(&Emulator, rows)?),
-                Lists::BF16(lists) => Lists::BF16(lists.select(&Emulator, rows)?),
+                EmulatedLists::F32(lists) => EmulatedLists::F32(lists.select(&Emulator, rows)?),
+                EmulatedLists::F16(lists) => EmulatedLists::F16(lists.select(&Emulator, rows)?),
+                EmulatedLists::BF16(lists) => EmulatedLists::BF16(lists.select(&Emulator, rows)?),
             },
             problem: Problem {
                 batch: rows.len(),

@@ -19,7 +19,7 @@ pub struct DecodeStore {
     pub lengths: Vec<u32>,
 }
 
-struct Held<T> {
+struct HeldColumns<T> {
     keys: EmuSlice<T>,
     values: EmuSlice<T>,
     ln: Option<EmuSlice<f32>>,
@@ -88,17 +88,17 @@ fn decode_as<T: GpuElement>(
         most,
         scale,
     };
-    let output = launch(&gpu, &call, &mut Columns { far, local }, &mut None)?.download()?;
+    let output = launch(&gpu, &call, &mut DecodeArgs { far, local }, &mut None)?.download()?;
     Tensor::from_vec(output, (rows, head_dim), &Device::Cpu)
 }
 
 /// The cache's arguments without the buffers that only appending needs.
-struct Columns<T> {
-    far: Held<T>,
-    local: Option<Held<T>>,
+struct DecodeArgs<T> {
+    far: HeldColumns<T>,
+    local: Option<HeldColumns<T>>,
 }
 
-impl<T: GpuElement> StateArgs<Emulator> for Columns<T> {
+impl<T: GpuElement> StateArgs<Emulator> for DecodeArgs<T> {
     fn args<'a>(&'a mut self, gpu: &'a Emulator) -> Vec<EmuArg<'a>> {
         let mut args = vec![
             gpu.write(&mut self.far.keys),
@@ -121,10 +121,10 @@ impl<T: GpuElement> StateArgs<Emulator> for Columns<T> {
     }
 }
 
-fn held<T: GpuElement>(store: &DecodeStore) -> Result<Held<T>> {
+fn held<T: GpuElement>(store: &DecodeStore) -> Result<HeldColumns<T>> {
     let rows = |x: &Tensor| Emulator.upload(&x.flatten_all()?.to_vec1::<T>()?);
     let ln = |x: &Tensor| Emulator.upload(&x.flatten_all()?.to_vec1::<f32>()?);
-    Ok(Held {
+    Ok(HeldColumns {
         keys: rows(&store.keys)?,
         values: rows(&store.values)?,
         ln: store.ln.as_ref().map(ln).transpose()?,

@@ -10,7 +10,7 @@ use crate::cuda::attention::{lists, Attention};
 use crate::cuda::decide::{indicators, reads_bias, DecideCall};
 use crate::cuda::fold::FoldCall;
 use crate::cuda::on_gpu::{row_layout, Gpu, GpuElement, Kernel, Launch};
-use crate::cuda::operands::Bias;
+use crate::cuda::operands::BiasBuffer;
 use crate::cuda::params::BrokenParams;
 use crate::cuda::{loss, observe};
 use crate::problem::{Problem, RowLayout};
@@ -220,8 +220,8 @@ impl HeldBias {
         Ok(Self(data, layout.start_offset(), strides))
     }
 
-    pub(super) fn view(&self) -> Bias<'_, Emulator> {
-        Bias {
+    pub(super) fn view(&self) -> BiasBuffer<'_, Emulator> {
+        BiasBuffer {
             data: &self.0,
             offset: self.1,
             strides: self.2,

@@ -14,7 +14,7 @@ use crate::config::{HeadTest, MergeStrategy};
 use crate::cpu::number::element::{Accumulator, Element};
 use crate::cpu::number::panels;
 use crate::cpu::number::panels::PANEL;
-use crate::cpu::number::rows::Rows;
+use crate::cpu::number::rows::RowGrid;
 use crate::cpu::work::tasks::for_each_task;
 use crate::instructions::arch;
 use crate::problem::Problem;
@@ -103,9 +103,9 @@ fn widened<'r, T: Element>(row: &'r [T], buffer: &'r mut Vec<T::Acc>) -> &'r [T:
 /// The inputs of one call's scores.
 #[derive(Clone, Copy)]
 pub(crate) struct ObserveInput<'a, T> {
-    pub q: Rows<'a, T>,
-    pub k: Rows<'a, T>,
-    pub v: Rows<'a, T>,
+    pub q: RowGrid<'a, T>,
+    pub k: RowGrid<'a, T>,
+    pub v: RowGrid<'a, T>,
     pub problem: Problem,
     pub local: Local,
 }

@@ -28,7 +28,7 @@ use crate::cpu::number::aligned::Aligned;
 pub(crate) use crate::cpu::number::element::Split;
 use crate::cpu::tile::softmax::{RowSums, LANES};
 use crate::cpu::tile::transpose::to_columns;
-use crate::instructions::bf16::{kernel, Kernel};
+use crate::instructions::bf16::{kernel, PairInstructions};
 
 /// The multiple that A's dimensions and the number of columns are padded to: two tiles of 16 rows, or 16 pairs.
 pub(crate) const PAD: usize = 32;
@@ -74,7 +74,7 @@ impl Split {
 /// The kernel, split and factor of one call's products.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pairs {
-    kernel: Kernel,
+    kernel: PairInstructions,
     pub split: Split,
     /// The factor from a product of a query and a key to a logit in base 2: scale · log2(e).
     pub factor: f32,
@@ -86,7 +86,7 @@ impl Pairs {
     pub fn new(split: Split, scale: f64) -> Option<Self> {
         let factor = (scale * std::f64::consts::LOG2_E) as f32;
         let kernel = (*kernel().as_ref().ok()?)?;
-        let pays = kernel == Kernel::Amx || split == Split::One;
+        let pays = kernel == PairInstructions::Amx || split == Split::One;
         // The softmax compares products before they are multiplied, which needs a positive factor.
         (pays && factor.is_normal() && factor > 0.0).then_some(Self { kernel, split, factor })
     }

@@ -1,9 +1,9 @@
 //! Stand-ins for architectures without such instructions.
 
 use crate::cpu::tile::bf16::Differentials;
-use crate::cpu::tile::bf16::{Kernel, PairProduct, Strip};
+use crate::cpu::tile::bf16::{PairInstructions, PairProduct, Strip};
 
-pub(crate) fn product(_: Kernel, _: PairProduct) {
+pub(crate) fn product(_: PairInstructions, _: PairProduct) {
     unreachable!("there is no kernel")
 }
 

@@ -2,16 +2,16 @@
 //! products.
 
 use crate::cpu::number::exp2::{EXP2_F32, EXP2_SHORT};
-use crate::cpu::tile::bf16::{x86_amx, Differentials, Kernel, PairProduct, Split, Strip, PAD};
+use crate::cpu::tile::bf16::{x86_amx, Differentials, PairInstructions, PairProduct, Split, Strip, PAD};
 use crate::cpu::tile::softmax::LANES;
 use std::arch::x86_64::*;
 
-pub(crate) fn product(kernel: Kernel, product: PairProduct) {
+pub(crate) fn product(kernel: PairInstructions, product: PairProduct) {
     match kernel {
         // SAFETY: `kernels` has found the instructions.
-        Kernel::Amx => unsafe { x86_amx::product(product) },
+        PairInstructions::Amx => unsafe { x86_amx::product(product) },
         // SAFETY: as above.
-        Kernel::Avx512Bf16 => unsafe { product_avx512(product) },
+        PairInstructions::Avx512Bf16 => unsafe { product_avx512(product) },
     }
 }
 
