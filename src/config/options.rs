@@ -35,6 +35,20 @@ pub struct AttentionOptions {
     /// no check: do not give such a bias. For left-padded batches and packed documents with merging, give each sequence
     /// its own call, or keep their heads [`MergeStrategy::Off`](crate::MergeStrategy::Off).
     pub bias: Option<Tensor>,
+    /// L, at least 1: row i sees token s only where s > i - L, the rule of Mistral and Gemma; L tokens with its own. A
+    /// column of folded tokens stands for its last token. `None` (default): every earlier token.
+    pub sliding_window: Option<usize>,
+    /// c, above 0: a logit z becomes c·tanh(z/c), before the bias, the size of a fold and the mask, as in Gemma 2.
+    /// Decisions do not read it. `None` (default): logits stay as they are.
+    pub softcap: Option<f64>,
+    /// (H), a float dtype: each row's softmax has one more term, exp(sink), in its denominator, and no value for it.
+    /// It may ask for a gradient. `None` (default): no such term.
+    pub sink_logits: Option<Tensor>,
+    /// (B, N), u32: row i sees token s only where their numbers are equal; 0 is padding, whose rows are zeros with zero
+    /// gradients, and no row sees it. Equal numbers follow each other. Pairs of tokens in two segments do not merge;
+    /// `sinks`, `window` and [`Self::sliding_window`] count inside a segment, so that the result is that of each
+    /// segment alone. `None` (default): one segment.
+    pub segments: Option<Tensor>,
     /// The order of the axes of query, key, value and output tensors, at every function that takes these options.
     /// Default [`TensorLayout::HeadsFirst`]: (B, H, N, D). The bias is (B, H, N, N) in either, and the arrays of
     /// [`crate::reference`] are (B, H, N, D).
@@ -52,6 +66,10 @@ impl Default for AttentionOptions {
             causal: true,
             dropout: None,
             bias: None,
+            sliding_window: None,
+            softcap: None,
+            sink_logits: None,
+            segments: None,
             layout: TensorLayout::HeadsFirst,
             deterministic: false,
         }
@@ -79,6 +97,15 @@ impl AttentionOptions {
             if !(0.0..1.0).contains(&p) {
                 bail!("dropout: expected a probability p with 0 <= p < 1, got {p}; None turns dropout off")
             }
+        }
+        let not_yet = [
+            ("sliding_window", self.sliding_window.is_some()),
+            ("softcap", self.softcap.is_some()),
+            ("sink_logits", self.sink_logits.is_some()),
+            ("segments", self.segments.is_some()),
+        ];
+        if let Some((name, _)) = not_yet.iter().find(|(_, given)| *given) {
+            bail!("{name}: expected None, got a value; this version does not compute it yet")
         }
         if let Some(bias) = &self.bias {
             if !bias.dtype().is_float() {

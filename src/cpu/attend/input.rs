@@ -133,7 +133,7 @@ impl<'a, T: Element> Gathered<'a, T> {
                 bits,
                 tokens,
                 input.fold,
-                input.pairs().map_or(Layout::RowGrid, Layout::Gradients),
+                input.pairs().map_or(Layout::Rows, Layout::Gradients),
                 room,
             )),
             keys,

@@ -76,7 +76,7 @@ pub(crate) enum Layout {
     /// one of the tensors that they are gathered from. The other keys are read in place, if they are accumulators.
     Lean,
     /// Keys and values as rows, for gradients.
-    RowGrid,
+    Rows,
     /// As bf16 pairs, in place of rows.
     Pairs(Pairs),
     /// As bf16 pairs for gradients: keys by rows and by dimension, values by rows.
@@ -88,7 +88,7 @@ pub(crate) enum Layout {
 enum FarKeys {
     /// Each in its row.
     #[default]
-    RowGrid,
+    Rows,
     /// Keys are the raw ones, read in place.
     InPlace,
     /// Keys that merging made are in rows, with the column of each; the other keys are the raw ones of their tokens.
@@ -134,10 +134,10 @@ impl<A: Accumulator> FarColumns<A> {
         columns.keys = match layout {
             Layout::ValueRows | Layout::Lean if in_place => FarKeys::InPlace,
             Layout::Lean if readable => FarKeys::Made(Vec::new()),
-            _ => FarKeys::RowGrid,
+            _ => FarKeys::Rows,
         };
         let rows = match layout {
-            Layout::ValueRows | Layout::Lean | Layout::RowGrid => count,
+            Layout::ValueRows | Layout::Lean | Layout::Rows => count,
             Layout::Pairs(pairs) => {
                 columns.packed = Some(Packed::new(pairs, dim, count));
                 1
@@ -148,10 +148,10 @@ impl<A: Accumulator> FarColumns<A> {
                 1
             }
         };
-        let for_gradients = matches!(layout, Layout::RowGrid | Layout::Gradients(_));
+        let for_gradients = matches!(layout, Layout::Rows | Layout::Gradients(_));
         let fill = |columns: &mut Self, trusting: bool| {
             let key_rows = match columns.keys {
-                FarKeys::RowGrid => rows,
+                FarKeys::Rows => rows,
                 FarKeys::InPlace => 0,
                 FarKeys::Made(_) if !fold.keeps_hidden() => 0,
                 FarKeys::Made(_) => chains(bits, tokens),
@@ -166,7 +166,7 @@ impl<A: Accumulator> FarColumns<A> {
         fill(&mut columns, trusting);
         if trusting && !columns.clean {
             // Rows that are not finite are replaced, for which all rows are copied.
-            columns.keys = FarKeys::RowGrid;
+            columns.keys = FarKeys::Rows;
             fill(&mut columns, false);
         }
         let tokens_kept = || (0..tokens as u32).filter(|t| bits.get(*t as usize) != Some(&1));
@@ -218,7 +218,7 @@ impl<A: Accumulator> FarColumns<A> {
             self.far.push_size(fold, if folded { chain.size } else { 1 });
             let value = self.far.values.row_mut(row);
             let key_row = match &mut self.keys {
-                FarKeys::RowGrid => row,
+                FarKeys::Rows => row,
                 FarKeys::Made(made) if folded || summed => {
                     made.push(column);
                     made.len() - 1

@@ -131,7 +131,7 @@ pub(crate) enum ColumnKind {
 impl<'c, A> Columns<'c, A> {
     /// The keys as the left operand of a product.
     pub fn left(&self) -> Left<'c, A> {
-        self.keys_apart.map_or_else(|| Left::from(&self.keys), Left::RowGrid)
+        self.keys_apart.map_or_else(|| Left::from(&self.keys), Left::Rows)
     }
 
     /// The token index of a column.

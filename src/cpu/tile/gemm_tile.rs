@@ -35,7 +35,7 @@ pub(crate) fn scores<A: Accumulator>(
         ldb: tile.leading,
         c: &mut tile.data[first..],
         ldc: tile.leading,
-        onto: added.map_or(Onto::Zero, Onto::RowGrid),
+        onto: added.map_or(Onto::Zero, Onto::Rows),
     })
 }
 
@@ -95,7 +95,7 @@ fn multiply<A: Accumulator>(mut product: Product<A>) {
         ldc,
         onto,
     } = product;
-    if let Onto::RowGrid(numbers) = onto {
+    if let Onto::Rows(numbers) = onto {
         for (row, number) in c.chunks_mut(ldc).zip(&numbers[..m]) {
             row[..n].fill(*number);
         }
@@ -104,7 +104,7 @@ fn multiply<A: Accumulator>(mut product: Product<A>) {
     let together: Vec<A>;
     let (a, a_row, a_step) = match a {
         Left::Grid { data, row, step } => (data, row, step),
-        Left::RowGrid(rows) => {
+        Left::Rows(rows) => {
             together = rows.iter().take(m).flat_map(|row| &row[..k]).copied().collect();
             (&together[..], k, 1)
         }

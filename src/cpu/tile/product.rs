@@ -15,7 +15,7 @@ pub(crate) enum Left<'a, A> {
     /// Number (m, k) is `data[m * row + k * step]`.
     Grid { data: &'a [A], row: usize, step: usize },
     /// Rows at any addresses.
-    RowGrid(&'a [&'a [A]]),
+    Rows(&'a [&'a [A]]),
 }
 
 impl<'a, A> From<&HeadRows<'a, A>> for Left<'a, A> {
@@ -33,7 +33,7 @@ impl<'a, A> From<&HeadRows<'a, A>> for Left<'a, A> {
 pub(crate) enum Onto<'a, A> {
     Zero,
     /// One number for each row of C.
-    RowGrid(&'a [A]),
+    Rows(&'a [A]),
     /// The numbers that C holds.
     C,
 }
@@ -57,9 +57,9 @@ impl<A> Product<'_, A> {
         assert!(self.m > 0 && self.n > 0 && self.k > 0);
         match self.a {
             Left::Grid { data, row, step } => assert!((self.m - 1) * row + (self.k - 1) * step < data.len()),
-            Left::RowGrid(rows) => assert!(self.m <= rows.len() && rows.iter().all(|row| self.k <= row.len())),
+            Left::Rows(rows) => assert!(self.m <= rows.len() && rows.iter().all(|row| self.k <= row.len())),
         }
-        if let Onto::RowGrid(numbers) = self.onto {
+        if let Onto::Rows(numbers) = self.onto {
             assert!(self.m <= numbers.len());
         }
         assert!(self.n <= self.ldb && (self.k - 1) * self.ldb + self.n <= self.b.len());
@@ -95,12 +95,12 @@ unsafe fn block<A: Accumulator, S: Simd, const M: usize, const V: usize>(
             Left::Grid { data, row: a_row, step } => {
                 (std::array::from_fn(|m| data.as_ptr().add((row + m) * a_row)), step)
             }
-            Left::RowGrid(rows) => (std::array::from_fn(|m| rows.get_unchecked(row + m).as_ptr()), 1),
+            Left::Rows(rows) => (std::array::from_fn(|m| rows.get_unchecked(row + m).as_ptr()), 1),
         };
         let mut b = product.b.as_ptr().add(column);
         let c = product.c.as_mut_ptr().add(row * ldc + column);
         let mut sums = [[A::zeros(simd); V]; M];
-        if let Onto::RowGrid(numbers) = onto {
+        if let Onto::Rows(numbers) = onto {
             for m in 0..M {
                 sums[m] = [A::splat(simd, *numbers.get_unchecked(row + m)); V];
             }
