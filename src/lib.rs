@@ -23,6 +23,7 @@
 //! | a layer with projections | [`CompressedSelfAttention`], a `candle_nn::Module` |
 //! | a model that decodes | [`CompressedKvCache`], one for each layer |
 //! | a stock checkpoint | [`CompressionConfig::pretrained`], or [`Calibrator`] and [`Policy`] |
+//! | a model that calls `flash_attn` | [`Session`] |
 //! | bits of your own | [`MergePlan::from_indicators`] and [`attend`] |
 //!
 //! [`mod@reference`] is the specification: the same attention, loss and gradients as scalar f64 code.
@@ -35,8 +36,8 @@
 //! # Layers
 //!
 //! A module uses those to its left: `config`, `instructions` <- `problem` <- `plan` <- `reference`, `cpu`, `cuda` <-
-//! `storage` <- `decide`, `loss`, `op` <- `cache` <- `attention`, `calibrate`. The reference and the fast paths never
-//! call each other; tests compare them.
+//! `storage` <- `decide`, `loss`, `op` <- `cache` <- `attention`, `calibrate` <- `session`. The reference and the fast
+//! paths never call each other; tests compare them.
 
 pub mod attention;
 pub mod cache;
@@ -53,6 +54,7 @@ pub mod op;
 pub mod plan;
 pub mod problem;
 pub mod reference;
+pub mod session;
 mod storage;
 
 pub use attention::{
@@ -69,6 +71,7 @@ pub use loss::{compression_loss, compression_loss_terms, CompressionLossTerms};
 pub use op::{attend, compressed_attention, CompressedAttentionOutput};
 pub use plan::{MergePlan, MergeStats};
 pub use problem::Problem;
+pub use session::Session;
 
 #[cfg(feature = "cuda-emu")]
 #[doc(hidden)]

@@ -23,6 +23,7 @@ const FLOORS: &[&[&str]] = &[
     // What only tests run on: it makes caches of its own.
     &["cuda/emulator"],
     &["attention", "calibrate"],
+    &["session"],
 ];
 
 /// Which file names which, by module paths like `cpu/number/element`.

@@ -294,29 +294,42 @@ impl CompressedKvCache {
     /// # Errors
     /// More tokens than the cache has, or a cache that merges: folded tokens cannot be taken apart.
     pub fn truncate(&mut self, tokens: usize) -> Result<()> {
-        let seq_len = self.seq_len();
-        if tokens > seq_len {
-            bail!("truncate: expected at most the {seq_len} tokens seen, got {tokens}; append the missing ones")
-        }
+        self.check_truncate(tokens)?;
         if tokens == 0 {
             self.reset();
         }
         #[cfg(feature = "cuda")]
         if let Some(state) = &mut self.on_gpu {
-            if tokens != seq_len && !state.never_merges() {
-                return truncated_while_merging(tokens, seq_len);
-            }
             return state.truncate(tokens);
         }
         let Some(state) = &mut self.state else { return Ok(()) };
-        let exact =
-            tokens == seq_len || each!(&state.lists, lists => lists.iter().all(|(_, list)| !list.settings.merges()));
-        if !exact {
-            return truncated_while_merging(tokens, seq_len);
-        }
         each!(&mut state.lists, lists => lists.iter_mut().for_each(|(_, list)| list.truncate(tokens)));
         state.seq_len = tokens;
         Ok(())
+    }
+
+    /// Whether [`Self::truncate`] would succeed.
+    pub(crate) fn check_truncate(&self, tokens: usize) -> Result<()> {
+        let seq_len = self.seq_len();
+        if tokens > seq_len {
+            bail!("truncate: expected at most the {seq_len} tokens seen, got {tokens}; append the missing ones")
+        }
+        if tokens == 0 || tokens == seq_len || self.never_merges() {
+            return Ok(());
+        }
+        bail!(
+            "truncate: expected 0 or all {seq_len} tokens for a cache that merges, got {tokens}; folded tokens cannot \
+             be taken apart, reset() and append again, or keep a clone() from before"
+        )
+    }
+
+    fn never_merges(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        if let Some(state) = &self.on_gpu {
+            return state.never_merges();
+        }
+        let Some(state) = &self.state else { return true };
+        each!(&state.lists, lists => lists.iter().all(|(_, list)| !list.settings.merges()))
     }
 
     /// Keeps, repeats or reorders batch rows: row i becomes the old row `rows[i]`. For beam search. `rows` is a u32, u8
@@ -353,11 +366,4 @@ impl CompressedKvCache {
         }
         Ok(())
     }
-}
-
-fn truncated_while_merging(tokens: usize, seq_len: usize) -> Result<()> {
-    bail!(
-        "truncate: expected 0 or all {seq_len} tokens for a cache that merges, got {tokens}; folded tokens cannot be \
-         taken apart, reset() and append again, or keep a clone() from before"
-    )
 }

@@ -27,7 +27,7 @@ pub struct ModelShape {
 
 impl ModelShape {
     /// Refuses sizes of 0 or beyond [`LARGEST`], and heads that are no multiple of the KV heads.
-    pub(super) fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         let sizes = [self.layers, self.heads, self.kv_heads, self.head_dim];
         if sizes.contains(&0) || !self.heads.is_multiple_of(self.kv_heads) {
             bail!(
