@@ -18,6 +18,8 @@ mod evaluate;
 mod experiment;
 #[path = "../../src/files.rs"]
 mod files;
+#[path = "../llama/floats.rs"]
+mod floats;
 #[allow(dead_code)]
 #[path = "../llama/load/mod.rs"]
 mod load;

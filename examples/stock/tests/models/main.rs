@@ -235,7 +235,7 @@ fn a_pass_that_fails_between_two_layers_breaks_the_session_until_reset() -> Resu
     let mut model = zoo.model(true, OwnCache::Cleared)?;
     steps(|tokens, position| {
         if position == 0 {
-            let q = candle::Tensor::zeros((1, 90, 4, 16), candle::DType::F32, tokens.device())?;
+            let q = candle_core::Tensor::zeros((1, 90, 4, 16), candle_core::DType::F32, tokens.device())?;
             let fails = session.scope(|| {
                 candle_flash_attn::flash_attn(&q, &q, &q, 1.0, true)?;
                 candle_flash_attn::flash_attn(&q, &q, &q, 1.0, false)
@@ -252,7 +252,7 @@ fn a_pass_that_fails_between_two_layers_breaks_the_session_until_reset() -> Resu
     assert_eq!(session.seq_len(), 101);
     // A panic too, and other calls on the thread are dense again.
     let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        session.scope(|| -> candle::Result<()> { panic!("on purpose") })
+        session.scope(|| -> candle_core::Result<()> { panic!("on purpose") })
     }));
     assert!(caught.is_err() && !candle_sfattention::session::is_running());
     assert_eq!(session.layers().len(), zoo::LAYERS);
@@ -283,7 +283,7 @@ fn a_saved_session_goes_on_bit_for_bit() -> Result<()> {
         Ok(())
     })?;
     std::fs::remove_file(folder.join("session.json"))?;
-    assert!(Session::load(&folder, &candle::Device::Cpu).is_err());
+    assert!(Session::load(&folder, &candle_core::Device::Cpu).is_err());
     std::fs::remove_dir_all(&folder)?;
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Every model, tiny and with random weights, behind one trait.
 
 use anyhow::Result;
-use candle::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use candle_sfattention::ModelShape;
 use serde_json::json;
@@ -34,7 +34,7 @@ pub enum OwnCache {
 /// A model of candle-transformers.
 pub trait Model {
     /// Logits of the last token, for tokens `(1, n)` that begin at `position`.
-    fn step(&mut self, tokens: &Tensor, position: usize) -> candle::Result<Tensor>;
+    fn step(&mut self, tokens: &Tensor, position: usize) -> candle_core::Result<Tensor>;
     /// Empties the model's own cache, where there is one.
     fn clear(&mut self);
 }
@@ -42,7 +42,7 @@ pub trait Model {
 macro_rules! model {
     ($name:ty) => {
         impl Model for $name {
-            fn step(&mut self, tokens: &Tensor, position: usize) -> candle::Result<Tensor> {
+            fn step(&mut self, tokens: &Tensor, position: usize) -> candle_core::Result<Tensor> {
                 self.forward(tokens, position)
             }
 
@@ -62,7 +62,7 @@ model!(qwen3::ModelForCausalLM);
 model!(qwen3_flash::ModelForCausalLM);
 
 impl Model for stable_lm::Model {
-    fn step(&mut self, tokens: &Tensor, position: usize) -> candle::Result<Tensor> {
+    fn step(&mut self, tokens: &Tensor, position: usize) -> candle_core::Result<Tensor> {
         self.forward(tokens, position)
     }
 
@@ -71,7 +71,7 @@ impl Model for stable_lm::Model {
 }
 
 impl Model for (llama::Llama, llama::Cache) {
-    fn step(&mut self, tokens: &Tensor, position: usize) -> candle::Result<Tensor> {
+    fn step(&mut self, tokens: &Tensor, position: usize) -> candle_core::Result<Tensor> {
         self.0.forward(tokens, position, &mut self.1)
     }
 
@@ -80,7 +80,7 @@ impl Model for (llama::Llama, llama::Cache) {
 }
 
 impl Model for (granite::Granite, granite::Cache) {
-    fn step(&mut self, tokens: &Tensor, position: usize) -> candle::Result<Tensor> {
+    fn step(&mut self, tokens: &Tensor, position: usize) -> candle_core::Result<Tensor> {
         self.0.forward(tokens, position, &mut self.1)
     }
 
