@@ -79,6 +79,9 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &At
     if !(q.device().is_cpu() || cfg!(feature = "cuda") && q.device().is_cuda()) {
         return not_on_cpu(q.device());
     }
+    if q.device().is_cuda() {
+        options.check_on_cuda()?;
+    }
     let bias = problem.bias(options)?;
     let op = CompressedAttentionOp {
         problem,
@@ -160,6 +163,7 @@ impl CompressedAttentionOp {
             fold: self.plan.config().fold,
             window: self.plan.config().window,
             causal: self.options.causal,
+            sliding_window: self.options.sliding_window.unwrap_or(usize::MAX),
             scale: self.options.scale(self.problem.head_dim),
             dropout: self.options.dropout,
             bias,

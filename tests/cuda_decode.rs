@@ -69,7 +69,7 @@ fn check(shape: Shape, window: usize, dtype: DType, tolerance: f64) -> Result<()
         let (folded_keys, sizes) = reference::fold(config.fold, &keys, bits);
         let (folded_values, _) = reference::fold(config.fold, &values, bits);
         let (mut far_columns, mut local_columns) = (Vec::new(), Vec::new());
-        for column in reference::visible_columns(bits, tokens - 1, window, true) {
+        for column in reference::visible_columns(bits, tokens - 1, window, true, None) {
             match column {
                 Column::Far(t) => far_columns.push((folded_keys[t].clone(), folded_values[t].clone(), sizes[t].ln())),
                 Column::Edge(t) => {

@@ -13,6 +13,7 @@ use rand::{rngs::StdRng, SeedableRng};
 struct GradientCase {
     fold: Fold,
     window: Option<usize>,
+    sliding_window: Option<usize>,
     sizes: [usize; 5],
     bias: bool,
     dropout: Option<Dropout>,
@@ -25,15 +26,17 @@ fn gradient_cases() -> impl Strategy<Value = GradientCase> {
     (
         proptest::sample::select(&FOLDS[..]),
         proptest::option::weighted(0.8, 0usize..8),
+        proptest::option::of(1usize..9),
         (1usize..3, 1usize..3, 1usize..3, 1usize..8, 1usize..4),
         any::<bool>(),
         proptest::option::of(dropout),
         any::<u64>(),
     )
         .prop_map(
-            |(fold, window, (b, hk, group, n, d), bias, dropout, seed)| GradientCase {
+            |(fold, window, sliding_window, (b, hk, group, n, d), bias, dropout, seed)| GradientCase {
                 fold,
                 window,
+                sliding_window,
                 sizes: [b, hk * group, hk, n, d],
                 bias,
                 dropout,
@@ -57,6 +60,7 @@ proptest! {
         let options = AttentionOptions {
             softmax_scale: Some(1.3),
             causal: case.window.is_some(),
+            sliding_window: case.sliding_window,
             dropout: case.dropout,
             bias,
             ..Default::default()

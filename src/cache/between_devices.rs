@@ -76,6 +76,12 @@ impl CompressedKvCache {
     /// Another dtype than T.
     pub(crate) fn for_device<T: Both>(&self) -> Result<Option<(Problem, HostLists<T>)>> {
         let Some(state) = &self.state else { return Ok(None) };
+        if let Some(length) = state.sliding_window.flatten() {
+            bail!(
+                "sliding_window: expected None for a cache on CUDA, got {length}; its kernels do not compute it yet, \
+                 keep the cache on the CPU"
+            )
+        }
         let dtype = state.lists.dtype();
         let Some(lists) = T::unwrap(&state.lists) else {
             bail!(
@@ -122,6 +128,7 @@ pub(super) fn state_of<T: Both>(sizes: CacheSizes, config: &CompressionConfig, h
     State {
         sizes,
         seq_len: held.seq_len,
+        sliding_window: Some(None),
         lists: T::wrap(lists.collect()),
     }
 }
@@ -135,12 +142,15 @@ fn merging_list<T: Both>(
     let mut list = List::<T>::new(settings, dim);
     let fold = list.settings.fold;
     list.seq_len = seq_len;
-    (list.keys, list.values) = (held.far_k.clone(), held.far_v.clone());
-    list.tokens.clone_from(&held.tokens);
+    (list.keys, list.values) = (held.far_k.clone().into(), held.far_v.clone().into());
+    list.tokens = held.tokens.clone().into();
     if fold.has_sizes() {
         let before = std::iter::once(0).chain(held.tokens.iter().map(|token| token + 1));
         let sizes = held.tokens.iter().zip(before).map(|(token, before)| token + 1 - before);
-        list.log2_sizes = sizes.map(|size| f64::from(size).log2() as f32).collect();
+        list.log2_sizes = sizes
+            .map(|size| f64::from(size).log2() as f32)
+            .collect::<Vec<_>>()
+            .into();
     }
     let chain = held.chain.clone();
     list.open = chain.map(|rows| ChainFold::from_rows(fold, held.chain_size as usize, rows));
@@ -172,7 +182,7 @@ fn merging_list<T: Both>(
 fn plain_list<T: Both>(settings: ListSettings, held: &HostList<T>, (seq_len, dim): (usize, usize)) -> List<T> {
     let mut list = List::<T>::new(settings, dim);
     list.seq_len = seq_len;
-    (list.keys, list.values) = (held.far_k.clone(), held.far_v.clone());
+    (list.keys, list.values) = (held.far_k.clone().into(), held.far_v.clone().into());
     let mut close = |key: &[f32], value: &[f32]| {
         let (mut key, mut value, mut stored) = (key.to_vec(), value.to_vec(), vec![T::zero(); dim]);
         quarantine(&mut key, &mut value);
@@ -194,7 +204,7 @@ fn plain_list<T: Both>(settings: ListSettings, held: &HostList<T>, (seq_len, dim
     list.keys.truncate(closed);
     list.values.truncate(closed);
     list.open = Some(chain);
-    list.tokens = (0..seq_len as u32 - 1).collect();
+    list.tokens = (0..seq_len as u32 - 1).collect::<Vec<_>>().into();
     list
 }
 
@@ -247,9 +257,9 @@ fn held_merging<T: Both>(list: &List<T>) -> HostList<T> {
     // A list may still hold raw tokens that have left the window.
     let stale = list.recent_keys.len() - list.seq_len.min(list.settings.window) * list.dim;
     HostList {
-        far_k: list.keys.clone(),
-        far_v: list.values.clone(),
-        tokens: list.tokens.clone(),
+        far_k: list.keys.to_vec(),
+        far_v: list.values.to_vec(),
+        tokens: list.tokens.to_vec(),
         chain: list.open.as_ref().map(|chain| chain.rows().map(<[f32]>::to_vec)),
         chain_size: list.open.as_ref().map_or(0, |chain| chain.size as u32),
         recent_k: list.recent_keys[stale..].to_vec(),

@@ -134,10 +134,18 @@ fn restore_state(cache: &CompressedKvCache, saved: &SavedState, file: &SafeTenso
         config: &cache.config,
         dim: saved.sizes.head_dim,
         seq_len: saved.seq_len,
+        sliding_window: saved.sliding_window.unwrap_or(usize::MAX),
     };
+    if saved.sliding_window == Some(0) || saved.sliding_window.is_some() && saved.only_appended {
+        bail!(
+            "sliding_window: expected None or at least 1 of calls that attended, got {:?}; {DAMAGED}",
+            saved.sliding_window
+        )
+    }
     Ok(State {
         sizes: saved.sizes,
         seq_len: saved.seq_len,
+        sliding_window: (!saved.only_appended).then_some(saved.sliding_window),
         lists: match dtype {
             DType::F64 => Lists::F64(reader.lists(saved)?),
             DType::F32 => Lists::F32(reader.lists(saved)?),
@@ -219,6 +227,7 @@ struct Reader<'a> {
     config: &'a CompressionConfig,
     dim: usize,
     seq_len: usize,
+    sliding_window: usize,
 }
 
 impl Reader<'_> {
@@ -238,7 +247,10 @@ impl Reader<'_> {
     {
         let (dim, seq_len) = (self.dim, self.seq_len);
         let tests = saved.tests.iter().map(head_test).collect::<Result<_>>()?;
-        let settings = ListSettings::new(tests, self.config);
+        let settings = ListSettings {
+            sliding_window: self.sliding_window,
+            ..ListSettings::new(tests, self.config)
+        };
         let window = settings.window;
         let name = |name: &str| format!("{index}.{name}");
         let rows = |tensor: &str, count: usize| self.tensor::<S>(&name(tensor), &[count, dim]);
@@ -246,12 +258,12 @@ impl Reader<'_> {
         // This tensor alone gives the number of entries.
         let entries = self.view(&name("tokens"))?.1.first().copied().unwrap_or(0);
         let tokens = self.tensor::<u32>(&name("tokens"), &[entries])?;
-        let sizes = self.chain_sizes(&name("tokens"), &tokens, &settings)?;
+        let sizes = self.chain_sizes(&name("tokens"), &tokens, saved.kept_from, &settings)?;
         let sized = settings.fold.has_sizes();
-        let log2_sizes = self.tensor(&name("log2_sizes"), &[if sized { entries } else { 0 }])?;
+        let log2_sizes: Vec<S::Acc> = self.tensor(&name("log2_sizes"), &[if sized { entries } else { 0 }])?;
         check_log2_sizes::<S::Acc>(&name("log2_sizes"), &log2_sizes, &sizes)?;
         let size = *sizes.last().filter(|_| sized).unwrap_or(&1);
-        let (recent, full) = (seq_len.min(window), seq_len > window);
+        let (recent, full) = (seq_len.min(settings.kept_raw()), seq_len > window && settings.folds());
         let bits = self.tensor::<u8>(&name("bits"), &[window.min(seq_len - 1)])?;
         if let Some(bad) = bits.iter().find(|bit| **bit > 1) {
             bail!("{}: expected 0 and 1, got {bad}; {DAMAGED}", name("bits"))
@@ -263,10 +275,11 @@ impl Reader<'_> {
         let list = List {
             dim,
             seq_len,
-            keys: rows("keys", entries)?,
-            values: rows("values", entries)?,
-            tokens,
-            log2_sizes,
+            keys: rows("keys", entries)?.into(),
+            values: rows("values", entries)?.into(),
+            tokens: tokens.into(),
+            log2_sizes: log2_sizes.into(),
+            kept_from: saved.kept_from,
             open: full.then(|| {
                 let row = |row: usize| open[row * dim..(row + 1) * dim].to_vec();
                 ChainFold::from_rows(settings.fold, size, [0, 1, 2, 3].map(row))
@@ -324,9 +337,19 @@ impl Reader<'_> {
     }
 
     /// The number of tokens in each chain, the open one last. Chains end at `tokens` and at the window's edge, and
-    /// cover all tokens up to the edge.
-    fn chain_sizes(&self, name: &str, tokens: &[u32], settings: &ListSettings) -> Result<Vec<usize>> {
+    /// cover all tokens from `kept_from` up to the edge.
+    fn chain_sizes(&self, name: &str, tokens: &[u32], kept_from: usize, settings: &ListSettings) -> Result<Vec<usize>> {
         let edge = self.seq_len.checked_sub(settings.window.saturating_add(1));
+        let edge = edge.filter(|_| settings.folds());
+        let first = settings.first_seen(self.seq_len);
+        let left = tokens.first().is_some_and(|oldest| (*oldest as usize) < first);
+        if left || kept_from > first.min(edge.unwrap_or(0)) {
+            bail!(
+                "{name}: expected chains that end at token {first} or later, the oldest from there or before, got \
+                 {:?} from {kept_from} on; {DAMAGED}",
+                tokens.first()
+            )
+        }
         if edge.is_none() && !tokens.is_empty() {
             bail!(
                 "{name}: expected none while the window is not full, got {}; {DAMAGED}",
@@ -334,7 +357,7 @@ impl Reader<'_> {
             )
         }
         let longest = settings.longest_run().saturating_add(1);
-        let mut next = 0;
+        let mut next = kept_from;
         let ends = tokens.iter().map(|token| *token as usize).chain(edge);
         ends.map(|end| {
             let size = (end + 1).saturating_sub(next);

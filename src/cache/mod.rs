@@ -182,6 +182,7 @@ impl CompressedKvCache {
     ) -> Result<Option<Tensor>> {
         #[cfg(feature = "cuda")]
         if q.device().is_cuda() || self.on_gpu.is_some() {
+            options.map_or(Ok(()), AttentionOptions::check_on_cuda)?;
             return self.take_in_on_gpu(problem, [q, k, v], options);
         }
         if !q.device().is_cpu() {
@@ -314,13 +315,23 @@ impl CompressedKvCache {
         if tokens > seq_len {
             bail!("truncate: expected at most the {seq_len} tokens seen, got {tokens}; append the missing ones")
         }
-        if tokens == 0 || tokens == seq_len || self.never_merges() {
+        if tokens == 0 || tokens == seq_len {
             return Ok(());
         }
-        bail!(
-            "truncate: expected 0 or all {seq_len} tokens for a cache that merges, got {tokens}; folded tokens cannot \
-             be taken apart, reset() and append again, or keep a clone() from before"
-        )
+        if !self.never_merges() {
+            bail!(
+                "truncate: expected 0 or all {seq_len} tokens for a cache that merges, got {tokens}; folded tokens \
+                 cannot be taken apart, reset() and append again, or keep a clone() from before"
+            )
+        }
+        let Some(state) = &self.state else { return Ok(()) };
+        if !each!(&state.lists, lists => lists.iter().all(|(_, list)| list.can_truncate(tokens))) {
+            bail!(
+                "truncate: expected all {seq_len} tokens, got {tokens}; tokens that the next row would see have left \
+                 the sliding window, reset() and append again, or keep a clone() from before"
+            )
+        }
+        Ok(())
     }
 
     fn never_merges(&self) -> bool {

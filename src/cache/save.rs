@@ -10,8 +10,8 @@
 //! | `keys`, `values` | (entries, D) | S | closed chains |
 //! | `tokens` | (entries) | u32 | the last token of each; their distances are the chains' sizes |
 //! | `log2_sizes` | (entries) | A | under [`Fold::Mean`](crate::Fold::Mean) |
-//! | `open` | (4, D) | A | the open chain's key, value, raw key and raw value, once the window is full |
-//! | `recent_keys`, `recent_values` | (min(window, seq_len), D) | S | raw tokens |
+//! | `open` | (4, D) | A | the open chain: key, value, raw key, raw value; once the window is full, if window < L |
+//! | `recent_keys`, `recent_values` | (min(window, L - 1, seq_len), D) | S | raw tokens; L is the sliding window |
 //! | `bits` | (min(window, seq_len - 1)) | u8 | whether each raw token joins its left neighbour |
 //! | `run_key` | (1, D) | A | the first key of the run that ends at the last token, where one does |
 //! | `last_key` | (1, D) | A | where neighbours are compared |
@@ -62,6 +62,12 @@ pub(super) struct Header {
 pub(super) struct SavedState {
     pub sizes: CacheSizes,
     pub seq_len: usize,
+    /// The sliding window of the calls that attended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sliding_window: Option<usize>,
+    /// Whether no call has attended yet, so that the sliding window is not known.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub only_appended: bool,
     /// The storage dtype in use.
     pub dtype: String,
     /// Batch-major, then by head.
@@ -79,6 +85,17 @@ pub(super) struct SavedList {
     pub run_start: Option<usize>,
     #[serde(deserialize_with = "present")]
     pub last_bad: Option<usize>,
+    /// See [`List::kept_from`].
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub kept_from: usize,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
+}
+
+fn is_zero(number: &usize) -> bool {
+    *number == 0
 }
 
 /// A [`HeadTest`]. JSON has no infinity, which is the threshold of an off head that has none of its own.
@@ -193,13 +210,13 @@ where
 {
     let dim = list.dim;
     // A list may still hold raw tokens that have left the window.
-    let recent = list.seq_len.min(list.settings.window) * dim;
+    let recent = list.seq_len.min(list.settings.kept_raw()) * dim;
     let stale = list.recent_keys.len() - recent;
     let open = list.open.as_ref().map_or(Vec::new(), |chain| chain.rows().concat());
     let run_key = list.run.start.as_ref().map_or(&[][..], |(_, key)| key);
     let mut pieces = vec![
-        ("keys", Piece::rows(&list.keys, dim)),
-        ("values", Piece::rows(&list.values, dim)),
+        ("keys", Piece::rows(&list.keys[..], dim)),
+        ("values", Piece::rows(&list.values[..], dim)),
         ("tokens", Piece::flat(&list.tokens)),
         ("log2_sizes", Piece::flat(&list.log2_sizes)),
         ("open", Piece::rows(open, dim)),
@@ -223,6 +240,7 @@ fn saved_lists<S: Element>(lists: &ListsOf<S>) -> Vec<SavedList> {
         tests: list.settings.tests.iter().map(SavedTest::from).collect(),
         run_start: list.run.start.as_ref().map(|(token, _)| *token),
         last_bad: list.last_bad,
+        kept_from: list.kept_from,
     };
     lists.iter().map(saved).collect()
 }
@@ -296,6 +314,8 @@ impl CompressedKvCache {
             state: state.map(|state| SavedState {
                 sizes: state.sizes,
                 seq_len: state.seq_len,
+                sliding_window: state.sliding_window.flatten(),
+                only_appended: state.sliding_window.is_none(),
                 dtype: state.lists.dtype().as_str().to_string(),
                 lists: each!(&state.lists, lists => saved_lists(lists)),
             }),

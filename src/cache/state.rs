@@ -1,11 +1,12 @@
 //! The state of a cache on the CPU, and how its first call makes it.
 
 use super::CompressedKvCache;
+use crate::config::AttentionOptions;
 use crate::cpu::cache::list::{List, ListSettings};
 use crate::cpu::decide::heads::ListHeads;
 use crate::cpu::number::element::Element;
 use crate::problem::Problem;
-use candle_core::{DType, Result};
+use candle_core::{bail, DType, Result};
 use serde::{Deserialize, Serialize};
 
 /// Everything that the first call fixes or that later calls change.
@@ -13,7 +14,29 @@ use serde::{Deserialize, Serialize};
 pub(crate) struct State {
     pub sizes: CacheSizes,
     pub seq_len: usize,
+    /// The sliding window of the calls that attended; None before the first of them.
+    pub sliding_window: Option<Option<usize>>,
     pub lists: Lists,
+}
+
+impl State {
+    /// The sliding window of a call with these options, or without attending.
+    ///
+    /// # Errors
+    /// Another one than in the calls before.
+    pub(super) fn sliding_window_for(&self, options: Option<&AttentionOptions>) -> Result<Option<usize>> {
+        let (Some(options), held) = (options, self.sliding_window) else {
+            return Ok(self.sliding_window.flatten());
+        };
+        if let Some(held) = held.filter(|held| *held != options.sliding_window) {
+            bail!(
+                "sliding_window: expected {held:?} as in the calls before, got {:?}; tokens outside of it are gone, \
+                 give the same one in every call, or reset() the cache and append again",
+                options.sliding_window
+            )
+        }
+        Ok(options.sliding_window)
+    }
 }
 
 /// The shapes that the first call fixed.
@@ -64,6 +87,7 @@ impl CompressedKvCache {
         Ok(State {
             sizes: CacheSizes::of(problem),
             seq_len: 0,
+            sliding_window: None,
             lists: match storage {
                 DType::F64 => Lists::F64(self.new_lists(problem)),
                 DType::F16 => Lists::F16(self.new_lists(problem)),

@@ -26,6 +26,7 @@ pub(super) fn step(
             CacheSizes::of(problem)
         )
     }
+    let sliding_window = state.sliding_window_for(options)?;
     let total = state.seq_len + problem.tokens;
     let accumulator = if problem.dtype == DType::F64 {
         DType::F64
@@ -56,6 +57,7 @@ pub(super) fn step(
         bias,
         first: state.seq_len,
         max_entries,
+        sliding_window: sliding_window.unwrap_or(usize::MAX),
     };
     let output = match &mut state.lists {
         Lists::F64(lists) => call.run::<f64, f64>(lists),
@@ -66,6 +68,9 @@ pub(super) fn step(
         Lists::BF16(lists) => call.run::<f32, half::bf16>(lists),
     }?;
     state.seq_len = total;
+    if options.is_some() {
+        state.sliding_window = Some(sliding_window);
+    }
     output.map(|output| output.to_dtype(problem.dtype)).transpose()
 }
 
@@ -93,6 +98,8 @@ struct CpuCall<'a> {
     /// The token index of the first new token.
     first: usize,
     max_entries: Option<usize>,
+    /// L of the model's sliding window; [`usize::MAX`] for none.
+    sliding_window: usize,
 }
 
 impl CpuCall<'_> {
@@ -124,6 +131,7 @@ impl CpuCall<'_> {
                 Some(options) => options.scale(head_dim),
                 None => AttentionOptions::default().scale(head_dim),
             },
+            sliding_window: self.sliding_window,
             dropout: self.options.and_then(|options| options.dropout),
             bias,
         };
@@ -132,7 +140,7 @@ impl CpuCall<'_> {
         if let Some(limit) = self.max_entries {
             let needed = lists.iter().zip(&decided);
             let needed = needed
-                .map(|((_, list), decided)| list.entries_after(tokens, decided))
+                .map(|((_, list), decided)| list.entries_after(tokens, decided, self.sliding_window))
                 .max();
             if needed.is_some_and(|needed| needed > limit) {
                 bail!(

@@ -36,7 +36,9 @@ pub struct AttentionOptions {
     /// its own call, or keep their heads [`MergeStrategy::Off`](crate::MergeStrategy::Off).
     pub bias: Option<Tensor>,
     /// L, at least 1: row i sees token s only where s > i - L, the rule of Mistral and Gemma; L tokens with its own. A
-    /// column of folded tokens stands for its last token. `None` (default): every earlier token.
+    /// column of folded tokens stands for its last token. Decisions do not read it. Time follows L, not N. A cache
+    /// keeps what a later row sees, at most L entries a list. Its first attended call fixes L for all later calls. On
+    /// the CPU only. `None` (default): every earlier token.
     pub sliding_window: Option<usize>,
     /// c, above 0: a logit z becomes c·tanh(z/c), before the bias, the size of a fold and the mask, as in Gemma 2.
     /// Decisions do not read it. `None` (default): logits stay as they are.
@@ -82,8 +84,19 @@ impl AttentionOptions {
         self.softmax_scale.unwrap_or_else(|| 1.0 / (head_dim as f64).sqrt())
     }
 
-    /// Refuses a scale that is not finite, a dropout probability outside `[0, 1)`, and a bias that is not a float or
-    /// asks for a gradient.
+    /// Refuses the options that the CUDA kernels do not compute.
+    pub(crate) fn check_on_cuda(&self) -> Result<()> {
+        if let Some(length) = self.sliding_window {
+            bail!(
+                "sliding_window: expected None on CUDA, got {length}; its kernels do not compute it yet, move the \
+                 tensors with to_device(&Device::Cpu)"
+            )
+        }
+        Ok(())
+    }
+
+    /// Refuses a scale that is not finite, a sliding window of 0, a dropout probability outside `[0, 1)`, and a bias
+    /// that is not a float or asks for a gradient.
     ///
     /// # Errors
     /// As above.
@@ -98,8 +111,10 @@ impl AttentionOptions {
                 bail!("dropout: expected a probability p with 0 <= p < 1, got {p}; None turns dropout off")
             }
         }
+        if self.sliding_window == Some(0) {
+            bail!("sliding_window: expected at least 1, got 0; a row sees its own token, None sees every earlier one")
+        }
         let not_yet = [
-            ("sliding_window", self.sliding_window.is_some()),
             ("softcap", self.softcap.is_some()),
             ("sink_logits", self.sink_logits.is_some()),
             ("segments", self.segments.is_some()),

@@ -147,7 +147,7 @@ impl<'a> Call<'a> {
         }
         let bias = options.bias.as_ref().map(|b| Bias::read(b, sizes)).transpose()?;
         if let Some(bias) = &bias {
-            bias.check(indicators, options.causal)?;
+            bias.check(indicators, options)?;
         }
         Ok(Self {
             sizes,
@@ -186,7 +186,8 @@ impl<'a> Call<'a> {
     }
 
     fn row(&self, head: &Head, row: usize) -> Row {
-        let columns = visible_columns(head.bits, row, self.config.window, self.options.causal);
+        let (window, sliding) = (self.config.window, self.options.sliding_window);
+        let columns = visible_columns(head.bits, row, window, self.options.causal, sliding);
         let finite = |vector: &[f64]| vector.iter().all(|x| x.is_finite());
         let poisoned = !finite(&head.queries[row])
             || columns

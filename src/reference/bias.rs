@@ -3,6 +3,7 @@
 use candle_core::{bail, Result, Tensor};
 
 use super::{to_f64, Axes, Indicators};
+use crate::config::AttentionOptions;
 
 /// A bias that broadcasts to (B, H, N, N), as f64.
 pub(super) struct Bias {
@@ -46,15 +47,18 @@ impl Bias {
 
     /// Refuses a head that hides tokens while its bias is -inf at a column that a row would see: the bias does not tell
     /// apart the tokens that are folded together.
-    pub(super) fn check(&self, indicators: &Indicators, causal: bool) -> Result<()> {
+    pub(super) fn check(&self, indicators: &Indicators, options: &AttentionOptions) -> Result<()> {
         let [batch, heads, pairs] = indicators.dims;
         for (b, h) in (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h))) {
             if !indicators.head(b, h).contains(&true) {
                 continue;
             }
             for row in 0..=pairs {
-                let last = if causal { row } else { pairs };
-                if let Some(column) = (0..=last).find(|&column| self.hides([b, h], row, column)) {
+                let first = options
+                    .sliding_window
+                    .map_or(0, |length| (row + 1).saturating_sub(length));
+                let last = if options.causal { row } else { pairs };
+                if let Some(column) = (first..=last).find(|&column| self.hides([b, h], row, column)) {
                     bail!(
                         "bias: expected no -inf where tokens are hidden, got one at row {row}, column {column} of \
                          batch row {b}, head {h}; give each segment (padded row, packed document) its own call, or \

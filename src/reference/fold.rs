@@ -86,8 +86,23 @@ impl Column {
 /// has tokens.
 ///
 /// Causal, with `x = row - window`: far columns `s < x` with `m[s] = 0`, the edge `x` if there is one, and near columns
-/// `x < t <= row`. Not causal (`window` is 0): every `s` with `m[s] = 0`, and the edge `s = row`.
-pub fn visible_columns(bits: &[bool], row: usize, window: usize, causal: bool) -> Vec<Column> {
+/// `x < t <= row`. Not causal (`window` is 0): every `s` with `m[s] = 0`, and the edge `s = row`. With a
+/// `sliding_window` L, only those whose token s has `s > row - L`.
+pub fn visible_columns(
+    bits: &[bool],
+    row: usize,
+    window: usize,
+    causal: bool,
+    sliding_window: Option<usize>,
+) -> Vec<Column> {
+    let mut columns = columns_of(bits, row, window, causal);
+    if let Some(length) = sliding_window {
+        columns.retain(|column| column.token() + length > row);
+    }
+    columns
+}
+
+fn columns_of(bits: &[bool], row: usize, window: usize, causal: bool) -> Vec<Column> {
     let far = |s: &usize| !bits.get(*s).copied().unwrap_or(false);
     if !causal {
         return (0..=bits.len())

@@ -129,7 +129,13 @@ pub fn budget(
                 Some(_) => 0.0,
                 None => 1.0,
             };
-            let columns = visible_columns(head.bits, row, setting.config.window, options.causal);
+            let columns = visible_columns(
+                head.bits,
+                row,
+                setting.config.window,
+                options.causal,
+                options.sliding_window,
+            );
             let call = Call {
                 scale: options.scale(dim),
                 units,

@@ -15,13 +15,25 @@ use crate::bits;
 fn columns_are_far_edge_and_near() {
     use Column::{Edge, Far, Near};
     let m = bits("0110");
-    assert_eq!(visible_columns(&m, 0, 0, true), [Edge(0)]);
-    assert_eq!(visible_columns(&m, 2, 0, true), [Far(0), Edge(2)]);
-    assert_eq!(visible_columns(&m, 4, 0, true), [Far(0), Far(3), Edge(4)]);
-    assert_eq!(visible_columns(&m, 4, 2, true), [Far(0), Edge(2), Near(3), Near(4)]);
-    assert_eq!(visible_columns(&m, 1, 2, true), [Near(0), Near(1)]);
-    assert_eq!(visible_columns(&m, 1, 0, false), [Far(0), Edge(1), Far(3), Far(4)]);
-    assert_eq!(visible_columns(&m, 3, 0, false), [Far(0), Edge(3), Far(4)]);
+    assert_eq!(visible_columns(&m, 0, 0, true, None), [Edge(0)]);
+    assert_eq!(visible_columns(&m, 2, 0, true, None), [Far(0), Edge(2)]);
+    assert_eq!(visible_columns(&m, 4, 0, true, None), [Far(0), Far(3), Edge(4)]);
+    assert_eq!(
+        visible_columns(&m, 4, 2, true, None),
+        [Far(0), Edge(2), Near(3), Near(4)]
+    );
+    assert_eq!(visible_columns(&m, 1, 2, true, None), [Near(0), Near(1)]);
+    assert_eq!(
+        visible_columns(&m, 1, 0, false, None),
+        [Far(0), Edge(1), Far(3), Far(4)]
+    );
+    assert_eq!(visible_columns(&m, 3, 0, false, None), [Far(0), Edge(3), Far(4)]);
+    assert_eq!(visible_columns(&m, 4, 0, true, Some(5)), [Far(0), Far(3), Edge(4)]);
+    assert_eq!(visible_columns(&m, 4, 0, true, Some(4)), [Far(3), Edge(4)]);
+    assert_eq!(visible_columns(&m, 4, 0, true, Some(1)), [Edge(4)]);
+    assert_eq!(visible_columns(&m, 4, 2, true, Some(3)), [Edge(2), Near(3), Near(4)]);
+    assert_eq!(visible_columns(&m, 4, 2, true, Some(2)), [Near(3), Near(4)]);
+    assert_eq!(visible_columns(&m, 3, 0, false, Some(3)), [Edge(3), Far(4)]);
 }
 
 /// Published known answers of the Random123 library.

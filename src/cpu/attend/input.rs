@@ -26,6 +26,8 @@ pub(crate) struct ForwardInput<'a, T: Element> {
     pub fold: Fold,
     pub window: usize,
     pub causal: bool,
+    /// See [`BlockSettings::sliding_window`].
+    pub sliding_window: usize,
     pub scale: f64,
     pub dropout: Option<Dropout>,
     pub bias: Option<BiasView<'a, T::Acc>>,
@@ -42,6 +44,7 @@ impl<'a, T: Element> ForwardInput<'a, T> {
             fold: self.fold,
             window: self.window,
             causal: self.causal,
+            sliding_window: self.sliding_window,
             scale: self.scale,
             bias: self.bias,
             pairs,
@@ -65,7 +68,8 @@ impl<'a, T: Element> ForwardInput<'a, T> {
         } = self.problem;
         let all = (0..batch).flat_map(|batch| (0..heads).map(move |head| [batch, head]));
         let hiding = all.filter(|[batch, head]| self.head_bits(*batch, *head).contains(&1));
-        Apart::new(bias, 0).check_all(hiding, (tokens, tokens), self.causal)
+        let settings = self.settings();
+        Apart::new(bias, 0).check_all(hiding, tokens, |row| settings.seen(row, tokens))
     }
 
     /// The merge bits of one query head.

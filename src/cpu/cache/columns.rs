@@ -20,7 +20,7 @@ impl<S: Element> FarSource<S::Acc> for List<S> {
     }
 
     fn before(&self, token: usize) -> usize {
-        self.tokens.partition_point(|t| (*t as usize) < token)
+        self.entries_before(token)
     }
 
     fn token(&self, column: usize) -> usize {

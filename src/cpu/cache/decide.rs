@@ -11,7 +11,8 @@ use crate::cpu::number::vectorized::dot;
 impl<S: Element> List<S> {
     /// Whether tokens are hidden, now or by `decided`, even if all of them are still in the window.
     pub fn hides(&self, decided: &Decided<S>) -> bool {
-        self.bits_base() > self.tokens.len() || decided.bits.contains(&1)
+        let folded = self.settings.folds() && self.bits_base() > self.kept_from + self.tokens.len();
+        folded || decided.bits.contains(&1)
     }
 
     /// Decides for a chunk of tokens.
@@ -36,7 +37,9 @@ impl<S: Element> List<S> {
         // chain.
         let edge = (first + count).saturating_sub(self.settings.window + 1);
         let base = self.bits_base();
-        decided.closes = (base..edge.max(base)).filter(|t| decided.bits[t - base] == 0).count();
+        if self.settings.folds() {
+            decided.closes = (base..edge.max(base)).filter(|t| decided.bits[t - base] == 0).count();
+        }
         decided
     }
 

@@ -60,7 +60,7 @@ pub(crate) struct Decoder<A> {
 
 /// Whether a list's rows can be read by lanes, without a copy.
 pub(crate) fn reads_lanes<S: Element>(list: &List<S>) -> bool {
-    let stored = [&list.keys, &list.values, &list.recent_keys, &list.recent_values];
+    let stored = [&list.keys[..], &list.values, &list.recent_keys, &list.recent_values];
     stored.iter().all(|rows| S::lanes(rows, list.dim).is_some())
 }
 
@@ -143,7 +143,7 @@ impl<A: Accumulator> Decoder<A> {
     /// The raw tokens of the window, as columns to read.
     fn near<'l, S: Element<Acc = A>>(&self, list: &'l List<S>) -> ListPart<'l, S> {
         let rows = list.recent_keys.len() / self.dim;
-        let count = list.settings.window.min(list.seq_len);
+        let count = list.settings.near().min(list.seq_len);
         ListPart {
             keys: HeadRows::compact(&list.recent_keys[..], self.dim),
             values: HeadRows::compact(&list.recent_values[..], self.dim),

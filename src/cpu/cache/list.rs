@@ -16,10 +16,13 @@
 //! 3. A list that never merges has window 0: each token is one entry, and nothing is kept raw.
 //! 4. Raw rows are moved to the front once per window of tokens, not at every token.
 //! 5. Capacity grows by an eighth, so that little is copied and little is unused.
-//! 6. A chain that is not finite is replaced when it closes, so that stored columns need no check. Raw rows of the
+//! 6. Under a sliding window the entries that no later row sees leave ([`Queue`]). Where the sliding window is no
+//!    longer than the window, tokens are never folded, and only the sliding window is kept raw.
+//! 7. A chain that is not finite is replaced when it closes, so that stored columns need no check. Raw rows of the
 //!    window are checked only where [`List::last_bad`] says that one of them is not finite.
 
 use crate::config::{CompressionConfig, Criterion, Fold, HeadTest};
+use crate::cpu::cache::queue::Queue;
 use crate::cpu::columns::chain::{log2_size, ChainFold};
 use crate::cpu::columns::source::{Bits, RawRows};
 use crate::cpu::decide::observe::Observed;
@@ -43,6 +46,8 @@ pub(crate) struct ListSettings {
     pub max_merge_level: usize,
     /// Tokens kept raw; 0 for a list that never merges.
     pub window: usize,
+    /// L of the model's sliding window; [`usize::MAX`] for none.
+    pub sliding_window: usize,
 }
 
 impl ListSettings {
@@ -56,6 +61,7 @@ impl ListSettings {
             sinks: config.sinks,
             max_merge_level: config.max_merge_level,
             window: if merges { config.window } else { 0 },
+            sliding_window: usize::MAX,
         }
     }
 
@@ -65,12 +71,37 @@ impl ListSettings {
 
     /// Whether tokens are judged by the observed mass: the weights that the rows of their window gave them.
     pub fn observes(&self) -> bool {
-        self.criterion.observes() && self.merges()
+        self.criterion.observes() && self.decides()
     }
 
     /// Whether tokens are judged by a test of neighbours.
     pub fn compares(&self) -> bool {
-        self.criterion.compares_pairs() && self.merges()
+        self.criterion.compares_pairs() && self.decides()
+    }
+
+    /// Whether rows see folded tokens. Where none does, tokens leave the sliding window before they are folded.
+    pub fn folds(&self) -> bool {
+        self.window < self.sliding_window
+    }
+
+    /// Whether a decision has an effect: on columns, or on queries that are folded.
+    fn decides(&self) -> bool {
+        self.merges() && (self.folds() || self.fold.folds_queries())
+    }
+
+    /// The number of raw tokens that a row sees, its own included.
+    pub fn near(&self) -> usize {
+        self.window.min(self.sliding_window)
+    }
+
+    /// The number of raw tokens kept for the next row. Where tokens are folded, the oldest one is that row's edge.
+    pub fn kept_raw(&self) -> usize {
+        self.window.min(self.sliding_window - 1)
+    }
+
+    /// The first token that a row (a token index) sees.
+    pub fn first_seen(&self, row: usize) -> usize {
+        (row + 1).saturating_sub(self.sliding_window)
     }
 
     /// The most tokens that one run may hide.
@@ -91,12 +122,14 @@ pub(crate) struct List<S: Element> {
     /// Tokens seen so far.
     pub seq_len: usize,
     /// Closed chains: keys and values (entries, D), and each chain's last token.
-    pub keys: Vec<S>,
-    pub values: Vec<S>,
-    pub tokens: Vec<u32>,
+    pub keys: Queue<S>,
+    pub values: Queue<S>,
+    pub tokens: Queue<u32>,
     /// log2 n of each entry under [`Fold::Mean`]; else empty.
-    pub log2_sizes: Vec<S::Acc>,
-    /// The chain on token `seq_len - 1 - window`; None while the window is not full.
+    pub log2_sizes: Queue<S::Acc>,
+    /// The first token of the chains that are kept: 0 until an entry leaves the sliding window.
+    pub kept_from: usize,
+    /// The chain on token `seq_len - 1 - window`; None while the window is not full, and where nothing is folded.
     pub open: Option<ChainFold<S::Acc>>,
     /// Raw tokens (rows, D): the window, after older rows that [`Self::trim`] has yet to drop; empty where `window` is
     /// 0.
@@ -138,10 +171,11 @@ impl<S: Element> List<S> {
             settings,
             dim,
             seq_len: 0,
-            keys: Vec::new(),
-            values: Vec::new(),
-            tokens: Vec::new(),
-            log2_sizes: Vec::new(),
+            keys: Queue::default(),
+            values: Queue::default(),
+            tokens: Queue::default(),
+            log2_sizes: Queue::default(),
+            kept_from: 0,
             open: None,
             recent_keys: Vec::new(),
             recent_values: Vec::new(),
@@ -155,13 +189,66 @@ impl<S: Element> List<S> {
 
     /// The number of columns that the next row would see besides itself: closed chains, the open one, raw tokens.
     pub fn entries(&self) -> usize {
-        self.tokens.len() + usize::from(self.open.is_some()) + self.seq_len.min(self.settings.window)
+        self.tokens.len() + usize::from(self.open.is_some()) + self.seq_len.min(self.settings.kept_raw())
     }
 
-    /// [`Self::entries`] after a chunk of `count` tokens.
-    pub fn entries_after(&self, count: usize, decided: &Decided<S>) -> usize {
-        let (seq_len, window) = (self.seq_len + count, self.settings.window);
-        self.tokens.len() + decided.closes + usize::from(seq_len > window) + seq_len.min(window)
+    /// [`Self::entries`] after a chunk of `count` tokens, under a sliding window.
+    pub fn entries_after(&self, count: usize, decided: &Decided<S>, sliding_window: usize) -> usize {
+        let (seq_len, before) = (self.seq_len + count, self.bits_base());
+        let settings = ListSettings {
+            sliding_window,
+            ..self.settings.clone()
+        };
+        let raw = seq_len.min(settings.kept_raw());
+        if !settings.folds() {
+            return raw;
+        }
+        let edge = seq_len.saturating_sub(settings.window + 1);
+        let first = settings.first_seen(seq_len);
+        let closes = (before.max(first)..edge.max(before)).filter(|token| decided.bits[token - before] == 0);
+        let closed = self.tokens.len() - self.entries_before(first);
+        closed + closes.count() + usize::from(seq_len > settings.window) + raw
+    }
+
+    /// The number of closed chains whose last token is before `token`.
+    pub fn entries_before(&self, token: usize) -> usize {
+        self.tokens.partition_point(|last| (*last as usize) < token)
+    }
+
+    /// Whether [`Self::truncate`] to this many tokens is exact: nothing is folded, and the next row's columns are kept.
+    pub fn can_truncate(&self, tokens: usize) -> bool {
+        let kept = self.kept_from <= self.settings.first_seen(tokens);
+        tokens == self.seq_len || !self.settings.merges() && kept
+    }
+
+    /// Puts a list under a sliding window from a chunk on, whose decisions may have been made without it.
+    pub fn slide(&mut self, sliding_window: usize, decided: &mut Decided<S>) {
+        self.settings.sliding_window = sliding_window;
+        if !self.settings.folds() {
+            self.open = None;
+            self.leave(usize::MAX);
+            (self.kept_from, decided.closes) = (0, 0);
+        }
+        if !self.settings.decides() {
+            decided.bits.fill(0);
+            self.bits.fill(0);
+            (decided.run, decided.observed) = (Run::default(), Observed::new());
+        }
+    }
+
+    /// Drops the closed chains whose last token is before `first`, which no later row sees.
+    fn leave(&mut self, first: usize) {
+        let count = match self.tokens.first() {
+            Some(oldest) if (*oldest as usize) < first => self.entries_before(first),
+            _ => return,
+        };
+        self.kept_from = self.tokens[count - 1] as usize + 1;
+        self.keys.leave(count * self.dim);
+        self.values.leave(count * self.dim);
+        self.tokens.leave(count);
+        if self.settings.fold.has_sizes() {
+            self.log2_sizes.leave(count);
+        }
     }
 
     /// Cuts a list that never merges back to its first `tokens` tokens (at least 1): each entry is one token.
@@ -169,13 +256,14 @@ impl<S: Element> List<S> {
         if tokens >= self.seq_len || self.settings.merges() {
             return;
         }
-        let (start, end) = ((tokens - 1) * self.dim, tokens * self.dim);
+        let entries = tokens - 1 - self.kept_from;
+        let (start, end) = (entries * self.dim, (entries + 1) * self.dim);
         let mut chain = ChainFold::new(self.settings.fold, self.dim);
         chain.step(false, &self.keys[start..end], &self.values[start..end]);
         self.open = Some(chain);
         self.keys.truncate(start);
         self.values.truncate(start);
-        self.tokens.truncate(tokens - 1);
+        self.tokens.truncate(entries);
         self.bits.clear();
         self.last_bad = self.last_bad.filter(|bad| *bad < tokens);
         self.seq_len = tokens;
@@ -183,7 +271,7 @@ impl<S: Element> List<S> {
 
     /// Bytes in use: entries with their token indices and sizes, the open chain, raw tokens, run state.
     pub fn bytes(&self) -> usize {
-        let recent = 2 * self.seq_len.min(self.settings.window) * self.dim;
+        let recent = 2 * self.seq_len.min(self.settings.kept_raw()) * self.dim;
         let rows = self.keys.len() + self.values.len() + recent;
         rows * size_of::<S>() + self.tokens.len() * size_of::<u32>() + self.state_bytes()
     }
@@ -234,7 +322,8 @@ impl<S: Element> List<S> {
         self.observed = decided.observed;
         self.seq_len += count;
         self.reserve(decided.closes);
-        if let Some(edge) = self.seq_len.checked_sub(self.settings.window + 1) {
+        let edge = self.seq_len.checked_sub(self.settings.window + 1);
+        if let Some(edge) = edge.filter(|_| self.settings.folds()) {
             let next = if self.open.is_some() { base + 1 } else { 0 };
             let recent = (take(&mut self.recent_keys), take(&mut self.recent_values));
             let raw = self.raw_of((&recent.0, &recent.1), (*keys, *values), count);
@@ -246,12 +335,13 @@ impl<S: Element> List<S> {
             (self.recent_keys, self.recent_values) = recent;
         }
         self.bits = bits;
+        self.leave(self.settings.first_seen(first));
         before
     }
 
     fn reserve(&mut self, entries: usize) {
         let dim = self.dim;
-        if self.keys.len() + entries * dim > self.keys.capacity() {
+        if self.keys.room() < entries * dim {
             let extra = entries + GROWTH.max(self.tokens.len() / 8);
             self.keys.reserve_exact(extra * dim);
             self.values.reserve_exact(extra * dim);
@@ -286,8 +376,8 @@ impl<S: Element> List<S> {
     #[inline(always)]
     fn close(&mut self, chain: &ChainFold<S::Acc>, token: usize) {
         let start = self.keys.len();
-        self.keys.resize(start + self.dim, S::zero());
-        self.values.resize(start + self.dim, S::zero());
+        self.keys.fill(self.dim, S::zero());
+        self.values.fill(self.dim, S::zero());
         let (mut key, mut value) = (chain.key.clone(), chain.value.clone());
         quarantine(&mut key, &mut value);
         S::narrow(&key, &mut self.keys[start..]);
@@ -349,11 +439,12 @@ impl<S: Element> List<S> {
         }
     }
 
-    /// Drops the bits and raw rows that no later row reads, after a chunk of `count` tokens.
+    /// Drops the entries, bits and raw rows that no later row reads, after a chunk of `count` tokens.
     pub fn trim(&mut self, count: usize) {
         let (old, new) = (self.chunk_bits(count).base, self.bits_base());
         self.bits.drain(..(new - old).min(self.bits.len()));
-        let (dim, keep) = (self.dim, self.settings.window.min(self.seq_len));
+        self.leave(self.settings.first_seen(self.seq_len));
+        let (dim, keep) = (self.dim, self.settings.kept_raw().min(self.seq_len));
         let rows = self.recent_keys.len() / dim;
         // Rows are moved once per window of tokens, not at every step; the memory of a long chunk is released.
         if rows > 2 * keep {

@@ -4,5 +4,6 @@ pub(crate) mod columns;
 pub(crate) mod decide;
 pub(crate) mod decode;
 pub(crate) mod list;
+pub(crate) mod queue;
 pub(crate) mod range;
 pub(crate) mod step;

@@ -33,6 +33,8 @@ pub(crate) struct Step<'a, Q: Element, S: Element> {
     pub heads: usize,
     pub head_dim: usize,
     pub scale: f64,
+    /// L of the model's sliding window; [`usize::MAX`] for none.
+    pub sliding_window: usize,
     pub dropout: Option<Dropout>,
     /// (B, H, count, tokens)
     pub bias: Option<BiasView<'a, Q::Acc>>,
@@ -76,7 +78,8 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             .zip(decided)
             .filter(|((_, list), decided)| list.hides(decided));
         let hiding = lists.flat_map(|((at, _), _)| at.heads.clone().map(|head| [at.batch, head]));
-        Apart::new(bias, first).check_all(hiding, (self.count, first + self.count), true)
+        let seen = |row: usize| (row + 1).saturating_sub(self.sliding_window)..row + 1;
+        Apart::new(bias, first).check_all(hiding, self.count, seen)
     }
 
     /// The size of the largest sum of neighbours that would be folded and that S cannot hold: [`List::too_large_sum`].
@@ -89,7 +92,12 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
     }
 
     /// Appends the tokens and returns their output rows (B, H, count, D); an empty vector unless `attend`.
-    pub fn run(&self, lists: &mut [(ListHeads, List<S>)], decided: Vec<Decided<S>>, attend: bool) -> Vec<Q> {
+    pub fn run(&self, lists: &mut [(ListHeads, List<S>)], mut decided: Vec<Decided<S>>, attend: bool) -> Vec<Q> {
+        for ((_, list), decided) in lists.iter_mut().zip(&mut decided) {
+            if list.settings.sliding_window != self.sliding_window {
+                list.slide(self.sliding_window, decided);
+            }
+        }
         let append = |((at, list), decided): (&mut (ListHeads, List<S>), Decided<S>)| {
             let (keys, values) = self.raw(at);
             list.append(decided, &keys, &values, self.count)
@@ -176,6 +184,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             fold: list.settings.fold,
             window: list.settings.window,
             causal: true,
+            sliding_window: list.settings.sliding_window,
             scale: self.scale,
             bias: self.bias,
             pairs,

@@ -19,8 +19,9 @@
 //!    along the tokens, one token a column; a pair sum is made from its two raw rows.
 //! 3. Where all raw rows are finite, a row of the accumulator's dtype is an edge in place, without a copy, if no token
 //!    is folded into it and no later edge continues its chain.
-//! 4. Far columns that every row sees make wide tiles without a mask. Columns of the causal diagonal make narrow tiles,
-//!    and rows that see none of a tile's columns are left out, [`LANES`] rows at a time.
+//! 4. Far columns that every row sees make wide tiles without a mask. Columns of the causal diagonal, and of the border
+//!    of a sliding window, make narrow tiles, and rows that see none of a tile's columns are left out, [`LANES`] rows
+//!    at a time. Columns before a sliding window are never read.
 //! 5. With products in bf16 pairs a tile starts at a multiple of [`PAD`] columns and holds all rows, since the far
 //!    columns are packed in such groups.
 //! 6. Sizes, biases and masks are applied to the finished tile, column by column. The mask goes by panels of 16 rows
@@ -176,7 +177,10 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         mut visit: impl FnMut(&Self, Edge<Q::Acc>, usize, usize),
     ) {
         let BlockSettings { window, fold, .. } = self.settings;
-        let tokens = block.rows.start.max(window) - window..block.rows.end.max(window) - window;
+        let tokens = match self.settings.sees_folded() {
+            true => block.rows.start.max(window) - window..block.rows.end.max(window) - window,
+            false => 0..0,
+        };
         let row = |token: usize| token + window - block.rows.start;
         let held = block.far.holds_until();
         let has_edge = |token: usize| token >= held || block.bits.hidden(token);
@@ -235,11 +239,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
     /// Whether the bias hides every column from a row (a token index). Such a bias is refused where tokens are hidden,
     /// so that columns are tokens here.
     pub fn sees_nothing<R: Element<Acc = Q::Acc>>(&self, block: &Block<Q, R>, row: usize) -> bool {
-        let columns = if self.settings.causal {
-            row + 1
-        } else {
-            block.far.columns()
-        };
+        let columns = self.settings.seen(row, block.far.columns());
         let at = [block.batch, block.head, row - self.settings.first_row];
         self.settings.bias.is_some_and(|bias| bias.hides_all(at, columns))
     }
@@ -271,6 +271,10 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         } else {
             (far.columns(), far.columns())
         };
+        // Columns from `left` on are still seen by the first row, those from `inner` on by all rows.
+        let left = far.before(self.settings.first_seen(rows.start));
+        let inner = far.before(self.settings.first_seen(rows.end - 1));
+        let seen = if self.settings.sees_folded() { seen } else { left };
         let padded = rows.len().next_multiple_of(LANES);
         let packed = self.products.is_some();
         // Columns are packed in groups of `PAD`, and a tile begins with a group.
@@ -278,21 +282,32 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             true => seen_by_all / PAD * PAD,
             false => seen_by_all,
         };
+        let (left, inner) = match packed {
+            true => (left / PAD * PAD, inner.next_multiple_of(PAD)),
+            false => (left, inner),
+        };
         let mut scratch = std::mem::take(&mut self.scratch);
         let mut keys_apart = [&[][..]; FAR_COLUMNS];
-        let mut start = 0;
+        let mut start = left;
         while start < seen {
-            let (kind, end) = if start < seen_by_all {
+            let (kind, end) = if (inner..seen_by_all).contains(&start) {
                 (
                     ColumnKind::FarForAll,
                     seen_by_all.min(start + self.settings.far_columns()),
                 )
             } else {
-                (ColumnKind::FarForSome, seen.min(start + EDGE_COLUMNS))
+                let border = if start < inner { inner } else { seen };
+                (ColumnKind::FarForSome, border.min(seen).min(start + EDGE_COLUMNS))
             };
-            let first_row = match kind {
-                _ if packed || kind == ColumnKind::FarForAll => 0,
-                _ => (far.token(start) + window).saturating_sub(rows.start) / LANES * LANES,
+            let (first_row, last_row) = match kind {
+                _ if packed || kind == ColumnKind::FarForAll => (0, padded),
+                _ => (
+                    self.settings.far_rows(&rows, far.token(start)).start / LANES * LANES,
+                    self.settings
+                        .far_rows(&rows, far.token(end - 1))
+                        .end
+                        .next_multiple_of(LANES),
+                ),
             };
             let (keys, values) = match packed {
                 true => Default::default(),
@@ -307,7 +322,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
                 first: start,
                 count: end - start,
                 log2_sizes: far.log2_sizes(start..end),
-                rows: first_row..padded,
+                rows: first_row..last_row,
             };
             visit(self, columns);
             start = end;
@@ -321,7 +336,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         block: &Block<Q, R>,
         mut visit: impl FnMut(&mut Self, Columns<Q::Acc>),
     ) {
-        let (window, rows) = (self.settings.window, block.rows.clone());
+        let (window, rows) = (self.settings.near(), block.rows.clone());
         let first_token = (rows.start + 1).saturating_sub(window);
         let tokens = if window == 0 { 0..0 } else { first_token..rows.end };
         let mut scratch = std::mem::take(&mut self.scratch);
@@ -407,10 +422,10 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             let pairs = column.iter_mut().zip(bias);
             pairs.for_each(|(x, bias)| *x += self.tile_bias.of(bias));
         }
-        let (window, rows) = (self.settings.window, &block.rows);
+        let (window, rows) = (self.settings.near(), &block.rows);
         let visible = match columns.kind {
             ColumnKind::FarForAll => return,
-            ColumnKind::FarForSome => (token + window).saturating_sub(rows.start)..columns.rows.end,
+            ColumnKind::FarForSome => self.settings.far_rows(rows, token),
             ColumnKind::Near => token.max(rows.start) - rows.start..(token + window).min(rows.end) - rows.start,
         };
         let first = columns.rows.start;

@@ -52,6 +52,8 @@ pub(crate) struct BlockSettings<'a, A> {
     pub fold: Fold,
     pub window: usize,
     pub causal: bool,
+    /// L: row i sees a column of token s only where s > i - L. [`usize::MAX`] for every earlier token.
+    pub sliding_window: usize,
     pub scale: f64,
     pub bias: Option<BiasView<'a, A>>,
     /// Set where products are made in bf16 pairs.
@@ -61,6 +63,40 @@ pub(crate) struct BlockSettings<'a, A> {
 }
 
 impl<A> BlockSettings<'_, A> {
+    /// The first token that a row (a token index) sees.
+    pub fn first_seen(&self, row: usize) -> usize {
+        (row + 1).saturating_sub(self.sliding_window)
+    }
+
+    /// The first row after `token` that no longer sees it.
+    pub fn unseen_from(&self, token: usize) -> usize {
+        token.saturating_add(self.sliding_window)
+    }
+
+    /// The tokens of `tokens` that a row sees, without a bias.
+    pub fn seen(&self, row: usize, tokens: usize) -> Range<usize> {
+        self.first_seen(row)..if self.causal { row + 1 } else { tokens }
+    }
+
+    /// The rows of a block (relative to it) that see the far column of `token`; some rows past the block's end among
+    /// them, which are never stored.
+    pub fn far_rows(&self, rows: &Range<usize>, token: usize) -> Range<usize> {
+        let end = rows.len().next_multiple_of(LANES);
+        let end = self.unseen_from(token).saturating_sub(rows.start).min(end);
+        let start = if self.causal { token + self.window } else { 0 };
+        start.saturating_sub(rows.start).min(end)..end
+    }
+
+    /// The number of raw tokens that a row sees, its own included.
+    pub fn near(&self) -> usize {
+        self.window.min(self.sliding_window)
+    }
+
+    /// Whether rows see folded tokens. Where none does, a token leaves the sliding window before it leaves the window.
+    pub fn sees_folded(&self) -> bool {
+        self.window < self.sliding_window
+    }
+
     /// The settings of the same call's gradients.
     pub fn of_gradients(self, tokens: usize) -> Self {
         let block_rows = match self.pairs {

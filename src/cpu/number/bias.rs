@@ -36,9 +36,9 @@ impl<'a, A: Accumulator> BiasView<'a, A> {
         self.get(at) == A::NEG_INFINITY
     }
 
-    /// Whether a row of a head sees none of the first `columns` columns.
-    pub fn hides_all(&self, [batch, head, row]: [usize; 3], columns: usize) -> bool {
-        (0..columns).all(|column| self.hides([batch, head, row, column]))
+    /// Whether a row of a head sees none of these columns.
+    pub fn hides_all(&self, [batch, head, row]: [usize; 3], mut columns: Range<usize>) -> bool {
+        columns.all(|column| self.hides([batch, head, row, column]))
     }
 }
 
@@ -67,11 +67,12 @@ impl<'a, A: Accumulator> Apart<'a, A> {
     }
 
     /// Refuses -inf at a column that one of the call's `rows` would see. The head `at` (batch row, query head) hides
-    /// tokens, and a bias does not say which of the folded tokens a row may see.
-    fn check(&self, [batch, head]: [usize; 2], (rows, columns): (usize, usize), causal: bool) -> Result<()> {
+    /// tokens, and a bias does not say which of the folded tokens a row may see. `seen` gives the tokens that a row (a
+    /// token index) sees without a bias.
+    fn check(&self, [batch, head]: [usize; 2], rows: usize, seen: impl Fn(usize) -> Range<usize>) -> Result<()> {
         for row in 0..rows {
-            let seen = if causal { self.first_row + row + 1 } else { columns };
-            if let Some(column) = (0..seen).find(|column| self.bias.hides([batch, head, row, *column])) {
+            let mut seen = seen(self.first_row + row);
+            if let Some(column) = seen.find(|column| self.bias.hides([batch, head, row, *column])) {
                 bail!(
                     "bias: expected no -inf at a column that a row sees where tokens are hidden, got one at row {}, \
                      column {column} of batch row {batch}, head {head}; give each segment (padded row, packed \
@@ -88,14 +89,14 @@ impl<'a, A: Accumulator> Apart<'a, A> {
     pub fn check_all(
         &self,
         hiding: impl Iterator<Item = [usize; 2]>,
-        size: (usize, usize),
-        causal: bool,
+        rows: usize,
+        seen: impl Fn(usize) -> Range<usize> + Sync,
     ) -> Result<()> {
         let [b, h, ..] = self.bias.strides;
         let mut heads: Vec<[usize; 2]> = hiding.collect();
         heads.sort_by_key(|[batch, head]| batch * b + head * h);
         heads.dedup_by_key(|[batch, head]| *batch * b + *head * h);
-        heads.into_par_iter().try_for_each(|at| self.check(at, size, causal))
+        heads.into_par_iter().try_for_each(|at| self.check(at, rows, &seen))
     }
 }
 
