@@ -165,6 +165,7 @@ impl CompressedAttentionOp {
             causal: self.options.causal,
             sliding_window: self.options.sliding_window.unwrap_or(usize::MAX),
             scale: self.options.scale(self.problem.head_dim),
+            softcap: self.options.softcap,
             dropout: self.options.dropout,
             bias,
         })

@@ -16,6 +16,7 @@ struct GradientCase {
     sliding_window: Option<usize>,
     sizes: [usize; 5],
     bias: bool,
+    softcap: Option<f64>,
     dropout: Option<Dropout>,
     seed: u64,
 }
@@ -29,16 +30,18 @@ fn gradient_cases() -> impl Strategy<Value = GradientCase> {
         proptest::option::of(1usize..9),
         (1usize..3, 1usize..3, 1usize..3, 1usize..8, 1usize..4),
         any::<bool>(),
+        proptest::option::of(0.2..3.0),
         proptest::option::of(dropout),
         any::<u64>(),
     )
         .prop_map(
-            |(fold, window, sliding_window, (b, hk, group, n, d), bias, dropout, seed)| GradientCase {
+            |(fold, window, sliding_window, (b, hk, group, n, d), bias, softcap, dropout, seed)| GradientCase {
                 fold,
                 window,
                 sliding_window,
                 sizes: [b, hk * group, hk, n, d],
                 bias,
+                softcap,
                 dropout,
                 seed,
             },
@@ -63,6 +66,7 @@ proptest! {
             sliding_window: case.sliding_window,
             dropout: case.dropout,
             bias,
+            softcap: case.softcap,
             ..Default::default()
         };
 

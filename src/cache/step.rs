@@ -132,6 +132,7 @@ impl CpuCall<'_> {
                 None => AttentionOptions::default().scale(head_dim),
             },
             sliding_window: self.sliding_window,
+            softcap: self.options.and_then(|options| options.softcap),
             dropout: self.options.and_then(|options| options.dropout),
             bias,
         };

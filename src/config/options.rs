@@ -41,7 +41,7 @@ pub struct AttentionOptions {
     /// the CPU only. `None` (default): every earlier token.
     pub sliding_window: Option<usize>,
     /// c, above 0: a logit z becomes c·tanh(z/c), before the bias, the size of a fold and the mask, as in Gemma 2.
-    /// Decisions do not read it. `None` (default): logits stay as they are.
+    /// Decisions do not read it. On CUDA it is an error so far. `None` (default): logits stay as they are.
     pub softcap: Option<f64>,
     /// (H), a float dtype: each row's softmax has one more term, exp(sink), in its denominator, and no value for it.
     /// It may ask for a gradient. `None` (default): no such term.
@@ -95,8 +95,8 @@ impl AttentionOptions {
         Ok(())
     }
 
-    /// Refuses a scale that is not finite, a sliding window of 0, a dropout probability outside `[0, 1)`, and a bias
-    /// that is not a float or asks for a gradient.
+    /// Refuses a scale that is not finite, a sliding window of 0, a dropout probability outside `[0, 1)`, a softcap
+    /// that is not finite or not above 0, and a bias that is not a float or asks for a gradient.
     ///
     /// # Errors
     /// As above.
@@ -114,8 +114,10 @@ impl AttentionOptions {
         if self.sliding_window == Some(0) {
             bail!("sliding_window: expected at least 1, got 0; a row sees its own token, None sees every earlier one")
         }
+        if let Some(softcap) = self.softcap.filter(|c| !(c.is_finite() && *c > 0.0)) {
+            bail!("softcap: expected a finite number above 0, got {softcap}; None leaves logits as they are")
+        }
         let not_yet = [
-            ("softcap", self.softcap.is_some()),
             ("sink_logits", self.sink_logits.is_some()),
             ("segments", self.segments.is_some()),
         ];

@@ -30,6 +30,7 @@ pub(crate) mod operands;
 mod params;
 #[cfg(feature = "cuda")]
 mod ptx;
+mod refused;
 #[cfg(feature = "cuda")]
 pub(crate) mod tensors;
 mod variants;

@@ -10,7 +10,8 @@ use crate::config::{AttentionOptions, CompressionConfig, Fold};
 /// Compressed attention of shape (B, H, N, D), for q (B, H, N, D), k and v (B, Hk, N, D) and bits (B, H, N-1).
 ///
 /// Row i is `Σ w_j · value_j` over its [`visible_columns`], with the softmax weights w of the logits
-/// `scale · query_i · key_j + ln n_j + bias[i, token j]` after dropout. Keys and values of far columns and of the edge
+/// `scale · query_i · key_j + ln n_j + bias[i, token j]` after dropout. A softcap c changes the first term z to
+/// `c · tanh(z / c)`. Keys and values of far columns and of the edge
 /// are folded by the query head's own bits; so are the queries under [`Fold::PairSum`], for any window.
 ///
 /// A row is NaN when its query, or the key or value of any column that it sees, has an entry that is not finite, for
@@ -103,6 +104,7 @@ struct Head<'a> {
     head: usize,
     bits: &'a [bool],
     scale: f64,
+    softcap: Option<f64>,
     queries: HeadTokens,
     raw_keys: HeadTokens,
     raw_values: HeadTokens,
@@ -176,6 +178,7 @@ impl<'a> Call<'a> {
             head,
             bits,
             scale: self.scale,
+            softcap: self.options.softcap,
             queries,
             raw_keys,
             raw_values,
@@ -202,13 +205,13 @@ impl<'a> Call<'a> {
         Row { columns, weights, keep }
     }
 
-    /// `scale · query · key + ln n + bias`.
+    /// `scale · query · key`, capped, plus `ln n + bias`.
     fn logit(&self, head: &Head, row: usize, column: Column) -> f64 {
         let bias = match &self.bias {
             Some(bias) => bias.get([head.batch, head.head, row, column.token()]),
             None => 0.0,
         };
-        head.scale * dot(&head.queries[row], head.key(column)) + head.size(column).ln() + bias
+        head.capped(row, column).0 + head.size(column).ln() + bias
     }
 
     fn keep(&self, head: &Head, row: usize, token: usize) -> f64 {
@@ -221,6 +224,15 @@ impl<'a> Call<'a> {
 }
 
 impl Head<'_> {
+    /// `scale · query · key` after the softcap, and its derivative by what it was before: 1 - tanh².
+    fn capped(&self, row: usize, column: Column) -> (f64, f64) {
+        let logit = self.scale * dot(&self.queries[row], self.key(column));
+        match self.softcap {
+            Some(c) => (c * (logit / c).tanh(), 1.0 - (logit / c).tanh().powi(2)),
+            None => (logit, 1.0),
+        }
+    }
+
     fn key(&self, column: Column) -> &[f64] {
         match column {
             Column::Far(s) | Column::Edge(s) => &self.folded_keys[s],
@@ -276,8 +288,8 @@ impl HeadGradients {
     }
 
     /// With weights w, dropout factors r and the row's output gradient g: `dvalue_j = w_j r_j g`, and for the logits
-    /// `dl_j = w_j (a_j - Σ w a)` with `a_j = r_j · g · value_j`; `dquery = scale Σ dl_j key_j`,
-    /// `dkey_j = scale dl_j query`.
+    /// `dl_j = w_j (a_j - Σ w a)` with `a_j = r_j · g · value_j`; `dquery = scale Σ dl_j s_j key_j`,
+    /// `dkey_j = scale dl_j s_j query`, where s is the softcap's 1 - tanh², or 1.
     fn add_row(&mut self, head: &Head, row: usize, Row { columns, weights, keep }: &Row, grad: &[f64]) {
         let arrived: Vec<f64> = columns
             .iter()
@@ -286,7 +298,8 @@ impl HeadGradients {
             .collect();
         let mean = dot(weights, &arrived);
         for (j, &column) in columns.iter().enumerate() {
-            let d_logit = head.scale * weights[j] * (arrived[j] - mean);
+            let (_, slope) = head.capped(row, column);
+            let d_logit = head.scale * slope * weights[j] * (arrived[j] - mean);
             add_scaled(&mut self.queries[row], d_logit, head.key(column));
             let (d_key, d_value) = match column {
                 Column::Far(s) | Column::Edge(s) => (&mut self.folded_keys[s], &mut self.folded_values[s]),

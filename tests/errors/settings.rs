@@ -63,6 +63,10 @@ fn settings_that_are_not_finite() {
         let pattern = format!("softmax_scale: expected a finite number, got {bad}; None gives 1/sqrt(head_dim)");
         refused_options(&options(|o| o.softmax_scale = Some(bad)), &pattern);
     }
+    for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 0.0, -0.0, -50.0] {
+        let pattern = format!("softcap: expected a finite number above 0, got {bad}; None leaves logits as they are");
+        refused_options(&options(|o| o.softcap = Some(bad)), &pattern);
+    }
 }
 
 #[test]

@@ -12,8 +12,9 @@ use crate::cpu::number::element::{Accumulator, Element};
 use crate::cpu::number::rows::HeadRows;
 use crate::cpu::number::vectorized::{dot, vectorized};
 use crate::cpu::tile::bf16::{ColumnSums, PairGradients};
-use crate::cpu::tile::gemm_tile::{accumulate, accumulate_columns, scores};
+use crate::cpu::tile::gemm_tile::{accumulate, accumulate_columns, scores, Tile};
 use crate::cpu::tile::product::Left;
+use crate::cpu::tile::softcap::uncap;
 use crate::cpu::tile::softmax::{differentiate, RowSums};
 use crate::cpu::tile::transpose::to_columns;
 
@@ -141,11 +142,12 @@ impl<A: Accumulator> Sums<A> {
         (token, row): (usize, usize),
     ) {
         let (dim, width) = (self.dim, self.width);
-        let weight = match self.poisoned[row] {
-            true => A::NAN,
+        let [weight, slope] = match self.poisoned[row] {
+            true => [A::NAN; 2],
             false => {
-                let logit = reader.edge_logit(block, edge, token, row);
-                (logit + self.minus_max[row] + self.minus_log2_sum[row]).exp2_nonpositive()
+                let [logit, slope] = reader.edge_logit(block, edge, token, row);
+                let weight = (logit + self.minus_max[row] + self.minus_log2_sum[row]).exp2_nonpositive();
+                [weight, slope]
             }
         };
         let kept = match block.dropout {
@@ -153,7 +155,7 @@ impl<A: Accumulator> Sums<A> {
             None => A::ONE,
         };
         let grad = &self.grad_rows[row * width..][..dim];
-        let logit = weight * (dot(grad, edge.value) * kept - self.delta[row]);
+        let logit = weight * (dot(grad, edge.value) * kept - self.delta[row]) * slope;
         let query = &reader.query_rows[row * width..][..dim];
         add_scaled(&mut self.dq[row * width..][..dim], edge.key, logit);
         add_scaled(&mut self.folded.0[token * width..][..dim], query, logit);
@@ -185,7 +187,11 @@ impl<A: Accumulator> Sums<A> {
         if let (Some(products), Some((queries, near))) = (&mut self.products, &mut reader.products) {
             columns.pack_raw_values(&mut products.near);
             return products.tile(
-                (A::singles(&reader.tile), A::singles_mut(&mut self.tile)),
+                (
+                    A::singles(&reader.tile),
+                    A::singles(&reader.slopes),
+                    A::singles_mut(&mut self.tile),
+                ),
                 queries,
                 (columns.packed(block.far, near), columns.packed_values(block.far)),
                 columns.count,
@@ -210,6 +216,7 @@ impl<A: Accumulator> Sums<A> {
             drop_weights(&mut logits, mask, block.rows.start, token);
         }
         differentiate(&mut weights, &mut logits, rows);
+        uncap_tile(&weights, &mut logits, &reader.slopes);
         if let Some(mask) = block.dropout {
             drop_weights(&mut weights, mask, block.rows.start, token);
         }
@@ -251,6 +258,24 @@ impl<A: Accumulator> Sums<A> {
             );
         }
     }
+}
+
+/// Changes gradients of capped logits to those of the logits; without a softcap there are no `slopes`.
+fn uncap_tile<A: Accumulator>(weights: &Tile<A>, gradients: &mut Tile<A>, slopes: &[A]) {
+    if slopes.is_empty() {
+        return;
+    }
+    let (leading, rows) = (weights.leading, weights.rows.clone());
+    vectorized(
+        #[inline(always)]
+        || {
+            for column in 0..weights.columns {
+                let at = column * leading + rows.start..column * leading + rows.end;
+                let weights = &weights.data[at.clone()];
+                uncap(weights, &mut gradients.data[at.clone()], &slopes[at]);
+            }
+        },
+    )
 }
 
 fn add_scaled<A: Accumulator>(target: &mut [A], source: &[A], factor: A) {

@@ -29,6 +29,7 @@ pub(crate) struct ForwardInput<'a, T: Element> {
     /// See [`BlockSettings::sliding_window`].
     pub sliding_window: usize,
     pub scale: f64,
+    pub softcap: Option<f64>,
     pub dropout: Option<Dropout>,
     pub bias: Option<BiasView<'a, T::Acc>>,
 }
@@ -46,6 +47,7 @@ impl<'a, T: Element> ForwardInput<'a, T> {
             causal: self.causal,
             sliding_window: self.sliding_window,
             scale: self.scale,
+            softcap: self.softcap,
             bias: self.bias,
             pairs,
             gradients: false,
@@ -56,7 +58,7 @@ impl<'a, T: Element> ForwardInput<'a, T> {
     pub fn pairs(&self) -> Option<Pairs> {
         match self.dropout {
             Some(_) => None,
-            None => Pairs::new(T::SPLIT?, self.scale),
+            None => Pairs::new(T::SPLIT?, self.scale, self.softcap),
         }
     }
 

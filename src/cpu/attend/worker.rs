@@ -95,7 +95,7 @@ impl<A: Accumulator> WeightedRows<A> {
         (token, row): (usize, usize),
     ) {
         let (dim, width) = (reader.settings.head_dim, reader.width);
-        let logit = reader.edge_logit(block, edge, token, row);
+        let [logit, _] = reader.edge_logit(block, edge, token, row);
         self.softmax.start(row, logit);
         let factor = match block.dropout {
             Some(mask) => mask.factor(block.rows.start + row, token),

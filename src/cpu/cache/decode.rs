@@ -29,6 +29,7 @@ use crate::cpu::number::element::{Accumulator, Element, Lanes};
 use crate::cpu::number::finite::{all_finite, quarantine};
 use crate::cpu::number::rows::HeadRows;
 use crate::cpu::number::vectorized::outlined;
+use crate::cpu::tile::softcap::Softcap;
 use crate::cpu::tile::softmax::finish_row;
 use crate::instructions::arch;
 use pulp::{Simd, WithSimd};
@@ -56,6 +57,8 @@ pub(crate) struct Decoder<A> {
     pub dim: usize,
     /// Whether the list's rows are read by lanes: see [`reads_lanes`].
     pub lanes: bool,
+    /// Of logits in base 2.
+    pub softcap: Option<Softcap<A>>,
 }
 
 /// Whether a list's rows can be read by lanes, without a copy.
@@ -218,6 +221,7 @@ impl<A: Accumulator> Decoder<A> {
                 values: *values,
                 count,
                 log2_sizes,
+                softcap: self.softcap,
                 prefetch: first == 0,
                 max: &mut partial.max[first..],
                 sum: &mut partial.sum[first..],
@@ -251,6 +255,7 @@ struct TileRows<'t, S: Lanes> {
     values: HeadRows<'t, S::Lane>,
     count: usize,
     log2_sizes: Option<&'t [S::Acc]>,
+    softcap: Option<Softcap<S::Acc>>,
     prefetch: bool,
     max: &'t mut [S::Acc],
     sum: &'t mut [S::Acc],
@@ -274,6 +279,7 @@ impl<S: Lanes, const G: usize> WithSimd for GroupRows<'_, S, G> {
             values,
             count,
             log2_sizes,
+            softcap,
             prefetch,
             max,
             sum,
@@ -289,11 +295,18 @@ impl<S: Lanes, const G: usize> WithSimd for GroupRows<'_, S, G> {
                     keys.prefetch(column);
                     values.prefetch(column);
                 }
-                let size = log2_sizes.map_or(S::Acc::ZERO, |sizes| sizes[start + column]);
+                let size = match (log2_sizes, softcap) {
+                    (Some(sizes), None) => sizes[start + column],
+                    (None, _) | (_, Some(_)) => S::Acc::ZERO,
+                };
                 let logits = S::dots(simd, queries, keys.row(column));
                 for (weights, logit) in weights.iter_mut().zip(logits) {
                     weights[column] = logit + size;
                 }
+            }
+            if let Some(softcap) = softcap {
+                let sizes = log2_sizes.map_or(&[][..], |sizes| &sizes[start..start + columns]);
+                weights.iter_mut().for_each(|row| cap(softcap, row, columns, sizes));
             }
             for (row, weights) in weights.iter_mut().enumerate() {
                 push(&mut max[row], &mut sum[row], weights, &mut output[row * dim..][..dim]);
@@ -301,6 +314,14 @@ impl<S: Lanes, const G: usize> WithSimd for GroupRows<'_, S, G> {
             add_weighted::<I, S, G>(simd, output, &values, &weights, columns);
         }
     }
+}
+
+/// Caps the first `columns` products of a row, and adds log2 n of each column where there is one.
+#[inline(always)]
+fn cap<A: Accumulator>(softcap: Softcap<A>, row: &mut [A; TILE], columns: usize, sizes: &[A]) {
+    softcap.column(row, &mut []);
+    row[columns..].fill(A::NEG_INFINITY);
+    row.iter_mut().zip(sizes).for_each(|(x, size)| *x += *size);
 }
 
 /// Turns a tile's logits into weights relative to the row's new maximum; rescales the row's sum and output to it.

@@ -15,6 +15,7 @@ use crate::cpu::number::element::{Accumulator, Element};
 use crate::cpu::number::philox::DropoutMask;
 use crate::cpu::number::rows::{HeadRows, RowGrid};
 use crate::cpu::tile::bf16::Pairs;
+use crate::cpu::tile::softcap::Softcap;
 use crate::cpu::work::output::{Blank, Output};
 use crate::cpu::work::tasks::{for_each_list_task, row_tasks, Lease, Pool, RowTask};
 use candle_core::Result;
@@ -35,6 +36,7 @@ pub(crate) struct Step<'a, Q: Element, S: Element> {
     pub scale: f64,
     /// L of the model's sliding window; [`usize::MAX`] for none.
     pub sliding_window: usize,
+    pub softcap: Option<f64>,
     pub dropout: Option<Dropout>,
     /// (B, H, count, tokens)
     pub bias: Option<BiasView<'a, Q::Acc>>,
@@ -172,7 +174,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
     fn pairs(&self) -> Option<Pairs> {
         match self.dropout.is_some() || self.count < PAIR_ROWS {
             true => None,
-            false => Pairs::new(Q::SPLIT?.max(S::SPLIT?), self.scale),
+            false => Pairs::new(Q::SPLIT?.max(S::SPLIT?), self.scale, self.softcap),
         }
     }
 
@@ -186,6 +188,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             causal: true,
             sliding_window: list.settings.sliding_window,
             scale: self.scale,
+            softcap: self.softcap,
             bias: self.bias,
             pairs,
             gradients: false,
@@ -265,6 +268,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             queries,
             dim: self.head_dim,
             lanes,
+            softcap: self.softcap.map(|c| Softcap::new(c, 1.0)),
         }
     }
 }

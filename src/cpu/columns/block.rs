@@ -41,6 +41,7 @@ use crate::cpu::number::panels::{keep_lanes, PANEL};
 use crate::cpu::number::vectorized::{dot, vectorized};
 use crate::cpu::tile::bf16::{Packed, PairTiles, PAD};
 use crate::cpu::tile::gemm_tile::scores;
+use crate::cpu::tile::softcap::Softcap;
 use crate::cpu::tile::softmax::LANES;
 use crate::cpu::tile::transpose::to_columns;
 use crate::instructions::arch;
@@ -60,6 +61,10 @@ pub(crate) struct BlockReader<'a, Q: Element> {
     queries: Aligned<Q::Acc>,
     /// Logits of one tile (columns, leading): in base 2, or with products in bf16 pairs the products.
     pub tile: Aligned<Q::Acc>,
+    /// 1 - tanh² of each number of `tile`, (columns, leading), with a softcap and for gradients; else empty.
+    pub slopes: Aligned<Q::Acc>,
+    /// The softcap of numbers in the unit of `tile`, and of logits in base 2.
+    softcaps: Option<[Softcap<Q::Acc>; 2]>,
     scratch: RowScratch<Q::Acc>,
     /// One row, widened to the accumulator's dtype.
     left: Vec<Q::Acc>,
@@ -81,7 +86,17 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             .next_multiple_of(EDGE_COLUMNS)
             .clamp(EDGE_COLUMNS, settings.far_columns());
         let width = padded(dim);
+        let to_base_2 = settings.pairs.map_or(1.0, |pairs| f64::from(pairs.factor));
+        let slopes = if settings.gradients && settings.softcap.is_some() {
+            leading * tile_columns
+        } else {
+            0
+        };
         Self {
+            slopes: Aligned::zeroed(slopes),
+            softcaps: settings
+                .softcap
+                .map(|c| [Softcap::new(c, to_base_2), Softcap::new(c, 1.0)]),
             settings,
             leading,
             width,
@@ -98,8 +113,8 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             scratch: Default::default(),
             left: vec![Q::Acc::ZERO; dim],
             chain: ChainFold::new(settings.fold, dim),
-            tile_bias: BiasUnit::new(settings.pairs.map_or(1.0, |pairs| f64::from(pairs.factor))),
-            bias_factor: Q::Acc::of(settings.pairs.map_or(1.0, |pairs| f64::from(pairs.factor))),
+            tile_bias: BiasUnit::new(to_base_2),
+            bias_factor: Q::Acc::of(to_base_2),
         }
     }
 
@@ -217,7 +232,8 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         self.chain = chain;
     }
 
-    /// The logit (base 2) of a row and an edge column; NaN where the logit is not finite.
+    /// The logit (base 2) of a row and an edge column, and the factor from its gradient to that of the product; NaN
+    /// where the logit is not finite.
     #[inline(always)]
     pub fn edge_logit<R: Element<Acc = Q::Acc>>(
         &self,
@@ -225,15 +241,20 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         edge: Edge<Q::Acc>,
         token: usize,
         row: usize,
-    ) -> Q::Acc {
+    ) -> [Q::Acc; 2] {
         let query = &self.query_rows[row * self.width..][..self.settings.head_dim];
-        let mut logit = dot(query, edge.key) + edge.log2_size;
+        let product = dot(query, edge.key);
+        let [capped, slope] = match &self.softcaps {
+            Some([_, softcap]) => softcap.of(product),
+            None => [product, Q::Acc::ONE],
+        };
+        let mut logit = capped + edge.log2_size;
         let row = block.rows.start + row;
         if let Some(bias) = self.bias(block, token, row..row + 1) {
             // As in a tile, so that the same bias is the same number in a tile and at an edge, however large.
             bias.for_each(|bias| logit += self.tile_bias.of(bias) * self.bias_factor);
         }
-        logit
+        [logit, slope]
     }
 
     /// Whether the bias hides every column from a row (a token index). Such a bias is refused where tokens are hidden,
@@ -372,7 +393,9 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
 
     /// Fills `tile` with the logits of these columns: minus infinity where a row does not see the column.
     pub fn logits<R: Element<Acc = Q::Acc>>(&mut self, block: &Block<Q, R>, columns: &Columns<Q::Acc>) {
-        let mut data = std::mem::take(&mut self.tile);
+        let (mut data, mut slopes) = (std::mem::take(&mut self.tile), std::mem::take(&mut self.slopes));
+        // A softcap comes before the sizes, as do the kernels of bf16 pairs.
+        let sizes_later = self.settings.pairs.is_some() || self.softcaps.is_some();
         let mut tile = columns.tile(&mut data, self.leading);
         match &mut self.products {
             Some((products, near)) => {
@@ -384,24 +407,25 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
                 &mut tile,
                 &self.queries,
                 (columns.left(), self.settings.head_dim),
-                columns.log2_sizes,
+                columns.log2_sizes.filter(|_| !sizes_later),
             ),
         }
         let masked = columns.kind != ColumnKind::FarForAll;
-        let sizes_left = self.settings.pairs.is_some() && columns.log2_sizes.is_some();
-        if self.settings.bias.is_some() || sizes_left || masked {
+        let sizes_left = sizes_later && columns.log2_sizes.is_some();
+        if self.settings.bias.is_some() || self.softcaps.is_some() || sizes_left || masked {
             arch().dispatch(Adjust {
                 reader: self,
                 block,
                 columns,
                 tile: tile.data,
+                slopes: &mut slopes,
             });
         }
-        self.tile = data;
+        (self.tile, self.slopes) = (data, slopes);
     }
 
-    /// Adds the bias to one column of logits, and log2 n where products in bf16 pairs left it out. Sets minus infinity
-    /// for the rows that do not see the column.
+    /// Caps one column of products; adds log2 n where the product left it out, and the bias. Sets minus infinity for
+    /// the rows that do not see the column. `slopes` is the column's part of [`Self::slopes`], or empty.
     #[inline(always)]
     fn adjust<S: Simd, R: Element<Acc = Q::Acc>>(
         &self,
@@ -409,11 +433,19 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         block: &Block<Q, R>,
         columns: &Columns<Q::Acc>,
         index: usize,
-        column: &mut [Q::Acc],
+        (column, slopes): (&mut [Q::Acc], &mut [Q::Acc]),
     ) {
-        if let (Some(sizes), Some(pairs)) = (columns.log2_sizes, self.settings.pairs) {
+        if let Some([softcap, _]) = &self.softcaps {
+            let slopes = slopes.get_mut(columns.rows.clone()).unwrap_or_default();
+            softcap.column(&mut column[columns.rows.clone()], slopes);
+        }
+        let sizes_later = self.settings.pairs.is_some() || self.softcaps.is_some();
+        if let (Some(sizes), true) = (columns.log2_sizes, sizes_later) {
             // From base 2 to the unit of the tile.
-            let size = sizes[index] * Q::Acc::of(1.0 / f64::from(pairs.factor));
+            let size = match self.settings.pairs {
+                Some(pairs) => sizes[index] * Q::Acc::of(1.0 / f64::from(pairs.factor)),
+                None => sizes[index],
+            };
             column[columns.rows.clone()].iter_mut().for_each(|x| *x += size);
         }
         let token = columns.token(block.far, index);
@@ -445,6 +477,8 @@ struct Adjust<'s, 'a, 'b, 'c, Q: Element, R: Element<Acc = Q::Acc>> {
     block: &'s Block<'b, Q, R>,
     columns: &'s Columns<'c, Q::Acc>,
     tile: &'s mut [Q::Acc],
+    /// As the tile, or empty.
+    slopes: &'s mut [Q::Acc],
 }
 
 impl<Q: Element, R: Element<Acc = Q::Acc>> WithSimd for Adjust<'_, '_, '_, '_, Q, R> {
@@ -453,8 +487,11 @@ impl<Q: Element, R: Element<Acc = Q::Acc>> WithSimd for Adjust<'_, '_, '_, '_, Q
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let columns = self.tile.chunks_exact_mut(self.reader.leading);
+        let mut slopes = self.slopes.chunks_exact_mut(self.reader.leading);
         for (index, column) in columns.take(self.columns.count).enumerate() {
-            self.reader.adjust(simd, self.block, self.columns, index, column);
+            let slopes = slopes.next().unwrap_or_default();
+            self.reader
+                .adjust(simd, self.block, self.columns, index, (column, slopes));
         }
     }
 }

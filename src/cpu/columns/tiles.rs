@@ -55,6 +55,8 @@ pub(crate) struct BlockSettings<'a, A> {
     /// L: row i sees a column of token s only where s > i - L. [`usize::MAX`] for every earlier token.
     pub sliding_window: usize,
     pub scale: f64,
+    /// c of a softcap.
+    pub softcap: Option<f64>,
     pub bias: Option<BiasView<'a, A>>,
     /// Set where products are made in bf16 pairs.
     pub pairs: Option<Pairs>,

@@ -3,5 +3,6 @@
 pub(crate) mod bf16;
 pub(crate) mod gemm_tile;
 pub(crate) mod product;
+pub(crate) mod softcap;
 pub(crate) mod softmax;
 pub(crate) mod transpose;

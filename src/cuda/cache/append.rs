@@ -8,6 +8,7 @@ use crate::cuda::decode::{decode, Appended, DecodeCall, StateArgs};
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use crate::cuda::operands::BiasBuffer;
 use crate::cuda::params::CopyParams;
+use crate::cuda::refused::refuse_options;
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};
 
@@ -47,6 +48,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// # Errors
     /// An error of the device.
     pub fn append(&mut self, gpu: &G, qkv: [Source<'_, G, T>; 3], count: usize) -> Result<()> {
+        refuse_options(options)?;
         if self.seq_len == 0 && count > 1 {
             return self.first_chunk(gpu, qkv, count, None, None).map(|_| ());
         }

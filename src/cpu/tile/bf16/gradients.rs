@@ -51,11 +51,11 @@ impl PairGradients {
     }
 
     /// Adds the gradients of one tile of `count` columns. `products` holds the products of the columns with the
-    /// queries; `grads` is a buffer of the same size. `keys` are packed by rows and by dimension, values by rows (raw
-    /// ones in [`Self::near`]).
+    /// queries, and `slopes` those of their softcap, or nothing; `grads` is a buffer of the size of `products`. `keys`
+    /// are packed by rows and by dimension, values by rows (raw ones in [`Self::near`]).
     pub fn tile(
         &mut self,
-        (products, grads): (&[f32], &mut [f32]),
+        (products, slopes, grads): (&[f32], &[f32], &mut [f32]),
         queries: &mut PairTiles,
         (keys, values): (PackedTile, Option<PackedTile>),
         count: usize,
@@ -70,6 +70,7 @@ impl PairGradients {
         x86::differentiate(Differentials {
             products,
             grads,
+            slopes,
             leading: self.rows.leading,
             count,
             factor: self.rows.pairs.factor,

@@ -39,6 +39,8 @@ pub(crate) struct Differentials<'a> {
     pub products: &'a [f32],
     /// Gradients of the weights, (columns, leading).
     pub grads: &'a [f32],
+    /// Factors from gradients of logits to those of products, (columns, leading), with a softcap; else empty.
+    pub slopes: &'a [f32],
     pub leading: usize,
     pub count: usize,
     /// The factor from products to logits in base 2.
@@ -83,12 +85,14 @@ pub(crate) struct Pairs {
 impl Pairs {
     /// None where the CPU has no such instructions or they do not pay. AVX512-BF16 is at most twice as fast as f32, so
     /// it serves bf16 alone.
-    pub fn new(split: Split, scale: f64) -> Option<Self> {
+    pub fn new(split: Split, scale: f64, softcap: Option<f64>) -> Option<Self> {
         let factor = (scale * std::f64::consts::LOG2_E) as f32;
         let kernel = (*kernel().as_ref().ok()?)?;
         let pays = kernel == PairInstructions::Amx || split == Split::One;
         // The softmax compares products before they are multiplied, which needs a positive factor.
-        (pays && factor.is_normal() && factor > 0.0).then_some(Self { kernel, split, factor })
+        // A softcap in the unit of products needs a factor with room beside it: see `Softcap::new`.
+        let fits = softcap.is_none() || (factor.log2().abs() <= 20.0);
+        (pays && factor.is_normal() && factor > 0.0 && fits).then_some(Self { kernel, split, factor })
     }
 }
 

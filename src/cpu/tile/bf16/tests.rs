@@ -150,7 +150,7 @@ fn gradients_agree(pairs: Pairs, (leading, dim): (usize, usize), counts: [usize;
         query_tiles.scores(&mut tile, packed.tile(first), count);
         let at = first * dim..(first + count) * dim;
         gradients.tile(
-            (&tile, &mut room),
+            (&tile, &[], &mut room),
             &mut query_tiles,
             (packed.tile(first), Some(packed_values.tile(first))),
             count,

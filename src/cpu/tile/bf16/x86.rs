@@ -211,6 +211,7 @@ fn differentiate_parts<const PARTS: usize>(tile: Differentials) {
     let Differentials {
         products,
         grads,
+        slopes,
         leading,
         count,
         factor,
@@ -237,7 +238,15 @@ fn differentiate_parts<const PARTS: usize>(tile: Differentials) {
                         let logit_2 = _mm512_mul_ps(load(products, at), factor);
                         let x = exp2::<PARTS>(_mm512_add_ps(_mm512_add_ps(logit_2, max), log2_sum));
                         weight[column][half] = x;
-                        logit[column][half] = _mm512_mul_ps(x, _mm512_sub_ps(load(grads, at), delta));
+                        let gradient = _mm512_mul_ps(x, _mm512_sub_ps(load(grads, at), delta));
+                        logit[column][half] = match slopes.is_empty() {
+                            true => gradient,
+                            // As `uncap` of `softcap`: a masked column's slope is not read.
+                            false => {
+                                let seen = _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(x, _mm512_setzero_ps());
+                                _mm512_maskz_mul_ps(seen, gradient, load(slopes, at))
+                            }
+                        };
                     }
                 }
             }

@@ -1,0 +1,18 @@
+//! Options that the kernels do not compute.
+
+use crate::config::AttentionOptions;
+use candle_core::{bail, Result};
+
+/// Refuses options that change logits in a way that no kernel knows.
+///
+/// # Errors
+/// A softcap.
+pub(crate) fn refuse_options(options: &AttentionOptions) -> Result<()> {
+    if let Some(softcap) = options.softcap {
+        bail!(
+            "softcap: expected None on CUDA, got {softcap}; its kernels do not compute it in this version, move the \
+             tensors with to_device(&Device::Cpu)"
+        )
+    }
+    Ok(())
+}

@@ -1,0 +1,278 @@
+//! Options that change logits: the CPU path against the f64 reference, forward, backward and through a cache, over
+//! folds, windows, dtypes and odd shapes.
+
+mod common;
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use candle_sfattention::reference::{self, Array4, Indicators};
+use candle_sfattention::{
+    attend, AttentionOptions, CompressedKvCache, CompressionConfig, Criterion, Dropout, Fold, GroupRule, MergePlan,
+    MergeStrategy,
+};
+use common::again::{on_every_instruction_set, on_every_kernel};
+use common::caches::{chunked, part_options};
+use common::inputs::{assert_close, values, Shape};
+use common::judge::differentiate;
+use common::settings::{reference_bits, Setting};
+
+const CPU: Device = Device::Cpu;
+
+/// One token, one more than a lane, a block and a tile, head sizes that fill no register, GQA and MQA.
+const SHAPES: [Shape; 7] = [
+    Shape(1, 1, 1, 1, 32),
+    Shape(2, 2, 1, 2, 64),
+    Shape(1, 4, 2, 59, 59),
+    Shape(2, 2, 1, 97, 32),
+    Shape(1, 2, 2, 129, 128),
+    Shape(1, 4, 1, 257, 64),
+    Shape(1, 1, 1, 705, 20),
+];
+
+/// Logits of these inputs reach 20 and more: a cap of 4 bends most of them.
+fn softcap(_: &Shape) -> AttentionOptions {
+    AttentionOptions {
+        softmax_scale: Some(0.6),
+        softcap: Some(4.0),
+        ..Default::default()
+    }
+}
+
+fn with_bias(shape: &Shape, options: AttentionOptions) -> AttentionOptions {
+    let &Shape(_, heads, _, tokens, _) = shape;
+    let entry = |i: usize| ((i * 37 % 101) as f32 - 50.0) / 40.0;
+    let bias: Vec<f32> = (0..heads * tokens * tokens).map(entry).collect();
+    AttentionOptions {
+        bias: Tensor::from_vec(bias, (heads, tokens, tokens), &CPU).ok(),
+        ..options
+    }
+}
+
+fn with_dropout(options: AttentionOptions) -> AttentionOptions {
+    AttentionOptions {
+        dropout: Some(Dropout { p: 0.3, seed: 77 }),
+        ..options
+    }
+}
+
+fn everywhere(options: AttentionOptions) -> AttentionOptions {
+    AttentionOptions {
+        causal: false,
+        ..options
+    }
+}
+
+/// All folds, with and without a window, a bias and dropout.
+fn settings() -> Vec<Setting> {
+    use MergeStrategy::{Off, Similarity};
+    let key = |fold, window| CompressionConfig {
+        fold,
+        window,
+        criterion: Criterion::KeyKey,
+        group_rule: GroupRule::Unanimous,
+        similarity_threshold: 0.35,
+        ..Default::default()
+    };
+    let setting = |name, strategy, config, options| Setting {
+        name,
+        strategy,
+        config,
+        options,
+        hides: !matches!(strategy, Off),
+    };
+    vec![
+        setting("softcap, off", Off, key(Fold::Drop, 0), softcap),
+        setting("softcap, off, everywhere", Off, key(Fold::Drop, 0), |s| {
+            everywhere(softcap(s))
+        }),
+        setting("softcap, pair sum", Similarity, key(Fold::PairSum, 0), softcap),
+        setting(
+            "softcap, pair sum, window, bias",
+            Similarity,
+            key(Fold::PairSum, 5),
+            |s| with_bias(s, softcap(s)),
+        ),
+        setting("softcap, mean", Similarity, key(Fold::Mean, 0), softcap),
+        setting("softcap, mean, everywhere", Similarity, key(Fold::Mean, 0), |s| {
+            everywhere(softcap(s))
+        }),
+        setting("softcap, mean, window, dropout", Similarity, key(Fold::Mean, 7), |s| {
+            with_dropout(softcap(s))
+        }),
+        setting("softcap, drop, window", Similarity, key(Fold::Drop, 32), softcap),
+    ]
+}
+
+struct Case {
+    what: String,
+    options: AttentionOptions,
+    qkv: [Tensor; 3],
+    arrays: [Array4; 3],
+    bits: Indicators,
+    plan: MergePlan,
+}
+
+fn each_case(dtype: DType, shapes: &[Shape], check: impl Fn(&Setting, &Case) -> Result<()>) -> Result<()> {
+    for setting in settings() {
+        for (seed, shape) in shapes.iter().enumerate() {
+            let options = (setting.options)(shape);
+            let qkv = shape.qkv(seed as u64, dtype)?;
+            let arrays = [
+                Array4::from_tensor(&qkv[0])?,
+                Array4::from_tensor(&qkv[1])?,
+                Array4::from_tensor(&qkv[2])?,
+            ];
+            let [q, k, v] = &arrays;
+            let bits = reference_bits([q, k, v], &setting.strategies(shape)?, &setting.config, &options)?;
+            let hides = bits.bits.contains(&true);
+            assert!(
+                hides || !setting.hides || shape.3 < 59,
+                "{}: nothing hidden",
+                setting.name
+            );
+            let case = Case {
+                what: format!("{} {shape:?} {dtype:?}", setting.name),
+                plan: MergePlan::from_indicators(&bits.to_tensor(&CPU)?, &setting.config)?,
+                options,
+                qkv,
+                arrays,
+                bits,
+            };
+            check(&setting, &case)?;
+        }
+    }
+    Ok(())
+}
+
+/// The errors of outputs, absolute and relative, per dtype: f32 sums, or one rounding at the end, and with products in
+/// bf16 pairs those of weights and folded rows.
+fn tolerances(dtype: DType) -> [f64; 2] {
+    match dtype {
+        DType::F64 => [1e-13, 1e-13],
+        DType::F32 => [6e-6, 6e-6],
+        DType::F16 => [6e-5, 5e-4],
+        _ => [1.6e-2, 4e-3],
+    }
+}
+
+fn forward(dtype: DType) -> Result<()> {
+    each_case(dtype, &SHAPES, |setting, case| {
+        let ([q, k, v], [aq, ak, av]) = (&case.qkv, &case.arrays);
+        let got = attend(q, k, v, &case.plan, &case.options)?;
+        let expected = reference::attention(aq, ak, av, &case.bits, &setting.config, &case.options)?;
+        let [absolute, relative] = tolerances(dtype);
+        let expected = expected.to_tensor(DType::F64, &CPU)?;
+        Ok(assert_close(&case.what, &got, &expected, absolute, relative)?)
+    })
+}
+
+fn backward(dtype: DType, shapes: &[Shape], tolerance: f64, floor: f64) -> Result<()> {
+    each_case(dtype, shapes, |setting, case| {
+        let ([q, _, v], [aq, ak, av]) = (&case.qkv, &case.arrays);
+        let grad = Shape(q.dim(0)?, q.dim(1)?, q.dim(1)?, q.dim(2)?, v.dim(3)?).qkv(77, dtype)?;
+        let got = differentiate(&case.qkv, &grad[2], |q, k, v| {
+            Ok(attend(q, k, v, &case.plan, &case.options)?)
+        })?;
+        let grad = Array4::from_tensor(&grad[2])?;
+        let (dq, dk, dv) =
+            reference::attention_gradients(aq, ak, av, &grad, &case.bits, &setting.config, &case.options)?;
+        for (name, got, expected) in [("dq", &got[1], dq), ("dk", &got[2], dk), ("dv", &got[3], dv)] {
+            let expected = expected.to_tensor(DType::F64, &CPU)?;
+            let largest = values(&expected)?.iter().fold(floor, |m: f64, x| m.max(x.abs()));
+            let what = format!("{} {name}", case.what);
+            assert_close(&what, got, &expected, tolerance * largest, tolerance)?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn f32_agrees_with_the_reference() -> Result<()> {
+    forward(DType::F32)
+}
+
+#[test]
+fn f64_agrees_with_the_reference() -> Result<()> {
+    forward(DType::F64)
+}
+
+#[test]
+fn halves_agree_with_the_reference() -> Result<()> {
+    forward(DType::F16)?;
+    forward(DType::BF16)
+}
+
+#[test]
+fn gradients_agree_with_the_reference() -> Result<()> {
+    backward(DType::F64, &SHAPES, 1e-12, 0.1)?;
+    backward(DType::F32, &SHAPES, 1e-5, 0.1)
+}
+
+#[test]
+fn gradients_of_halves_agree_with_the_reference() -> Result<()> {
+    backward(DType::F16, &SHAPES[..6], 4.0 * 2f64.powi(-11), 1.0)?;
+    backward(DType::BF16, &SHAPES[..6], 4.0 * 2f64.powi(-8), 1.0)
+}
+
+#[test]
+fn every_instruction_set_agrees() -> Result<()> {
+    on_every_instruction_set(&["f32_agrees_with_the_reference"])
+}
+
+#[test]
+fn halves_agree_on_every_kernel() -> Result<()> {
+    let tests = [
+        "halves_agree_with_the_reference",
+        "gradients_of_halves_agree_with_the_reference",
+    ];
+    on_every_kernel(&tests)
+}
+
+/// A cache in any chunks gives the rows of the whole sequence: token by token, in chunks, and in one.
+#[test]
+fn a_cache_agrees_with_the_whole_sequence() -> Result<()> {
+    for dtype in [DType::F32, DType::F64, DType::BF16] {
+        each_case(dtype, &SHAPES[2..6], |setting, case| {
+            if !case.options.causal {
+                return Ok(());
+            }
+            let [q, k, v] = &case.qkv;
+            let expected = attend(q, k, v, &case.plan, &case.options)?;
+            let shape = Shape(q.dim(0)?, q.dim(1)?, k.dim(1)?, q.dim(2)?, q.dim(3)?);
+            for chunks in [&[1][..], &[40, 1, 7], &[1000]] {
+                let strategies = setting.strategies(&shape)?;
+                let mut cache = CompressedKvCache::new(strategies, setting.config.clone(), Default::default())?;
+                let got = chunked(&mut cache, &case.qkv, chunks, |start, count| {
+                    part_options(&case.options, start, count)
+                })?;
+                let [absolute, relative] = tolerances(dtype);
+                let what = format!("{} in chunks of {chunks:?}", case.what);
+                assert_close(&what, &got, &expected, 2.0 * absolute, 2.0 * relative)?;
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Logits of 1e30 and more are capped, not NaN; a softcap far above all logits changes nothing to rounding.
+#[test]
+fn a_softcap_bounds_huge_logits_and_leaves_small_ones() -> Result<()> {
+    let shape = Shape(1, 2, 1, 97, 32);
+    for dtype in [DType::F32, DType::BF16, DType::F64] {
+        let [q, k, v] = shape.qkv(3, dtype)?;
+        let plan = MergePlan::from_indicators(&Tensor::zeros((1, 2, 96), DType::U8, &CPU)?, &Default::default())?;
+        let with = |softmax_scale, softcap| AttentionOptions {
+            softmax_scale,
+            softcap,
+            ..Default::default()
+        };
+        let huge = attend(&(&q * 1e15)?, &(&k * 1e15)?, &v, &plan, &with(None, Some(2.0)))?;
+        assert!(values(&huge)?.iter().all(|x| x.is_finite()), "{dtype:?}");
+        let got = attend(&q, &k, &v, &plan, &with(Some(0.2), Some(1e6)))?;
+        let plain = attend(&q, &k, &v, &plan, &with(Some(0.2), None))?;
+        let [absolute, relative] = tolerances(dtype).map(|x| x.max(1e-9));
+        assert_close(&format!("{dtype:?}"), &got, &plain, absolute, relative)?;
+    }
+    Ok(())
+}
