@@ -4,6 +4,7 @@ use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 use crate::cpu::attend::backward::{backward, Gradients};
 use crate::cpu::attend::forward::forward;
 use crate::cpu::attend::input::{BackwardInput, ForwardInput};
+use crate::cpu::number::bias::sinks_in_base_2;
 use crate::cpu::number::element::{Accumulator, Element};
 use crate::cpu::number::rows::RowGrid;
 #[cfg(feature = "cuda")]
@@ -14,7 +15,10 @@ use crate::problem::{Problem, RowLayout};
 use crate::storage::{bias_view, cpu_slice, not_on_cpu};
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, CudaStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor};
-use std::sync::OnceLock;
+use sinks::{Kept, SinkGradient};
+use std::sync::Arc;
+
+mod sinks;
 
 /// The results of [`compressed_attention`].
 #[derive(Clone, Debug)]
@@ -55,9 +59,9 @@ pub fn compressed_attention(
 /// f64 for f64; one rounding at the end). Hidden tokens keep their output row. Memory beyond the output is O(N·D); no
 /// N×N matrix is formed.
 ///
-/// Differentiable in query, key and value, for every fold, window, bias and dropout; the decisions are constants. The
-/// gradients have the shapes and dtypes of their tensors, keep O(N·D) memory besides them, and do not depend on the
-/// number of threads. The bias gets no gradient.
+/// Differentiable in query, key, value and sink logits, for every fold, window, bias, softcap and dropout; the
+/// decisions are constants. The gradients have the shapes and dtypes of their tensors, keep O(N·D) memory besides them,
+/// and do not depend on the number of threads. The bias gets no gradient.
 ///
 /// A row is NaN throughout when its query or any column that it sees is not finite; other rows are not affected. A row
 /// whose columns all have a bias of -inf is zeros and sends no gradient. A finite bias of any size, the dtype's least
@@ -83,15 +87,29 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &At
         options.check_on_cuda()?;
     }
     let bias = problem.bias(options)?;
+    let sinks = match q.device().is_cpu() {
+        true => problem.sinks(options)?,
+        false => None,
+    };
+    let kept = Kept::default();
+    let tracked_sinks = options.sink_logits.as_ref().filter(|sinks| sinks.track_op());
     let op = CompressedAttentionOp {
         problem,
         plan: plan.clone(),
-        options: options.clone(),
+        options: AttentionOptions {
+            sink_logits: options.sink_logits.as_ref().map(Tensor::detach),
+            ..options.clone()
+        },
         bias,
-        tracked: [q, k, v].iter().any(|x| x.track_op()),
-        kept: OnceLock::new(),
+        sinks: sinks.clone(),
+        tracked: [q, k, v].iter().any(|x| x.track_op()) || tracked_sinks.is_some(),
+        kept: Arc::clone(&kept),
     };
-    options.layout.turned(&q.apply_op3(k, v, op)?)
+    let mut output = q.apply_op3(k, v, op)?;
+    if let (Some(logits), Some(sinks)) = (tracked_sinks, sinks) {
+        output = output.apply_op2(logits, SinkGradient { problem, sinks, kept })?;
+    }
+    options.layout.turned(&output)
 }
 
 /// Attention for one plan. It holds no tensor of the graph it is part of, so it cannot keep that graph alive.
@@ -101,12 +119,14 @@ struct CompressedAttentionOp {
     options: AttentionOptions,
     /// The bias in the accumulator's dtype, as a (B, H, N, N) view.
     bias: Option<Tensor>,
+    /// The sink logits (H), on the CPU.
+    sinks: Option<Vec<f64>>,
     /// Whether a gradient may be asked for.
     tracked: bool,
     /// The tensors that the backward pass needs besides the output, where `tracked`; they have no graph. Each row's
     /// log-sum-exp (base 2), (B, H, N), on the CPU as two numbers (B, H, N, 2). On CUDA, where gradients gain by it,
     /// also the rounding error of the output, (B, H, N, D).
-    kept: OnceLock<Vec<Tensor>>,
+    kept: Kept,
 }
 
 impl CompressedAttentionOp {
@@ -154,6 +174,7 @@ impl CompressedAttentionOp {
             Some((storage, layout)) => Some(bias_view(storage, layout)?),
             None => None,
         };
+        let sinks = self.sinks.as_deref().map(sinks_in_base_2);
         body(&ForwardInput {
             q: rows(q),
             k: rows(k),
@@ -168,6 +189,7 @@ impl CompressedAttentionOp {
             softcap: self.options.softcap,
             dropout: self.options.dropout,
             bias,
+            sinks: sinks.as_deref(),
         })
     }
 

@@ -147,12 +147,13 @@ impl Problem {
         self.check_options(options)
     }
 
-    /// Checks the options, and that the bias broadcasts to (B, H, N, N).
+    /// Checks the options, that the bias broadcasts to (B, H, N, N), and that sink logits have the shape (H).
     ///
     /// # Errors
-    /// As [`AttentionOptions::check`], or a bias of another shape.
+    /// As [`AttentionOptions::check`], or a bias or sink logits of another shape.
     pub fn check_options(&self, options: &AttentionOptions) -> Result<()> {
         options.check()?;
+        self.check_sinks(options)?;
         if let Some(bias) = &options.bias {
             let full = self.bias_dims();
             self.check_size("bias", full)?;
@@ -179,6 +180,48 @@ impl Problem {
         };
         let view = |bias: &Tensor| bias_as(bias, accumulator)?.broadcast_as(&self.bias_dims());
         options.bias.as_ref().map(view).transpose()
+    }
+
+    /// Checks that sink logits have the shape (H).
+    ///
+    /// # Errors
+    /// Another shape.
+    pub fn check_sinks(&self, options: &AttentionOptions) -> Result<()> {
+        match &options.sink_logits {
+            Some(sinks) if sinks.dims() != [self.heads] => bail!(
+                "sink_logits: expected shape (heads) = ({}), got {:?}; give one logit per query head",
+                self.heads,
+                sinks.dims()
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    /// The sink logits of checked options, where the query is on the CPU; a finite one is finite in f32 too, unless the
+    /// query is f64.
+    ///
+    /// # Errors
+    /// Logits on another device, or a logit that is NaN or infinite.
+    pub fn sinks(&self, options: &AttentionOptions) -> Result<Option<Vec<f64>>> {
+        let Some(sinks) = &options.sink_logits else {
+            return Ok(None);
+        };
+        if !sinks.device().is_cpu() {
+            bail!(
+                "sink_logits: expected the query's device, the CPU, got {:?}; move them with to_device",
+                sinks.device().location()
+            )
+        }
+        let accumulator = if self.dtype == DType::F64 {
+            DType::F64
+        } else {
+            DType::F32
+        };
+        let sinks = bias_as(sinks, accumulator)?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+        if let Some(bad) = sinks.iter().find(|sink| sink.is_nan() || **sink == f64::INFINITY) {
+            bail!("sink_logits: expected finite numbers or -inf, got {bad}; -inf is a head without a sink")
+        }
+        Ok(Some(sinks))
     }
 
     /// (B, H, N, N): the shape that a bias broadcasts to.

@@ -3,12 +3,12 @@
 
 mod common;
 
-use anyhow::Result;
-use candle_core::{DType, Device, Tensor};
+use anyhow::{Context, Result};
+use candle_core::{DType, Device, Tensor, Var};
 use candle_sfattention::reference::{self, Array4, Indicators};
 use candle_sfattention::{
-    attend, AttentionOptions, CompressedKvCache, CompressionConfig, Criterion, Dropout, Fold, GroupRule, MergePlan,
-    MergeStrategy,
+    attend, AttentionOptions, CompressedKvCache, CompressionConfig, Criterion, Dropout, Fold, GroupRule,
+    HeadStrategies, MergePlan, MergeStrategy,
 };
 use common::again::{on_every_instruction_set, on_every_kernel};
 use common::caches::{chunked, part_options};
@@ -35,6 +35,30 @@ fn softcap(_: &Shape) -> AttentionOptions {
         softmax_scale: Some(0.6),
         softcap: Some(4.0),
         ..Default::default()
+    }
+}
+
+/// Sinks near the logits, far below, far above, and none.
+fn sinks(shape: &Shape) -> AttentionOptions {
+    let logits: Vec<f32> = (0..shape.1)
+        .map(|head| [1.5, -200.0, 40.0, f32::NEG_INFINITY][head % 4])
+        .collect();
+    AttentionOptions {
+        sink_logits: Tensor::from_vec(logits, shape.1, &CPU).ok(),
+        ..Default::default()
+    }
+}
+
+/// Rows that see nothing, and rows that see some columns.
+fn hiding(shape: &Shape, options: AttentionOptions) -> AttentionOptions {
+    let tokens = shape.3;
+    let entry = |i: usize| match i / tokens % 7 == 0 || (i / tokens * 7 + i % tokens * 3) % 5 == 0 {
+        true => f32::NEG_INFINITY,
+        false => 0.5,
+    };
+    AttentionOptions {
+        bias: Tensor::from_vec((0..tokens * tokens).map(entry).collect(), (tokens, tokens), &CPU).ok(),
+        ..options
     }
 }
 
@@ -100,6 +124,18 @@ fn settings() -> Vec<Setting> {
             with_dropout(softcap(s))
         }),
         setting("softcap, drop, window", Similarity, key(Fold::Drop, 32), softcap),
+        setting("sinks, off", Off, key(Fold::Drop, 0), sinks),
+        setting("sinks, off, everywhere, hidden columns", Off, key(Fold::Drop, 0), |s| {
+            hiding(s, everywhere(sinks(s)))
+        }),
+        setting("sinks, pair sum, window", Similarity, key(Fold::PairSum, 5), sinks),
+        setting("sinks, mean, bias, softcap", Similarity, key(Fold::Mean, 0), |s| {
+            let AttentionOptions { softcap, .. } = softcap(s);
+            with_bias(s, AttentionOptions { softcap, ..sinks(s) })
+        }),
+        setting("sinks, drop, window, dropout", Similarity, key(Fold::Drop, 9), |s| {
+            with_dropout(sinks(s))
+        }),
     ]
 }
 
@@ -182,8 +218,46 @@ fn backward(dtype: DType, shapes: &[Shape], tolerance: f64, floor: f64) -> Resul
             let what = format!("{} {name}", case.what);
             assert_close(&what, got, &expected, tolerance * largest, tolerance)?;
         }
-        Ok(())
+        sink_gradients(setting, case, &grad, tolerance, floor)
     })
+}
+
+/// The gradient of the sinks, where they are, in their dtype; the other tensors may be tracked or not.
+fn sink_gradients(setting: &Setting, case: &Case, grad: &Array4, tolerance: f64, floor: f64) -> Result<()> {
+    let Some(sinks) = &case.options.sink_logits else {
+        return Ok(());
+    };
+    let ([q, k, v], [aq, ak, av]) = (&case.qkv, &case.arrays);
+    let expected = reference::sink_gradients(aq, ak, av, grad, &case.bits, &setting.config, &case.options)?;
+    let largest = expected.iter().fold(floor, |m: f64, x| m.max(x.abs()));
+    let expected = Tensor::new(expected, &CPU)?;
+    for dtype in [DType::F64, DType::F32, DType::BF16] {
+        let var = Var::from_tensor(&sinks.to_dtype(dtype)?)?;
+        let options = AttentionOptions {
+            sink_logits: Some(var.as_tensor().clone()),
+            ..case.options.clone()
+        };
+        let tracked = Var::from_tensor(v)?;
+        let plain = attend(q, k, v, &case.plan, &case.options)?;
+        for v in [v, tracked.as_tensor()] {
+            let output = attend(q, k, v, &case.plan, &options)?;
+            assert_eq!(values(&output)?, values(&plain)?, "{}", case.what);
+            let grad = grad.to_tensor(q.dtype(), &CPU)?;
+            let store = (output * grad)?.sum_all()?.backward()?;
+            let got = store.get(&var).context("no gradient of the sinks")?;
+            assert_eq!(got.dtype(), dtype, "{}", case.what);
+            let rounding = match dtype {
+                DType::F64 => 0.0,
+                DType::F32 => 1e-6,
+                _ => 4e-3,
+            };
+            let tolerance = tolerance + rounding;
+            let what = format!("{} sinks in {dtype:?}", case.what);
+            assert_close(&what, got, &expected, tolerance * largest, tolerance)?;
+            assert_eq!(store.get(&tracked).is_some(), v.track_op(), "{what}");
+        }
+    }
+    Ok(())
 }
 
 #[test]
@@ -274,5 +348,59 @@ fn a_softcap_bounds_huge_logits_and_leaves_small_ones() -> Result<()> {
         let [absolute, relative] = tolerances(dtype).map(|x| x.max(1e-9));
         assert_close(&format!("{dtype:?}"), &got, &plain, absolute, relative)?;
     }
+    Ok(())
+}
+
+/// Sinks far below all logits change no bit, in a call and in a cache; sinks far above leave nearly nothing, no NaN.
+#[test]
+fn sinks_far_from_all_logits() -> Result<()> {
+    let shape = Shape(1, 2, 1, 97, 32);
+    for dtype in [DType::F32, DType::F16, DType::BF16, DType::F64] {
+        let qkv = shape.qkv(3, dtype)?;
+        let config = CompressionConfig {
+            window: 9,
+            similarity_threshold: 0.4,
+            ..CompressionConfig::pretrained()
+        };
+        let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+        let run = |sink: Option<f64>| -> Result<[Vec<f64>; 2]> {
+            let options = AttentionOptions {
+                sink_logits: sink.map(|sink| Tensor::new(&[sink, sink], &CPU)).transpose()?,
+                ..Default::default()
+            };
+            let [q, k, v] = &qkv;
+            let plan = MergePlan::new(q, k, v, &strategies, &config, &options)?;
+            let whole = values(&attend(q, k, v, &plan, &options)?)?;
+            let mut cache = CompressedKvCache::new(strategies.clone(), config.clone(), Default::default())?;
+            let cached = chunked(&mut cache, &qkv, &[30, 1, 1, 40, 1], |_, _| Ok(options.clone()))?;
+            Ok([whole, values(&cached)?])
+        };
+        let plain = run(None)?;
+        for below in [f64::NEG_INFINITY, f64::MIN, f64::from(f32::MIN), -1e9, -300.0] {
+            assert_eq!(run(Some(below))?, plain, "{dtype:?} {below}");
+        }
+        for above in [200.0, 1e9, f64::from(f32::MAX), f64::MAX] {
+            let results = run(Some(above))?;
+            let tiny = results.iter().flatten().all(|x| x.abs() < 1e-12);
+            assert!(tiny, "{dtype:?} {above}");
+        }
+    }
+    Ok(())
+}
+
+/// Results of a cache with tracked sinks refuse `backward`, in place of no gradient.
+#[test]
+fn a_cache_refuses_a_gradient_of_sinks() -> Result<()> {
+    let [q, k, v] = Shape(1, 2, 1, 5, 8).qkv(3, DType::F32)?;
+    let sinks = Var::new(&[0f32, 1.0], &CPU)?;
+    let options = AttentionOptions {
+        sink_logits: Some(sinks.as_tensor().clone()),
+        ..Default::default()
+    };
+    let strategies = HeadStrategies::uniform(MergeStrategy::Off);
+    let mut cache = CompressedKvCache::new(strategies, CompressionConfig::default(), Default::default())?;
+    let output = cache.append_and_attend(&q, &k, &v, &options)?;
+    let message = output.sum_all()?.backward().unwrap_err().to_string();
+    assert!(message.contains("expected a forward pass only"), "{message}");
     Ok(())
 }

@@ -167,8 +167,9 @@ impl CompressedKvCache {
         let Some(output) = self.take_in(&problem, [q, k, v], Some(options))? else {
             bail!("output: expected rows for the new tokens, got none; this is a defect of the crate, report it")
         };
-        if [q, k, v].iter().any(|x| x.track_op()) {
-            return layout.turned(&q.apply_op3(k, v, WithoutGradient(output))?);
+        let tracked = [q, k, v].into_iter().chain(&options.sink_logits);
+        if let Some(x) = tracked.into_iter().find(|x| x.track_op()) {
+            return layout.turned(&x.apply_op3(x, x, WithoutGradient(output))?);
         }
         layout.turned(&output)
     }

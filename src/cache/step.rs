@@ -4,6 +4,7 @@ use super::{CacheSizes, Lists, ListsOf, State};
 use crate::config::AttentionOptions;
 use crate::cpu::cache::range::{largest_in, largest_of};
 use crate::cpu::cache::step::Step;
+use crate::cpu::number::bias::sinks_in_base_2;
 use crate::cpu::number::element::Element;
 use crate::cpu::number::rows::RowGrid;
 use crate::problem::{bias_as, Problem, RowLayout};
@@ -37,8 +38,13 @@ pub(super) fn step(
     let bias = match options {
         Some(options) => {
             options.check()?;
+            problem.check_sinks(options)?;
             bias_view(options.bias.as_ref(), full, accumulator)?
         }
+        None => None,
+    };
+    let sinks = match options {
+        Some(options) => problem.sinks(options)?,
         None => None,
     };
     let storage = state.lists.dtype();
@@ -55,6 +61,7 @@ pub(super) fn step(
         tensors: [&q, &stored[0], &stored[1]],
         options,
         bias,
+        sinks,
         first: state.seq_len,
         max_entries,
         sliding_window: sliding_window.unwrap_or(usize::MAX),
@@ -95,6 +102,8 @@ struct CpuCall<'a> {
     /// None to append the tokens without attending.
     options: Option<&'a AttentionOptions>,
     bias: Option<Tensor>,
+    /// Sink logits (H).
+    sinks: Option<Vec<f64>>,
     /// The token index of the first new token.
     first: usize,
     max_entries: Option<usize>,
@@ -120,6 +129,7 @@ impl CpuCall<'_> {
             head_dim,
             ..
         } = *self.problem;
+        let sinks = self.sinks.as_deref().map(sinks_in_base_2);
         let step = Step::<Q, S> {
             q: RowGrid::new(cpu_slice(&q.0)?, RowLayout::new(q.1)),
             k: RowGrid::new(cpu_slice(&k.0)?, RowLayout::new(k.1)),
@@ -135,6 +145,7 @@ impl CpuCall<'_> {
             softcap: self.options.and_then(|options| options.softcap),
             dropout: self.options.and_then(|options| options.dropout),
             bias,
+            sinks: sinks.as_deref(),
         };
         let decided = step.decide(lists);
         step.check_bias(self.first, lists, &decided)?;

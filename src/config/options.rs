@@ -43,8 +43,10 @@ pub struct AttentionOptions {
     /// c, above 0: a logit z becomes c·tanh(z/c), before the bias, the size of a fold and the mask, as in Gemma 2.
     /// Decisions do not read it. On CUDA it is an error so far. `None` (default): logits stay as they are.
     pub softcap: Option<f64>,
-    /// (H), a float dtype: each row's softmax has one more term, exp(sink), in its denominator, and no value for it.
-    /// It may ask for a gradient. `None` (default): no such term.
+    /// (H), a float dtype, on the query's device: each row's softmax has one more term, exp(sink), in its denominator,
+    /// and no value for it. -inf is no term; NaN and inf are errors on the CPU. A row that sees nothing else is zeros.
+    /// [`attend`](crate::attend) has a gradient for it, in its dtype and shape. Decisions do not read it. On CUDA it is
+    /// an error so far. `None` (default): no such term.
     pub sink_logits: Option<Tensor>,
     /// (B, N), u32: row i sees token s only where their numbers are equal; 0 is padding, whose rows are zeros with zero
     /// gradients, and no row sees it. Equal numbers follow each other. Pairs of tokens in two segments do not merge;
@@ -96,7 +98,8 @@ impl AttentionOptions {
     }
 
     /// Refuses a scale that is not finite, a sliding window of 0, a dropout probability outside `[0, 1)`, a softcap
-    /// that is not finite or not above 0, and a bias that is not a float or asks for a gradient.
+    /// that is not finite or not above 0, sink logits that are not floats, and a bias that is not a float or asks for a
+    /// gradient.
     ///
     /// # Errors
     /// As above.
@@ -117,8 +120,13 @@ impl AttentionOptions {
         if let Some(softcap) = self.softcap.filter(|c| !(c.is_finite() && *c > 0.0)) {
             bail!("softcap: expected a finite number above 0, got {softcap}; None leaves logits as they are")
         }
+        if let Some(sinks) = self.sink_logits.as_ref().filter(|sinks| !sinks.dtype().is_float()) {
+            bail!(
+                "sink_logits: expected a float dtype, got {:?}; convert them with to_dtype",
+                sinks.dtype()
+            )
+        }
         let not_yet = [
-            ("sink_logits", self.sink_logits.is_some()),
             ("segments", self.segments.is_some()),
         ];
         if let Some((name, _)) = not_yet.iter().find(|(_, given)| *given) {

@@ -1,6 +1,6 @@
 //! One softmax per row over the columns that it sees, and its gradients.
 
-use candle_core::{bail, Result};
+use candle_core::{bail, Result, Tensor};
 
 use super::bias::Bias;
 use super::fold::{fold, unfold, visible_columns, Column};
@@ -16,7 +16,8 @@ use crate::config::{AttentionOptions, CompressionConfig, Fold};
 ///
 /// A row is NaN when its query, or the key or value of any column that it sees, has an entry that is not finite, for
 /// any bias or dropout of the column. Other rows are not affected by that token. A row whose columns all have a bias of
-/// -inf is zeros, and sends no gradient; a finite bias of any size hides nothing.
+/// -inf is zeros, and sends no gradient; a finite bias of any size hides nothing. A sink logit s of the head adds
+/// exp(s) to the softmax's denominator.
 ///
 /// # Errors
 /// Shapes or settings that do not fit together, or a bias of -inf at a column that a row would see in a head that hides
@@ -34,7 +35,9 @@ pub fn attention(
     for (batch, head) in call.sizes.batch_heads() {
         let parts = call.head(batch, head);
         for row in 0..call.sizes.tokens {
-            let Row { columns, weights, keep } = call.row(&parts, row);
+            let Row {
+                columns, weights, keep, ..
+            } = call.row(&parts, row);
             let into = output.row_mut(batch, head, row);
             for (j, &column) in columns.iter().enumerate() {
                 add_scaled(into, weights[j] * keep[j], parts.value(column))
@@ -42,6 +45,37 @@ pub fn attention(
         }
     }
     Ok(output)
+}
+
+/// The gradient of `Σ attention · grad_output` with respect to the sink logits, one per query head: with a row's output
+/// gradient g, the sink's weight p and dropout factors r, the sum of `-p · Σ w_j r_j g · value_j` over the rows.
+///
+/// # Errors
+/// Options without sink logits, or shapes or settings that do not fit together.
+pub fn sink_gradients(
+    q: &Array4,
+    k: &Array4,
+    v: &Array4,
+    grad_output: &Array4,
+    indicators: &Indicators,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+) -> Result<Vec<f64>> {
+    let call = Call::new((q, k, v), indicators, config, options)?;
+    call.check_grad_output(grad_output)?;
+    if call.sinks.is_none() {
+        bail!("sink_logits: expected a tensor of shape (heads), got None; without sinks there is no gradient for them")
+    }
+    let mut gradients = vec![0.0; call.sizes.heads];
+    for (batch, head) in call.sizes.batch_heads() {
+        let parts = call.head(batch, head);
+        for row in 0..call.sizes.tokens {
+            let seen = call.row(&parts, row);
+            let arrived = parts.arrived(&seen, grad_output.row(batch, head, row));
+            gradients[head] -= seen.sink * dot(&seen.weights, &arrived);
+        }
+    }
+    Ok(gradients)
 }
 
 /// The gradients of `Σ attention · grad_output` with respect to q, k and v, in their shapes. The bits are constants.
@@ -58,14 +92,7 @@ pub fn attention_gradients(
     options: &AttentionOptions,
 ) -> Result<(Array4, Array4, Array4)> {
     let call = Call::new((q, k, v), indicators, config, options)?;
-    grad_output.check("grad_output")?;
-    if grad_output.dims != q.dims {
-        bail!(
-            "grad_output: expected shape {:?} like the output, got {:?}; pass the gradient of this call's output",
-            q.dims,
-            grad_output.dims
-        )
-    }
+    call.check_grad_output(grad_output)?;
     let (mut dq, mut dk, mut dv) = (Array4::zeros(q.dims), Array4::zeros(k.dims), Array4::zeros(v.dims));
     for (batch, head) in call.sizes.batch_heads() {
         let parts = call.head(batch, head);
@@ -96,6 +123,8 @@ struct Call<'a> {
     options: &'a AttentionOptions,
     scale: f64,
     bias: Option<Bias>,
+    /// (H)
+    sinks: Option<Vec<f64>>,
 }
 
 /// One query head's vectors, raw and folded.
@@ -117,6 +146,8 @@ struct Head<'a> {
 struct Row {
     columns: Vec<Column>,
     weights: Vec<f64>,
+    /// The weight of the sink; 0 without one.
+    sink: f64,
     keep: Vec<f64>,
 }
 
@@ -159,7 +190,21 @@ impl<'a> Call<'a> {
             options,
             scale: options.scale(q.dims[3]),
             bias,
+            sinks: options.sink_logits.as_ref().map(|s| read_sinks(s, sizes)).transpose()?,
         })
+    }
+
+    fn check_grad_output(&self, grad_output: &Array4) -> Result<()> {
+        grad_output.check("grad_output")?;
+        let (q, _, _) = self.inputs;
+        if grad_output.dims != q.dims {
+            bail!(
+                "grad_output: expected shape {:?} like the output, got {:?}; pass the gradient of this call's output",
+                q.dims,
+                grad_output.dims
+            )
+        }
+        Ok(())
     }
 
     fn head(&self, batch: usize, head: usize) -> Head<'a> {
@@ -196,13 +241,21 @@ impl<'a> Call<'a> {
             || columns
                 .iter()
                 .any(|&column| !finite(head.key(column)) || !finite(head.value(column)));
-        let weights = if poisoned {
-            vec![f64::NAN; columns.len()]
-        } else {
-            softmax(columns.iter().map(|&c| self.logit(head, row, c)).collect())
+        let mut logits: Vec<f64> = columns.iter().map(|&c| self.logit(head, row, c)).collect();
+        // A term of the denominator that belongs to no column.
+        logits.push(self.sinks.as_ref().map_or(f64::NEG_INFINITY, |sinks| sinks[head.head]));
+        let mut weights = match poisoned {
+            true => vec![f64::NAN; logits.len()],
+            false => softmax(logits),
         };
+        let sink = weights.pop().unwrap_or(0.0);
         let keep = columns.iter().map(|c| self.keep(head, row, c.token())).collect();
-        Row { columns, weights, keep }
+        Row {
+            columns,
+            weights,
+            sink,
+            keep,
+        }
     }
 
     /// `scale · query · key`, capped, plus `ln n + bias`.
@@ -233,6 +286,12 @@ impl Head<'_> {
         }
     }
 
+    /// The gradients of a row's weights: `a_j = r_j · g · value_j`, for dropout factors r and the output's gradient g.
+    fn arrived(&self, Row { columns, keep, .. }: &Row, grad: &[f64]) -> Vec<f64> {
+        let pairs = columns.iter().zip(keep);
+        pairs.map(|(&column, r)| r * dot(grad, self.value(column))).collect()
+    }
+
     fn key(&self, column: Column) -> &[f64] {
         match column {
             Column::Far(s) | Column::Edge(s) => &self.folded_keys[s],
@@ -252,6 +311,22 @@ impl Head<'_> {
             Column::Far(s) | Column::Edge(s) => self.sizes[s],
             Column::Near(_) => 1.0,
         }
+    }
+}
+
+/// The sink logits (H): finite or -inf.
+fn read_sinks(sinks: &Tensor, sizes: Axes) -> Result<Vec<f64>> {
+    if sinks.dims() != [sizes.heads] {
+        bail!(
+            "sink_logits: expected shape ({}), got {:?}; give one logit per query head",
+            sizes.heads,
+            sinks.dims()
+        )
+    }
+    let sinks = super::to_f64(sinks)?;
+    match sinks.iter().find(|sink| sink.is_nan() || **sink == f64::INFINITY) {
+        Some(bad) => bail!("sink_logits: expected finite numbers or -inf, got {bad}; -inf is a head without a sink"),
+        None => Ok(sinks),
     }
 }
 
@@ -290,12 +365,11 @@ impl HeadGradients {
     /// With weights w, dropout factors r and the row's output gradient g: `dvalue_j = w_j r_j g`, and for the logits
     /// `dl_j = w_j (a_j - Σ w a)` with `a_j = r_j · g · value_j`; `dquery = scale Σ dl_j s_j key_j`,
     /// `dkey_j = scale dl_j s_j query`, where s is the softcap's 1 - tanh², or 1.
-    fn add_row(&mut self, head: &Head, row: usize, Row { columns, weights, keep }: &Row, grad: &[f64]) {
-        let arrived: Vec<f64> = columns
-            .iter()
-            .zip(keep)
-            .map(|(&column, r)| r * dot(grad, head.value(column)))
-            .collect();
+    fn add_row(&mut self, head: &Head, row: usize, seen: &Row, grad: &[f64]) {
+        let Row {
+            columns, weights, keep, ..
+        } = seen;
+        let arrived = head.arrived(seen, grad);
         let mean = dot(weights, &arrived);
         for (j, &column) in columns.iter().enumerate() {
             let (_, slope) = head.capped(row, column);

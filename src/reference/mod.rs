@@ -9,7 +9,7 @@
 //! 1. [`indicators`] decides which tokens merge: [`cosine`], [`qualifies`], then [`causal_rule`] or [`reference_rule`];
 //!    or [`observed_indicators`] does, by [`observed_mass`];
 //! 2. [`fold()`] gives every token its folded key and value, [`visible_columns`] says which columns a row attends to;
-//! 3. [`attention`] and [`attention_gradients`] compute one softmax per row over these columns;
+//! 3. [`attention`], [`attention_gradients`] and [`sink_gradients`] compute one softmax per row over these columns;
 //! 4. [`compression_loss`] and [`compression_loss_gradients`] are the training loss;
 //! 5. [`dropout_keeps`] is the dropout mask, from [`philox4x32_10`].
 //!
@@ -24,7 +24,7 @@ mod loss;
 mod merge;
 mod observe;
 
-pub use attend::{attention, attention_gradients};
+pub use attend::{attention, attention_gradients, sink_gradients};
 pub use dropout::{dropout_keeps, philox4x32_10};
 pub use fold::{fold, unfold, visible_columns, Column};
 pub use loss::{compression_loss, compression_loss_gradients, LossTerms};

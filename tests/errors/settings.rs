@@ -70,6 +70,30 @@ fn settings_that_are_not_finite() {
 }
 
 #[test]
+fn sinks_without_a_meaning() -> Result<()> {
+    let with = |sinks: Tensor| options(|o| o.sink_logits = Some(sinks));
+    let ones = Tensor::ones(SHAPE.1, DType::U32, CPU)?;
+    refused_options(
+        &with(ones),
+        "sink_logits: expected a float dtype, got U32; convert them with to_dtype",
+    );
+    for dims in [vec![], vec![3], vec![1, 4], vec![4, 1]] {
+        let pattern = format!("sink_logits: expected shape (heads) = (4), got {dims:?}; give one logit per query head");
+        refused_call(&with(zeros(&dims)), &pattern);
+    }
+    let [q, k, v] = SHAPE.qkv(0, DType::F32)?;
+    for bad in [f32::NAN, f32::INFINITY] {
+        let options = with(Tensor::new(&[0f32, bad, 0.0, 0.0], CPU)?);
+        let pattern = format!("sink_logits: expected finite numbers or -inf, got {bad}; -inf is a head without a sink");
+        refused(attend(&q, &k, &v, &plan(SHAPE, &config(|_| ()))?, &options), &pattern);
+        let mut cache = CompressedKvCache::new(similarity(), config(|_| ()), Default::default())?;
+        refused(cache.append_and_attend(&q, &k, &v, &options), &pattern);
+        assert_eq!(cache.seq_len(), 0);
+    }
+    Ok(())
+}
+
+#[test]
 fn settings_without_a_meaning() {
     refused_config(
         &config(|c| c.max_merge_level = 0),

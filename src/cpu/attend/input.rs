@@ -32,6 +32,8 @@ pub(crate) struct ForwardInput<'a, T: Element> {
     pub softcap: Option<f64>,
     pub dropout: Option<Dropout>,
     pub bias: Option<BiasView<'a, T::Acc>>,
+    /// Sink logits (H) in base 2.
+    pub sinks: Option<&'a [T::Acc]>,
 }
 
 impl<'a, T: Element> ForwardInput<'a, T> {
@@ -49,6 +51,7 @@ impl<'a, T: Element> ForwardInput<'a, T> {
             scale: self.scale,
             softcap: self.softcap,
             bias: self.bias,
+            sinks: self.sinks,
             pairs,
             gradients: false,
         }

@@ -4,4 +4,5 @@ pub(crate) mod backward;
 pub(crate) mod forward;
 pub(crate) mod head_gradients;
 pub(crate) mod input;
+pub(crate) mod sinks;
 pub(crate) mod worker;

@@ -68,6 +68,10 @@ impl<'a, Q: Element> Worker<'a, Q> {
         rows.softmax.settle(block.rows.len(), |row| {
             reader.sees_nothing(block, block.rows.start + row)
         });
+        if let Some(sinks) = reader.settings.sinks {
+            rows.softmax
+                .add_sink(block.rows.len(), sinks[block.head], &mut rows.output);
+        }
         if let Some(log_sum_exp) = log_sum_exp {
             for (row, target) in log_sum_exp.iter_mut().enumerate() {
                 *target = rows.softmax.log_sum_exp(row);

@@ -30,7 +30,7 @@ use crate::cpu::number::finite::{all_finite, quarantine};
 use crate::cpu::number::rows::HeadRows;
 use crate::cpu::number::vectorized::outlined;
 use crate::cpu::tile::softcap::Softcap;
-use crate::cpu::tile::softmax::finish_row;
+use crate::cpu::tile::softmax::{add_sink, finish_row};
 use crate::instructions::arch;
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
@@ -95,20 +95,28 @@ impl<A: Accumulator> Partial<A> {
 }
 
 impl<A: Accumulator> Decoder<A> {
-    /// Divides by the sums and writes the group's output rows.
+    /// Adds the sink logits (group) in base 2, divides by the sums and writes the group's output rows.
     pub fn finish<Q: Element<Acc = A>, S: Element<Acc = A>>(
         &self,
         mut partial: Partial<A>,
+        sinks: Option<&[A]>,
         mut outputs: impl Iterator<Item = impl AsMut<[Q]>>,
     ) {
-        for (row, sum) in partial.output.chunks_exact_mut(self.dim).zip(&partial.sum) {
+        let sums = partial.max.iter_mut().zip(&mut partial.sum);
+        let rows = partial.output.chunks_exact_mut(self.dim).zip(sums);
+        for (index, (row, (max, sum))) in rows.enumerate() {
             if self.lanes {
                 S::restore(row);
             }
             // There is no bias here: logits that are all minus infinity have overflowed.
-            let sum = if *sum == A::ZERO { A::NAN } else { *sum };
+            if *sum == A::ZERO {
+                *sum = A::NAN;
+            }
+            if let Some(sinks) = sinks {
+                add_sink(sinks[index], (max, sum), row);
+            }
             if let Some(mut target) = outputs.next() {
-                finish_row(sum, row, target.as_mut())
+                finish_row(*sum, row, target.as_mut())
             }
         }
     }

@@ -40,6 +40,8 @@ pub(crate) struct Step<'a, Q: Element, S: Element> {
     pub dropout: Option<Dropout>,
     /// (B, H, count, tokens)
     pub bias: Option<BiasView<'a, Q::Acc>>,
+    /// Sink logits (H) in base 2.
+    pub sinks: Option<&'a [Q::Acc]>,
 }
 
 impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
@@ -190,6 +192,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             scale: self.scale,
             softcap: self.softcap,
             bias: self.bias,
+            sinks: self.sinks,
             pairs,
             gradients: false,
         }
@@ -246,7 +249,8 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             while let Some((_, other)) = partials.next_if(|(next, _)| *next == index) {
                 partial.merge(&other);
             }
-            decoders[index].finish::<Q, S>(partial, &mut outputs);
+            let sinks = self.sinks.map(|sinks| &sinks[lists[index].0.heads.clone()]);
+            decoders[index].finish::<Q, S>(partial, sinks, &mut outputs);
         }
     }
 

@@ -58,6 +58,8 @@ pub(crate) struct BlockSettings<'a, A> {
     /// c of a softcap.
     pub softcap: Option<f64>,
     pub bias: Option<BiasView<'a, A>>,
+    /// Sink logits (H) in base 2.
+    pub sinks: Option<&'a [A]>,
     /// Set where products are made in bf16 pairs.
     pub pairs: Option<Pairs>,
     /// Whether tiles are for gradients.

@@ -146,6 +146,12 @@ impl<A: Accumulator> BiasUnit<A> {
     }
 }
 
+/// Sink logits as logits in base 2; a finite one stays finite.
+pub(crate) fn sinks_in_base_2<A: Accumulator>(sinks: &[f64]) -> Vec<A> {
+    let unit = BiasUnit::<A>::new(1.0);
+    sinks.iter().map(|sink| unit.of(A::of(*sink))).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

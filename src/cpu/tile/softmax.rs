@@ -63,6 +63,16 @@ impl<A: Accumulator> OnlineSoftmax<A> {
         }
     }
 
+    /// Adds one term without a value to each row's sum, after [`Self::settle`]; `output` is (leading, width). Minus
+    /// infinity adds nothing.
+    pub fn add_sink(&mut self, rows: usize, sink: A, output: &mut [A]) {
+        let width = output.len() / self.max.len();
+        let rows = output.chunks_exact_mut(width).take(rows);
+        for ((max, sum), row) in self.max.iter_mut().zip(&mut self.sum).zip(rows) {
+            add_sink(sink, (max, sum), row);
+        }
+    }
+
     /// Changes a tile of logits to weights relative to the maximum, in place, adds the weights to the sums, and scales
     /// `output` (leading, width) where a row's maximum was raised. The tile's rows are multiples of [`LANES`].
     pub fn push(&mut self, tile: &mut Tile<A>, output: &mut [A]) {
@@ -257,6 +267,21 @@ fn weigh<A: Accumulator, S: Simd>(simd: S, tile: &mut Tile<A>, softmax: &mut Onl
     }
     for first in rows.step_by(2 * A::lanes::<S>()) {
         strip::<A, S, 2>(simd, tile, first, softmax);
+    }
+}
+
+/// Adds a term without a value to a row's sum. Logits far above it leave the row as it is, bit for bit.
+#[inline(always)]
+pub(crate) fn add_sink<A: Accumulator>(sink: A, (max, sum): (&mut A, &mut A), output: &mut [A]) {
+    if sink == A::NEG_INFINITY {
+        return;
+    }
+    if sink > *max {
+        let rescale = (*max - sink).exp2_nonpositive();
+        output.iter_mut().for_each(|x| *x *= rescale);
+        (*max, *sum) = (sink, *sum * rescale + A::ONE);
+    } else {
+        *sum += (sink - *max).exp2_nonpositive();
     }
 }
 
