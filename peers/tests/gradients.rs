@@ -37,16 +37,18 @@ fn gradient_cases() -> impl Strategy<Value = GradientCase> {
         any::<u64>(),
     )
         .prop_map(
-            |(fold, window, sliding_window, (b, hk, group, n, d), bias, (softcap, sinks), dropout, seed)| GradientCase {
-                fold,
-                window,
-                sliding_window,
-                sizes: [b, hk * group, hk, n, d],
-                bias,
-                softcap,
-                sinks,
-                dropout,
-                seed,
+            |(fold, window, sliding_window, (b, hk, group, n, d), bias, (softcap, sinks), dropout, seed)| {
+                GradientCase {
+                    fold,
+                    window,
+                    sliding_window,
+                    sizes: [b, hk * group, hk, n, d],
+                    bias,
+                    softcap,
+                    sinks,
+                    dropout,
+                    seed,
+                }
             },
         )
 }

@@ -126,9 +126,7 @@ impl AttentionOptions {
                 sinks.dtype()
             )
         }
-        let not_yet = [
-            ("segments", self.segments.is_some()),
-        ];
+        let not_yet = [("segments", self.segments.is_some())];
         if let Some((name, _)) = not_yet.iter().find(|(_, given)| *given) {
             bail!("{name}: expected None, got a value; this version does not compute it yet")
         }

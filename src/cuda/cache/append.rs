@@ -48,7 +48,6 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// # Errors
     /// An error of the device.
     pub fn append(&mut self, gpu: &G, qkv: [Source<'_, G, T>; 3], count: usize) -> Result<()> {
-        refuse_options(options)?;
         if self.seq_len == 0 && count > 1 {
             return self.first_chunk(gpu, qkv, count, None, None).map(|_| ());
         }
