@@ -21,6 +21,9 @@ impl MergePlan {
     /// Under [`MergeRule::Causal`](crate::MergeRule) two neighbours merge only where the later token's row sees both.
     /// So a bias of -inf keeps padding apart from text, and packed documents from each other.
     ///
+    /// With fewer queries than keys, (B, H, Nq, D), query j is row N - Nq + j. Then [`Criterion::KeyKey`] decides, or
+    /// every head is off, or the caller does by [`Self::from_indicators`].
+    ///
     /// # Errors
     /// Shapes, dtypes, devices or settings that do not fit together; each message says what was expected, what was
     /// given and what to do.
@@ -33,11 +36,38 @@ impl MergePlan {
         options: &AttentionOptions,
     ) -> Result<Self> {
         let [q, k, v] = &options.layout.turned_all([q, k, v])?;
-        let problem = options.layout.explained(Problem::new(q, k, v))?;
+        let problem = options.layout.explained(Problem::of_rows([q, k, v], options.causal))?;
         problem.check_settings(strategies, config, options)?;
+        if problem.queries != problem.tokens {
+            if strategies.all_off() {
+                let shape = (problem.batch, problem.heads, problem.pairs());
+                let none = Tensor::zeros(shape, DType::U8, q.device())?;
+                return Ok(Self::decided(none, config, true));
+            }
+            check_fewer_queries(&problem, config, options)?;
+        }
         let indicators = decide(&problem, [q, k, v], strategies, config, options)?;
         Ok(Self::decided(indicators, config, strategies.all_off()))
     }
+}
+
+/// Refuses decisions that a part of the queries cannot make.
+fn check_fewer_queries(problem: &Problem, config: &CompressionConfig, options: &AttentionOptions) -> Result<()> {
+    let Problem { queries, tokens, .. } = problem;
+    if !options.causal {
+        bail!(
+            "strategies: expected MergeStrategy::Off for every head where {queries} queries see all {tokens} keys, got \
+             a head that merges; use HeadStrategies::uniform(MergeStrategy::Off)"
+        )
+    }
+    if config.criterion.reads_queries() {
+        bail!(
+            "criterion: expected KeyKey with {queries} queries and {tokens} keys, got {:?}, which reads the query of \
+             every token; use KeyKey, or MergePlan::from_indicators with your own bits",
+            config.criterion
+        )
+    }
+    Ok(())
 }
 
 /// The indicators (B, H, N-1) on the tensors' device.
@@ -92,7 +122,7 @@ impl QueryKeyVisitor for Decide<'_> {
         Ok(cosine::indicators(&DecideInput {
             q,
             k,
-            apart: bias.map(|bias| Apart::new(bias, 0)),
+            apart: bias.map(|bias| Apart::new(bias, self.problem.first_row(true))),
             problem: self.problem,
             strategies: self.strategies,
             config: self.config,

@@ -36,7 +36,7 @@ pub struct CompressedAttentionOutput {
 /// the order of [`AttentionOptions::layout`].
 ///
 /// # Errors
-/// As these three functions.
+/// As these three functions, and fewer queries than keys, for which there is no loss.
 pub fn compressed_attention(
     q: &Tensor,
     k: &Tensor,
@@ -47,6 +47,14 @@ pub fn compressed_attention(
 ) -> Result<CompressedAttentionOutput> {
     let plan = MergePlan::new(q, k, v, strategies, config, options)?;
     let (heads_q, heads_k) = (options.layout.turned(q)?, options.layout.turned(k)?);
+    if heads_q.dim(2)? != heads_k.dim(2)? {
+        bail!(
+            "query: expected the queries of all tokens for the compression loss, got query {:?} and key {:?}; use \
+             MergePlan::new and attend, which compute no loss",
+            q.dims(),
+            k.dims()
+        )
+    }
     Ok(CompressedAttentionOutput {
         output: attend(q, k, v, &plan, options)?,
         compression_loss: compression_loss(&heads_q, &heads_k, strategies, config)?,
@@ -58,6 +66,10 @@ pub fn compressed_attention(
 /// or with their axes in the order of [`AttentionOptions::layout`]. The output has the query's dtype (sums in f32, or
 /// f64 for f64; one rounding at the end). Hidden tokens keep their output row. Memory beyond the output is O(N·D); no
 /// N×N matrix is formed.
+///
+/// There may be fewer queries than keys, (B, H, Nq, D), with an output of that shape: query j is row N - Nq + j of a
+/// causal call. [`Fold::PairSum`](crate::Fold) folds the query before the first one too, so that it then takes plans
+/// that hide nothing only. Without causality any number of queries sees all keys, where every head is off.
 ///
 /// Differentiable in query, key, value and sink logits, for every fold, window, bias, softcap and dropout; the
 /// decisions are constants. The gradients have the shapes and dtypes of their tensors, keep O(N·D) memory besides them,
@@ -77,7 +89,7 @@ pub fn compressed_attention(
 /// tokens that were folded together. On CUDA there is no such check, since it would mean waiting for the device.
 pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &AttentionOptions) -> Result<Tensor> {
     let [q, k, v] = &options.layout.turned_all([q, k, v])?;
-    let problem = options.layout.explained(Problem::new(q, k, v))?;
+    let problem = options.layout.explained(Problem::of_rows([q, k, v], options.causal))?;
     problem.check_options(options)?;
     plan.check(&problem, options.causal)?;
     if !(q.device().is_cpu() || cfg!(feature = "cuda") && q.device().is_cuda()) {
@@ -117,7 +129,7 @@ struct CompressedAttentionOp {
     problem: Problem,
     plan: MergePlan,
     options: AttentionOptions,
-    /// The bias in the accumulator's dtype, as a (B, H, N, N) view.
+    /// The bias in the accumulator's dtype, as a (B, H, Nq, N) view.
     bias: Option<Tensor>,
     /// The sink logits (H), on the CPU.
     sinks: Option<Vec<f64>>,
@@ -134,22 +146,22 @@ impl CompressedAttentionOp {
         let Problem {
             batch,
             heads,
-            tokens,
+            queries,
             head_dim,
             ..
         } = self.problem;
-        let mut log_sum_exp = vec![[T::Acc::ZERO; 2]; if self.tracked { batch * heads * tokens } else { 0 }];
+        let mut log_sum_exp = vec![[T::Acc::ZERO; 2]; if self.tracked { batch * heads * queries } else { 0 }];
         let output = self.with_input(qkv, |input| {
             input.check_bias()?;
             Ok(forward(input, self.tracked.then_some(log_sum_exp.as_mut_slice())))
         })?;
         if self.tracked {
-            let kept = Tensor::from_vec(log_sum_exp.into_flattened(), (batch, heads, tokens, 2), &Device::Cpu)?;
+            let kept = Tensor::from_vec(log_sum_exp.into_flattened(), (batch, heads, queries, 2), &Device::Cpu)?;
             self.kept.get_or_init(|| vec![kept]);
         }
         Ok((
             T::to_cpu_storage_owned(output),
-            Shape::from((batch, heads, tokens, head_dim)),
+            Shape::from((batch, heads, queries, head_dim)),
         ))
     }
 

@@ -17,7 +17,6 @@ pub struct MergePlan {
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     decided: bool,
     /// Whether it is known without reading the indicators that nothing is hidden.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     hides_nothing: bool,
 }
 
@@ -119,7 +118,8 @@ impl MergePlan {
         self.decided && self.config.group_rule.heads_agree()
     }
 
-    /// Refuses a plan that was made for other shapes, or whose window has no meaning without causality.
+    /// Refuses a plan that was made for other shapes, whose window has no meaning without causality, or that needs
+    /// queries that are not there.
     pub(crate) fn check(&self, problem: &Problem, causal: bool) -> Result<()> {
         let expected = [problem.batch, problem.heads, problem.pairs()];
         if self.indicators.dims() != expected {
@@ -129,6 +129,24 @@ impl MergePlan {
                 self.indicators.dims()
             )
         }
-        self.config.check(causal)
+        self.config.check(causal)?;
+        let Problem { queries, tokens, .. } = *problem;
+        if queries == tokens || self.hides_nothing {
+            return Ok(());
+        }
+        if !causal {
+            bail!(
+                "plan: expected heads that are all MergeStrategy::Off where {queries} queries see all {tokens} keys, \
+                 got a plan that may hide tokens; a row that is no token has no edge, so leave merging off"
+            )
+        }
+        if self.config.fold.folds_queries() {
+            bail!(
+                "fold: expected Mean or Drop with fewer queries than keys, got {:?}, which folds the query before the \
+                 first one too; choose another fold, or give the queries of all tokens",
+                self.config.fold
+            )
+        }
+        Ok(())
     }
 }

@@ -15,6 +15,8 @@ pub struct Problem {
     pub kv_heads: usize,
     /// N: tokens, at least 1.
     pub tokens: usize,
+    /// Nq: queries, at least 1; N but in attention over a part of the rows.
+    pub queries: usize,
     /// D: size of one head's vectors, at least 1.
     pub head_dim: usize,
     /// One of f64, f32, f16 and bf16.
@@ -28,7 +30,19 @@ impl Problem {
     /// Another rank, sizes that do not fit, an unsupported or mixed dtype, mixed devices, a last axis that is not
     /// contiguous; or an environment variable that asks for instructions that this CPU does not have.
     pub fn new(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
-        let problem = Self::of_pair(q, k)?;
+        Self::of_pair(q, k)?.with_values([q, k, v])
+    }
+
+    /// As [`Self::new`], for queries of a part of the rows, (B, H, Nq, D): the last Nq of N rows where the call is
+    /// causal, and Nq rows that see all N tokens where it is not.
+    ///
+    /// # Errors
+    /// As [`Self::new`], and more queries than tokens where the call is causal.
+    pub fn of_rows([q, k, v]: [&Tensor; 3], causal: bool) -> Result<Self> {
+        Self::of_queries(q, k, |queries, tokens| queries <= tokens || !causal)?.with_values([q, k, v])
+    }
+
+    fn with_values(self, [q, k, v]: [&Tensor; 3]) -> Result<Self> {
         if v.dims() != k.dims() {
             bail!(
                 "value: expected the shape of key {:?}, got {:?}; key and value need one row per token and KV head",
@@ -36,8 +50,8 @@ impl Problem {
                 v.dims()
             )
         }
-        problem.check_tensor("value", v, q)?;
-        Ok(problem)
+        self.check_tensor("value", v, q)?;
+        Ok(self)
     }
 
     /// Checks query (B, H, N, D) against key (B, Hk, N, D), for computations that read no values.
@@ -45,19 +59,25 @@ impl Problem {
     /// # Errors
     /// As [`Self::new`].
     pub fn of_pair(q: &Tensor, k: &Tensor) -> Result<Self> {
+        Self::of_queries(q, k, |queries, tokens| queries == tokens)
+    }
+
+    /// Checks a query against a key; `fit` says whether the numbers of queries and tokens fit together.
+    fn of_queries(q: &Tensor, k: &Tensor, fit: impl Fn(usize, usize) -> bool) -> Result<Self> {
         check_environment()?;
-        let (batch, heads, tokens, head_dim) = four_axes("query", "(batch, heads, tokens, head_dim)", q)?;
-        let (k_batch, kv_heads, k_tokens, k_dim) = four_axes("key", "(batch, kv_heads, tokens, head_dim)", k)?;
-        if (k_batch, k_tokens, k_dim) != (batch, tokens, head_dim) {
+        let (batch, heads, queries, head_dim) = four_axes("query", "(batch, heads, tokens, head_dim)", q)?;
+        let (k_batch, kv_heads, tokens, k_dim) = four_axes("key", "(batch, kv_heads, tokens, head_dim)", k)?;
+        if (k_batch, k_dim) != (batch, head_dim) || !fit(queries, tokens) {
             bail!(
-                "key: expected shape ({batch}, kv_heads, {tokens}, {head_dim}) to match query {:?}, got {:?}; \
-                 queries and keys must cover the same tokens, and tensors of (batch, tokens, heads, head_dim) need \
-                 AttentionOptions::layout or transpose(1, 2)",
+                "key: expected shape ({batch}, kv_heads, {queries}, {head_dim}) to match query {:?}, got {:?}; \
+                 queries and keys must cover the same tokens (attend and MergePlan::new also take fewer queries than \
+                 keys), and tensors of (batch, tokens, heads, head_dim) need AttentionOptions::layout or \
+                 transpose(1, 2)",
                 q.dims(),
                 k.dims()
             )
         }
-        if [batch, heads, kv_heads, tokens, head_dim].contains(&0) {
+        if [batch, heads, kv_heads, queries, tokens, head_dim].contains(&0) {
             bail!(
                 "query: expected at least one batch row, head, token and dimension, got query {:?} and key {:?}; \
                  skip the call when there is nothing to attend",
@@ -76,6 +96,7 @@ impl Problem {
             heads,
             kv_heads,
             tokens,
+            queries,
             head_dim,
             dtype: q.dtype(),
         };
@@ -87,7 +108,7 @@ impl Problem {
         }
         problem.check_tensor("query", q, q)?;
         problem.check_tensor("key", k, q)?;
-        problem.check_size("query", [batch, heads, tokens, head_dim])?;
+        problem.check_size("query", [batch, heads, queries.max(tokens), head_dim])?;
         Ok(problem)
     }
 
@@ -147,7 +168,7 @@ impl Problem {
         self.check_options(options)
     }
 
-    /// Checks the options, that the bias broadcasts to (B, H, N, N), and that sink logits have the shape (H).
+    /// Checks the options, that the bias broadcasts to (B, H, Nq, N), and that sink logits have the shape (H).
     ///
     /// # Errors
     /// As [`AttentionOptions::check`], or a bias or sink logits of another shape.
@@ -159,7 +180,7 @@ impl Problem {
             self.check_size("bias", full)?;
             if bias.broadcast_as(&full).is_err() {
                 bail!(
-                    "bias: expected a shape that broadcasts to (batch, heads, tokens, tokens) = {full:?}, got {:?}; \
+                    "bias: expected a shape that broadcasts to (batch, heads, queries, tokens) = {full:?}, got {:?}; \
                      use size 1 for the axes it does not depend on",
                     bias.dims()
                 )
@@ -168,7 +189,7 @@ impl Problem {
         Ok(())
     }
 
-    /// The bias of checked options as a (B, H, N, N) view, in f32, or f64 for f64.
+    /// The bias of checked options as a (B, H, Nq, N) view, in f32, or f64 for f64.
     ///
     /// # Errors
     /// An error of the conversion.
@@ -224,9 +245,18 @@ impl Problem {
         Ok(Some(sinks))
     }
 
-    /// (B, H, N, N): the shape that a bias broadcasts to.
+    /// (B, H, Nq, N): the shape that a bias broadcasts to.
     pub fn bias_dims(&self) -> [usize; 4] {
-        [self.batch, self.heads, self.tokens, self.tokens]
+        [self.batch, self.heads, self.queries, self.tokens]
+    }
+
+    /// The token index of the first query's row; 0 where every row sees all tokens.
+    pub fn first_row(&self, causal: bool) -> usize {
+        if causal {
+            self.tokens - self.queries
+        } else {
+            0
+        }
     }
 
     /// The number of query heads that read one KV head.

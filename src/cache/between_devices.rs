@@ -48,6 +48,7 @@ impl CacheSizes {
             heads: self.heads,
             kv_heads: self.kv_heads,
             tokens: 1,
+            queries: 1,
             head_dim: self.head_dim,
             dtype,
         }

@@ -4,7 +4,7 @@
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch};
 use super::operands::{padded, BiasBuffer, ColumnBuffers};
 use super::params::{AttentionParams, BiasEntries, DropoutParams, Rows, Sizes};
-use super::refused::refuse_options;
+use super::refused::{refuse_options, refuse_shapes};
 use super::variants::forward::{ForwardVariant, THREADS};
 use crate::config::AttentionOptions;
 use crate::problem::{Problem, RowLayout};
@@ -92,6 +92,7 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
         }
         let options = self.options;
         refuse_options(options)?;
+        refuse_shapes(&self.problem)?;
         let scale = options.scale(head_dim) * std::f64::consts::LOG2_E;
         let dropout = DropoutParams::new(options);
         Ok(AttentionParams {

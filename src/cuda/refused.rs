@@ -1,6 +1,7 @@
-//! Options that the kernels do not compute.
+//! Options and shapes that the kernels do not compute.
 
 use crate::config::AttentionOptions;
+use crate::problem::Problem;
 use candle_core::{bail, Result};
 
 /// Refuses options that change logits in a way that no kernel knows.
@@ -18,6 +19,21 @@ pub(crate) fn refuse_options(options: &AttentionOptions) -> Result<()> {
         bail!(
             "sink_logits: expected None on CUDA, got a tensor; its kernels do not compute them in this version, move \
              the tensors with to_device(&Device::Cpu)"
+        )
+    }
+    Ok(())
+}
+
+/// Refuses fewer queries than keys.
+///
+/// # Errors
+/// As above.
+pub(crate) fn refuse_shapes(problem: &Problem) -> Result<()> {
+    let Problem { queries, tokens, .. } = *problem;
+    if queries != tokens {
+        bail!(
+            "query: expected as many queries as keys on CUDA, got {queries} and {tokens}; give the queries of all \
+             tokens, or move the tensors with to_device(&Device::Cpu)"
         )
     }
     Ok(())

@@ -5,6 +5,7 @@ use super::decide::{indicators, reads_bias, DecideCall};
 use super::device::Cuda;
 use super::fold::FoldCall;
 use super::on_gpu::{row_layout, Gpu, GpuElement, Number};
+use super::refused::refuse_shapes;
 use super::{loss, observe};
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
 use crate::cuda::forward::Saved;
@@ -75,6 +76,7 @@ pub(crate) fn decide(
     config: &CompressionConfig,
     options: &AttentionOptions,
 ) -> Result<Tensor> {
+    refuse_shapes(problem)?;
     if problem.pairs() == 0 {
         return Tensor::zeros((problem.batch, problem.heads, 0), DType::U8, qkv[0].device());
     }

@@ -9,6 +9,9 @@ use crate::config::{AttentionOptions, CompressionConfig, Fold};
 
 /// Compressed attention of shape (B, H, N, D), for q (B, H, N, D), k and v (B, Hk, N, D) and bits (B, H, N-1).
 ///
+/// There may be fewer queries than keys, (B, H, Nq, D): query j is row N - Nq + j. Tokens may then be hidden in causal
+/// calls without [`Fold::PairSum`] only. In calls that are not causal, any number of rows sees all tokens.
+///
 /// Row i is `Σ w_j · value_j` over its [`visible_columns`], with the softmax weights w of the logits
 /// `scale · query_i · key_j + ln n_j + bias[i, token j]` after dropout. A softcap c changes the first term z to
 /// `c · tanh(z / c)`. Keys and values of far columns and of the edge
@@ -34,11 +37,11 @@ pub fn attention(
     let mut output = Array4::zeros(q.dims);
     for (batch, head) in call.sizes.batch_heads() {
         let parts = call.head(batch, head);
-        for row in 0..call.sizes.tokens {
+        for row in call.sizes.rows() {
             let Row {
                 columns, weights, keep, ..
             } = call.row(&parts, row);
-            let into = output.row_mut(batch, head, row);
+            let into = output.row_mut(batch, head, row - call.sizes.first_row);
             for (j, &column) in columns.iter().enumerate() {
                 add_scaled(into, weights[j] * keep[j], parts.value(column))
             }
@@ -69,9 +72,9 @@ pub fn sink_gradients(
     let mut gradients = vec![0.0; call.sizes.heads];
     for (batch, head) in call.sizes.batch_heads() {
         let parts = call.head(batch, head);
-        for row in 0..call.sizes.tokens {
+        for row in call.sizes.rows() {
             let seen = call.row(&parts, row);
-            let arrived = parts.arrived(&seen, grad_output.row(batch, head, row));
+            let arrived = parts.arrived(&seen, grad_output.row(batch, head, row - call.sizes.first_row));
             gradients[head] -= seen.sink * dot(&seen.weights, &arrived);
         }
     }
@@ -97,8 +100,13 @@ pub fn attention_gradients(
     for (batch, head) in call.sizes.batch_heads() {
         let parts = call.head(batch, head);
         let mut grads = HeadGradients::zeros(&parts);
-        for row in 0..call.sizes.tokens {
-            grads.add_row(&parts, row, &call.row(&parts, row), grad_output.row(batch, head, row));
+        for row in call.sizes.rows() {
+            grads.add_row(
+                &parts,
+                row,
+                &call.row(&parts, row),
+                grad_output.row(batch, head, row - call.sizes.first_row),
+            );
         }
         let kv_head = call.sizes.kv_head(head);
         let unfolded = |rows: &HeadTokens| unfold(config.fold, rows, parts.bits, &parts.sizes);
@@ -107,7 +115,8 @@ pub fn attention_gradients(
         dv.add_head(batch, kv_head, &grads.raw_values);
         dv.add_head(batch, kv_head, &unfolded(&grads.folded_values));
         match config.fold {
-            Fold::PairSum => dq.add_head(batch, head, &unfolded(&grads.queries)),
+            Fold::PairSum if parts.bits.contains(&true) => dq.add_head(batch, head, &unfolded(&grads.queries)),
+            Fold::PairSum => dq.add_head(batch, head, &grads.queries),
             Fold::Mean | Fold::Drop => dq.add_head(batch, head, &grads.queries),
         }
     }
@@ -132,6 +141,8 @@ struct Head<'a> {
     batch: usize,
     head: usize,
     bits: &'a [bool],
+    /// The token index of the first query's row.
+    first_row: usize,
     scale: f64,
     softcap: Option<f64>,
     queries: HeadTokens,
@@ -160,7 +171,7 @@ impl<'a> Call<'a> {
     ) -> Result<Self> {
         config.check(options.causal)?;
         options.check()?;
-        let sizes = Axes::new(q, k)?;
+        let sizes = Axes::of_rows(q, k, options.causal)?;
         v.check("v")?;
         if v.dims != k.dims {
             bail!(
@@ -176,6 +187,15 @@ impl<'a> Call<'a> {
                 "indicators: expected shape {expected:?} (batch, query heads, tokens - 1), got {:?}; \
                  make them with indicators() from the same q and k",
                 indicators.dims
+            )
+        }
+        let hides = indicators.bits.contains(&true);
+        if sizes.queries != sizes.tokens && hides && (config.fold.folds_queries() || !options.causal) {
+            bail!(
+                "q: expected the queries of all {} tokens, got {}; hidden tokens need them under PairSum, and where \
+                 rows see all tokens",
+                sizes.tokens,
+                sizes.queries
             )
         }
         let bias = options.bias.as_ref().map(|b| Bias::read(b, sizes)).transpose()?;
@@ -215,13 +235,16 @@ impl<'a> Call<'a> {
         let (folded_keys, sizes) = fold(self.config.fold, &raw_keys, bits);
         let (folded_values, _) = fold(self.config.fold, &raw_values, bits);
         let queries = match self.config.fold {
-            Fold::PairSum => fold(Fold::PairSum, &q.head(batch, head), bits).0,
+            // With fewer queries than tokens nothing is hidden: `new` refuses it.
+            Fold::PairSum if bits.contains(&true) => fold(Fold::PairSum, &q.head(batch, head), bits).0,
+            Fold::PairSum => q.head(batch, head),
             Fold::Mean | Fold::Drop => q.head(batch, head),
         };
         Head {
             batch,
             head,
             bits,
+            first_row: self.sizes.first_row,
             scale: self.scale,
             softcap: self.options.softcap,
             queries,
@@ -237,7 +260,7 @@ impl<'a> Call<'a> {
         let (window, sliding) = (self.config.window, self.options.sliding_window);
         let columns = visible_columns(head.bits, row, window, self.options.causal, sliding);
         let finite = |vector: &[f64]| vector.iter().all(|x| x.is_finite());
-        let poisoned = !finite(&head.queries[row])
+        let poisoned = !finite(head.query(row))
             || columns
                 .iter()
                 .any(|&column| !finite(head.key(column)) || !finite(head.value(column)));
@@ -279,7 +302,7 @@ impl<'a> Call<'a> {
 impl Head<'_> {
     /// `scale · query · key` after the softcap, and its derivative by what it was before: 1 - tanh².
     fn capped(&self, row: usize, column: Column) -> (f64, f64) {
-        let logit = self.scale * dot(&self.queries[row], self.key(column));
+        let logit = self.scale * dot(self.query(row), self.key(column));
         match self.softcap {
             Some(c) => (c * (logit / c).tanh(), 1.0 - (logit / c).tanh().powi(2)),
             None => (logit, 1.0),
@@ -290,6 +313,11 @@ impl Head<'_> {
     fn arrived(&self, Row { columns, keep, .. }: &Row, grad: &[f64]) -> Vec<f64> {
         let pairs = columns.iter().zip(keep);
         pairs.map(|(&column, r)| r * dot(grad, self.value(column))).collect()
+    }
+
+    /// The folded query of a row (a token index).
+    fn query(&self, row: usize) -> &[f64] {
+        &self.queries[row - self.first_row]
     }
 
     fn key(&self, column: Column) -> &[f64] {
@@ -352,13 +380,13 @@ struct HeadGradients {
 
 impl HeadGradients {
     fn zeros(head: &Head) -> Self {
-        let zeros = || -> HeadTokens { head.queries.iter().map(|row| vec![0.0; row.len()]).collect() };
+        let zeros = |like: &HeadTokens| -> HeadTokens { like.iter().map(|row| vec![0.0; row.len()]).collect() };
         Self {
-            queries: zeros(),
-            raw_keys: zeros(),
-            raw_values: zeros(),
-            folded_keys: zeros(),
-            folded_values: zeros(),
+            queries: zeros(&head.queries),
+            raw_keys: zeros(&head.raw_keys),
+            raw_values: zeros(&head.raw_values),
+            folded_keys: zeros(&head.folded_keys),
+            folded_values: zeros(&head.folded_values),
         }
     }
 
@@ -374,12 +402,12 @@ impl HeadGradients {
         for (j, &column) in columns.iter().enumerate() {
             let (_, slope) = head.capped(row, column);
             let d_logit = head.scale * slope * weights[j] * (arrived[j] - mean);
-            add_scaled(&mut self.queries[row], d_logit, head.key(column));
+            add_scaled(&mut self.queries[row - head.first_row], d_logit, head.key(column));
             let (d_key, d_value) = match column {
                 Column::Far(s) | Column::Edge(s) => (&mut self.folded_keys[s], &mut self.folded_values[s]),
                 Column::Near(t) => (&mut self.raw_keys[t], &mut self.raw_values[t]),
             };
-            add_scaled(d_key, d_logit, &head.queries[row]);
+            add_scaled(d_key, d_logit, head.query(row));
             add_scaled(d_value, weights[j] * keep[j], grad);
         }
     }

@@ -5,15 +5,18 @@ use candle_core::{bail, Result, Tensor};
 use super::{to_f64, Axes, Indicators};
 use crate::config::AttentionOptions;
 
-/// A bias that broadcasts to (B, H, N, N), as f64.
+/// A bias that broadcasts to (B, H, Nq, N), as f64. Rows are given by their token index.
 pub(super) struct Bias {
     dims: [usize; 4],
     data: Vec<f64>,
+    queries: usize,
+    /// The token index of the first query's row.
+    first_row: usize,
 }
 
 impl Bias {
     pub(super) fn read(bias: &Tensor, sizes: Axes) -> Result<Self> {
-        let full = [sizes.batch, sizes.heads, sizes.tokens, sizes.tokens];
+        let full = [sizes.batch, sizes.heads, sizes.queries, sizes.tokens];
         let got = bias.dims();
         let padding = 4usize.saturating_sub(got.len());
         let mut dims = [1; 4];
@@ -25,11 +28,14 @@ impl Bias {
         Ok(Self {
             dims,
             data: to_f64(bias)?,
+            queries: sizes.queries,
+            first_row: sizes.first_row,
         })
     }
 
     /// The entry of (batch, query head, row, column).
-    pub(super) fn get(&self, index: [usize; 4]) -> f64 {
+    pub(super) fn get(&self, [batch, head, row, column]: [usize; 4]) -> f64 {
+        let index = [batch, head, row - self.first_row, column];
         let pairs = self.dims.iter().zip(index);
         let flat = pairs.fold(0, |flat, (&dim, i)| flat * dim + if dim == 1 { 0 } else { i });
         self.data[flat]
@@ -39,10 +45,10 @@ impl Bias {
         self.get([batch, head, row, column]) == f64::NEG_INFINITY
     }
 
-    /// Whether row `t + 1`, which decides the pair (t, t + 1), sees both tokens. A pair that it does not see never
-    /// qualifies.
+    /// Whether row `t + 1`, which decides the pair (t, t + 1), sees both tokens, as a row without a query does. A pair
+    /// that it does not see never qualifies.
     pub(super) fn pair_is_seen(&self, head: [usize; 2], t: usize) -> bool {
-        !self.hides(head, t + 1, t) && !self.hides(head, t + 1, t + 1)
+        t + 1 < self.first_row || !self.hides(head, t + 1, t) && !self.hides(head, t + 1, t + 1)
     }
 
     /// Refuses a head that hides tokens while its bias is -inf at a column that a row would see: the bias does not tell
@@ -53,7 +59,7 @@ impl Bias {
             if !indicators.head(b, h).contains(&true) {
                 continue;
             }
-            for row in 0..=pairs {
+            for row in self.first_row..self.first_row + self.queries {
                 let first = options
                     .sliding_window
                     .map_or(0, |length| (row + 1).saturating_sub(length));

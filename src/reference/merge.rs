@@ -134,7 +134,8 @@ pub fn indicators(
 
 /// [`indicators`] with a bias that broadcasts to (B, H, N, N): under [`MergeRule::Causal`] a pair (t, t + 1) qualifies
 /// only where row t + 1 sees both tokens. So a token that the bias hides from a row does not reach it through its
-/// neighbour.
+/// neighbour. Under [`Criterion::KeyKey`] there may be fewer queries than keys, (B, H, Nq, D), with a bias of their
+/// rows: rows before the first query's have none.
 ///
 /// # Errors
 /// As [`indicators`], or a bias of another shape.
@@ -152,7 +153,10 @@ pub fn indicators_under(
             bail!("criterion: expected QueryKey or KeyKey, got ObservedMass; use reference::observed_indicators")
         }
     }
-    let sizes = Axes::new(q, k)?;
+    let sizes = match config.criterion.reads_queries() {
+        true => Axes::new(q, k)?,
+        false => Axes::of_rows(q, k, true)?,
+    };
     strategies.check(sizes.batch, sizes.heads)?;
     let bias = bias.map(|bias| Bias::read(bias, sizes)).transpose()?;
     let seen = |batch: usize, head: usize, a: usize| {

@@ -192,13 +192,34 @@ struct Axes {
     heads: usize,
     kv_heads: usize,
     tokens: usize,
+    /// The number of queries, and the token index of the first one's row.
+    queries: usize,
+    first_row: usize,
 }
 
 impl Axes {
     fn new(q: &Array4, k: &Array4) -> Result<Self> {
+        Self::of_tokens(q, k, q.dims[2])
+    }
+
+    /// As [`Self::new`], with queries of a part of the rows: the last rows where the call is causal, any where each
+    /// row sees all tokens.
+    fn of_rows(q: &Array4, k: &Array4, causal: bool) -> Result<Self> {
+        let (queries, tokens) = (q.dims[2], k.dims[2]);
+        match causal {
+            true if queries > tokens => Self::new(q, k),
+            true => Ok(Self {
+                first_row: tokens - queries,
+                ..Self::of_tokens(q, k, tokens)?
+            }),
+            false => Self::of_tokens(q, k, tokens),
+        }
+    }
+
+    fn of_tokens(q: &Array4, k: &Array4, tokens: usize) -> Result<Self> {
         q.check("q")?;
         k.check("k")?;
-        let [batch, heads, tokens, dim] = q.dims;
+        let [batch, heads, queries, dim] = q.dims;
         let kv_heads = k.dims[1];
         if kv_heads == 0 || heads % kv_heads != 0 || k.dims != [batch, kv_heads, tokens, dim] {
             bail!(
@@ -213,7 +234,14 @@ impl Axes {
             heads,
             kv_heads,
             tokens,
+            queries,
+            first_row: 0,
         })
+    }
+
+    /// The token indices of the queries' rows.
+    fn rows(&self) -> std::ops::Range<usize> {
+        self.first_row..self.first_row + self.queries
     }
 
     fn pairs(&self) -> usize {

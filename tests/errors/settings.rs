@@ -219,7 +219,7 @@ fn a_bias_of_no_use() -> Result<()> {
     }
     for dims in [&[5, 6][..], &[3, 1, 6, 6], &[2, 2, 6, 6], &[1, 2, 4, 6, 6]] {
         let pattern = format!(
-            "bias: expected a shape that broadcasts to (batch, heads, tokens, tokens) = [2, 4, 6, 6], got {dims:?}; \
+            "bias: expected a shape that broadcasts to (batch, heads, queries, tokens) = [2, 4, 6, 6], got {dims:?}; \
              use size 1 for the axes it does not depend on"
         );
         refused_call(&with(zeros(dims)), &pattern);

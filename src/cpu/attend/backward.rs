@@ -22,7 +22,7 @@ use std::sync::{Mutex, PoisonError};
 /// A call with fewer (batch, head) than this is split further, into shares of a head's row blocks.
 const UNITS: usize = 8;
 
-/// Gradients: (B, H, N, D) for the query, (B, Hk, N, D) for key and value.
+/// Gradients: (B, H, Nq, D) for the query, (B, Hk, N, D) for key and value.
 pub(crate) struct Gradients<T> {
     pub dq: Vec<T>,
     pub dk: Vec<T>,
@@ -43,7 +43,7 @@ struct GradientPart<A: Accumulator> {
 struct Group<'out, T: Element> {
     batch: usize,
     kv_head: usize,
-    /// (group, N, D)
+    /// (group, Nq, D)
     dq: &'out mut [T],
     /// (N, D)
     dk: &'out mut [T],
@@ -56,14 +56,15 @@ pub(crate) fn backward<T: Element>(input: &BackwardInput<T>) -> Gradients<T> {
     let problem = input.forward.problem;
     let (heads, kv_heads, group) = (problem.heads, problem.kv_heads, problem.group());
     let size = problem.tokens * problem.head_dim;
+    let query_size = problem.queries * problem.head_dim;
     let mut gradients = Gradients {
-        dq: vec![T::zero(); problem.batch * heads * size],
+        dq: vec![T::zero(); problem.batch * heads * query_size],
         dk: vec![T::zero(); problem.batch * kv_heads * size],
         dv: vec![T::zero(); problem.batch * kv_heads * size],
     };
     let units = group * shares(input);
     let targets = gradients.dk.chunks_mut(size).zip(gradients.dv.chunks_mut(size));
-    let targets = gradients.dq.chunks_mut(group * size).zip(targets);
+    let targets = gradients.dq.chunks_mut(group * query_size).zip(targets);
     let groups: Vec<Mutex<Group<T>>> = targets
         .enumerate()
         .map(|(index, (dq, (dk, dv)))| {
@@ -103,12 +104,12 @@ fn shares<T: Element>(input: &BackwardInput<T>) -> usize {
     UNITS.div_ceil(problem.batch * problem.heads).min(blocks(input).count())
 }
 
-/// The row blocks of a head.
+/// The row blocks of a head, counted from the first query's row.
 fn blocks<T: Element>(input: &BackwardInput<T>) -> impl Iterator<Item = Range<usize>> {
-    let tokens = input.forward.problem.tokens;
-    let rows = input.forward.settings().of_gradients(tokens).block_rows;
-    let block = move |start: usize| start..tokens.min(start + rows);
-    (0..tokens).step_by(rows).map(block)
+    let queries = input.forward.problem.queries;
+    let rows = input.forward.settings().of_gradients(queries).block_rows;
+    let block = move |start: usize| start..queries.min(start + rows);
+    (0..queries).step_by(rows).map(block)
 }
 
 impl<T: Element> Group<'_, T> {
@@ -119,14 +120,14 @@ impl<T: Element> Group<'_, T> {
         let parts: Vec<&GradientPart<T::Acc>> = self.parts.iter().flatten().collect();
         store_sum(&parts, |part| &part.dk, dim, self.dk);
         store_sum(&parts, |part| &part.dv, dim, self.dv);
-        let size = problem.tokens * dim;
+        let size = problem.queries * dim;
         let mut rows_dq = GradientPart::default();
         for (index, (dq, parts)) in self.dq.chunks_mut(size).zip(parts.chunks(shares)).enumerate() {
             if let ([part], false) = (parts, input.forward.fold.folds_queries()) {
                 store_sum(&[*part], |part| &part.dq, dim, dq);
                 continue;
             }
-            rows_dq.dq.make_room(problem.tokens * width);
+            rows_dq.dq.make_room(problem.queries * width);
             for (share, part) in parts.iter().enumerate() {
                 let mut rows = 0;
                 for block in blocks(input).skip(share).step_by(shares) {
@@ -135,6 +136,7 @@ impl<T: Element> Group<'_, T> {
                     rows += block.len();
                 }
             }
+            // With fewer queries than tokens nothing is hidden under such a fold.
             if input.forward.fold.folds_queries() {
                 let bits = input.forward.head_bits(self.batch, self.kv_head * group + index);
                 unfold(Fold::PairSum, &mut rows_dq.dq, bits, width);
@@ -179,7 +181,7 @@ struct GradientWorker<'a, T: Element> {
 
 impl<'a, T: Element> GradientWorker<'a, T> {
     fn new(forward: &ForwardInput<'a, T>) -> Self {
-        let settings = forward.settings().of_gradients(forward.problem.tokens);
+        let settings = forward.settings().of_gradients(forward.problem.queries);
         let reader = BlockReader::new(settings, forward.problem.tokens);
         let sums = Sums::new(&settings, reader.leading);
         Self {
@@ -202,8 +204,14 @@ impl<'a, T: Element> GradientWorker<'a, T> {
         let Self { reader, sums, columns } = self;
         let far = Gathered::new(forward, batch, head, columns.take());
         sums.start(far.columns(), forward);
-        part.dq
-            .make_room(forward.problem.tokens.div_ceil(shares).next_multiple_of(reader.leading) * sums.width);
+        part.dq.make_room(
+            forward
+                .problem
+                .queries
+                .div_ceil(shares)
+                .next_multiple_of(reader.leading)
+                * sums.width,
+        );
         let mut rows_dq = &mut part.dq[..];
         // Neighbouring blocks go to different shares: under a causal mask later blocks cost more.
         for rows in blocks(input).skip(unit % shares).step_by(shares) {

@@ -102,7 +102,8 @@ impl<A: Accumulator> Sums<A> {
         let (dim, width) = (self.dim, self.width);
         let grads: HeadRows<T> = input.grad_output.head(block.batch, block.head);
         let outputs = input.output.head(block.batch, block.head);
-        let first = (block.batch * input.forward.problem.heads + block.head) * input.forward.problem.tokens;
+        let (queries, first_row) = (input.forward.problem.queries, input.forward.first_row());
+        let first = (block.batch * input.forward.problem.heads + block.head) * queries;
         self.dq.fill(A::ZERO);
         self.grad_rows.fill(A::ZERO);
         self.minus_max.fill(A::ZERO);
@@ -110,12 +111,12 @@ impl<A: Accumulator> Sums<A> {
         self.delta.fill(A::ZERO);
         self.poisoned.fill(false);
         let mut output = vec![A::ZERO; dim];
-        for (row, token) in block.rows.clone().enumerate() {
+        for (row, query) in block.rows.clone().map(|token| token - first_row).enumerate() {
             let grad = &mut self.grad_rows[row * width..][..dim];
-            T::widen(grads.row(token), grad);
-            T::widen(outputs.row(token), &mut output);
+            T::widen(grads.row(query), grad);
+            T::widen(outputs.row(query), &mut output);
             let delta = dot(grad, &output);
-            let [max, log2_sum] = input.log_sum_exp[first + token].map(|part| A::ZERO - part);
+            let [max, log2_sum] = input.log_sum_exp[first + query].map(|part| A::ZERO - part);
             if delta.finite() && log2_sum.finite() && max.finite() {
                 self.delta[row] = delta;
                 (self.minus_max[row], self.minus_log2_sum[row]) = (max, log2_sum);

@@ -42,8 +42,8 @@ impl<'a, T: Element> ForwardInput<'a, T> {
         let pairs = self.pairs();
         BlockSettings {
             head_dim: self.problem.head_dim,
-            block_rows: block_rows(self.problem.tokens, pairs),
-            first_row: 0,
+            block_rows: block_rows(self.problem.queries, pairs),
+            first_row: self.first_row(),
             fold: self.fold,
             window: self.window,
             causal: self.causal,
@@ -55,6 +55,11 @@ impl<'a, T: Element> ForwardInput<'a, T> {
             pairs,
             gradients: false,
         }
+    }
+
+    /// The token index of the first row.
+    pub fn first_row(&self) -> usize {
+        self.problem.first_row(self.causal)
     }
 
     /// Products in bf16 pairs, where they apply. Dropout needs single weights, so it excludes them.
@@ -69,12 +74,16 @@ impl<'a, T: Element> ForwardInput<'a, T> {
     pub fn check_bias(&self) -> Result<()> {
         let Some(bias) = self.bias else { return Ok(()) };
         let Problem {
-            batch, heads, tokens, ..
+            batch,
+            heads,
+            tokens,
+            queries,
+            ..
         } = self.problem;
         let all = (0..batch).flat_map(|batch| (0..heads).map(move |head| [batch, head]));
         let hiding = all.filter(|[batch, head]| self.head_bits(*batch, *head).contains(&1));
         let settings = self.settings();
-        Apart::new(bias, 0).check_all(hiding, tokens, |row| settings.seen(row, tokens))
+        Apart::new(bias, self.first_row()).check_all(hiding, queries, |row| settings.seen(row, tokens))
     }
 
     /// The merge bits of one query head.
@@ -83,16 +92,16 @@ impl<'a, T: Element> ForwardInput<'a, T> {
         &self.bits[(batch * self.problem.heads + head) * pairs..][..pairs]
     }
 
-    /// One block of rows over gathered columns.
+    /// One block of rows, counted from the first query's, over gathered columns.
     pub fn block<'b>(&self, batch: usize, head: usize, rows: Range<usize>, far: &'b Gathered<'a, T>) -> Block<'b, T, T>
     where
         'a: 'b,
     {
-        let batch_head = batch * self.problem.heads + head;
+        let (batch_head, first) = (batch * self.problem.heads + head, self.first_row());
         Block {
             batch,
             head,
-            rows,
+            rows: first + rows.start..first + rows.end,
             queries: self.q.head(batch, head),
             previous_query: None,
             bits: Bits {
@@ -115,10 +124,10 @@ impl<'a, T: Element> ForwardInput<'a, T> {
 /// The inputs of one backward pass.
 pub(crate) struct BackwardInput<'a, T: Element> {
     pub forward: ForwardInput<'a, T>,
-    /// The forward's output (B, H, N, D) and its gradient.
+    /// The forward's output (B, H, Nq, D) and its gradient.
     pub output: RowGrid<'a, T>,
     pub grad_output: RowGrid<'a, T>,
-    /// The forward's log-sum-exp in base 2, (B, H, N), as two numbers that add up to it.
+    /// The forward's log-sum-exp in base 2, (B, H, Nq), as two numbers that add up to it.
     pub log_sum_exp: &'a [[T::Acc; 2]],
 }
 

@@ -9,10 +9,10 @@ use rayon::prelude::*;
 /// The inputs of [`sink_gradients`].
 pub(crate) struct SinkInput<'a, T: Element> {
     pub problem: Problem,
-    /// The forward's output (B, H, N, D) and its gradient.
+    /// The forward's output (B, H, Nq, D) and its gradient.
     pub output: RowGrid<'a, T>,
     pub grad_output: RowGrid<'a, T>,
-    /// The forward's log-sum-exp in base 2, (B, H, N), as two numbers that add up to it.
+    /// The forward's log-sum-exp in base 2, (B, H, Nq), as two numbers that add up to it.
     pub log_sum_exp: &'a [[T::Acc; 2]],
     /// The sink logits (H) in base 2.
     pub sinks: &'a [T::Acc],

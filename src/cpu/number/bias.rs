@@ -56,9 +56,12 @@ impl<'a, A: Accumulator> Apart<'a, A> {
         Self { bias, first_row }
     }
 
-    /// Whether row `t + 1`, a row of the call, sees t and t + 1, for each of these query heads.
+    /// Whether row `t + 1` sees t and t + 1, for each of these query heads. A row before the call's first one has no
+    /// bias.
     pub fn pair_is_seen(&self, batch: usize, mut heads: Range<usize>, t: usize) -> bool {
-        let row = t + 1 - self.first_row;
+        let Some(row) = (t + 1).checked_sub(self.first_row) else {
+            return true;
+        };
         heads.all(|head| {
             [t, t + 1]
                 .iter()

@@ -29,6 +29,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let settings = self.settings.clone();
         let problem = Problem {
             tokens: count,
+            queries: count,
             batch: self.batch,
             ..settings.problem
         };

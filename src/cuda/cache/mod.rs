@@ -224,6 +224,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let limited = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
         let sizes = Problem {
             tokens: count,
+            queries: count,
             batch: self.batch,
             ..self.settings.problem
         };

@@ -61,6 +61,7 @@ fn decode_as<T: GpuElement>(
         heads: rows,
         kv_heads: lists,
         tokens: 1,
+        queries: 1,
         head_dim,
         dtype: T::DTYPE,
     };
