@@ -1,8 +1,8 @@
 //! Finds the source of the candle-transformers that Cargo.lock names, and lists the models to compile from it.
 //!
 //! The crate's own feature `flash-attn` asks for CUDA. So the files are compiled here, unchanged, with the feature and
-//! without CUDA. On the CPU Qwen3 never reaches its call of `flash_attn`: `qwen3_flash` is its file with one line edited,
-//! so that it takes the path that it takes on a GPU.
+//! without CUDA. On the CPU Qwen3 never reaches its call of `flash_attn`: `qwen3_flash` is its file with one line
+//! edited, so that it takes the path that it takes on a GPU.
 
 use anyhow::{ensure, Context, Result};
 use std::env;

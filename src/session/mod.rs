@@ -44,7 +44,7 @@ pub struct SessionOptions {
 ///
 /// ```
 /// use candle_core::{Device, Result, Tensor};
-/// use candle_sfattention::session::{attend_next_layer, Session, SessionOptions};
+/// use candle_sfattention::session::{attend_next_layer, ModelCache, Session, SessionOptions};
 /// use candle_sfattention::{CompressionConfig, HeadStrategies, MergeStrategy, ModelShape};
 ///
 /// // Stands for a model of two layers whose attention is a free function.
@@ -58,7 +58,7 @@ pub struct SessionOptions {
 ///
 /// let shape = ModelShape { layers: 2, heads: 4, kv_heads: 4, head_dim: 16 };
 /// let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
-/// let options = SessionOptions { model_cache: candle_sfattention::session::ModelCache::Cleared, ..Default::default() };
+/// let options = SessionOptions { model_cache: ModelCache::Cleared, ..Default::default() };
 /// let mut session = Session::uniform(shape, &strategies, &CompressionConfig::pretrained(), options)?;
 /// session.scope(|| model(100))?;
 /// session.scope(|| model(1))?;

@@ -112,6 +112,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         options: &AttentionOptions,
         bias: Option<BiasBuffer<'a, G>>,
     ) -> Result<G::Slice<T>> {
+        refuse_options(options)?;
         if self.seq_len == 0 && count > 1 {
             if let Some(output) = self.first_chunk(gpu, qkv, count, Some(options), bias)? {
                 return Ok(output);

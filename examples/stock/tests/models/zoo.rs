@@ -105,7 +105,7 @@ impl Zoo {
         match self.name {
             // Its tensors of queries, keys and values are of one size.
             "helium" => HEADS,
-            // With more, candle-transformers 0.11.1 refuses a prompt: its cache takes no values that are not contiguous.
+            // With more, candle-transformers 0.11.1 refuses a prompt: its cache takes contiguous values only.
             "gemma3" => 1,
             _ => 2,
         }
