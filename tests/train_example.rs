@@ -123,6 +123,7 @@ fn every_weight_gets_a_gradient() {
         attention_bias: false,
         mlp_bias: false,
         tied: true,
+        layer: Default::default(),
     };
     // The embedding and the last norm, and 9 weights a layer; the other model has a head and 7 biases a layer in
     // addition.

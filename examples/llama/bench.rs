@@ -121,7 +121,7 @@ fn measure(args: &BenchArgs, compression: Compression, child: Child) -> Result<R
         Contender::Dense => compression.dense(),
         Contender::Compressed => compression,
     };
-    let attention = compression.attention(&checkpoint.config.shape())?;
+    let attention = compression.attention(&checkpoint.config)?;
     let model = checkpoint.load(attention)?;
     compression.check_weights(&model.fingerprint()?);
     let loaded_rss_bytes = memory("VmRSS");

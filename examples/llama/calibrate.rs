@@ -6,15 +6,15 @@ use std::path::{Path, PathBuf};
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Tensor};
 use candle_sfattention::{
-    attend, Calibrator, CompressedAttention, CompressionConfig, HeadStrategies, Measurement, MergePlan, MergeStrategy,
-    Policy,
+    attend, AttentionOptions, Calibrator, CompressedAttention, CompressionConfig, HeadStrategies, Measurement,
+    MergePlan, MergeStrategy, ModelShape, Policy,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::args::{CalibrateArgs, ErrorScale, WeightArgs};
 use crate::corpus::{self, Window};
 use crate::load::Checkpoint;
-use crate::model::{HiddenCounts, LayerCall, Llama};
+use crate::model::{HiddenCounts, LayerCall, Llama, LlamaConfig};
 use crate::report::{check_path, write_file};
 use crate::windows::{self, Purpose};
 
@@ -26,19 +26,19 @@ pub fn run(args: &CalibrateArgs) -> Result<()> {
     let text = corpus::read(&args.text)?;
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
     corpus::check_context(args.context, &checkpoint)?;
-    let shape = checkpoint.config.shape();
     let windows = windows(
         &checkpoint.encode(&text, false)?,
         args.context,
         args.windows,
         args.repeats,
     )?;
-    let calibrator = Calibrator::new(shape, config, Default::default(), &args.ratios)?;
-    let model = checkpoint.load(dense(shape.layers)?)?;
-    let measurement = measure(&model, calibrator, &windows, args.weights)?;
+    let measured = Measured::of(&checkpoint.config)?;
+    let calibrator = measured.calibrator(config, &args.ratios)?;
+    let model = checkpoint.load(dense(checkpoint.config.layers)?)?;
+    let measurement = measured.measure(&model, calibrator, &windows, args.weights)?;
     let fingerprint = model.fingerprint()?;
     for (target, out) in args.target.iter().zip(outs) {
-        let policy = measurement.policy(*target, &fingerprint)?;
+        let policy = measured.policy(&measurement, *target, &fingerprint)?;
         write_file(&out, &(policy.to_json()? + "\n")).with_context(|| format!("out {}", out.display()))?;
         print(&policy, &out)?;
     }
@@ -77,40 +77,109 @@ pub fn dense(layers: usize) -> Result<Vec<CompressedAttention>> {
     Ok(vec![attention; layers])
 }
 
-/// Both passes over the windows.
-pub fn measure(
-    model: &Llama,
-    mut calibrator: Calibrator,
-    windows: &[Window],
-    weights: WeightArgs,
-) -> Result<Measurement> {
-    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} windows  {msg}  {eta} left")?;
-    let bar = ProgressBar::new(2 * windows.len() as u64).with_style(style);
-    let each = |what: &'static str, visit: &mut dyn FnMut(&LayerCall, &Window) -> Result<()>| -> Result<()> {
-        bar.set_message(what);
-        for (index, window) in windows.iter().enumerate() {
-            let hidden = model.forward_planned(&window.tokens, &mut HiddenCounts::default(), |call| {
-                visit(call, window)?;
-                nothing(call)
-            })?;
-            // A model that computes NaN would give meaningless scores without an error.
-            corpus::check(model, &hidden).with_context(|| format!("window {index}"))?;
-            bar.inc(1);
+/// The layers that calibration measures: those that see all tokens. Layers that slide hold the tokens of their window
+/// exactly, and their heads are off in a policy.
+pub struct Measured {
+    /// All layers.
+    model: ModelShape,
+    softmax_scale: Option<f64>,
+    layers: Vec<usize>,
+}
+
+impl Measured {
+    pub fn of(config: &LlamaConfig) -> Result<Self> {
+        let layers: Vec<usize> = (0..config.layers)
+            .filter(|layer| config.layer.window(*layer).is_none())
+            .collect();
+        ensure!(
+            !layers.is_empty(),
+            "calibration: expected a model with layers that see all tokens, got one whose {} layers all slide; their \
+             caches are as short as their window",
+            config.layers
+        );
+        Ok(Self {
+            model: config.shape(),
+            softmax_scale: config.layer.softmax_scale,
+            layers,
+        })
+    }
+
+    pub fn calibrator(&self, config: CompressionConfig, ratios: &[f64]) -> Result<Calibrator> {
+        let shape = ModelShape {
+            layers: self.layers.len(),
+            ..self.model
+        };
+        let options = AttentionOptions {
+            softmax_scale: self.softmax_scale,
+            ..AttentionOptions::default()
+        };
+        Ok(Calibrator::new(shape, config, options, ratios)?)
+    }
+
+    /// The number of a layer among those that are measured.
+    fn index(&self, layer: usize) -> Option<usize> {
+        self.layers.binary_search(&layer).ok()
+    }
+
+    /// A policy for all layers. The target, and the shares in its figures, are those of the measured layers.
+    pub fn policy(&self, measurement: &Measurement, target: f64, fingerprint: &str) -> Result<Policy> {
+        let mut parts = measurement.policy(target, fingerprint)?.parts().clone();
+        let mut off = parts.layers[0].clone();
+        off.strategies.fill(MergeStrategy::Off);
+        for numbers in [&mut off.thresholds, &mut off.hidden_ratios, &mut off.errors] {
+            numbers.fill(0.0);
         }
-        Ok(())
-    };
-    each("scores", &mut |call, _| {
-        let [q, k, v] = call.qkv;
-        Ok(calibrator.observe(call.layer, q, k, v)?)
-    })?;
-    let mut measurement = calibrator.measure()?;
-    each("errors", &mut |call, window| {
-        let repeat = if window.is_copy() { weights.repeat_weight } else { 1.0 };
-        let weight = repeat / scale(weights.error_scale, call)?;
-        Ok(measurement.add(call.layer, call.qkv, Some(&call.projection.weight()?), weight)?)
-    })?;
-    bar.finish_and_clear();
-    Ok(measurement)
+        let all = (0..self.model.layers).map(|layer| match self.index(layer) {
+            Some(index) => parts.layers[index].clone(),
+            None => off.clone(),
+        });
+        parts.layers = all.collect();
+        parts.model = self.model;
+        Ok(Policy::new(parts)?)
+    }
+
+    /// Both passes over the windows.
+    pub fn measure(
+        &self,
+        model: &Llama,
+        mut calibrator: Calibrator,
+        windows: &[Window],
+        weights: WeightArgs,
+    ) -> Result<Measurement> {
+        let style = ProgressStyle::with_template("{bar:40} {pos}/{len} windows  {msg}  {eta} left")?;
+        let bar = ProgressBar::new(2 * windows.len() as u64).with_style(style);
+        let each = |what: &'static str, visit: &mut dyn FnMut(&LayerCall, &Window) -> Result<()>| -> Result<()> {
+            bar.set_message(what);
+            for (index, window) in windows.iter().enumerate() {
+                let hidden = model.forward_planned(&window.tokens, &mut HiddenCounts::default(), |call| {
+                    visit(call, window)?;
+                    nothing(call)
+                })?;
+                // A model that computes NaN would give meaningless scores without an error.
+                corpus::check(model, &hidden).with_context(|| format!("window {index}"))?;
+                bar.inc(1);
+            }
+            Ok(())
+        };
+        each("scores", &mut |call, _| {
+            let Some(index) = self.index(call.layer) else {
+                return Ok(());
+            };
+            let [q, k, v] = call.qkv;
+            Ok(calibrator.observe(index, q, k, v)?)
+        })?;
+        let mut measurement = calibrator.measure()?;
+        each("errors", &mut |call, window| {
+            let Some(index) = self.index(call.layer) else {
+                return Ok(());
+            };
+            let repeat = if window.is_copy() { weights.repeat_weight } else { 1.0 };
+            let weight = repeat / scale(weights.error_scale, call)?;
+            Ok(measurement.add(index, call.qkv, Some(&call.projection.weight()?), weight)?)
+        })?;
+        bar.finish_and_clear();
+        Ok(measurement)
+    }
 }
 
 /// The divisor of a layer's errors.
@@ -120,7 +189,7 @@ fn scale(scale: ErrorScale, call: &LayerCall) -> Result<f64> {
         ErrorScale::Stream => call.stream.clone(),
         ErrorScale::Output => {
             let [q, k, v] = call.qkv;
-            let output = attend(q, k, v, &nothing(call)?, &Default::default())?;
+            let output = attend(q, k, v, &nothing(call)?, call.options)?;
             call.projection.forward(&output.transpose(1, 2)?.flatten_from(2)?)?
         }
     };

@@ -7,12 +7,14 @@ use anyhow::{ensure, Context, Result};
 use candle_core::{Device, Tensor};
 use candle_sfattention::{
     AttentionOptions, CompressedAttention, CompressionConfig, Criterion, Fold, GroupRule, HeadStrategies,
-    LossNormalizer, MergeRule, MergeStrategy, ModelShape, Policy,
+    LossNormalizer, MergeRule, MergeStrategy, Policy,
 };
 use clap::{Args, ValueEnum};
 use serde::de::DeserializeOwned;
 use serde::Deserialize;
 use serde_json::Value;
+
+use crate::model::LlamaConfig;
 
 /// A named starting point for the method's parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -201,10 +203,16 @@ impl Compression {
         }
     }
 
-    /// One attention per layer of a model of that shape.
-    pub fn attention(&self, shape: &ModelShape) -> Result<Vec<CompressedAttention>> {
+    /// One attention per layer of a model. One strategy for all heads leaves layers that slide alone: their caches are
+    /// short, and hold the tokens of their window exactly. A file may name strategies for them.
+    pub fn attention(&self, model: &LlamaConfig) -> Result<Vec<CompressedAttention>> {
+        let shape = &model.shape();
+        let uniform = |strategy, layer| match model.layer.window(layer) {
+            Some(_) => HeadStrategies::uniform(MergeStrategy::Off),
+            None => HeadStrategies::uniform(strategy),
+        };
         let per_layer = match &self.strategies {
-            Strategies::Uniform(strategy) => vec![HeadStrategies::uniform(*strategy); shape.layers],
+            Strategies::Uniform(strategy) => (0..shape.layers).map(|layer| uniform(*strategy, layer)).collect(),
             Strategies::PerLayer(file) => file
                 .strategies(shape.layers, shape.heads)
                 .with_context(|| format!("strategy {}", self.label))?,

@@ -36,7 +36,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let text = corpus::read(&args.text)?;
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
     corpus::check_context(args.context, &checkpoint)?;
-    let attention = compression.attention(&checkpoint.config.shape())?;
+    let attention = compression.attention(&checkpoint.config)?;
     let tokens = checkpoint.encode(&text, false)?;
     let windows: Vec<Window> = windows(&tokens, args)?
         .into_iter()

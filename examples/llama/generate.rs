@@ -35,7 +35,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let cached = keeps_cache(args, &compression)?;
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
     let prompt = encode_prompt(&checkpoint, args)?;
-    let attention = compression.attention(&checkpoint.config.shape())?;
+    let attention = compression.attention(&checkpoint.config)?;
     let model = checkpoint.load(attention)?;
     compression.check_weights(&model.fingerprint()?);
     let mut session = match cached {

@@ -1,177 +1,46 @@
-//! A Llama with [`CompressedAttention`] in place of its attention.
+//! A Llama, or a model whose layers differ from a Llama's by [`LayerOptions`], with [`CompressedAttention`] in place of
+//! its attention.
 //!
 //! Activations are `(1, N, hidden)`. The model asks a [`Weights`] for its matrices by their Hugging Face names and does
 //! not know the file format.
 
 #[path = "model/config.rs"]
 mod config;
+#[path = "model/counts.rs"]
+mod counts;
+#[path = "model/layer.rs"]
+mod layer;
+#[path = "model/layer_options.rs"]
+mod layer_options;
 
+#[allow(unused_imports)] // not read where no checkpoint is loaded
+pub use config::MOST_LAYERS;
 pub use config::{check_ids, LlamaConfig};
+pub use counts::HiddenCounts;
+pub use layer_options::LayerOptions;
+#[allow(unused_imports)] // not read where no checkpoint is loaded
+pub use layer_options::{Activation, Sliding};
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Module, Tensor};
-use candle_nn::{ops, RmsNorm};
-use candle_sfattention::{attend, CacheOptions, CompressedAttention, CompressedKvCache, MergePlan, MergeStats};
+use candle_nn::RmsNorm;
+use candle_sfattention::{attend, AttentionOptions, CacheOptions, CompressedAttention, CompressedKvCache, MergePlan};
 
+use self::layer::{fitted, rotated, Layer};
 use crate::rope::{Rope, Rotation};
 use crate::weights::{Linear, Weights};
-
-/// Pairs seen and hidden, per layer, over all counted calls.
-#[derive(Clone, Debug, Default)]
-pub struct HiddenCounts {
-    layers: Vec<(usize, usize)>,
-}
-
-impl HiddenCounts {
-    fn add(&mut self, layer: usize, stats: &MergeStats) {
-        if self.layers.len() <= layer {
-            self.layers.resize(layer + 1, (0, 0));
-        }
-        let (pairs, hidden) = &mut self.layers[layer];
-        *pairs += stats.pairs;
-        *hidden += stats.hidden;
-    }
-
-    /// Hidden pairs / pairs, over all heads and layers.
-    pub fn ratio(&self) -> f64 {
-        let (pairs, hidden) = self
-            .layers
-            .iter()
-            .fold((0, 0), |sum, layer| (sum.0 + layer.0, sum.1 + layer.1));
-        hidden as f64 / pairs.max(1) as f64
-    }
-
-    /// Hidden pairs / pairs over all heads of each layer.
-    pub fn ratio_per_layer(&self) -> Vec<f64> {
-        self.layers
-            .iter()
-            .map(|&(pairs, hidden)| hidden as f64 / pairs.max(1) as f64)
-            .collect()
-    }
-}
 
 /// The inputs of one layer's attention, for a caller that makes its plan.
 pub struct LayerCall<'a> {
     pub layer: usize,
     /// Query, key and value `(1, heads or KV heads, N, D)`, rotated.
     pub qkv: [&'a Tensor; 3],
+    /// The layer's scale and window.
+    pub options: &'a AttentionOptions,
     /// The output projection `(hidden, heads·D)`.
     pub projection: &'a Linear,
     /// The residual stream that its output will be added to, `(1, N, hidden)`.
     pub stream: &'a Tensor,
-}
-
-/// Projections, rotary embedding and compressed attention of one layer.
-struct SelfAttention {
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    output: Linear,
-    attention: CompressedAttention,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-}
-
-impl SelfAttention {
-    fn load(
-        weights: &mut dyn Weights,
-        path: &str,
-        config: &LlamaConfig,
-        attention: CompressedAttention,
-    ) -> Result<Self> {
-        let hidden = config.hidden_size;
-        let (query_rows, kv_rows) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        Ok(Self {
-            query: weights.linear(&format!("{path}.q_proj"), query_rows, hidden)?,
-            key: weights.linear(&format!("{path}.k_proj"), kv_rows, hidden)?,
-            value: weights.linear(&format!("{path}.v_proj"), kv_rows, hidden)?,
-            output: weights.linear(&format!("{path}.o_proj"), hidden, query_rows)?,
-            attention,
-            heads: config.heads,
-            kv_heads: config.kv_heads,
-            head_dim: config.head_dim,
-        })
-    }
-
-    /// The rows `(1, N, hidden)` of a whole sequence, and the tokens hidden from them.
-    fn forward(&self, xs: &Tensor, rotation: &Rotation) -> Result<(Tensor, MergeStats)> {
-        let [q, k, v] = self.project(xs, rotation)?;
-        let (out, plan) = self.attention.forward_with_plan(&q, &k, &v)?;
-        Ok((self.merge_heads(&out)?, plan.stats()?))
-    }
-
-    /// The rows of new tokens `(1, n, hidden)` over all that `cache` has seen.
-    fn forward_cached(&self, xs: &Tensor, rotation: &Rotation, cache: &mut CompressedKvCache) -> Result<Tensor> {
-        let [q, k, v] = self.project(xs, rotation)?;
-        self.merge_heads(&self.attention.forward_cached(&q, &k, &v, cache)?)
-    }
-
-    /// Rotated queries and keys, and values: `(B, heads, N, D)`.
-    fn project(&self, xs: &Tensor, rotation: &Rotation) -> Result<[Tensor; 3]> {
-        let (batch, n, _) = xs.dims3()?;
-        // (B, N, heads·D) -> (B, heads, N, D), a view.
-        let split = |xs: Tensor, heads| xs.reshape((batch, n, heads, self.head_dim))?.transpose(1, 2);
-        Ok([
-            rotation.apply(&split(self.query.forward(xs)?, self.heads)?)?,
-            rotation.apply(&split(self.key.forward(xs)?, self.kv_heads)?)?,
-            split(self.value.forward(xs)?, self.kv_heads)?,
-        ])
-    }
-
-    fn merge_heads(&self, out: &Tensor) -> Result<Tensor> {
-        self.output.forward(&out.transpose(1, 2)?.flatten_from(2)?)
-    }
-}
-
-/// SwiGLU: `down(silu(gate(x)) * up(x))`.
-struct Mlp {
-    gate: Linear,
-    up: Linear,
-    down: Linear,
-}
-
-impl Mlp {
-    fn load(weights: &mut dyn Weights, path: &str, config: &LlamaConfig) -> Result<Self> {
-        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        Ok(Self {
-            gate: weights.linear(&format!("{path}.gate_proj"), inner, hidden)?,
-            up: weights.linear(&format!("{path}.up_proj"), inner, hidden)?,
-            down: weights.linear(&format!("{path}.down_proj"), hidden, inner)?,
-        })
-    }
-
-    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        self.down
-            .forward(&(ops::silu(&self.gate.forward(xs)?)? * self.up.forward(xs)?)?)
-    }
-}
-
-struct Layer {
-    attention_norm: RmsNorm,
-    attention: SelfAttention,
-    mlp_norm: RmsNorm,
-    mlp: Mlp,
-}
-
-impl Layer {
-    fn load(
-        weights: &mut dyn Weights,
-        path: &str,
-        config: &LlamaConfig,
-        attention: CompressedAttention,
-    ) -> Result<Self> {
-        let mut norm = |name: &str| -> Result<RmsNorm> {
-            let weight = weights.vector(&format!("{path}.{name}"), config.hidden_size)?;
-            Ok(RmsNorm::new(weight, config.rms_norm_eps))
-        };
-        Ok(Self {
-            attention_norm: norm("input_layernorm")?,
-            mlp_norm: norm("post_attention_layernorm")?,
-            attention: SelfAttention::load(weights, &format!("{path}.self_attn"), config, attention)?,
-            mlp: Mlp::load(weights, &format!("{path}.mlp"), config)?,
-        })
-    }
 }
 
 /// The whole model.
@@ -182,11 +51,20 @@ pub struct Llama {
     layers: Vec<Layer>,
     norm: RmsNorm,
     head: Linear,
+    options: LayerOptions,
     rope: Rope,
+    /// Of the layers that slide, where it is another one.
+    sliding_rope: Option<Rope>,
+}
+
+/// The rotations of some positions: those of layers that see all tokens, and of layers that slide.
+struct Rotations {
+    all: Rotation,
+    sliding: Rotation,
 }
 
 impl Llama {
-    /// Loads every weight; `attention` holds one entry per layer.
+    /// Loads every weight; `attention` holds one entry per layer, whose scale and window become the model's.
     pub fn load(weights: &mut dyn Weights, config: &LlamaConfig, attention: Vec<CompressedAttention>) -> Result<Self> {
         ensure!(
             attention.len() == config.layers,
@@ -201,7 +79,7 @@ impl Llama {
                 weights,
                 &format!("model.layers.{index}"),
                 config,
-                attention,
+                fitted(&attention, &config.layer)?,
             )?);
         }
         let head = match config.tied {
@@ -215,15 +93,42 @@ impl Llama {
             layers,
             norm: RmsNorm::new(weights.vector("model.norm", config.hidden_size)?, config.rms_norm_eps),
             head,
+            options: config.layer.clone(),
             rope: Rope::new(config, weights.dtype(), &weights.device())?,
+            sliding_rope: Rope::sliding(config, weights.dtype(), &weights.device()),
         })
+    }
+
+    fn rotations(&self, position: usize, n: usize) -> Result<Rotations> {
+        if let Some(sliding) = &self.options.sliding {
+            ensure!(
+                position + n <= sliding.window,
+                "tokens: expected at most {}, the window of the layers that slide, got {}; longer sequences are not \
+                 computed yet",
+                sliding.window,
+                position + n
+            );
+        }
+        let all = self.rope.at(position, n)?;
+        let sliding = match &self.sliding_rope {
+            Some(rope) => rope.at(position, n)?,
+            None => all.clone(),
+        };
+        Ok(Rotations { all, sliding })
+    }
+
+    fn rotation<'r>(&self, layer: usize, rotations: &'r Rotations) -> &'r Rotation {
+        match self.options.window(layer) {
+            Some(_) => &rotations.sliding,
+            None => &rotations.all,
+        }
     }
 
     /// Hidden states `(1, N, hidden)` of a whole sequence. Each layer's hidden tokens are added to `counts`.
     pub fn forward(&self, tokens: &[u32], counts: &mut HiddenCounts) -> Result<Tensor> {
-        let rotation = self.rope.at(0, tokens.len())?;
+        let rotations = self.rotations(0, tokens.len())?;
         self.run(tokens, |index, layer, xs, _| {
-            let (attended, stats) = layer.attention.forward(xs, &rotation)?;
+            let (attended, stats) = layer.attention.forward(xs, self.rotation(index, &rotations))?;
             counts.add(index, &stats);
             Ok(attended)
         })
@@ -238,9 +143,10 @@ impl Llama {
     /// Hidden states `(1, n, hidden)` of the next tokens of the sequence in `caches`, which append them.
     pub fn forward_cached(&self, tokens: &[u32], caches: &mut [CompressedKvCache]) -> Result<Tensor> {
         let position = caches.first().map_or(0, CompressedKvCache::seq_len);
-        let rotation = self.rope.at(position, tokens.len())?;
+        let rotations = self.rotations(position, tokens.len())?;
         self.run(tokens, |index, layer, xs, _| {
-            layer.attention.forward_cached(xs, &rotation, &mut caches[index])
+            let rotation = self.rotation(index, &rotations);
+            layer.attention.forward_cached(xs, rotation, &mut caches[index])
         })
     }
 
@@ -252,18 +158,20 @@ impl Llama {
         counts: &mut HiddenCounts,
         mut plan: impl FnMut(&LayerCall) -> Result<MergePlan>,
     ) -> Result<Tensor> {
-        let rotation = self.rope.at(0, tokens.len())?;
+        let rotations = self.rotations(0, tokens.len())?;
         self.run(tokens, |index, layer, xs, stream| {
             let attention = &layer.attention;
-            let [q, k, v] = attention.project(xs, &rotation)?;
+            let options = attention.attention.options();
+            let [q, k, v] = rotated(attention.project(xs)?, self.rotation(index, &rotations))?;
             let plan = plan(&LayerCall {
                 layer: index,
                 qkv: [&q, &k, &v],
+                options,
                 projection: &attention.output,
                 stream,
             })?;
             counts.add(index, &plan.stats()?);
-            attention.merge_heads(&attend(&q, &k, &v, &plan, attention.attention.options())?)
+            attention.merge_heads(&attend(&q, &k, &v, &plan, options)?)
         })
     }
 
@@ -272,10 +180,7 @@ impl Llama {
     pub fn fingerprint(&self) -> Result<String> {
         // FNV-1a.
         let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-        let layers = self
-            .layers
-            .iter()
-            .flat_map(|layer| [&layer.attention_norm, &layer.mlp_norm]);
+        let layers = self.layers.iter().flat_map(Layer::norms);
         for norm in layers.chain([&self.norm]) {
             // bf16 of each number, so that a model in bf16 or f16 has the fingerprint of the one in f32.
             for x in norm.weight().to_dtype(DType::BF16)?.to_vec1::<half::bf16>()? {
@@ -294,11 +199,11 @@ impl Llama {
         check_ids(tokens, self.vocab_size)?;
         let ids = Tensor::new(tokens, &self.device)?;
         let mut xs = self.embedding.rows(&ids)?.unsqueeze(0)?;
+        if let Some(scale) = self.options.embedding_scale {
+            xs = (xs * scale)?;
+        }
         for (index, layer) in self.layers.iter().enumerate() {
-            let attended = attend(index, layer, &layer.attention_norm.forward(&xs)?, &xs)?;
-            xs = (xs + attended)?;
-            let mixed = layer.mlp.forward(&layer.mlp_norm.forward(&xs)?)?;
-            xs = (xs + mixed)?;
+            xs = layer.forward(&xs, |normed| attend(index, layer, normed, &xs))?;
         }
         Ok(self.norm.forward(&xs)?)
     }

@@ -102,10 +102,27 @@ pub struct Rope {
 
 impl Rope {
     pub fn new(config: &LlamaConfig, dtype: DType, device: &Device) -> Result<Self> {
+        config.rope_scaling.check(config.head_dim / 2)?;
+        Ok(Self::with(
+            config,
+            config.rope_theta,
+            &config.rope_scaling,
+            dtype,
+            device,
+        ))
+    }
+
+    /// That of the layers that slide, if it is another one.
+    #[allow(dead_code)] // not read by the train example
+    pub fn sliding(config: &LlamaConfig, dtype: DType, device: &Device) -> Option<Self> {
+        let theta = config.layer.sliding.as_ref()?.rope_theta?;
+        Some(Self::with(config, theta, &RopeScaling::None, dtype, device))
+    }
+
+    fn with(config: &LlamaConfig, theta: f64, scaling: &RopeScaling, dtype: DType, device: &Device) -> Self {
         let half = config.head_dim / 2;
-        config.rope_scaling.check(half)?;
-        let plain = (0..half).map(|i| config.rope_theta.powf(-(i as f64) / half as f64));
-        let frequencies = match &config.rope_scaling {
+        let plain = (0..half).map(|i| theta.powf(-(i as f64) / half as f64));
+        let frequencies = match scaling {
             RopeScaling::None => plain.collect(),
             RopeScaling::Linear(factor) => plain.map(|frequency| frequency / factor).collect(),
             RopeScaling::Llama3(scaling) => plain.map(|frequency| scaling.scaled(frequency)).collect(),
@@ -114,13 +131,13 @@ impl Rope {
                 .map(|(frequency, factor)| frequency / factor)
                 .collect(),
         };
-        Ok(Self {
+        Self {
             pairing: config.rope_pairing,
             dtype,
             device: device.clone(),
             frequencies,
             tables: Mutex::new(None),
-        })
+        }
     }
 
     /// The rotations of the positions `position..position + n`: one table for all layers.
@@ -152,6 +169,7 @@ impl Rope {
 }
 
 /// Cosines and sines `(N, D/2)` of consecutive positions.
+#[derive(Clone)]
 pub struct Rotation {
     pairing: Pairing,
     cos: Tensor,

@@ -199,6 +199,7 @@ impl TrainingArgs {
             attention_bias: false,
             mlp_bias: false,
             tied: true,
+            layer: Default::default(),
         }
     }
 

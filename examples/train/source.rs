@@ -54,6 +54,11 @@ impl Source {
             device: Device::Cpu,
         };
         let mut checkpoint = Checkpoint::open(model, options)?;
+        ensure!(
+            checkpoint.config.layer.is_llama(),
+            "{model}: expected layers of a Llama, got {:?}; train fine-tunes Llama, Mistral without a window and Qwen2",
+            checkpoint.config.layer
+        );
         let weights = checkpoint.read(all_weights)?;
         let mut config = checkpoint.config.clone();
         config.rope_pairing = Pairing::Halves;

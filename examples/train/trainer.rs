@@ -108,7 +108,7 @@ impl<'a> Run<'a> {
         let held_out_tokens = encode(&text.held_out, &tokenizer, &config)?;
         let evaluator = Evaluator::new(&held_out_tokens, training.context, training.eval_windows)?;
         let settings = settings(args, &compression, &config, &tokenizer, &text.hash)?;
-        let attention = compression.attention(&config.shape())?;
+        let attention = compression.attention(&config)?;
         let model = Trainable::new(&config, attention.clone(), training.seed)?;
         let mut optimizer = AdamW::new(model.vars(), training.weight_decay, training.clip);
         let mut state = None;

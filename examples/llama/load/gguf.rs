@@ -1,4 +1,5 @@
-//! GGUF files of architecture `llama`, with their own tokenizer. On the CPU quantized weights stay quantized.
+//! GGUF files of the architectures in [`Architecture`], with their own tokenizer. On the CPU quantized weights stay
+//! quantized.
 
 use std::path::Path;
 
@@ -8,7 +9,8 @@ use candle_core::quantized::{QMatMul, QTensor};
 use candle_core::{DType, Device, Tensor};
 use serde_json::json;
 
-use super::gguf_config::{check_kind, config};
+use super::gguf_config::config;
+use super::gguf_kind::Architecture;
 use super::gguf_tensors::{self, Tensors};
 use super::gguf_tokenizer::text;
 use super::text::{Edge, Text};
@@ -19,14 +21,18 @@ use crate::weights::{Linear, Weights};
 pub fn open(path: &Path, options: LoadOptions) -> Result<Checkpoint> {
     let name = path.display();
     let (content, mut tensors) = gguf_tensors::open(path)?;
-    check_kind(&content).with_context(|| format!("{name}"))?;
-    let config = config(&content, &mut tensors).with_context(|| format!("{name}"))?;
+    let architecture = Architecture::of(&content).with_context(|| format!("{name}"))?;
+    let config = config(&content, architecture, &mut tensors).with_context(|| format!("{name}"))?;
     let text = text(&content).with_context(|| format!("{name}: tokenizer"))?;
     Ok(Checkpoint {
         config,
         companions: companions(&content, &text)?,
         text,
-        weights: Box::new(GgufWeights { tensors, options }),
+        weights: Box::new(GgufWeights {
+            tensors,
+            architecture,
+            options,
+        }),
     })
 }
 
@@ -89,6 +95,7 @@ pub(super) fn count_or(content: &Content, key: &str, default: usize) -> Result<u
 /// The tensors under their Hugging Face names.
 struct GgufWeights {
     tensors: Tensors,
+    architecture: Architecture,
     options: LoadOptions,
 }
 
@@ -127,22 +134,24 @@ impl Weights for GgufWeights {
     }
 
     fn shape(&self, path: &str) -> Option<Vec<usize>> {
-        let shape = self.tensors.shape(&format!("{}.weight", gguf_name(path)));
+        let shape = self
+            .tensors
+            .shape(&format!("{}.weight", self.architecture.tensor(path)));
         shape.map(<[usize]>::to_vec)
     }
 
     fn table(&mut self, path: &str, rows: usize, columns: usize) -> Result<Linear> {
         let weight = self
             .tensors
-            .read(&format!("{}.weight", gguf_name(path)), &[rows, columns])?;
+            .read(&format!("{}.weight", self.architecture.tensor(path)), &[rows, columns])?;
         self.product(weight, None)
     }
 
     fn linear(&mut self, path: &str, rows: usize, columns: usize) -> Result<Linear> {
         let weight = self
             .tensors
-            .read(&format!("{}.weight", gguf_name(path)), &[rows, columns])?;
-        let bias = format!("{}.bias", gguf_name(path));
+            .read(&format!("{}.weight", self.architecture.tensor(path)), &[rows, columns])?;
+        let bias = format!("{}.bias", self.architecture.tensor(path));
         let bias = match self.tensors.shape(&bias) {
             Some(_) => Some(self.tensors.read(&bias, &[rows])?),
             None => None,
@@ -152,37 +161,13 @@ impl Weights for GgufWeights {
     }
 
     fn vector(&mut self, path: &str, len: usize) -> Result<Tensor> {
-        let tensor = self.tensors.read(&format!("{}.weight", gguf_name(path)), &[len])?;
+        let tensor = self
+            .tensors
+            .read(&format!("{}.weight", self.architecture.tensor(path)), &[len])?;
         self.floats(&tensor)
     }
 
     fn check_all_read(&mut self) -> Result<()> {
         self.tensors.check_all_read()
     }
-}
-
-/// `model.layers.3.self_attn.q_proj` -> `blk.3.attn_q`.
-fn gguf_name(path: &str) -> String {
-    let Some((layer, part)) = path.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) else {
-        return match path {
-            "model.embed_tokens" => "token_embd",
-            "model.norm" => "output_norm",
-            "lm_head" => "output",
-            other => other,
-        }
-        .into();
-    };
-    let part = match part {
-        "input_layernorm" => "attn_norm",
-        "self_attn.q_proj" => "attn_q",
-        "self_attn.k_proj" => "attn_k",
-        "self_attn.v_proj" => "attn_v",
-        "self_attn.o_proj" => "attn_output",
-        "post_attention_layernorm" => "ffn_norm",
-        "mlp.gate_proj" => "ffn_gate",
-        "mlp.up_proj" => "ffn_up",
-        "mlp.down_proj" => "ffn_down",
-        other => other,
-    };
-    format!("blk.{layer}.{part}")
 }

@@ -8,13 +8,12 @@ use anyhow::{bail, ensure, Context, Result};
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::Device;
 
-use super::gguf::{count_or, string, whole};
+use super::gguf::whole;
+use super::gguf_kind::{Architecture, GgufShape};
 use super::gguf_tensors::Tensors;
 use super::unread::list;
-use crate::model::LlamaConfig;
-use crate::rope::{Pairing, RopeScaling};
-
-const PREFIX: &str = "llama.";
+use crate::model::{LlamaConfig, Sliding, MOST_LAYERS};
+use crate::rope::RopeScaling;
 
 /// Keys that do not change the computation.
 const HARMLESS: [&str; 4] = [
@@ -26,35 +25,46 @@ const HARMLESS: [&str; 4] = [
     "expert_used_count",
 ];
 
-/// The keys `llama.*`, and the set of them that was read.
+/// The keys `ARCHITECTURE.*`, and the set of them that was read.
 struct Keys<'a> {
     content: &'a Content,
+    architecture: Architecture,
     read: RefCell<BTreeSet<String>>,
 }
 
 impl<'a> Keys<'a> {
-    fn new(content: &'a Content) -> Self {
+    fn new(content: &'a Content, architecture: Architecture) -> Self {
         Self {
             content,
+            architecture,
             read: RefCell::default(),
         }
     }
 
+    /// The whole key.
+    fn name(&self, key: &str) -> String {
+        format!("{}.{key}", self.architecture.name())
+    }
+
     fn get(&self, key: &str) -> Option<&'a Value> {
-        let key = format!("{PREFIX}{key}");
+        let key = self.name(key);
         let value = self.content.metadata.get(&key);
         self.read.borrow_mut().insert(key);
         value
     }
 
     fn count(&self, key: &str) -> Result<usize> {
-        self.optional_count(key)?
-            .with_context(|| format!("{PREFIX}{key}: expected this metadata, found none; the file is damaged"))
+        self.optional_count(key)?.with_context(|| {
+            format!(
+                "{}: expected this metadata, found none; the file is damaged",
+                self.name(key)
+            )
+        })
     }
 
     /// A count, or a list of equal counts per layer.
     fn optional_count(&self, key: &str) -> Result<Option<usize>> {
-        let name = format!("{PREFIX}{key}");
+        let name = self.name(key);
         match self.get(key) {
             None => Ok(None),
             Some(Value::Array(values)) => {
@@ -75,7 +85,10 @@ impl<'a> Keys<'a> {
             None => None,
             Some(Value::F32(value)) => Some(f64::from(*value)),
             Some(Value::F64(value)) => Some(*value),
-            Some(value) => bail!("{PREFIX}{key}: expected a number, got {value:?}; the file is damaged"),
+            Some(value) => bail!(
+                "{}: expected a number, got {value:?}; the file is damaged",
+                self.name(key)
+            ),
         })
     }
 
@@ -90,7 +103,8 @@ impl<'a> Keys<'a> {
             value => value.to_u64().is_ok_and(|value| value == 0),
         };
         let left = self.content.metadata.iter().filter(|(key, value)| {
-            key.strip_prefix(PREFIX).is_some_and(|key| !HARMLESS.contains(&key))
+            key.strip_prefix(&self.name(""))
+                .is_some_and(|key| !HARMLESS.contains(&key))
                 && !read.contains(*key)
                 && !silent(value)
         });
@@ -98,42 +112,22 @@ impl<'a> Keys<'a> {
         left.sort_unstable();
         ensure!(
             left.is_empty(),
-            "metadata: expected keys of a plain Llama, got also {}, which is not supported; use a plain Llama",
+            "metadata: expected keys of a plain {}, got also {}, which is not supported; use a plain model",
+            self.architecture.name(),
             list(left.into_iter())
         );
         Ok(())
     }
 }
 
-/// Refuses files of other kinds than a dense Llama.
-pub fn check_kind(content: &Content) -> Result<()> {
-    if content.metadata.contains_key("general.type") {
-        let kind = string(content, "general.type")?;
-        ensure!(
-            kind == "model",
-            "general.type: expected model, got {kind}; give the model's own file"
-        );
-    }
-    let architecture = string(content, "general.architecture")?;
-    ensure!(
-        architecture == "llama",
-        "architecture: expected llama, got {architecture}; this example runs Llama checkpoints only"
-    );
-    let experts = count_or(content, "llama.expert_count", 0)?;
-    ensure!(
-        experts <= 1,
-        "experts: expected a dense Llama, got {experts} experts; mixtures are not supported"
-    );
-    Ok(())
-}
-
-pub fn config(content: &Content, tensors: &mut Tensors) -> Result<LlamaConfig> {
-    let keys = Keys::new(content);
+pub fn config(content: &Content, architecture: Architecture, tensors: &mut Tensors) -> Result<LlamaConfig> {
+    let keys = Keys::new(content, architecture);
     let hidden_size = keys.count("embedding_length")?;
     let heads = keys.count("attention.head_count")?;
     ensure!(
         heads > 0,
-        "llama.attention.head_count: expected at least 1, got 0; the file is damaged"
+        "{}: expected at least 1, got 0; the file is damaged",
+        keys.name("attention.head_count")
     );
     let head_dim = keys
         .optional_count("attention.key_length")?
@@ -142,7 +136,8 @@ pub fn config(content: &Content, tensors: &mut Tensors) -> Result<LlamaConfig> {
         let got = keys.optional_count(key)?.unwrap_or(head_dim);
         ensure!(
             got == head_dim,
-            "llama.{key}: expected the head dimension {head_dim}, got {got}; not supported"
+            "{}: expected the head dimension {head_dim}, got {got}; not supported",
+            keys.name(key)
         );
     }
     let Some(&[vocab_size, _]) = tensors.shape("token_embd.weight") else {
@@ -151,41 +146,88 @@ pub fn config(content: &Content, tensors: &mut Tensors) -> Result<LlamaConfig> {
     let said = keys.optional_count("vocab_size")?.unwrap_or(vocab_size);
     ensure!(
         said == vocab_size,
-        "llama.vocab_size: expected {vocab_size}, the rows of token_embd.weight, got {said}; the file is damaged"
+        "{}: expected {vocab_size}, the rows of token_embd.weight, got {said}; the file is damaged",
+        keys.name("vocab_size")
     );
     // A dense model may name one expert.
     keys.optional_count("expert_count")?;
     let causal = keys.get("attention.causal");
     ensure!(
         causal.is_none_or(|causal| matches!(causal, Value::Bool(true))),
-        "llama.attention.causal: expected true, got {causal:?}; not supported"
+        "{}: expected true, got {causal:?}; not supported",
+        keys.name("attention.causal")
     );
     let has_bias = |parts: &[&str]| {
         let of_part = |name: &str| parts.iter().any(|part| name.ends_with(&format!(".{part}.bias")));
         tensors.names().any(of_part)
     };
+    let layers = keys.count("block_count")?;
+    let shape = GgufShape {
+        hidden_size,
+        layers,
+        heads,
+    };
+    let layer = architecture.layer(&shape, || sliding(&keys, layers))?;
     let config = LlamaConfig {
         hidden_size,
         intermediate_size: keys.count("feed_forward_length")?,
         vocab_size,
-        layers: keys.count("block_count")?,
+        layers,
         heads,
         kv_heads: keys.optional_count("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
         rms_norm_eps: keys.number("attention.layer_norm_rms_epsilon")?.with_context(|| {
-            "llama.attention.layer_norm_rms_epsilon: expected this metadata, found none; the file is damaged"
+            format!(
+                "{}: expected this metadata, found none; the file is damaged",
+                keys.name("attention.layer_norm_rms_epsilon")
+            )
         })?,
-        rope_theta: keys.number("rope.freq_base")?.unwrap_or(10_000.0),
+        rope_theta: keys.number("rope.freq_base")?.unwrap_or(architecture.rope_theta()),
         rope_scaling: RopeScaling::None,
-        rope_pairing: Pairing::Interleaved,
+        rope_pairing: architecture.pairing(),
         context_length: keys.count("context_length")?,
         attention_bias: has_bias(&["attn_q", "attn_k", "attn_v", "attn_output"]),
         mlp_bias: has_bias(&["ffn_gate", "ffn_up", "ffn_down"]),
         tied: tensors.shape("output.weight").is_none(),
+        layer,
     };
     let rope_scaling = rope_scaling(&keys, tensors, head_dim / 2)?;
     keys.check_all_read()?;
     Ok(LlamaConfig { rope_scaling, ..config })
+}
+
+/// As in llama.cpp: the last layer of each `attention.sliding_window_pattern`, 6 by default, does not slide; a list
+/// says of each layer whether it slides. The others' theta is `rope.freq_base_swa`, 10,000 by default.
+fn sliding(keys: &Keys, layers: usize) -> Result<Option<Sliding>> {
+    ensure!(
+        (1..=MOST_LAYERS).contains(&layers),
+        "number of layers: expected 1 to {MOST_LAYERS}, got {layers} for block_count; the file is damaged"
+    );
+    let window = keys.count("attention.sliding_window")?;
+    if window == 0 {
+        return Ok(None);
+    }
+    const PATTERN: &str = "attention.sliding_window_pattern";
+    let slides: Vec<bool> = match keys.get(PATTERN) {
+        Some(Value::Array(values)) => values
+            .iter()
+            .map(|value| match value {
+                Value::Bool(slides) => Ok(*slides),
+                other => Ok(whole(other, PATTERN)? != 0),
+            })
+            .collect::<Result<_>>()?,
+        value => {
+            let pattern = value.map_or(Ok(6), |value| whole(value, PATTERN))?;
+            (0..layers)
+                .map(|layer| pattern == 0 || !(layer + 1).is_multiple_of(pattern))
+                .collect()
+        }
+    };
+    Ok(Some(Sliding {
+        window,
+        layers: slides,
+        rope_theta: Some(keys.number("rope.freq_base_swa")?.unwrap_or(10_000.0)),
+    }))
 }
 
 /// As in llama.cpp: a factor without a type is linear, `scale_linear` is the factor's old name, and factors per
@@ -205,19 +247,25 @@ fn rope_scaling(keys: &Keys, tensors: &mut Tensors, half: usize) -> Result<RopeS
 }
 
 fn linear_factor(keys: &Keys) -> Result<f64> {
+    let a = keys.architecture.name();
     let kind = match keys.get("rope.scaling.type") {
-        Some(value) => Some(value.to_string().context("llama.rope.scaling.type")?.as_str()),
+        Some(value) => Some(
+            value
+                .to_string()
+                .with_context(|| keys.name("rope.scaling.type"))?
+                .as_str(),
+        ),
         None => None,
     };
     ensure!(
         matches!(kind, None | Some("none" | "linear")),
-        "llama.rope.scaling.type: expected none or linear, got {}; not supported",
+        "{a}.rope.scaling.type: expected none or linear, got {}; not supported",
         kind.unwrap_or_default()
     );
     let attention = keys.number("rope.scaling.attn_factor")?.unwrap_or(1.0);
     ensure!(
         attention == 1.0,
-        "llama.rope.scaling.attn_factor: expected 1, got {attention}; not supported"
+        "{a}.rope.scaling.attn_factor: expected 1, got {attention}; not supported"
     );
     // 0 means no factor.
     let factor = |key: &str| Ok::<_, anyhow::Error>(keys.number(key)?.filter(|&factor| factor != 0.0));
@@ -225,23 +273,23 @@ fn linear_factor(keys: &Keys) -> Result<f64> {
     if let (Some(new), Some(old)) = (new, old) {
         ensure!(
             new == old,
-            "llama.rope.scale_linear: expected llama.rope.scaling.factor, {new}, got {old}; the file contradicts itself"
+            "{a}.rope.scale_linear: expected {a}.rope.scaling.factor, {new}, got {old}; the file contradicts itself"
         );
     }
     let Some(factor) = new.or(old) else {
         ensure!(
             kind != Some("linear"),
-            "llama.rope.scaling.factor: expected a factor beside the type linear, found none; the file is damaged"
+            "{a}.rope.scaling.factor: expected a factor beside the type linear, found none; the file is damaged"
         );
         return Ok(1.0);
     };
     ensure!(
         factor.is_finite() && factor > 0.0,
-        "llama.rope.scaling.factor: expected a number above 0, got {factor}; the file is damaged"
+        "{a}.rope.scaling.factor: expected a number above 0, got {factor}; the file is damaged"
     );
     ensure!(
         kind != Some("none") || factor == 1.0,
-        "llama.rope.scaling.type: expected linear beside the factor {factor}, got none; the file contradicts itself"
+        "{a}.rope.scaling.type: expected linear beside the factor {factor}, got none; the file contradicts itself"
     );
     Ok(factor)
 }

@@ -128,7 +128,10 @@ pub fn open(files: &Files, dtype: DType, device: &Device) -> Result<Checkpoint> 
         weights: Box::new(HfWeights {
             tensors,
             attention_bias: config.attention_bias,
+            output_bias: config.attention_bias && !config.layer.output_without_bias,
             mlp_bias: config.mlp_bias,
+            // Gemma's files hold its norms less 1; its GGUF files hold them whole.
+            norm_offset: if config.layer.sandwich_norms { 1.0 } else { 0.0 },
             tied: config.tied,
             dtype,
             device: device.clone(),
@@ -139,8 +142,12 @@ pub fn open(files: &Files, dtype: DType, device: &Device) -> Result<Checkpoint> 
 
 struct HfWeights {
     tensors: Tensors,
+    /// Whether q, k and v have biases, and o.
     attention_bias: bool,
+    output_bias: bool,
     mlp_bias: bool,
+    /// Added to the weights of norms.
+    norm_offset: f64,
     tied: bool,
     dtype: DType,
     device: Device,
@@ -177,9 +184,12 @@ impl Weights for HfWeights {
 
     fn linear(&mut self, path: &str, rows: usize, columns: usize) -> Result<Linear> {
         let weight = self.get(&format!("{path}.weight"), &[rows, columns])?;
-        let has_bias = match path.contains(".mlp.") {
-            true => self.mlp_bias,
-            false => self.attention_bias,
+        let has_bias = if path.contains(".mlp.") {
+            self.mlp_bias
+        } else if path.ends_with(".o_proj") {
+            self.output_bias
+        } else {
+            self.attention_bias
         };
         let bias = match has_bias {
             true => Some(self.get(&format!("{path}.bias"), &[rows])?),
@@ -189,7 +199,12 @@ impl Weights for HfWeights {
     }
 
     fn vector(&mut self, path: &str, len: usize) -> Result<Tensor> {
-        self.get(&format!("{path}.weight"), &[len])
+        if self.norm_offset == 0.0 {
+            return self.get(&format!("{path}.weight"), &[len]);
+        }
+        let stored = self.tensors.read(&format!("{path}.weight"), &[len])?;
+        let whole = (stored.to_dtype(DType::F32)? + self.norm_offset)?;
+        Ok(whole.to_dtype(self.dtype)?.to_device(&self.device)?)
     }
 
     fn check_all_read(&mut self) -> Result<()> {

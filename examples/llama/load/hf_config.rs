@@ -5,6 +5,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::fp8::Quantization;
+use super::hf_kind::Kind;
 use super::unread::list;
 use crate::model::LlamaConfig;
 use crate::rope::{Llama3Scaling, Pairing, RopeScaling};
@@ -90,16 +91,13 @@ const HARMLESS: &[&str] = &[
     "vocab_file",
 ];
 
-/// Keys that [`RawConfig`] and this file read.
+/// Keys that this file reads for every model; [`Kind::reads`] has the others.
 const READ: &[&str] = &[
-    "attention_bias",
     "compression_config",
     "head_dim",
-    "hidden_act",
     "hidden_size",
     "intermediate_size",
     "max_position_embeddings",
-    "mlp_bias",
     "model_type",
     "num_attention_heads",
     "num_hidden_layers",
@@ -113,6 +111,7 @@ const READ: &[&str] = &[
     "vocab_size",
 ];
 
+/// The numbers that every model has.
 #[derive(Deserialize)]
 struct RawConfig {
     hidden_size: usize,
@@ -125,10 +124,7 @@ struct RawConfig {
     rms_norm_eps: f64,
     max_position_embeddings: usize,
     rope_theta: Option<f64>,
-    attention_bias: Option<bool>,
-    mlp_bias: Option<bool>,
     tie_word_embeddings: Option<bool>,
-    hidden_act: Option<String>,
 }
 
 pub fn read(json: &Value) -> Result<LlamaConfig> {
@@ -139,20 +135,16 @@ pub fn read(json: &Value) -> Result<LlamaConfig> {
         .get("model_type")
         .and_then(Value::as_str)
         .unwrap_or("no model_type");
-    ensure!(
-        model_type == "llama",
-        "model_type: expected llama, got {model_type}; this example runs Llama checkpoints only"
-    );
-    check_all_read(keys)?;
+    let kind = Kind::named(model_type)?;
+    check_all_read(keys, kind)?;
     let raw = RawConfig::deserialize(json)?;
-    let act = raw.hidden_act.as_deref().unwrap_or("silu");
-    ensure!(
-        matches!(act, "silu" | "swish"),
-        "hidden_act: expected silu, got {act}; not supported"
-    );
     let heads = raw.num_attention_heads;
     ensure!(heads > 0, "num_attention_heads: expected at least 1, got 0");
-    let (theta, rope_scaling) = rope(json, raw.rope_theta)?;
+    let (theta, rope_scaling) = rope(json, kind, raw.rope_theta)?;
+    let mut own = kind.read(json, raw.num_hidden_layers, raw.hidden_size)?;
+    if let (Some(sliding), Some(theta)) = (&mut own.layer.sliding, sliding_theta(json, kind)?) {
+        sliding.rope_theta = Some(theta);
+    }
     Ok(LlamaConfig {
         hidden_size: raw.hidden_size,
         intermediate_size: raw.intermediate_size,
@@ -160,15 +152,16 @@ pub fn read(json: &Value) -> Result<LlamaConfig> {
         layers: raw.num_hidden_layers,
         heads,
         kv_heads: raw.num_key_value_heads.unwrap_or(heads),
-        head_dim: raw.head_dim.unwrap_or(raw.hidden_size / heads),
+        head_dim: raw.head_dim.or(own.head_dim).unwrap_or(raw.hidden_size / heads),
         rms_norm_eps: raw.rms_norm_eps,
-        rope_theta: theta.unwrap_or(10_000.0),
+        rope_theta: theta.unwrap_or(own.rope_theta),
         rope_scaling,
         rope_pairing: Pairing::Halves,
         context_length: raw.max_position_embeddings,
-        attention_bias: raw.attention_bias.unwrap_or(false),
-        mlp_bias: raw.mlp_bias.unwrap_or(false),
-        tied: raw.tie_word_embeddings.unwrap_or(false),
+        attention_bias: own.attention_bias,
+        mlp_bias: own.mlp_bias,
+        tied: raw.tie_word_embeddings.unwrap_or(own.tied),
+        layer: own.layer,
     })
 }
 
@@ -188,18 +181,21 @@ pub fn quantization(json: &Value) -> Result<Option<Quantization>> {
 }
 
 /// Refuses unread keys, except null, false, 0 and empty values, which count as absent.
-fn check_all_read(keys: &Map<String, Value>) -> Result<()> {
+fn check_all_read(keys: &Map<String, Value>, kind: Kind) -> Result<()> {
     let mut left = Vec::new();
     for (key, value) in keys {
-        let known = READ.contains(&key.as_str()) || HARMLESS.contains(&key.as_str()) || key.starts_with('_');
+        let name = key.as_str();
+        let known =
+            READ.contains(&name) || kind.reads().contains(&name) || HARMLESS.contains(&name) || name.starts_with('_');
         if !known && !says_nothing(key, value, keys) {
             left.push(key.as_str());
         }
     }
     ensure!(
         left.is_empty(),
-        "expected settings of a plain Llama, got also {}, which is not read and may change what the model computes; \
-         use a plain Llama, or remove the key where it changes nothing",
+        "expected settings of a plain {}, got also {}, which is not read and may change what the model computes; use \
+         a plain {0}, or remove the key where it changes nothing",
+        kind.name(),
         list(left.into_iter())
     );
     Ok(())
@@ -238,12 +234,13 @@ struct RawRope {
 }
 
 /// Theta and scaling, from `rope_scaling` (`rope_parameters` in newer files) and from theta's own key.
-fn rope(json: &Value, own_theta: Option<f64>) -> Result<(Option<f64>, RopeScaling)> {
+fn rope(json: &Value, kind: Kind, own_theta: Option<f64>) -> Result<(Option<f64>, RopeScaling)> {
     let (mut theta, mut scaling) = (own_theta, None);
     for key in ["rope_scaling", "rope_parameters"] {
         let Some(value) = json.get(key).filter(|value| !value.is_null()) else {
             continue;
         };
+        let value = by_layer_type(value, kind, "full_attention").unwrap_or(value);
         let raw = RawRope::deserialize(value).with_context(|| key.to_string())?;
         if let Some(here) = raw.rope_theta {
             ensure!(
@@ -261,6 +258,25 @@ fn rope(json: &Value, own_theta: Option<f64>) -> Result<(Option<f64>, RopeScalin
         scaling = Some(here);
     }
     Ok((theta, scaling.unwrap_or(RopeScaling::None)))
+}
+
+/// The part of a newer Gemma's `rope_parameters` for one type of layers.
+fn by_layer_type<'v>(value: &'v Value, kind: Kind, layer_type: &str) -> Option<&'v Value> {
+    value.get(layer_type).filter(|_| kind == Kind::Gemma3)
+}
+
+/// The theta of sliding layers in a newer Gemma's `rope_parameters`.
+fn sliding_theta(json: &Value, kind: Kind) -> Result<Option<f64>> {
+    let all = json.get("rope_parameters").unwrap_or(&Value::Null);
+    let Some(value) = by_layer_type(all, kind, "sliding_attention") else {
+        return Ok(None);
+    };
+    let raw = RawRope::deserialize(value).context("rope_parameters: sliding_attention")?;
+    ensure!(
+        raw.scaling()? == RopeScaling::None,
+        "rope_parameters: expected sliding_attention without scaling, got {value}; not supported"
+    );
+    Ok(raw.rope_theta)
 }
 
 impl RawRope {

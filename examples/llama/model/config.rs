@@ -1,12 +1,17 @@
-//! The shape of a Llama, checked against the contents of its file before anything is allocated for it.
+//! The shape of a model, checked against the contents of its file before anything is allocated for it.
 
 use anyhow::{bail, ensure, Result};
 use candle_sfattention::ModelShape;
 
+use super::layer_options::LayerOptions;
 use crate::rope::{Pairing, RopeScaling};
 use crate::weights::Weights;
 
-/// The shape of a Llama and the numbers its forward pass needs.
+/// The most layers that a model may have.
+pub const MOST_LAYERS: usize = 1 << 12;
+
+/// The shape of a Llama, or of a model whose layers differ from a Llama's by [`LayerOptions`], and the numbers that its
+/// forward pass needs.
 #[derive(Clone, Debug)]
 pub struct LlamaConfig {
     pub hidden_size: usize,
@@ -28,6 +33,7 @@ pub struct LlamaConfig {
     pub mlp_bias: bool,
     /// Whether the output matrix is the embedding matrix.
     pub tied: bool,
+    pub layer: LayerOptions,
 }
 
 impl LlamaConfig {
@@ -49,7 +55,7 @@ impl LlamaConfig {
             ("hidden size", self.hidden_size, MOST),
             ("intermediate size", self.intermediate_size, MOST),
             ("vocabulary size", self.vocab_size, MOST),
-            ("number of layers", self.layers, 1 << 12),
+            ("number of layers", self.layers, MOST_LAYERS),
             ("number of query heads", self.heads, MOST),
             ("number of KV heads", self.kv_heads, MOST),
             ("head dimension", self.head_dim, MOST),
@@ -81,7 +87,8 @@ impl LlamaConfig {
             "rope theta: expected a number above 0, got {}; the checkpoint is damaged",
             self.rope_theta
         );
-        self.rope_scaling.check(self.head_dim / 2)
+        self.rope_scaling.check(self.head_dim / 2)?;
+        self.layer.check(self.layers)
     }
 
     /// Refuses sizes for which `weights` has too few numbers: allocations by these sizes then fit the stored ones.

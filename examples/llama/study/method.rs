@@ -92,10 +92,15 @@ impl Planner {
     pub fn plan(&self, call: &LayerCall) -> Result<(MergePlan, bool)> {
         let [q, k, v] = call.qkv;
         let new = |strategies: &HeadStrategies| {
-            MergePlan::new(q, k, v, strategies, &self.config, &Default::default()).map_err(anyhow::Error::from)
+            MergePlan::new(q, k, v, strategies, &self.config, call.options).map_err(anyhow::Error::from)
         };
         let uniform = |strategy| new(&HeadStrategies::uniform(strategy));
+        // As everywhere, settings for all heads leave layers that slide alone.
+        let slides = call.options.sliding_window.is_some();
         let plan = match self.method {
+            Method::Paper | Method::Pretrained | Method::Random(_) | Method::Streaming(_) if slides => {
+                uniform(MergeStrategy::Off)?
+            }
             Method::Dense => uniform(MergeStrategy::Off)?,
             Method::Paper => uniform(MergeStrategy::Difference)?,
             Method::Pretrained => uniform(MergeStrategy::Similarity)?,
@@ -163,6 +168,12 @@ impl Kept {
             head_dim: q.dim(3)?,
         };
         let tokens = q.dim(2)?;
+        // A layer that slides keeps its window, in this cache and in the dense one.
+        let first = call
+            .options
+            .sliding_window
+            .map_or(0, |window| tokens.saturating_sub(window));
+        let held = tokens - first;
         // A hidden token counts as kept until it has left the window.
         let left = (tokens - 1).saturating_sub(plan.config().window);
         let step = if per_query_head {
@@ -172,12 +183,12 @@ impl Kept {
         };
         let row = 2 * shape.head_dim * size_of::<f32>();
         for bits in plan.indicators().to_vec3::<u8>()?[0].iter().step_by(step) {
-            let dropped = bits[..left].iter().filter(|bit| **bit == 1).count();
+            let dropped = bits[..left].iter().skip(first).filter(|bit| **bit == 1).count();
             self.dropped += dropped;
-            self.entries += tokens;
-            self.bytes += (tokens - dropped) * row;
+            self.entries += held;
+            self.bytes += (held - dropped) * row;
         }
-        self.bytes_dense += shape.kv_heads * tokens * row;
+        self.bytes_dense += shape.kv_heads * held * row;
         Ok(())
     }
 

@@ -10,11 +10,11 @@ use std::fs;
 use std::time::Instant;
 
 use anyhow::{ensure, Context, Result};
-use candle_sfattention::{Calibrator, Policy};
+use candle_sfattention::Policy;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::args::{CalibrateArgs, ReportArgs};
-use crate::calibrate;
+use crate::calibrate::{self, Measured};
 use crate::corpus::{self, Window};
 use crate::load::Checkpoint;
 use crate::model::{HiddenCounts, Llama};
@@ -121,6 +121,7 @@ fn tasks(tokens: &[u32], checkpoint: &Checkpoint, args: &ReportArgs) -> Result<V
 /// A policy per ratio: those of an earlier run, or new ones.
 fn policies(model: &Llama, checkpoint: &Checkpoint, tokens: &[u32], args: &ReportArgs) -> Result<Vec<(f64, Policy)>> {
     let file = |ratio: &f64| args.out.join(format!("policy-{ratio}.json"));
+    let measured = Measured::of(&checkpoint.config)?;
     let mut measurement = None;
     let mut policies = Vec::new();
     for ratio in &args.ratios {
@@ -131,11 +132,11 @@ fn policies(model: &Llama, checkpoint: &Checkpoint, tokens: &[u32], args: &Repor
                 let windows = calibrate::windows(tokens, args.context, args.calibration, args.calibration)?;
                 let config = args.compression.calibrated_config();
                 let ratios = CalibrateArgs::RATIOS;
-                let calibrator = Calibrator::new(checkpoint.config.shape(), config, Default::default(), &ratios)?;
-                measurement = Some(calibrate::measure(model, calibrator, &windows, args.weights)?);
+                let calibrator = measured.calibrator(config, &ratios)?;
+                measurement = Some(measured.measure(model, calibrator, &windows, args.weights)?);
             }
             let measurement = measurement.as_ref().context("calibration")?;
-            let policy = measurement.policy(*ratio, &model.fingerprint()?)?;
+            let policy = measured.policy(measurement, *ratio, &model.fingerprint()?)?;
             write_file(&file(ratio), &(policy.to_json()? + "\n"))?;
             policy
         };

@@ -1,0 +1,245 @@
+//! The models that config.json may name, and the settings that only some of them have.
+
+use anyhow::{bail, ensure, Result};
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::model::{Activation, LayerOptions, Sliding, MOST_LAYERS};
+
+/// A model type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Llama,
+    Mistral,
+    Qwen2,
+    Qwen3,
+    Gemma3,
+}
+
+/// Settings that follow from the kind, or that only some kinds have.
+pub struct Own {
+    /// The head dimension where config.json names none; None: hidden size / heads.
+    pub head_dim: Option<usize>,
+    /// The theta where config.json names none.
+    pub rope_theta: f64,
+    pub attention_bias: bool,
+    pub mlp_bias: bool,
+    /// Whether matrices are tied where config.json does not say.
+    pub tied: bool,
+    pub layer: LayerOptions,
+}
+
+/// The keys that [`Kind::reads`] may name.
+#[derive(Deserialize)]
+struct Raw {
+    attention_bias: Option<bool>,
+    mlp_bias: Option<bool>,
+    hidden_act: Option<String>,
+    hidden_activation: Option<String>,
+    sliding_window: Option<usize>,
+    use_sliding_window: Option<bool>,
+    max_window_layers: Option<usize>,
+    layer_types: Option<Vec<String>>,
+    sliding_window_pattern: Option<usize>,
+    #[serde(rename = "_sliding_window_pattern")]
+    newer_pattern: Option<usize>,
+    rope_local_base_freq: Option<f64>,
+    query_pre_attn_scalar: Option<f64>,
+}
+
+impl Kind {
+    pub fn named(model_type: &str) -> Result<Self> {
+        Ok(match model_type {
+            "llama" => Self::Llama,
+            "mistral" => Self::Mistral,
+            "qwen2" => Self::Qwen2,
+            "qwen3" => Self::Qwen3,
+            "gemma3_text" => Self::Gemma3,
+            "gemma3" => bail!(
+                "model_type: expected gemma3_text, got gemma3, which has a part for images; use a checkpoint of its \
+                 text part, or a GGUF file"
+            ),
+            other => bail!(
+                "model_type: expected llama, mistral, qwen2, qwen3 or gemma3_text, got {other}; this example runs \
+                 these models only"
+            ),
+        })
+    }
+
+    /// The name for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Llama => "Llama",
+            Self::Mistral => "Mistral",
+            Self::Qwen2 => "Qwen2",
+            Self::Qwen3 => "Qwen3",
+            Self::Gemma3 => "Gemma 3",
+        }
+    }
+
+    /// The keys that this kind reads and not every kind does.
+    pub fn reads(self) -> &'static [&'static str] {
+        match self {
+            Self::Llama => &["attention_bias", "hidden_act", "mlp_bias"],
+            Self::Mistral => &["hidden_act", "layer_types", "sliding_window"],
+            Self::Qwen2 => &[
+                "hidden_act",
+                "layer_types",
+                "max_window_layers",
+                "sliding_window",
+                "use_sliding_window",
+            ],
+            Self::Qwen3 => &[
+                "attention_bias",
+                "hidden_act",
+                "layer_types",
+                "max_window_layers",
+                "sliding_window",
+                "use_sliding_window",
+            ],
+            Self::Gemma3 => &[
+                "attention_bias",
+                // Chooses among caches of the same result.
+                "cache_implementation",
+                "hidden_activation",
+                "layer_types",
+                "query_pre_attn_scalar",
+                "rope_local_base_freq",
+                "sliding_window",
+                "sliding_window_pattern",
+            ],
+        }
+    }
+
+    /// Reads the settings of this kind; `layers` and `hidden` are the model's.
+    pub fn read(self, json: &Value, layers: usize, hidden: usize) -> Result<Own> {
+        ensure!(
+            (1..=MOST_LAYERS).contains(&layers),
+            "number of layers: expected 1 to {MOST_LAYERS}, got {layers} for num_hidden_layers; the checkpoint is damaged"
+        );
+        let raw = Raw::deserialize(json)?;
+        let act = |key: &str, act: &Option<String>, known: &[&str]| -> Result<()> {
+            let act = act.as_deref().unwrap_or(known[0]);
+            ensure!(
+                known.contains(&act),
+                "{key}: expected {}, got {act}; not supported",
+                known[0]
+            );
+            Ok(())
+        };
+        match self {
+            Self::Gemma3 => act("hidden_activation", &raw.hidden_activation, &["gelu_pytorch_tanh"])?,
+            Self::Llama | Self::Mistral | Self::Qwen2 | Self::Qwen3 => {
+                act("hidden_act", &raw.hidden_act, &["silu", "swish"])?
+            }
+        }
+        let bias = raw.attention_bias.unwrap_or(false);
+        let sliding = self.sliding(json, &raw, layers)?;
+        let plain = Own {
+            head_dim: None,
+            rope_theta: 10_000.0,
+            attention_bias: false,
+            mlp_bias: false,
+            tied: false,
+            layer: LayerOptions {
+                sliding,
+                ..LayerOptions::default()
+            },
+        };
+        Ok(match self {
+            Self::Llama => Own {
+                attention_bias: bias,
+                mlp_bias: raw.mlp_bias.unwrap_or(false),
+                ..plain
+            },
+            Self::Mistral => plain,
+            Self::Qwen2 => Own {
+                attention_bias: true,
+                layer: LayerOptions {
+                    output_without_bias: true,
+                    ..plain.layer
+                },
+                ..plain
+            },
+            Self::Qwen3 => Own {
+                head_dim: Some(128),
+                attention_bias: bias,
+                layer: LayerOptions {
+                    qk_norm: true,
+                    ..plain.layer
+                },
+                ..plain
+            },
+            Self::Gemma3 => Own {
+                head_dim: Some(256),
+                rope_theta: 1e6,
+                attention_bias: bias,
+                tied: true,
+                layer: LayerOptions {
+                    activation: Activation::GeluTanh,
+                    qk_norm: true,
+                    sandwich_norms: true,
+                    embedding_scale: Some((hidden as f64).sqrt()),
+                    softmax_scale: Some(raw.query_pre_attn_scalar.unwrap_or(256.0).powf(-0.5)),
+                    ..plain.layer
+                },
+                ..plain
+            },
+        })
+    }
+
+    /// The layers that slide, from their types, or from the older keys.
+    fn sliding(self, json: &Value, raw: &Raw, layers: usize) -> Result<Option<Sliding>> {
+        let (window, slides, rope_theta): (_, Box<dyn Fn(usize) -> bool>, _) = match self {
+            // A Llama's layer_types may only say what all Llamas do.
+            Self::Llama => return Ok(None),
+            // Mistral's default; null says that there is no window.
+            Self::Mistral if json.get("sliding_window").is_none() => (Some(4096), Box::new(|_| true), None),
+            Self::Mistral => (raw.sliding_window, Box::new(|_| true), None),
+            Self::Qwen2 | Self::Qwen3 => {
+                let first = raw.max_window_layers.unwrap_or(28);
+                let window = raw.sliding_window.filter(|_| raw.use_sliding_window == Some(true));
+                (window, Box::new(move |layer| layer >= first), None)
+            }
+            Self::Gemma3 => {
+                let pattern = raw.sliding_window_pattern.or(raw.newer_pattern).unwrap_or(6);
+                ensure!(pattern > 0, "sliding_window_pattern: expected at least 1, got 0");
+                (
+                    Some(raw.sliding_window.unwrap_or(4096)),
+                    Box::new(move |layer| !(layer + 1).is_multiple_of(pattern)),
+                    Some(raw.rope_local_base_freq.unwrap_or(10_000.0)),
+                )
+            }
+        };
+        let slides: Vec<bool> = match &raw.layer_types {
+            None => (0..layers).map(slides).collect(),
+            Some(types) => {
+                ensure!(
+                    types.len() == layers,
+                    "layer_types: expected one for each of the {layers} layers, got {}",
+                    types.len()
+                );
+                let slides = types.iter().map(|layer| match layer.as_str() {
+                    "sliding_attention" => Ok(true),
+                    "full_attention" => Ok(false),
+                    other => bail!("layer_types: expected full_attention or sliding_attention, got {other}"),
+                });
+                slides.collect::<Result<_>>()?
+            }
+        };
+        let any = slides.contains(&true);
+        let Some(window) = window else {
+            ensure!(
+                !any || raw.layer_types.is_none(),
+                "layer_types: expected full_attention without a sliding_window in use, got sliding_attention; the file \
+                 contradicts itself"
+            );
+            return Ok(None);
+        };
+        Ok(any.then_some(Sliding {
+            window,
+            layers: slides,
+            rope_theta,
+        }))
+    }
+}

@@ -1,0 +1,202 @@
+//! One layer of the decoder: attention, feed-forward part and norms, as [`LayerOptions`] say.
+
+use anyhow::Result;
+use candle_core::{Module, Tensor};
+use candle_nn::{ops, RmsNorm};
+use candle_sfattention::{AttentionOptions, CompressedAttention, CompressedKvCache, MergeStats};
+
+use super::config::LlamaConfig;
+use super::layer_options::{Activation, LayerOptions};
+use crate::rope::Rotation;
+use crate::weights::{Linear, Weights};
+
+/// Projections, rotary embedding and compressed attention of one layer.
+pub struct SelfAttention {
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    pub output: Linear,
+    /// RMS norms of each head's query and key.
+    query_norm: Option<RmsNorm>,
+    key_norm: Option<RmsNorm>,
+    pub attention: CompressedAttention,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+impl SelfAttention {
+    fn load(
+        weights: &mut dyn Weights,
+        path: &str,
+        config: &LlamaConfig,
+        attention: CompressedAttention,
+    ) -> Result<Self> {
+        let hidden = config.hidden_size;
+        let (query_rows, kv_rows) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let mut head_norm = |name: &str| match config.layer.qk_norm {
+            true => norm(weights, &format!("{path}.{name}"), config.head_dim, config).map(Some),
+            false => Ok(None),
+        };
+        let (query_norm, key_norm) = (head_norm("q_norm")?, head_norm("k_norm")?);
+        Ok(Self {
+            query: weights.linear(&format!("{path}.q_proj"), query_rows, hidden)?,
+            key: weights.linear(&format!("{path}.k_proj"), kv_rows, hidden)?,
+            value: weights.linear(&format!("{path}.v_proj"), kv_rows, hidden)?,
+            output: weights.linear(&format!("{path}.o_proj"), hidden, query_rows)?,
+            query_norm,
+            key_norm,
+            attention,
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+        })
+    }
+
+    /// The rows `(1, N, hidden)` of a whole sequence, and the tokens hidden from them.
+    pub fn forward(&self, xs: &Tensor, rotation: &Rotation) -> Result<(Tensor, MergeStats)> {
+        let [q, k, v] = rotated(self.project(xs)?, rotation)?;
+        let (out, plan) = self.attention.forward_with_plan(&q, &k, &v)?;
+        Ok((self.merge_heads(&out)?, plan.stats()?))
+    }
+
+    /// The rows of new tokens `(1, n, hidden)` over all that `cache` has seen.
+    pub fn forward_cached(&self, xs: &Tensor, rotation: &Rotation, cache: &mut CompressedKvCache) -> Result<Tensor> {
+        let [q, k, v] = rotated(self.project(xs)?, rotation)?;
+        self.merge_heads(&self.attention.forward_cached(&q, &k, &v, cache)?)
+    }
+
+    /// Queries, keys and values `(B, heads, N, D)`, before rotation.
+    pub fn project(&self, xs: &Tensor) -> Result<[Tensor; 3]> {
+        let (batch, n, _) = xs.dims3()?;
+        // (B, N, heads·D) -> (B, heads, N, D), a view.
+        let split = |xs: Tensor, heads, norm: Option<&RmsNorm>| -> Result<Tensor> {
+            let xs = xs.reshape((batch, n, heads, self.head_dim))?;
+            let xs = match norm {
+                Some(norm) => norm.forward(&xs)?,
+                None => xs,
+            };
+            Ok(xs.transpose(1, 2)?)
+        };
+        Ok([
+            split(self.query.forward(xs)?, self.heads, self.query_norm.as_ref())?,
+            split(self.key.forward(xs)?, self.kv_heads, self.key_norm.as_ref())?,
+            split(self.value.forward(xs)?, self.kv_heads, None)?,
+        ])
+    }
+
+    /// `(B, heads, N, D) -> (B, N, hidden)`.
+    pub fn merge_heads(&self, out: &Tensor) -> Result<Tensor> {
+        self.output.forward(&out.transpose(1, 2)?.flatten_from(2)?)
+    }
+}
+
+/// Rotates queries and keys.
+pub fn rotated([q, k, v]: [Tensor; 3], rotation: &Rotation) -> Result<[Tensor; 3]> {
+    Ok([rotation.apply(&q)?, rotation.apply(&k)?, v])
+}
+
+/// A gated feed-forward part: `down(act(gate(x)) * up(x))`.
+struct Mlp {
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    activation: Activation,
+}
+
+impl Mlp {
+    fn load(weights: &mut dyn Weights, path: &str, config: &LlamaConfig) -> Result<Self> {
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        Ok(Self {
+            gate: weights.linear(&format!("{path}.gate_proj"), inner, hidden)?,
+            up: weights.linear(&format!("{path}.up_proj"), inner, hidden)?,
+            down: weights.linear(&format!("{path}.down_proj"), hidden, inner)?,
+            activation: config.layer.activation,
+        })
+    }
+
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        let gate = self.gate.forward(xs)?;
+        let gate = match self.activation {
+            Activation::Silu => ops::silu(&gate)?,
+            Activation::GeluTanh => gate.gelu()?,
+        };
+        self.down.forward(&(gate * self.up.forward(xs)?)?)
+    }
+}
+
+/// One layer. A norm stands before each of its two parts, and after it too where the model has sandwich norms.
+pub struct Layer {
+    attention_norm: RmsNorm,
+    pub attention: SelfAttention,
+    attention_output_norm: Option<RmsNorm>,
+    mlp_norm: RmsNorm,
+    mlp: Mlp,
+    mlp_output_norm: Option<RmsNorm>,
+}
+
+impl Layer {
+    pub fn load(
+        weights: &mut dyn Weights,
+        path: &str,
+        config: &LlamaConfig,
+        attention: CompressedAttention,
+    ) -> Result<Self> {
+        let mut of_stream = |name: &str| norm(weights, &format!("{path}.{name}"), config.hidden_size, config);
+        let attention_norm = of_stream("input_layernorm")?;
+        // A Llama's norm before its feed-forward part has the name of Gemma's norm after attention.
+        let (attention_output_norm, mlp_norm, mlp_output_norm) = match config.layer.sandwich_norms {
+            false => (None, of_stream("post_attention_layernorm")?, None),
+            true => (
+                Some(of_stream("post_attention_layernorm")?),
+                of_stream("pre_feedforward_layernorm")?,
+                Some(of_stream("post_feedforward_layernorm")?),
+            ),
+        };
+        Ok(Self {
+            attention_norm,
+            attention: SelfAttention::load(weights, &format!("{path}.self_attn"), config, attention)?,
+            attention_output_norm,
+            mlp_norm,
+            mlp: Mlp::load(weights, &format!("{path}.mlp"), config)?,
+            mlp_output_norm,
+        })
+    }
+
+    /// The stream `(1, N, hidden)` after this layer; `attend` gets the normed stream.
+    pub fn forward(&self, stream: &Tensor, attend: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+        let attended = attend(&self.attention_norm.forward(stream)?)?;
+        let stream = (stream + after(self.attention_output_norm.as_ref(), attended)?)?;
+        let mixed = self.mlp.forward(&self.mlp_norm.forward(&stream)?)?;
+        Ok((stream + after(self.mlp_output_norm.as_ref(), mixed)?)?)
+    }
+
+    /// The norms before the two parts, which every model has.
+    pub fn norms(&self) -> [&RmsNorm; 2] {
+        [&self.attention_norm, &self.mlp_norm]
+    }
+}
+
+fn after(norm: Option<&RmsNorm>, xs: Tensor) -> Result<Tensor> {
+    match norm {
+        Some(norm) => Ok(norm.forward(&xs)?),
+        None => Ok(xs),
+    }
+}
+
+fn norm(weights: &mut dyn Weights, path: &str, len: usize, config: &LlamaConfig) -> Result<RmsNorm> {
+    Ok(RmsNorm::new(weights.vector(path, len)?, config.rms_norm_eps))
+}
+
+/// The attention of a layer with the scale that its model needs.
+pub fn fitted(attention: &CompressedAttention, options: &LayerOptions) -> Result<CompressedAttention> {
+    let options = AttentionOptions {
+        softmax_scale: options.softmax_scale,
+        ..attention.options().clone()
+    };
+    Ok(CompressedAttention::new(
+        attention.strategies().clone(),
+        attention.config().clone(),
+        options,
+    )?)
+}
