@@ -26,6 +26,8 @@ struct Lens {
     heads: usize,
     queries: usize,
     keys: usize,
+    /// Tokens after that of the last row.
+    behind: usize,
 }
 
 impl Call<'_> {
@@ -38,7 +40,12 @@ impl Call<'_> {
                 k.dims()
             )
         };
-        let lens = Lens { heads, queries, keys };
+        let lens = Lens {
+            heads,
+            queries,
+            keys,
+            behind: 0,
+        };
         // A single row at the end sees what a causal one sees.
         let right = self.right.filter(|_| queries > 1).or((queries == 1).then_some(0));
         let call = Call { right, ..*self };
@@ -50,11 +57,20 @@ impl Call<'_> {
     }
 
     fn options(&self, lens: &Lens, device: &Device) -> Result<AttentionOptions> {
+        let causal = self.right == Some(0);
+        // Rows that see both sides are those of another sequence to the library: it aligns no window with them.
+        let aligned = causal || lens.queries == lens.keys;
+        let mask = self.left.filter(|_| !aligned).map(|left| mask(lens, left, device));
+        let slopes = self.slopes.map(|slopes| self.bias(slopes, lens, device));
+        let bias = match (slopes.transpose()?, mask.transpose()?) {
+            (Some(slopes), Some(mask)) => Some(slopes.broadcast_add(&mask)?),
+            (slopes, mask) => slopes.or(mask),
+        };
         Ok(AttentionOptions {
             softmax_scale: Some(f64::from(self.scale)),
-            causal: self.right == Some(0),
-            bias: self.slopes.map(|slopes| self.bias(slopes, lens, device)).transpose()?,
-            sliding_window: self.left.map(|left| left + 1),
+            causal,
+            bias,
+            sliding_window: self.left.filter(|_| aligned).map(|left| left + 1),
             softcap: self.softcap.filter(|softcap| *softcap != 0.).map(f64::from),
             layout: TensorLayout::TokensFirst,
             ..Default::default()
@@ -75,11 +91,11 @@ impl Call<'_> {
                 slopes.dims()
             )
         }
-        let distances = if self.right == Some(0) {
+        let distances = if self.right == Some(0) && lens.behind == 0 {
             let distance = |token: usize| token as f32 - (lens.keys - 1) as f32;
             Tensor::from_iter((0..lens.keys).map(distance), device)?.reshape((1, 1, 1, lens.keys))?
         } else {
-            let first = lens.keys as f32 - lens.queries as f32;
+            let first = lens.keys as f32 - (lens.queries + lens.behind) as f32;
             let distance = |at: usize| -(first + (at / lens.keys) as f32 - (at % lens.keys) as f32).abs();
             let all = Tensor::from_iter((0..lens.queries * lens.keys).map(distance), device)?;
             all.reshape((1, 1, lens.queries, lens.keys))?
@@ -107,27 +123,25 @@ impl Call<'_> {
                 let early = queries.saturating_sub(right);
                 let mut parts = Vec::new();
                 if early > 0 {
-                    let left = self.left.map(|left| left + right);
                     let causal = Self {
-                        left,
+                        left: self.left.map(|left| left + right),
                         right: Some(0),
-                        slopes: None,
                         ..*self
                     };
-                    let rows = q.narrow(1, 0, early)?;
-                    parts.push(causal.attend(Lens { queries: early, ..lens }, &rows, k, v)?);
+                    let lens = Lens {
+                        queries: early,
+                        behind: right,
+                        ..lens
+                    };
+                    parts.push(causal.attend(lens, &q.narrow(1, 0, early)?, k, v)?);
                 }
                 let late = Self { right: None, ..*self };
                 let rows = q.narrow(1, early, queries - early)?;
-                parts.push(late.attend(
-                    Lens {
-                        queries: queries - early,
-                        ..lens
-                    },
-                    &rows,
-                    k,
-                    v,
-                )?);
+                let lens = Lens {
+                    queries: queries - early,
+                    ..lens
+                };
+                parts.push(late.attend(lens, &rows, k, v)?);
                 Tensor::cat(&parts, 1)
             }
             Some(_) | None => Self { right: None, ..*self }.attend(lens, q, k, v),
@@ -144,4 +158,20 @@ impl Call<'_> {
         let plan = MergePlan::new(q, k, v, &off, &config, &options)?;
         attend(q, k, v, &plan, &options)
     }
+}
+
+/// (1, 1, Nq, Nk): minus infinity at tokens more than `left` before a row's own.
+fn mask(lens: &Lens, left: usize, device: &Device) -> Result<Tensor> {
+    let Lens {
+        queries, keys, behind, ..
+    } = *lens;
+    let cell = |at: usize| {
+        let (row, token) = (keys + at / keys, queries + behind + at % keys);
+        if token + left < row {
+            f32::NEG_INFINITY
+        } else {
+            0.
+        }
+    };
+    Tensor::from_iter((0..queries * keys).map(cell), device)?.reshape((1, 1, queries, keys))
 }
