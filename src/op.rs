@@ -67,9 +67,11 @@ pub fn compressed_attention(
 /// f64 for f64; one rounding at the end). Hidden tokens keep their output row. Memory beyond the output is O(N·D); no
 /// N×N matrix is formed.
 ///
-/// There may be fewer queries than keys, (B, H, Nq, D), with an output of that shape: query j is row N - Nq + j of a
-/// causal call. [`Fold::PairSum`](crate::Fold) folds the query before the first one too, so that it then takes plans
-/// that hide nothing only. Without causality any number of queries sees all keys, where every head is off.
+/// Values may have a size of their own, (B, Hk, N, Dv), with an output (B, H, N, Dv), as in multi-head latent
+/// attention; products in bf16 pairs do not serve them. There may be fewer queries than keys, (B, H, Nq, D), with an
+/// output of that shape: query j is row N - Nq + j of a causal call. [`Fold::PairSum`](crate::Fold) folds the query
+/// before the first one too, so that it then takes plans that hide nothing only. Without causality any number of
+/// queries sees all keys, where every head is off.
 ///
 /// Differentiable in query, key, value and sink logits, for every fold, window, bias, softcap and dropout; the
 /// decisions are constants. The gradients have the shapes and dtypes of their tensors, keep O(N·D) memory besides them,
@@ -147,7 +149,7 @@ impl CompressedAttentionOp {
             batch,
             heads,
             queries,
-            head_dim,
+            value_dim,
             ..
         } = self.problem;
         let mut log_sum_exp = vec![[T::Acc::ZERO; 2]; if self.tracked { batch * heads * queries } else { 0 }];
@@ -161,7 +163,7 @@ impl CompressedAttentionOp {
         }
         Ok((
             T::to_cpu_storage_owned(output),
-            Shape::from((batch, heads, queries, head_dim)),
+            Shape::from((batch, heads, queries, value_dim)),
         ))
     }
 
@@ -215,7 +217,7 @@ impl CompressedAttentionOp {
         }
     }
 
-    /// The gradients dq (B, H, N, D), dk and dv (B, Hk, N, D).
+    /// The gradients dq (B, H, Nq, D), dk (B, Hk, N, D) and dv (B, Hk, N, Dv).
     fn cpu_bwd<T: Element>(&self, qkv: [&Tensor; 3], output: &Tensor, grad_output: &Tensor) -> Result<[Tensor; 3]> {
         let log_sum_exp = self.kept()?[0].storage_and_layout();
         let tensors = [qkv[0], qkv[1], qkv[2], output, grad_output].map(Tensor::storage_and_layout);

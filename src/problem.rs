@@ -17,14 +17,16 @@ pub struct Problem {
     pub tokens: usize,
     /// Nq: queries, at least 1; N but in attention over a part of the rows.
     pub queries: usize,
-    /// D: size of one head's vectors, at least 1.
+    /// D: size of one head's queries and keys, at least 1.
     pub head_dim: usize,
+    /// Dv: size of one head's values and outputs, at least 1.
+    pub value_dim: usize,
     /// One of f64, f32, f16 and bf16.
     pub dtype: DType,
 }
 
 impl Problem {
-    /// Checks query (B, H, N, D), key and value (B, Hk, N, D) against each other.
+    /// Checks query (B, H, N, D), key (B, Hk, N, D) and value (B, Hk, N, Dv) against each other.
     ///
     /// # Errors
     /// Another rank, sizes that do not fit, an unsupported or mixed dtype, mixed devices, a last axis that is not
@@ -42,14 +44,19 @@ impl Problem {
         Self::of_queries(q, k, |queries, tokens| queries <= tokens || !causal)?.with_values([q, k, v])
     }
 
-    fn with_values(self, [q, k, v]: [&Tensor; 3]) -> Result<Self> {
-        if v.dims() != k.dims() {
-            bail!(
-                "value: expected the shape of key {:?}, got {:?}; key and value need one row per token and KV head",
-                k.dims(),
-                v.dims()
-            )
-        }
+    fn with_values(mut self, [q, k, v]: [&Tensor; 3]) -> Result<Self> {
+        self.value_dim = match v.dims() {
+            [rows @ .., value_dim] if *rows == k.dims()[..3] && *value_dim > 0 => *value_dim,
+            dims => bail!(
+                "value: expected the shape of key {:?} but for the last axis, got {dims:?}; key and value need one row \
+                 per token and KV head",
+                k.dims()
+            ),
+        };
+        self.check_size(
+            "value",
+            [self.batch, self.heads, self.queries.max(self.tokens), self.value_dim],
+        )?;
         self.check_tensor("value", v, q)?;
         Ok(self)
     }
@@ -98,6 +105,7 @@ impl Problem {
             tokens,
             queries,
             head_dim,
+            value_dim: head_dim,
             dtype: q.dtype(),
         };
         if !matches!(problem.dtype, DType::F64 | DType::F32 | DType::F16 | DType::BF16) {
@@ -129,7 +137,7 @@ impl Problem {
                 tensor.device().location()
             )
         }
-        if self.head_dim > 1 && tensor.stride()[3] != 1 {
+        if tensor.dims()[3] > 1 && tensor.stride()[3] != 1 {
             bail!(
                 "{name}: expected a contiguous last axis (stride 1), got strides {:?}; call contiguous() on it first",
                 tensor.stride()

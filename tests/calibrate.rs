@@ -298,6 +298,11 @@ fn calibration_refuses_what_it_cannot_do() -> Result<()> {
         calibrator.clone().observe(0, &k, &k, &v).unwrap_err(),
         "one window of one layer",
     );
+    let short = v.narrow(3, 0, 8)?;
+    said(
+        calibrator.clone().observe(0, &q, &k, &short).unwrap_err(),
+        "values of the keys' head_dim 16, got 8",
+    );
     let mut measurement = measured(&observing(), None)?;
     // One token has no pair, under any criterion; for tensors that do not fit, the crate's own errors come through.
     let one = [&q, &k, &v].map(|x| x.narrow(2, 0, 1));

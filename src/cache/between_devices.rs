@@ -12,6 +12,7 @@ use crate::cpu::number::finite::{all_finite, quarantine};
 use crate::cuda::attention;
 use crate::cuda::cache::{HostList, HostLists};
 use crate::cuda::on_gpu::GpuElement;
+use crate::cuda::refused::refuse_shapes;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Result};
 
@@ -50,6 +51,7 @@ impl CacheSizes {
             tokens: 1,
             queries: 1,
             head_dim: self.head_dim,
+            value_dim: self.values(),
             dtype,
         }
     }
@@ -74,7 +76,7 @@ impl CompressedKvCache {
     /// The lists for a device of a cache on the CPU that has tokens, and the shapes; None of an empty cache.
     ///
     /// # Errors
-    /// Another dtype than T.
+    /// Another dtype than T, or values of another size than keys.
     pub(crate) fn for_device<T: Both>(&self) -> Result<Option<(Problem, HostLists<T>)>> {
         let Some(state) = &self.state else { return Ok(None) };
         if let Some(length) = state.sliding_window.flatten() {
@@ -91,6 +93,7 @@ impl CompressedKvCache {
             )
         };
         let problem = state.sizes.problem(dtype);
+        refuse_shapes(&problem)?;
         let agree = self.config.group_rule.heads_agree();
         let per_row = attention::lists(&problem, self.strategies.all_off(), agree);
         Ok(Some((problem, held_of(state, lists, &self.config, per_row))))
@@ -140,7 +143,7 @@ fn merging_list<T: Both>(
     last_queries: &[T],
     (seq_len, dim): (usize, usize),
 ) -> List<T> {
-    let mut list = List::<T>::new(settings, dim);
+    let mut list = List::<T>::new(settings, [dim; 2]);
     let fold = list.settings.fold;
     list.seq_len = seq_len;
     (list.keys, list.values) = (held.far_k.clone().into(), held.far_v.clone().into());
@@ -181,7 +184,7 @@ fn merging_list<T: Both>(
 }
 
 fn plain_list<T: Both>(settings: ListSettings, held: &HostList<T>, (seq_len, dim): (usize, usize)) -> List<T> {
-    let mut list = List::<T>::new(settings, dim);
+    let mut list = List::<T>::new(settings, [dim; 2]);
     list.seq_len = seq_len;
     (list.keys, list.values) = (held.far_k.clone().into(), held.far_v.clone().into());
     let mut close = |key: &[f32], value: &[f32]| {
@@ -200,7 +203,7 @@ fn plain_list<T: Both>(settings: ListSettings, held: &HostList<T>, (seq_len, dim
     }
     // The newest token is the open chain.
     let closed = (seq_len - 1) * dim;
-    let mut chain = ChainFold::new(list.settings.fold, dim);
+    let mut chain = ChainFold::new(list.settings.fold, [dim; 2]);
     chain.step(false, &list.keys[closed..], &list.values[closed..]);
     list.keys.truncate(closed);
     list.values.truncate(closed);

@@ -1,7 +1,7 @@
 //! [`CompressedKvCache::load`]: the reader of `save`'s files, which checks every number that later code indexes by.
 
 use super::checksum::{checksum, FORMAT, VERSION};
-use super::save::{Header, SavedList, SavedState, SavedTest, Storable};
+use super::save::{open_width, Header, SavedList, SavedState, SavedTest, Storable};
 use super::{CacheOptions, CacheSizes, CompressedKvCache, Lists, ListsOf, State};
 use crate::config::{CompressionConfig, HeadTest};
 use crate::cpu::cache::list::{List, ListSettings, Run};
@@ -133,6 +133,7 @@ fn restore_state(cache: &CompressedKvCache, saved: &SavedState, file: &SafeTenso
         file,
         config: &cache.config,
         dim: saved.sizes.head_dim,
+        value_dim: saved.sizes.values(),
         seq_len: saved.seq_len,
         sliding_window: saved.sliding_window.unwrap_or(usize::MAX),
     };
@@ -162,8 +163,9 @@ fn check_sizes(sizes: &CacheSizes) -> Result<()> {
         heads,
         kv_heads,
         head_dim,
+        value_dim,
     } = *sizes;
-    if [batch, heads, kv_heads, head_dim].contains(&0) || heads % kv_heads != 0 {
+    if [batch, heads, kv_heads, head_dim, value_dim.unwrap_or(1)].contains(&0) || heads % kv_heads != 0 {
         bail!("sizes: expected none to be 0 and KV heads that divide the heads, got {sizes:?}; {DAMAGED}")
     }
     Ok(())
@@ -226,6 +228,7 @@ struct Reader<'a> {
     file: &'a SafeTensors<'a>,
     config: &'a CompressionConfig,
     dim: usize,
+    value_dim: usize,
     seq_len: usize,
     sliding_window: usize,
 }
@@ -245,7 +248,7 @@ impl Reader<'_> {
     where
         S::Acc: Storable,
     {
-        let (dim, seq_len) = (self.dim, self.seq_len);
+        let (dim, value_dim, seq_len) = (self.dim, self.value_dim, self.seq_len);
         let tests = saved.tests.iter().map(head_test).collect::<Result<_>>()?;
         let settings = ListSettings {
             sliding_window: self.sliding_window,
@@ -254,6 +257,7 @@ impl Reader<'_> {
         let window = settings.window;
         let name = |name: &str| format!("{index}.{name}");
         let rows = |tensor: &str, count: usize| self.tensor::<S>(&name(tensor), &[count, dim]);
+        let values = |tensor: &str, count: usize| self.tensor::<S>(&name(tensor), &[count, value_dim]);
         let sums = |tensor: &str, count: usize| self.tensor::<S::Acc>(&name(tensor), &[count, dim]);
         // This tensor alone gives the number of entries.
         let entries = self.view(&name("tokens"))?.1.first().copied().unwrap_or(0);
@@ -271,21 +275,29 @@ impl Reader<'_> {
         let runs = usize::from(saved.run_start.is_some());
         let folds_queries = settings.fold.folds_queries();
         let last_queries = sums("last_queries", if folds_queries { settings.tests.len() } else { 0 })?;
-        let open = sums("open", if full { 4 } else { 0 })?;
+        // All of the open chain, in rows of `open_width`.
+        let (all, width) = (2 * (dim + value_dim), open_width(dim, value_dim));
+        let open = self.tensor::<S::Acc>(&name("open"), &[if full { all / width } else { 0 }, width])?;
         let list = List {
             dim,
+            value_dim,
             seq_len,
             keys: rows("keys", entries)?.into(),
-            values: rows("values", entries)?.into(),
+            values: values("values", entries)?.into(),
             tokens: tokens.into(),
             log2_sizes: log2_sizes.into(),
             kept_from: saved.kept_from,
             open: full.then(|| {
-                let row = |row: usize| open[row * dim..(row + 1) * dim].to_vec();
-                ChainFold::from_rows(settings.fold, size, [0, 1, 2, 3].map(row))
+                let mut rest = &open[..];
+                let rows = [dim, value_dim, dim, value_dim].map(|dim| {
+                    let (row, after) = rest.split_at(dim);
+                    rest = after;
+                    row.to_vec()
+                });
+                ChainFold::from_rows(settings.fold, size, rows)
             }),
             recent_keys: rows("recent_keys", recent)?,
-            recent_values: rows("recent_values", recent)?,
+            recent_values: values("recent_values", recent)?,
             bits,
             run: Run {
                 start: saved.run_start.zip(Some(sums("run_key", runs)?)),

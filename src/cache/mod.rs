@@ -144,7 +144,8 @@ impl CompressedKvCache {
     /// Appends n >= 1 new tokens, and returns their output rows over all tokens so far. Query (B, H, n, D), key and
     /// value (B, Hk, n, D), output (B, H, n, D), or with their axes in the order of [`AttentionOptions::layout`]. The
     /// bias of `options` broadcasts to (B, H, n, all tokens with the new ones), and dropout draws by absolute position.
-    /// The result carries no gradient: differentiating it is an error.
+    /// The result carries no gradient: differentiating it is an error. Values may have a size of their own,
+    /// (B, Hk, n, Dv), with an output (B, H, n, Dv).
     ///
     /// # Errors
     /// Shapes or dtypes that do not fit together or the first call's, options that have no meaning or are not causal, a
@@ -278,7 +279,8 @@ impl CompressedKvCache {
         #[cfg(feature = "cuda")]
         let held = held.or_else(|| self.on_gpu.as_ref().map(on_device::GpuState::sizes));
         let Some((sizes, dtype)) = held else { return 0 };
-        2 * sizes.batch * sizes.kv_heads * self.seq_len() * sizes.head_dim * dtype.size_in_bytes()
+        let numbers = sizes.head_dim + sizes.values();
+        sizes.batch * sizes.kv_heads * self.seq_len() * numbers * dtype.size_in_bytes()
     }
 
     /// Forgets all tokens and the shapes, and frees the memory.

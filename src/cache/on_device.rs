@@ -224,6 +224,7 @@ impl CompressedKvCache {
             )
         }
         self.storage_for(problem.dtype)?;
+        crate::cuda::refused::refuse_shapes(problem)?;
         if let Some(state) = &self.on_gpu {
             if state.sizes != CacheSizes::of(problem) {
                 bail!(

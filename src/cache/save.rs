@@ -7,11 +7,12 @@
 //!
 //! | NAME | shape | dtype | |
 //! |---|---|---|---|
-//! | `keys`, `values` | (entries, D) | S | closed chains |
+//! | `keys`, `values` | (entries, D), (entries, Dv) | S | closed chains |
 //! | `tokens` | (entries) | u32 | the last token of each; their distances are the chains' sizes |
 //! | `log2_sizes` | (entries) | A | under [`Fold::Mean`](crate::Fold::Mean) |
 //! | `open` | (4, D) | A | the open chain: key, value, raw key, raw value; once the window is full, if window < L |
-//! | `recent_keys`, `recent_values` | (min(window, L - 1, seq_len), D) | S | raw tokens; L is the sliding window |
+//! | | (1, 2·D + 2·Dv) | | the same where Dv is not D |
+//! | `recent_keys`, `recent_values` | (min(window, L - 1, seq_len), D or Dv) | S | raw tokens; L: sliding window |
 //! | `bits` | (min(window, seq_len - 1)) | u8 | whether each raw token joins its left neighbour |
 //! | `run_key` | (1, D) | A | the first key of the run that ends at the last token, where one does |
 //! | `last_key` | (1, D) | A | where neighbours are compared |
@@ -208,20 +209,22 @@ fn list_pieces<S: Element + Storable>(list: &List<S>) -> Vec<(&'static str, Piec
 where
     S::Acc: Storable,
 {
-    let dim = list.dim;
+    let (dim, value_dim) = (list.dim, list.value_dim);
     // A list may still hold raw tokens that have left the window.
-    let recent = list.seq_len.min(list.settings.kept_raw()) * dim;
-    let stale = list.recent_keys.len() - recent;
+    let stale = list.recent_keys.len() / dim - list.seq_len.min(list.settings.kept_raw());
     let open = list.open.as_ref().map_or(Vec::new(), |chain| chain.rows().concat());
     let run_key = list.run.start.as_ref().map_or(&[][..], |(_, key)| key);
     let mut pieces = vec![
         ("keys", Piece::rows(&list.keys[..], dim)),
-        ("values", Piece::rows(&list.values[..], dim)),
+        ("values", Piece::rows(&list.values[..], value_dim)),
         ("tokens", Piece::flat(&list.tokens)),
         ("log2_sizes", Piece::flat(&list.log2_sizes)),
-        ("open", Piece::rows(open, dim)),
-        ("recent_keys", Piece::rows(&list.recent_keys[stale..], dim)),
-        ("recent_values", Piece::rows(&list.recent_values[stale..], dim)),
+        ("open", Piece::rows(open, open_width(dim, value_dim))),
+        ("recent_keys", Piece::rows(&list.recent_keys[stale * dim..], dim)),
+        (
+            "recent_values",
+            Piece::rows(&list.recent_values[stale * value_dim..], value_dim),
+        ),
         ("bits", Piece::flat(&list.bits)),
         ("run_key", Piece::rows(run_key, dim)),
         ("last_key", Piece::rows(&list.run.last_key, dim)),
@@ -232,6 +235,15 @@ where
         pieces.push(("sink_keys", Piece::rows(&list.observed.sink_keys, dim)));
     }
     pieces
+}
+
+/// The length of a row of `open`: one row holds all of the chain where keys and values have different sizes.
+pub(super) fn open_width(dim: usize, value_dim: usize) -> usize {
+    if dim == value_dim {
+        dim
+    } else {
+        2 * (dim + value_dim)
+    }
 }
 
 fn saved_lists<S: Element>(lists: &ListsOf<S>) -> Vec<SavedList> {

@@ -46,6 +46,9 @@ pub(crate) struct CacheSizes {
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
+    /// The size of values where it is another than that of keys. Files leave it out where it is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value_dim: Option<usize>,
 }
 
 impl CacheSizes {
@@ -55,7 +58,13 @@ impl CacheSizes {
             heads: problem.heads,
             kv_heads: problem.kv_heads,
             head_dim: problem.head_dim,
+            value_dim: (problem.value_dim != problem.head_dim).then_some(problem.value_dim),
         }
+    }
+
+    /// The size of values.
+    pub fn values(&self) -> usize {
+        self.value_dim.unwrap_or(self.head_dim)
     }
 }
 
@@ -118,7 +127,7 @@ impl CompressedKvCache {
                 for heads in parts {
                     let settings = ListSettings::new(tests(heads.clone()), &self.config);
                     let at = ListHeads { batch, kv_head, heads };
-                    lists.push((at, List::new(settings, problem.head_dim)));
+                    lists.push((at, List::new(settings, [problem.head_dim, problem.value_dim])));
                 }
             }
         }

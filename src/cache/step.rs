@@ -127,6 +127,7 @@ impl CpuCall<'_> {
             heads,
             tokens,
             head_dim,
+            value_dim,
             ..
         } = *self.problem;
         let sinks = self.sinks.as_deref().map(sinks_in_base_2);
@@ -137,6 +138,7 @@ impl CpuCall<'_> {
             count: tokens,
             heads,
             head_dim,
+            value_dim,
             scale: match self.options {
                 Some(options) => options.scale(head_dim),
                 None => AttentionOptions::default().scale(head_dim),
@@ -174,7 +176,7 @@ impl CpuCall<'_> {
             )
         }
         let output = step.run(lists, decided, self.options.is_some());
-        let rows = |_| Tensor::from_vec(output, (batch, heads, tokens, head_dim), &Device::Cpu);
+        let rows = |_| Tensor::from_vec(output, (batch, heads, tokens, value_dim), &Device::Cpu);
         self.options.map(rows).transpose()
     }
 }

@@ -90,6 +90,13 @@ impl PassSettings {
             )
         }
         let problem = self.layout.explained(Problem::new(q, k, v))?;
+        if problem.value_dim != head_dim {
+            bail!(
+                "calibration: expected values of the keys' head_dim {head_dim}, got {}; pad the smaller ones \
+                 with zeros by pad_with_zeros",
+                problem.value_dim
+            )
+        }
         if problem.tokens < 2 {
             bail!("calibration: expected windows of at least 2 tokens, got 1 in layer {layer}; leave such a window out")
         }
@@ -156,8 +163,8 @@ impl PassSettings {
 }
 
 impl Calibrator {
-    /// Starts the first pass, for a model of shape `model` with its attention's settings and `options`; only scale,
-    /// bias and layout of `options` are read. `ratios` are the shares of hidden tokens to try, between 0 and 1; every
+    /// Starts the first pass, for a model of shape `model` with its attention's settings and `options`: scale, bias,
+    /// softcap, sink logits and layout. `ratios` are the shares of hidden tokens to try, between 0 and 1; every
     /// head may also stay off. Under [`Criterion::ObservedMass`] a share counts the tokens that have left the window,
     /// else all tokens; sinks are never counted.
     ///

@@ -30,7 +30,7 @@ pub(crate) mod operands;
 mod params;
 #[cfg(feature = "cuda")]
 mod ptx;
-mod refused;
+pub(crate) mod refused;
 #[cfg(feature = "cuda")]
 pub(crate) mod tensors;
 mod variants;

@@ -9,6 +9,7 @@ use crate::config::{AttentionOptions, CompressionConfig, Fold};
 
 /// Compressed attention of shape (B, H, N, D), for q (B, H, N, D), k and v (B, Hk, N, D) and bits (B, H, N-1).
 ///
+/// v may have a size of its own, (B, Hk, N, Dv): the output then has it too.
 /// There may be fewer queries than keys, (B, H, Nq, D): query j is row N - Nq + j. Tokens may then be hidden in causal
 /// calls without [`Fold::PairSum`] only. In calls that are not causal, any number of rows sees all tokens.
 ///
@@ -34,7 +35,7 @@ pub fn attention(
     options: &AttentionOptions,
 ) -> Result<Array4> {
     let call = Call::new((q, k, v), indicators, config, options)?;
-    let mut output = Array4::zeros(q.dims);
+    let mut output = Array4::zeros(call.output_dims());
     for (batch, head) in call.sizes.batch_heads() {
         let parts = call.head(batch, head);
         for row in call.sizes.rows() {
@@ -173,9 +174,9 @@ impl<'a> Call<'a> {
         options.check()?;
         let sizes = Axes::of_rows(q, k, options.causal)?;
         v.check("v")?;
-        if v.dims != k.dims {
+        if v.dims[..3] != k.dims[..3] {
             bail!(
-                "v: expected shape {:?} like k, got {:?}; keys and values share heads, tokens and dim",
+                "v: expected shape {:?} like k but for the last axis, got {:?}; keys and values share heads and tokens",
                 k.dims,
                 v.dims
             )
@@ -214,13 +215,19 @@ impl<'a> Call<'a> {
         })
     }
 
+    /// (B, H, Nq, Dv)
+    fn output_dims(&self) -> [usize; 4] {
+        let ([batch, heads, queries, _], [.., value_dim]) = (self.inputs.0.dims, self.inputs.2.dims);
+        [batch, heads, queries, value_dim]
+    }
+
     fn check_grad_output(&self, grad_output: &Array4) -> Result<()> {
         grad_output.check("grad_output")?;
-        let (q, _, _) = self.inputs;
-        if grad_output.dims != q.dims {
+        let expected = self.output_dims();
+        if grad_output.dims != expected {
             bail!(
                 "grad_output: expected shape {:?} like the output, got {:?}; pass the gradient of this call's output",
-                q.dims,
+                expected,
                 grad_output.dims
             )
         }

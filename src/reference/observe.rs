@@ -111,7 +111,7 @@ fn check(q: &Array4, k: &Array4, v: &Array4, config: &CompressionConfig, options
         )
     }
     v.check("v")?;
-    if v.dims != k.dims {
+    if v.dims[..3] != k.dims[..3] {
         bail!(
             "v: expected the shape of k {:?}, got {:?}; give one row per token and KV head",
             k.dims,

@@ -22,7 +22,7 @@ use std::sync::{Mutex, PoisonError};
 /// A call with fewer (batch, head) than this is split further, into shares of a head's row blocks.
 const UNITS: usize = 8;
 
-/// Gradients: (B, H, Nq, D) for the query, (B, Hk, N, D) for key and value.
+/// Gradients: (B, H, Nq, D) for the query, (B, Hk, N, D) for the key, (B, Hk, N, Dv) for the value.
 pub(crate) struct Gradients<T> {
     pub dq: Vec<T>,
     pub dk: Vec<T>,
@@ -32,7 +32,7 @@ pub(crate) struct Gradients<T> {
 /// Gradients from one share of one query head.
 #[derive(Default)]
 struct GradientPart<A: Accumulator> {
-    /// Gradients of raw keys (`dk`) and values (`dv`), (N, width).
+    /// Gradients of raw keys (`dk`) and values (`dv`), (N, width of a padded row).
     dk: Aligned<A>,
     dv: Aligned<A>,
     /// Gradients of folded queries (rows, width), in the order of the share's blocks.
@@ -47,6 +47,7 @@ struct Group<'out, T: Element> {
     dq: &'out mut [T],
     /// (N, D)
     dk: &'out mut [T],
+    /// (N, Dv)
     dv: &'out mut [T],
     /// Head by head, share by share.
     parts: Vec<Option<GradientPart<T::Acc>>>,
@@ -56,14 +57,15 @@ pub(crate) fn backward<T: Element>(input: &BackwardInput<T>) -> Gradients<T> {
     let problem = input.forward.problem;
     let (heads, kv_heads, group) = (problem.heads, problem.kv_heads, problem.group());
     let size = problem.tokens * problem.head_dim;
+    let value_size = problem.tokens * problem.value_dim;
     let query_size = problem.queries * problem.head_dim;
     let mut gradients = Gradients {
         dq: vec![T::zero(); problem.batch * heads * query_size],
         dk: vec![T::zero(); problem.batch * kv_heads * size],
-        dv: vec![T::zero(); problem.batch * kv_heads * size],
+        dv: vec![T::zero(); problem.batch * kv_heads * value_size],
     };
     let units = group * shares(input);
-    let targets = gradients.dk.chunks_mut(size).zip(gradients.dv.chunks_mut(size));
+    let targets = gradients.dk.chunks_mut(size).zip(gradients.dv.chunks_mut(value_size));
     let targets = gradients.dq.chunks_mut(group * query_size).zip(targets);
     let groups: Vec<Mutex<Group<T>>> = targets
         .enumerate()
@@ -119,7 +121,7 @@ impl<T: Element> Group<'_, T> {
         let (group, dim, width) = (problem.group(), problem.head_dim, padded(problem.head_dim));
         let parts: Vec<&GradientPart<T::Acc>> = self.parts.iter().flatten().collect();
         store_sum(&parts, |part| &part.dk, dim, self.dk);
-        store_sum(&parts, |part| &part.dv, dim, self.dv);
+        store_sum(&parts, |part| &part.dv, problem.value_dim, self.dv);
         let size = problem.queries * dim;
         let mut rows_dq = GradientPart::default();
         for (index, (dq, parts)) in self.dq.chunks_mut(size).zip(parts.chunks(shares)).enumerate() {

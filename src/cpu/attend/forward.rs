@@ -32,7 +32,7 @@ struct HeadLists<'c, 'a, T: Element> {
     pool: Pool<FarColumns<T::Acc>>,
 }
 
-/// The output (B, H, Nq, D), contiguous. If `log_sum_exp` (B, H, Nq) is given, also each row's log-sum-exp in base 2,
+/// The output (B, H, Nq, Dv), contiguous. If `log_sum_exp` (B, H, Nq) is given, also each row's log-sum-exp in base 2,
 /// as two numbers that add up to it.
 pub(crate) fn forward<T: Element>(input: &ForwardInput<T>, log_sum_exp: Option<&mut [[T::Acc; 2]]>) -> Vec<T> {
     let Problem {
@@ -40,16 +40,16 @@ pub(crate) fn forward<T: Element>(input: &ForwardInput<T>, log_sum_exp: Option<&
         heads,
         tokens,
         queries,
-        head_dim,
+        value_dim,
         ..
     } = input.problem;
-    let mut output = Output::new(batch * heads * queries * head_dim);
+    let mut output = Output::new(batch * heads * queries * value_dim);
     let settings = input.settings();
     let lists = HeadLists::new(input, queries.div_ceil(settings.block_rows));
     let heads = lists.lists.iter().map(|list| list.heads.clone());
     let tasks = row_tasks(
         heads,
-        (queries, head_dim, settings.block_rows),
+        (queries, value_dim, settings.block_rows),
         output.blank(),
         log_sum_exp,
     );
@@ -107,7 +107,8 @@ impl<'c, 'a, T: Element> HeadLists<'c, 'a, T> {
         let problem = self.input.problem;
         let wanted = self.lists.len().min(rayon::current_num_threads());
         // The number of lists of `columns` columns that fit.
-        let room = |columns: usize| problem.batch * problem.heads * problem.queries / (2 * columns.max(1));
+        let output = problem.batch * problem.heads * problem.queries * problem.value_dim;
+        let room = |columns: usize| output / ((problem.head_dim + problem.value_dim) * columns.max(1));
         if room(problem.tokens) >= wanted {
             return;
         }

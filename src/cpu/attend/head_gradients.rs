@@ -20,9 +20,12 @@ use crate::cpu::tile::transpose::to_columns;
 
 /// Sums of gradients, and the block's rows that they are made from.
 pub(crate) struct Sums<A> {
+    /// Sizes of a key and of a value.
     dim: usize,
-    /// Numbers between the starts of two rows.
+    value_dim: usize,
+    /// Numbers between the starts of two rows of queries or keys, and of values or outputs.
     pub width: usize,
+    value_width: usize,
     /// Gradients of far columns (columns, width), by column.
     far: (Aligned<A>, Aligned<A>),
     /// Gradients of folded tokens at edges (N, width); in the end of all folded tokens.
@@ -31,7 +34,7 @@ pub(crate) struct Sums<A> {
     raw: (Aligned<A>, Aligned<A>),
     /// Gradients of the block's folded queries (leading, width), without the scale.
     pub dq: Aligned<A>,
-    /// The block's output gradients (leading, width) and (D, leading).
+    /// The block's output gradients (leading, width of values) and (Dv, leading).
     grad_rows: Aligned<A>,
     grads: Aligned<A>,
     /// In place of `grads` where products are made in bf16 pairs.
@@ -51,7 +54,8 @@ pub(crate) struct Sums<A> {
 impl<A: Accumulator> Sums<A> {
     pub fn new(settings: &BlockSettings<A>, leading: usize) -> Self {
         let dim = settings.head_dim;
-        let width = padded(dim);
+        let value_dim = settings.value_dim;
+        let (width, value_width) = (padded(dim), padded(value_dim));
         let columns = (settings.far_columns(), EDGE_COLUMNS);
         Self {
             products: settings
@@ -59,13 +63,19 @@ impl<A: Accumulator> Sums<A> {
                 .map(|pairs| PairGradients::new(pairs, leading, columns, dim)),
             query_factor: A::of(settings.pairs.map_or(1.0, |pairs| f64::from(pairs.factor))),
             dim,
+            value_dim,
             width,
+            value_width,
             far: Default::default(),
             folded: Default::default(),
             raw: Default::default(),
             dq: Aligned::zeroed(leading * width),
-            grad_rows: Aligned::zeroed(leading * width),
-            grads: Aligned::zeroed(if settings.pairs.is_none() { leading * dim } else { 0 }),
+            grad_rows: Aligned::zeroed(leading * value_width),
+            grads: Aligned::zeroed(if settings.pairs.is_none() {
+                leading * value_dim
+            } else {
+                0
+            }),
             minus_max: vec![A::ZERO; leading],
             minus_log2_sum: vec![A::ZERO; leading],
             delta: vec![A::ZERO; leading],
@@ -83,9 +93,9 @@ impl<A: Accumulator> Sums<A> {
             (&mut self.folded, tokens),
             (&mut self.raw, raw),
         ] {
-            for rows in [&mut rows.0, &mut rows.1] {
-                rows.make_room(count * self.width);
-                rows[..count * self.width].fill(A::ZERO);
+            for (rows, width) in [(&mut rows.0, self.width), (&mut rows.1, self.value_width)] {
+                rows.make_room(count * width);
+                rows[..count * width].fill(A::ZERO);
             }
         }
     }
@@ -99,7 +109,7 @@ impl<A: Accumulator> Sums<A> {
         block: &Block<T, T>,
         reader: &mut BlockReader<T>,
     ) {
-        let (dim, width) = (self.dim, self.width);
+        let (dim, width) = (self.value_dim, self.value_width);
         let grads: HeadRows<T> = input.grad_output.head(block.batch, block.head);
         let outputs = input.output.head(block.batch, block.head);
         let (queries, first_row) = (input.forward.problem.queries, input.forward.first_row());
@@ -143,6 +153,7 @@ impl<A: Accumulator> Sums<A> {
         (token, row): (usize, usize),
     ) {
         let (dim, width) = (self.dim, self.width);
+        let (value_dim, value_width) = (self.value_dim, self.value_width);
         let [weight, slope] = match self.poisoned[row] {
             true => [A::NAN; 2],
             false => {
@@ -155,12 +166,16 @@ impl<A: Accumulator> Sums<A> {
             Some(mask) => mask.factor(block.rows.start + row, token),
             None => A::ONE,
         };
-        let grad = &self.grad_rows[row * width..][..dim];
+        let grad = &self.grad_rows[row * value_width..][..value_dim];
         let logit = weight * (dot(grad, edge.value) * kept - self.delta[row]) * slope;
         let query = &reader.query_rows[row * width..][..dim];
         add_scaled(&mut self.dq[row * width..][..dim], edge.key, logit);
         add_scaled(&mut self.folded.0[token * width..][..dim], query, logit);
-        add_scaled(&mut self.folded.1[token * width..][..dim], grad, weight * kept);
+        add_scaled(
+            &mut self.folded.1[token * value_width..][..value_dim],
+            grad,
+            weight * kept,
+        );
     }
 
     /// Must be called after the last edge and before the first tile.
@@ -171,15 +186,15 @@ impl<A: Accumulator> Sums<A> {
     }
 
     pub fn tile<T: Element<Acc = A>>(&mut self, reader: &mut BlockReader<T>, block: &Block<T, T>, columns: Columns<A>) {
-        let (width, leading) = (self.width, reader.leading);
+        let (width, value_width, leading) = (self.width, self.value_width, reader.leading);
         reader.logits(block, &columns);
         self.tile.make_room(reader.tile.len());
         let (keys, values) = match columns.kind {
             ColumnKind::Near => (&mut self.raw.0, &mut self.raw.1),
             _ => (&mut self.far.0, &mut self.far.1),
         };
-        let at = columns.first * width..(columns.first + columns.count) * width;
-        let (keys, values) = (&mut keys[at.clone()], &mut values[at]);
+        let at = |width: usize| columns.first * width..(columns.first + columns.count) * width;
+        let (keys, values) = (&mut keys[at(width)], &mut values[at(value_width)]);
         let rows = RowSums {
             minus_max: &self.minus_max[..],
             minus_log2_sum: &self.minus_log2_sum[..],
@@ -221,7 +236,7 @@ impl<A: Accumulator> Sums<A> {
         if let Some(mask) = block.dropout {
             drop_weights(&mut weights, mask, block.rows.start, token);
         }
-        accumulate_columns(values, width, &weights, &self.grad_rows);
+        accumulate_columns(values, value_width, &weights, &self.grad_rows);
         accumulate_columns(keys, width, &logits, &reader.query_rows);
         accumulate(&mut self.dq, width, &logits, &columns.keys);
     }
@@ -236,14 +251,14 @@ impl<A: Accumulator> Sums<A> {
 
     /// Unfolds the summed gradients to gradients of the raw keys and values; they end in `folded`.
     pub fn take_home(&mut self, far: &dyn FarSource<A>, bits: &[u8], fold: Fold) {
-        let (width, columns) = (self.width, far.columns());
+        let columns = far.columns();
         // The queries come multiplied by scale * log2(e), and logits in base 2 are natural logits times log2(e).
         let factors = [(self.query_factor, A::of(std::f64::consts::LN_2)), (A::ONE, A::ONE)];
         let parts = [
-            (&mut self.far.0, &mut self.folded.0, &self.raw.0),
-            (&mut self.far.1, &mut self.folded.1, &self.raw.1),
+            (&mut self.far.0, &mut self.folded.0, &self.raw.0, self.width),
+            (&mut self.far.1, &mut self.folded.1, &self.raw.1, self.value_width),
         ];
-        for ((far_part, folded, raw), (of_tiles, factor)) in parts.into_iter().zip(factors) {
+        for ((far_part, folded, raw, width), (of_tiles, factor)) in parts.into_iter().zip(factors) {
             let far_part = &far_part[..columns * width];
             for (column, gradient) in far_part.chunks_exact(width).enumerate() {
                 let token = far.token(column);

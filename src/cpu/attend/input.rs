@@ -42,6 +42,7 @@ impl<'a, T: Element> ForwardInput<'a, T> {
         let pairs = self.pairs();
         BlockSettings {
             head_dim: self.problem.head_dim,
+            value_dim: self.problem.value_dim,
             block_rows: block_rows(self.problem.queries, pairs),
             first_row: self.first_row(),
             fold: self.fold,
@@ -62,11 +63,12 @@ impl<'a, T: Element> ForwardInput<'a, T> {
         self.problem.first_row(self.causal)
     }
 
-    /// Products in bf16 pairs, where they apply. Dropout needs single weights, so it excludes them.
+    /// Products in bf16 pairs, where they apply. Dropout needs single weights, so it excludes them, and so do values of
+    /// another size than keys.
     pub fn pairs(&self) -> Option<Pairs> {
-        match self.dropout {
-            Some(_) => None,
-            None => Pairs::new(T::SPLIT?, self.scale, self.softcap),
+        match self.dropout.is_some() || self.problem.value_dim != self.problem.head_dim {
+            true => None,
+            false => Pairs::new(T::SPLIT?, self.scale, self.softcap),
         }
     }
 
@@ -124,7 +126,7 @@ impl<'a, T: Element> ForwardInput<'a, T> {
 /// The inputs of one backward pass.
 pub(crate) struct BackwardInput<'a, T: Element> {
     pub forward: ForwardInput<'a, T>,
-    /// The forward's output (B, H, Nq, D) and its gradient.
+    /// The forward's output (B, H, Nq, Dv) and its gradient.
     pub output: RowGrid<'a, T>,
     pub grad_output: RowGrid<'a, T>,
     /// The forward's log-sum-exp in base 2, (B, H, Nq), as two numbers that add up to it.

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 /// The inputs of [`sink_gradients`].
 pub(crate) struct SinkInput<'a, T: Element> {
     pub problem: Problem,
-    /// The forward's output (B, H, Nq, D) and its gradient.
+    /// The forward's output (B, H, Nq, Dv) and its gradient.
     pub output: RowGrid<'a, T>,
     pub grad_output: RowGrid<'a, T>,
     /// The forward's log-sum-exp in base 2, (B, H, Nq), as two numbers that add up to it.

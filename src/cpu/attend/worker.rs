@@ -3,7 +3,7 @@
 use crate::cpu::columns::block::BlockReader;
 use crate::cpu::columns::chain::Edge;
 use crate::cpu::columns::tiles::{Block, BlockSettings, Columns};
-use crate::cpu::number::aligned::Aligned;
+use crate::cpu::number::aligned::{padded, Aligned};
 use crate::cpu::number::element::{Accumulator, Element};
 use crate::cpu::number::philox::DropoutMask;
 use crate::cpu::number::vectorized::vectorized;
@@ -19,22 +19,25 @@ pub(crate) struct Worker<'a, Q: Element> {
 /// The unfinished softmax and weighted values of the block's rows.
 struct WeightedRows<A> {
     softmax: OnlineSoftmax<A>,
-    /// (leading, width)
+    /// (leading, width): rows of values, padded.
     output: Aligned<A>,
+    width: usize,
 }
 
 impl<'a, Q: Element> Worker<'a, Q> {
     /// `columns` is an upper bound of the far columns of a block.
     pub fn new(settings: BlockSettings<'a, Q::Acc>, columns: usize) -> Self {
         let reader = BlockReader::new(settings, columns);
+        let width = padded(settings.value_dim);
         let rows = WeightedRows {
             softmax: OnlineSoftmax::new(reader.leading),
-            output: Aligned::zeroed(reader.leading * reader.width),
+            output: Aligned::zeroed(reader.leading * width),
+            width,
         };
         Self { reader, rows }
     }
 
-    /// Writes the block's output rows, (rows, D), and each row's log-sum-exp if asked: see
+    /// Writes the block's output rows, (rows, Dv), and each row's log-sum-exp if asked: see
     /// [`OnlineSoftmax::log_sum_exp`].
     pub fn run<R: Element<Acc = Q::Acc>>(
         &mut self,
@@ -43,7 +46,7 @@ impl<'a, Q: Element> Worker<'a, Q> {
         log_sum_exp: Option<&mut [[Q::Acc; 2]]>,
     ) {
         let Self { reader, rows } = self;
-        let (dim, width) = (reader.settings.head_dim, reader.width);
+        let (dim, width) = (reader.settings.value_dim, rows.width);
         reader.load_queries(block);
         rows.softmax.reset();
         let mut started = 0;
@@ -98,7 +101,7 @@ impl<A: Accumulator> WeightedRows<A> {
         edge: Edge<A>,
         (token, row): (usize, usize),
     ) {
-        let (dim, width) = (reader.settings.head_dim, reader.width);
+        let (dim, width) = (reader.settings.value_dim, self.width);
         let [logit, _] = reader.edge_logit(block, edge, token, row);
         self.softmax.start(row, logit);
         let factor = match block.dropout {
@@ -143,7 +146,7 @@ impl<A: Accumulator> WeightedRows<A> {
                 columns.token(block.far, index)
             });
         }
-        accumulate(&mut self.output, reader.width, &tile, &columns.values);
+        accumulate(&mut self.output, self.width, &tile, &columns.values);
     }
 }
 

@@ -33,10 +33,13 @@ impl<S: Element> FarSource<S::Acc> for List<S> {
 
     fn rows<'s>(&'s self, columns: Range<usize>, scratch: &'s mut RowScratch<S::Acc>) -> KeysValues<'s, S::Acc> {
         let (keys, values) = scratch;
-        for (stored, rows) in [(&self.keys, &mut *keys), (&self.values, &mut *values)] {
-            rows.make_room(columns.len(), self.dim);
-            let stored = &stored[columns.start * self.dim..columns.end * self.dim];
-            for (row, source) in stored.chunks_exact(self.dim).enumerate() {
+        for (stored, dim, rows) in [
+            (&self.keys, self.dim, &mut *keys),
+            (&self.values, self.value_dim, &mut *values),
+        ] {
+            rows.make_room(columns.len(), dim);
+            let stored = &stored[columns.start * dim..columns.end * dim];
+            for (row, source) in stored.chunks_exact(dim).enumerate() {
                 rows.widen(row, source);
             }
         }

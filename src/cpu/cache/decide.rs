@@ -52,7 +52,7 @@ impl<S: Element> List<S> {
         };
         let recent = Recent {
             keys: HeadRows::compact(&self.recent_keys, self.dim),
-            values: HeadRows::compact(&self.recent_values, self.dim),
+            values: HeadRows::compact(&self.recent_values, self.value_dim),
             rows: self.recent_keys.len() / self.dim,
         };
         let Some(least) = threshold(settings.tests.iter().copied()) else {

@@ -46,7 +46,7 @@ const TOGETHER: usize = 4;
 pub(crate) struct Partial<A> {
     max: Vec<A>,
     sum: Vec<A>,
-    /// (group, D)
+    /// (group, Dv)
     output: Vec<A>,
 }
 
@@ -55,6 +55,8 @@ pub(crate) struct Decoder<A> {
     /// In the order of lanes where `lanes` is set.
     pub queries: Vec<A>,
     pub dim: usize,
+    /// Size of a value.
+    pub value_dim: usize,
     /// Whether the list's rows are read by lanes: see [`reads_lanes`].
     pub lanes: bool,
     /// Of logits in base 2.
@@ -63,11 +65,14 @@ pub(crate) struct Decoder<A> {
 
 /// Whether a list's rows can be read by lanes, without a copy.
 pub(crate) fn reads_lanes<S: Element>(list: &List<S>) -> bool {
-    let stored = [&list.keys[..], &list.values, &list.recent_keys, &list.recent_values];
-    stored.iter().all(|rows| S::lanes(rows, list.dim).is_some())
+    let keys = [&list.keys[..], &list.recent_keys].map(|rows| (rows, list.dim));
+    let values = [&list.values[..], &list.recent_values].map(|rows| (rows, list.value_dim));
+    let mut stored = keys.into_iter().chain(values);
+    stored.all(|(rows, dim)| S::lanes(rows, dim).is_some())
 }
 
 impl<A: Accumulator> Partial<A> {
+    /// For `group` rows of values of `dim` numbers.
     pub fn new(group: usize, dim: usize) -> Self {
         Self {
             max: vec![A::NEG_INFINITY; group],
@@ -103,7 +108,7 @@ impl<A: Accumulator> Decoder<A> {
         mut outputs: impl Iterator<Item = impl AsMut<[Q]>>,
     ) {
         let sums = partial.max.iter_mut().zip(&mut partial.sum);
-        let rows = partial.output.chunks_exact_mut(self.dim).zip(sums);
+        let rows = partial.output.chunks_exact_mut(self.value_dim).zip(sums);
         for (index, (row, (max, sum))) in rows.enumerate() {
             if self.lanes {
                 S::restore(row);
@@ -124,7 +129,7 @@ impl<A: Accumulator> Decoder<A> {
     /// The partial result of the far columns `range` of a list; the split that begins at 0 also reads the open chain
     /// and the window.
     pub fn split<S: Element<Acc = A>>(&self, list: &List<S>, range: Range<usize>) -> Partial<A> {
-        let partial = Partial::new(self.queries.len() / self.dim, self.dim);
+        let partial = Partial::new(self.queries.len() / self.dim, self.value_dim);
         arch().dispatch(ListSplit {
             decoder: self,
             list,
@@ -146,7 +151,7 @@ impl<A: Accumulator> Decoder<A> {
         let size = [log2_size(chain.size)];
         let (key, value) = (
             HeadRows::compact(&key[..], self.dim),
-            HeadRows::compact(&value[..], self.dim),
+            HeadRows::compact(&value[..], self.value_dim),
         );
         self.columns::<I, A>(simd, (&key, &value), 1, Some(&size), partial);
     }
@@ -157,7 +162,7 @@ impl<A: Accumulator> Decoder<A> {
         let count = list.settings.near().min(list.seq_len);
         ListPart {
             keys: HeadRows::compact(&list.recent_keys[..], self.dim),
-            values: HeadRows::compact(&list.recent_values[..], self.dim),
+            values: HeadRows::compact(&list.recent_values[..], self.value_dim),
             range: rows - count.min(rows)..rows,
             log2_sizes: &[],
             check: list.last_bad.is_some_and(|bad| bad + rows >= list.seq_len),
@@ -169,8 +174,8 @@ impl<A: Accumulator> Decoder<A> {
         let ListPart {
             keys, values, check, ..
         } = part;
-        let lanes = |rows| S::lanes(rows, self.dim).filter(|_| self.lanes && !check);
-        if let (Some(keys), Some(values)) = (lanes(keys.data), lanes(values.data)) {
+        let lanes = |data, dim| S::lanes(data, dim).filter(|_| self.lanes && !check);
+        if let (Some(keys), Some(values)) = (lanes(keys.data, keys.dim), lanes(values.data, values.dim)) {
             // Rows that fit into registers together read all of the part in one call; others share a tile's keys and
             // values while the first cache holds them.
             let step = match self.queries.len() / self.dim {
@@ -181,7 +186,7 @@ impl<A: Accumulator> Decoder<A> {
                 let count = step.min(part.range.end - start);
                 let sizes = part.log2_sizes.get(start..start + count);
                 let keys = HeadRows::compact(keys, self.dim / S::NUMBERS).skip(start);
-                let values = HeadRows::compact(values, self.dim / S::NUMBERS).skip(start);
+                let values = HeadRows::compact(values, self.value_dim / S::NUMBERS).skip(start);
                 self.columns::<I, S>(simd, (&keys, &values), count, sizes, partial);
             }
             return;
@@ -194,17 +199,18 @@ impl<A: Accumulator> Decoder<A> {
             widen_rows(&values, start, count, &mut buffers.1);
             if check {
                 let rows = buffers.0.chunks_exact_mut(self.dim);
-                let rows = rows.zip(buffers.1.chunks_exact_mut(self.dim));
+                let rows = rows.zip(buffers.1.chunks_exact_mut(self.value_dim));
                 rows.for_each(|(key, value)| {
                     quarantine(key, value);
                 });
             }
             if self.lanes {
                 let rows = buffers.0.chunks_exact_mut(self.dim);
-                rows.chain(buffers.1.chunks_exact_mut(self.dim)).for_each(S::order);
+                rows.chain(buffers.1.chunks_exact_mut(self.value_dim))
+                    .for_each(S::order);
             }
             let keys = HeadRows::compact(&buffers.0[..], self.dim);
-            let values = HeadRows::compact(&buffers.1[..], self.dim);
+            let values = HeadRows::compact(&buffers.1[..], self.value_dim);
             self.columns::<I, A>(simd, (&keys, &values), count, sizes, partial);
         }
     }
@@ -225,6 +231,7 @@ impl<A: Accumulator> Decoder<A> {
             let rows = TileRows::<S> {
                 queries: &self.queries[first * self.dim..],
                 dim: self.dim,
+                value_dim: self.value_dim,
                 keys: *keys,
                 values: *values,
                 count,
@@ -233,7 +240,7 @@ impl<A: Accumulator> Decoder<A> {
                 prefetch: first == 0,
                 max: &mut partial.max[first..],
                 sum: &mut partial.sum[first..],
-                output: &mut partial.output[first * self.dim..],
+                output: &mut partial.output[first * self.value_dim..],
             };
             match group - first {
                 1 => outlined(simd, GroupRows::<S, 1>(rows)),
@@ -259,6 +266,7 @@ struct ListPart<'l, S: Element> {
 struct TileRows<'t, S: Lanes> {
     queries: &'t [S::Acc],
     dim: usize,
+    value_dim: usize,
     keys: HeadRows<'t, S::Lane>,
     values: HeadRows<'t, S::Lane>,
     count: usize,
@@ -267,7 +275,7 @@ struct TileRows<'t, S: Lanes> {
     prefetch: bool,
     max: &'t mut [S::Acc],
     sum: &'t mut [S::Acc],
-    /// (rows, D)
+    /// (rows, Dv)
     output: &'t mut [S::Acc],
 }
 
@@ -283,6 +291,7 @@ impl<S: Lanes, const G: usize> WithSimd for GroupRows<'_, S, G> {
         let TileRows {
             queries,
             dim,
+            value_dim,
             keys,
             values,
             count,
@@ -317,7 +326,12 @@ impl<S: Lanes, const G: usize> WithSimd for GroupRows<'_, S, G> {
                 weights.iter_mut().for_each(|row| cap(softcap, row, columns, sizes));
             }
             for (row, weights) in weights.iter_mut().enumerate() {
-                push(&mut max[row], &mut sum[row], weights, &mut output[row * dim..][..dim]);
+                push(
+                    &mut max[row],
+                    &mut sum[row],
+                    weights,
+                    &mut output[row * value_dim..][..value_dim],
+                );
             }
             add_weighted::<I, S, G>(simd, output, &values, &weights, columns);
         }
@@ -378,7 +392,7 @@ impl<A: Accumulator, S: Element<Acc = A>> WithSimd for ListSplit<'_, A, S> {
         let Self { decoder, list, .. } = self;
         let far = ListPart {
             keys: HeadRows::compact(&list.keys[..], decoder.dim),
-            values: HeadRows::compact(&list.values[..], decoder.dim),
+            values: HeadRows::compact(&list.values[..], decoder.value_dim),
             log2_sizes: &list.log2_sizes,
             check: false,
             range: self.range,

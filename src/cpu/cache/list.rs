@@ -118,10 +118,13 @@ impl ListSettings {
 #[derive(Clone)]
 pub(crate) struct List<S: Element> {
     pub settings: ListSettings,
+    /// D: size of a key.
     pub dim: usize,
+    /// Dv: size of a value.
+    pub value_dim: usize,
     /// Tokens seen so far.
     pub seq_len: usize,
-    /// Closed chains: keys and values (entries, D), and each chain's last token.
+    /// Closed chains: keys (entries, D), values (entries, Dv), and each chain's last token.
     pub keys: Queue<S>,
     pub values: Queue<S>,
     pub tokens: Queue<u32>,
@@ -131,8 +134,8 @@ pub(crate) struct List<S: Element> {
     pub kept_from: usize,
     /// The chain on token `seq_len - 1 - window`; None while the window is not full, and where nothing is folded.
     pub open: Option<ChainFold<S::Acc>>,
-    /// Raw tokens (rows, D): the window, after older rows that [`Self::trim`] has yet to drop; empty where `window` is
-    /// 0.
+    /// Raw tokens, (rows, D) and (rows, Dv): the window, after older rows that [`Self::trim`] has yet to drop; empty
+    /// where `window` is 0.
     pub recent_keys: Vec<S>,
     pub recent_values: Vec<S>,
     /// Bits from the open chain's token (or token 0) to `seq_len - 2`; 0 where they are not decided yet.
@@ -166,10 +169,12 @@ pub(crate) struct Decided<S: Element> {
 }
 
 impl<S: Element> List<S> {
-    pub fn new(settings: ListSettings, dim: usize) -> Self {
+    /// For keys and values of these sizes.
+    pub fn new(settings: ListSettings, [dim, value_dim]: [usize; 2]) -> Self {
         Self {
             settings,
             dim,
+            value_dim,
             seq_len: 0,
             keys: Queue::default(),
             values: Queue::default(),
@@ -244,7 +249,7 @@ impl<S: Element> List<S> {
         };
         self.kept_from = self.tokens[count - 1] as usize + 1;
         self.keys.leave(count * self.dim);
-        self.values.leave(count * self.dim);
+        self.values.leave(count * self.value_dim);
         self.tokens.leave(count);
         if self.settings.fold.has_sizes() {
             self.log2_sizes.leave(count);
@@ -257,12 +262,11 @@ impl<S: Element> List<S> {
             return;
         }
         let entries = tokens - 1 - self.kept_from;
-        let (start, end) = (entries * self.dim, (entries + 1) * self.dim);
-        let mut chain = ChainFold::new(self.settings.fold, self.dim);
-        chain.step(false, &self.keys[start..end], &self.values[start..end]);
+        let mut chain = ChainFold::new(self.settings.fold, [self.dim, self.value_dim]);
+        chain.step(false, self.key_rows().row(entries), self.value_rows().row(entries));
         self.open = Some(chain);
-        self.keys.truncate(start);
-        self.values.truncate(start);
+        self.keys.truncate(entries * self.dim);
+        self.values.truncate(entries * self.value_dim);
         self.tokens.truncate(entries);
         self.bits.clear();
         self.last_bad = self.last_bad.filter(|bad| *bad < tokens);
@@ -271,7 +275,7 @@ impl<S: Element> List<S> {
 
     /// Bytes in use: entries with their token indices and sizes, the open chain, raw tokens, run state.
     pub fn bytes(&self) -> usize {
-        let recent = 2 * self.seq_len.min(self.settings.kept_raw()) * self.dim;
+        let recent = self.seq_len.min(self.settings.kept_raw()) * (self.dim + self.value_dim);
         let rows = self.keys.len() + self.values.len() + recent;
         rows * size_of::<S>() + self.tokens.len() * size_of::<u32>() + self.state_bytes()
     }
@@ -344,7 +348,7 @@ impl<S: Element> List<S> {
         if self.keys.room() < entries * dim {
             let extra = entries + GROWTH.max(self.tokens.len() / 8);
             self.keys.reserve_exact(extra * dim);
-            self.values.reserve_exact(extra * dim);
+            self.values.reserve_exact(extra * self.value_dim);
             self.tokens.reserve_exact(extra);
         }
     }
@@ -354,7 +358,7 @@ impl<S: Element> List<S> {
     fn fold_in(&mut self, tokens: Range<usize>, bits: Bits, raw: &RawRows<S>) {
         let opened = self.open.take();
         let mut open = opened.is_some();
-        let mut chain = opened.unwrap_or_else(|| ChainFold::new(self.settings.fold, self.dim));
+        let mut chain = opened.unwrap_or_else(|| ChainFold::new(self.settings.fold, [self.dim, self.value_dim]));
         for token in tokens.clone() {
             let merged = token > 0 && bits.hidden(token - 1);
             if open && !merged {
@@ -375,13 +379,13 @@ impl<S: Element> List<S> {
 
     #[inline(always)]
     fn close(&mut self, chain: &ChainFold<S::Acc>, token: usize) {
-        let start = self.keys.len();
+        let (start, value_start) = (self.keys.len(), self.values.len());
         self.keys.fill(self.dim, S::zero());
-        self.values.fill(self.dim, S::zero());
+        self.values.fill(self.value_dim, S::zero());
         let (mut key, mut value) = (chain.key.clone(), chain.value.clone());
         quarantine(&mut key, &mut value);
         S::narrow(&key, &mut self.keys[start..]);
-        S::narrow(&value, &mut self.values[start..]);
+        S::narrow(&value, &mut self.values[value_start..]);
         self.push_token(token, chain.size);
     }
 
@@ -400,7 +404,7 @@ impl<S: Element> List<S> {
 
     /// The values of closed chains.
     pub fn value_rows(&self) -> HeadRows<'_, S> {
-        HeadRows::compact(&self.values, self.dim)
+        HeadRows::compact(&self.values, self.value_dim)
     }
 
     /// The raw rows that a chunk's blocks read: the chunk's own where nothing is kept raw, else the window's and the
@@ -415,12 +419,12 @@ impl<S: Element> List<S> {
         chunk: (HeadRows<'a, S>, HeadRows<'a, S>),
         count: usize,
     ) -> RawRows<'a, S> {
-        let compact = |rows| HeadRows::compact(rows, self.dim);
+        let compact = HeadRows::compact;
         let (base, (keys, values)) = match self.settings.window {
             0 => (self.seq_len - count, chunk),
             _ => (
                 self.seq_len - recent.0.len() / self.dim,
-                (compact(recent.0), compact(recent.1)),
+                (compact(recent.0, self.dim), compact(recent.1, self.value_dim)),
             ),
         };
         RawRows {
@@ -444,11 +448,12 @@ impl<S: Element> List<S> {
         let (old, new) = (self.chunk_bits(count).base, self.bits_base());
         self.bits.drain(..(new - old).min(self.bits.len()));
         self.leave(self.settings.first_seen(self.seq_len));
-        let (dim, keep) = (self.dim, self.settings.kept_raw().min(self.seq_len));
-        let rows = self.recent_keys.len() / dim;
+        let keep = self.settings.kept_raw().min(self.seq_len);
+        let rows = self.recent_keys.len() / self.dim;
         // Rows are moved once per window of tokens, not at every step; the memory of a long chunk is released.
         if rows > 2 * keep {
-            for recent in [&mut self.recent_keys, &mut self.recent_values] {
+            let sizes = [self.dim, self.value_dim];
+            for (recent, dim) in [&mut self.recent_keys, &mut self.recent_values].into_iter().zip(sizes) {
                 recent.drain(..(rows - keep) * dim);
                 recent.shrink_to(2 * keep * dim + dim);
             }
@@ -458,7 +463,7 @@ impl<S: Element> List<S> {
 
 /// The last row whose key or value is NaN or infinite.
 fn last_not_finite<T: Element>(keys: &HeadRows<T>, values: &HeadRows<T>, count: usize) -> Option<usize> {
-    let mut room = vec![T::Acc::ZERO; keys.dim];
+    let [mut room, mut value_room] = [keys.dim, values.dim].map(|dim| vec![T::Acc::ZERO; dim]);
     let mut finite = |rows: Range<usize>| {
         vectorized(
             #[inline(always)]
@@ -466,7 +471,7 @@ fn last_not_finite<T: Element>(keys: &HeadRows<T>, values: &HeadRows<T>, count: 
                 let mut check = Check::default();
                 for row in rows.clone() {
                     check.copy(keys.row(row), &mut room);
-                    check.copy(values.row(row), &mut room);
+                    check.copy(values.row(row), &mut value_room);
                 }
                 check.passed()
             },

@@ -62,8 +62,8 @@ impl<S: Element> List<S> {
         let before = if merged(0) { self.last_raw() } else { None };
         let mut largest: f64 = 0.0;
         for (rows, mut left) in [keys, values].into_iter().zip(before.unwrap_or_default()) {
-            left.resize(self.dim, S::Acc::ZERO);
-            let mut right = vec![S::Acc::ZERO; self.dim];
+            left.resize(rows.dim, S::Acc::ZERO);
+            let mut right = vec![S::Acc::ZERO; rows.dim];
             for row in (0..count).filter(|row| merged(*row)) {
                 if row > 0 {
                     S::widen(rows.row(row - 1), &mut left);
@@ -82,13 +82,16 @@ impl<S: Element> List<S> {
 
     /// Key and value of the last token, as appended.
     fn last_raw(&self) -> Option<[Vec<S::Acc>; 2]> {
-        let last = |rows: &[S]| {
-            let mut row = vec![S::Acc::ZERO; self.dim];
-            S::widen(&rows[rows.len() - self.dim..], &mut row);
+        let last = |rows: &[S], dim: usize| {
+            let mut row = vec![S::Acc::ZERO; dim];
+            S::widen(&rows[rows.len() - dim..], &mut row);
             row
         };
         match (self.recent_keys.is_empty(), &self.open) {
-            (false, _) => Some([last(&self.recent_keys), last(&self.recent_values)]),
+            (false, _) => Some([
+                last(&self.recent_keys, self.dim),
+                last(&self.recent_values, self.value_dim),
+            ]),
             (true, Some(open)) => {
                 let [_, _, key, value] = open.rows();
                 Some([key.to_vec(), value.to_vec()])

@@ -33,6 +33,7 @@ pub(crate) struct Step<'a, Q: Element, S: Element> {
     /// Query heads of one batch row.
     pub heads: usize,
     pub head_dim: usize,
+    pub value_dim: usize,
     pub scale: f64,
     /// L of the model's sliding window; [`usize::MAX`] for none.
     pub sliding_window: usize,
@@ -95,7 +96,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
         lists.iter().zip(decided).filter_map(of).reduce(f64::max)
     }
 
-    /// Appends the tokens and returns their output rows (B, H, count, D); an empty vector unless `attend`.
+    /// Appends the tokens and returns their output rows (B, H, count, Dv); an empty vector unless `attend`.
     pub fn run(&self, lists: &mut [(ListHeads, List<S>)], mut decided: Vec<Decided<S>>, attend: bool) -> Vec<Q> {
         for ((_, list), decided) in lists.iter_mut().zip(&mut decided) {
             if list.settings.sliding_window != self.sliding_window {
@@ -112,7 +113,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
         };
         let batches = lists.last().map_or(0, |(at, _)| at.batch + 1);
         let rows = if attend { batches * self.heads * self.count } else { 0 };
-        let mut output = Output::new(rows * self.head_dim);
+        let mut output = Output::new(rows * self.value_dim);
         let plain = self.bias.is_none() && self.dropout.is_none();
         match (attend, self.count) {
             (false, _) => {}
@@ -145,7 +146,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             gathers.then(|| GatheredList::borrow(list, &leases[index], pairs, &pool))
         };
         let heads = lists.iter().map(|(at, _)| at.heads.clone());
-        let tasks = row_tasks(heads, (self.count, self.head_dim, block_rows), output, None);
+        let tasks = row_tasks(heads, (self.count, self.value_dim, block_rows), output, None);
         // Lists that never merge have other settings: a worker is made anew for each list.
         for_each_list_task(
             tasks,
@@ -171,10 +172,10 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
         );
     }
 
-    /// Products in bf16 pairs, where they apply. Dropout needs single weights, so it excludes them. Packing a list's
-    /// columns pays from a whole block of rows on.
+    /// Products in bf16 pairs, where they apply. Dropout needs single weights, so it excludes them, and so do values of
+    /// another size than keys. Packing a list's columns pays from a whole block of rows on.
     fn pairs(&self) -> Option<Pairs> {
-        match self.dropout.is_some() || self.count < PAIR_ROWS {
+        match self.dropout.is_some() || self.value_dim != self.head_dim || self.count < PAIR_ROWS {
             true => None,
             false => Pairs::new(Q::SPLIT?.max(S::SPLIT?), self.scale, self.softcap),
         }
@@ -183,6 +184,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
     fn settings(&self, list: &List<S>, block_rows: usize, pairs: Option<Pairs>) -> BlockSettings<'a, S::Acc> {
         BlockSettings {
             head_dim: self.head_dim,
+            value_dim: self.value_dim,
             block_rows,
             first_row: list.seq_len - self.count,
             fold: list.settings.fold,
@@ -243,7 +245,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
         } else {
             splits.par_iter().map(run).collect()
         };
-        let mut outputs = output.chunks_mut(self.head_dim);
+        let mut outputs = output.chunks_mut(self.value_dim);
         let mut partials = splits.iter().map(|(index, _)| *index).zip(partials).peekable();
         while let Some((index, mut partial)) = partials.next() {
             while let Some((_, other)) = partials.next_if(|(next, _)| *next == index) {
@@ -271,6 +273,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
         Decoder {
             queries,
             dim: self.head_dim,
+            value_dim: self.value_dim,
             lanes,
             softcap: self.softcap.map(|c| Softcap::new(c, 1.0)),
         }

@@ -112,7 +112,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             tile: Aligned::zeroed(leading * tile_columns),
             scratch: Default::default(),
             left: vec![Q::Acc::ZERO; dim],
-            chain: ChainFold::new(settings.fold, dim),
+            chain: ChainFold::new(settings.fold, [dim, settings.value_dim]),
             tile_bias: BiasUnit::new(to_base_2),
             bias_factor: Q::Acc::of(to_base_2),
         }
@@ -201,7 +201,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
         let has_edge = |token: usize| token >= held || block.bits.hidden(token);
         // Whether the token before `token` is folded into it.
         let folded = |token: usize| fold.keeps_hidden() && token > 0 && block.bits.hidden(token - 1);
-        let mut chain = std::mem::replace(&mut self.chain, ChainFold::new(fold, 0));
+        let mut chain = std::mem::replace(&mut self.chain, ChainFold::new(fold, [0; 2]));
         let edges = tokens.filter(|token| has_edge(*token));
         let Block { bits, raw, .. } = block;
         if let Some(first) = edges.clone().next() {

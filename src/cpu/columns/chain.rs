@@ -19,15 +19,16 @@ pub(crate) struct ChainFold<A> {
 }
 
 impl<A: Accumulator> ChainFold<A> {
-    pub fn new(fold: Fold, dim: usize) -> Self {
-        let row = || vec![A::ZERO; dim];
+    /// For keys and values of these sizes.
+    pub fn new(fold: Fold, [dim, value_dim]: [usize; 2]) -> Self {
+        let row = |dim: usize| vec![A::ZERO; dim];
         Self {
             fold,
-            key: row(),
-            value: row(),
+            key: row(dim),
+            value: row(value_dim),
             size: 1,
-            raw_key: row(),
-            raw_value: row(),
+            raw_key: row(dim),
+            raw_value: row(value_dim),
         }
     }
 
@@ -120,7 +121,7 @@ impl<A: Accumulator> ChainFold<A> {
         }
     }
 
-    /// Key, value, raw key and raw value (D): with fold and size, all of the state.
+    /// Key, value, raw key and raw value: with fold and size, all of the state.
     pub fn rows(&self) -> [&[A]; 4] {
         [&self.key, &self.value, &self.raw_key, &self.raw_value]
     }

@@ -35,7 +35,7 @@ use std::ops::Range;
 /// Rows between a prefetch and its read: the hardware does not follow strides of some KiB.
 pub(crate) const AHEAD: usize = 8;
 
-/// Folded keys and values (columns, D) with log2 n of each.
+/// Folded keys (columns, D) and values (columns, Dv) with log2 n of each.
 struct FoldedRows<A> {
     keys: PaddedRows<A>,
     values: PaddedRows<A>,
@@ -54,9 +54,9 @@ impl<A: Copy + Default> Default for FoldedRows<A> {
 }
 
 impl<A: Accumulator> FoldedRows<A> {
-    fn start(&mut self, keys: usize, values: usize, dim: usize) {
+    fn start(&mut self, (keys, dim): (usize, usize), (values, value_dim): (usize, usize)) {
         self.keys.make_room(keys, dim);
-        self.values.make_room(values, dim);
+        self.values.make_room(values, value_dim);
         self.log2_sizes.clear();
     }
 
@@ -156,7 +156,7 @@ impl<A: Accumulator> FarColumns<A> {
                 FarKeys::Made(_) if !fold.keeps_hidden() => 0,
                 FarKeys::Made(_) => chains(bits, tokens),
             };
-            columns.far.start(key_rows, rows, dim);
+            columns.far.start((key_rows, dim), (rows, values.dim));
             vectorized(
                 #[inline(always)]
                 || columns.fill((keys, values), bits, tokens, (fold, rows), (trusting, for_gradients)),
@@ -187,7 +187,8 @@ impl<A: Accumulator> FarColumns<A> {
         (fold, room): (Fold, usize),
         (trusting, for_gradients): (bool, bool),
     ) {
-        let (mut chain, mut left) = (ChainFold::new(fold, keys.dim), vec![A::ZERO; keys.dim]);
+        let mut chain = ChainFold::new(fold, [keys.dim, values.dim]);
+        let (mut left, mut left_value) = (vec![A::ZERO; keys.dim], vec![A::ZERO; values.dim]);
         let (mut merged, mut far, mut replaced) = (false, 0, false);
         let mut check = Check::default();
         for t in 0..tokens {
@@ -208,7 +209,7 @@ impl<A: Accumulator> FarColumns<A> {
             merged = hides;
             if hides {
                 check.raw(keys.row(t), &mut left);
-                check.raw(values.row(t), &mut left);
+                check.raw(values.row(t), &mut left_value);
                 continue;
             }
             // A column that is only packed passes through the single row.
@@ -236,7 +237,7 @@ impl<A: Accumulator> FarColumns<A> {
                 row_check.copy(&chain.value[..], value);
             } else if summed {
                 row_check.sum((keys.row(t - 1), keys.row(t)), &mut left, key);
-                row_check.sum((values.row(t - 1), values.row(t)), &mut left, value);
+                row_check.sum((values.row(t - 1), values.row(t)), &mut left_value, value);
             } else {
                 row_check.copy(keys.row(t), key);
                 row_check.copy(values.row(t), value);
@@ -282,8 +283,8 @@ impl<A: Accumulator> FarColumns<A> {
         self.tokens.as_ref().map_or(column, |tokens| tokens[column] as usize)
     }
 
-    /// Keys and values from `column` on, (columns, D); `keys` are the head's raw ones. Keys are empty where they lie
-    /// apart.
+    /// Keys and values from `column` on, (columns, D) and (columns, Dv); `keys` are the head's raw ones. Keys are empty
+    /// where they lie apart.
     pub fn rows<'r, T: Element<Acc = A>>(&'r self, column: usize, keys: &HeadRows<'r, T>) -> KeysValues<'r, A> {
         let values = self.far.values.rows(column);
         let keys = match (&self.keys, keys.skip(column).as_acc()) {

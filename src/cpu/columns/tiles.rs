@@ -45,6 +45,8 @@ pub(crate) fn block_rows(tokens: usize, pairs: Option<Pairs>) -> usize {
 #[derive(Clone, Copy)]
 pub(crate) struct BlockSettings<'a, A> {
     pub head_dim: usize,
+    /// Size of a value.
+    pub value_dim: usize,
     /// The largest block, see [`block_rows`].
     pub block_rows: usize,
     /// The token index of the call's first row.

@@ -7,6 +7,7 @@ use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 use crate::cpu::number::element::Element;
 use crate::cuda::cache::DeviceLists;
 use crate::cuda::on_gpu::GpuElement;
+use crate::cuda::refused::refuse_shapes;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Device, Result, Tensor};
 
@@ -47,6 +48,7 @@ impl EmulatedCache {
         options: &CacheOptions,
     ) -> Result<Self> {
         let problem = Problem::new(&qkv[0], &qkv[1], &qkv[2])?;
+        refuse_shapes(&problem)?;
         let lists = match options.storage.unwrap_or(problem.dtype) {
             DType::F32 => EmulatedLists::F32(DeviceLists::new(&Emulator, &problem, strategies, config)?),
             DType::F16 => EmulatedLists::F16(DeviceLists::new(&Emulator, &problem, strategies, config)?),

@@ -63,6 +63,7 @@ fn decode_as<T: GpuElement>(
         tokens: 1,
         queries: 1,
         head_dim,
+        value_dim: head_dim,
         dtype: T::DTYPE,
     };
     let params = CacheParams {
