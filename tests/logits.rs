@@ -404,3 +404,72 @@ fn a_cache_refuses_a_gradient_of_sinks() -> Result<()> {
     assert!(message.contains("expected a forward pass only"), "{message}");
     Ok(())
 }
+
+/// A bias that does not depend on the row is one number a column: the same bits as the same bias for each row, forward
+/// and backward, with sizes, softcap, hidden columns and more.
+#[test]
+fn a_bias_of_columns_is_the_bias_of_each_row() -> Result<()> {
+    let tokens = 130;
+    for dtype in [DType::F32, DType::BF16, DType::F64] {
+        let qkv = Shape(2, 4, 2, tokens, 32).qkv(3, dtype)?;
+        for (fold, window, causal, softcap, hidden) in [
+            (Fold::Mean, 0, true, None, 0.0),
+            (Fold::Mean, 9, true, Some(6.0), 0.0),
+            (Fold::PairSum, 5, true, None, f32::MIN),
+            (Fold::Drop, 0, false, None, f32::NEG_INFINITY),
+            (Fold::Drop, 0, true, None, f32::NEG_INFINITY),
+        ] {
+            let merges = hidden.is_finite();
+            let bits = (0..8 * (tokens - 1)).map(|i| u8::from(merges && i % 3 == 1));
+            let bits = Tensor::from_iter(bits, &CPU)?.reshape((2, 4, tokens - 1))?;
+            let config = CompressionConfig {
+                fold,
+                window,
+                ..Default::default()
+            };
+            let plan = MergePlan::from_indicators(&bits, &config)?;
+            let entries = (0..2 * tokens).map(|i| match i % 11 == 0 || i < 7 {
+                true => hidden,
+                false => (i * 37 % 101) as f32 / 40.0,
+            });
+            let columns = Tensor::from_iter(entries, &CPU)?.reshape((2, 1, 1, tokens))?;
+            let whole = columns.broadcast_as((2, 4, tokens, tokens))?.contiguous()?;
+            let run = |bias: &Tensor| {
+                let options = AttentionOptions {
+                    bias: Some(bias.clone()),
+                    causal,
+                    softcap,
+                    ..Default::default()
+                };
+                let results = differentiate(&qkv, &qkv[0], |q, k, v| Ok(attend(q, k, v, &plan, &options)?))?;
+                results.iter().map(|x| Ok(values(x)?)).collect::<Result<Vec<_>>>()
+            };
+            let (got, expected) = (run(&columns)?, run(&whole)?);
+            assert_eq!(got, expected, "{dtype:?} {fold:?} {window} {causal}");
+            assert_eq!(got, run(&columns.broadcast_as((2, 4, tokens, tokens))?)?);
+        }
+    }
+    Ok(())
+}
+
+/// Where tokens are hidden, -inf is refused with the same row and column as for a bias of each row.
+#[test]
+fn minus_infinity_in_a_bias_of_columns_is_found() -> Result<()> {
+    let [q, k, v] = Shape(1, 1, 1, 9, 8).qkv(3, DType::F32)?;
+    let entries: Vec<f32> = (0..9).map(|t| if t == 5 { f32::NEG_INFINITY } else { 0.0 }).collect();
+    let columns = Tensor::from_vec(entries, 9, &CPU)?;
+    let rows = columns.broadcast_as((9, 9))?.contiguous()?;
+    for (causal, place) in [(true, "row 5, column 5"), (false, "row 0, column 5")] {
+        let plan = MergePlan::from_indicators(&Tensor::ones((1, 1, 8), DType::U8, &CPU)?, &Default::default())?;
+        for bias in [&columns, &rows] {
+            let options = AttentionOptions {
+                bias: Some(bias.clone()),
+                causal,
+                ..Default::default()
+            };
+            let message = attend(&q, &k, &v, &plan, &options).unwrap_err().to_string();
+            assert!(message.contains(place), "{message}");
+        }
+    }
+    Ok(())
+}

@@ -22,7 +22,8 @@ pub struct AttentionOptions {
     /// Dropout on the softmax weights; `None` (default) for none.
     pub dropout: Option<Dropout>,
     /// Added to the logit of every visible column, by the column's token index: any shape that broadcasts to
-    /// `(B, H, N, N)`, in any float dtype; `(B, H, Nq, N)` with Nq queries. It receives no gradient.
+    /// `(B, H, N, N)`, in any float dtype; `(B, H, Nq, N)` with Nq queries. One that does not
+    /// depend on the row, such as `(B, 1, 1, N)`, costs least. It receives no gradient.
     ///
     /// A finite bias of any size, the dtype's minimum included, is finite: a row whose every logit is that minimum is
     /// the softmax of equal logits. Minus infinity hides a column from a row. A row that sees nothing is zeros and

@@ -24,8 +24,8 @@
 //!    at a time. Columns before a sliding window are never read.
 //! 5. With products in bf16 pairs a tile starts at a multiple of [`PAD`] columns and holds all rows, since the far
 //!    columns are packed in such groups.
-//! 6. Sizes, biases and masks are applied to the finished tile, column by column. The mask goes by panels of 16 rows
-//!    and skips a panel whose rows all see the column.
+//! 6. Sizes, biases and masks are applied to the finished tile, column by column; a bias that does not depend on the
+//!    row is one number a column. The mask goes by panels of 16 rows and skips a panel whose rows all see the column.
 //! 7. A row or column that is not finite has a NaN logit, and the mask replaces logits by minus infinity. So a NaN
 //!    reaches the rows that see it and no other row.
 
@@ -449,8 +449,15 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
             column[columns.rows.clone()].iter_mut().for_each(|x| *x += size);
         }
         let token = columns.token(block.far, index);
+        let constant = self
+            .settings
+            .bias
+            .map(|bias| bias.of_all_rows([block.batch, block.head], token));
         // Rows past the block's end are computed with the others and never stored.
-        if let Some(bias) = self.bias(block, token, block.rows.clone()) {
+        if let Some(Some(bias)) = constant {
+            let bias = self.tile_bias.of(bias);
+            column[columns.rows.clone()].iter_mut().for_each(|x| *x += bias);
+        } else if let Some(bias) = self.bias(block, token, block.rows.clone()) {
             let pairs = column.iter_mut().zip(bias);
             pairs.for_each(|(x, bias)| *x += self.tile_bias.of(bias));
         }

@@ -32,6 +32,12 @@ impl<'a, A: Accumulator> BiasView<'a, A> {
         rows.map(move |row| data[start + row * stride])
     }
 
+    /// The entry of a column for every row of the call, where the bias does not depend on the row.
+    #[inline(always)]
+    pub fn of_all_rows(&self, [batch, head]: [usize; 2], column: usize) -> Option<A> {
+        (self.strides[2] == 0).then(|| self.get([batch, head, 0, column]))
+    }
+
     fn hides(&self, at: [usize; 4]) -> bool {
         self.get(at) == A::NEG_INFINITY
     }
@@ -73,9 +79,16 @@ impl<'a, A: Accumulator> Apart<'a, A> {
     /// tokens, and a bias does not say which of the folded tokens a row may see. `seen` gives the tokens that a row (a
     /// token index) sees without a bias.
     fn check(&self, [batch, head]: [usize; 2], rows: usize, seen: impl Fn(usize) -> Range<usize>) -> Result<()> {
-        for row in 0..rows {
-            let mut seen = seen(self.first_row + row);
-            if let Some(column) = seen.find(|column| self.bias.hides([batch, head, row, *column])) {
+        let seen = |row: usize| seen(self.first_row + row);
+        // Where the bias does not depend on the row, a column is looked at once for all rows.
+        let alike = self.bias.strides[2] == 0;
+        for row in if alike { rows - 1..rows } else { 0..rows } {
+            let mut columns = seen(if alike { 0 } else { row }).start..seen(row).end;
+            if let Some(column) = columns.find(|column| self.bias.hides([batch, head, row, *column])) {
+                let row = match alike {
+                    true => (0..rows).find(|row| seen(*row).contains(&column)).unwrap_or(row),
+                    false => row,
+                };
                 bail!(
                     "bias: expected no -inf at a column that a row sees where tokens are hidden, got one at row {}, \
                      column {column} of batch row {batch}, head {head}; give each segment (padded row, packed \
