@@ -156,6 +156,20 @@ impl CompressedAttention {
         Ok(())
     }
 
+    /// Gives the next calls their segments: see [`AttentionOptions::segments`]. `None` for one segment a batch row.
+    ///
+    /// # Errors
+    /// Another dtype than u32, or another rank than 2.
+    pub fn set_segments(&mut self, segments: Option<Tensor>) -> Result<()> {
+        let options = AttentionOptions {
+            segments,
+            ..self.options.clone()
+        };
+        options.check()?;
+        self.options = options;
+        Ok(())
+    }
+
     fn next_options(&self) -> AttentionOptions {
         let call = self.calls.fetch_add(1, Ordering::Relaxed);
         let mut options = self.options.clone();

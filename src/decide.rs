@@ -1,7 +1,7 @@
 //! Observed mass on the tensors of one call: the scores behind [`Criterion::ObservedMass`](crate::Criterion), and the
 //! decisions by these scores.
 
-use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
+use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies, Segment};
 use crate::cpu::decide::cosine;
 use crate::cpu::decide::cosine::DecideInput;
 use crate::cpu::decide::observe::{threshold, Local, ObserveInput};
@@ -19,7 +19,9 @@ impl MergePlan {
     /// are computed in f32 (f64 for f64). O(N·D) per head; under [`Criterion::ObservedMass`] O(N·(window + sinks)·D).
     ///
     /// Under [`MergeRule::Causal`](crate::MergeRule) two neighbours merge only where the later token's row sees both.
-    /// So a bias of -inf keeps padding apart from text, and packed documents from each other.
+    /// So a bias of -inf keeps padding apart from text, and packed documents from each other. Each of
+    /// [`AttentionOptions::segments`] decides alone: pairs across two of them do not merge, and `sinks`, `window` and
+    /// the runs count inside a segment.
     ///
     /// With fewer queries than keys, (B, H, Nq, D), query j is row N - Nq + j. Then [`Criterion::KeyKey`] decides, or
     /// every head is off, or the caller does by [`Self::from_indicators`].
@@ -39,6 +41,7 @@ impl MergePlan {
         let problem = options.layout.explained(Problem::of_rows([q, k, v], options.causal))?;
         problem.check_settings(strategies, config, options)?;
         if problem.queries != problem.tokens {
+            problem.segments(options)?;
             if strategies.all_off() {
                 let shape = (problem.batch, problem.heads, problem.pairs());
                 let none = Tensor::zeros(shape, DType::U8, q.device())?;
@@ -46,7 +49,10 @@ impl MergePlan {
             }
             check_fewer_queries(&problem, config, options)?;
         }
-        let indicators = decide(&problem, [q, k, v], strategies, config, options)?;
+        let indicators = match problem.segments(options)? {
+            None => decide(&problem, [q, k, v], strategies, config, options)?,
+            Some(segments) => decide_alone(&problem, [q, k, v], strategies, config, (options, &segments))?,
+        };
         Ok(Self::decided(indicators, config, strategies.all_off()))
     }
 }
@@ -68,6 +74,31 @@ fn check_fewer_queries(problem: &Problem, config: &CompressionConfig, options: &
         )
     }
     Ok(())
+}
+
+/// The indicators (B, H, N-1) of segments that decide alone; 0 between two segments and in padding.
+fn decide_alone(
+    problem: &Problem,
+    qkv: [&Tensor; 3],
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    (options, segments): (&AttentionOptions, &[Segment]),
+) -> Result<Tensor> {
+    let sizes = [problem.heads, problem.pairs(), 1];
+    let mut bits = vec![0u8; problem.batch * problem.heads * problem.pairs()];
+    let bias = problem.bias(options)?;
+    for segment in segments.iter().filter(|segment| segment.tokens.len() > 1) {
+        let [q, k, v] = qkv.map(|x| {
+            let row = x.narrow(0, segment.batch, 1)?;
+            row.narrow(2, segment.tokens.start, segment.tokens.len())
+        });
+        let strategies = strategies.of_row(segment.batch);
+        let options = options.alone(segment, bias.as_ref())?;
+        let alone = decide(&problem.alone(segment), [&q?, &k?, &v?], &strategies, config, &options)?;
+        let alone = alone.flatten_all()?.to_vec1::<u8>()?;
+        segment.pairs().paste(&alone, &mut bits, sizes);
+    }
+    Tensor::from_vec(bits, (problem.batch, problem.heads, problem.pairs()), qkv[0].device())
 }
 
 /// The indicators (B, H, N-1) on the tensors' device.
@@ -153,6 +184,11 @@ pub fn observed_mass(
     let problem = options.layout.explained(Problem::new(q, k, v))?;
     config.check(options.causal)?;
     options.check()?;
+    if options.segments.is_some() {
+        bail!(
+            "segments: expected None for observed_mass, got some; give each segment its own call, its scores are apart"
+        )
+    }
     if !config.criterion.observes() {
         bail!(
             "criterion: expected Criterion::ObservedMass, got {:?}; the others compare neighbours and have no scores",

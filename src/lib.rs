@@ -63,11 +63,14 @@ pub use attention::{
 pub use cache::{CacheOptions, CompressedKvCache};
 pub use calibrate::{Calibrator, Measurement, ModelShape, Policy};
 pub use config::{
-    AttentionOptions, CompressionConfig, Criterion, Dropout, Fold, GroupRule, HeadStrategies, HeadTest, LossNormalizer,
-    MergeRule, MergeStrategy, TensorLayout,
+    segments_from_lengths, AttentionOptions, CompressionConfig, Criterion, Dropout, Fold, GroupRule, HeadStrategies,
+    HeadTest, LossNormalizer, MergeRule, MergeStrategy, Segment, TensorLayout,
 };
 pub use decide::observed_mass;
-pub use loss::{compression_loss, compression_loss_terms, CompressionLossTerms};
+pub use loss::{
+    compression_loss, compression_loss_in_segments, compression_loss_terms, compression_loss_terms_in_segments,
+    CompressionLossTerms,
+};
 pub use op::{attend, compressed_attention, CompressedAttentionOutput};
 pub use plan::{MergePlan, MergeStats};
 pub use problem::Problem;

@@ -1,12 +1,10 @@
 //! The compression loss: its value, the sums that it is made of, and its gradient.
 
 #[cfg(doc)]
-use crate::config::AttentionOptions;
-#[cfg(doc)]
 use crate::config::Criterion;
-use crate::config::{CompressionConfig, HeadStrategies, LossNormalizer};
+use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies, LossNormalizer, Segment};
 use crate::cpu::decide::cosine::DecideInput;
-use crate::cpu::decide::loss::{loss_gradients, loss_sums};
+use crate::cpu::decide::loss::{loss_gradients, loss_sums, LossSums};
 use crate::cpu::number::element::Element;
 use crate::cpu::number::rows::RowGrid;
 #[cfg(feature = "cuda")]
@@ -73,6 +71,47 @@ pub fn compression_loss(
     }
 }
 
+/// [`compression_loss`] of segments (see [`AttentionOptions::segments`]), u32 (B, N): pairs across two segments, and
+/// padding, are no pairs. 0 where no segment has a pair.
+///
+/// # Errors
+/// As [`compression_loss_terms_in_segments`].
+pub fn compression_loss_in_segments(
+    q: &Tensor,
+    k: &Tensor,
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    segments: &Tensor,
+) -> Result<Option<Tensor>> {
+    match compression_loss_terms_in_segments(q, k, strategies, config, segments)? {
+        Some(terms) => Ok(Some(terms.loss(config.loss_factor, config.loss_normalizer)?)),
+        None => Ok(None),
+    }
+}
+
+/// The terms of [`compression_loss_in_segments`].
+///
+/// # Errors
+/// As [`compression_loss_terms`]; segments of another dtype or shape, or a number that comes back after another one; a
+/// CUDA device.
+pub fn compression_loss_terms_in_segments(
+    q: &Tensor,
+    k: &Tensor,
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    segments: &Tensor,
+) -> Result<Option<CompressionLossTerms>> {
+    let options = AttentionOptions {
+        segments: Some(segments.clone()),
+        ..Default::default()
+    };
+    let segments = Problem::of_pair(q, k)?.segments(&options)?;
+    if q.device().is_cuda() {
+        options.check_on_cuda()?;
+    }
+    terms_of(q, k, strategies, config, segments)
+}
+
 /// The terms of [`compression_loss`] of query (B, H, N, D) and key (B, Hk, N, D), to be reduced over ranks first.
 /// `None` where N = 1 and under [`Criterion::ObservedMass`]. Only the criterion and the thresholds of `config` are
 /// read.
@@ -84,6 +123,16 @@ pub fn compression_loss_terms(
     k: &Tensor,
     strategies: &HeadStrategies,
     config: &CompressionConfig,
+) -> Result<Option<CompressionLossTerms>> {
+    terms_of(q, k, strategies, config, None)
+}
+
+fn terms_of(
+    q: &Tensor,
+    k: &Tensor,
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    segments: Option<Vec<Segment>>,
 ) -> Result<Option<CompressionLossTerms>> {
     let problem = Problem::of_pair(q, k)?;
     config.check(true)?;
@@ -99,18 +148,28 @@ pub fn compression_loss_terms(
         let on = |head: &usize| !strategies.test(config, batch, *head).strategy.is_off();
         (0..problem.heads).filter(on).count()
     };
+    let pairs = match &segments {
+        None => (0..problem.batch).map(active).sum::<usize>() * problem.pairs(),
+        Some(segments) => {
+            let pairs = segments
+                .iter()
+                .map(|segment| active(segment.batch) * segment.pairs().tokens.len());
+            pairs.sum()
+        }
+    };
     let sums = q.apply_op2(
         k,
         LossSumsOp {
             problem,
             strategies: strategies.clone(),
             config: config.clone(),
+            segments,
         },
     )?;
     Ok(Some(CompressionLossTerms {
         squared: sums.get(0)?,
         merged: sums.get(1)?.detach(),
-        pairs: (0..problem.batch).map(active).sum::<usize>() * problem.pairs(),
+        pairs,
     }))
 }
 
@@ -119,6 +178,8 @@ struct LossSumsOp {
     problem: Problem,
     strategies: HeadStrategies,
     config: CompressionConfig,
+    /// None where each batch row is one segment.
+    segments: Option<Vec<Segment>>,
 }
 
 impl LossSumsOp {
@@ -141,6 +202,24 @@ impl LossSumsOp {
             config: &self.config,
         }
     }
+
+    /// The input of one segment alone, with the strategies of its batch row.
+    fn alone<'a, T: Element>(
+        &'a self,
+        q: RowGrid<'a, T>,
+        k: RowGrid<'a, T>,
+        segment: &Segment,
+        strategies: &'a HeadStrategies,
+    ) -> DecideInput<'a, T> {
+        let (batch, first) = (segment.batch, segment.tokens.start);
+        DecideInput {
+            q: q.from(batch, first),
+            k: k.from(batch, first),
+            problem: self.problem.alone(segment),
+            strategies,
+            ..self.input(q, k)
+        }
+    }
 }
 
 struct Forward<'a>(&'a LossSumsOp);
@@ -149,7 +228,13 @@ impl QueryKeyVisitor for Forward<'_> {
     type Output = (CpuStorage, Shape);
 
     fn visit<T: Element>(self, q: RowGrid<T>, k: RowGrid<T>) -> Result<Self::Output> {
-        let sums = loss_sums(&self.0.input(q, k));
+        let sums = match &self.0.segments {
+            None => loss_sums(&self.0.input(q, k)),
+            Some(segments) => segments.iter().fold(LossSums::default(), |all, segment| {
+                let strategies = self.0.strategies.of_row(segment.batch);
+                all.plus(&loss_sums(&self.0.alone(q, k, segment, &strategies)))
+            }),
+        };
         let (squared, merged) = (sums.squared, sums.merged as f64);
         let storage = match self.0.problem.dtype {
             DType::F64 => CpuStorage::F64(vec![squared, merged]),
@@ -168,7 +253,6 @@ impl QueryKeyVisitor for Backward<'_> {
     type Output = (Tensor, Tensor);
 
     fn visit<T: Element>(self, q: RowGrid<T>, k: RowGrid<T>) -> Result<Self::Output> {
-        let (dq, dk) = loss_gradients(&self.op.input(q, k), self.upstream);
         let Problem {
             batch,
             heads,
@@ -177,6 +261,20 @@ impl QueryKeyVisitor for Backward<'_> {
             head_dim,
             ..
         } = self.op.problem;
+        let (dq, dk) = match &self.op.segments {
+            None => loss_gradients(&self.op.input(q, k), self.upstream),
+            Some(segments) => {
+                let zeros = |heads: usize| vec![T::zero(); batch * heads * tokens * head_dim];
+                let (mut dq, mut dk) = (zeros(heads), zeros(kv_heads));
+                for segment in segments {
+                    let strategies = self.op.strategies.of_row(segment.batch);
+                    let part = loss_gradients(&self.op.alone(q, k, segment, &strategies), self.upstream);
+                    segment.paste(&part.0, &mut dq, [heads, tokens, head_dim]);
+                    segment.paste(&part.1, &mut dk, [kv_heads, tokens, head_dim]);
+                }
+                (dq, dk)
+            }
+        };
         let cpu = &candle_core::Device::Cpu;
         Ok((
             Tensor::from_vec(dq, (batch, heads, tokens, head_dim), cpu)?,

@@ -1,6 +1,6 @@
 //! The custom op behind [`attend`]: it checks, matches the dtype and the device, and calls the device's path.
 
-use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
+use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies, Segment};
 use crate::cpu::attend::backward::{backward, Gradients};
 use crate::cpu::attend::forward::forward;
 use crate::cpu::attend::input::{BackwardInput, ForwardInput};
@@ -9,12 +9,14 @@ use crate::cpu::number::element::{Accumulator, Element};
 use crate::cpu::number::rows::RowGrid;
 #[cfg(feature = "cuda")]
 use crate::cuda::tensors::TensorCall;
-use crate::loss::compression_loss;
+use crate::loss::{compression_loss, compression_loss_in_segments};
 use crate::plan::MergePlan;
 use crate::problem::{Problem, RowLayout};
 use crate::storage::{bias_view, cpu_slice, not_on_cpu};
 use candle_core::backend::BackendStorage;
-use candle_core::{bail, CpuStorage, CudaStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{
+    bail, CpuStorage, CudaStorage, CustomOp3, DType, Device, Error, Layout, Result, Shape, Storage, Tensor,
+};
 use sinks::{Kept, SinkGradient};
 use std::sync::Arc;
 
@@ -55,9 +57,13 @@ pub fn compressed_attention(
             k.dims()
         )
     }
+    let compression_loss = match &options.segments {
+        None => compression_loss(&heads_q, &heads_k, strategies, config)?,
+        Some(segments) => compression_loss_in_segments(&heads_q, &heads_k, strategies, config, segments)?,
+    };
     Ok(CompressedAttentionOutput {
         output: attend(q, k, v, &plan, options)?,
-        compression_loss: compression_loss(&heads_q, &heads_k, strategies, config)?,
+        compression_loss,
         plan,
     })
 }
@@ -77,6 +83,9 @@ pub fn compressed_attention(
 /// decisions are constants. The gradients have the shapes and dtypes of their tensors, keep O(N·D) memory besides them,
 /// and do not depend on the number of threads. The bias gets no gradient.
 ///
+/// Each of [`AttentionOptions::segments`] is attended to alone, one after the other; rows of padding are zeros with zero
+/// gradients.
+///
 /// A row is NaN throughout when its query or any column that it sees is not finite; other rows are not affected. A row
 /// whose columns all have a bias of -inf is zeros and sends no gradient. A finite bias of any size, the dtype's least
 /// number included, is finite.
@@ -86,7 +95,8 @@ pub fn compressed_attention(
 /// except for gradients there without [`AttentionOptions::deterministic`].
 ///
 /// # Errors
-/// Shapes, dtypes or devices that do not fit together or are not supported, or a plan made for other shapes. On the
+/// Shapes, dtypes or devices that do not fit together or are not supported, or a plan made for other shapes, or with
+/// a hidden token at the end of a segment. On the
 /// CPU, a bias of -inf at a column that a row would see, in a head that hides tokens: a bias does not tell apart the
 /// tokens that were folded together. On CUDA there is no such check, since it would mean waiting for the device.
 pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &AttentionOptions) -> Result<Tensor> {
@@ -99,6 +109,10 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &At
     }
     if q.device().is_cuda() {
         options.check_on_cuda()?;
+    }
+    let segments = problem.segments(options)?;
+    if let Some(segments) = &segments {
+        plan.check_segments(segments)?;
     }
     let bias = problem.bias(options)?;
     let sinks = match q.device().is_cpu() {
@@ -114,6 +128,7 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &At
             sink_logits: options.sink_logits.as_ref().map(Tensor::detach),
             ..options.clone()
         },
+        segments,
         bias,
         sinks: sinks.clone(),
         tracked: [q, k, v].iter().any(|x| x.track_op()) || tracked_sinks.is_some(),
@@ -131,6 +146,8 @@ struct CompressedAttentionOp {
     problem: Problem,
     plan: MergePlan,
     options: AttentionOptions,
+    /// None where each batch row is one segment.
+    segments: Option<Vec<Segment>>,
     /// The bias in the accumulator's dtype, as a (B, H, Nq, N) view.
     bias: Option<Tensor>,
     /// The sink logits (H), on the CPU.
@@ -153,10 +170,27 @@ impl CompressedAttentionOp {
             ..
         } = self.problem;
         let mut log_sum_exp = vec![[T::Acc::ZERO; 2]; if self.tracked { batch * heads * queries } else { 0 }];
-        let output = self.with_input(qkv, |input| {
-            input.check_bias()?;
-            Ok(forward(input, self.tracked.then_some(log_sum_exp.as_mut_slice())))
-        })?;
+        let run = |segment: Option<&Segment>, log_sum_exp: &mut [[T::Acc; 2]]| {
+            self.with_input(qkv, segment, |input| {
+                input.check_bias()?;
+                Ok(forward(input, self.tracked.then_some(log_sum_exp)))
+            })
+        };
+        let output = match &self.segments {
+            None => run(None, &mut log_sum_exp)?,
+            Some(segments) => {
+                let mut output = vec![T::zero(); batch * heads * queries * value_dim];
+                for segment in segments {
+                    let rows = if self.tracked { heads * segment.tokens.len() } else { 0 };
+                    let mut part_log_sum_exp = vec![[T::Acc::ZERO; 2]; rows];
+                    let part =
+                        run(Some(segment), &mut part_log_sum_exp).map_err(|error| in_segment(segment, &error))?;
+                    segment.paste(&part, &mut output, [heads, queries, value_dim]);
+                    segment.paste(&part_log_sum_exp, &mut log_sum_exp, [heads, queries, 1]);
+                }
+                output
+            }
+        };
         if self.tracked {
             let kept = Tensor::from_vec(log_sum_exp.into_flattened(), (batch, heads, queries, 2), &Device::Cpu)?;
             self.kept.get_or_init(|| vec![kept]);
@@ -177,9 +211,11 @@ impl CompressedAttentionOp {
         }
     }
 
+    /// Calls `body` with the input of the whole call, or of one segment alone.
     fn with_input<T: Element, R>(
         &self,
         [q, k, v]: [(&[T], &Layout); 3],
+        segment: Option<&Segment>,
         body: impl FnOnce(&ForwardInput<T>) -> Result<R>,
     ) -> Result<R> {
         let indicators = self.plan.indicators().storage_and_layout();
@@ -189,12 +225,13 @@ impl CompressedAttentionOp {
             None => None,
         };
         let sinks = self.sinks.as_deref().map(sinks_in_base_2);
-        body(&ForwardInput {
+        let bits = contiguous::<u8>(&indicators.0, indicators.1)?;
+        let whole = ForwardInput {
             q: rows(q),
             k: rows(k),
             v: rows(v),
             problem: self.problem,
-            bits: contiguous::<u8>(&indicators.0, indicators.1)?,
+            bits,
             fold: self.plan.config().fold,
             window: self.plan.config().window,
             causal: self.options.causal,
@@ -202,8 +239,21 @@ impl CompressedAttentionOp {
             scale: self.options.scale(self.problem.head_dim),
             softcap: self.options.softcap,
             dropout: self.options.dropout,
+            first: [0, 0],
             bias,
             sinks: sinks.as_deref(),
+        };
+        let Some(segment) = segment else { return body(&whole) };
+        let (batch, first) = (segment.batch, segment.tokens.start);
+        body(&ForwardInput {
+            q: whole.q.from(batch, first),
+            k: whole.k.from(batch, first),
+            v: whole.v.from(batch, first),
+            problem: self.problem.alone(segment),
+            bits: &segment.pairs().cut(bits, [self.problem.heads, self.problem.pairs(), 1]),
+            first: [batch, first],
+            bias: bias.map(|bias| bias.from(batch, first)),
+            ..whole
         })
     }
 
@@ -232,17 +282,54 @@ impl CompressedAttentionOp {
             )
         };
         let log_sum_exp = contiguous::<T::Acc>(&log_sum_exp.0, log_sum_exp.1)?.as_chunks().0;
-        let Gradients { dq, dk, dv } = self.with_input([q, k, v], |input| {
-            Ok(backward(&BackwardInput {
-                forward: *input,
-                output: rows(output),
-                grad_output: rows(grad_output),
-                log_sum_exp,
-            }))
-        })?;
+        let run = |segment: Option<&Segment>, log_sum_exp: &[[T::Acc; 2]]| {
+            let [batch, first] = segment.map_or([0, 0], |segment| [segment.batch, segment.tokens.start]);
+            self.with_input([q, k, v], segment, |input| {
+                Ok(backward(&BackwardInput {
+                    forward: *input,
+                    output: rows(output).from(batch, first),
+                    grad_output: rows(grad_output).from(batch, first),
+                    log_sum_exp,
+                }))
+            })
+        };
+        let Gradients { dq, dk, dv } = match &self.segments {
+            None => run(None, log_sum_exp)?,
+            Some(segments) => {
+                let Problem {
+                    heads,
+                    kv_heads,
+                    tokens,
+                    head_dim,
+                    ..
+                } = self.problem;
+                let zeros = |like: &Tensor| vec![T::zero(); like.elem_count()];
+                let mut whole = Gradients {
+                    dq: zeros(qkv[0]),
+                    dk: zeros(qkv[1]),
+                    dv: zeros(qkv[2]),
+                };
+                for segment in segments {
+                    let part = run(Some(segment), &segment.cut(log_sum_exp, [heads, tokens, 1]))?;
+                    segment.paste(&part.dq, &mut whole.dq, [heads, tokens, head_dim]);
+                    segment.paste(&part.dk, &mut whole.dk, [kv_heads, tokens, head_dim]);
+                    segment.paste(&part.dv, &mut whole.dv, [kv_heads, tokens, head_dim]);
+                }
+                whole
+            }
+        };
         let like = |data: Vec<T>, tensor: &Tensor| Tensor::from_vec(data, tensor.dims(), &Device::Cpu);
         Ok([like(dq, qkv[0])?, like(dk, qkv[1])?, like(dv, qkv[2])?])
     }
+}
+
+/// An error of one segment's call, whose rows and columns count from its first token.
+fn in_segment(segment: &Segment, error: &Error) -> Error {
+    let Segment { batch, tokens, .. } = segment;
+    Error::msg(format!(
+        "in the segment of batch row {batch} from token {} on: {error}",
+        tokens.start
+    ))
 }
 
 fn rows<'a, T>((data, layout): (&'a [T], &Layout)) -> RowGrid<'a, T> {

@@ -2,7 +2,7 @@
 
 #[cfg(doc)]
 use crate::config::AttentionOptions;
-use crate::config::CompressionConfig;
+use crate::config::{CompressionConfig, Segment};
 use crate::problem::Problem;
 use candle_core::{bail, DType, Result, Tensor};
 
@@ -116,6 +116,25 @@ impl MergePlan {
     #[cfg(feature = "cuda")]
     pub(crate) fn heads_agree(&self) -> bool {
         self.decided && self.config.group_rule.heads_agree()
+    }
+
+    /// Refuses hidden tokens at the end of a segment, which would be folded into another one.
+    pub(crate) fn check_segments(&self, segments: &[Segment]) -> Result<()> {
+        let tokens = self.indicators.dim(2)? + 1;
+        let bits = self.indicators.to_vec3::<u8>()?;
+        for segment in segments {
+            for (head, bits) in bits[segment.batch].iter().enumerate() {
+                if let Some(pair) = segment.borders(tokens).find(|pair| bits[*pair] == 1) {
+                    bail!(
+                        "plan: expected bit 0 between two segments, got 1 at token {pair} of batch row {}, head \
+                         {head}, which would fold it into the next segment; clear the bit, or make the plan with \
+                         these segments",
+                        segment.batch
+                    )
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Refuses a plan that was made for other shapes, whose window has no meaning without causality, or that needs

@@ -1,6 +1,6 @@
 //! Every check of shapes, dtypes, devices and strides, once, and the names of the axes.
 
-use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
+use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies, Segment};
 use crate::instructions::check_environment;
 use candle_core::{bail, DType, Layout, Result, Tensor};
 
@@ -195,6 +195,35 @@ impl Problem {
             }
         }
         Ok(())
+    }
+
+    /// The segments of checked options, in order; None without the option. On a GPU this waits for the device.
+    ///
+    /// # Errors
+    /// Another shape than (B, N), a number that comes back after another one, or fewer queries than keys.
+    pub fn segments(&self, options: &AttentionOptions) -> Result<Option<Vec<Segment>>> {
+        let Some(numbers) = &options.segments else {
+            return Ok(None);
+        };
+        if self.queries != self.tokens {
+            bail!(
+                "segments: expected as many queries as keys, got {} and {}; give the queries of all tokens, or each \
+                 segment its own call",
+                self.queries,
+                self.tokens
+            )
+        }
+        Segment::read(numbers, [self.batch, self.tokens]).map(Some)
+    }
+
+    /// The sizes of a call on one segment alone.
+    pub(crate) fn alone(&self, segment: &Segment) -> Self {
+        Self {
+            batch: 1,
+            tokens: segment.tokens.len(),
+            queries: segment.tokens.len(),
+            ..*self
+        }
     }
 
     /// The bias of checked options as a (B, H, Nq, N) view, in f32, or f64 for f64.

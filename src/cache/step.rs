@@ -39,6 +39,9 @@ pub(super) fn step(
         Some(options) => {
             options.check()?;
             problem.check_sinks(options)?;
+            if options.segments.is_some() {
+                bail!("segments: expected None for a KV cache, got some; give each segment a cache of its own")
+            }
             bias_view(options.bias.as_ref(), full, accumulator)?
         }
         None => None,

@@ -179,6 +179,9 @@ impl Calibrator {
     ) -> Result<Self> {
         config.check(options.causal)?;
         options.check()?;
+        if options.segments.is_some() {
+            bail!("segments: expected None for calibration, got some; add each segment as a sample of its own")
+        }
         model.check()?;
         if !config.rule.is_causal() {
             bail!(

@@ -11,6 +11,7 @@ mod choices;
 mod compression;
 mod layout;
 mod options;
+mod segments;
 mod strategies;
 pub(crate) mod whole;
 
@@ -18,4 +19,5 @@ pub use choices::{Criterion, Fold, GroupRule, LossNormalizer, MergeRule, MergeSt
 pub use compression::CompressionConfig;
 pub use layout::TensorLayout;
 pub use options::{AttentionOptions, Dropout};
+pub use segments::{segments_from_lengths, Segment};
 pub use strategies::{HeadStrategies, HeadTest};

@@ -1,7 +1,7 @@
 //! [`AttentionOptions`]: the options of one attention call, apart from compression.
 
-use super::TensorLayout;
-use candle_core::{bail, Result, Tensor};
+use super::{Segment, TensorLayout};
+use candle_core::{bail, DType, Result, Tensor};
 
 /// Dropout on the softmax weights, drawn from Philox 4x32-10 so that every device and the backward pass see one mask.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -95,7 +95,28 @@ impl AttentionOptions {
                  tensors with to_device(&Device::Cpu)"
             )
         }
+        if self.segments.is_some() {
+            bail!(
+                "segments: expected None on CUDA, got some; its kernels do not compute them yet, give each segment its \
+                 own call, or move the tensors with to_device(&Device::Cpu)"
+            )
+        }
         Ok(())
+    }
+
+    /// The options of a call on one segment alone; `bias` is the call's as a (B, H, N, N) view.
+    pub(crate) fn alone(&self, segment: &Segment, bias: Option<&Tensor>) -> Result<Self> {
+        let (start, count) = (segment.tokens.start, segment.tokens.len());
+        let part = |bias: &Tensor| {
+            bias.narrow(0, segment.batch, 1)?
+                .narrow(2, start, count)?
+                .narrow(3, start, count)
+        };
+        Ok(Self {
+            bias: bias.map(part).transpose()?,
+            segments: None,
+            ..self.clone()
+        })
     }
 
     /// Refuses a scale that is not finite, a sliding window of 0, a dropout probability outside `[0, 1)`, a softcap
@@ -127,9 +148,15 @@ impl AttentionOptions {
                 sinks.dtype()
             )
         }
-        let not_yet = [("segments", self.segments.is_some())];
-        if let Some((name, _)) = not_yet.iter().find(|(_, given)| *given) {
-            bail!("{name}: expected None, got a value; this version does not compute it yet")
+        if let Some(segments) = &self.segments {
+            if segments.dtype() != DType::U32 || segments.rank() != 2 {
+                bail!(
+                    "segments: expected u32 of shape (batch, tokens), got {:?} of shape {:?}; give each token its \
+                     segment's number, and 0 to padding",
+                    segments.dtype(),
+                    segments.dims()
+                )
+            }
         }
         if let Some(bias) = &self.bias {
             if !bias.dtype().is_float() {

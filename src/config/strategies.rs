@@ -108,6 +108,15 @@ impl<T: Copy> Table<T> {
         }
     }
 
+    /// The table of one batch row alone.
+    fn row(&self, batch: usize) -> Self {
+        match self {
+            Self::Uniform(value) => Self::Uniform(*value),
+            Self::PerHead(values) => Self::PerHead(values.clone()),
+            Self::PerBatchHead { heads, values } => Self::PerHead(values[batch * heads..][..*heads].to_vec()),
+        }
+    }
+
     fn get(&self, batch: usize, head: usize) -> T {
         match self {
             Self::Uniform(value) => *value,
@@ -206,6 +215,14 @@ impl HeadStrategies {
             None => config.default_threshold(strategy),
         };
         HeadTest { strategy, threshold }
+    }
+
+    /// The strategies of one batch row alone, after [`Self::check`].
+    pub(crate) fn of_row(&self, batch: usize) -> Self {
+        Self {
+            strategies: self.strategies.row(batch),
+            thresholds: self.thresholds.as_ref().map(|table| table.row(batch)),
+        }
     }
 
     /// Whether heads have thresholds of their own.

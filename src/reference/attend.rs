@@ -5,7 +5,7 @@ use candle_core::{bail, Result, Tensor};
 use super::bias::Bias;
 use super::fold::{fold, unfold, visible_columns, Column};
 use super::{add_scaled, dot, dropout_keeps, Array4, Axes, HeadTokens, Indicators};
-use crate::config::{AttentionOptions, CompressionConfig, Fold};
+use crate::config::{AttentionOptions, CompressionConfig, Fold, Segment};
 
 /// Compressed attention of shape (B, H, N, D), for q (B, H, N, D), k and v (B, Hk, N, D) and bits (B, H, N-1).
 ///
@@ -17,6 +17,9 @@ use crate::config::{AttentionOptions, CompressionConfig, Fold};
 /// `scale · query_i · key_j + ln n_j + bias[i, token j]` after dropout. A softcap c changes the first term z to
 /// `c · tanh(z / c)`. Keys and values of far columns and of the edge
 /// are folded by the query head's own bits; so are the queries under [`Fold::PairSum`], for any window.
+///
+/// Each of [`AttentionOptions::segments`] is computed alone; rows of padding are zeros. Bias and dropout go by the indices
+/// of the whole call.
 ///
 /// A row is NaN when its query, or the key or value of any column that it sees, has an entry that is not finite, for
 /// any bias or dropout of the column. Other rows are not affected by that token. A row whose columns all have a bias of
@@ -34,8 +37,70 @@ pub fn attention(
     config: &CompressionConfig,
     options: &AttentionOptions,
 ) -> Result<Array4> {
-    let call = Call::new((q, k, v), indicators, config, options)?;
-    let mut output = Array4::zeros(call.output_dims());
+    let mut output = Array4::zeros(output_dims(q, v));
+    if let Some(segments) = segments_of(q, k, indicators, options)? {
+        for segment in &segments {
+            let [q, k, v] = [q, k, v].map(|x| x.cut(segment));
+            let bits = indicators.cut(segment);
+            let call = Call::new((&q, &k, &v), &bits, config, options, Some(segment))?;
+            output.paste(segment, &output_of(&call));
+        }
+        return Ok(output);
+    }
+    Ok(output_of(&Call::new((q, k, v), indicators, config, options, None)?))
+}
+
+/// The segments, where they are given and no token is folded into another one.
+fn segments_of(
+    q: &Array4,
+    k: &Array4,
+    indicators: &Indicators,
+    options: &AttentionOptions,
+) -> Result<Option<Vec<Segment>>> {
+    let [batch, heads, tokens, _] = q.dims;
+    if options.segments.is_some() && k.dims[2] != tokens {
+        bail!(
+            "segments: expected as many queries as keys, got {tokens} and {}; give the queries of all tokens",
+            k.dims[2]
+        )
+    }
+    let segments = super::segments::read(options.segments.as_ref(), [batch, tokens])?;
+    for segment in segments.iter().flatten() {
+        for head in 0..heads {
+            let bits = indicators.head(segment.batch, head);
+            if let Some(pair) = segment.borders(tokens).find(|pair| bits[*pair]) {
+                bail!(
+                    "indicators: expected bit 0 between two segments, got 1 at token {pair} of batch row {}, head \
+                     {head}; make them with indicators_in_segments",
+                    segment.batch
+                )
+            }
+        }
+    }
+    Ok(segments)
+}
+
+/// (B, H, Nq, Dv)
+fn output_dims(q: &Array4, v: &Array4) -> [usize; 4] {
+    let ([batch, heads, queries, _], [.., value_dim]) = (q.dims, v.dims);
+    [batch, heads, queries, value_dim]
+}
+
+fn check_grad_output(grad_output: &Array4, q: &Array4, v: &Array4) -> Result<()> {
+    grad_output.check("grad_output")?;
+    let expected = output_dims(q, v);
+    if grad_output.dims != expected {
+        bail!(
+            "grad_output: expected shape {:?} like the output, got {:?}; pass the gradient of this call's output",
+            expected,
+            grad_output.dims
+        )
+    }
+    Ok(())
+}
+
+fn output_of(call: &Call) -> Array4 {
+    let mut output = Array4::zeros(output_dims(call.inputs.0, call.inputs.2));
     for (batch, head) in call.sizes.batch_heads() {
         let parts = call.head(batch, head);
         for row in call.sizes.rows() {
@@ -48,7 +113,7 @@ pub fn attention(
             }
         }
     }
-    Ok(output)
+    output
 }
 
 /// The gradient of `Σ attention · grad_output` with respect to the sink logits, one per query head: with a row's output
@@ -65,12 +130,26 @@ pub fn sink_gradients(
     config: &CompressionConfig,
     options: &AttentionOptions,
 ) -> Result<Vec<f64>> {
-    let call = Call::new((q, k, v), indicators, config, options)?;
-    call.check_grad_output(grad_output)?;
-    if call.sinks.is_none() {
+    check_grad_output(grad_output, q, v)?;
+    if options.sink_logits.is_none() {
         bail!("sink_logits: expected a tensor of shape (heads), got None; without sinks there is no gradient for them")
     }
-    let mut gradients = vec![0.0; call.sizes.heads];
+    let mut gradients = vec![0.0; q.dims[1]];
+    let Some(segments) = segments_of(q, k, indicators, options)? else {
+        let call = Call::new((q, k, v), indicators, config, options, None)?;
+        add_sink_gradients(&call, grad_output, &mut gradients);
+        return Ok(gradients);
+    };
+    for segment in &segments {
+        let [q, k, v, grad_output] = [q, k, v, grad_output].map(|x| x.cut(segment));
+        let bits = indicators.cut(segment);
+        let call = Call::new((&q, &k, &v), &bits, config, options, Some(segment))?;
+        add_sink_gradients(&call, &grad_output, &mut gradients);
+    }
+    Ok(gradients)
+}
+
+fn add_sink_gradients(call: &Call, grad_output: &Array4, gradients: &mut [f64]) {
     for (batch, head) in call.sizes.batch_heads() {
         let parts = call.head(batch, head);
         for row in call.sizes.rows() {
@@ -79,7 +158,6 @@ pub fn sink_gradients(
             gradients[head] -= seen.sink * dot(&seen.weights, &arrived);
         }
     }
-    Ok(gradients)
 }
 
 /// The gradients of `Σ attention · grad_output` with respect to q, k and v, in their shapes. The bits are constants.
@@ -95,8 +173,26 @@ pub fn attention_gradients(
     config: &CompressionConfig,
     options: &AttentionOptions,
 ) -> Result<(Array4, Array4, Array4)> {
-    let call = Call::new((q, k, v), indicators, config, options)?;
-    call.check_grad_output(grad_output)?;
+    check_grad_output(grad_output, q, v)?;
+    let Some(segments) = segments_of(q, k, indicators, options)? else {
+        let call = Call::new((q, k, v), indicators, config, options, None)?;
+        return Ok(gradients_of(&call, grad_output));
+    };
+    let (mut dq, mut dk, mut dv) = (Array4::zeros(q.dims), Array4::zeros(k.dims), Array4::zeros(v.dims));
+    for segment in &segments {
+        let [q, k, v, grad_output] = [q, k, v, grad_output].map(|x| x.cut(segment));
+        let bits = indicators.cut(segment);
+        let call = Call::new((&q, &k, &v), &bits, config, options, Some(segment))?;
+        let alone = gradients_of(&call, &grad_output);
+        dq.paste(segment, &alone.0);
+        dk.paste(segment, &alone.1);
+        dv.paste(segment, &alone.2);
+    }
+    Ok((dq, dk, dv))
+}
+
+fn gradients_of(call: &Call, grad_output: &Array4) -> (Array4, Array4, Array4) {
+    let ((q, k, v), config) = (call.inputs, call.config);
     let (mut dq, mut dk, mut dv) = (Array4::zeros(q.dims), Array4::zeros(k.dims), Array4::zeros(v.dims));
     for (batch, head) in call.sizes.batch_heads() {
         let parts = call.head(batch, head);
@@ -121,7 +217,7 @@ pub fn attention_gradients(
             Fold::Mean | Fold::Drop => dq.add_head(batch, head, &grads.queries),
         }
     }
-    Ok((dq, dk, dv))
+    (dq, dk, dv)
 }
 
 /// A call's arguments, checked.
@@ -135,6 +231,8 @@ struct Call<'a> {
     bias: Option<Bias>,
     /// (H)
     sinks: Option<Vec<f64>>,
+    /// The batch row and the token that the arrays begin with: bias and dropout go by the indices of the whole call.
+    first: [usize; 2],
 }
 
 /// One query head's vectors, raw and folded.
@@ -169,6 +267,7 @@ impl<'a> Call<'a> {
         indicators: &'a Indicators,
         config: &'a CompressionConfig,
         options: &'a AttentionOptions,
+        segment: Option<&Segment>,
     ) -> Result<Self> {
         config.check(options.causal)?;
         options.check()?;
@@ -199,7 +298,20 @@ impl<'a> Call<'a> {
                 sizes.queries
             )
         }
-        let bias = options.bias.as_ref().map(|b| Bias::read(b, sizes)).transpose()?;
+        let bias = match (&options.bias, &options.segments, segment) {
+            (Some(bias), Some(segments), Some(segment)) => {
+                let (batch, tokens) = segments.dims2()?;
+                let whole = Axes {
+                    batch,
+                    tokens,
+                    queries: tokens,
+                    ..sizes
+                };
+                Some(Bias::read(bias, whole)?.alone(segment))
+            }
+            (Some(bias), _, _) => Some(Bias::read(bias, sizes)?),
+            (None, _, _) => None,
+        };
         if let Some(bias) = &bias {
             bias.check(indicators, options)?;
         }
@@ -212,27 +324,11 @@ impl<'a> Call<'a> {
             scale: options.scale(q.dims[3]),
             bias,
             sinks: options.sink_logits.as_ref().map(|s| read_sinks(s, sizes)).transpose()?,
+            first: segment.map_or([0, 0], |segment| [segment.batch, segment.tokens.start]),
         })
     }
 
     /// (B, H, Nq, Dv)
-    fn output_dims(&self) -> [usize; 4] {
-        let ([batch, heads, queries, _], [.., value_dim]) = (self.inputs.0.dims, self.inputs.2.dims);
-        [batch, heads, queries, value_dim]
-    }
-
-    fn check_grad_output(&self, grad_output: &Array4) -> Result<()> {
-        grad_output.check("grad_output")?;
-        let expected = self.output_dims();
-        if grad_output.dims != expected {
-            bail!(
-                "grad_output: expected shape {:?} like the output, got {:?}; pass the gradient of this call's output",
-                expected,
-                grad_output.dims
-            )
-        }
-        Ok(())
-    }
 
     fn head(&self, batch: usize, head: usize) -> Head<'a> {
         let (q, k, v) = self.inputs;
@@ -298,8 +394,10 @@ impl<'a> Call<'a> {
     }
 
     fn keep(&self, head: &Head, row: usize, token: usize) -> f64 {
+        let [first_batch, first] = self.first;
+        let batch_head = (first_batch + head.batch) * self.sizes.heads + head.head;
         match self.options.dropout {
-            Some(d) if dropout_keeps(d, head.batch * self.sizes.heads + head.head, row, token) => 1.0 / (1.0 - d.p),
+            Some(d) if dropout_keeps(d, batch_head, row + first, token + first) => 1.0 / (1.0 - d.p),
             Some(_) => 0.0,
             None => 1.0,
         }

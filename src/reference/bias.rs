@@ -3,7 +3,7 @@
 use candle_core::{bail, Result, Tensor};
 
 use super::{to_f64, Axes, Indicators};
-use crate::config::AttentionOptions;
+use crate::config::{AttentionOptions, Segment};
 
 /// A bias that broadcasts to (B, H, Nq, N), as f64. Rows are given by their token index.
 pub(super) struct Bias {
@@ -12,6 +12,8 @@ pub(super) struct Bias {
     queries: usize,
     /// The token index of the first query's row.
     first_row: usize,
+    /// The batch row and the token that indices count from.
+    first: [usize; 2],
 }
 
 impl Bias {
@@ -30,12 +32,23 @@ impl Bias {
             data: to_f64(bias)?,
             queries: sizes.queries,
             first_row: sizes.first_row,
+            first: [0, 0],
         })
+    }
+
+    /// The same bias for a call on one segment: indices count from its first token.
+    pub(super) fn alone(self, segment: &Segment) -> Self {
+        Self {
+            first: [segment.batch, segment.tokens.start],
+            queries: segment.tokens.len(),
+            ..self
+        }
     }
 
     /// The entry of (batch, query head, row, column).
     pub(super) fn get(&self, [batch, head, row, column]: [usize; 4]) -> f64 {
-        let index = [batch, head, row - self.first_row, column];
+        let [first_batch, first] = self.first;
+        let index = [batch + first_batch, head, row + first - self.first_row, column + first];
         let pairs = self.dims.iter().zip(index);
         let flat = pairs.fold(0, |flat, (&dim, i)| flat * dim + if dim == 1 { 0 } else { i });
         self.data[flat]

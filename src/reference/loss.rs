@@ -1,10 +1,10 @@
 //! The compression loss: the distance of each head's pairs from its strategy's target.
 
-use candle_core::Result;
+use candle_core::{Result, Tensor};
 
 use super::merge::{norm, pair_cosine, qualifies, unit, NORM_FLOOR};
 use super::{add_scaled, Array4, Axes};
-use crate::config::{CompressionConfig, Criterion, HeadStrategies, LossNormalizer, MergeStrategy};
+use crate::config::{CompressionConfig, Criterion, HeadStrategies, LossNormalizer, MergeStrategy, Segment};
 
 /// The sums that the loss is made of, over every pair of every query head that is not off. Ranks of a tensor-parallel
 /// model add their sums before they call [`Self::value`].
@@ -88,12 +88,75 @@ pub fn compression_loss_gradients(
     strategies: &HeadStrategies,
     config: &CompressionConfig,
 ) -> Result<(Array4, Array4)> {
+    match compression_loss(q, k, strategies, config)? {
+        Some(terms) => gradients_over(q, k, strategies, config, terms.divisor(config.loss_normalizer)),
+        None => Ok((Array4::zeros(q.dims), Array4::zeros(k.dims))),
+    }
+}
+
+/// The terms of segments, u32 (B, N) (see [`AttentionOptions::segments`](crate::AttentionOptions::segments)): the sums
+/// of all of them. `None` as in [`compression_loss`].
+///
+/// # Errors
+/// As [`compression_loss`], or segments of another shape or whose numbers come back.
+pub fn compression_loss_in_segments(
+    q: &Array4,
+    k: &Array4,
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    segments: &Tensor,
+) -> Result<Option<LossTerms>> {
+    let sizes = check(q, k, strategies, config)?;
+    if sizes.pairs() == 0 || !config.criterion.compares_pairs() {
+        return Ok(None);
+    }
+    let mut all = LossTerms::default();
+    for segment in Segment::read(segments, [sizes.batch, sizes.tokens])? {
+        let strategies = strategies.of_row(segment.batch);
+        let alone = compression_loss(&q.cut(&segment), &k.cut(&segment), &strategies, config)?.unwrap_or_default();
+        all.squared += alone.squared;
+        all.merged += alone.merged;
+        all.pairs += alone.pairs;
+    }
+    Ok(Some(all))
+}
+
+/// The gradients of the loss of segments.
+///
+/// # Errors
+/// As [`compression_loss_in_segments`].
+pub fn compression_loss_gradients_in_segments(
+    q: &Array4,
+    k: &Array4,
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    segments: &Tensor,
+) -> Result<(Array4, Array4)> {
     let (mut dq, mut dk) = (Array4::zeros(q.dims), Array4::zeros(k.dims));
-    let Some(terms) = compression_loss(q, k, strategies, config)? else {
+    let Some(terms) = compression_loss_in_segments(q, k, strategies, config, segments)? else {
         return Ok((dq, dk));
     };
+    let divisor = terms.divisor(config.loss_normalizer);
+    for segment in Segment::read(segments, [q.dims[0], q.dims[2]])? {
+        let strategies = strategies.of_row(segment.batch);
+        let alone = gradients_over(&q.cut(&segment), &k.cut(&segment), &strategies, config, divisor)?;
+        dq.paste(&segment, &alone.0);
+        dk.paste(&segment, &alone.1);
+    }
+    Ok((dq, dk))
+}
+
+/// `loss_factor / divisor` times the gradients of S.
+fn gradients_over(
+    q: &Array4,
+    k: &Array4,
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    divisor: usize,
+) -> Result<(Array4, Array4)> {
+    let (mut dq, mut dk) = (Array4::zeros(q.dims), Array4::zeros(k.dims));
     let sizes = Axes::new(q, k)?;
-    let factor = config.loss_factor / terms.divisor(config.loss_normalizer) as f64;
+    let factor = config.loss_factor / divisor as f64;
     for (batch, head) in sizes.batch_heads() {
         let strategy = strategies.test(config, batch, head).strategy;
         if strategy.is_off() {

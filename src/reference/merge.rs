@@ -4,7 +4,10 @@ use candle_core::{bail, Result, Tensor};
 
 use super::bias::Bias;
 use super::{dot, Array4, Axes, Indicators};
-use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, HeadTest, MergeRule, MergeStrategy};
+use crate::config::{
+    AttentionOptions, CompressionConfig, Criterion, GroupRule, HeadStrategies, HeadTest, MergeRule, MergeStrategy,
+    Segment,
+};
 
 /// The least length a vector is divided by, so that the cosine of a zero vector is 0.
 pub const NORM_FLOOR: f64 = 1e-12;
@@ -194,6 +197,40 @@ pub fn indicators_under(
         dims: [sizes.batch, sizes.heads, sizes.pairs()],
         bits: per_head.concat(),
     })
+}
+
+/// [`indicators_under`] for segments, u32 (B, N) (see [`AttentionOptions::segments`](crate::AttentionOptions::segments)):
+/// each decides alone, and bits between two segments and in padding are 0.
+///
+/// # Errors
+/// As [`indicators_under`], or segments of another shape or whose numbers come back.
+pub fn indicators_in_segments(
+    q: &Array4,
+    k: &Array4,
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    bias: Option<&Tensor>,
+    segments: &Tensor,
+) -> Result<Indicators> {
+    let sizes = Axes::new(q, k)?;
+    strategies.check(sizes.batch, sizes.heads)?;
+    let mut bits = Indicators {
+        dims: [sizes.batch, sizes.heads, sizes.pairs()],
+        bits: vec![false; sizes.batch * sizes.heads * sizes.pairs()],
+    };
+    let full = (sizes.batch, sizes.heads, sizes.tokens, sizes.tokens);
+    let options = AttentionOptions::default();
+    let bias = bias.map(|bias| bias.broadcast_as(full)).transpose()?;
+    for segment in Segment::read(segments, [sizes.batch, sizes.tokens])? {
+        let under = options.alone(&segment, bias.as_ref())?.bias;
+        let strategies = strategies.of_row(segment.batch);
+        let (q, k) = (q.cut(&segment), k.cut(&segment));
+        bits.paste(
+            &segment,
+            &indicators_under(&q, &k, &strategies, config, under.as_ref())?,
+        );
+    }
+    Ok(bits)
 }
 
 /// The query heads that must all agree before a bit of `head` is set: itself, or every head of its group.

@@ -23,12 +23,19 @@ mod fold;
 mod loss;
 mod merge;
 mod observe;
+mod segments;
 
 pub use attend::{attention, attention_gradients, sink_gradients};
 pub use dropout::{dropout_keeps, philox4x32_10};
 pub use fold::{fold, unfold, visible_columns, Column};
-pub use loss::{compression_loss, compression_loss_gradients, LossTerms};
-pub use merge::{causal_rule, cosine, indicators, indicators_under, norm, qualifies, reference_rule, unit, NORM_FLOOR};
+pub use loss::{
+    compression_loss, compression_loss_gradients, compression_loss_gradients_in_segments, compression_loss_in_segments,
+    LossTerms,
+};
+pub use merge::{
+    causal_rule, cosine, indicators, indicators_in_segments, indicators_under, norm, qualifies, reference_rule, unit,
+    NORM_FLOOR,
+};
 pub use observe::{local_columns, local_weights, observed_indicators, observed_mass, observing_rows};
 
 use candle_core::{bail, DType, Device, Result, Tensor};

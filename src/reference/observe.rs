@@ -66,7 +66,7 @@ pub fn observed_mass(
 
 /// The tokens that merge under [`Criterion::ObservedMass`], for q of shape (B, H, N, D), k and v of shape
 /// (B, Hk, N, D): all tokens that can be decided, are no sinks, and score below the threshold of every query head of
-/// their group.
+/// their group. Each of [`AttentionOptions::segments`] decides alone.
 ///
 /// # Errors
 /// Shapes, strategies or settings that do not fit together, or another criterion.
@@ -81,6 +81,20 @@ pub fn observed_indicators(
     let sizes = check(q, k, v, config, options)?;
     config.check_strategies(strategies)?;
     strategies.check(sizes.batch, sizes.heads)?;
+    if let Some(segments) = super::segments::read(options.segments.as_ref(), [sizes.batch, sizes.tokens])? {
+        let dims = [sizes.batch, sizes.heads, sizes.pairs()];
+        let bits = vec![false; dims.iter().product()];
+        let mut whole = Indicators { dims, bits };
+        for segment in &segments {
+            let [q, k, v] = [q, k, v].map(|x| x.cut(segment));
+            let (strategies, options) = (strategies.of_row(segment.batch), options.alone(segment, None)?);
+            whole.paste(
+                segment,
+                &observed_indicators(&q, &k, &v, &strategies, config, &options)?,
+            );
+        }
+        return Ok(whole);
+    }
     let scores = observed_mass(q, k, v, config, options)?;
     let group = sizes.heads / sizes.kv_heads;
     let mut bits = Vec::new();

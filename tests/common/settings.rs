@@ -35,7 +35,11 @@ pub fn reference_bits(
     Ok(match config.criterion {
         Criterion::ObservedMass => reference::observed_indicators(q, k, v, strategies, config, options)?,
         Criterion::QueryKey | Criterion::KeyKey => {
-            reference::indicators_under(q, k, strategies, config, options.bias.as_ref())?
+            let bias = options.bias.as_ref();
+            match &options.segments {
+                None => reference::indicators_under(q, k, strategies, config, bias)?,
+                Some(segments) => reference::indicators_in_segments(q, k, strategies, config, bias, segments)?,
+            }
         }
     })
 }

@@ -31,6 +31,9 @@ pub(crate) struct ForwardInput<'a, T: Element> {
     pub scale: f64,
     pub softcap: Option<f64>,
     pub dropout: Option<Dropout>,
+    /// The batch row and the token that this call begins with, where it is a segment of a larger one: dropout draws by
+    /// the indices of that one.
+    pub first: [usize; 2],
     pub bias: Option<BiasView<'a, T::Acc>>,
     /// Sink logits (H) in base 2.
     pub sinks: Option<&'a [T::Acc]>,
@@ -99,7 +102,9 @@ impl<'a, T: Element> ForwardInput<'a, T> {
     where
         'a: 'b,
     {
-        let (batch_head, first) = (batch * self.problem.heads + head, self.first_row());
+        let [first_batch, first_token] = self.first;
+        let batch_head = (first_batch + batch) * self.problem.heads + head;
+        let first = self.first_row();
         Block {
             batch,
             head,
@@ -118,7 +123,9 @@ impl<'a, T: Element> ForwardInput<'a, T> {
             },
             chain: None,
             far,
-            dropout: self.dropout.map(|dropout| DropoutMask::new(dropout, batch_head)),
+            dropout: self
+                .dropout
+                .map(|dropout| DropoutMask::new(dropout, batch_head).from(first_token)),
         }
     }
 }

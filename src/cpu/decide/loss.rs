@@ -12,6 +12,15 @@ pub(crate) struct LossSums {
     pub merged: usize,
 }
 
+impl LossSums {
+    pub fn plus(&self, other: &Self) -> Self {
+        Self {
+            squared: self.squared + other.squared,
+            merged: self.merged + other.merged,
+        }
+    }
+}
+
 /// The distance of a cosine from the strategy's target.
 fn residual<A: Accumulator>(strategy: MergeStrategy, cosine: A) -> A {
     match strategy {
@@ -44,10 +53,7 @@ pub(crate) fn loss_sums<T: Element>(input: &DecideInput<T>) -> LossSums {
         .into_par_iter()
         .map(head_sums)
         .collect();
-    sums.iter().fold(LossSums::default(), |all, one| LossSums {
-        squared: all.squared + one.squared,
-        merged: all.merged + one.merged,
-    })
+    sums.iter().fold(LossSums::default(), |all, one| all.plus(one))
 }
 
 /// `upstream` times the gradient of S: (B, H, N, D) for the query, (B, Hk, N, D) for the key.

@@ -14,6 +14,13 @@ pub(crate) struct BiasView<'a, A> {
 }
 
 impl<'a, A: Accumulator> BiasView<'a, A> {
+    /// The view from a batch row on, with a token as its first row and column.
+    pub fn from(mut self, batch: usize, token: usize) -> Self {
+        let [b, _, row, column] = self.strides;
+        self.offset += batch * b + token * (row + column);
+        self
+    }
+
     /// The entry of a batch row, a query head, a row of the call and a column.
     pub fn get(&self, [batch, head, row, column]: [usize; 4]) -> A {
         let [b, h, r, c] = self.strides;

@@ -9,6 +9,8 @@ use crate::cpu::number::element::Accumulator;
 pub(crate) struct DropoutMask {
     key: [u32; 2],
     batch_head: u32,
+    /// Added to rows and columns.
+    first: usize,
     /// A word below this is dropped: p in units of 2^-32.
     cut: u64,
     /// 1 / (1 - p).
@@ -21,9 +23,15 @@ impl DropoutMask {
         Self {
             key: [dropout.seed as u32, (dropout.seed >> 32) as u32],
             batch_head: batch_head as u32,
+            first: 0,
             cut: (dropout.p * 4_294_967_296.0).ceil() as u64,
             scale: 1.0 / (1.0 - dropout.p),
         }
+    }
+
+    /// The mask of rows and columns that count from a token on.
+    pub fn from(self, first: usize) -> Self {
+        Self { first, ..self }
     }
 
     /// The factor on the weight of this row and column (token indices): 0 or 1 / (1 - p).
@@ -37,6 +45,7 @@ impl DropoutMask {
 
     /// Whether the weight stays. Four neighbouring columns share one draw.
     fn keeps(&self, row: usize, column: usize) -> bool {
+        let (row, column) = (row + self.first, column + self.first);
         let draw = philox4x32_10([(column / 4) as u32, row as u32, self.batch_head, 0], self.key);
         u64::from(draw[column % 4]) >= self.cut
     }

@@ -16,6 +16,13 @@ impl<'a, T> RowGrid<'a, T> {
         Self { data, layout }
     }
 
+    /// The grid from a batch row and a token on.
+    pub fn from(mut self, batch: usize, token: usize) -> Self {
+        let [batch_stride, _, stride] = self.layout.strides;
+        self.layout.offset += batch * batch_stride + token * stride;
+        self
+    }
+
     /// The rows of one (batch, head).
     pub fn head(&self, batch: usize, head: usize) -> HeadRows<'a, T> {
         let [batch_stride, head_stride, stride] = self.layout.strides;
