@@ -83,8 +83,8 @@ pub fn compressed_attention(
 /// decisions are constants. The gradients have the shapes and dtypes of their tensors, keep O(N·D) memory besides them,
 /// and do not depend on the number of threads. The bias gets no gradient.
 ///
-/// Each of [`AttentionOptions::segments`] is attended to alone, one after the other; rows of padding are zeros with zero
-/// gradients.
+/// Each of [`AttentionOptions::segments`] is attended to alone, one after the other; rows of padding are zeros with
+/// zero gradients.
 ///
 /// A row is NaN throughout when its query or any column that it sees is not finite; other rows are not affected. A row
 /// whose columns all have a bias of -inf is zeros and sends no gradient. A finite bias of any size, the dtype's least

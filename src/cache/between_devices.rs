@@ -79,6 +79,12 @@ impl CompressedKvCache {
     /// Another dtype than T, or values of another size than keys.
     pub(crate) fn for_device<T: Both>(&self) -> Result<Option<(Problem, HostLists<T>)>> {
         let Some(state) = &self.state else { return Ok(None) };
+        if state.places.is_some() {
+            bail!(
+                "segments: expected none in a cache on CUDA, got a cache that was given some; its kernels do not \
+                 compute them yet, keep the cache on the CPU"
+            )
+        }
         if let Some(length) = state.sliding_window.flatten() {
             bail!(
                 "sliding_window: expected None for a cache on CUDA, got {length}; its kernels do not compute it yet, \
@@ -133,6 +139,7 @@ pub(super) fn state_of<T: Both>(sizes: CacheSizes, config: &CompressionConfig, h
         sizes,
         seq_len: held.seq_len,
         sliding_window: Some(None),
+        places: None,
         lists: T::wrap(lists.collect()),
     }
 }

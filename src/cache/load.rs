@@ -134,7 +134,6 @@ fn restore_state(cache: &CompressedKvCache, saved: &SavedState, file: &SafeTenso
         config: &cache.config,
         dim: saved.sizes.head_dim,
         value_dim: saved.sizes.values(),
-        seq_len: saved.seq_len,
         sliding_window: saved.sliding_window.unwrap_or(usize::MAX),
     };
     if saved.sliding_window == Some(0) || saved.sliding_window.is_some() && saved.only_appended {
@@ -143,9 +142,11 @@ fn restore_state(cache: &CompressedKvCache, saved: &SavedState, file: &SafeTenso
             saved.sliding_window
         )
     }
+    check_places(saved)?;
     Ok(State {
         sizes: saved.sizes,
         seq_len: saved.seq_len,
+        places: saved.places.clone(),
         sliding_window: (!saved.only_appended).then_some(saved.sliding_window),
         lists: match dtype {
             DType::F64 => Lists::F64(reader.lists(saved)?),
@@ -155,6 +156,40 @@ fn restore_state(cache: &CompressedKvCache, saved: &SavedState, file: &SafeTenso
             _ => bail!("dtype: expected f64, f32, f16 or bf16, got {dtype:?}; {DAMAGED}"),
         },
     })
+}
+
+/// Checks that each batch row has a place, and that the lists of a row have as many tokens as came since its start.
+fn check_places(saved: &SavedState) -> Result<()> {
+    let (batch, seq_len) = (saved.sizes.batch, saved.seq_len);
+    let Some(places) = &saved.places else {
+        if let Some(list) = saved.lists.iter().find(|list| list.seq_len.is_some()) {
+            bail!(
+                "lists: expected no seq_len without places, got {:?}; {DAMAGED}",
+                list.seq_len
+            )
+        }
+        return Ok(());
+    };
+    let bad = places.iter().find(|place| place.number == 0 || place.start > seq_len);
+    if places.len() != batch || bad.is_some() {
+        bail!(
+            "places: expected {batch} of numbers from 1 and starts up to {seq_len}, got {} with {bad:?}; {DAMAGED}",
+            places.len()
+        )
+    }
+    let of_row = |batch: usize| saved.lists.iter().filter(move |list| list.at.batch == batch);
+    for (batch, place) in places.iter().enumerate() {
+        let mut lengths = of_row(batch).map(|list| list.seq_len.unwrap_or(seq_len));
+        let first = lengths.next().unwrap_or(0);
+        if first > seq_len - place.start || lengths.any(|length| length != first) {
+            bail!(
+                "lists: expected as many tokens in each list of batch row {batch}, at most {}, got {first} in its \
+                 first; {DAMAGED}",
+                seq_len - place.start
+            )
+        }
+    }
+    Ok(())
 }
 
 fn check_sizes(sizes: &CacheSizes) -> Result<()> {
@@ -229,7 +264,6 @@ struct Reader<'a> {
     config: &'a CompressionConfig,
     dim: usize,
     value_dim: usize,
-    seq_len: usize,
     sliding_window: usize,
 }
 
@@ -240,15 +274,18 @@ impl Reader<'_> {
     {
         let lists = saved.lists.iter().enumerate();
         lists
-            .map(|(index, list)| Ok((list.at.clone(), self.list(index, list)?)))
+            .map(|(index, list)| {
+                let seq_len = list.seq_len.unwrap_or(saved.seq_len);
+                Ok((list.at.clone(), self.list(index, list, seq_len)?))
+            })
             .collect()
     }
 
-    fn list<S: Element + Storable>(&self, index: usize, saved: &SavedList) -> Result<List<S>>
+    fn list<S: Element + Storable>(&self, index: usize, saved: &SavedList, seq_len: usize) -> Result<List<S>>
     where
         S::Acc: Storable,
     {
-        let (dim, value_dim, seq_len) = (self.dim, self.value_dim, self.seq_len);
+        let (dim, value_dim, some) = (self.dim, self.value_dim, seq_len > 0);
         let tests = saved.tests.iter().map(head_test).collect::<Result<_>>()?;
         let settings = ListSettings {
             sliding_window: self.sliding_window,
@@ -262,18 +299,18 @@ impl Reader<'_> {
         // This tensor alone gives the number of entries.
         let entries = self.view(&name("tokens"))?.1.first().copied().unwrap_or(0);
         let tokens = self.tensor::<u32>(&name("tokens"), &[entries])?;
-        let sizes = self.chain_sizes(&name("tokens"), &tokens, saved.kept_from, &settings)?;
+        let sizes = self.chain_sizes(&name("tokens"), &tokens, (saved.kept_from, seq_len), &settings)?;
         let sized = settings.fold.has_sizes();
         let log2_sizes: Vec<S::Acc> = self.tensor(&name("log2_sizes"), &[if sized { entries } else { 0 }])?;
         check_log2_sizes::<S::Acc>(&name("log2_sizes"), &log2_sizes, &sizes)?;
         let size = *sizes.last().filter(|_| sized).unwrap_or(&1);
         let (recent, full) = (seq_len.min(settings.kept_raw()), seq_len > window && settings.folds());
-        let bits = self.tensor::<u8>(&name("bits"), &[window.min(seq_len - 1)])?;
+        let bits = self.tensor::<u8>(&name("bits"), &[window.min(seq_len.saturating_sub(1))])?;
         if let Some(bad) = bits.iter().find(|bit| **bit > 1) {
             bail!("{}: expected 0 and 1, got {bad}; {DAMAGED}", name("bits"))
         }
         let runs = usize::from(saved.run_start.is_some());
-        let folds_queries = settings.fold.folds_queries();
+        let folds_queries = settings.fold.folds_queries() && some;
         let last_queries = sums("last_queries", if folds_queries { settings.tests.len() } else { 0 })?;
         // All of the open chain, in rows of `open_width`.
         let (all, width) = (2 * (dim + value_dim), open_width(dim, value_dim));
@@ -301,9 +338,9 @@ impl Reader<'_> {
             bits,
             run: Run {
                 start: saved.run_start.zip(Some(sums("run_key", runs)?)),
-                last_key: sums("last_key", usize::from(settings.compares()))?,
+                last_key: sums("last_key", usize::from(settings.compares() && some))?,
             },
-            observed: self.observed(&name, &settings)?,
+            observed: self.observed(&name, &settings, seq_len)?,
             last_queries,
             last_bad: saved.last_bad,
             settings,
@@ -316,6 +353,7 @@ impl Reader<'_> {
         &self,
         name: &dyn Fn(&str) -> String,
         settings: &ListSettings,
+        seq_len: usize,
     ) -> Result<Observed<S>>
     where
         S::Acc: Storable,
@@ -323,7 +361,7 @@ impl Reader<'_> {
         if !settings.observes() {
             return Ok(Observed::new());
         }
-        let (seq_len, dim) = (self.seq_len, self.dim);
+        let dim = self.dim;
         Ok(Observed {
             masses: self.tensor(&name("masses"), &[seq_len.min(settings.window)])?,
             sink_keys: self.tensor(&name("sink_keys"), &[seq_len.min(settings.sinks), dim])?,
@@ -350,10 +388,16 @@ impl Reader<'_> {
 
     /// The number of tokens in each chain, the open one last. Chains end at `tokens` and at the window's edge, and
     /// cover all tokens from `kept_from` up to the edge.
-    fn chain_sizes(&self, name: &str, tokens: &[u32], kept_from: usize, settings: &ListSettings) -> Result<Vec<usize>> {
-        let edge = self.seq_len.checked_sub(settings.window.saturating_add(1));
+    fn chain_sizes(
+        &self,
+        name: &str,
+        tokens: &[u32],
+        (kept_from, seq_len): (usize, usize),
+        settings: &ListSettings,
+    ) -> Result<Vec<usize>> {
+        let edge = seq_len.checked_sub(settings.window.saturating_add(1));
         let edge = edge.filter(|_| settings.folds());
-        let first = settings.first_seen(self.seq_len);
+        let first = settings.first_seen(seq_len);
         let left = tokens.first().is_some_and(|oldest| (*oldest as usize) < first);
         if left || kept_from > first.min(edge.unwrap_or(0)) {
             bail!(
@@ -386,13 +430,13 @@ impl Reader<'_> {
     }
 
     fn check_tokens<S: Element>(&self, index: usize, list: &List<S>) -> Result<()> {
-        let seq_len = self.seq_len;
+        let seq_len = list.seq_len;
         let start = list.run.start.as_ref().map(|(token, _)| *token);
         // A run has two tokens at least.
-        if start.is_some_and(|token| token >= seq_len - 1 || !list.settings.compares()) {
+        if start.is_some_and(|token| token + 1 >= seq_len || !list.settings.compares()) {
             bail!(
                 "{index}: expected a run that begins before token {}, got {start:?}; {DAMAGED}",
-                seq_len - 1
+                seq_len.saturating_sub(1)
             )
         }
         if list.last_bad.is_some_and(|token| token >= seq_len) {

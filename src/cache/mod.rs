@@ -91,6 +91,7 @@ mod load;
 #[cfg(feature = "cuda")]
 mod on_device;
 mod save;
+mod segments;
 mod state;
 mod step;
 
@@ -146,6 +147,13 @@ impl CompressedKvCache {
     /// bias of `options` broadcasts to (B, H, n, all tokens with the new ones), and dropout draws by absolute position.
     /// The result carries no gradient: differentiating it is an error. Values may have a size of their own,
     /// (B, Hk, n, Dv), with an output (B, H, n, Dv).
+    ///
+    /// [`AttentionOptions::segments`] are (B, n), the numbers of the new tokens. A batch row's lists start anew where
+    /// its number changes: no later row sees an earlier segment. Tokens of padding (0) are not stored, and their rows
+    /// are zeros; padding between two calls does not end a segment. A call without segments goes on with each row's
+    /// current one, which is number 1 at first. So rows of a batch may hold different numbers of tokens: pad a batch of
+    /// prompts on the left or on the right, with a mask of zeros and ones as segments, and decode without. Beside a
+    /// bias or dropout padding stands only before a segment. Segments are for the CPU.
     ///
     /// # Errors
     /// Shapes or dtypes that do not fit together or the first call's, options that have no meaning or are not causal, a
@@ -226,7 +234,7 @@ impl CompressedKvCache {
         &self.config
     }
 
-    /// The number of tokens appended so far.
+    /// The number of tokens appended so far to each batch row, padding and earlier segments among them.
     pub fn seq_len(&self) -> usize {
         #[cfg(feature = "cuda")]
         if let Some(state) = &self.on_gpu {
@@ -235,8 +243,8 @@ impl CompressedKvCache {
         self.state.as_ref().map_or(0, |state| state.seq_len)
     }
 
-    /// Entries kept, per batch row and list: closed chains, the open one, and raw tokens of the window. On a GPU this
-    /// waits for the device, and is empty if that fails.
+    /// Entries kept, per batch row and list: closed chains, the open one, and raw tokens of the window; those of the
+    /// current segment, where there are segments. On a GPU this waits for the device, and is empty if that fails.
     pub fn lens(&self) -> Vec<Vec<usize>> {
         #[cfg(feature = "cuda")]
         if let Some(state) = &self.on_gpu {
@@ -321,6 +329,12 @@ impl CompressedKvCache {
         if tokens == 0 || tokens == seq_len {
             return Ok(());
         }
+        if self.state.as_ref().is_some_and(|state| state.places.is_some()) {
+            bail!(
+                "truncate: expected 0 or all {seq_len} tokens for a cache with segments, got {tokens}; reset() and \
+                 append again, or keep a clone() from before"
+            )
+        }
         if !self.never_merges() {
             bail!(
                 "truncate: expected 0 or all {seq_len} tokens for a cache that merges, got {tokens}; folded tokens \
@@ -373,6 +387,9 @@ impl CompressedKvCache {
         if let Some(state) = &mut self.state {
             each!(&mut state.lists, lists => *lists = select(lists, &rows));
             state.sizes.batch = rows.len();
+            if let Some(places) = &mut state.places {
+                *places = rows.iter().map(|row| places[*row as usize]).collect();
+            }
         }
         #[cfg(feature = "cuda")]
         if let Some(state) = &mut self.on_gpu {

@@ -26,6 +26,7 @@
 //! | `sink_keys` | (min(sinks, seq_len), D) | S | the keys of the first tokens |
 
 use super::checksum::{checksum, FORMAT, VERSION};
+use super::segments::RowPlace;
 use super::{CacheSizes, CompressedKvCache, Lists, ListsOf, State};
 use crate::config::whole::{present, WholeConfig, WholeStrategies};
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest, MergeStrategy};
@@ -69,6 +70,9 @@ pub(super) struct SavedState {
     /// Whether no call has attended yet, so that the sliding window is not known.
     #[serde(default, skip_serializing_if = "is_false")]
     pub only_appended: bool,
+    /// Where each batch row stands, once segments were given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub places: Option<Vec<RowPlace>>,
     /// The storage dtype in use.
     pub dtype: String,
     /// Batch-major, then by head.
@@ -89,6 +93,9 @@ pub(super) struct SavedList {
     /// See [`List::kept_from`].
     #[serde(default, skip_serializing_if = "is_zero")]
     pub kept_from: usize,
+    /// The number of its tokens, where segments or padding make it another than the cache's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seq_len: Option<usize>,
 }
 
 fn is_false(flag: &bool) -> bool {
@@ -246,13 +253,14 @@ pub(super) fn open_width(dim: usize, value_dim: usize) -> usize {
     }
 }
 
-fn saved_lists<S: Element>(lists: &ListsOf<S>) -> Vec<SavedList> {
+fn saved_lists<S: Element>(lists: &ListsOf<S>, seq_len: usize) -> Vec<SavedList> {
     let saved = |(at, list): &(ListHeads, List<S>)| SavedList {
         at: at.clone(),
         tests: list.settings.tests.iter().map(SavedTest::from).collect(),
         run_start: list.run.start.as_ref().map(|(token, _)| *token),
         last_bad: list.last_bad,
         kept_from: list.kept_from,
+        seq_len: Some(list.seq_len).filter(|own| *own != seq_len),
     };
     lists.iter().map(saved).collect()
 }
@@ -328,8 +336,9 @@ impl CompressedKvCache {
                 seq_len: state.seq_len,
                 sliding_window: state.sliding_window.flatten(),
                 only_appended: state.sliding_window.is_none(),
+                places: state.places.clone(),
                 dtype: state.lists.dtype().as_str().to_string(),
-                lists: each!(&state.lists, lists => saved_lists(lists)),
+                lists: each!(&state.lists, lists => saved_lists(lists, state.seq_len)),
             }),
         }
     }

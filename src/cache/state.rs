@@ -1,5 +1,6 @@
 //! The state of a cache on the CPU, and how its first call makes it.
 
+use super::segments::RowPlace;
 use super::CompressedKvCache;
 use crate::config::AttentionOptions;
 use crate::cpu::cache::list::{List, ListSettings};
@@ -16,6 +17,8 @@ pub(crate) struct State {
     pub seq_len: usize,
     /// The sliding window of the calls that attended; None before the first of them.
     pub sliding_window: Option<Option<usize>>,
+    /// Where each batch row stands, once segments were given.
+    pub places: Option<Vec<RowPlace>>,
     pub lists: Lists,
 }
 
@@ -97,6 +100,7 @@ impl CompressedKvCache {
             sizes: CacheSizes::of(problem),
             seq_len: 0,
             sliding_window: None,
+            places: None,
             lists: match storage {
                 DType::F64 => Lists::F64(self.new_lists(problem)),
                 DType::F16 => Lists::F16(self.new_lists(problem)),

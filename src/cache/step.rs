@@ -1,9 +1,12 @@
 //! One call of the cache: matches the dtypes, and checks everything before anything changes.
 
+use super::segments::{run_apart, RowRun};
 use super::{CacheSizes, Lists, ListsOf, State};
 use crate::config::AttentionOptions;
+use crate::cpu::cache::list::{Decided, List};
 use crate::cpu::cache::range::{largest_in, largest_of};
 use crate::cpu::cache::step::Step;
+use crate::cpu::decide::heads::ListHeads;
 use crate::cpu::number::bias::sinks_in_base_2;
 use crate::cpu::number::element::Element;
 use crate::cpu::number::rows::RowGrid;
@@ -28,6 +31,7 @@ pub(super) fn step(
         )
     }
     let sliding_window = state.sliding_window_for(options)?;
+    let runs = state.runs(problem, options)?;
     let total = state.seq_len + problem.tokens;
     let accumulator = if problem.dtype == DType::F64 {
         DType::F64
@@ -39,9 +43,6 @@ pub(super) fn step(
         Some(options) => {
             options.check()?;
             problem.check_sinks(options)?;
-            if options.segments.is_some() {
-                bail!("segments: expected None for a KV cache, got some; give each segment a cache of its own")
-            }
             bias_view(options.bias.as_ref(), full, accumulator)?
         }
         None => None,
@@ -65,8 +66,8 @@ pub(super) fn step(
         options,
         bias,
         sinks,
-        first: state.seq_len,
         max_entries,
+        runs: runs.as_ref().filter(|runs| !runs.alike).map(|runs| &runs.runs[..]),
         sliding_window: sliding_window.unwrap_or(usize::MAX),
     };
     let output = match &mut state.lists {
@@ -80,6 +81,9 @@ pub(super) fn step(
     state.seq_len = total;
     if options.is_some() {
         state.sliding_window = Some(sliding_window);
+    }
+    if let Some(runs) = runs {
+        state.places = Some(runs.places);
     }
     output.map(|output| output.to_dtype(problem.dtype)).transpose()
 }
@@ -107,9 +111,9 @@ struct CpuCall<'a> {
     bias: Option<Tensor>,
     /// Sink logits (H).
     sinks: Option<Vec<f64>>,
-    /// The token index of the first new token.
-    first: usize,
     max_entries: Option<usize>,
+    /// The runs of each batch row, where they do not all go on alike.
+    runs: Option<&'a [Vec<RowRun>]>,
     /// L of the model's sliding window; [`usize::MAX`] for none.
     sliding_window: usize,
 }
@@ -149,13 +153,35 @@ impl CpuCall<'_> {
             sliding_window: self.sliding_window,
             softcap: self.options.and_then(|options| options.softcap),
             dropout: self.options.and_then(|options| options.dropout),
+            start: 0,
             bias,
             sinks: sinks.as_deref(),
         };
-        let decided = step.decide(lists);
-        step.check_bias(self.first, lists, &decided)?;
+        let output = match self.runs {
+            None => {
+                let decided = step.decide(lists);
+                self.check(&step, lists, &decided)?;
+                step.run(lists, decided, self.options.is_some())
+            }
+            Some(runs) => run_apart(&step, lists, runs, |step, lists, decided| {
+                self.check(step, lists, decided)
+            })?,
+        };
+        let rows = |_| Tensor::from_vec(output, (batch, heads, tokens, value_dim), &Device::Cpu);
+        self.options.map(rows).transpose()
+    }
+
+    /// Refuses decisions about a step before it changes anything.
+    fn check<Q: Element<Acc = S::Acc>, S: Element>(
+        &self,
+        step: &Step<Q, S>,
+        lists: &[(ListHeads, List<S>)],
+        decided: &[Decided<S>],
+    ) -> Result<()> {
+        let tokens = step.count;
+        step.check_bias(lists, decided)?;
         if let Some(limit) = self.max_entries {
-            let needed = lists.iter().zip(&decided);
+            let needed = lists.iter().zip(decided);
             let needed = needed
                 .map(|((_, list), decided)| list.entries_after(tokens, decided, self.sliding_window))
                 .max();
@@ -166,7 +192,7 @@ impl CpuCall<'_> {
                 )
             }
         }
-        if let Some(sum) = step.too_large_sum(lists, &decided) {
+        if let Some(sum) = step.too_large_sum(lists, decided) {
             bail!(
                 "storage: expected sums of folded keys and values up to {:e}, the largest number of {:?}, got {sum:e}; \
                  {}, or use Fold::Mean or Fold::Drop",
@@ -178,13 +204,9 @@ impl CpuCall<'_> {
                 }
             )
         }
-        let output = step.run(lists, decided, self.options.is_some());
-        let rows = |_| Tensor::from_vec(output, (batch, heads, tokens, value_dim), &Device::Cpu);
-        self.options.map(rows).transpose()
+        Ok(())
     }
-}
 
-impl CpuCall<'_> {
     /// Refuses finite keys and values that the storage dtype cannot hold.
     fn check_given<Q: Element<Acc = S::Acc>, S: Element>(&self) -> Result<()> {
         let Problem {

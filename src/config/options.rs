@@ -33,8 +33,9 @@ pub struct AttentionOptions {
     /// both. Minus infinity at any other column that a row would see, in a head that hides tokens, is an error on the
     /// CPU. The reasons: a bias does not tell apart the tokens that were folded together, and `sinks` and `window`
     /// count from the first token, padding included. On CUDA the check would mean waiting for the device, so there is
-    /// no check: do not give such a bias. For left-padded batches and packed documents with merging, give each sequence
-    /// its own call, or keep their heads [`MergeStrategy::Off`](crate::MergeStrategy::Off).
+    /// no check: do not give such a bias. Left-padded batches and packed documents are [`Self::segments`]; on CUDA with
+    /// merging, give each sequence its own call, or keep their heads
+    /// [`MergeStrategy::Off`](crate::MergeStrategy::Off).
     pub bias: Option<Tensor>,
     /// L, at least 1: row i sees token s only where s > i - L, the rule of Mistral and Gemma; L tokens with its own. A
     /// column of folded tokens stands for its last token. Decisions do not read it. Time follows L, not N. A cache
@@ -52,7 +53,11 @@ pub struct AttentionOptions {
     /// (B, N), u32: row i sees token s only where their numbers are equal; 0 is padding, whose rows are zeros with zero
     /// gradients, and no row sees it. Equal numbers follow each other. Pairs of tokens in two segments do not merge;
     /// `sinks`, `window` and [`Self::sliding_window`] count inside a segment, so that the result is that of each
-    /// segment alone. `None` (default): one segment.
+    /// segment alone. Bias and dropout go by the token indices of the whole call. A mask of zeros and ones is segments,
+    /// in u32; for packed documents see [`segments_from_lengths`](super::segments_from_lengths).
+    ///
+    /// Each segment is a call of its own inside: many short ones take longer than one long row. On the CPU only. `None`
+    /// (default): one segment.
     pub segments: Option<Tensor>,
     /// The order of the axes of query, key, value and output tensors, at every function that takes these options.
     /// Default [`TensorLayout::HeadsFirst`]: (B, H, N, D). The bias is (B, H, N, N) in either, and the arrays of

@@ -1,10 +1,10 @@
-//! Segments: the runs of equal numbers in a batch row, each of which is attended to alone.
+//! Segments: the runs of equal numbers in a batch row. Each is attended to alone.
 
 use candle_core::{bail, DType, Device, Result, Tensor};
 use std::collections::HashSet;
 use std::ops::Range;
 
-/// A run of one number other than 0 in a batch row of [`AttentionOptions::segments`](super::AttentionOptions::segments).
+/// A run of one number other than 0 in a batch row: see [`super::AttentionOptions::segments`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// The batch row.

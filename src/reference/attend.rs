@@ -18,8 +18,8 @@ use crate::config::{AttentionOptions, CompressionConfig, Fold, Segment};
 /// `c · tanh(z / c)`. Keys and values of far columns and of the edge
 /// are folded by the query head's own bits; so are the queries under [`Fold::PairSum`], for any window.
 ///
-/// Each of [`AttentionOptions::segments`] is computed alone; rows of padding are zeros. Bias and dropout go by the indices
-/// of the whole call.
+/// Each of [`AttentionOptions::segments`] is computed alone; rows of padding are zeros. Bias and dropout go by the
+/// indices of the whole call.
 ///
 /// A row is NaN when its query, or the key or value of any column that it sees, has an entry that is not finite, for
 /// any bias or dropout of the column. Other rows are not affected by that token. A row whose columns all have a bias of

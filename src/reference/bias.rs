@@ -80,8 +80,8 @@ impl Bias {
                 if let Some(column) = (first..=last).find(|&column| self.hides([b, h], row, column)) {
                     bail!(
                         "bias: expected no -inf where tokens are hidden, got one at row {row}, column {column} of \
-                         batch row {b}, head {h}; give each segment (padded row, packed document) its own call, or \
-                         make the head MergeStrategy::Off"
+                         batch row {b}, head {h}; give padded rows and packed documents as \
+                         AttentionOptions::segments, or make the head MergeStrategy::Off"
                     )
                 }
             }

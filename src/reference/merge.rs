@@ -199,8 +199,8 @@ pub fn indicators_under(
     })
 }
 
-/// [`indicators_under`] for segments, u32 (B, N) (see [`AttentionOptions::segments`](crate::AttentionOptions::segments)):
-/// each decides alone, and bits between two segments and in padding are 0.
+/// [`indicators_under`] for the segments of [`AttentionOptions::segments`], u32 (B, N): each decides alone, and bits
+/// between two segments and in padding are 0.
 ///
 /// # Errors
 /// As [`indicators_under`], or segments of another shape or whose numbers come back.

@@ -39,6 +39,8 @@ pub(crate) struct Step<'a, Q: Element, S: Element> {
     pub sliding_window: usize,
     pub softcap: Option<f64>,
     pub dropout: Option<Dropout>,
+    /// Added to token indices of lists where dropout draws: the place of their first token.
+    pub start: usize,
     /// (B, H, count, tokens)
     pub bias: Option<BiasView<'a, Q::Acc>>,
     /// Sink logits (H) in base 2.
@@ -46,6 +48,19 @@ pub(crate) struct Step<'a, Q: Element, S: Element> {
 }
 
 impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
+    /// The step on some of the new tokens, for lists whose first token is token `start`.
+    pub fn part(&self, tokens: &Range<usize>, start: usize) -> Self {
+        Self {
+            q: self.q.from(0, tokens.start),
+            k: self.k.from(0, tokens.start),
+            v: self.v.from(0, tokens.start),
+            count: tokens.len(),
+            start,
+            bias: self.bias.map(|bias| bias.skip(tokens.start, start)),
+            ..*self
+        }
+    }
+
     fn queries(&self, at: &ListHeads) -> Vec<HeadRows<'a, Q>> {
         at.heads.clone().map(|head| self.q.head(at.batch, head)).collect()
     }
@@ -74,10 +89,11 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
         }
     }
 
-    /// Refuses a bias of -inf at a column that a row of a head with hidden tokens would see. `first` is the step's
-    /// first token.
-    pub fn check_bias(&self, first: usize, lists: &[(ListHeads, List<S>)], decided: &[Decided<S>]) -> Result<()> {
+    /// Refuses a bias of -inf at a column that a row of a head with hidden tokens would see. The lists have the same
+    /// number of tokens.
+    pub fn check_bias(&self, lists: &[(ListHeads, List<S>)], decided: &[Decided<S>]) -> Result<()> {
         let Some(bias) = self.bias else { return Ok(()) };
+        let first = lists.first().map_or(0, |(_, list)| list.seq_len);
         let lists = lists
             .iter()
             .zip(decided)
@@ -111,7 +127,8 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             1 => lists.iter_mut().zip(decided).map(append).collect(),
             _ => lists.par_iter_mut().zip(decided).map(append).collect(),
         };
-        let batches = lists.last().map_or(0, |(at, _)| at.batch + 1);
+        let batch = |list: Option<&(ListHeads, List<S>)>| list.map_or(0, |(at, _)| at.batch);
+        let batches = batch(lists.last()) + 1 - batch(lists.first());
         let rows = if attend { batches * self.heads * self.count } else { 0 };
         let mut output = Output::new(rows * self.value_dim);
         let plain = self.bias.is_none() && self.dropout.is_none();
@@ -222,7 +239,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             far,
             dropout: self
                 .dropout
-                .map(|dropout| DropoutMask::new(dropout, at.batch * self.heads + head)),
+                .map(|dropout| DropoutMask::new(dropout, at.batch * self.heads + head).from(self.start)),
         };
         worker.run(&block, output.clear(), None);
     }

@@ -21,6 +21,12 @@ impl<'a, A: Accumulator> BiasView<'a, A> {
         self
     }
 
+    /// The view from a row and a column on.
+    pub fn skip(mut self, row: usize, column: usize) -> Self {
+        self.offset += row * self.strides[2] + column * self.strides[3];
+        self
+    }
+
     /// The entry of a batch row, a query head, a row of the call and a column.
     pub fn get(&self, [batch, head, row, column]: [usize; 4]) -> A {
         let [b, h, r, c] = self.strides;
@@ -98,8 +104,8 @@ impl<'a, A: Accumulator> Apart<'a, A> {
                 };
                 bail!(
                     "bias: expected no -inf at a column that a row sees where tokens are hidden, got one at row {}, \
-                     column {column} of batch row {batch}, head {head}; give each segment (padded row, packed \
-                     document) its own call, or make the head MergeStrategy::Off",
+                     column {column} of batch row {batch}, head {head}; give padded rows and packed documents as \
+                     AttentionOptions::segments, or make the head MergeStrategy::Off",
                     self.first_row + row
                 )
             }
