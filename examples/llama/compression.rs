@@ -207,6 +207,14 @@ impl Compression {
     /// short, and hold the tokens of their window exactly. A file may name strategies for them.
     pub fn attention(&self, model: &LlamaConfig) -> Result<Vec<CompressedAttention>> {
         let shape = &model.shape();
+        let global = (0..shape.layers).any(|layer| model.layer.window(layer).is_none());
+        if matches!(self.strategies, Strategies::Uniform(strategy) if strategy != MergeStrategy::Off) && !global {
+            eprintln!(
+                "note: every layer of this model slides, and {} hides nothing in such layers; a strategy file may name \
+                 strategies for them",
+                self.label
+            );
+        }
         let uniform = |strategy, layer| match model.layer.window(layer) {
             Some(_) => HeadStrategies::uniform(MergeStrategy::Off),
             None => HeadStrategies::uniform(strategy),

@@ -79,7 +79,7 @@ impl Llama {
                 weights,
                 &format!("model.layers.{index}"),
                 config,
-                fitted(&attention, &config.layer)?,
+                fitted(&attention, index, &config.layer)?,
             )?);
         }
         let head = match config.tied {
@@ -100,15 +100,6 @@ impl Llama {
     }
 
     fn rotations(&self, position: usize, n: usize) -> Result<Rotations> {
-        if let Some(sliding) = &self.options.sliding {
-            ensure!(
-                position + n <= sliding.window,
-                "tokens: expected at most {}, the window of the layers that slide, got {}; longer sequences are not \
-                 computed yet",
-                sliding.window,
-                position + n
-            );
-        }
         let all = self.rope.at(position, n)?;
         let sliding = match &self.sliding_rope {
             Some(rope) => rope.at(position, n)?,
@@ -206,6 +197,11 @@ impl Llama {
             xs = layer.forward(&xs, |normed| attend(index, layer, normed, &xs))?;
         }
         Ok(self.norm.forward(&xs)?)
+    }
+
+    /// The window of each layer; None of a layer that sees all tokens.
+    pub fn windows(&self) -> Vec<Option<usize>> {
+        (0..self.layers.len()).map(|layer| self.options.window(layer)).collect()
     }
 
     /// The device of the model.

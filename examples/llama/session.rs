@@ -62,13 +62,14 @@ impl<'a> Session<'a> {
         let start = Instant::now();
         let output = match &mut self.sequence {
             Sequence::Cached { caches, chunk } => {
+                let windows = self.model.windows();
                 let last = (prompt.len() - 1) / *chunk * *chunk;
                 for tokens in prompt[..last].chunks(*chunk) {
                     self.model.forward_cached(tokens, caches)?;
-                    watch(&KvUse::of(caches));
+                    watch(&KvUse::of(caches, &windows));
                 }
                 let hidden = self.model.forward_cached(&prompt[last..], caches)?;
-                watch(&KvUse::of(caches));
+                watch(&KvUse::of(caches, &windows));
                 Output::of(self.model, hidden)?
             }
             Sequence::Recomputed { tokens, counts } => again(self.model, tokens, prompt, counts)?,
@@ -97,7 +98,7 @@ impl<'a> Session<'a> {
     pub fn stats(&self, generated: usize) -> Stats {
         let (kv, hidden) = match &self.sequence {
             Sequence::Cached { caches, .. } => {
-                let kv = KvUse::of(caches);
+                let kv = KvUse::of(caches, &self.model.windows());
                 let hidden = kv.hidden();
                 (Some(kv), hidden)
             }

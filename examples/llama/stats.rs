@@ -37,29 +37,49 @@ pub struct KvUse {
     pub kv_bytes_dense: usize,
     /// Entries kept of `kv_tokens`, the mean of each layer's lists.
     pub entries_per_layer: Vec<f64>,
+    /// Of the layers that slide; None if there are none.
+    pub sliding: Option<SlidingUse>,
+    /// Entries that each layer would keep with nothing hidden.
+    #[serde(skip)]
+    most_per_layer: Vec<usize>,
+}
+
+/// The caches of the layers whose rows see a window only.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SlidingUse {
+    pub layers: usize,
+    pub window: usize,
+    pub kv_bytes: usize,
+    /// Entries of the longest list.
+    pub most_entries: usize,
 }
 
 /// The part of the tokens that is hidden.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Hidden {
     /// Over all heads and layers. Without a cache: hidden pairs / pairs. With one: 1 - entries / tokens, which counts
-    /// tokens in the window as kept.
+    /// tokens in the window as kept, and of a layer that slides only the tokens that its last row sees.
     pub hidden_ratio: f64,
     pub hidden_ratio_per_layer: Vec<f64>,
 }
 
 impl KvUse {
-    pub fn of(caches: &[CompressedKvCache]) -> Self {
+    /// `windows`: each layer's, as [`crate::model::Llama::windows`] gives them.
+    pub fn of(caches: &[CompressedKvCache], windows: &[Option<usize>]) -> Self {
         let sum = |bytes: fn(&CompressedKvCache) -> usize| caches.iter().map(bytes).sum();
         let entries = |cache: &CompressedKvCache| {
             let lens = cache.lens().concat();
             lens.iter().sum::<usize>() as f64 / lens.len().max(1) as f64
         };
+        let kv_tokens = caches.first().map_or(0, CompressedKvCache::seq_len);
+        let most = |window: &Option<usize>| window.map_or(kv_tokens, |window| window.min(kv_tokens));
         Self {
-            kv_tokens: caches.first().map_or(0, CompressedKvCache::seq_len),
+            kv_tokens,
             kv_bytes: sum(CompressedKvCache::bytes),
             kv_bytes_dense: sum(CompressedKvCache::bytes_dense),
             entries_per_layer: caches.iter().map(entries).collect(),
+            sliding: SlidingUse::of(caches, windows),
+            most_per_layer: windows.iter().map(most).collect(),
         }
     }
 
@@ -69,16 +89,44 @@ impl KvUse {
     }
 
     pub fn hidden(&self) -> Hidden {
-        let tokens = self.kv_tokens.max(1) as f64;
-        let hidden = |entries: &f64| match self.kv_tokens {
+        let hidden = |(entries, most): (&f64, &usize)| match most {
             0 => 0.0,
-            _ => 1.0 - entries / tokens,
+            most => 1.0 - entries / *most as f64,
         };
-        let hidden_ratio_per_layer: Vec<f64> = self.entries_per_layer.iter().map(hidden).collect();
+        let layers = self.entries_per_layer.iter().zip(&self.most_per_layer);
+        let hidden_ratio_per_layer: Vec<f64> = layers.map(hidden).collect();
         Hidden {
             hidden_ratio: mean(&hidden_ratio_per_layer),
             hidden_ratio_per_layer,
         }
+    }
+}
+
+impl SlidingUse {
+    fn of(caches: &[CompressedKvCache], windows: &[Option<usize>]) -> Option<Self> {
+        let window = windows.iter().flatten().max()?;
+        let slides = || caches.iter().zip(windows).filter(|(_, window)| window.is_some());
+        let entries = |cache: &CompressedKvCache| cache.lens().concat().into_iter().max().unwrap_or(0);
+        Some(Self {
+            layers: slides().count(),
+            window: *window,
+            kv_bytes: slides().map(|(cache, _)| cache.bytes()).sum(),
+            most_entries: slides().map(|(cache, _)| entries(cache)).max().unwrap_or(0),
+        })
+    }
+
+    fn print(&self, kv: &KvUse, out: &mut dyn Write) -> Result<()> {
+        let others = kv.entries_per_layer.len() - self.layers;
+        writeln!(
+            out,
+            "  {others} layers that see all tokens: {:.2} MiB; {} that see {}: {:.2} MiB, at most {} entries a list",
+            mib((kv.kv_bytes - self.kv_bytes) as u64),
+            self.layers,
+            self.window,
+            mib(self.kv_bytes as u64),
+            self.most_entries
+        )?;
+        Ok(())
     }
 }
 
@@ -111,6 +159,9 @@ impl Stats {
                 mib(kv.kv_bytes_dense as u64),
                 kv.ratio()
             )?;
+            if let Some(sliding) = &kv.sliding {
+                sliding.print(kv, out)?;
+            }
             writeln!(
                 out,
                 "entries kept      {:.1} of {} tokens",

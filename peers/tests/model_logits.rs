@@ -203,6 +203,61 @@ fn every_kind_from_a_gguf_file_is_candles_quantized_model() {
     }
 }
 
+/// Prompts that outgrow the window. candle-transformers 0.11.1 sees one token more than its window in a whole prompt,
+/// and its window, as Gemma 3 does, in its rotating cache. Its Mistral never forgets a token that comes alone.
+#[test]
+fn sliding_layers_see_their_window() {
+    const WINDOW: usize = 8;
+    let tokens = prompt(61);
+    for kind in [Kind::Mistral, Kind::Gemma3] {
+        let weights = kind.weights();
+        let ours = |window: usize| {
+            let path = folder("sliding");
+            kind.write_folder(&path, &kind.config(window), &weights);
+            load(&mut open(&path).unwrap())
+        };
+        let logits = |model: &Llama, n: usize| {
+            let hidden = model.forward(&tokens[..n], &mut HiddenCounts::default()).unwrap();
+            model.last_logits(&hidden).unwrap()
+        };
+        let (exact, wider) = (ours(WINDOW), ours(WINDOW + 1));
+        for n in [WINDOW, WINDOW + 1, WINDOW + 2, 33, tokens.len()] {
+            let theirs = candles(kind, &kind.config(WINDOW), &weights)(&tokens[..n], 0);
+            assert_close(&logits(&wider, n), &theirs, &format!("{kind:?}: whole prompt of {n}"));
+        }
+        let off_by_one = flat(&(logits(&wider, 61) - logits(&exact, 61)).unwrap());
+        assert!(off_by_one.iter().any(|difference| difference.abs() > 0.1), "{kind:?}");
+        let mut theirs = candles(kind, &kind.config(WINDOW), &weights);
+        let mut caches = exact.caches(&Default::default()).unwrap();
+        for (position, token) in tokens.iter().enumerate() {
+            let hidden = exact.forward_cached(&[*token], &mut caches).unwrap();
+            let alone = exact.last_logits(&hidden).unwrap();
+            let what = format!("{kind:?}: token {position} alone");
+            assert_close(&alone, &logits(&exact, position + 1), &what);
+            if kind == Kind::Gemma3 {
+                assert_close(&alone, &theirs(&[*token], position), &format!("{what}, candle's"));
+            }
+        }
+        for (layer, (cache, window)) in caches.iter().zip(exact.windows()).enumerate() {
+            let kept = cache.lens().concat();
+            let expected = window.unwrap_or(tokens.len());
+            assert!(
+                kept.iter().all(|entries| *entries <= expected),
+                "{kind:?}, layer {layer}: {kept:?}"
+            );
+            assert_eq!(window.is_some(), kind == Kind::Mistral || layer != kinds::PATTERN - 1);
+        }
+        // Chunks of other sizes than the window.
+        let mut caches = exact.caches(&Default::default()).unwrap();
+        let mut last = None;
+        for chunk in tokens.chunks(13) {
+            last = Some(exact.forward_cached(chunk, &mut caches).unwrap());
+        }
+        let chunked = exact.last_logits(&last.unwrap()).unwrap();
+        assert_close(&chunked, &logits(&exact, 61), &format!("{kind:?}: chunks"));
+    }
+}
+
 /// A folder and a GGUF file of the same weights are one model: q and k permuted or not, norms less 1 or whole.
 #[test]
 fn a_gguf_file_is_the_model_of_the_folder() {

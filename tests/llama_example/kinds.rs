@@ -21,7 +21,7 @@ pub const WIDE_HEAD: usize = 32;
 pub const CONTEXT: usize = 128;
 pub const THETA: f64 = 20_000.0;
 pub const LOCAL_THETA: f64 = 500.0;
-/// Gemma's layers slide, except the last of each so many.
+/// Gemma's layers slide, except the last of each three.
 pub const PATTERN: usize = 3;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

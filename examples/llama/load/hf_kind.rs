@@ -115,7 +115,7 @@ impl Kind {
     pub fn read(self, json: &Value, layers: usize, hidden: usize) -> Result<Own> {
         ensure!(
             (1..=MOST_LAYERS).contains(&layers),
-            "number of layers: expected 1 to {MOST_LAYERS}, got {layers} for num_hidden_layers; the checkpoint is damaged"
+            "number of layers: expected 1 to {MOST_LAYERS}, got {layers} for num_hidden_layers; the file is damaged"
         );
         let raw = Raw::deserialize(json)?;
         let act = |key: &str, act: &Option<String>, known: &[&str]| -> Result<()> {

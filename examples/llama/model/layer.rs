@@ -188,10 +188,11 @@ fn norm(weights: &mut dyn Weights, path: &str, len: usize, config: &LlamaConfig)
     Ok(RmsNorm::new(weights.vector(path, len)?, config.rms_norm_eps))
 }
 
-/// The attention of a layer with the scale that its model needs.
-pub fn fitted(attention: &CompressedAttention, options: &LayerOptions) -> Result<CompressedAttention> {
+/// The attention of a layer with the scale and the window that its model needs.
+pub fn fitted(attention: &CompressedAttention, layer: usize, options: &LayerOptions) -> Result<CompressedAttention> {
     let options = AttentionOptions {
         softmax_scale: options.softmax_scale,
+        sliding_window: options.window(layer),
         ..attention.options().clone()
     };
     Ok(CompressedAttention::new(

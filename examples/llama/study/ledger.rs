@@ -24,6 +24,9 @@ pub struct Record {
     /// Keys and values that a cache keeps at the end, in f32.
     pub bytes: usize,
     pub bytes_dense: usize,
+    /// Of `bytes`, those of layers that slide.
+    #[serde(default)]
+    pub bytes_sliding: usize,
     /// Of the forward pass without the logits.
     pub seconds: f64,
 }

@@ -156,6 +156,8 @@ pub struct Kept {
     dropped: usize,
     pub bytes: usize,
     pub bytes_dense: usize,
+    /// Of `bytes`, those of layers that slide.
+    pub bytes_sliding: usize,
 }
 
 impl Kept {
@@ -187,6 +189,9 @@ impl Kept {
             self.dropped += dropped;
             self.entries += held;
             self.bytes += (held - dropped) * row;
+            if call.options.sliding_window.is_some() {
+                self.bytes_sliding += (held - dropped) * row;
+            }
         }
         self.bytes_dense += shape.kv_heads * held * row;
         Ok(())

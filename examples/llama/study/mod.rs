@@ -176,6 +176,7 @@ fn measure(model: &Llama, method: &Method, policies: &[(f64, Policy)], task: &Ta
         hidden_ratio: kept.hidden_ratio(),
         bytes: kept.bytes,
         bytes_dense: kept.bytes_dense,
+        bytes_sliding: kept.bytes_sliding,
         seconds,
     })
 }

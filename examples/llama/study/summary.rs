@@ -28,6 +28,8 @@ pub struct Row {
     pub hidden_ratio: f64,
     pub kv_bytes: f64,
     pub kv_bytes_of_dense: f64,
+    /// Of `kv_bytes`, those of layers that slide.
+    pub kv_bytes_sliding: f64,
     pub tokens_per_second: f64,
     pub passkey: Vec<Found>,
 }
@@ -93,6 +95,24 @@ impl Summary {
         }
         out += "\nThe error is the standard error of the windows' paired differences. Hidden: entries left out at the \
                 end of a window, of all.\n";
+        let sliding = self.rows.iter().filter(|row| row.kv_bytes_sliding > 0.0);
+        let sliding: Vec<String> = sliding
+            .map(|row| {
+                let kib = |bytes: f64| bytes / 1024.0;
+                format!(
+                    "| {} | {:.0} | {:.0} |",
+                    row.method,
+                    kib(row.kv_bytes - row.kv_bytes_sliding),
+                    kib(row.kv_bytes_sliding)
+                )
+            })
+            .collect();
+        if !sliding.is_empty() {
+            out +=
+                "\nKiB of keys and values at the end of a window; a layer that slides keeps its window, in the dense \
+                    cache too:\n\n| method | layers that see all tokens | layers that slide |\n|---|---|---|\n";
+            out += &(sliding.join("\n") + "\n");
+        }
         out
     }
 }
@@ -126,6 +146,7 @@ impl Row {
             hidden_ratio: sum(|record| record.hidden_ratio) / count,
             kv_bytes: sum(|record| record.bytes as f64) / count,
             kv_bytes_of_dense: sum(|record| record.bytes as f64) / sum(|record| record.bytes_dense as f64),
+            kv_bytes_sliding: sum(|record| record.bytes_sliding as f64) / count,
             tokens_per_second: sum(|record| record.tokens as f64) / sum(|record| record.seconds),
             passkey: passkeys(ledger.of(&name, "passkey ")),
         })
