@@ -25,7 +25,18 @@ fn split(flags: &str) -> Vec<&str> {
 fn generate(name: &str, flags: &str) -> (String, Value) {
     let fixture = Fixture::get();
     let (model, stats) = (fixture.path("hf"), fixture.path(&format!("{name}.stats.json")));
-    let args = ["generate", "--model", &model, "--prompt", PROMPT, "--max-tokens", "40"];
+    // Steps as prompts, so that recomputing is the same.
+    let args = [
+        "generate",
+        "--model",
+        &model,
+        "--prompt",
+        PROMPT,
+        "--max-tokens",
+        "40",
+        "--decode-weights",
+        "f32",
+    ];
     let report = report(name, &[&args[..], &split(flags), &["--stats", &stats]].concat());
     let stats: Value = serde_json::from_str(&fs::read_to_string(stats).unwrap()).unwrap();
     assert_eq!(report["stats"], stats);

@@ -58,6 +58,10 @@ pub struct GenerateArgs {
     /// Put the prompt into the checkpoint's own chat template.
     #[arg(long)]
     pub chat: bool,
+    /// Continue every prompt of this file together, each for itself: one a line, or, in a file with blank lines between
+    /// its prompts, one a paragraph.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "no_cache", "stats"])]
+    pub batch: Option<PathBuf>,
     /// 0 takes the likeliest token; higher is more random.
     #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f64,
@@ -124,6 +128,10 @@ pub struct EvalArgs {
     /// Score copying instead: each window is its first half twice, and only the second half counts.
     #[arg(long)]
     pub copy: bool,
+    /// Score through KV caches and the decode weights, N tokens at a time, as they are decoded. Default: whole
+    /// windows, through the weights for prompts.
+    #[arg(long, value_name = "N")]
+    pub step: Option<usize>,
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]

@@ -21,6 +21,7 @@ use crate::plot;
 use crate::report::{check_path, write_json};
 use crate::session::Session;
 use crate::stats::{memory, mib};
+use crate::weights::Pass;
 
 #[derive(Serialize)]
 struct BenchReport {
@@ -28,6 +29,7 @@ struct BenchReport {
     text: String,
     config: CompressionConfig,
     decode: usize,
+    decode_weights: &'static str,
     rows: Vec<Row>,
 }
 
@@ -61,6 +63,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         text: args.text.display().to_string(),
         config: compression.config,
         decode: args.decode,
+        decode_weights: args.model.decode_weights(),
         rows,
     };
     report.print()?;
@@ -122,7 +125,7 @@ fn measure(args: &BenchArgs, compression: Compression, child: Child) -> Result<R
         Contender::Compressed => compression,
     };
     let attention = compression.attention(&checkpoint.config)?;
-    let model = checkpoint.load(attention)?;
+    let model = checkpoint.load_with_steps(attention, args.model.step_format())?;
     compression.check_weights(&model.fingerprint()?);
     let loaded_rss_bytes = memory("VmRSS");
     let (prompt, rest) = tokens.split_at(child.prompt);
@@ -139,8 +142,15 @@ fn measure(args: &BenchArgs, compression: Compression, child: Child) -> Result<R
     for token in rest {
         session.step(*token)?;
     }
+    let stats = session.stats(rest.len());
+    // The same tokens once more, after the peak of memory was read.
+    let mut again = session.fork();
+    for token in rest {
+        again.step_as(*token, Pass::Prompt)?;
+    }
     Ok(Run {
-        stats: session.stats(rest.len()),
+        stats,
+        decode_by_prompt_weights: again.stats(rest.len()).decode_tokens_per_second,
         loaded_rss_bytes,
         curve,
     })
@@ -202,6 +212,11 @@ impl BenchReport {
         for Row { strategy, run } in &self.rows {
             run.print(shown(strategy), out)?;
         }
+        writeln!(
+            out,
+            "Decode: by the decode weights, {}; then by the weights that prompts go through.",
+            self.decode_weights
+        )?;
         if let Some(first) = self.rows.first() {
             first.run.print_loaded(out)?;
         }

@@ -9,6 +9,7 @@ use candle_core::{Device, Tensor, D};
 use crate::finite;
 use crate::load::Checkpoint;
 use crate::model::Llama;
+use crate::weights::Pass;
 
 /// Rows of logits held at once: 64 rows of 50k f32 are 12 MiB, and three such buffers live together.
 const LOGIT_ROWS: usize = 64;
@@ -51,13 +52,18 @@ impl Window {
 
     /// The summed negative log likelihood of the tokens that count, given the hidden states `(1, N, hidden)`.
     pub fn nll(&self, model: &Llama, hidden: &Tensor) -> Result<f64> {
+        self.nll_as(model, hidden, Pass::Prompt)
+    }
+
+    /// As [`Self::nll`], by the matrix for this pass.
+    pub fn nll_as(&self, model: &Llama, hidden: &Tensor, pass: Pass) -> Result<f64> {
         let mut sum = 0.0;
         let end = self.tokens.len();
         for first in (self.first..end).step_by(LOGIT_ROWS) {
             let rows = LOGIT_ROWS.min(end - first);
             // Row t predicts token t + 1.
             sum += nll(
-                &logits(model, hidden, first - 1, rows)?,
+                &logits_as(model, hidden, first - 1, rows, pass)?,
                 &self.tokens[first..first + rows],
             )?;
         }
@@ -67,7 +73,11 @@ impl Window {
 
 /// Logits `(n, vocabulary)` of rows `first..first + n` of hidden states `(1, N, hidden)`; both are finite or an error.
 pub fn logits(model: &Llama, hidden: &Tensor, first: usize, n: usize) -> Result<Tensor> {
-    let logits = model.logits(hidden, first, n)?;
+    logits_as(model, hidden, first, n, Pass::Prompt)
+}
+
+fn logits_as(model: &Llama, hidden: &Tensor, first: usize, n: usize, pass: Pass) -> Result<Tensor> {
+    let logits = model.logits_as(hidden, first, n, pass)?;
     // A quantized product reads NaN as 0, so logits alone do not show it.
     finite::check("hidden state", &hidden.narrow(1, first, n)?.squeeze(0)?, first)?;
     finite::check("logits", &logits, first)?;

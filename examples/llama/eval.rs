@@ -4,16 +4,19 @@ use std::io::{stdout, Write};
 use std::time::Instant;
 
 use anyhow::{ensure, Context, Result};
+use candle_core::Tensor;
+use candle_sfattention::CacheOptions;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use crate::args::EvalArgs;
 use crate::compression::Compression;
 use crate::corpus::{self, Window};
-use crate::load::Checkpoint;
+use crate::load::{Checkpoint, StepFormat};
 use crate::model::{HiddenCounts, Llama};
 use crate::report::{check_path, write_json, RunReport};
-use crate::stats::Hidden;
+use crate::stats::{Hidden, KvUse};
+use crate::weights::Pass;
 use crate::windows::{self, Purpose};
 
 #[derive(Serialize)]
@@ -42,11 +45,19 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         .into_iter()
         .map(if args.copy { Window::copy } else { Window::prose })
         .collect();
-    let model = checkpoint.load(attention)?;
+    ensure!(
+        args.step != Some(0),
+        "step: expected at least 1 token, got 0; 1 scores as generate decodes"
+    );
+    let format = match args.step {
+        Some(_) => args.model.step_format(),
+        None => StepFormat::Prompt,
+    };
+    let model = checkpoint.load_with_steps(attention, format)?;
     compression.check_weights(&model.fingerprint()?);
 
     let start = Instant::now();
-    let (nll, counts) = score(&model, &windows)?;
+    let (nll, hidden) = score(&model, &windows, args.step)?;
     let seconds = start.elapsed().as_secs_f64();
     let predicted: usize = windows.iter().map(Window::predicted).sum();
     let nll = nll / predicted as f64;
@@ -57,12 +68,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         windows: windows.len(),
         context: args.context,
         seconds,
-        run: RunReport::new(
-            &args.model,
-            &compression,
-            Hidden::of(&counts),
-            predicted as f64 / seconds,
-        ),
+        run: RunReport::new(&args.model, &compression, hidden, predicted as f64 / seconds),
     };
     report.print()?;
     write_json("json", args.model.json.as_deref(), &report)
@@ -106,19 +112,34 @@ fn windows<'t>(tokens: &'t [u32], args: &EvalArgs) -> Result<Vec<&'t [u32]>> {
     Ok(tokens.chunks_exact(args.context).take(wanted).collect())
 }
 
-/// The summed negative log likelihood of the tokens that count in each window.
-fn score(model: &Llama, windows: &[Window]) -> Result<(f64, HiddenCounts)> {
+/// The summed negative log likelihood of the tokens that count in each window, whole or `step` tokens at a time, and
+/// the tokens hidden; with steps, those of the last window.
+fn score(model: &Llama, windows: &[Window], step: Option<usize>) -> Result<(f64, Hidden)> {
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} windows  {msg}  {eta} left")?;
     let bar = ProgressBar::new(windows.len() as u64).with_style(style);
     let (mut sum, mut predicted) = (0.0, 0);
     let mut counts = HiddenCounts::default();
+    let mut kept = None;
     for (index, window) in windows.iter().enumerate() {
-        let hidden = model.forward(&window.tokens, &mut counts)?;
-        sum += window.nll(model, &hidden).with_context(|| format!("window {index}"))?;
+        let nll = match step {
+            None => {
+                let hidden = model.forward(&window.tokens, &mut counts)?;
+                window.nll(model, &hidden)
+            }
+            Some(step) => {
+                let mut caches = model.caches(&CacheOptions::default())?;
+                let rows = window.tokens.chunks(step);
+                let rows = rows.map(|tokens| model.forward_as(tokens, &mut caches, Pass::Step));
+                let hidden = Tensor::cat(&rows.collect::<Result<Vec<_>>>()?, 1)?;
+                kept = Some(KvUse::of(&caches, &model.windows()).hidden());
+                window.nll_as(model, &hidden, Pass::Step)
+            }
+        };
+        sum += nll.with_context(|| format!("window {index}"))?;
         predicted += window.predicted();
         bar.set_message(format!("perplexity {:.2}", (sum / predicted as f64).exp()));
         bar.inc(1);
     }
     bar.finish_and_clear();
-    Ok((sum, counts))
+    Ok((sum, kept.unwrap_or_else(|| Hidden::of(&counts))))
 }

@@ -34,9 +34,9 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let compression = Compression::from_args(&args.compression)?;
     let cached = keeps_cache(args, &compression)?;
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
-    let prompt = encode_prompt(&checkpoint, args)?;
+    let prompt = encode_prompt(&checkpoint, &args.prompt, args.chat)?;
     let attention = compression.attention(&checkpoint.config)?;
-    let model = checkpoint.load(attention)?;
+    let model = checkpoint.load_with_steps(attention, args.model.step_format())?;
     compression.check_weights(&model.fingerprint()?);
     let mut session = match cached {
         true => Session::cached(&model, &args.cache.options(), args.cache.prefill_chunk)?,
@@ -88,15 +88,15 @@ fn keeps_cache(args: &GenerateArgs, compression: &Compression) -> Result<bool> {
 }
 
 /// The prompt's tokens, which must leave room for one more in the model's context.
-fn encode_prompt(checkpoint: &Checkpoint, args: &GenerateArgs) -> Result<Vec<u32>> {
-    let tokens = match args.chat {
+pub fn encode_prompt(checkpoint: &Checkpoint, prompt: &str, chat: bool) -> Result<Vec<u32>> {
+    let tokens = match chat {
         true => {
             let template = checkpoint.text.chat_template.as_ref();
             let template =
                 template.context("chat: expected a checkpoint with a chat template, found none; leave --chat out")?;
-            checkpoint.encode(&template.render(&args.prompt)?, false)?
+            checkpoint.encode(&template.render(prompt)?, false)?
         }
-        false => checkpoint.encode(&args.prompt, true)?,
+        false => checkpoint.encode(prompt, true)?,
     };
     let limit = checkpoint.config.context_length;
     ensure!(

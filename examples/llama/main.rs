@@ -1,6 +1,7 @@
 //! Runs a Llama checkpoint with compressed attention: generates text, scores it, times it. See `--help`.
 
 mod args;
+mod batch;
 mod bench;
 mod calibrate;
 mod chat;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         .command
         .unwrap_or_else(|| Command::Generate(GenerateArgs::demo()))
     {
+        Command::Generate(args) if args.batch.is_some() => batch::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Bench(args) => bench::run(&args),

@@ -28,7 +28,7 @@ use candle_sfattention::{attend, AttentionOptions, CacheOptions, CompressedAtten
 
 use self::layer::{fitted, rotated, Layer};
 use crate::rope::{Rope, Rotation};
-use crate::weights::{Linear, Weights};
+use crate::weights::{Linear, Pass, Weights};
 
 /// The inputs of one layer's attention, for a caller that makes its plan.
 pub struct LayerCall<'a> {
@@ -118,7 +118,7 @@ impl Llama {
     /// Hidden states `(1, N, hidden)` of a whole sequence. Each layer's hidden tokens are added to `counts`.
     pub fn forward(&self, tokens: &[u32], counts: &mut HiddenCounts) -> Result<Tensor> {
         let rotations = self.rotations(0, tokens.len())?;
-        self.run(tokens, |index, layer, xs, _| {
+        self.run(tokens, Pass::Prompt, |index, layer, xs, _| {
             let (attended, stats) = layer.attention.forward(xs, self.rotation(index, &rotations))?;
             counts.add(index, &stats);
             Ok(attended)
@@ -133,11 +133,42 @@ impl Llama {
 
     /// Hidden states `(1, n, hidden)` of the next tokens of the sequence in `caches`, which append them.
     pub fn forward_cached(&self, tokens: &[u32], caches: &mut [CompressedKvCache]) -> Result<Tensor> {
+        self.forward_as(tokens, caches, Pass::Prompt)
+    }
+
+    /// As [`Self::forward_cached`], by the matrices for this pass.
+    pub fn forward_as(&self, tokens: &[u32], caches: &mut [CompressedKvCache], pass: Pass) -> Result<Tensor> {
         let position = caches.first().map_or(0, CompressedKvCache::seq_len);
         let rotations = self.rotations(position, tokens.len())?;
-        self.run(tokens, |index, layer, xs, _| {
+        self.run(tokens, pass, |index, layer, xs, _| {
             let rotation = self.rotation(index, &rotations);
-            layer.attention.forward_cached(xs, rotation, &mut caches[index])
+            layer.attention.forward_cached(xs, rotation, &mut caches[index], pass)
+        })
+    }
+
+    /// Hidden states `(1, sequences, hidden)` of the next token of each sequence, whose caches append it.
+    #[allow(dead_code)] // not read by every program
+    pub fn forward_batch(
+        &self,
+        tokens: &[u32],
+        caches: &mut [&mut Vec<CompressedKvCache>],
+        pass: Pass,
+    ) -> Result<Tensor> {
+        ensure!(
+            tokens.len() == caches.len(),
+            "batch: expected a token for each of the {} sequences, got {}",
+            caches.len(),
+            tokens.len()
+        );
+        let rotations = caches.iter().map(|caches| {
+            let position = caches.first().map_or(0, CompressedKvCache::seq_len);
+            self.rotations(position, 1)
+        });
+        let rotations = rotations.collect::<Result<Vec<_>>>()?;
+        self.run(tokens, pass, |index, layer, xs, _| {
+            let rotations: Vec<&Rotation> = rotations.iter().map(|each| self.rotation(index, each)).collect();
+            let caches = caches.iter_mut().map(|caches| &mut caches[index]);
+            layer.attention.forward_batch(xs, &rotations, caches, pass)
         })
     }
 
@@ -150,10 +181,10 @@ impl Llama {
         mut plan: impl FnMut(&LayerCall) -> Result<MergePlan>,
     ) -> Result<Tensor> {
         let rotations = self.rotations(0, tokens.len())?;
-        self.run(tokens, |index, layer, xs, stream| {
+        self.run(tokens, Pass::Prompt, |index, layer, xs, stream| {
             let attention = &layer.attention;
             let options = attention.attention.options();
-            let [q, k, v] = rotated(attention.project(xs)?, self.rotation(index, &rotations))?;
+            let [q, k, v] = rotated(attention.project(xs, Pass::Prompt)?, self.rotation(index, &rotations))?;
             let plan = plan(&LayerCall {
                 layer: index,
                 qkv: [&q, &k, &v],
@@ -162,7 +193,7 @@ impl Llama {
                 stream,
             })?;
             counts.add(index, &plan.stats()?);
-            attention.merge_heads(&attend(&q, &k, &v, &plan, options)?)
+            attention.merge_heads(&attend(&q, &k, &v, &plan, options)?, Pass::Prompt)
         })
     }
 
@@ -185,6 +216,7 @@ impl Llama {
     fn run(
         &self,
         tokens: &[u32],
+        pass: Pass,
         mut attend: impl FnMut(usize, &Layer, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         check_ids(tokens, self.vocab_size)?;
@@ -194,7 +226,7 @@ impl Llama {
             xs = (xs * scale)?;
         }
         for (index, layer) in self.layers.iter().enumerate() {
-            xs = layer.forward(&xs, |normed| attend(index, layer, normed, &xs))?;
+            xs = layer.forward(&xs, pass, |normed| attend(index, layer, normed, &xs))?;
         }
         Ok(self.norm.forward(&xs)?)
     }
@@ -210,14 +242,20 @@ impl Llama {
     }
 
     /// Logits `(vocabulary)` in f32, on the CPU, of the last token of hidden states `(1, n, hidden)`.
+    #[allow(dead_code)] // tests read it
     pub fn last_logits(&self, hidden: &Tensor) -> Result<Tensor> {
         Ok(self.logits(hidden, hidden.dim(1)? - 1, 1)?.squeeze(0)?)
     }
 
     /// Logits `(n, vocabulary)` in f32, on the CPU, of rows `first..first + n` of hidden states `(1, N, hidden)`.
     pub fn logits(&self, hidden: &Tensor, first: usize, n: usize) -> Result<Tensor> {
+        self.logits_as(hidden, first, n, Pass::Prompt)
+    }
+
+    /// As [`Self::logits`], by the matrix for this pass.
+    pub fn logits_as(&self, hidden: &Tensor, first: usize, n: usize, pass: Pass) -> Result<Tensor> {
         let rows = hidden.narrow(1, first, n)?.contiguous()?;
-        let logits = self.head.forward(&rows)?.squeeze(0)?.to_dtype(DType::F32)?;
+        let logits = self.head.through(&rows, pass)?.squeeze(0)?.to_dtype(DType::F32)?;
         Ok(logits.to_device(&Device::Cpu)?)
     }
 }

@@ -9,7 +9,7 @@ use candle_sfattention::CacheOptions;
 use clap::{Args, ValueEnum};
 
 use crate::args::DEFAULT_MODEL;
-use crate::load::LoadOptions;
+use crate::load::{LoadOptions, StepFormat};
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "KV cache")]
@@ -62,6 +62,11 @@ pub struct ModelArgs {
     /// differ from the same token in a prompt.
     #[arg(long)]
     dequantize: bool,
+    /// The form of the matrices for tokens that are decoded one at a time, on the CPU: fast takes a GGUF file's own
+    /// blocks where candle has a fast kernel for them, and else Q8_0, made while loading; f32 takes the form that
+    /// prompts go through. q4k is Q8_0 for matrices whose columns are no multiple of 256. Prompts keep theirs.
+    #[arg(long, value_enum, default_value_t = DecodeWeights::Fast, value_name = "NAME")]
+    decode_weights: DecodeWeights,
     /// Write the results to this file as JSON.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -129,7 +134,39 @@ impl From<Dtype> for DType {
     }
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DecodeWeights {
+    Fast,
+    F32,
+    #[value(name = "q8_0")]
+    Q8_0,
+    Q4k,
+}
+
 impl ModelArgs {
+    /// The form of the matrices for single tokens; that of prompts on a GPU.
+    pub fn step_format(&self) -> StepFormat {
+        if self.device != Place::Cpu {
+            return StepFormat::Prompt;
+        }
+        match self.decode_weights {
+            DecodeWeights::Fast => StepFormat::Fast,
+            DecodeWeights::F32 => StepFormat::Prompt,
+            DecodeWeights::Q8_0 => StepFormat::Q8_0,
+            DecodeWeights::Q4k => StepFormat::Q4K,
+        }
+    }
+
+    /// The format by its name on the command line.
+    pub fn decode_weights(&self) -> &'static str {
+        match self.step_format() {
+            StepFormat::Prompt => "as prompts",
+            StepFormat::Fast => "fast",
+            StepFormat::Q8_0 => "q8_0",
+            StepFormat::Q4K => "q4k",
+        }
+    }
+
     /// How the weights are to be held.
     ///
     /// # Errors
@@ -139,6 +176,13 @@ impl ModelArgs {
             Place::Cpu => Dtype::F32,
             Place::Cuda(_) => Dtype::Bf16,
         };
+        let quantized = matches!(self.decode_weights, DecodeWeights::Q8_0 | DecodeWeights::Q4k);
+        anyhow::ensure!(
+            self.device == Place::Cpu || !quantized,
+            "decode-weights: expected fast or f32 on {}, where one form serves prompts and single tokens, got a \
+             quantized one; leave --decode-weights out",
+            self.device
+        );
         Ok(LoadOptions {
             dtype: self.dtype.unwrap_or(default).into(),
             dequantize: self.dequantize,

@@ -9,6 +9,7 @@ use candle_sfattention::{CacheOptions, CompressedKvCache};
 use crate::finite;
 use crate::model::{HiddenCounts, Llama};
 use crate::stats::{Hidden, KvUse, Stats};
+use crate::weights::Pass;
 
 /// One sequence that a model reads and continues, with timings.
 pub struct Session<'a> {
@@ -20,6 +21,7 @@ pub struct Session<'a> {
     decode_seconds: f64,
 }
 
+#[derive(Clone)]
 enum Sequence {
     /// One cache per layer; `chunk` tokens are run at once.
     Cached {
@@ -43,6 +45,11 @@ impl<'a> Session<'a> {
     pub fn recomputed(model: &'a Llama) -> Self {
         let (tokens, counts) = (Vec::new(), HiddenCounts::default());
         Self::new(model, Sequence::Recomputed { tokens, counts })
+    }
+
+    /// Another session at the same place, whose steps are counted from here.
+    pub fn fork(&self) -> Self {
+        Self::new(self.model, self.sequence.clone())
     }
 
     fn new(model: &'a Llama, sequence: Sequence) -> Self {
@@ -70,7 +77,7 @@ impl<'a> Session<'a> {
                 }
                 let hidden = self.model.forward_cached(&prompt[last..], caches)?;
                 watch(&KvUse::of(caches, &windows));
-                Output::of(self.model, hidden)?
+                Output::of(self.model, hidden, Pass::Prompt)?
             }
             Sequence::Recomputed { tokens, counts } => again(self.model, tokens, prompt, counts)?,
         };
@@ -81,17 +88,30 @@ impl<'a> Session<'a> {
 
     /// Runs one more token and returns its logits `(vocabulary)`, which are finite or an error.
     pub fn step(&mut self, token: u32) -> Result<Tensor> {
+        self.step_as(token, Pass::Step)
+    }
+
+    /// As [`Self::step`], by the matrices for this pass.
+    pub fn step_as(&mut self, token: u32, pass: Pass) -> Result<Tensor> {
         let start = Instant::now();
         let output = match &mut self.sequence {
             Sequence::Cached { caches, .. } => {
-                let hidden = self.model.forward_cached(&[token], caches)?;
-                Output::of(self.model, hidden)?
+                let hidden = self.model.forward_as(&[token], caches, pass)?;
+                Output::of(self.model, hidden, pass)?
             }
             Sequence::Recomputed { tokens, counts } => again(self.model, tokens, &[token], counts)?,
         };
         self.steps += 1;
         self.decode_seconds += start.elapsed().as_secs_f64();
         output.check(self.prompt_tokens + self.steps)
+    }
+
+    /// Its caches, one per layer; None if it recomputes.
+    pub fn into_caches(self) -> Option<Vec<CompressedKvCache>> {
+        match self.sequence {
+            Sequence::Cached { caches, .. } => Some(caches),
+            Sequence::Recomputed { .. } => None,
+        }
     }
 
     /// The cost of the sequence so far; `generated`: tokens generated, the first of them from the prompt's logits.
@@ -120,7 +140,21 @@ impl<'a> Session<'a> {
 fn again(model: &Llama, tokens: &mut Vec<u32>, more: &[u32], counts: &mut HiddenCounts) -> Result<Output> {
     tokens.extend_from_slice(more);
     *counts = HiddenCounts::default();
-    Output::of(model, model.forward(tokens, counts)?)
+    Output::of(model, model.forward(tokens, counts)?, Pass::Prompt)
+}
+
+/// The logits `(sequences, vocabulary)` of the next token of each sequence, which are finite or an error; its caches
+/// append it.
+pub fn step_all(model: &Llama, tokens: &[u32], caches: &mut [&mut Vec<CompressedKvCache>]) -> Result<Tensor> {
+    let hidden = model.forward_batch(tokens, caches, Pass::Step)?;
+    let logits = model.logits_as(&hidden, 0, tokens.len(), Pass::Step)?;
+    for (index, caches) in caches.iter().enumerate() {
+        let position = caches.first().map_or(0, |cache| cache.seq_len() - 1);
+        let hidden = hidden.narrow(1, index, 1)?.squeeze(0)?;
+        finite::check("hidden state", &hidden, position)?;
+        finite::check("logits", &logits.narrow(0, index, 1)?, position)?;
+    }
+    Ok(logits)
 }
 
 /// A model's output for some tokens.
@@ -132,8 +166,9 @@ struct Output {
 }
 
 impl Output {
-    fn of(model: &Llama, hidden: Tensor) -> Result<Self> {
-        let logits = model.last_logits(&hidden)?;
+    fn of(model: &Llama, hidden: Tensor, pass: Pass) -> Result<Self> {
+        let last = hidden.dim(1)? - 1;
+        let logits = model.logits_as(&hidden, last, 1, pass)?.squeeze(0)?;
         Ok(Self { hidden, logits })
     }
 

@@ -1,7 +1,7 @@
 //! Weights of a model: their source, and matrices as floats or still quantized.
 
 use anyhow::Result;
-use candle_core::quantized::QMatMul;
+use candle_core::quantized::{GgmlDType, QMatMul};
 use candle_core::{DType, Device, Module, Tensor};
 
 /// The source of a model's weights. Paths are Hugging Face's, without `.weight` and `.bias`.
@@ -26,23 +26,52 @@ pub trait Weights {
     fn check_all_read(&mut self) -> Result<()>;
 }
 
+/// What a product is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// Many tokens of one sequence.
+    Prompt,
+    /// One token, or a few.
+    Step,
+}
+
 /// A matrix `(rows, columns)`, as floats or still quantized.
 #[derive(Clone, Debug)]
 pub enum Linear {
     Float(candle_nn::Linear),
-    Quantized { weight: QMatMul, bias: Option<Tensor> },
+    Quantized {
+        weight: QMatMul,
+        bias: Option<Tensor>,
+    },
+    /// Two forms of one matrix, one for each [`Pass`].
+    Split {
+        prompt: Box<Linear>,
+        step: Box<Linear>,
+    },
 }
 
 impl Linear {
-    /// `xs (.., columns) -> (.., rows)`.
+    /// `xs (.., columns) -> (.., rows)`, in the form for prompts.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        self.through(xs, Pass::Prompt)
+    }
+
+    /// `xs (.., columns) -> (.., rows)`.
+    pub fn through(&self, xs: &Tensor, pass: Pass) -> Result<Tensor> {
         match self {
             Self::Float(linear) => Ok(linear.forward(xs)?),
-            Self::Quantized { weight, bias: None } => Ok(weight.forward(xs)?),
-            Self::Quantized {
-                weight,
-                bias: Some(bias),
-            } => Ok(weight.forward(xs)?.broadcast_add(bias)?),
+            Self::Quantized { weight, bias } => {
+                // Quantized products take and give f32.
+                let ys = weight.forward(&xs.to_dtype(DType::F32)?)?.to_dtype(xs.dtype())?;
+                match bias {
+                    Some(bias) => Ok(ys.broadcast_add(bias)?),
+                    None => Ok(ys),
+                }
+            }
+            Self::Split { prompt, step } => match pass {
+                Pass::Prompt => prompt.through(xs, pass),
+                Pass::Step => step.through(xs, pass),
+            },
         }
     }
 
@@ -54,15 +83,30 @@ impl Linear {
                 QMatMul::QTensor(tensor) => tensor.dequantize(&Device::Cpu)?,
                 QMatMul::Tensor(tensor) | QMatMul::TensorF16(tensor) => tensor.clone(),
             },
+            Self::Split { prompt, .. } => prompt.weight()?,
         })
     }
 
+    /// The type of its blocks; None of floats.
+    #[allow(dead_code)] // not read by the train example
+    pub fn blocks(&self) -> Option<GgmlDType> {
+        match self {
+            Self::Quantized {
+                weight: QMatMul::QTensor(tensor),
+                ..
+            } => Some(tensor.dtype()),
+            Self::Quantized { .. } | Self::Float(_) => None,
+            Self::Split { prompt, .. } => prompt.blocks(),
+        }
+    }
+
     /// The bias `(rows)`, if there is one.
-    #[allow(dead_code)] // the train example reads it
+    #[allow(dead_code)] // not read by every program
     pub fn bias(&self) -> Option<&Tensor> {
         match self {
             Self::Float(linear) => linear.bias(),
             Self::Quantized { bias, .. } => bias.as_ref(),
+            Self::Split { prompt, .. } => prompt.bias(),
         }
     }
 
@@ -71,6 +115,7 @@ impl Linear {
         match self {
             Self::Float(linear) => Ok(linear.weight().index_select(ids, 0)?),
             Self::Quantized { weight, .. } => Ok(weight.embedding(ids)?),
+            Self::Split { prompt, .. } => prompt.rows(ids),
         }
     }
 }

@@ -145,6 +145,7 @@ fn measure(model: &str, tokens: &[u32], prompt: usize) -> Result<Run> {
     };
     Ok(Run {
         stats,
+        decode_by_prompt_weights: None,
         loaded_rss_bytes,
         curve: Vec::new(),
     })

@@ -39,6 +39,8 @@ pub fn first_tokens(text: &Path, checkpoint: &Checkpoint, count: usize) -> Resul
 pub struct Run {
     #[serde(flatten)]
     pub stats: Stats,
+    /// Tokens decoded per second by the weights that prompts go through.
+    pub decode_by_prompt_weights: Option<f64>,
     /// Memory held after loading the weights, before the first run.
     pub loaded_rss_bytes: Option<u64>,
     /// Tokens and cache bytes after each chunk of the prompt.
@@ -48,7 +50,8 @@ pub struct Run {
 impl Run {
     /// The line above rows.
     pub fn print_header(out: &mut dyn Write) -> Result<()> {
-        let header = "prompt  attention   prefill tok/s  decode tok/s  KV MiB  of dense  hidden  peak RSS MiB";
+        let header =
+            "prompt  attention   prefill tok/s  decode tok/s   as prompt  KV MiB  of dense  hidden  peak RSS MiB";
         Ok(writeln!(out, "{header}")?)
     }
 
@@ -59,11 +62,12 @@ impl Run {
         let kv = stats.kv.as_ref();
         writeln!(
             out,
-            "{:>6}  {:<10}  {:>13}  {:>12}  {:>6}  {:>8}  {:>6}  {:>12}",
+            "{:>6}  {:<10}  {:>13}  {:>12}  {:>10}  {:>6}  {:>8}  {:>6}  {:>12}",
             stats.prompt_tokens,
             attention,
             number(stats.prefill_tokens_per_second),
             number(stats.decode_tokens_per_second),
+            number(self.decode_by_prompt_weights),
             number(kv.map(|kv| mib(kv.kv_bytes as u64))),
             ratio(kv.map(KvUse::ratio)),
             ratio(kv.map(|_| stats.hidden.hidden_ratio)),

@@ -13,6 +13,7 @@ use super::gguf_config::config;
 use super::gguf_kind::Architecture;
 use super::gguf_tensors::{self, Tensors};
 use super::gguf_tokenizer::text;
+use super::step_weights::is_fast;
 use super::text::{Edge, Text};
 use super::{Checkpoint, LoadOptions};
 use crate::weights::{Linear, Weights};
@@ -112,11 +113,23 @@ impl GgufWeights {
         if !self.options.device.is_cpu() {
             return Ok(Linear::Float(candle_nn::Linear::new(self.floats(&weight)?, bias)));
         }
-        let weight = match self.options.dequantize {
-            true => QMatMul::Tensor(self.floats(&weight)?),
-            false => QMatMul::from_qtensor(weight)?,
+        if !self.options.dequantize {
+            let weight = QMatMul::from_qtensor(weight)?;
+            return Ok(Linear::Quantized { weight, bias });
+        }
+        let floats = Linear::Quantized {
+            weight: QMatMul::Tensor(self.floats(&weight)?),
+            bias: bias.clone(),
         };
-        Ok(Linear::Quantized { weight, bias })
+        if !is_fast(weight.dtype()) {
+            return Ok(floats);
+        }
+        // Single tokens may read the file's own blocks.
+        let weight = QMatMul::from_qtensor(weight)?;
+        Ok(Linear::Split {
+            prompt: Box::new(floats),
+            step: Box::new(Linear::Quantized { weight, bias }),
+        })
     }
 }
 

@@ -15,6 +15,7 @@ pub mod hf_tokenizer;
 mod hub;
 pub mod pre_tokenizer;
 mod sentencepiece;
+mod step_weights;
 pub mod text;
 mod unread;
 
@@ -28,6 +29,10 @@ use crate::model::{Llama, LlamaConfig};
 use crate::weights::Weights;
 
 use self::text::Text;
+
+#[allow(unused_imports)] // not read by every program
+pub use self::step_weights::StepFormat;
+use self::step_weights::StepWeights;
 
 /// How weights are held.
 #[derive(Clone, Debug)]
@@ -90,6 +95,12 @@ impl Checkpoint {
     /// Loads the weights; `attention` holds one entry per layer.
     pub fn load(&mut self, attention: Vec<CompressedAttention>) -> Result<Llama> {
         self.read(|weights, config| Llama::load(weights, config, attention))
+    }
+
+    /// As [`Self::load`], with a form of the matrices for single tokens.
+    #[allow(dead_code)] // not read by every program
+    pub fn load_with_steps(&mut self, attention: Vec<CompressedAttention>, format: StepFormat) -> Result<Llama> {
+        self.read(|inner, config| Llama::load(&mut StepWeights { inner, format }, config, attention))
     }
 
     /// Gives the weights to `read`, which must read all of them.

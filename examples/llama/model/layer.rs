@@ -8,7 +8,7 @@ use candle_sfattention::{AttentionOptions, CompressedAttention, CompressedKvCach
 use super::config::LlamaConfig;
 use super::layer_options::{Activation, LayerOptions};
 use crate::rope::Rotation;
-use crate::weights::{Linear, Weights};
+use crate::weights::{Linear, Pass, Weights};
 
 /// Projections, rotary embedding and compressed attention of one layer.
 pub struct SelfAttention {
@@ -55,19 +55,44 @@ impl SelfAttention {
 
     /// The rows `(1, N, hidden)` of a whole sequence, and the tokens hidden from them.
     pub fn forward(&self, xs: &Tensor, rotation: &Rotation) -> Result<(Tensor, MergeStats)> {
-        let [q, k, v] = rotated(self.project(xs)?, rotation)?;
+        let [q, k, v] = rotated(self.project(xs, Pass::Prompt)?, rotation)?;
         let (out, plan) = self.attention.forward_with_plan(&q, &k, &v)?;
-        Ok((self.merge_heads(&out)?, plan.stats()?))
+        Ok((self.merge_heads(&out, Pass::Prompt)?, plan.stats()?))
     }
 
     /// The rows of new tokens `(1, n, hidden)` over all that `cache` has seen.
-    pub fn forward_cached(&self, xs: &Tensor, rotation: &Rotation, cache: &mut CompressedKvCache) -> Result<Tensor> {
-        let [q, k, v] = rotated(self.project(xs)?, rotation)?;
-        self.merge_heads(&self.attention.forward_cached(&q, &k, &v, cache)?)
+    pub fn forward_cached(
+        &self,
+        xs: &Tensor,
+        rotation: &Rotation,
+        cache: &mut CompressedKvCache,
+        pass: Pass,
+    ) -> Result<Tensor> {
+        let [q, k, v] = rotated(self.project(xs, pass)?, rotation)?;
+        self.merge_heads(&self.attention.forward_cached(&q, &k, &v, cache)?, pass)
+    }
+
+    /// The rows of the next token of each sequence `(1, sequences, hidden)`, each over its own cache. Projections take
+    /// all rows at once.
+    pub fn forward_batch<'c>(
+        &self,
+        xs: &Tensor,
+        rotations: &[&Rotation],
+        caches: impl Iterator<Item = &'c mut CompressedKvCache>,
+        pass: Pass,
+    ) -> Result<Tensor> {
+        let qkv = self.project(xs, pass)?;
+        let mut rows = Vec::with_capacity(rotations.len());
+        for (index, (rotation, cache)) in rotations.iter().zip(caches).enumerate() {
+            let own = |xs: &Tensor| xs.narrow(2, index, 1);
+            let [q, k, v] = rotated([own(&qkv[0])?, own(&qkv[1])?, own(&qkv[2])?], rotation)?;
+            rows.push(self.attention.forward_cached(&q, &k, &v, cache)?);
+        }
+        self.merge_heads(&Tensor::cat(&rows, 2)?, pass)
     }
 
     /// Queries, keys and values `(B, heads, N, D)`, before rotation.
-    pub fn project(&self, xs: &Tensor) -> Result<[Tensor; 3]> {
+    pub fn project(&self, xs: &Tensor, pass: Pass) -> Result<[Tensor; 3]> {
         let (batch, n, _) = xs.dims3()?;
         // (B, N, heads·D) -> (B, heads, N, D), a view.
         let split = |xs: Tensor, heads, norm: Option<&RmsNorm>| -> Result<Tensor> {
@@ -79,15 +104,15 @@ impl SelfAttention {
             Ok(xs.transpose(1, 2)?)
         };
         Ok([
-            split(self.query.forward(xs)?, self.heads, self.query_norm.as_ref())?,
-            split(self.key.forward(xs)?, self.kv_heads, self.key_norm.as_ref())?,
-            split(self.value.forward(xs)?, self.kv_heads, None)?,
+            split(self.query.through(xs, pass)?, self.heads, self.query_norm.as_ref())?,
+            split(self.key.through(xs, pass)?, self.kv_heads, self.key_norm.as_ref())?,
+            split(self.value.through(xs, pass)?, self.kv_heads, None)?,
         ])
     }
 
     /// `(B, heads, N, D) -> (B, N, hidden)`.
-    pub fn merge_heads(&self, out: &Tensor) -> Result<Tensor> {
-        self.output.forward(&out.transpose(1, 2)?.flatten_from(2)?)
+    pub fn merge_heads(&self, out: &Tensor, pass: Pass) -> Result<Tensor> {
+        self.output.through(&out.transpose(1, 2)?.flatten_from(2)?, pass)
     }
 }
 
@@ -115,13 +140,13 @@ impl Mlp {
         })
     }
 
-    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        let gate = self.gate.forward(xs)?;
+    fn forward(&self, xs: &Tensor, pass: Pass) -> Result<Tensor> {
+        let gate = self.gate.through(xs, pass)?;
         let gate = match self.activation {
             Activation::Silu => ops::silu(&gate)?,
             Activation::GeluTanh => gate.gelu()?,
         };
-        self.down.forward(&(gate * self.up.forward(xs)?)?)
+        self.down.through(&(gate * self.up.through(xs, pass)?)?, pass)
     }
 }
 
@@ -164,10 +189,15 @@ impl Layer {
     }
 
     /// The stream `(1, N, hidden)` after this layer; `attend` gets the normed stream.
-    pub fn forward(&self, stream: &Tensor, attend: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    pub fn forward(
+        &self,
+        stream: &Tensor,
+        pass: Pass,
+        attend: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let attended = attend(&self.attention_norm.forward(stream)?)?;
         let stream = (stream + after(self.attention_output_norm.as_ref(), attended)?)?;
-        let mixed = self.mlp.forward(&self.mlp_norm.forward(&stream)?)?;
+        let mixed = self.mlp.forward(&self.mlp_norm.forward(&stream)?, pass)?;
         Ok((stream + after(self.mlp_output_norm.as_ref(), mixed)?)?)
     }
 
