@@ -50,7 +50,7 @@ struct Text {
     kv_bytes: usize,
 }
 
-/// One prompt on its way.
+/// One prompt and its text so far.
 struct Sequence {
     prompt: Vec<u32>,
     tokens: Vec<u32>,

@@ -27,6 +27,7 @@ mod weights;
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use candle_core::quantized::gguf_file::Content;
 use candle_core::quantized::GgmlDType;
@@ -256,6 +257,56 @@ fn sliding_layers_see_their_window() {
         let chunked = exact.last_logits(&last.unwrap()).unwrap();
         assert_close(&chunked, &logits(&exact, 61), &format!("{kind:?}: chunks"));
     }
+}
+
+/// Gemma 3 270M, which `examples/llama/fetch.sh gemma3` fetches, on a prompt beyond its window, in float products. Two
+/// settings are candle-transformers' own: SiLU in place of GELU, and a window of one token more. With those of the
+/// model the text is likelier.
+#[test]
+fn gemma_270m_is_candles_quantized_gemma3_beyond_its_window() {
+    // candle-transformers reads this variable once per thread: the test runs itself again with it.
+    const DEQUANTIZE: &str = "CANDLE_DEQUANTIZE_ALL";
+    const TOKENS: usize = 560;
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/gemma-3-270m-q4_k_m.gguf");
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/moby-dick.txt");
+    if !path.exists() || !text.exists() {
+        eprintln!("skipped: {} or the text beside it does not exist", path.display());
+        return;
+    }
+    if std::env::var_os(DEQUANTIZE).is_none() {
+        let mut again = Command::new(std::env::current_exe().unwrap());
+        let output = again
+            .args(["--exact", "gemma_270m_is_candles_quantized_gemma3_beyond_its_window"])
+            .env(DEQUANTIZE, "1")
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        return;
+    }
+    let text: String = fs::read_to_string(text).unwrap().chars().take(6000).collect();
+    let mut checkpoint = open(&path).unwrap();
+    let tokens = checkpoint.encode(&text, true).unwrap()[..TOKENS].to_vec();
+    let sliding = checkpoint.config.layer.sliding.clone().unwrap();
+    assert_eq!(sliding.window, 512);
+    assert_eq!(sliding.layers.iter().filter(|slides| **slides).count(), 15);
+    let nll = |model: &Llama| {
+        let hidden = model.forward(&tokens[..65], &mut HiddenCounts::default()).unwrap();
+        let logits = model.logits(&hidden, 0, 64).unwrap();
+        let targets = Tensor::new(&tokens[1..65], &Device::Cpu).unwrap();
+        let nll = candle_nn::loss::cross_entropy(&logits, &targets).unwrap();
+        nll.to_scalar::<f32>().unwrap()
+    };
+    let own = nll(&load(&mut checkpoint));
+
+    let mut as_candle = open(&path).unwrap();
+    as_candle.config.layer.activation = Activation::Silu;
+    as_candle.config.layer.sliding.as_mut().unwrap().window += 1;
+    let ours = load(&mut as_candle);
+    let hidden = ours.forward(&tokens, &mut HiddenCounts::default()).unwrap();
+    let expected = candles_quantized(Kind::Gemma3, &path)(&tokens, 0);
+    assert_close(&ours.last_logits(&hidden).unwrap(), &expected, "Gemma 3 270M");
+    let silu = nll(&ours);
+    assert!(own + 0.1 < silu, "nll {own} with GELU, {silu} with SiLU");
 }
 
 /// A folder and a GGUF file of the same weights are one model: q and k permuted or not, norms less 1 or whole.
