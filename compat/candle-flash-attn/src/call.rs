@@ -106,43 +106,36 @@ impl Call<'_> {
     /// Dense attention.
     fn dense(&self, lens: Lens, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let Lens { queries, keys, .. } = lens;
-        if self.right.is_some() && queries > keys {
-            // Rows before the first token see nothing.
-            let seen = self.dense(
-                Lens { queries: keys, ..lens },
-                &q.narrow(1, queries - keys, keys)?,
-                k,
-                v,
-            )?;
-            return seen.pad_with_zeros(1, queries - keys, 0);
+        let blank = self.right.map_or(0, |right| queries.saturating_sub(keys + right));
+        if blank > 0 {
+            // The first rows stand so long before the first token that they see nothing.
+            let lens = Lens {
+                queries: queries - blank,
+                ..lens
+            };
+            let seen = self.dense(lens, &q.narrow(1, blank, lens.queries)?, k, v)?;
+            return seen.pad_with_zeros(1, blank, 0);
         }
         match self.right {
             Some(0) => self.attend(lens, q, k, v),
-            Some(right) if right < keys => {
+            Some(right) if right + 1 < queries => {
                 // A row that sees `right` tokens more is the causal row of a later token; the last rows see the end.
-                let early = queries.saturating_sub(right);
-                let mut parts = Vec::new();
-                if early > 0 {
-                    let causal = Self {
-                        left: self.left.map(|left| left + right),
-                        right: Some(0),
-                        ..*self
-                    };
-                    let lens = Lens {
-                        queries: early,
-                        behind: right,
-                        ..lens
-                    };
-                    parts.push(causal.attend(lens, &q.narrow(1, 0, early)?, k, v)?);
-                }
-                let late = Self { right: None, ..*self };
-                let rows = q.narrow(1, early, queries - early)?;
-                let lens = Lens {
-                    queries: queries - early,
+                let early = queries - right;
+                let causal = Self {
+                    left: self.left.map(|left| left + right),
+                    right: Some(0),
+                    ..*self
+                };
+                let shifted = Lens {
+                    queries: early,
+                    behind: right,
                     ..lens
                 };
-                parts.push(late.attend(lens, &rows, k, v)?);
-                Tensor::cat(&parts, 1)
+                let first = causal.attend(shifted, &q.narrow(1, 0, early)?, k, v)?;
+                let late = Self { right: None, ..*self };
+                let rows = q.narrow(1, early, right)?;
+                let lens = Lens { queries: right, ..lens };
+                Tensor::cat(&[first, late.attend(lens, &rows, k, v)?], 1)
             }
             Some(_) | None => Self { right: None, ..*self }.attend(lens, q, k, v),
         }
