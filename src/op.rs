@@ -17,7 +17,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{
     bail, CpuStorage, CudaStorage, CustomOp3, DType, Device, Error, Layout, Result, Shape, Storage, Tensor,
 };
-use sinks::{Kept, SinkGradient};
+use sinks::{KeptTensors, SinkGradient};
 use std::sync::Arc;
 
 mod sinks;
@@ -119,7 +119,7 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &At
         true => problem.sinks(options)?,
         false => None,
     };
-    let kept = Kept::default();
+    let kept = KeptTensors::default();
     let tracked_sinks = options.sink_logits.as_ref().filter(|sinks| sinks.track_op());
     let op = CompressedAttentionOp {
         problem,
@@ -157,7 +157,7 @@ struct CompressedAttentionOp {
     /// The tensors that the backward pass needs besides the output, where `tracked`; they have no graph. Each row's
     /// log-sum-exp (base 2), (B, H, N), on the CPU as two numbers (B, H, N, 2). On CUDA, where gradients gain by it,
     /// also the rounding error of the output, (B, H, N, D).
-    kept: Kept,
+    kept: KeptTensors,
 }
 
 impl CompressedAttentionOp {

@@ -208,7 +208,11 @@ impl Compression {
     pub fn attention(&self, model: &LlamaConfig) -> Result<Vec<CompressedAttention>> {
         let shape = &model.shape();
         let global = (0..shape.layers).any(|layer| model.layer.window(layer).is_none());
-        if matches!(self.strategies, Strategies::Uniform(strategy) if strategy != MergeStrategy::Off) && !global {
+        let hides = match &self.strategies {
+            Strategies::Uniform(strategy) => !strategy.is_off(),
+            Strategies::PerLayer(_) | Strategies::Policy(_) => false,
+        };
+        if hides && !global {
             eprintln!(
                 "note: every layer of this model slides, and {} hides nothing in such layers; a strategy file may name \
                  strategies for them",

@@ -15,13 +15,13 @@ use candle_core::{bail, CpuStorage, CustomOp2, DType, Device, Layout, Result, Sh
 use std::sync::{Arc, OnceLock};
 
 /// The tensors that a forward pass keeps for its gradients; they have no graph.
-pub(super) type Kept = Arc<OnceLock<Vec<Tensor>>>;
+pub(super) type KeptTensors = Arc<OnceLock<Vec<Tensor>>>;
 
 /// The output of attention, unchanged, with a gradient for the sink logits (H).
 pub(super) struct SinkGradient {
     pub problem: Problem,
     pub sinks: Vec<f64>,
-    pub kept: Kept,
+    pub kept: KeptTensors,
 }
 
 impl SinkGradient {
