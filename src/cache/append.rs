@@ -18,7 +18,8 @@ impl CompressedKvCache {
     /// # Errors
     /// As [`Self::append_and_attend`]. The cache is then unchanged.
     pub fn append(&mut self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
-        self.take_in(&Problem::new(q, k, v)?, [q, k, v], None).map(|_| ())
+        self.take_in(&Problem::new(q, k, v)?, [q, k, v], k.dtype(), None)
+            .map(|_| ())
     }
 
     /// Appends n >= 1 new tokens without their queries: key and value (B, Hk, n, D). Leaves the cache as

@@ -90,6 +90,7 @@ mod checksum;
 mod load;
 #[cfg(feature = "cuda")]
 mod on_device;
+mod rows;
 mod save;
 mod segments;
 mod state;
@@ -146,7 +147,8 @@ impl CompressedKvCache {
     /// value (B, Hk, n, D), output (B, H, n, D), or with their axes in the order of [`AttentionOptions::layout`]. The
     /// bias of `options` broadcasts to (B, H, n, all tokens with the new ones), and dropout draws by absolute position.
     /// The result carries no gradient: differentiating it is an error. Values may have a size of their own,
-    /// (B, Hk, n, Dv), with an output (B, H, n, Dv).
+    /// (B, Hk, n, Dv), with an output (B, H, n, Dv). Query and keys may have different dtypes of f32, f16 and bf16, as
+    /// an f32 query over f16 keys: the call is computed in f32, and the result has the query's dtype.
     ///
     /// [`AttentionOptions::segments`] are (B, n), the numbers of the new tokens. A batch row's lists start anew where
     /// its number changes: no later row sees an earlier segment. Tokens of padding (0) are not stored, and their rows
@@ -172,10 +174,14 @@ impl CompressedKvCache {
         }
         let layout = options.layout;
         let [q, k, v] = &layout.turned_all([q, k, v])?;
-        let problem = layout.explained(Problem::new(q, k, v))?;
-        let Some(output) = self.take_in(&problem, [q, k, v], Some(options))? else {
+        let keys = k.dtype();
+        let wide = wider(q, k, v)?;
+        let [inner_q, inner_k, inner_v] = &wide;
+        let problem = layout.explained(Problem::new(inner_q, inner_k, inner_v))?;
+        let Some(output) = self.take_in(&problem, [inner_q, inner_k, inner_v], keys, Some(options))? else {
             bail!("output: expected rows for the new tokens, got none; this is a defect of the crate, report it")
         };
+        let output = output.to_dtype(q.dtype())?;
         let tracked = [q, k, v].into_iter().chain(&options.sink_logits);
         if let Some(x) = tracked.into_iter().find(|x| x.track_op()) {
             return layout.turned(&x.apply_op3(x, x, WithoutGradient(output))?);
@@ -183,11 +189,13 @@ impl CompressedKvCache {
         layout.turned(&output)
     }
 
-    /// Appends tokens; returns their output rows if there are options to attend with.
+    /// Appends tokens, whose keys came in the dtype `keys`; returns their output rows if there are options to attend
+    /// with.
     fn take_in(
         &mut self,
         problem: &Problem,
         [q, k, v]: [&Tensor; 3],
+        keys: DType,
         options: Option<&AttentionOptions>,
     ) -> Result<Option<Tensor>> {
         #[cfg(feature = "cuda")]
@@ -198,7 +206,7 @@ impl CompressedKvCache {
         if !q.device().is_cpu() {
             return not_on_cpu(q.device());
         }
-        let storage = self.storage_for(problem.dtype)?;
+        let storage = self.storage_for(problem.dtype, keys)?;
         let mut state = match self.state.take() {
             Some(state) => state,
             None => self.first_state(problem, storage)?,
@@ -210,11 +218,12 @@ impl CompressedKvCache {
         result
     }
 
-    fn storage_for(&self, dtype: DType) -> Result<DType> {
+    /// The storage of a call of this dtype, whose keys came in the dtype `keys`.
+    fn storage_for(&self, dtype: DType, keys: DType) -> Result<DType> {
         let held = self.state.as_ref().map(|state| state.lists.dtype());
         #[cfg(feature = "cuda")]
         let held = held.or_else(|| self.on_gpu.as_ref().map(|state| state.sizes().1));
-        let storage = held.or(self.options.storage).unwrap_or(dtype);
+        let storage = held.or(self.options.storage).unwrap_or(keys);
         if (storage == DType::F64) != (dtype == DType::F64) {
             bail!(
                 "storage: expected f64 for f64 inputs and f32, f16 or bf16 for others, got {storage:?} for {dtype:?}; \
@@ -396,5 +405,20 @@ impl CompressedKvCache {
             state.select(&rows.iter().map(|row| *row as usize).collect::<Vec<_>>())?;
         }
         Ok(())
+    }
+}
+
+/// Query, key and value in f32 where their dtypes, all of f32, f16 and bf16, differ; else as they are, for the checks to
+/// refuse.
+fn wider(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<[Tensor; 3]> {
+    let dtypes = [q, k, v].map(Tensor::dtype);
+    let known = |dtype: &DType| [DType::F32, DType::F16, DType::BF16].contains(dtype);
+    match dtypes.iter().all(known) && (dtypes[0] != dtypes[1] || dtypes[1] != dtypes[2]) {
+        true => Ok([
+            q.to_dtype(DType::F32)?,
+            k.to_dtype(DType::F32)?,
+            v.to_dtype(DType::F32)?,
+        ]),
+        false => Ok([q.clone(), k.clone(), v.clone()]),
     }
 }

@@ -92,6 +92,10 @@ impl GpuState {
         })
     }
 
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     pub fn seq_len(&self) -> usize {
         each!(&*self.lists, lists => lists.seq_len())
     }
@@ -223,7 +227,7 @@ impl CompressedKvCache {
                 q.device().location()
             )
         }
-        self.storage_for(problem.dtype)?;
+        self.storage_for(problem.dtype, problem.dtype)?;
         crate::cuda::refused::refuse_shapes(problem)?;
         if let Some(state) = &self.on_gpu {
             if state.sizes != CacheSizes::of(problem) {

@@ -88,6 +88,76 @@ pub(super) fn step(
     output.map(|output| output.to_dtype(problem.dtype)).transpose()
 }
 
+/// The rows (B, H, 1, Dv) of checked queries (B, H, 1, D) at the place of the last token.
+pub(super) fn attend_again(state: &State, problem: &Problem, q: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
+    options.check()?;
+    problem.check_sinks(options)?;
+    state.sliding_window_for(Some(options))?;
+    let sinks = problem.sinks(options)?;
+    let q = q.to_dtype(match state.lists.dtype() {
+        storage if storage == problem.dtype => storage,
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    })?;
+    let again = Again {
+        problem,
+        q: &q,
+        options,
+        sinks,
+    };
+    let same = q.dtype() == state.lists.dtype();
+    let output = match &state.lists {
+        Lists::F64(lists) => again.run::<f64, f64>(lists),
+        Lists::F32(lists) => again.run::<f32, f32>(lists),
+        Lists::F16(lists) if same => again.run::<half::f16, half::f16>(lists),
+        Lists::F16(lists) => again.run::<f32, half::f16>(lists),
+        Lists::BF16(lists) if same => again.run::<half::bf16, half::bf16>(lists),
+        Lists::BF16(lists) => again.run::<f32, half::bf16>(lists),
+    }?;
+    output.to_dtype(problem.dtype)
+}
+
+/// The arguments of [`attend_again`], in the dtype of the queries.
+struct Again<'a> {
+    problem: &'a Problem,
+    q: &'a Tensor,
+    options: &'a AttentionOptions,
+    sinks: Option<Vec<f64>>,
+}
+
+impl Again<'_> {
+    fn run<Q: Element<Acc = S::Acc>, S: Element>(&self, lists: &ListsOf<S>) -> Result<Tensor> {
+        let (storage, layout) = self.q.storage_and_layout();
+        let sinks = self.sinks.as_deref().map(sinks_in_base_2);
+        let Problem {
+            batch,
+            heads,
+            head_dim,
+            value_dim,
+            ..
+        } = *self.problem;
+        // The lists hold the keys and values.
+        let none = RowGrid::new(&[], RowLayout::new(layout));
+        let step = Step::<Q, S> {
+            q: RowGrid::new(cpu_slice(&storage)?, RowLayout::new(layout)),
+            k: none,
+            v: none,
+            count: 1,
+            heads,
+            head_dim,
+            value_dim,
+            scale: self.options.scale(head_dim),
+            sliding_window: usize::MAX,
+            softcap: self.options.softcap,
+            dropout: None,
+            start: 0,
+            bias: None,
+            sinks: sinks.as_deref(),
+        };
+        Tensor::from_vec(step.again(lists), (batch, heads, 1, value_dim), &Device::Cpu)
+    }
+}
+
 pub(super) fn bias_view(bias: Option<&Tensor>, full: [usize; 4], dtype: DType) -> Result<Option<Tensor>> {
     let Some(bias) = bias else { return Ok(None) };
     if bias.broadcast_as(&full).is_err() {

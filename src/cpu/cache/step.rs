@@ -147,6 +147,14 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
         output.written()
     }
 
+    /// The rows (B, H, 1, Dv) of one query a head at the place of the last token, which the lists hold.
+    pub fn again(&self, lists: &[(ListHeads, List<S>)]) -> Vec<Q> {
+        let batches = lists.last().map_or(0, |(at, _)| at.batch + 1);
+        let mut output = Output::new(batches * self.heads * self.value_dim);
+        self.decode(lists, output.blank().clear());
+        output.written()
+    }
+
     fn attend(&self, lists: &[(ListHeads, List<S>)], chains: &[Option<ChainFold<S::Acc>>], output: Blank<Q>) {
         let pairs = self.pairs();
         let block_rows = block_rows(self.count, pairs);
