@@ -53,7 +53,7 @@ fn rows_apart_and_together_go_on() -> Result<()> {
             let next = part(&qkv, 40, 1)?;
             let expected = append(&mut whole, &next)?;
             let order = Tensor::new(&[2u32, 0, 1], &Device::Cpu)?;
-            let next_turned = [0, 1, 2].map(|i| next[i].index_select(&order, 0).unwrap());
+            let next_turned = [0, 1, 2].map(|i| next[i].contiguous().and_then(|x| x.index_select(&order, 0)).unwrap());
             let together = append(&mut turned, &next_turned)?;
             assert_eq!(values(&together)?, values(&expected.index_select(&order, 0)?)?);
             for (index, alone) in rows.iter_mut().enumerate() {

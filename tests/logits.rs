@@ -86,6 +86,28 @@ fn everywhere(options: AttentionOptions) -> AttentionOptions {
     }
 }
 
+/// A softcap, sinks and a sliding window.
+fn together(shape: &Shape) -> AttentionOptions {
+    AttentionOptions {
+        sliding_window: Some(40),
+        sink_logits: sinks(shape).sink_logits,
+        ..softcap(shape)
+    }
+}
+
+/// Padding before the first segment, then three segments.
+fn in_segments(shape: &Shape, options: AttentionOptions) -> AttentionOptions {
+    let &Shape(batch, _, _, tokens, _) = shape;
+    let number = |at: usize| match at % tokens {
+        token if token < at / tokens => 0,
+        token => 1 + (token * 3 / tokens) as u32,
+    };
+    AttentionOptions {
+        segments: Tensor::from_vec((0..batch * tokens).map(number).collect(), (batch, tokens), &CPU).ok(),
+        ..options
+    }
+}
+
 /// All folds, with and without a window, a bias and dropout.
 fn settings() -> Vec<Setting> {
     use MergeStrategy::{Off, Similarity};
@@ -136,6 +158,30 @@ fn settings() -> Vec<Setting> {
         setting("sinks, drop, window, dropout", Similarity, key(Fold::Drop, 9), |s| {
             with_dropout(sinks(s))
         }),
+        setting(
+            "all together, mean, window, bias",
+            Similarity,
+            key(Fold::Mean, 7),
+            |s| with_bias(s, together(s)),
+        ),
+        setting(
+            "all together, pair sum, window",
+            Similarity,
+            key(Fold::PairSum, 50),
+            together,
+        ),
+        setting(
+            "all together, drop, window, dropout, segments",
+            Similarity,
+            key(Fold::Drop, 9),
+            |s| in_segments(s, with_dropout(together(s))),
+        ),
+        setting(
+            "all together, mean, segments, bias",
+            Similarity,
+            key(Fold::Mean, 3),
+            |s| in_segments(s, with_bias(s, together(s))),
+        ),
     ]
 }
 
