@@ -52,7 +52,7 @@ fn sinks(shape: &Shape) -> AttentionOptions {
 /// Rows that see nothing, and rows that see some columns.
 fn hiding(shape: &Shape, options: AttentionOptions) -> AttentionOptions {
     let tokens = shape.3;
-    let entry = |i: usize| match i / tokens % 7 == 0 || (i / tokens * 7 + i % tokens * 3) % 5 == 0 {
+    let entry = |i: usize| match (i / tokens).is_multiple_of(7) || (i / tokens * 7 + i % tokens * 3).is_multiple_of(5) {
         true => f32::NEG_INFINITY,
         false => 0.5,
     };

@@ -408,8 +408,8 @@ impl CompressedKvCache {
     }
 }
 
-/// Query, key and value in f32 where their dtypes, all of f32, f16 and bf16, differ; else as they are, for the checks to
-/// refuse.
+/// Query, key and value in f32 where their dtypes, all of f32, f16 and bf16, differ; else as they are, for the checks
+/// to refuse.
 fn wider(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<[Tensor; 3]> {
     let dtypes = [q, k, v].map(Tensor::dtype);
     let known = |dtype: &DType| [DType::F32, DType::F16, DType::BF16].contains(dtype);

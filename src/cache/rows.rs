@@ -158,8 +158,8 @@ impl CompressedKvCache {
     /// A prompt takes one call of [`Self::append_and_attend`]: tokens that its earlier rows see are gone afterwards.
     ///
     /// # Errors
-    /// An empty cache, another shape or device than the cache's, more than one query, a bias, dropout, segments or a sliding
-    /// window, or [`Fold::PairSum`](crate::Fold), whose rows read the query before. On CUDA, always.
+    /// An empty cache, another shape or device than the cache's, more than one query, a bias, dropout, segments or a
+    /// sliding window, or [`Fold::PairSum`](crate::Fold), whose rows read the query before. On CUDA, always.
     pub fn attend(&self, q: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
         let layout = options.layout;
         let q = layout.turned(q)?;

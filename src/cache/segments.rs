@@ -114,12 +114,12 @@ fn held<S: Element>(lists: &ListsOf<S>, batch: usize) -> Vec<usize> {
 /// A batch row's lists, once every check has passed.
 enum Ready<'a, Q: Element, S: Element> {
     /// One run goes on in the lists as they are.
-    GoesOn(Step<'a, Q, S>, Vec<Decided<S>>, Segment),
+    GoesOn(Box<Step<'a, Q, S>>, Vec<Decided<S>>, Segment),
     /// Lists that took the runs in.
     Replaced(ListsOf<S>),
 }
 
-/// CallRuns a call row by row and run by run; an error changes nothing. Returns the output rows (B, H, n, Dv), zeros for
+/// Runs a call row by row and run by run; an error changes nothing. Returns the output rows (B, H, n, Dv), zeros for
 /// padding. `step` is that of the whole call, `check` refuses a run's decisions.
 pub(super) fn run_apart<Q: Element<Acc = S::Acc>, S: Element>(
     step: &Step<Q, S>,
@@ -145,7 +145,7 @@ pub(super) fn run_apart<Q: Element<Acc = S::Acc>, S: Element>(
                 let step = step.part(&run.tokens, run.start);
                 let decided = step.decide(mine);
                 check(&step, mine, &decided)?;
-                ready.push(Ready::GoesOn(step, decided, segment(run)));
+                ready.push(Ready::GoesOn(Box::new(step), decided, segment(run)));
                 continue;
             }
         }

@@ -328,8 +328,6 @@ impl<'a> Call<'a> {
         })
     }
 
-    /// (B, H, Nq, Dv)
-
     fn head(&self, batch: usize, head: usize) -> Head<'a> {
         let (q, k, v) = self.inputs;
         let kv_head = self.sizes.kv_head(head);

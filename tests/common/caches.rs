@@ -42,8 +42,8 @@ pub fn part(qkv: &[Tensor; 3], start: usize, count: usize) -> Result<[Tensor; 3]
     Ok([one(&qkv[0])?, one(&qkv[1])?, one(&qkv[2])?])
 }
 
-/// The options of a whole sequence, cut down to its tokens `start..start + count`: their segments, and the bias of their
-/// rows and visible columns.
+/// The options of a whole sequence, cut down to its tokens `start..start + count`: their segments, and the bias of
+/// their rows and visible columns.
 pub fn part_options(options: &AttentionOptions, start: usize, count: usize) -> Result<AttentionOptions> {
     let bias = options.bias.as_ref();
     let rows = bias.map(|bias| {
