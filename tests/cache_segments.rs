@@ -346,6 +346,18 @@ fn files_hold_the_places() -> Result<()> {
             }
         }
     }
+    // Ones throughout say nothing: the cache stays as it was, and can be cut back.
+    let off = HeadStrategies::uniform(MergeStrategy::Off);
+    let mut plain = CompressedKvCache::new(off, CompressionConfig::default(), Default::default())?;
+    let [q, k, v] = part(&qkv, 0, 15)?;
+    let ones = with(
+        Tensor::ones((4, 15), DType::U32, &Device::Cpu)?,
+        &AttentionOptions::default(),
+    );
+    plain.append_and_attend(&q, &k, &v, &ones)?;
+    plain.append_and_attend(&q, &k, &v, &ones)?;
+    plain.truncate(20)?;
+    assert_eq!(plain.lens(), vec![vec![20; 2]; 4]);
     let header = Contents::read(&saved(3)?.0)?.cache.to_string();
     assert!(!header.contains("places"), "{header}");
     Ok(())

@@ -170,13 +170,13 @@ fn copies_go_on_alike() -> Result<()> {
     }
     let old = saved(3)?;
     let header = Contents::read(&old.0)?.cache.to_string();
-    for field in ["sliding_window", "only_appended", "kept_from"] {
+    for field in ["sliding_window", "kept_from"] {
         assert!(!header.contains(field), "{field} in {header}");
     }
     Ok(())
 }
 
-/// The first call that attends fixes L, in the file, too.
+/// The first call that attends fixes L, in the file, too; a file without one leaves it open, since nothing has left.
 #[test]
 fn another_length_is_refused() -> Result<()> {
     let qkv = SHAPE.qkv(4, DType::F32)?;
@@ -195,7 +195,10 @@ fn another_length_is_refused() -> Result<()> {
         assert!(parts.iter().all(|part| message.contains(part)), "{message}");
         assert_eq!(cache.seq_len(), 20);
         let loaded = through_a_file(&cache)?.append_and_attend(&q, &k, &v, &other);
-        assert!(loaded.unwrap_err().to_string().contains("sliding_window"));
+        match first.sliding_window {
+            Some(_) => assert!(loaded.unwrap_err().to_string().contains("sliding_window")),
+            None => drop(loaded?),
+        }
         cache.append(&q, &k, &v)?;
         cache.reset();
         cache.append_and_attend(&q, &k, &v, &other)?;

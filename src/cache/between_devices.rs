@@ -138,7 +138,7 @@ pub(super) fn state_of<T: Both>(sizes: CacheSizes, config: &CompressionConfig, h
     State {
         sizes,
         seq_len: held.seq_len,
-        sliding_window: Some(None),
+        sliding_window: None,
         places: None,
         lists: T::wrap(lists.collect()),
     }

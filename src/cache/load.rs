@@ -136,9 +136,9 @@ fn restore_state(cache: &CompressedKvCache, saved: &SavedState, file: &SafeTenso
         value_dim: saved.sizes.values(),
         sliding_window: saved.sliding_window.unwrap_or(usize::MAX),
     };
-    if saved.sliding_window == Some(0) || saved.sliding_window.is_some() && saved.only_appended {
+    if saved.sliding_window == Some(0) {
         bail!(
-            "sliding_window: expected None or at least 1 of calls that attended, got {:?}; {DAMAGED}",
+            "sliding_window: expected None or at least 1, got {:?}; {DAMAGED}",
             saved.sliding_window
         )
     }
@@ -147,7 +147,7 @@ fn restore_state(cache: &CompressedKvCache, saved: &SavedState, file: &SafeTenso
         sizes: saved.sizes,
         seq_len: saved.seq_len,
         places: saved.places.clone(),
-        sliding_window: (!saved.only_appended).then_some(saved.sliding_window),
+        sliding_window: saved.sliding_window.map(Some),
         lists: match dtype {
             DType::F64 => Lists::F64(reader.lists(saved)?),
             DType::F32 => Lists::F32(reader.lists(saved)?),

@@ -64,12 +64,9 @@ pub(super) struct Header {
 pub(super) struct SavedState {
     pub sizes: CacheSizes,
     pub seq_len: usize,
-    /// The sliding window of the calls that attended.
+    /// The sliding window of the calls that attended. Without one nothing has left, and later calls may still have one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sliding_window: Option<usize>,
-    /// Whether no call has attended yet, so that the sliding window is not known.
-    #[serde(default, skip_serializing_if = "is_false")]
-    pub only_appended: bool,
     /// Where each batch row stands, once segments were given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub places: Option<Vec<RowPlace>>,
@@ -96,10 +93,6 @@ pub(super) struct SavedList {
     /// The number of its tokens, where segments or padding make it another than the cache's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seq_len: Option<usize>,
-}
-
-fn is_false(flag: &bool) -> bool {
-    !flag
 }
 
 fn is_zero(number: &usize) -> bool {
@@ -335,7 +328,6 @@ impl CompressedKvCache {
                 sizes: state.sizes,
                 seq_len: state.seq_len,
                 sliding_window: state.sliding_window.flatten(),
-                only_appended: state.sliding_window.is_none(),
                 places: state.places.clone(),
                 dtype: state.lists.dtype().as_str().to_string(),
                 lists: each!(&state.lists, lists => saved_lists(lists, state.seq_len)),

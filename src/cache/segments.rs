@@ -45,6 +45,13 @@ pub(super) struct CallRuns {
     pub alike: bool,
 }
 
+impl CallRuns {
+    /// Whether the call says no more than one without segments, if no call before it did.
+    pub fn one_segment(&self) -> bool {
+        self.alike && self.places.iter().all(|place| *place == RowPlace::FIRST)
+    }
+}
+
 impl State {
     /// The runs of a call; None where segments were never given.
     ///

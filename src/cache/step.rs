@@ -82,7 +82,7 @@ pub(super) fn step(
     if options.is_some() {
         state.sliding_window = Some(sliding_window);
     }
-    if let Some(runs) = runs {
+    if let Some(runs) = runs.filter(|runs| state.places.is_some() || !runs.one_segment()) {
         state.places = Some(runs.places);
     }
     output.map(|output| output.to_dtype(problem.dtype)).transpose()
