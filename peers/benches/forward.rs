@@ -74,6 +74,9 @@ const STRIDED: &str = "ours, r = 0, (B, N, H, D) views";
 const GROUPED: &str = "ours, r = 0, 4 heads a KV head";
 const BF16: &str = "ours, r = 0, bf16";
 const F16: &str = "ours, r = 0, f16";
+const SLIDING: &str = "ours, r = 0, sliding window 1024";
+/// The sliding window of [`SLIDING`], and its tokens.
+const SLIDING_WINDOW: (usize, usize) = (1024, 16384);
 const HALVES: [(&str, DType); 2] = [(BF16, DType::BF16), (F16, DType::F16)];
 /// The best speed of the gemm crate, through candle.
 const GEMM: &str = "gemm alone, 2048 cubed";
@@ -222,6 +225,49 @@ fn turns(shape: Shape) -> Result<()> {
     Ok(())
 }
 
+/// A sliding window in turns with every earlier token: 0.12 of the products.
+fn sliding() -> Result<()> {
+    let (length, tokens) = SLIDING_WINDOW;
+    let shape = Shape {
+        heads: 2,
+        tokens,
+        dim: 64,
+    };
+    let qkv = &shape.qkv()?;
+    let plan = &shape.plan(0, &CompressionConfig::default())?;
+    let options = &AttentionOptions {
+        sliding_window: Some(length),
+        ..Default::default()
+    };
+    let slide = || attend(&qkv[0], &qkv[1], &qkv[2], plan, options);
+    // The first rows see every earlier token; the last row sees the last tokens.
+    let (got, full) = (slide()?, run(qkv, plan)?);
+    verify(SLIDING, &got.narrow(2, 0, length)?, &full.narrow(2, 0, length)?)?;
+    let last = |x: &Tensor| x.narrow(2, tokens - length, length);
+    let off = HeadStrategies::uniform(MergeStrategy::Off);
+    let tail = [last(&qkv[0])?, last(&qkv[1])?, last(&qkv[2])?];
+    let config = CompressionConfig::default();
+    let plan_of_tail = MergePlan::new(
+        &tail[0],
+        &tail[1],
+        &tail[2],
+        &off,
+        &config,
+        &AttentionOptions::default(),
+    )?;
+    let alone = run(&tail, &plan_of_tail)?;
+    verify(
+        SLIDING,
+        &got.narrow(2, tokens - 1, 1)?,
+        &alone.narrow(2, length - 1, 1)?,
+    )?;
+    let mut turns = Turns::new();
+    turns.row(RATIOS[0].1, || run(qkv, plan));
+    turns.row(SLIDING, slide);
+    turns.run(&shape.name())?;
+    Ok(())
+}
+
 /// Prints the share of the gemm crate's speed that causal attention reaches, from their times in turns.
 fn print_gemm_share(shape: Shape, ratios: &[(&str, f64)]) {
     if let Some((_, gemm)) = ratios.iter().find(|(name, _)| *name == GEMM) {
@@ -303,6 +349,7 @@ fn main() -> Result<()> {
         bench_dtypes(&mut bench, &folder, shape)?;
         turns(shape)?;
     }
+    sliding()?;
     for shape in sweep.into_iter().chain(small) {
         bench_peers(&mut bench, &folder, shape)?;
     }
