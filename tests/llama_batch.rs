@@ -40,7 +40,7 @@ fn a_batch_is_each_prompt_alone() {
     let fixture = Fixture::get();
     for (name, flags) in [
         ("dense", "--dense"),
-        ("dense_f32", "--dense --decode-weights f32"),
+        ("dense_fast", "--dense --decode-weights fast"),
         ("dense_q8", "--dense --decode-weights q8_0"),
         ("merging", "--similarity-threshold 0.9 --window 8"),
         ("sampled", "--dense --temperature 2 --seed 5"),
@@ -158,7 +158,7 @@ fn perplexity_by_steps_is_that_of_windows() {
         );
         if name == "hf" {
             assert!(quantized != nll("steps", "--step 1 --decode-weights f32"));
-            assert_eq!(quantized, nll("fast", "--step 1"));
+            assert_eq!(quantized, nll("fast", "--step 1 --decode-weights fast"));
         }
     }
 }

@@ -62,10 +62,11 @@ pub struct ModelArgs {
     /// differ from the same token in a prompt.
     #[arg(long)]
     dequantize: bool,
-    /// The form of the matrices for tokens that are decoded one at a time, on the CPU: fast takes a GGUF file's own
-    /// blocks where candle has a fast kernel for them, and else Q8_0, made while loading; f32 takes the form that
-    /// prompts go through. q4k is Q8_0 for matrices whose columns are no multiple of 256. Prompts keep theirs.
-    #[arg(long, value_enum, default_value_t = DecodeWeights::Fast, value_name = "NAME")]
+    /// The form of the matrices for tokens that are decoded one at a time, on the CPU: f32 takes the form that prompts
+    /// go through, a GGUF file's own blocks without --dequantize; fast takes a file's own blocks where candle has a
+    /// fast kernel for them, and else Q8_0, made while loading. q4k is Q8_0 for matrices whose columns are no multiple
+    /// of 256. Quantized products round activations to 8 bits. Prompts keep their form.
+    #[arg(long, value_enum, default_value_t = DecodeWeights::F32, value_name = "NAME")]
     decode_weights: DecodeWeights,
     /// Write the results to this file as JSON.
     #[arg(long, value_name = "FILE")]

@@ -58,7 +58,7 @@ pub struct SlidingUse {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Hidden {
     /// Over all heads and layers. Without a cache: hidden pairs / pairs. With one: 1 - entries / tokens, which counts
-    /// tokens in the window as kept, and of a layer that slides only the tokens that its last row sees.
+    /// tokens in the window as kept, and of a layer that slides only the tokens that its next row sees.
     pub hidden_ratio: f64,
     pub hidden_ratio_per_layer: Vec<f64>,
 }
@@ -72,7 +72,8 @@ impl KvUse {
             lens.iter().sum::<usize>() as f64 / lens.len().max(1) as f64
         };
         let kv_tokens = caches.first().map_or(0, CompressedKvCache::seq_len);
-        let most = |window: &Option<usize>| window.map_or(kv_tokens, |window| window.min(kv_tokens));
+        // The next row sees its own token beside them.
+        let most = |window: &Option<usize>| window.map_or(kv_tokens, |window| (window - 1).min(kv_tokens));
         Self {
             kv_tokens,
             kv_bytes: sum(CompressedKvCache::bytes),
