@@ -255,12 +255,12 @@ mod ptx {
         }
         std::fs::create_dir(&folder)?;
         let mut table = String::from("/// Every kernel of `cuda/`, in the order of names.\n");
-        writeln!(table, "static KERNELS: [Packed; {}] = [", kernels.len())?;
+        writeln!(table, "static KERNELS: [PackedKernel; {}] = [", kernels.len())?;
         for (name, kernel) in kernels {
             std::fs::write(folder.join(name).with_extension("ptx.zst"), &kernel.compressed)?;
             let file = format!("concat!(env!(\"OUT_DIR\"), \"/kernels/{name}.ptx.zst\")");
             let sizes = format!("{}, {}", kernel.shared_bytes, kernel.text_bytes);
-            writeln!(table, "    Packed::new({name:?}, {sizes}, include_bytes!({file})),")?;
+            writeln!(table, "    PackedKernel::new({name:?}, {sizes}, include_bytes!({file})),")?;
         }
         table.push_str("];\n");
         std::fs::write(out_dir.join("kernels.rs"), table)?;
