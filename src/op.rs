@@ -119,6 +119,11 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &At
         true => problem.sinks(options)?,
         false => None,
     };
+    #[cfg(feature = "cuda")]
+    let device_sinks = match q.device().is_cuda() {
+        true => problem.device_sinks(options, q)?,
+        false => None,
+    };
     let kept = KeptTensors::default();
     let tracked_sinks = options.sink_logits.as_ref().filter(|sinks| sinks.track_op());
     let op = CompressedAttentionOp {
@@ -131,11 +136,14 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &At
         segments,
         bias,
         sinks: sinks.clone(),
+        #[cfg(feature = "cuda")]
+        device_sinks,
         tracked: [q, k, v].iter().any(|x| x.track_op()) || tracked_sinks.is_some(),
         kept: Arc::clone(&kept),
     };
     let mut output = q.apply_op3(k, v, op)?;
-    if let (Some(logits), Some(sinks)) = (tracked_sinks, sinks) {
+    if let Some(logits) = tracked_sinks {
+        let sinks = sinks.unwrap_or_default();
         output = output.apply_op2(logits, SinkGradient { problem, sinks, kept })?;
     }
     options.layout.turned(&output)
@@ -152,6 +160,9 @@ struct CompressedAttentionOp {
     bias: Option<Tensor>,
     /// The sink logits (H), on the CPU.
     sinks: Option<Vec<f64>>,
+    /// The sink logits (H) in f32, on a GPU.
+    #[cfg(feature = "cuda")]
+    device_sinks: Option<Tensor>,
     /// Whether a gradient may be asked for.
     tracked: bool,
     /// The tensors that the backward pass needs besides the output, where `tracked`; they have no graph. Each row's
@@ -208,6 +219,7 @@ impl CompressedAttentionOp {
             plan: &self.plan,
             options: &self.options,
             bias: self.bias.as_ref(),
+            sinks: self.device_sinks.as_ref(),
         }
     }
 

@@ -282,6 +282,30 @@ impl Problem {
         Ok(Some(sinks))
     }
 
+    /// The sink logits of checked options in f32, contiguous, where the query is on a GPU. Their numbers are not read:
+    /// that would mean waiting for the device.
+    ///
+    /// # Errors
+    /// Logits on another device, or an error of the conversion.
+    #[cfg(feature = "cuda")]
+    pub fn device_sinks(&self, options: &AttentionOptions, query: &Tensor) -> Result<Option<Tensor>> {
+        let Some(sinks) = &options.sink_logits else {
+            return Ok(None);
+        };
+        if sinks.device().location() != query.device().location() {
+            bail!(
+                "sink_logits: expected the query's device {:?}, got {:?}; move them with to_device",
+                query.device().location(),
+                sinks.device().location()
+            )
+        }
+        let sinks = bias_as(&sinks.detach(), DType::F32)?.contiguous()?;
+        match sinks.layout().start_offset() {
+            0 => Ok(Some(sinks)),
+            _ => Ok(Some(sinks.copy()?)),
+        }
+    }
+
     /// (B, H, Nq, N): the shape that a bias broadcasts to.
     pub fn bias_dims(&self) -> [usize; 4] {
         [self.batch, self.heads, self.queries, self.tokens]

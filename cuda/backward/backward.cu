@@ -84,14 +84,15 @@ __device__ __forceinline__ void edges(const BackwardTensors& x, Global<float> dq
         }
         float sum = x.log_sum_exp[row_at], delta = x.delta[row_at];
         if (!(fabsf(sum) < LARGE_LOGIT)) logit = edge_product<T>(q, key, dim);
-        logit = scaled(p, logit);
+        float slope;
+        logit = scaled(p, logit, slope);
         if (x.folded_ln) logit += LOG2_E * x.folded_ln[index];
         if (x.bias) logit += bias_at(p, x.bias, at, row, token);
         float kept = p.dropout_cut != 0 ? dropout_factor(p, at, row, token) : 1.f;
         float weight = hw::exp2(exponent_of(logit, sum, x.log_sum_exp[rest_of_sums(p) + row_at]));
         // A row that is NaN throughout makes its columns' gradients NaN.
         if (delta != delta) weight = delta;
-        float factor = weight * (weight_grad * kept - delta) * p.scale * p.scale_sign * LN_2;
+        float factor = weight * (weight_grad * kept - delta) * slope * p.scale * p.scale_sign * LN_2;
         const uint32_t keys[4] = {key.x, key.y, key.z, key.w};
 #pragma unroll
         for (int i = 0; dq && mine && i < 4; i++)

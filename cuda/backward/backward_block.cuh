@@ -58,8 +58,15 @@ struct BackwardTensors {
 // dQ and dK are scaled by this times the scale of the logits, which has log2(e) in it.
 constexpr float LN_2 = 0.6931471805599453f;
 
-// A logit in base 2 from a product of a query and a key.
-SFA_DEVICE float scaled(const AttentionParams& p, float product) { return product * p.scale * p.scale_sign; }
+// A logit in base 2 from a product of a query and a key, and the factor from its gradient to that of the product.
+SFA_DEVICE float scaled(const AttentionParams& p, float product, float& slope) {
+    return capped(p.softcap, product * p.scale * p.scale_sign, slope);
+}
+
+// Whether a bias, dropout or a softcap excludes the shortest path.
+SFA_DEVICE bool has_extras(const AttentionParams& p, const BackwardTensors& x) {
+    return x.bias || p.dropout_cut != 0 || p.softcap != 0.f;
+}
 
 // Buffers of tiles: at D = 256 shared memory has no room for two.
 constexpr int stages(int dim) { return dim <= 128 ? 2 : 1; }
@@ -171,9 +178,9 @@ struct QueryGradients {
         hw::copy_commit();
     }
 
-    // Whether every row sees every column of the tile, and there is neither bias nor dropout.
+    // Whether every row sees every column of the tile, and there is neither bias nor dropout nor softcap.
     SFA_DEVICE bool full(const Columns& c) const {
-        if (x.bias || p.dropout_cut != 0 || c.count < NB || row_end - block_row < ROWS) return false;
+        if (has_extras(p, x) || c.count < NB || row_end - block_row < ROWS) return false;
         if (c.near) return c.first + NB <= block_row + 1 && c.first > row_end - 1 - int(p.window);
         return c.first + NB <= far_count(p, x.far_before, at.list, block_row);
     }
@@ -228,10 +235,11 @@ struct QueryGradients {
                     float& logit = s[0][i / 2][r * 2 + i % 2];
                     bool visible = row < row_end && column < c.count && index >= begin && index < end;
                     if (visible) {
-                        logit = scaled(p, logit);
+                        float slope;
+                        logit = scaled(p, logit, slope);
                         if (sizes) logit += LOG2_E * x.far_ln[at.list * p.capacity + index];
                         int id = x.bias || p.dropout_cut ? token(c, column) : 0;
-                        logit = to_logit(r, logit, grads[0][i / 2][r * 2 + i % 2], id);
+                        logit = to_logit(r, logit, grads[0][i / 2][r * 2 + i % 2], id) * slope;
                     } else {
                         logit = 0;
                     }
@@ -274,9 +282,10 @@ struct QueryGradients {
         weight_grad += hw::shuffle_xor(weight_grad, 1);
         weight_grad += hw::shuffle_xor(weight_grad, 2);
         if (column < 0) return;
-        logit = scaled(p, logit);
+        float slope;
+        logit = scaled(p, logit, slope);
         if (x.folded_ln) logit += LOG2_E * x.folded_ln[at.list * p.sizes.tokens + column];
-        float factor = to_logit(r, logit, weight_grad, column);
+        float factor = to_logit(r, logit, weight_grad, column) * slope;
 #pragma unroll
         for (int d = 0; d < D / 8; d++) {
             uint32_t element = d * 8 + lane % 4 * 2;
@@ -443,17 +452,17 @@ struct ColumnGradients {
                     continue;
                 }
                 int r = row + n * 8 + lane % 4 * 2 + i % 2;
-                float weight = 0, kept = 1;
+                float weight = 0, kept = 1, slope = 1;
                 bool visible = r >= column.begin && r < column.end && r < row + count;
                 if (visible) {
-                    float logit = scaled(p, s[0][n][i]) + column.addend;
+                    float logit = scaled(p, s[0][n][i], slope) + column.addend;
                     if (x.bias) logit += bias_at(p, x.bias, at, r, column.token);
                     if (p.dropout_cut != 0) kept = dropout_factor(p, at, r, column.token);
                     float rest = fabsf(sum) < LARGE_LOGIT ? 0.f : rest_of_sum(p, x.log_sum_exp, at, r);
                     weight = hw::exp2(exponent_of(logit, sum, rest));
                 }
                 s[0][n][i] = weight * kept;
-                grads[0][n][i] = visible ? weight * (grads[0][n][i] * kept - mean) : 0.f;
+                grads[0][n][i] = visible ? weight * (grads[0][n][i] * kept - mean) * slope : 0.f;
             }
         }
         if constexpr (VALUES) multiply_weights<T, D, 1, NT>(dv, right_rows, s, grad);
@@ -485,7 +494,7 @@ struct ColumnGradients {
         ColumnRows last = rows_of(uint32_t(list), first + count - 1);
         int begin = rows_of(uint32_t(list), first).begin / NB * NB, end = last.end;
         int full_end = rows_of(uint32_t(list), first).end - NB;
-        bool plain = count == 64 && !x.bias && p.dropout_cut == 0;
+        bool plain = count == 64 && !has_extras(p, x);
         uint32_t heads = p.sizes.heads / p.sizes.lists;
         uint32_t head = batch * p.sizes.heads + uint32_t(list) % p.sizes.lists * heads;
         int tiles = max(0, end - begin + NB - 1) / NB, steps = tiles * int(heads);

@@ -29,7 +29,9 @@ SFA_DEVICE void query_gradients(const BackwardF32& x, const Global<float>& dq, c
         logit = row.quad_sum(logit);
         weight_grad = row.quad_sum(weight_grad);
         if (!c.visible) return;
-        float factor = exp2f(exponent_of(logit + c.addend, log_sum_exp, rest)) * (weight_grad * c.kept - delta);
+        float slope;
+        logit = capped(p.softcap, logit, slope);
+        float factor = exp2f(exponent_of(logit + c.addend, log_sum_exp, rest)) * (weight_grad * c.kept - delta) * slope;
 #pragma unroll
         for (int i = 0; i < PART; i++) sums[i] += factor * key[i];
     });
@@ -66,7 +68,8 @@ struct ColumnF32Sums {
         RowF32<D>::load(grad, x.grad_output, index * p.sizes.head_dim, p.sizes.head_dim);
 #pragma unroll
         for (int i = 0; i < PART; i++) logit += query[i] * key[i], weight_grad += grad[i] * value[i];
-        logit = RowF32<D>::quad_sum(logit) + addend;
+        float slope;
+        logit = capped(p.softcap, RowF32<D>::quad_sum(logit), slope) + addend;
         weight_grad = RowF32<D>::quad_sum(weight_grad);
         if (!visible) return;
         if (x.columns.bias) logit += bias_at(p, x.columns.bias, at, row, token);
@@ -75,7 +78,7 @@ struct ColumnF32Sums {
         float delta = x.delta[index];
         // A row that is NaN throughout makes its columns' gradients NaN.
         if (delta != delta) weight = delta;
-        float factor = weight * (weight_grad * kept - delta) * LN_2;
+        float factor = weight * (weight_grad * kept - delta) * slope * LN_2;
         weight *= kept;
 #pragma unroll
         for (int i = 0; i < PART; i++) dk[i] += factor * query[i], dv[i] += weight * grad[i];

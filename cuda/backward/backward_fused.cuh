@@ -111,17 +111,17 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
                     continue;
                 }
                 uint4 word = hw::load<uint4>(words, own + r * 128);
-                float weight = 0, kept = 1;
+                float weight = 0, kept = 1, slope = 1;
                 bool visible = token >= int(word.y) && token < int(word.z) && token < rows;
                 if (visible) {
-                    logit = logit * scale + addend;
+                    logit = capped(p.softcap, logit * scale, slope) + addend;
                     if (x.bias) logit += bias_at(p, x.bias, at, token, int(word.x));
                     if (p.dropout_cut != 0) kept = dropout_factor(p, at, token, int(word.x));
                     float rest = fabsf(sum) < LARGE_LOGIT ? 0.f : rest_of_sum(p, x.log_sum_exp, at, token);
                     weight = hw::exp2(exponent_of(logit, sum, rest));
                 }
                 logit = weight * kept;
-                grad = visible ? weight * (grad * kept - mean) : 0.f;
+                grad = visible ? weight * (grad * kept - mean) * slope : 0.f;
             }
         }
     }
@@ -249,7 +249,7 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
         if (any) {
             multiply_rows<T, D, MT, NT>(s, own_columns, k, row_rows, q);
             multiply_rows<T, D, MT, NT>(grads, own_columns, v, row_rows, grad);
-            if (!FULL && !odd && !x.bias && p.dropout_cut == 0) weigh_seen(s, grads, row, stage);
+            if (!FULL && !odd && !has_extras(p, x)) weigh_seen(s, grads, row, stage);
             else weigh<FULL>(s, grads, at, row, stage);
             share(logits(stage), grads);
             if (!LATE) share(weights, s);
@@ -289,7 +289,7 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
         hw::copy_commit();
         ColumnRows head_column = this->rows_of(first), last = this->rows_of(first + count - 1);
         int begin = head_column.begin / NB * NB, end = last.end, full_end = head_column.end - NB;
-        bool plain = count == COLUMNS && !x.bias && p.dropout_cut == 0;
+        bool plain = count == COLUMNS && !has_extras(p, x);
         uint32_t heads = p.sizes.heads / p.sizes.lists, head = uint32_t(list) % p.sizes.lists * heads,
                  last_head = head + heads;
         // The previous tile.

@@ -1,7 +1,9 @@
-// Attends one row per query head over a cache's columns, with a bias or dropout. decode.cu is faster and has neither.
+// Attends one row per query head over a cache's columns, with a bias, dropout, a softcap or sink logits. decode.cu is
+// faster and has none of them.
 #include "lib/bias.cuh"
 #include "lib/cosine.cuh"
 #include "lib/philox.cuh"
+#include "lib/softcap.cuh"
 #include "lib/warp_row.cuh"
 
 constexpr unsigned WARPS = 8;
@@ -61,7 +63,7 @@ template <class T> struct Attend {
     if (p.dropout_cut != 0)
       factor = philox_word(p.dropout_key, row, p.last, token) >= p.dropout_cut ? p.dropout_scale : 0.0f;
     value.scale(factor);
-    softmax.merge(p.scale * warp_sum(dot) + added, 1.0f, value);
+    softmax.merge(capped(p.softcap, p.scale * warp_sum(dot)) + added, 1.0f, value);
   }
 
   // This warp's share of the list's columns.
@@ -75,7 +77,7 @@ template <class T> struct Attend {
   }
 
   // Joins the warps' parts in their order.
-  __device__ void finish(Global<T> out) {
+  __device__ void finish(Global<T> out, Global<const float> sinks) {
     unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, dim = p.head_dim, first = lane * PER_LANE;
     Shared<float> sums = shared_memory<float>(0, 2 * WARPS);
     Shared<float> outputs = shared_memory<float>(2 * WARPS * sizeof(float), WARPS * dim);
@@ -94,7 +96,11 @@ template <class T> struct Attend {
     }
     // A row whose every column is hidden gives zeros, unless its query is not finite, which no logit would show.
     bool bad_query = __any_sync(0xffffffffu, !query.finite<float>());
-    all.output.scale(all.sum != 0.0f ? 1.0f / all.sum : bad_query ? NAN : 0.0f);
+    bool empty = all.sum == 0.0f;
+    WarpRow nothing;
+    float sink = sinks ? bias_in_base_2(sinks[head]) : -INFINITY;
+    if (sink != -INFINITY) all.merge(sink, 1.0f, nothing);
+    all.output.scale(!empty ? 1.0f / all.sum : bad_query ? NAN : 0.0f);
     // As in the other kernels, a row that holds a number that is not finite is NaN throughout.
     if (__any_sync(0xffffffffu, !all.output.finite<float>())) all.output.fill(NAN);
     all.output.store(out, (size_t)row * dim, dim);
@@ -107,11 +113,12 @@ template <class T> struct Attend {
                                Global<const float> far_ln, Global<const uint32_t> far_tokens,                          \
                                Global<const uint32_t> lengths, Global<const T> local_k, Global<const T> local_v,       \
                                Global<const float> local_ln, Global<const uint32_t> local_lengths,                     \
-                               Global<const float> bias, Global<T> out, CacheAttendParams p) {                         \
+                               Global<const float> bias, Global<const float> sinks, Global<T> out,                     \
+                               CacheAttendParams p) {                                                                  \
     Attend<T> attend(p, q);                                                                                            \
     attend.columns(Columns<T>{far_k, far_v, far_ln, far_tokens, lengths, local_k, local_v, local_ln, local_lengths},   \
                    bias);                                                                                              \
-    attend.finish(out);                                                                                                \
+    attend.finish(out, sinks);                                                                                         \
   }
 FOR_EACH_DTYPE(CACHE_ATTEND)
 

@@ -7,7 +7,7 @@
 
 template <int D>
 __device__ __forceinline__ void forward_f32_rows(const ColumnsF32& x, Global<float> output, Global<float> log_sum_exp,
-                                                 const AttentionParams& p) {
+                                                 const Floats& sinks, const AttentionParams& p) {
     hw::let_next_start();
     hw::wait_for_previous();
     constexpr int PART = D / 4;
@@ -26,7 +26,7 @@ __device__ __forceinline__ void forward_f32_rows(const ColumnsF32& x, Global<flo
         row.load_part(key, c.keys, c.key_at);
 #pragma unroll
         for (int i = 0; i < PART; i++) logit += query[i] * key[i], check += key[i] * 0.f;
-        logit = row.quad_sum(logit) + c.addend;
+        logit = capped(p.softcap, row.quad_sum(logit)) + c.addend;
         if (!c.visible) return;
         float raised = hw::max(maximum, logit), base = raised == -hw::infinity() ? 0.f : raised;
         float rescale = exp2f(maximum - base), weight = exp2f(logit - base);
@@ -41,8 +41,15 @@ __device__ __forceinline__ void forward_f32_rows(const ColumnsF32& x, Global<flo
         }
         bad |= check != 0.f;
     });
+    bool empty = sum == 0.f;
+    float factor = 1;
+    if (sinks) {
+        OnlineSoftmax<1> softmax{{maximum}, {sum}};
+        factor = softmax.add_sink(0, bias_in_base_2(sinks[row.at.head]));
+        maximum = softmax.maximum[0], sum = softmax.sum[0];
+    }
     // A row whose every column the bias hides gives zeros.
-    float inverse = x.bias && sum == 0.f ? 0.f : 1.f / sum, check = bad ? hw::nan() : inverse * 0.f;
+    float inverse = !empty ? factor / sum : x.bias ? 0.f : hw::nan(), check = bad ? hw::nan() : inverse * 0.f;
 #pragma unroll
     for (int i = 0; i < PART; i++) sums[i] *= inverse, check += sums[i] * 0.f;
     check = row.quad_sum(check);
@@ -62,9 +69,9 @@ __device__ __forceinline__ void forward_f32_rows(const ColumnsF32& x, Global<flo
     KERNEL __launch_bounds__(128)                                                                                   \
         forward_##D##_f32(Floats q, Floats k, Floats v, Floats far_k, Floats far_v, Floats far_ln, Words far_index, \
                         Words far_before, Floats folded_k, Floats folded_v, Floats folded_ln, Floats bias,          \
-                        Global<float> output, Global<float> log_sum_exp, AttentionParams p) {                       \
+                        Global<float> output, Global<float> log_sum_exp, Floats sinks, AttentionParams p) {         \
         ColumnsF32 x{q, k, v, far_k, far_v, far_ln, far_index, far_before, folded_k, folded_v, folded_ln, bias};    \
-        forward_f32_rows<D>(x, output, log_sum_exp, p);                                                             \
+        forward_f32_rows<D>(x, output, log_sum_exp, sinks, p);                                                      \
     }
 
 // By padded head size.

@@ -5,7 +5,7 @@
 #include "forward/forward_tiles.cuh"
 #include "lib/softmax.cuh"
 
-// EXTRAS: bias and dropout are possible.
+// EXTRAS: bias, dropout, a softcap and sink logits are possible.
 template <class T, class S, bool EXTRAS>
 struct ForwardRows : ForwardTiles<S> {
     typedef ForwardTiles<S> Tiles;
@@ -59,6 +59,7 @@ struct ForwardRows : ForwardTiles<S> {
             float weight = 0;
             if (token >= 0) {
                 logit *= p.scale;
+                if (EXTRAS) logit = capped(p.softcap, logit);
                 if (x.folded_ln) logit += LOG2_E * x.folded_ln[at.list * p.sizes.tokens + token];
                 if (EXTRAS && x.bias) logit += bias_at(p, x.bias, at, row, token);
                 weight = softmax.start(r, logit, quad_lane == 0);
@@ -76,7 +77,7 @@ struct ForwardRows : ForwardTiles<S> {
         }
     }
 
-    // Scales logits and adds ln n and the bias, all in base 2.
+    // Scales and caps logits and adds ln n and the bias, all in base 2.
     SFA_DEVICE void add_terms(float (&s)[MT][NT][4], const Columns& c, uint32_t tile) {
         bool sizes = has_sizes(c);
         int first = lane() % 4 * 2;
@@ -86,7 +87,8 @@ struct ForwardRows : ForwardTiles<S> {
 #pragma unroll
             for (int i = 0; i < 4 * MT; i++) {
                 float& logit = s[i / 4][n][i % 4];
-                logit = logit * p.scale + (i % 2 ? size.y : size.x) * LOG2_E;
+                if (EXTRAS) logit = capped(p.softcap, logit * p.scale) + (i % 2 ? size.y : size.x) * LOG2_E;
+                else logit = logit * p.scale + (i % 2 ? size.y : size.x) * LOG2_E;
                 if (EXTRAS && x.bias) {
                     int row = row_of(i / 2), column = n * 8 + first + i % 2;
                     if (row < row_end() && column < c.count) logit += bias_at(p, x.bias, at(), row, token(c, column));
@@ -97,7 +99,7 @@ struct ForwardRows : ForwardTiles<S> {
 
     // Turns a tile's products into logits, except for a scale that is still to be applied, which is returned.
     SFA_DEVICE float to_logits(float (&s)[MT][NT][4], const Columns& c, uint32_t tile) {
-        if (!has_sizes(c) && !(EXTRAS && x.bias) && p.scale != 0.f) return p.scale;
+        if (!has_sizes(c) && !(EXTRAS && (x.bias || p.softcap != 0.f)) && p.scale != 0.f) return p.scale;
         add_terms(s, c, tile);
         return 1;
     }
@@ -216,15 +218,17 @@ struct ForwardRows : ForwardTiles<S> {
         return bad;
     }
 
-    // Divides by the sums. The first number of a row becomes NaN if any of its numbers, or its sum, is not finite. A
-    // row whose every column the bias hides gives zeros, unless its query is not finite. Returns whether this thread
-    // met a NaN.
+    // Adds the sinks and divides by the sums. The first number of a row becomes NaN if any of its numbers, or its sum,
+    // is not finite. A row whose every column the bias hides gives zeros, unless its query is not finite. Returns
+    // whether this thread met a NaN.
     SFA_DEVICE bool divide() {
         bool unsound = false;
 #pragma unroll
         for (int r = 0; r < R; r++) {
-            float sum = softmax.finish(r), inverse = 1.f / sum;
-            if (EXTRAS && sum == 0.f) inverse = has_bad_query(row_of(r)) ? hw::nan() : 1.f;
+            bool empty = softmax.finish(r) == 0.f;
+            float factor = EXTRAS && x.sinks ? softmax.add_sink(r, bias_in_base_2(x.sinks[at().head])) : 1.f;
+            float inverse = factor / softmax.sum[r];
+            if (EXTRAS && empty) inverse = has_bad_query(row_of(r)) ? hw::nan() : 1.f;
             float check = inverse * 0.f;
 #pragma unroll
             for (int i = 0; i < D / 4; i++) {
@@ -325,8 +329,8 @@ struct RowBlocks {
         name(Halves q, Halves k, Halves v, Halves far_k, Halves far_v, Floats far_ln, Words far_index,               \
              Words far_before, Halves folded_k, Halves folded_v, Floats folded_ln, Floats bias,                      \
              Global<uint16_t> output, Global<uint16_t> rest, Global<float> log_sum_exp, Global<uint32_t> first_bad,  \
-             AttentionParams p) {                                                                                    \
+             Floats sinks, AttentionParams p) {                                                                      \
         attend<__VA_ARGS__>(ForwardTensors{q, k, v, far_k, far_v, far_ln, far_index, far_before, folded_k, folded_v, \
-                                                folded_ln, bias, output, rest, log_sum_exp, first_bad},              \
+                                                folded_ln, bias, output, rest, log_sum_exp, first_bad, sinks},       \
                                  p);                                                                                 \
     }

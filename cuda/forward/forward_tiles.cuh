@@ -19,6 +19,8 @@ struct ForwardTensors {
     Global<uint16_t> output, rest;
     Global<float> log_sum_exp;
     Global<uint32_t> first_bad;
+    // (H)
+    Floats sinks;
 };
 
 // Four warps of 16 * M rows, tiles of N columns; each warp multiplies its own rows.

@@ -3,6 +3,7 @@
 #include "lib/bias.cuh"
 #include "lib/params.cuh"
 #include "lib/philox.cuh"
+#include "lib/softcap.cuh"
 
 constexpr unsigned MAX_DIM = 256;
 
@@ -12,7 +13,7 @@ template <class T> struct SpecTensors {
   Global<const float> far_ln;
   Global<const uint32_t> far_index, far_before;
   Global<const T> folded_k, folded_v;
-  Global<const float> folded_ln, bias;
+  Global<const float> folded_ln, bias, sinks;
 };
 
 // One row and its running softmax.
@@ -39,7 +40,7 @@ template <class T> struct SpecRow {
       // NaN as soon as one of them is not finite.
       check += q * 0.0f + k * 0.0f + widen(values[value + d]) * 0.0f;
     }
-    float logit = (dot * p.scale * p.scale_sign + ln * LOG2_E) + check;
+    float logit = (capped(p.softcap, dot * p.scale * p.scale_sign) + ln * LOG2_E) + check;
     if (x.bias) logit += bias_in_base_2(x.bias[p.bias.at(batch, head, row, token)]);
     push(logit, values, value, token);
   }
@@ -61,7 +62,16 @@ template <class T> struct SpecRow {
     }
   }
 
-  __device__ void finish(Global<T> out, Global<float> log_sum_exp) const {
+  // A term without a value.
+  __device__ void add_sink(float sink) {
+    if (sink == -INFINITY) return;
+    float larger = sink > maximum ? sink : maximum, rescale = exp2f(maximum - larger);
+    maximum = larger, sum = sum * rescale + exp2f(sink - larger);
+    for (unsigned d = 0; d < p.sizes.head_dim; d++) output[d] *= rescale;
+  }
+
+  __device__ void finish(Global<T> out, Global<float> log_sum_exp) {
+    if (x.sinks) add_sink(bias_in_base_2(x.sinks[head]));
     size_t at = ((size_t)batch * p.sizes.heads + head) * p.sizes.tokens + row;
     // NaN if a logit was. A row that sees nothing gives zeros.
     float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
@@ -117,9 +127,9 @@ __device__ void spec_forward(const SpecTensors<T>& x, Global<T> out, Global<floa
                                Global<const T> far_v, Global<const float> far_ln, Global<const uint32_t> far_index,   \
                                Global<const uint32_t> far_before, Global<const T> folded_k, Global<const T> folded_v, \
                                Global<const float> folded_ln, Global<const float> bias, Global<T> out,                \
-                               Global<float> log_sum_exp, AttentionParams p) {                                        \
+                               Global<float> log_sum_exp, Global<const float> sinks, AttentionParams p) {             \
     spec_forward(SpecTensors<T>{q, k, v, far_k, far_v, far_ln, far_index, far_before, folded_k, folded_v, folded_ln,  \
-                                bias},                                                                                \
+                                bias, sinks},                                                                         \
                  out, log_sum_exp, p);                                                                                \
   }
 FOR_EACH_DTYPE(SPEC)

@@ -5,6 +5,7 @@
 #include "lib/hw.cuh"
 #include "lib/params.cuh"
 #include "lib/philox.cuh"
+#include "lib/softcap.cuh"
 
 typedef Global<const uint16_t> Halves;
 typedef Global<const uint32_t> Words;

@@ -135,9 +135,12 @@ struct AttentionParams {
   float dropout_scale;
   // 1: columns are raw tokens by token lists; of the buffers above only far_index and far_before exist.
   unsigned listed;
+  // c * log2(e) of a softcap; 0 without one.
+  float softcap;
+  unsigned reserved;
 };
 
-static_assert(sizeof(AttentionParams) == 208, "as in src/cuda/params.rs");
+static_assert(sizeof(AttentionParams) == 216, "as in src/cuda/params.rs");
 
 // For forward_spread_nan; `heads` over all batch rows.
 struct SpreadParams {
@@ -194,9 +197,12 @@ struct CacheAttendParams {
   float scale;
   // 1 / (1 - p)
   float dropout_scale;
+  // c * log2(e) of a softcap; 0 without one.
+  float softcap;
+  unsigned reserved;
 };
 
-static_assert(sizeof(CacheAttendParams) == 88, "as in src/cuda/params.rs");
+static_assert(sizeof(CacheAttendParams) == 96, "as in src/cuda/params.rs");
 
 // For cache_copy, in elements.
 struct CopyParams {

@@ -64,6 +64,20 @@ struct OnlineSoftmax {
         return sum[r];
     }
 
+    // Adds a term without a value, after `finish`; returns the factor for the row's output. Minus infinity adds
+    // nothing.
+    SFA_DEVICE float add_sink(int r, float sink) {
+        float old = maximum[r];
+        if (sink == -hw::infinity()) return 1;
+        if (!(sink > old)) {
+            sum[r] += hw::exp2(sink - old);
+            return 1;
+        }
+        float rescale = hw::exp2(old - sink);
+        maximum[r] = sink, sum[r] = sum[r] * rescale + 1.f;
+        return rescale;
+    }
+
     // log2 of the sum of 2^logit, after `finish`.
     SFA_DEVICE float log_sum_exp(int r) const { return maximum[r] + hw::log2(sum[r]); }
 };

@@ -6,6 +6,7 @@ use super::{CacheSizes, CompressedKvCache, State};
 use crate::config::{AttentionOptions, CompressionConfig};
 use crate::cuda::cache::DeviceLists;
 use crate::cuda::device::Cuda;
+use crate::cuda::extras::ExtraBuffers;
 use crate::cuda::on_gpu::GpuElement;
 use crate::cuda::tensors::{self, source, stored, tensor};
 use crate::problem::Problem;
@@ -239,7 +240,10 @@ impl CompressedKvCache {
                 )
             }
         }
-        options.map_or(Ok(()), AttentionOptions::check)
+        match options {
+            Some(options) => options.check().and_then(|()| problem.check_sinks(options)),
+            None => Ok(()),
+        }
     }
 }
 
@@ -259,6 +263,10 @@ fn step(
         state.seq_len() + problem.tokens,
     ];
     let bias = bias_view(options.and_then(|options| options.bias.as_ref()), full, DType::F32)?;
+    let sinks = match options {
+        Some(options) => problem.device_sinks(options, q)?,
+        None => None,
+    };
     let (q, k, v) = (q.to_dtype(storage)?, k.to_dtype(storage)?, v.to_dtype(storage)?);
     let call = DeviceCall {
         gpu: &gpu,
@@ -267,6 +275,7 @@ fn step(
         count: problem.tokens,
         options,
         bias: bias.as_ref(),
+        sinks: sinks.as_ref(),
         limit,
     };
     let output = match state.lists_mut(&gpu)? {
@@ -287,6 +296,8 @@ struct DeviceCall<'a> {
     options: Option<&'a AttentionOptions>,
     /// The bias in f32, as a (B, H, count, all tokens) view.
     bias: Option<&'a Tensor>,
+    /// Sink logits (H) in f32, at the start of their buffer.
+    sinks: Option<&'a Tensor>,
     limit: Option<usize>,
 }
 
@@ -306,8 +317,14 @@ impl DeviceCall<'_> {
             Some((storage, layout)) => Some(tensors::bias_view(stored(storage, layout)?)?),
             None => None,
         };
+        let held_sinks = self.sinks.map(Tensor::storage_and_layout);
+        let sinks = match &held_sinks {
+            Some((storage, layout)) => Some(stored(storage, layout)?.0.as_cuda_slice::<f32>()?),
+            None => None,
+        };
+        let extras = ExtraBuffers { bias, sinks };
         let output = lists.within(gpu, count, self.limit, |lists| {
-            lists.append_and_attend(gpu, sources, count, options, bias)
+            lists.append_and_attend(gpu, sources, count, options, extras)
         })?;
         Ok(Some(tensor(
             output,

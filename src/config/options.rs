@@ -43,12 +43,13 @@ pub struct AttentionOptions {
     /// the CPU only. `None` (default): every earlier token.
     pub sliding_window: Option<usize>,
     /// c, above 0: a logit z becomes c·tanh(z/c), before the bias, the size of a fold and the mask, as in Gemma 2.
-    /// Decisions do not read it. On CUDA it is an error so far. `None` (default): logits stay as they are.
+    /// Decisions do not read it. On CUDA a product of a query and a key beyond f32 is NaN, not c. `None` (default):
+    /// logits stay as they are.
     pub softcap: Option<f64>,
     /// (H), a float dtype, on the query's device: each row's softmax has one more term, exp(sink), in its denominator,
     /// and no value for it. -inf is no term; NaN and inf are errors on the CPU. A row that sees nothing else is zeros.
-    /// [`attend`](crate::attend) has a gradient for it, in its dtype and shape. Decisions do not read it. On CUDA it is
-    /// an error so far. `None` (default): no such term.
+    /// [`attend`](crate::attend) has a gradient for it, in its dtype and shape. Decisions do not read it. `None`
+    /// (default): no such term.
     pub sink_logits: Option<Tensor>,
     /// (B, N), u32: row i sees token s only where their numbers are equal; 0 is padding, whose rows are zeros with zero
     /// gradients, and no row sees it. Equal numbers follow each other. Pairs of tokens in two segments do not merge;

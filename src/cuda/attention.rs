@@ -2,6 +2,7 @@
 //! and v.
 
 use super::backward;
+use super::extras::has_extras;
 use super::fold::{contiguous_rows, FoldCall};
 use super::on_gpu::{Gpu, GpuElement};
 use crate::config::AttentionOptions;
@@ -18,6 +19,8 @@ pub(crate) struct Attention<'a, G: Gpu, T: GpuElement> {
     pub dense: bool,
     pub window: usize,
     pub bias: Option<BiasBuffer<'a, G>>,
+    /// Sink logits (H) in f32.
+    pub sinks: Option<&'a G::Slice<f32>>,
     pub options: &'a AttentionOptions,
 }
 
@@ -86,6 +89,7 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
             lists: self.fold.lists,
             window: self.window,
             bias: self.bias,
+            sinks: self.sinks,
             options: self.options,
         }
     }
@@ -95,7 +99,7 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
     /// # Errors
     /// As [`forward::forward`].
     pub fn forward(&self, gpu: &G, keep: bool) -> Result<Attended<G, T>> {
-        let lean = self.bias.is_none() && self.options.dropout.is_none();
+        let lean = !has_extras(self.options);
         let folded = self.folded(gpu, lean && self.can_list())?;
         forward::forward(gpu, &self.call(&folded), keep)
     }

@@ -1,6 +1,7 @@
 //! Launches of `cuda/backward/backward.cu`, `backward_fused.cu`, `backward_listed.cu`, `backward_sm90a.cu` and
 //! `backward_f32.cu`: gradients of the columns and of the (folded) queries.
 
+use super::extras::has_extras;
 use super::fold::rows_of_warp;
 use super::forward::{AttentionCall, Saved};
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch};
@@ -71,11 +72,6 @@ pub(crate) fn lists<G: Gpu, T: GpuElement>(gpu: &G, problem: &Problem, options: 
     let at_a_time = gpu.multiprocessors()? * variant.at_a_time();
     let few = problem.tokens >= APART_TOKENS && blocks < 2 * at_a_time;
     Ok(if few { problem.heads } else { problem.kv_heads })
-}
-
-/// Whether a bias or dropout excludes the kernels by warpgroups.
-fn has_extras(options: &AttentionOptions) -> bool {
-    options.bias.is_some() || options.dropout.is_some()
 }
 
 struct Pass<'a, G: Gpu, T: GpuElement> {

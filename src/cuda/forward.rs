@@ -1,10 +1,11 @@
 //! Launches of `cuda/forward/forward.cu`, `forward_listed.cu`, `forward_sm90a.cu`, `forward_spread.cu` and
 //! `forward_f32.cu`: attention over the columns that folding left.
 
+use super::extras::{has_extras, softcap_in_base_2};
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch};
 use super::operands::{padded, BiasBuffer, ColumnBuffers};
 use super::params::{AttentionParams, BiasEntries, DropoutParams, Rows, Sizes};
-use super::refused::{refuse_options, refuse_shapes};
+use super::refused::refuse_shapes;
 use super::variants::forward::{ForwardVariant, THREADS};
 use crate::config::AttentionOptions;
 use crate::problem::{Problem, RowLayout};
@@ -22,6 +23,8 @@ pub(crate) struct AttentionCall<'a, G: Gpu, T: GpuElement> {
     pub lists: usize,
     pub window: usize,
     pub bias: Option<BiasBuffer<'a, G>>,
+    /// Sink logits (H) in f32.
+    pub sinks: Option<&'a G::Slice<f32>>,
     pub options: &'a AttentionOptions,
 }
 
@@ -91,7 +94,6 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
             }
         }
         let options = self.options;
-        refuse_options(options)?;
         refuse_shapes(&self.problem)?;
         let scale = options.scale(head_dim) * std::f64::consts::LOG2_E;
         let dropout = DropoutParams::new(options);
@@ -108,6 +110,8 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
             causal: options.causal.into(),
             dense: self.columns.is_none().into(),
             listed: self.listed().into(),
+            softcap: softcap_in_base_2(options),
+            reserved: 0,
             dropout_key: dropout.key,
             scale: scale.abs() as f32,
             scale_sign: if scale < 0.0 { -1.0 } else { 1.0 },
@@ -120,9 +124,9 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
         self.columns.is_some_and(|columns| columns.far_k.is_none())
     }
 
-    /// Whether a bias or dropout excludes the lean kernels.
+    /// Whether an option excludes the lean kernels.
     pub fn extras(&self) -> bool {
-        self.bias.is_some() || self.options.dropout.is_some()
+        has_extras(self.options)
     }
 
     /// Whether the rounding error of the output is kept for the backward pass, as another tensor of the output's size.
@@ -226,6 +230,7 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
     if T::HALF {
         args.push(gpu.write_some(first_bad.as_mut()));
     }
+    args.push(gpu.read_some(call.sinks));
     args.push(gpu.value(&params));
     let (name, launch) = match &variant {
         Some(variant) => {

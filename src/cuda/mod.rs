@@ -21,6 +21,7 @@ pub(crate) mod decode;
 pub(crate) mod device;
 #[cfg(feature = "cuda-emu")]
 pub mod emulator;
+pub(crate) mod extras;
 pub(crate) mod fold;
 pub(crate) mod forward;
 pub(crate) mod loss;

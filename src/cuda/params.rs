@@ -190,7 +190,7 @@ pub(crate) struct TotalParams {
 
 // --- Attention ---
 
-params!(AttentionParams: 208);
+params!(AttentionParams: 216);
 
 /// The parameters of every attention kernel.
 #[repr(C)]
@@ -211,6 +211,8 @@ pub(crate) struct AttentionParams {
     pub scale_sign: f32,
     pub dropout_scale: f32,
     pub listed: u32,
+    pub softcap: f32,
+    pub reserved: u32,
 }
 
 params!(SpreadParams: 16);
@@ -245,7 +247,7 @@ pub(crate) struct DecodeParams {
 
 // --- Cache ---
 
-params!(CacheParams: 200, CacheAttendParams: 88, CopyParams: 20);
+params!(CacheParams: 200, CacheAttendParams: 96, CopyParams: 20);
 
 /// The parameters of `cache_append`: `sizes.tokens` new tokens, after `first` earlier ones.
 #[repr(C)]
@@ -289,6 +291,8 @@ pub(crate) struct CacheAttendParams {
     /// scale * log2(e)
     pub scale: f32,
     pub dropout_scale: f32,
+    pub softcap: f32,
+    pub reserved: u32,
 }
 
 /// The parameters of `cache_copy`, counted in numbers.

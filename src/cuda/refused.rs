@@ -1,28 +1,7 @@
-//! Options and shapes that the kernels do not compute.
+//! Shapes that the kernels do not compute.
 
-use crate::config::AttentionOptions;
 use crate::problem::Problem;
 use candle_core::{bail, Result};
-
-/// Refuses options that change logits in a way that no kernel knows.
-///
-/// # Errors
-/// A softcap or sink logits.
-pub(crate) fn refuse_options(options: &AttentionOptions) -> Result<()> {
-    if let Some(softcap) = options.softcap {
-        bail!(
-            "softcap: expected None on CUDA, got {softcap}; its kernels do not compute it in this version, move the \
-             tensors with to_device(&Device::Cpu)"
-        )
-    }
-    if options.sink_logits.is_some() {
-        bail!(
-            "sink_logits: expected None on CUDA, got a tensor; its kernels do not compute them in this version, move \
-             the tensors with to_device(&Device::Cpu)"
-        )
-    }
-    Ok(())
-}
 
 /// Refuses fewer queries than keys, and values of another size than keys.
 ///

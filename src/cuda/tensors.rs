@@ -124,6 +124,8 @@ pub(crate) struct TensorCall<'a> {
     pub options: &'a AttentionOptions,
     /// The bias in f32, as a (B, H, N, N) view.
     pub bias: Option<&'a Tensor>,
+    /// Sink logits (H) in f32, at the start of their buffer.
+    pub sinks: Option<&'a Tensor>,
 }
 
 impl TensorCall<'_> {
@@ -163,6 +165,11 @@ impl TensorCall<'_> {
             Some((storage, layout)) => Some(bias_view(stored(storage, layout)?)?),
             None => None,
         };
+        let sinks_storage = self.sinks.map(Tensor::storage_and_layout);
+        let sinks = match &sinks_storage {
+            Some((storage, layout)) => Some(stored(storage, layout)?.0.as_cuda_slice::<f32>()?),
+            None => None,
+        };
         let gpu = Cuda::new(q.0.device());
         // Without a pair the indicators are empty, and no index into them is valid.
         let none = match self.problem.pairs() {
@@ -185,6 +192,7 @@ impl TensorCall<'_> {
             dense: self.plan.hides_nothing(),
             window: self.plan.config().window,
             bias,
+            sinks,
             options: self.options,
         };
         body(&gpu, &attention)

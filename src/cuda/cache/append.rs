@@ -5,10 +5,10 @@ use super::{room, DeviceLists, GROWTH};
 use crate::config::AttentionOptions;
 use crate::cuda::decide::reads_bias;
 use crate::cuda::decode::{decode, Appended, DecodeCall, StateArgs};
+use crate::cuda::extras::{has_extras, ExtraBuffers};
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use crate::cuda::operands::BiasBuffer;
 use crate::cuda::params::CopyParams;
-use crate::cuda::refused::refuse_options;
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};
 
@@ -49,7 +49,18 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// An error of the device.
     pub fn append(&mut self, gpu: &G, qkv: [Source<'_, G, T>; 3], count: usize) -> Result<()> {
         if self.seq_len == 0 && count > 1 {
-            return self.first_chunk(gpu, qkv, count, None, None).map(|_| ());
+            return self
+                .first_chunk(
+                    gpu,
+                    qkv,
+                    count,
+                    None,
+                    ExtraBuffers {
+                        bias: None,
+                        sinks: None,
+                    },
+                )
+                .map(|_| ());
         }
         let scale = AttentionOptions::default().scale(self.settings.problem.head_dim);
         self.append_in_turn(gpu, qkv, count, scale, (None, None))
@@ -110,16 +121,15 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         qkv: [Source<'a, G, T>; 3],
         count: usize,
         options: &AttentionOptions,
-        bias: Option<BiasBuffer<'a, G>>,
+        extras: ExtraBuffers<'a, G>,
     ) -> Result<G::Slice<T>> {
-        refuse_options(options)?;
         if self.seq_len == 0 && count > 1 {
-            if let Some(output) = self.first_chunk(gpu, qkv, count, Some(options), bias)? {
+            if let Some(output) = self.first_chunk(gpu, qkv, count, Some(options), extras)? {
                 return Ok(output);
             }
         }
         if count == 1 {
-            return self.one(gpu, qkv, options, bias);
+            return self.one(gpu, qkv, options, extras);
         }
         let Problem { heads, head_dim, .. } = self.settings.problem;
         let rows = self.batch * heads;
@@ -129,11 +139,11 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 let offset = layout.offset + token * layout.strides[2];
                 (slice, RowLayout { offset, ..layout })
             };
-            let bias = bias.map(|bias| BiasBuffer {
+            let bias = extras.bias.map(|bias| BiasBuffer {
                 offset: bias.offset + token * bias.strides[2],
                 ..bias
             });
-            let row = self.one(gpu, qkv.map(at), options, bias)?;
+            let row = self.one(gpu, qkv.map(at), options, ExtraBuffers { bias, ..extras })?;
             let params = CopyParams {
                 from_stride: head_dim as u32,
                 to_stride: (count * head_dim) as u32,
@@ -151,17 +161,17 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         gpu: &G,
         qkv: [Source<'_, G, T>; 3],
         options: &AttentionOptions,
-        bias: Option<BiasBuffer<'_, G>>,
+        extras: ExtraBuffers<'_, G>,
     ) -> Result<G::Slice<T>> {
         let Problem { heads, head_dim, .. } = self.settings.problem;
-        let (scale, plain) = (options.scale(head_dim), bias.is_none() && options.dropout.is_none());
+        let (scale, plain) = (options.scale(head_dim), !has_extras(options));
         if plain && !self.settings.config.fold.folds_queries() {
             return self.take_and_decode(gpu, qkv, scale);
         }
         let mut queries = gpu.alloc::<T>(self.batch * heads * head_dim)?;
-        self.append_in_turn(gpu, qkv, 1, scale, (bias, Some(&mut queries)))?;
+        self.append_in_turn(gpu, qkv, 1, scale, (extras.bias, Some(&mut queries)))?;
         if !plain {
-            return self.attend(gpu, &queries, options, bias);
+            return self.attend(gpu, &queries, options, extras);
         }
         let folded = RowLayout {
             offset: 0,

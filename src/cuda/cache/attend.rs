@@ -2,8 +2,8 @@
 
 use super::DeviceLists;
 use crate::config::AttentionOptions;
+use crate::cuda::extras::{softcap_in_base_2, ExtraBuffers};
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch};
-use crate::cuda::operands::BiasBuffer;
 use crate::cuda::params::{BiasEntries, CacheAttendParams, DropoutParams};
 use candle_core::Result;
 
@@ -17,13 +17,13 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         gpu: &G,
         queries: &G::Slice<T>,
         options: &AttentionOptions,
-        bias: Option<BiasBuffer<'_, G>>,
+        extras: ExtraBuffers<'_, G>,
     ) -> Result<G::Slice<T>> {
         let (heads, head_dim) = (self.settings.problem.heads, self.settings.problem.head_dim);
         let rows = self.batch * heads;
         let dropout = DropoutParams::new(options);
         let params = CacheAttendParams {
-            bias: BiasEntries::new(bias),
+            bias: BiasEntries::new(extras.bias),
             dropout_cut: dropout.cut,
             heads: heads as u32,
             lists: self.settings.lists as u32,
@@ -34,6 +34,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             dropout_key: dropout.key,
             scale: (options.scale(head_dim) * std::f64::consts::LOG2_E) as f32,
             dropout_scale: dropout.scale,
+            softcap: softcap_in_base_2(options),
+            reserved: 0,
         };
         let mut output = gpu.alloc::<T>(rows * head_dim)?;
         let state = &self.state;
@@ -48,7 +50,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             gpu.read(&state.local_v),
             gpu.read_some(state.local_ln.as_ref()),
             gpu.read(&state.local_lengths),
-            gpu.read_some(bias.map(|bias| bias.data)),
+            gpu.read_some(extras.bias.map(|bias| bias.data)),
+            gpu.read_some(extras.sinks),
             gpu.write(&mut output),
             gpu.value(&params),
         ];

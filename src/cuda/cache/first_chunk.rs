@@ -6,11 +6,12 @@ use crate::config::{AttentionOptions, Criterion};
 use crate::cuda::attention::Attention;
 use crate::cuda::decide::{self, DecideCall};
 use crate::cuda::decode::StateArgs;
+use crate::cuda::extras::ExtraBuffers;
 use crate::cuda::fold::FoldCall;
 use crate::cuda::forward::forward;
 use crate::cuda::observe;
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
-use crate::cuda::operands::{BiasBuffer, ColumnBuffers};
+use crate::cuda::operands::ColumnBuffers;
 use crate::problem::Problem;
 use candle_core::Result;
 
@@ -23,7 +24,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         qkv: [Source<'_, G, T>; 3],
         count: usize,
         options: Option<&AttentionOptions>,
-        bias: Option<BiasBuffer<'_, G>>,
+        extras: ExtraBuffers<'_, G>,
     ) -> Result<Option<G::Slice<T>>> {
         let [q, k, v] = qkv;
         let settings = self.settings.clone();
@@ -40,7 +41,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             k,
             strategies,
             config,
-            bias,
+            bias: extras.bias,
         };
         let (plain, default) = (options.is_none(), AttentionOptions::default());
         let options = options.unwrap_or(&default);
@@ -61,7 +62,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             },
             dense: settings.dense,
             window: config.window,
-            bias,
+            bias: extras.bias,
+            sinks: extras.sinks,
             options,
         };
         let (output, columns) = if plain {

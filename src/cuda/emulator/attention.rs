@@ -2,7 +2,7 @@
 //! tests.
 
 use super::device::{EmuSlice, Emulator};
-use super::{held, HeldBias};
+use super::{held, held_sinks, HeldBias};
 use crate::config::{AttentionOptions, CompressionConfig};
 use crate::cpu::number::element::Element;
 use crate::cuda::attention::{lists, Attention};
@@ -66,11 +66,13 @@ fn attend_as<T: GpuElement + Element>(
     };
     let bias = options.bias.as_ref();
     let bias = bias.map(|bias| HeldBias::new(bias, &problem.bias_dims())).transpose()?;
+    let sinks = held_sinks(options)?;
     let attention = Attention {
         fold,
         dense,
         window: config.window,
         bias: bias.as_ref().map(HeldBias::view),
+        sinks: sinks.as_ref(),
         options,
     };
     let attended = attention.forward(gpu, true)?;

@@ -1,11 +1,12 @@
 //! A KV cache's lists under the emulator, on CPU tensors: for tests.
 
 use super::device::Emulator;
-use super::{borrow, held, HeldBias};
+use super::{borrow, held, held_sinks, HeldBias};
 use crate::cache::{Both, CacheOptions, CompressedKvCache};
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 use crate::cpu::number::element::Element;
 use crate::cuda::cache::DeviceLists;
+use crate::cuda::extras::ExtraBuffers;
 use crate::cuda::on_gpu::GpuElement;
 use crate::cuda::refused::refuse_shapes;
 use crate::problem::Problem;
@@ -193,9 +194,13 @@ fn append<T: GpuElement + Element>(
         .as_ref()
         .map(|bias| HeldBias::new(bias, full))
         .transpose()?;
-    let bias = bias.as_ref().map(HeldBias::view);
+    let sinks = held_sinks(options)?;
+    let extras = ExtraBuffers {
+        bias: bias.as_ref().map(HeldBias::view),
+        sinks: sinks.as_ref(),
+    };
     let output = lists.within(&Emulator, count, limit, |lists| {
-        lists.append_and_attend(&Emulator, sources, count, options, bias)
+        lists.append_and_attend(&Emulator, sources, count, options, extras)
     })?;
     let output = Tensor::from_vec(output.download()?, qkv[0].dims(), &Device::Cpu)?;
     output.to_dtype(qkv[0].dtype()).map(Some)

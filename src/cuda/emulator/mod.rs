@@ -13,7 +13,7 @@ use crate::cuda::on_gpu::{row_layout, Gpu, GpuElement, Kernel, Launch};
 use crate::cuda::operands::BiasBuffer;
 use crate::cuda::params::BrokenParams;
 use crate::cuda::{loss, observe};
-use crate::problem::{Problem, RowLayout};
+use crate::problem::{bias_as, Problem, RowLayout};
 use crate::storage::cpu_slice;
 use candle_core::{bail, DType, Device, Result, Shape, Tensor};
 use device::{EmuSlice, Emulator};
@@ -237,6 +237,13 @@ struct HeldCall<T> {
     v: Held<T>,
     bits: EmuSlice<u8>,
     bias: Option<HeldBias>,
+    sinks: Option<EmuSlice<f32>>,
+}
+
+/// Sink logits in the emulator's memory.
+fn held_sinks(options: &AttentionOptions) -> Result<Option<EmuSlice<f32>>> {
+    let upload = |sinks: &Tensor| Emulator.upload(&bias_as(sinks, DType::F32)?.to_vec1::<f32>()?);
+    options.sink_logits.as_ref().map(upload).transpose()
 }
 
 impl<T: GpuElement + Element> HeldCall<T> {
@@ -251,6 +258,7 @@ impl<T: GpuElement + Element> HeldCall<T> {
             v: held(v)?,
             bits: Emulator.upload(&bits.flatten_all()?.to_vec1::<u8>()?)?,
             bias: bias.transpose()?,
+            sinks: held_sinks(options)?,
         })
     }
 
@@ -277,6 +285,7 @@ impl<T: GpuElement + Element> HeldCall<T> {
             dense: false,
             window: config.window,
             bias: self.bias.as_ref().map(HeldBias::view),
+            sinks: self.sinks.as_ref(),
             options,
         }
     }

@@ -24,6 +24,7 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(gpu: &G, call: &AttentionCall<'_, G
     let mut args = call.inputs(gpu);
     args.push(gpu.write(&mut output));
     args.push(gpu.write(&mut log_sum_exp));
+    args.push(gpu.read_some(call.sinks));
     args.push(gpu.value(&params));
     let launch = Launch {
         grid: [tokens.div_ceil(64), rows, 1],
