@@ -260,7 +260,10 @@ mod ptx {
             std::fs::write(folder.join(name).with_extension("ptx.zst"), &kernel.compressed)?;
             let file = format!("concat!(env!(\"OUT_DIR\"), \"/kernels/{name}.ptx.zst\")");
             let sizes = format!("{}, {}", kernel.shared_bytes, kernel.text_bytes);
-            writeln!(table, "    PackedKernel::new({name:?}, {sizes}, include_bytes!({file})),")?;
+            writeln!(
+                table,
+                "    PackedKernel::new({name:?}, {sizes}, include_bytes!({file})),"
+            )?;
         }
         table.push_str("];\n");
         std::fs::write(out_dir.join("kernels.rs"), table)?;
