@@ -1,6 +1,6 @@
 //! One call of attention inside a session's scope.
 
-use super::{ModelCache, Session};
+use super::{LayerRules, ModelCache, Session};
 use crate::cache::CompressedKvCache;
 use crate::calibrate::ModelShape;
 use crate::config::{AttentionOptions, TensorLayout};
@@ -16,6 +16,7 @@ thread_local! {
 pub(super) struct Running {
     pub shape: ModelShape,
     pub model_cache: ModelCache,
+    pub rules: Vec<LayerRules>,
     pub layers: Vec<CompressedKvCache>,
     /// Calls that have succeeded.
     pub calls: usize,
@@ -101,10 +102,13 @@ impl Running {
                 new.tokens
             )
         }
+        let rules = self.rules.get(self.calls).copied().unwrap_or_default();
         // A single row sees all tokens either way.
         let inner = AttentionOptions {
             causal: true,
             layout: TensorLayout::HeadsFirst,
+            sliding_window: one_of("sliding_window", options.sliding_window, rules.sliding_window)?,
+            softcap: one_of("softcap", options.softcap, rules.softcap)?,
             ..options.clone()
         };
         // A wrong number of KV heads shows at the first tokens.
@@ -112,6 +116,17 @@ impl Running {
         let output = cache.append_and_attend(&q, &k, &v, &inner)?;
         self.calls += 1;
         options.layout.turned(&output)
+    }
+}
+
+/// What the call or the layer's rules name.
+fn one_of<T: Copy + PartialEq + std::fmt::Debug>(name: &str, call: Option<T>, rule: Option<T>) -> Result<Option<T>> {
+    match (call, rule) {
+        (Some(call), Some(rule)) if call != rule => bail!(
+            "session: expected a {name} of {rule:?} by the layer's rules, got a call with {call:?}; leave it out of \
+             SessionOptions::rules"
+        ),
+        _ => Ok(call.or(rule)),
     }
 }
 

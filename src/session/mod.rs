@@ -12,7 +12,7 @@ pub use call::{attend_next_layer, is_running};
 
 use crate::cache::{CacheOptions, CompressedKvCache};
 use crate::calibrate::{ModelShape, Policy};
-use crate::config::{CompressionConfig, HeadStrategies};
+use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 use call::{Running, Scope};
 use candle_core::{bail, Error, Result};
 use serde::{Deserialize, Serialize};
@@ -31,6 +31,17 @@ pub enum ModelCache {
     Cleared,
 }
 
+/// What a layer's attention does beside its call's arguments. Candle-transformers 0.11.1's Gemma 2 and 3 pass neither
+/// their window nor their softcap to `flash_attn`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LayerRules {
+    /// [`AttentionOptions::sliding_window`](crate::AttentionOptions) where the call names none.
+    pub sliding_window: Option<usize>,
+    /// [`AttentionOptions::softcap`](crate::AttentionOptions) where the call names none.
+    pub softcap: Option<f64>,
+}
+
 /// The settings of a [`Session`], apart from its layers'.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SessionOptions {
@@ -38,6 +49,8 @@ pub struct SessionOptions {
     pub model_cache: ModelCache,
     /// The storage of each layer's cache.
     pub cache: CacheOptions,
+    /// The rules of each layer; empty where calls say all.
+    pub rules: Vec<LayerRules>,
 }
 
 /// A [`CompressedKvCache`] for each layer of a model that calls attention as a free function.
@@ -69,6 +82,8 @@ pub struct SessionOptions {
 pub struct Session {
     shape: ModelShape,
     model_cache: ModelCache,
+    /// One per layer, or none.
+    rules: Vec<LayerRules>,
     layers: Vec<CompressedKvCache>,
     /// Whether a forward pass ended after some layers: the caches then hold different numbers of tokens.
     broken: bool,
@@ -103,8 +118,8 @@ impl Session {
     /// Settings for each layer, in the order in which the model calls attention.
     ///
     /// # Errors
-    /// Another number of settings than of layers, a model shape that has no meaning, strategies for another number of
-    /// heads, or as [`CompressedKvCache::new`].
+    /// Another number of settings or rules than of layers, rules that have no meaning, a model shape that has no
+    /// meaning, strategies for another number of heads, or as [`CompressedKvCache::new`].
     pub fn per_layer(
         model: ModelShape,
         settings: Vec<(HeadStrategies, CompressionConfig)>,
@@ -118,6 +133,7 @@ impl Session {
                 settings.len()
             )
         }
+        check_rules(&options.rules, model.layers)?;
         let layer = |(strategies, config): (HeadStrategies, CompressionConfig)| {
             strategies.check_heads(model.heads)?;
             CompressedKvCache::new(strategies, config, options.cache.clone())
@@ -125,6 +141,7 @@ impl Session {
         Ok(Self {
             shape: model,
             model_cache: options.model_cache,
+            rules: options.rules,
             layers: settings.into_iter().map(layer).collect::<Result<_>>()?,
             broken: false,
         })
@@ -215,8 +232,25 @@ impl Session {
         Running {
             shape: self.shape,
             model_cache: self.model_cache,
+            rules: self.rules.clone(),
             layers: std::mem::take(&mut self.layers),
             calls: 0,
         }
     }
+}
+
+/// Refuses rules for another number of layers, and windows and softcaps that have no meaning.
+fn check_rules(rules: &[LayerRules], layers: usize) -> Result<()> {
+    if !(rules.is_empty() || rules.len() == layers) {
+        bail!(
+            "rules: expected none or {layers}, got {}; give one per layer of the model",
+            rules.len()
+        )
+    }
+    let options = |rules: &LayerRules| AttentionOptions {
+        sliding_window: rules.sliding_window,
+        softcap: rules.softcap,
+        ..Default::default()
+    };
+    rules.iter().try_for_each(|rules| options(rules).check())
 }

@@ -1,6 +1,6 @@
 //! A session as a folder: a file for each layer's cache, and `session.json`, which names them.
 
-use super::{ModelCache, Session};
+use super::{check_rules, LayerRules, ModelCache, Session};
 use crate::cache::CompressedKvCache;
 use crate::calibrate::ModelShape;
 use crate::files::replace;
@@ -19,6 +19,7 @@ struct Index {
     format: String,
     model: ModelShape,
     model_cache: ModelCache,
+    rules: Vec<LayerRules>,
     /// Files of one save share it.
     generation: u64,
 }
@@ -31,6 +32,7 @@ impl Index {
             bail!("format: expected {FORMAT:?}, got {:?}", index.format)
         }
         index.model.check()?;
+        check_rules(&index.rules, index.model.layers)?;
         Ok(index)
     }
 
@@ -58,6 +60,7 @@ impl Session {
             format: FORMAT.into(),
             model: self.shape,
             model_cache: self.model_cache,
+            rules: self.rules.clone(),
             generation: old.as_ref().map_or(0, |old| old.generation.wrapping_add(1)),
         };
         for (layer, cache) in self.layers.iter().enumerate() {
@@ -103,6 +106,7 @@ impl Session {
         Ok(Self {
             shape: index.model,
             model_cache: index.model_cache,
+            rules: index.rules,
             layers,
             broken: false,
         })

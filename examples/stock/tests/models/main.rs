@@ -3,7 +3,7 @@
 mod zoo;
 
 use anyhow::{ensure, Context, Result};
-use candle_sfattention::session::{ModelCache, Session, SessionOptions};
+use candle_sfattention::session::{LayerRules, ModelCache, Session, SessionOptions};
 use candle_sfattention::{CompressionConfig, HeadStrategies, MergeStrategy};
 use serde_json::json;
 use zoo::{run, steps, Model, OwnCache, Zoo, NAMES};
@@ -137,6 +137,63 @@ fn candles_flash_path_drops_gemmas_softcap_and_window() -> Result<()> {
             difference > 1e-3,
             "{name}, {changes}: the paths agree now ({difference:e})"
         );
+    }
+    Ok(())
+}
+
+/// A session's rules bring back what the flash path drops. The plain path's mask of a window of 8 shows 9 tokens.
+#[test]
+fn rules_of_layers_bring_back_softcap_and_window() -> Result<()> {
+    let rules = |sliding_window, softcap| LayerRules {
+        sliding_window,
+        softcap,
+    };
+    for (name, changes, rules) in [
+        (
+            "gemma2",
+            json!({"attn_logit_softcapping": 0.01}),
+            [rules(None, Some(0.01)); 2],
+        ),
+        (
+            "gemma3",
+            json!({"sliding_window": 8}),
+            [rules(Some(9), None), rules(None, None)],
+        ),
+        (
+            "gemma3",
+            json!({"sliding_window": 8, "attn_logit_softcapping": 0.01}),
+            [rules(Some(9), Some(0.01)), rules(None, Some(0.01))],
+        ),
+    ] {
+        let zoo = Zoo::new(name);
+        let off = HeadStrategies::uniform(MergeStrategy::Off);
+        let options = SessionOptions {
+            model_cache: ModelCache::Cleared,
+            rules: rules.into(),
+            ..Default::default()
+        };
+        let mut session = Session::uniform(zoo.shape(), &off, &CompressionConfig::pretrained(), options.clone())?;
+        let mut plain = zoo.model_with(false, OwnCache::Kept, changes.clone())?;
+        let mut flash = zoo.model_with(true, OwnCache::Kept, changes.clone())?;
+        let (mut expected, mut got) = (Vec::new(), Vec::new());
+        steps(|tokens, position| {
+            if position == 0 {
+                expected.push(plain.step(tokens, 0)?.flatten_all()?.to_vec1::<f32>()?);
+                let output = session.scope(|| flash.step(tokens, 0))?;
+                got.push(output.flatten_all()?.to_vec1::<f32>()?);
+            }
+            Ok(())
+        })?;
+        let difference = largest_difference(&expected, &got)?;
+        println!("{name}, {changes}: {difference:e}");
+        assert!(difference <= 2e-5, "{name}, {changes}: {difference:e}");
+        let short = SessionOptions {
+            rules: rules[..1].into(),
+            ..options
+        };
+        let refused = Session::uniform(zoo.shape(), &off, &CompressionConfig::pretrained(), short);
+        let message = refused.err().context("accepted")?.to_string();
+        assert!(message.contains("rules: expected none or 2, got 1"), "{message}");
     }
     Ok(())
 }
