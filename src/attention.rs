@@ -3,7 +3,7 @@
 mod rotary;
 mod sink;
 
-pub use rotary::{RotaryConfig, RotaryLayout};
+pub use rotary::{RotaryConfig, RotaryLayout, RotaryScaling};
 pub use sink::CompressionLossSink;
 
 use crate::cache::{CacheOptions, CompressedKvCache};
@@ -11,7 +11,7 @@ use crate::config::{AttentionOptions, CompressionConfig, Dropout, HeadStrategies
 use crate::op::{attend, compressed_attention, CompressedAttentionOutput};
 use crate::plan::MergePlan;
 use candle_core::{bail, Result, Tensor};
-use candle_nn::{linear_b, Linear, Module, VarBuilder};
+use candle_nn::{linear_b, Init, Linear, Module, RmsNorm, VarBuilder};
 use rotary::Rotary;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -197,6 +197,37 @@ pub struct SelfAttentionConfig {
     pub output_bias: bool,
     /// Rotary position embedding; `None` where the model has none or applies it elsewhere.
     pub rotary: Option<RotaryConfig>,
+    /// RMS norm of each head's query and key before the rotary embedding, with the weights `q_norm` and `k_norm`; as in
+    /// Qwen3 and Gemma 3. `None`: no norm.
+    pub qk_norm: Option<QkNorm>,
+}
+
+/// The norm of queries and keys.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QkNorm {
+    /// Added to the mean of squares.
+    pub eps: f64,
+    /// Whether the factor is 1 + weight, as in Gemma's checkpoints.
+    pub one_plus_weight: bool,
+}
+
+/// The norm of one head's vectors (.., D).
+#[derive(Clone, Debug)]
+struct HeadNorm {
+    /// (D), as the checkpoint has it: training changes it.
+    weight: Tensor,
+    settings: QkNorm,
+}
+
+impl HeadNorm {
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        let factor = match self.settings.one_plus_weight {
+            true => (&self.weight + 1.0)?,
+            false => self.weight.clone(),
+        };
+        // The fused kernel cuts gradients.
+        RmsNorm::new(factor, self.settings.eps).forward_diff(xs)
+    }
 }
 
 impl SelfAttentionConfig {
@@ -219,15 +250,22 @@ impl SelfAttentionConfig {
                 self.hidden_size
             )
         }
-        if self.rotary.is_some() && head_dim % 2 != 0 {
+        if self.rotary.is_some_and(|rotary| rotary.dim.is_none()) && head_dim % 2 != 0 {
             bail!("head_dim: expected an even number for rotary embedding, got {head_dim}; set rotary to None")
+        }
+        if let Some(QkNorm { eps, .. }) = self.qk_norm.filter(|norm| !(norm.eps.is_finite() && norm.eps >= 0.0)) {
+            bail!(
+                "qk_norm eps: expected a number of at least 0, got {eps}; see rms_norm_eps in the model's config.json"
+            )
         }
         Ok(())
     }
 }
 
 /// A self-attention layer with compressed attention: `q_proj`, `k_proj`, `v_proj`, `o_proj` from a [`VarBuilder`],
-/// optional rotary embedding, input and output (B, N, hidden_size). Its [`Module::forward`] gives the compression loss
+/// optional norms of queries and keys, optional rotary embedding, input and output (B, N, hidden_size). Scale, softcap
+/// and sliding window are the attention's options: with them it is the layer of Llama, Mistral, Qwen2, Qwen3, Gemma 2
+/// and 3, Phi, StableLM and GLM. Its [`Module::forward`] gives the compression loss
 /// to the [`CompressionLossSink`], if one is set.
 #[derive(Clone, Debug)]
 pub struct CompressedSelfAttention {
@@ -237,12 +275,15 @@ pub struct CompressedSelfAttention {
     o_proj: Linear,
     config: SelfAttentionConfig,
     rotary: Option<Rotary>,
+    /// Of queries and of keys.
+    norms: Option<[HeadNorm; 2]>,
     attention: CompressedAttention,
     sink: Option<CompressionLossSink>,
 }
 
 impl CompressedSelfAttention {
-    /// Loads the projections `q_proj`, `k_proj`, `v_proj` and `o_proj` under `vb`.
+    /// Loads the projections `q_proj`, `k_proj`, `v_proj` and `o_proj` under `vb`, and the norms `q_norm` and `k_norm`
+    /// where the config has them.
     ///
     /// # Errors
     /// Sizes that do not fit together, settings that have no meaning, or missing weights.
@@ -257,7 +298,17 @@ impl CompressedSelfAttention {
             Some(rotary) => Some(Rotary::new(rotary, config.head_dim, vb.dtype(), vb.device())?),
             None => None,
         };
+        let norm = |settings: QkNorm, name: &str| {
+            let start = Init::Const(if settings.one_plus_weight { 0.0 } else { 1.0 });
+            let weight = vb.pp(name).get_with_hints(config.head_dim, "weight", start)?;
+            Ok::<_, candle_core::Error>(HeadNorm { weight, settings })
+        };
+        let norms = match config.qk_norm {
+            Some(settings) => Some([norm(settings, "q_norm")?, norm(settings, "k_norm")?]),
+            None => None,
+        };
         Ok(Self {
+            norms,
             q_proj: linear_b(config.hidden_size, queries, config.qkv_bias, vb.pp("q_proj"))?,
             k_proj: linear_b(config.hidden_size, keys, config.qkv_bias, vb.pp("k_proj"))?,
             v_proj: linear_b(config.hidden_size, keys, config.qkv_bias, vb.pp("v_proj"))?,
@@ -325,7 +376,7 @@ impl CompressedSelfAttention {
     /// # let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
     /// # let sizes = SelfAttentionConfig {
     /// #     hidden_size: 16, num_heads: 2, num_kv_heads: 1, head_dim: 8, qkv_bias: false, output_bias: false,
-    /// #     rotary: None,
+    /// #     rotary: None, qk_norm: None,
     /// # };
     /// # let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
     /// # let attention = CompressedAttention::new(strategies, CompressionConfig::pretrained(), Default::default())?;
@@ -368,6 +419,10 @@ impl CompressedSelfAttention {
         let q = split(&self.q_proj, self.config.num_heads)?;
         let k = split(&self.k_proj, self.config.num_kv_heads)?;
         let v = split(&self.v_proj, self.config.num_kv_heads)?;
+        let (q, k) = match &self.norms {
+            Some([q_norm, k_norm]) => (q_norm.forward(&q)?, k_norm.forward(&k)?),
+            None => (q, k),
+        };
         let (q, k) = match &self.rotary {
             Some(rotary) => (rotary.apply(&q, position)?, rotary.apply(&k, position)?),
             None => (q, k),

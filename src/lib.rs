@@ -58,7 +58,8 @@ pub mod session;
 mod storage;
 
 pub use attention::{
-    CompressedAttention, CompressedSelfAttention, CompressionLossSink, RotaryConfig, RotaryLayout, SelfAttentionConfig,
+    CompressedAttention, CompressedSelfAttention, CompressionLossSink, QkNorm, RotaryConfig, RotaryLayout,
+    RotaryScaling, SelfAttentionConfig,
 };
 pub use cache::{CacheOptions, CompressedKvCache};
 pub use calibrate::{Calibrator, Measurement, ModelShape, Policy};

@@ -9,7 +9,7 @@ use candle_nn::{Module, VarBuilder, VarMap};
 use candle_sfattention::{
     attend, compressed_attention, observed_mass, AttentionOptions, Calibrator, CompressedAttention, CompressedKvCache,
     CompressedSelfAttention, CompressionConfig, HeadStrategies, MergePlan, MergeStrategy, ModelShape, RotaryConfig,
-    RotaryLayout, SelfAttentionConfig, TensorLayout,
+    SelfAttentionConfig, TensorLayout,
 };
 use common::caches::with_thresholds;
 use common::inputs::{values, Shape};
@@ -156,8 +156,9 @@ fn a_layer_is_the_same_in_either_layout() -> Result<()> {
         rotary: Some(RotaryConfig {
             theta: 100.0,
             max_tokens: 64,
-            layout: RotaryLayout::Half,
+            ..Default::default()
         }),
+        qk_norm: None,
     };
     let layer = |options| {
         let attention = CompressedAttention::new(similarity(), config(), options)?;

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use candle_sfattention::{
     CompressedAttention, CompressedSelfAttention, CompressionConfig, HeadStrategies, MergeStrategy, RotaryConfig,
-    RotaryLayout, SelfAttentionConfig,
+    SelfAttentionConfig,
 };
 
 /// One layer, its variables, and an input (2, 150, 128) for it.
@@ -30,9 +30,9 @@ pub fn on_both(config: &CompressionConfig, qkv_bias: bool, device: &Device) -> R
         output_bias: false,
         rotary: Some(RotaryConfig {
             max_tokens: 200,
-            theta: 10_000.0,
-            layout: RotaryLayout::Half,
+            ..Default::default()
         }),
+        qk_norm: None,
     };
     let xs = Shape(2, 1, 1, 150, 128).qkv(5, DType::F32)?[1].squeeze(1)?;
     let place = |map: VarMap, device: &Device| -> Result<Placed> {

@@ -4,7 +4,8 @@ use anyhow::Result;
 use candle_core::DType;
 use candle_nn::{Module, VarBuilder, VarMap};
 use candle_sfattention::{
-    CompressedAttention, CompressedSelfAttention, HeadStrategies, RotaryConfig, RotaryLayout, SelfAttentionConfig,
+    CompressedAttention, CompressedSelfAttention, HeadStrategies, QkNorm, RotaryConfig, RotaryLayout, RotaryScaling,
+    SelfAttentionConfig,
 };
 
 use crate::{codes, config, options, refused, similarity, zeros, CPU};
@@ -20,7 +21,10 @@ const LAYER: SelfAttentionConfig = SelfAttentionConfig {
         theta: 10000.0,
         max_tokens: 6,
         layout: RotaryLayout::Half,
+        dim: None,
+        scaling: RotaryScaling::None,
     }),
+    qk_norm: None,
 };
 
 fn layer_config(change: impl FnOnce(&mut SelfAttentionConfig)) -> SelfAttentionConfig {
@@ -30,12 +34,11 @@ fn layer_config(change: impl FnOnce(&mut SelfAttentionConfig)) -> SelfAttentionC
 }
 
 fn rotary_layer(theta: f64, max_tokens: usize) -> SelfAttentionConfig {
-    let layout = RotaryLayout::Half;
     layer_config(|c| {
         c.rotary = Some(RotaryConfig {
             theta,
             max_tokens,
-            layout,
+            ..Default::default()
         })
     })
 }
@@ -92,6 +95,63 @@ fn layers_of_no_size() {
     }
     let odd = layer_config(|c| (c.head_dim, c.rotary) = (7, None));
     assert!(layers(odd, &similarity()).iter().all(|layer| layer.is_ok()));
+}
+
+#[test]
+fn parts_scalings_and_norms_of_no_use() {
+    let with = |change: fn(&mut RotaryConfig)| {
+        layer_config(|c| {
+            let mut rotary = RotaryConfig::default();
+            change(&mut rotary);
+            c.rotary = Some(rotary);
+        })
+    };
+    let dim = "rotary dim: expected an even number from 2 to the head_dim 8, got";
+    let scaling = "rotary scaling: expected positive numbers, low below high and beta_slow below beta_fast, got";
+    for (config, pattern) in [
+        (with(|c| c.dim = Some(0)), format!("{dim} 0; None turns all")),
+        (with(|c| c.dim = Some(3)), format!("{dim} 3; None turns all")),
+        (with(|c| c.dim = Some(10)), format!("{dim} 10; None turns all")),
+        (
+            with(|c| c.scaling = RotaryScaling::Linear(0.0)),
+            format!("{scaling} Linear(0.0); see rope_scaling"),
+        ),
+        (
+            with(|c| {
+                c.scaling = RotaryScaling::Llama3 {
+                    factor: 8.0,
+                    low: 4.0,
+                    high: 4.0,
+                    original_tokens: 8192,
+                }
+            }),
+            format!("{scaling} Llama3"),
+        ),
+        (
+            with(|c| {
+                c.scaling = RotaryScaling::Yarn {
+                    factor: f64::NAN,
+                    original_tokens: 8192,
+                    beta_fast: 32.0,
+                    beta_slow: 1.0,
+                }
+            }),
+            format!("{scaling} Yarn"),
+        ),
+        (
+            layer_config(|c| {
+                c.qk_norm = Some(QkNorm {
+                    eps: -1.0,
+                    one_plus_weight: false,
+                })
+            }),
+            "qk_norm eps: expected a number of at least 0, got -1; see rms_norm_eps".into(),
+        ),
+    ] {
+        for layer in layers(config, &similarity()) {
+            refused(layer, &pattern)
+        }
+    }
 }
 
 #[test]

@@ -1,13 +1,14 @@
 //! [`CompressedSelfAttention`] against the same layer in plain operations, and as a module.
 
 use std::collections::HashMap;
+use std::f64::consts::PI;
 
 use anyhow::Result;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Tensor, D};
 use candle_nn::{Module, VarBuilder, VarMap};
 use candle_sfattention::{
     compressed_attention, AttentionOptions, CompressedAttention, CompressedSelfAttention, CompressionLossSink, Dropout,
-    HeadStrategies, MergeStrategy, RotaryConfig, RotaryLayout, SelfAttentionConfig,
+    HeadStrategies, MergeStrategy, QkNorm, RotaryConfig, RotaryLayout, RotaryScaling, SelfAttentionConfig,
 };
 
 use crate::common::inputs::assert_close;
@@ -17,22 +18,82 @@ fn attention(options: AttentionOptions) -> candle_core::Result<CompressedAttenti
     CompressedAttention::new(HeadStrategies::per_head(STRATEGIES.into()), generous(), options)
 }
 
-/// Rotates x (B, H, N, D) element by element: the first and second entries of each pair by position * theta^(-2 pair /
-/// D).
-fn turned(x: &Tensor, rotary: Option<RotaryConfig>) -> Result<Tensor> {
-    let Some(RotaryConfig { theta, layout, .. }) = rotary else {
+/// The angle of a pair of entries from one token to the next, and the factor on cosines and sines, as in the Python of
+/// Hugging Face's transformers.
+fn angle(config: &RotaryConfig, pair: usize, dim: usize) -> (f64, f64) {
+    let plain = 1.0 / config.theta.powf(2.0 * pair as f64 / dim as f64);
+    match config.scaling {
+        RotaryScaling::None => (plain, 1.0),
+        RotaryScaling::Linear(factor) => (plain / factor, 1.0),
+        RotaryScaling::Llama3 {
+            factor,
+            low,
+            high,
+            original_tokens,
+        } => {
+            let wavelength = 2.0 * PI / plain;
+            let original = original_tokens as f64;
+            if wavelength > original / low {
+                (plain / factor, 1.0)
+            } else if wavelength < original / high {
+                (plain, 1.0)
+            } else {
+                let smooth = (original / wavelength - low) / (high - low);
+                ((1.0 - smooth) * plain / factor + smooth * plain, 1.0)
+            }
+        }
+        RotaryScaling::Yarn {
+            factor,
+            original_tokens,
+            beta_fast,
+            beta_slow,
+        } => {
+            let correction = |rotations: f64| {
+                let inside = original_tokens as f64 / (rotations * 2.0 * PI);
+                (dim as f64 * inside.ln()) / (2.0 * config.theta.ln())
+            };
+            let low = correction(beta_fast).floor().max(0.0);
+            let high = correction(beta_slow).ceil().min((dim - 1) as f64);
+            let high = if low == high { high + 0.001 } else { high };
+            let ramp = ((pair as f64 - low) / (high - low)).clamp(0.0, 1.0);
+            let extrapolation = 1.0 - ramp;
+            let scaled = plain / factor * (1.0 - extrapolation) + plain * extrapolation;
+            (scaled, 0.1 * factor.ln() + 1.0)
+        }
+    }
+}
+
+/// The RMS norm of the last axis, with the factor of the weight.
+fn normed(x: &Tensor, norm: Option<QkNorm>, weight: Option<&Tensor>) -> Result<Tensor> {
+    let (Some(QkNorm { eps, one_plus_weight }), Some(weight)) = (norm, weight) else {
         return Ok(x.clone());
     };
-    let (tokens, dim) = (x.dim(2)?, x.dim(3)?);
+    let scale = (x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
+    let factor = if one_plus_weight {
+        (weight + 1.0)?
+    } else {
+        weight.clone()
+    };
+    Ok(x.broadcast_div(&scale)?.broadcast_mul(&factor)?)
+}
+
+/// Rotates x (B, H, N, D) element by element: the first and second entries of each pair by position * [`angle`].
+fn turned(x: &Tensor, rotary: Option<RotaryConfig>) -> Result<Tensor> {
+    let Some(config) = rotary else {
+        return Ok(x.clone());
+    };
+    let (tokens, head_dim) = (x.dim(2)?, x.dim(3)?);
+    let dim = config.dim.unwrap_or(head_dim);
     let mut data: Vec<f64> = x.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
-    for (row, data) in data.chunks_exact_mut(dim).enumerate() {
+    for (row, data) in data.chunks_exact_mut(head_dim).enumerate() {
         for pair in 0..dim / 2 {
-            let (first, second) = match layout {
+            let (first, second) = match config.layout {
                 RotaryLayout::Half => (pair, pair + dim / 2),
                 RotaryLayout::Interleaved => (2 * pair, 2 * pair + 1),
             };
-            let angle = (row % tokens) as f64 * theta.powf(-2.0 * pair as f64 / dim as f64);
-            let (x, y) = (data[first], data[second]);
+            let (angle, factor) = angle(&config, pair, dim);
+            let angle = (row % tokens) as f64 * angle;
+            let (x, y) = (data[first] * factor, data[second] * factor);
             data[first] = x * angle.cos() - y * angle.sin();
             data[second] = y * angle.cos() + x * angle.sin();
         }
@@ -59,9 +120,10 @@ fn by_hand(
         let rows = project(xs, name)?.reshape((batch, tokens, (), sizes.head_dim))?;
         Ok(rows.transpose(1, 2)?.contiguous()?)
     };
+    let normed = |name: &str, norm: &str| normed(&heads(name)?, sizes.qk_norm, weights.get(&format!("{norm}.weight")));
     let (q, k) = (
-        turned(&heads("q_proj")?, sizes.rotary)?,
-        turned(&heads("k_proj")?, sizes.rotary)?,
+        turned(&normed("q_proj", "q_norm")?, sizes.rotary)?,
+        turned(&normed("k_proj", "k_norm")?, sizes.rotary)?,
     );
     assert_eq!((q.dim(1)?, k.dim(1)?), (sizes.num_heads, sizes.num_kv_heads));
     let strategies = HeadStrategies::per_head(STRATEGIES.into());
@@ -100,6 +162,69 @@ fn a_layer_is_what_it_is_made_of() -> Result<()> {
             let (output, loss, hidden) = by_hand(&xs, &sizes, &weights)?;
             assert!(hidden > 20, "only {hidden} tokens were hidden");
 
+            let vb = VarBuilder::from_tensors(weights, DType::F32, xs.device());
+            let frozen = CompressedSelfAttention::new(sizes, attention(Default::default())?, vb)?;
+            for layer in [tracked, frozen] {
+                let (got, got_loss) = layer.forward_with_loss(&xs)?;
+                let what = format!("{sizes:?}");
+                assert_close(&what, &got, &output, 2e-5, 2e-5)?;
+                assert_close(&what, &got_loss.expect("there are pairs"), &loss, 1e-6, 2e-5)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Norms of queries and keys, rotary embeddings of a part, and of scaled frequencies.
+#[test]
+fn layers_of_other_models_are_what_they_are_made_of() -> Result<()> {
+    let xs = random(1, &[2, 21, 12], DType::F32)?;
+    let yarn = |factor, original_tokens| RotaryScaling::Yarn {
+        factor,
+        original_tokens,
+        beta_fast: 2.0,
+        beta_slow: 0.4,
+    };
+    let llama3 = RotaryScaling::Llama3 {
+        factor: 8.0,
+        low: 1.0,
+        high: 4.0,
+        original_tokens: 30,
+    };
+    for layout in [RotaryLayout::Half, RotaryLayout::Interleaved] {
+        for (dim, scaling, norm) in [
+            (None, RotaryScaling::None, Some(false)),
+            (None, RotaryScaling::Linear(4.0), Some(true)),
+            (Some(4), RotaryScaling::None, None),
+            (Some(2), llama3, Some(false)),
+            (None, llama3, None),
+            (None, yarn(4.0, 20), None),
+            (Some(4), yarn(16.0, 9), Some(true)),
+        ] {
+            let sizes = SelfAttentionConfig {
+                rotary: rotary(Some(layout)).map(|rotary| RotaryConfig { dim, scaling, ..rotary }),
+                qk_norm: norm.map(|one_plus_weight| QkNorm {
+                    eps: 1e-3,
+                    one_plus_weight,
+                }),
+                ..SIZES
+            };
+            let (tracked, vars) = trainable(sizes, attention(Default::default())?, DType::F32)?;
+            for name in ["q_norm.weight", "k_norm.weight"] {
+                if let Some(weight) = vars.data().lock().unwrap().get(name) {
+                    weight.set(&(weight.as_tensor() + random(7, &[SIZES.head_dim], DType::F32)?.affine(0.3, 0.0)?)?)?;
+                }
+            }
+            let weights = plain(&vars);
+            assert_eq!(weights.len(), 4 + 2 * usize::from(norm.is_some()));
+            let (output, loss, hidden) = by_hand(&xs, &sizes, &weights)?;
+            assert!(hidden > 10, "only {hidden} tokens were hidden");
+            let gradients = tracked.forward(&xs)?.sqr()?.sum_all()?.backward()?;
+            for (name, var) in vars.data().lock().unwrap().iter() {
+                let gradient = gradients.get(var).unwrap_or_else(|| panic!("{name} has no gradient"));
+                let largest = gradient.abs()?.max_all()?.to_scalar::<f32>()?;
+                assert!(largest > 0.0, "{name}: the gradient is {largest}");
+            }
             let vb = VarBuilder::from_tensors(weights, DType::F32, xs.device());
             let frozen = CompressedSelfAttention::new(sizes, attention(Default::default())?, vb)?;
             for layer in [tracked, frozen] {

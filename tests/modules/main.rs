@@ -35,6 +35,7 @@ const SIZES: SelfAttentionConfig = SelfAttentionConfig {
     qkv_bias: false,
     output_bias: false,
     rotary: None,
+    qk_norm: None,
 };
 
 const LAYOUTS: [Option<RotaryLayout>; 3] = [None, Some(RotaryLayout::Half), Some(RotaryLayout::Interleaved)];
@@ -44,6 +45,7 @@ fn rotary(layout: Option<RotaryLayout>) -> Option<RotaryConfig> {
         theta: 100.0,
         max_tokens: 40,
         layout,
+        ..Default::default()
     })
 }
 
