@@ -209,7 +209,8 @@ impl Rotary {
             return self.turn(xs, position);
         }
         let turned = self.turn(&xs.narrow(3, 0, self.dim)?, position)?;
-        Tensor::cat(&[&turned, &xs.narrow(3, self.dim, head_dim - self.dim)?], 3)
+        // Candle joins the last axis as the first one of a transpose.
+        Tensor::cat(&[&turned, &xs.narrow(3, self.dim, head_dim - self.dim)?], 3)?.contiguous()
     }
 
     fn turn(&self, xs: &Tensor, position: usize) -> Result<Tensor> {

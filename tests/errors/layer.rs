@@ -125,7 +125,7 @@ fn parts_scalings_and_norms_of_no_use() {
                     original_tokens: 8192,
                 }
             }),
-            format!("{scaling} Llama3"),
+            format!("{scaling} Llama3 {{ factor: 8.0, low: 4.0, high: 4.0, original_tokens: 8192 }}; see rope_scaling"),
         ),
         (
             with(|c| {
@@ -136,7 +136,7 @@ fn parts_scalings_and_norms_of_no_use() {
                     beta_slow: 1.0,
                 }
             }),
-            format!("{scaling} Yarn"),
+            format!("{scaling} Yarn {{ factor: NaN, original_tokens: 8192, beta_fast: 32.0, beta_slow: 1.0 }}; see"),
         ),
         (
             layer_config(|c| {
