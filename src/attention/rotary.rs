@@ -176,7 +176,7 @@ impl Rotary {
             ),
         };
         let dim = config.dim.unwrap_or(head_dim);
-        if dim == 0 || dim > head_dim || dim % 2 != 0 {
+        if dim == 0 || dim > head_dim || !dim.is_multiple_of(2) {
             bail!("rotary dim: expected an even number from 2 to the head_dim {head_dim}, got {dim}; None turns all")
         }
         config.scaling.check()?;
