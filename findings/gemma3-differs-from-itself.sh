@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # candle-transformers 0.11.1: three ways in which its Gemma 3 differs from itself or fails, on a random model of three
 # layers with a window of 4 tokens.
-#   1. gemma3: a prompt of 9 tokens at once has other last logits than the same tokens one by one. In a prompt a row sees
-#      window + 1 tokens (`j + window < i` hides), in the rotating cache it sees window.
+#   1. gemma3: a prompt of 9 tokens at once has other last logits than the same tokens one by one. In a prompt a row
+#      sees window + 1 tokens (`j + window < i` hides), in the rotating cache it sees window.
 #   2. gemma3: a prompt fails for a model of 2 KV heads; its cache takes contiguous values only.
 #   3. quantized_gemma3: alone a token sees all tokens before it in every layer (no mask for one token, a cache that
 #      forgets none), in a prompt window + 1. And a second chunk of a prompt fails.
@@ -148,7 +148,8 @@ fn difference(n: u32, mut whole: impl FnMut(&Tensor, usize) -> Result<Tensor>,
 }
 
 fn say(what: &str, difference: f32) {
-    println!("{what}: {}", if difference < 1e-3 { "equal" } else if difference > 0.05 { "different" } else { "unclear" });
+    let word = if difference < 1e-3 { "equal" } else if difference > 0.05 { "different" } else { "unclear" };
+    println!("{what}: {word}");
 }
 
 fn main() -> Result<()> {
