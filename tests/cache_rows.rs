@@ -9,6 +9,7 @@ use candle_sfattention::{
     MergeStrategy,
 };
 use common::caches::part;
+use common::files::TempFile;
 use common::inputs::{values, Shape};
 
 const SHAPE: Shape = Shape(3, 4, 2, 60, 16);
@@ -96,6 +97,12 @@ fn rows_of_different_lengths_go_on_together() -> Result<()> {
             );
         }
     }
+    let file = TempFile::new();
+    together.save(&file.0)?;
+    let mut loaded = CompressedKvCache::load(&file.0, &Device::Cpu)?;
+    let next = part(&qkv, 59, 1)?;
+    let [expected, got] = [&mut together.clone(), &mut loaded].map(|cache| append(cache, &next));
+    assert_eq!(values(&got?)?, values(&expected?)?);
     // Apart again, each goes on from its own place.
     let rows = together.split()?;
     let lens: Vec<_> = rows.iter().flat_map(CompressedKvCache::lens).collect();
