@@ -5,7 +5,6 @@ use super::state::{CacheSizes, Lists, ListsOf, State};
 use super::step::attend_again;
 use super::CompressedKvCache;
 use crate::config::AttentionOptions;
-use crate::cpu::cache::list::List;
 use crate::cpu::decide::heads::ListHeads;
 use crate::cpu::number::element::Element;
 use crate::problem::Problem;
@@ -77,8 +76,8 @@ impl CompressedKvCache {
             let Some(state) = &cache.state else {
                 bail!("cat: expected caches that hold tokens on the CPU, got cache {index} without; leave it out")
             };
-            let settings = |cache: &Self| (cache.strategies.clone(), cache.config.clone(), cache.options.clone());
-            if settings(cache) != settings(first) {
+            if (&cache.strategies, &cache.config, &cache.options) != (&first.strategies, &first.config, &first.options)
+            {
                 bail!(
                     "cat: expected caches of equal strategies, parameters and options, got others in cache {index}; \
                      make all with the same settings"
@@ -118,28 +117,26 @@ impl CompressedKvCache {
                 ..place
             })
         };
-        let lists = match &states[0].lists {
-            Lists::F64(_) => Lists::F64(together(&states, |lists| match lists {
-                Lists::F64(lists) => Some(lists),
-                Lists::F32(_) | Lists::F16(_) | Lists::BF16(_) => None,
-            })),
-            Lists::F32(_) => Lists::F32(together(&states, |lists| match lists {
-                Lists::F32(lists) => Some(lists),
-                Lists::F64(_) | Lists::F16(_) | Lists::BF16(_) => None,
-            })),
-            Lists::F16(_) => Lists::F16(together(&states, |lists| match lists {
-                Lists::F16(lists) => Some(lists),
-                Lists::F64(_) | Lists::F32(_) | Lists::BF16(_) => None,
-            })),
-            Lists::BF16(_) => Lists::BF16(together(&states, |lists| match lists {
-                Lists::BF16(lists) => Some(lists),
-                Lists::F64(_) | Lists::F32(_) | Lists::F16(_) => None,
-            })),
-        };
+        let mut lists = states[0].lists.clone();
+        let mut batch = states[0].sizes.batch;
+        for state in &states[1..] {
+            match (&mut lists, &state.lists) {
+                (Lists::F64(all), Lists::F64(more)) => extend(all, more, batch),
+                (Lists::F32(all), Lists::F32(more)) => extend(all, more, batch),
+                (Lists::F16(all), Lists::F16(more)) => extend(all, more, batch),
+                (Lists::BF16(all), Lists::BF16(more)) => extend(all, more, batch),
+                // Their dtypes are equal.
+                _ => {}
+            }
+            batch += state.sizes.batch;
+        }
         Ok(Self {
+            strategies: first.strategies.clone(),
+            config: first.config.clone(),
+            options: first.options.clone(),
             state: Some(State {
                 sizes: CacheSizes {
-                    batch: states.iter().map(|state| state.sizes.batch).sum(),
+                    batch,
                     ..states[0].sizes
                 },
                 seq_len,
@@ -147,13 +144,15 @@ impl CompressedKvCache {
                 places: ragged.then(|| states.iter().flat_map(places).collect()),
                 lists,
             }),
-            ..first.clone()
+            #[cfg(feature = "cuda")]
+            on_gpu: None,
         })
     }
 
     /// The row of the last token once more, or of another query at its place, without appending: query (B, H, 1, D),
     /// output (B, H, 1, Dv), or in the order of [`AttentionOptions::layout`]. For engines that append first and attend
-    /// then. The row is that of [`Self::append_and_attend`], bit for bit.
+    /// then. The row is that of [`Self::append_and_attend`]: bit for bit after a single token, to rounding after a
+    /// chunk.
     ///
     /// A prompt takes one call of [`Self::append_and_attend`]: tokens that its earlier rows see are gone afterwards.
     ///
@@ -212,18 +211,13 @@ fn apart<S: Element>(lists: ListsOf<S>, batch: usize) -> Vec<ListsOf<S>> {
     rows
 }
 
-fn together<S: Element>(states: &[&State], of: impl Fn(&Lists) -> Option<&ListsOf<S>>) -> ListsOf<S> {
-    let mut all: Vec<(ListHeads, List<S>)> = Vec::new();
-    let mut first = 0;
-    for state in states {
-        for (at, list) in of(&state.lists).into_iter().flatten() {
-            let at = ListHeads {
-                batch: first + at.batch,
-                ..at.clone()
-            };
-            all.push((at, list.clone()));
-        }
-        first += state.sizes.batch;
-    }
-    all
+/// Adds lists whose batch rows follow `first` others.
+fn extend<S: Element>(all: &mut ListsOf<S>, more: &ListsOf<S>, first: usize) {
+    all.extend(more.iter().map(|(at, list)| {
+        let at = ListHeads {
+            batch: first + at.batch,
+            ..at.clone()
+        };
+        (at, list.clone())
+    }));
 }
