@@ -8,6 +8,7 @@ mod fixture;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::OnceLock;
 
 use candle_core::quantized::gguf_file::Value as Gguf;
 use candle_core::quantized::GgmlDType;
@@ -52,11 +53,16 @@ fn fail(args: &[&str], parts: &[&str]) {
     }
 }
 
+/// The path of a text. The tests run side by side and read one file: the first caller writes it.
 fn text() -> String {
-    let path = Fixture::get().path("long.txt");
-    let words = fs::read_to_string(Fixture::get().path("text.txt")).unwrap();
-    fs::write(&path, words.repeat(4)).unwrap();
-    path
+    static PATH: OnceLock<String> = OnceLock::new();
+    let write = || {
+        let path = Fixture::get().path("long.txt");
+        let words = fs::read_to_string(Fixture::get().path("text.txt")).unwrap();
+        fs::write(&path, words.repeat(4)).unwrap();
+        path
+    };
+    PATH.get_or_init(write).clone()
 }
 
 /// An empty folder's path.
