@@ -87,6 +87,21 @@ impl CompressedAttention {
         Ok((attend(q, k, v, &plan, &options)?, plan))
     }
 
+    /// The output under [`Criterion::Given`](crate::Criterion), by scores f32 (B, Hk, N): query (B, H, N, D), key and
+    /// value (B, Hk, N, D), output (B, H, N, D), or in the options' layout. The query heads are those of the thresholds.
+    ///
+    /// # Errors
+    /// As [`MergePlan::from_scores`] and [`attend`].
+    pub fn forward_scored(&self, q: &Tensor, k: &Tensor, v: &Tensor, scores: &Tensor) -> Result<Tensor> {
+        let options = self.next_options();
+        let (strategies, config) = (&self.strategies, &self.config);
+        let plan = match &options.segments {
+            Some(segments) => MergePlan::from_scores_in_segments(scores, strategies, config, segments)?,
+            None => MergePlan::from_scores(scores, strategies, config, options.causal)?,
+        };
+        attend(q, k, v, &plan, &options)
+    }
+
     /// The output, the compression loss and the plan: query (B, H, N, D), key and value (B, Hk, N, D), output
     /// (B, H, N, D), or in the options' layout.
     ///
@@ -116,6 +131,26 @@ impl CompressedAttention {
     /// A cache of other strategies or parameters than [`Self::new_cache`] gives, or as
     /// [`CompressedKvCache::append_and_attend`]. The cache is then unchanged.
     pub fn forward_cached(&self, q: &Tensor, k: &Tensor, v: &Tensor, cache: &mut CompressedKvCache) -> Result<Tensor> {
+        self.check_cache(cache)?;
+        cache.append_and_attend(q, k, v, &self.options)
+    }
+
+    /// [`Self::forward_cached`] under [`Criterion::Given`](crate::Criterion), with the scores of the new tokens, f32
+    /// (B, Hk, n).
+    ///
+    /// # Errors
+    /// As [`Self::forward_cached`] and [`CompressedKvCache::append_and_attend_scored`].
+    pub fn forward_cached_scored(
+        &self,
+        [q, k, v]: [&Tensor; 3],
+        scores: &Tensor,
+        cache: &mut CompressedKvCache,
+    ) -> Result<Tensor> {
+        self.check_cache(cache)?;
+        cache.append_and_attend_scored(q, k, v, scores, &self.options)
+    }
+
+    fn check_cache(&self, cache: &CompressedKvCache) -> Result<()> {
         if (cache.strategies(), cache.config()) != (&self.strategies, &self.config) {
             bail!(
                 "cache: expected this attention's strategies and {:?}, got other strategies or {:?}; make the cache \
@@ -124,7 +159,7 @@ impl CompressedAttention {
                 cache.config()
             )
         }
-        cache.append_and_attend(q, k, v, &self.options)
+        Ok(())
     }
 
     /// Each head's strategy.

@@ -1,14 +1,17 @@
 //! Observed mass on the tensors of one call: the scores behind [`Criterion::ObservedMass`](crate::Criterion), and the
 //! decisions by these scores.
 
+mod given;
+
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies, Segment};
 use crate::cpu::decide::cosine;
 use crate::cpu::decide::cosine::DecideInput;
-use crate::cpu::decide::observe::{threshold, Local, ObserveInput};
+use crate::cpu::decide::observe::{Local, ObserveInput};
+use crate::cpu::decide::score::ScoreTest;
 use crate::cpu::number::bias::Apart;
 use crate::cpu::number::element::{Accumulator, Element};
 use crate::cpu::number::rows::RowGrid;
-use crate::plan::MergePlan;
+use crate::plan::{without_scores, MergePlan};
 use crate::problem::{Problem, RowLayout};
 use crate::storage::{bias_view, cpu_slice, not_on_cpu, on_cpu, QueryKeyVisitor};
 use candle_core::{bail, DType, Device, Result, Tensor};
@@ -40,13 +43,15 @@ impl MergePlan {
         let [q, k, v] = &options.layout.turned_all([q, k, v])?;
         let problem = options.layout.explained(Problem::of_rows([q, k, v], options.causal))?;
         problem.check_settings(strategies, config, options)?;
-        if problem.queries != problem.tokens {
+        let fewer = problem.queries != problem.tokens;
+        if strategies.all_off() && (fewer || config.criterion.takes_scores()) {
             problem.segments(options)?;
-            if strategies.all_off() {
-                let shape = (problem.batch, problem.heads, problem.pairs());
-                let none = Tensor::zeros(shape, DType::U8, q.device())?;
-                return Ok(Self::decided(none, config, true));
-            }
+            let shape = (problem.batch, problem.heads, problem.pairs());
+            let none = Tensor::zeros(shape, DType::U8, q.device())?;
+            return Ok(Self::decided(none, config, true));
+        }
+        if fewer {
+            problem.segments(options)?;
             check_fewer_queries(&problem, config, options)?;
         }
         let indicators = match problem.segments(options)? {
@@ -120,6 +125,7 @@ fn decide(
     let problem = *problem;
     let bits = match config.criterion {
         Criterion::ObservedMass => observed_indicators(problem, [q, k, v], strategies, config, options)?,
+        Criterion::Given => return without_scores(),
         Criterion::QueryKey | Criterion::KeyKey => on_cpu(
             q,
             k,
@@ -267,31 +273,58 @@ impl Observe<'_> {
     }
 
     fn indicators<T: Element>(&self, strategies: &HeadStrategies, config: &CompressionConfig) -> Result<Vec<u8>> {
-        let Problem { batch, kv_heads, .. } = self.problem;
-        let (group, pairs) = (self.problem.group(), self.problem.pairs());
-        let mut bits = vec![0; batch * self.problem.heads * pairs];
-        let least = |batch: usize, kv_head: usize| {
-            let heads = kv_head * group..(kv_head + 1) * group;
-            threshold(heads.map(|head| strategies.test(config, batch, head)))
+        let Problem {
+            batch, heads, kv_heads, ..
+        } = self.problem;
+        let rule = ScoreRule {
+            sizes: [batch, heads, kv_heads],
+            pairs: self.problem.pairs(),
+            strategies,
+            config,
         };
         self.with_input::<T, _>(|input| {
-            let (decided, scores) = (input.decided(), input.scores(|b, kv_head| least(b, kv_head).is_some()));
-            if decided == 0 {
-                return Ok(());
-            }
-            for (index, (scores, bits)) in scores.chunks(decided).zip(bits.chunks_mut(group * pairs)).enumerate() {
-                let Some(least) = least(index / kv_heads, index % kv_heads) else {
-                    continue;
-                };
-                let least = T::Acc::of(least);
-                for bits in bits.chunks_mut(pairs) {
-                    for (token, (bit, score)) in bits.iter_mut().zip(scores).enumerate() {
-                        *bit = u8::from(token >= self.local.sinks && *score < least);
-                    }
+            let scores = input.scores(|batch, kv_head| rule.test::<T::Acc>(batch, kv_head).is_some());
+            Ok(rule.indicators(&scores, input.decided()))
+        })
+    }
+}
+
+/// Decisions by scores below the threshold of a KV head.
+struct ScoreRule<'a> {
+    /// B, H, Hk.
+    sizes: [usize; 3],
+    pairs: usize,
+    strategies: &'a HeadStrategies,
+    config: &'a CompressionConfig,
+}
+
+impl ScoreRule<'_> {
+    fn test<A: Accumulator>(&self, batch: usize, kv_head: usize) -> Option<ScoreTest<A>> {
+        let [_, heads, kv_heads] = self.sizes;
+        let group = heads / kv_heads;
+        let heads = kv_head * group..(kv_head + 1) * group;
+        let tests = heads.map(|head| self.strategies.test(self.config, batch, head));
+        ScoreTest::of(tests, self.config.sinks)
+    }
+
+    /// The indicators (B, H, N-1) of scores (B, Hk, `row`), of which the tokens that a row leaves behind are read.
+    fn indicators<A: Accumulator>(&self, scores: &[A], row: usize) -> Vec<u8> {
+        let ([batch, heads, kv_heads], pairs) = (self.sizes, self.pairs);
+        let (group, mut bits) = (heads / kv_heads, vec![0; batch * heads * pairs]);
+        let decided = row.min(pairs.saturating_sub(self.config.window));
+        if decided == 0 {
+            return bits;
+        }
+        for (index, (scores, bits)) in scores.chunks(row).zip(bits.chunks_mut(group * pairs)).enumerate() {
+            let Some(test) = self.test(index / kv_heads, index % kv_heads) else {
+                continue;
+            };
+            for bits in bits.chunks_mut(pairs) {
+                for (token, (bit, score)) in bits.iter_mut().zip(&scores[..decided]).enumerate() {
+                    *bit = u8::from(test.hides(token, *score));
                 }
             }
-            Ok(())
-        })?;
-        Ok(bits)
+        }
+        bits
     }
 }

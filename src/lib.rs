@@ -31,7 +31,7 @@
 //! # Features
 //!
 //! `cuda` compiles the CUDA kernels with nvcc, for compute capability 8.0 and above. `cuda-emu` runs the same kernels
-//! on the CPU, for tests. Neither is on by default.
+//! on the CPU, for tests. `fit` compiles nalgebra, with which [`calibrate`] fits a [`KeyProbe`]. None is on by default.
 //!
 //! # Layers
 //!
@@ -62,7 +62,9 @@ pub use attention::{
     RotaryScaling, SelfAttentionConfig,
 };
 pub use cache::{CacheOptions, CompressedKvCache};
-pub use calibrate::{Calibrator, Measurement, ModelShape, Policy};
+pub use calibrate::{Calibrator, KeyProbe, Measurement, ModelShape, Policy};
+#[cfg(feature = "fit")]
+pub use calibrate::{ProbeFitter, ProbeRegression, ProbeSample};
 pub use config::{
     segments_from_lengths, AttentionOptions, CompressionConfig, Criterion, Dropout, Fold, GroupRule, HeadStrategies,
     HeadTest, LossNormalizer, MergeRule, MergeStrategy, Segment, TensorLayout,

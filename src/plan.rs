@@ -20,6 +20,15 @@ pub struct MergePlan {
     hides_nothing: bool,
 }
 
+/// The error of a call without the scores that [`crate::Criterion::Given`] needs.
+pub(crate) fn without_scores<T>() -> Result<T> {
+    bail!(
+        "scores: expected a score per token and KV head for Criterion::Given, got none; give them to \
+         MergePlan::from_scores and attend, or to CompressedKvCache::append_and_attend_scored, or choose another \
+         criterion"
+    )
+}
+
 /// The counts of a plan. A pair is two neighbouring tokens of one query head of one batch row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MergeStats {

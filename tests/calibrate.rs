@@ -351,6 +351,7 @@ fn calibration_refuses_what_it_cannot_do() -> Result<()> {
         model: MODEL,
         config: observing(),
         layers: vec![layer.clone(), layer],
+        probe: None,
         calibration: figures,
     };
     said(Policy::new(parts).unwrap_err(), "finite numbers");

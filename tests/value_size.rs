@@ -88,7 +88,7 @@ fn agrees(dtype: DType, tolerance: f64, memory: Memory) -> Result<()> {
                 Criterion::ObservedMass => {
                     reference::observed_indicators(&aq, &ak, &av, &strategies, &config, &options)?
                 }
-                Criterion::KeyKey | Criterion::QueryKey => {
+                Criterion::KeyKey | Criterion::QueryKey | Criterion::Given => {
                     reference::indicators_under(&aq, &ak, &strategies, &config, options.bias.as_ref())?
                 }
             };

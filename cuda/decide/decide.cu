@@ -1,4 +1,5 @@
 // Which pairs merge. Four warps a block.
+#include "decide/observe_row.cuh"
 #include "lib/cosine.cuh"
 #include "lib/hw.cuh"
 #include "lib/warp_row.cuh"
@@ -337,6 +338,17 @@ KERNEL decide_sweep(Global<const uint8_t> levels, Global<const uint8_t> bits, Gl
   swept.set((size_t)blockIdx.y * p.pairs + t, bit);
 }
 
+// Scores (batch, KV heads, N) that the caller gives. A thread per token: grid (pairs / 128, batch * KV heads).
+KERNEL decide_given(Global<const float> scores, Global<const float> many, Global<uint8_t> bits, ScoreParams p,
+                    const __grid_constant__ FewTests few) {
+  unsigned t = blockIdx.x * blockDim.x + threadIdx.x, pairs = p.tokens - 1;
+  if (t >= pairs) return;
+  size_t first_head = (size_t)blockIdx.y * p.group;
+  float threshold = observed_threshold(Tests{many, few}, first_head, p.group);
+  bool hidden = t >= p.sinks && t < p.decided && scores[(size_t)blockIdx.y * p.tokens + t] < threshold;
+  for (unsigned head = 0; head < p.group; head++) bits.set((first_head + head) * pairs + t, hidden);
+}
+
 // PARTS: 64 dimensions each; 0 for longer rows and for sizes that are no multiple of 8.
 #define DECIDE_CAUSAL(suffix, T, DIM, PARTS)                                                                          \
   KERNEL __launch_bounds__(128, PARTS < 4 ? 8 : 4) decide_causal_##DIM##_##suffix(                                    \
@@ -356,4 +368,5 @@ KERNEL decide_sweep(Global<const uint8_t> levels, Global<const uint8_t> bits, Gl
 FOR_EACH_DTYPE(DECIDE)
 
 MODULE(decide, ENTRIES(decide_causal_any) ENTRIES(decide_causal_64) ENTRIES(decide_causal_128)
-                   ENTRIES(decide_causal_256) ENTRIES(decide_levels) ENTRY(decide_adjacent) ENTRY(decide_sweep))
+                   ENTRIES(decide_causal_256) ENTRIES(decide_levels) ENTRY(decide_adjacent) ENTRY(decide_sweep)
+                   ENTRY(decide_given))

@@ -63,6 +63,13 @@ struct SweepParams {
 
 static_assert(sizeof(SweepParams) == 16, "as in src/cuda/params.rs");
 
+// Scores that the caller gives. `group`: query heads of a KV head; `decided`: tokens that have left the last row's window.
+struct ScoreParams {
+  unsigned group, tokens, sinks, decided;
+};
+
+static_assert(sizeof(ScoreParams) == 16, "as in src/cuda/params.rs");
+
 struct ObservedParams {
   Rows q, k, v;
   Sizes sizes;

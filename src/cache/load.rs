@@ -341,6 +341,7 @@ impl Reader<'_> {
                 last_key: sums("last_key", usize::from(settings.compares() && some))?,
             },
             observed: self.observed(&name, &settings, seq_len)?,
+            last_hidden: saved.last_hidden,
             last_queries,
             last_bad: saved.last_bad,
             settings,
@@ -437,6 +438,12 @@ impl Reader<'_> {
             bail!(
                 "{index}: expected a run that begins before token {}, got {start:?}; {DAMAGED}",
                 seq_len.saturating_sub(1)
+            )
+        }
+        if list.last_hidden && !list.settings.takes_scores() {
+            bail!(
+                "{index}: expected last_hidden only where given scores decide, got it under {:?}; {DAMAGED}",
+                list.settings.criterion
             )
         }
         if list.last_bad.is_some_and(|token| token >= seq_len) {

@@ -169,6 +169,32 @@ impl CompressedKvCache {
         v: &Tensor,
         options: &AttentionOptions,
     ) -> Result<Tensor> {
+        self.take_in_and_attend([q, k, v], None, options)
+    }
+
+    /// [`Self::append_and_attend`] under [`Criterion::Given`](crate::Criterion), with the scores of the new tokens, f32
+    /// (B, Hk, n) in either layout: a token is left out, once it has left the window, where its score is below the
+    /// threshold of its KV head. Any chunking gives the result of [`crate::MergePlan::from_scores`].
+    ///
+    /// # Errors
+    /// As [`Self::append_and_attend`], another criterion, or scores of another dtype, shape or device.
+    pub fn append_and_attend_scored(
+        &mut self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        scores: &Tensor,
+        options: &AttentionOptions,
+    ) -> Result<Tensor> {
+        self.take_in_and_attend([q, k, v], Some(scores), options)
+    }
+
+    fn take_in_and_attend(
+        &mut self,
+        [q, k, v]: [&Tensor; 3],
+        scores: Option<&Tensor>,
+        options: &AttentionOptions,
+    ) -> Result<Tensor> {
         if !options.causal {
             bail!("causal: expected true for a KV cache, got false; a cached row cannot see tokens that come later")
         }
@@ -178,7 +204,7 @@ impl CompressedKvCache {
         let wide = wider(q, k, v)?;
         let [inner_q, inner_k, inner_v] = &wide;
         let problem = layout.explained(Problem::new(inner_q, inner_k, inner_v))?;
-        let Some(output) = self.take_in(&problem, [inner_q, inner_k, inner_v], keys, Some(options))? else {
+        let Some(output) = self.take_in(&problem, [inner_q, inner_k, inner_v], scores, keys, Some(options))? else {
             bail!("output: expected rows for the new tokens, got none; this is a defect of the crate, report it")
         };
         let output = output.to_dtype(q.dtype())?;
@@ -195,13 +221,15 @@ impl CompressedKvCache {
         &mut self,
         problem: &Problem,
         [q, k, v]: [&Tensor; 3],
+        scores: Option<&Tensor>,
         keys: DType,
         options: Option<&AttentionOptions>,
     ) -> Result<Option<Tensor>> {
+        let scores = self.checked_scores(problem, scores, k)?;
         #[cfg(feature = "cuda")]
         if q.device().is_cuda() || self.on_gpu.is_some() {
             options.map_or(Ok(()), AttentionOptions::check_on_cuda)?;
-            return self.take_in_on_gpu(problem, [q, k, v], options);
+            return self.take_in_on_gpu(problem, [q, k, v], scores.as_ref(), options);
         }
         if !q.device().is_cpu() {
             return not_on_cpu(q.device());
@@ -211,7 +239,8 @@ impl CompressedKvCache {
             Some(state) => state,
             None => self.first_state(problem, storage)?,
         };
-        let result = step(&mut state, problem, [q, k, v], options, self.options.max_entries);
+        let limit = self.options.max_entries;
+        let result = step(&mut state, problem, [q, k, v], scores.as_ref(), options, limit);
         if state.seq_len > 0 {
             self.state = Some(state);
         }

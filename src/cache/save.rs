@@ -87,12 +87,19 @@ pub(super) struct SavedList {
     pub run_start: Option<usize>,
     #[serde(deserialize_with = "present")]
     pub last_bad: Option<usize>,
+    /// See [`List::last_hidden`].
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub last_hidden: bool,
     /// See [`List::kept_from`].
     #[serde(default, skip_serializing_if = "is_zero")]
     pub kept_from: usize,
     /// The number of its tokens, where segments or padding make it another than the cache's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seq_len: Option<usize>,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 fn is_zero(number: &usize) -> bool {
@@ -252,6 +259,7 @@ fn saved_lists<S: Element>(lists: &ListsOf<S>, seq_len: usize) -> Vec<SavedList>
         tests: list.settings.tests.iter().map(SavedTest::from).collect(),
         run_start: list.run.start.as_ref().map(|(token, _)| *token),
         last_bad: list.last_bad,
+        last_hidden: list.last_hidden,
         kept_from: list.kept_from,
         seq_len: Some(list.seq_len).filter(|own| *own != seq_len),
     };

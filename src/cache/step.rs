@@ -19,6 +19,7 @@ pub(super) fn step(
     state: &mut State,
     problem: &Problem,
     [q, k, v]: [&Tensor; 3],
+    scores: Option<&Tensor>,
     options: Option<&AttentionOptions>,
     max_entries: Option<usize>,
 ) -> Result<Option<Tensor>> {
@@ -63,6 +64,7 @@ pub(super) fn step(
         problem,
         given: [&k, &v],
         tensors: [&q, &stored[0], &stored[1]],
+        scores,
         options,
         bias,
         sinks,
@@ -153,6 +155,7 @@ impl Again<'_> {
             start: 0,
             bias: None,
             sinks: sinks.as_deref(),
+            scores: None,
         };
         Tensor::from_vec(step.again(lists), (batch, heads, 1, value_dim), &Device::Cpu)
     }
@@ -176,6 +179,8 @@ struct CpuCall<'a> {
     /// Key and value in Q.
     given: [&'a Tensor; 2],
     tensors: [&'a Tensor; 3],
+    /// (B, Hk, new tokens, 1), f32, where the caller gives them.
+    scores: Option<&'a Tensor>,
     /// None to append the tokens without attending.
     options: Option<&'a AttentionOptions>,
     bias: Option<Tensor>,
@@ -197,6 +202,11 @@ impl CpuCall<'_> {
         let bias = self.bias.as_ref().map(Tensor::storage_and_layout);
         let bias = match &bias {
             Some((storage, layout)) => Some(storage::bias_view::<S::Acc>(storage, layout)?),
+            None => None,
+        };
+        let scores = self.scores.map(Tensor::storage_and_layout);
+        let scores = match &scores {
+            Some((storage, layout)) => Some(RowGrid::new(cpu_slice::<f32>(storage)?, RowLayout::new(layout))),
             None => None,
         };
         let Problem {
@@ -226,6 +236,7 @@ impl CpuCall<'_> {
             start: 0,
             bias,
             sinks: sinks.as_deref(),
+            scores,
         };
         let output = match self.runs {
             None => {

@@ -1,38 +1,44 @@
-//! Quantiles of positive numbers in bounded memory.
+//! Quantiles of numbers in bounded memory.
 
-/// Numbers counted by their logarithm.
-#[derive(Clone, Debug)]
+use std::collections::BTreeMap;
+
+/// Numbers counted by their first 16 bits, in the order of the numbers. A bin is at most a 128th of its number wide.
+#[derive(Clone, Debug, Default)]
 pub(super) struct Histogram {
-    counts: Vec<u64>,
+    counts: BTreeMap<u16, u64>,
     total: u64,
 }
 
-/// Bins of an octave: a threshold is known to 1 %, and interpolated within its bin.
-const PER_OCTAVE: f64 = 64.0;
-/// 2^-40 is far below any score that differs from 0, 2^24 far above any.
-const LOWEST: f64 = -40.0;
-const BINS: usize = 64 * 64;
+/// The bin of a number: negative numbers have the bits of their size turned around.
+fn bin_of(x: f32) -> u16 {
+    let bits = (x.to_bits() >> 16) as u16;
+    match bits >> 15 {
+        1 => !bits,
+        _ => bits | 1 << 15,
+    }
+}
+
+/// The number with the smallest size in a bin, and the finite one next to the largest.
+fn edges(bin: u16) -> [f64; 2] {
+    let (sign, bits) = match bin >> 15 {
+        1 => (1.0, bin & !(1 << 15)),
+        _ => (-1.0, !bin & !(1 << 15)),
+    };
+    let size = |bits: u32| sign * f64::from(f32::from_bits(bits).min(f32::MAX));
+    let small = u32::from(bits) << 16;
+    [size(small), size(small + 0xffff + 1)]
+}
 
 impl Histogram {
     pub fn new() -> Self {
-        Self {
-            counts: vec![0; BINS],
-            total: 0,
-        }
+        Self::default()
     }
 
     /// Counts numbers. A NaN counts as above every threshold.
     pub fn extend(&mut self, numbers: &[f32]) {
         for x in numbers {
-            let bin = ((f64::from(*x).log2() - LOWEST) * PER_OCTAVE).floor();
-            // The logarithm of zero is minus infinity here, and that of a negative rounding of zero is NaN.
-            let bin = if *x <= 0.0 {
-                0.0
-            } else {
-                bin.clamp(0.0, (BINS - 1) as f64)
-            };
             if !x.is_nan() {
-                self.counts[bin as usize] += 1;
+                *self.counts.entry(bin_of(*x)).or_default() += 1;
             }
             self.total += 1;
         }
@@ -42,11 +48,15 @@ impl Histogram {
     pub fn quantile(&self, ratio: f64) -> Option<f64> {
         let wanted = ratio * self.total as f64;
         let mut below = 0.0;
-        for (bin, count) in self.counts.iter().enumerate() {
+        for (bin, count) in &self.counts {
             let count = *count as f64;
-            if count > 0.0 && below + count >= wanted {
+            if below + count >= wanted {
                 let inside = ((wanted - below) / count).clamp(0.0, 1.0);
-                return Some(((bin as f64 + inside) / PER_OCTAVE + LOWEST).exp2());
+                let [mut low, mut high] = edges(*bin);
+                if high < low {
+                    (low, high) = (high, low);
+                }
+                return Some(low + inside * (high - low));
             }
             below += count;
         }
@@ -74,6 +84,7 @@ mod tests {
     fn odd_numbers_find_a_place() {
         let mut histogram = Histogram::new();
         histogram.extend(&[0.0, -1e-9, 1e-30, 1e30, f32::INFINITY, f32::NAN]);
+        assert!(histogram.quantile(0.1).unwrap() < -9e-10);
         assert!(histogram.quantile(0.3).unwrap() < 1e-11);
         assert!(histogram.quantile(0.7).unwrap() > 1e6);
         // No number is above a NaN.

@@ -11,10 +11,21 @@
 //! A policy's thresholds are fixed numbers, so attention stays causal: nothing is chosen at run time.
 
 mod choose;
+#[cfg(feature = "fit")]
+mod fit;
+#[cfg(feature = "fit")]
+mod harm;
 mod histogram;
 mod policy;
+mod probe;
+mod shape;
 
-pub use policy::{CalibrationFigures, LayerPolicy, ModelShape, Policy, PolicyOptions};
+#[cfg(feature = "fit")]
+pub use fit::{ProbeFitter, ProbeRegression, ProbeSample};
+pub use policy::{CalibrationFigures, LayerPolicy, Policy, PolicyOptions};
+
+pub use probe::KeyProbe;
+pub use shape::ModelShape;
 
 #[cfg(doc)]
 use crate::config::MergeRule;
@@ -23,7 +34,7 @@ use crate::config::{
 };
 use crate::decide::observed_mass;
 use crate::op::attend;
-use crate::plan::MergePlan;
+use crate::plan::{without_scores, MergePlan};
 use crate::problem::Problem;
 use candle_core::{bail, DType, Result, Tensor, D};
 use choose::Candidate;
@@ -103,12 +114,50 @@ impl PassSettings {
         Ok(tensors)
     }
 
+    /// Refuses scores that are missing, too many, or of another shape than (1, Hk, N).
+    fn check_given(&self, k: &Tensor, given: Option<&Tensor>) -> Result<()> {
+        let Some(scores) = given else {
+            return match self.config.criterion.takes_scores() {
+                true => without_scores(),
+                false => Ok(()),
+            };
+        };
+        if !self.config.criterion.takes_scores() {
+            bail!(
+                "scores: expected none under Criterion::{:?}, got some; set the criterion to Given",
+                self.config.criterion
+            )
+        }
+        if scores.dims() != &k.dims()[..3] || scores.dtype() != DType::F32 {
+            bail!(
+                "scores: expected f32 of shape (1, KV heads, tokens) = {:?}, got {:?} of shape {:?}; give one score per \
+                 token and KV head",
+                &k.dims()[..3],
+                scores.dtype(),
+                scores.dims()
+            )
+        }
+        Ok(())
+    }
+
     /// The scores, `(units, tokens)` in f32, of the tokens that may be hidden; a hidden token's score is below its
     /// threshold.
-    fn scores(&self, strategy: MergeStrategy, [q, k, v]: [&Tensor; 3]) -> Result<Vec<Vec<f32>>> {
+    fn scores(
+        &self,
+        strategy: MergeStrategy,
+        [q, k, v]: [&Tensor; 3],
+        given: Option<&Tensor>,
+    ) -> Result<Vec<Vec<f32>>> {
         let scores = match self.config.criterion {
             Criterion::ObservedMass => observed_mass(q, k, v, &self.config, &self.options)?,
             Criterion::QueryKey | Criterion::KeyKey => self.distances(strategy, q, k)?,
+            Criterion::Given => match given {
+                Some(scores) => {
+                    let decided = (k.dim(2)? - 1).saturating_sub(self.config.window);
+                    scores.narrow(2, 0, decided)?
+                }
+                None => return without_scores(),
+            },
         };
         let scores = scores.squeeze(0)?.to_dtype(DType::F32)?;
         let tokens = scores.dim(1)?;
@@ -128,10 +177,9 @@ impl PassSettings {
         let (pairs, group) = (k.dim(2)? - 1, self.model.heads / self.model.kv_heads);
         let (_, kv_heads, tokens, dim) = k.dims4()?;
         let right = unit_vectors(k)?.unsqueeze(2)?;
-        let left = match self.config.criterion {
-            Criterion::QueryKey => unit_vectors(&q.contiguous()?)?.reshape((1, kv_heads, group, tokens, dim))?,
-            // ObservedMass has no pairs.
-            Criterion::KeyKey | Criterion::ObservedMass => right.clone(),
+        let left = match self.config.criterion.pairs_keys() {
+            true => right.clone(),
+            false => unit_vectors(&q.contiguous()?)?.reshape((1, kv_heads, group, tokens, dim))?,
         };
         let cosines = left
             .narrow(3, 1, pairs)?
@@ -165,8 +213,8 @@ impl PassSettings {
 impl Calibrator {
     /// Starts the first pass, for a model of shape `model` with its attention's settings and `options`: scale, bias,
     /// softcap, sink logits and layout. `ratios` are the shares of hidden tokens to try, between 0 and 1; every
-    /// head may also stay off. Under [`Criterion::ObservedMass`] a share counts the tokens that have left the window,
-    /// else all tokens; sinks are never counted.
+    /// head may also stay off. Under [`Criterion::ObservedMass`] and [`Criterion::Given`] a share counts the
+    /// tokens that have left the window, else all tokens; sinks are never counted.
     ///
     /// # Errors
     /// Settings that have no meaning, [`MergeRule::Reference`], whose decisions depend on one another, an invalid model
@@ -194,8 +242,8 @@ impl Calibrator {
             bail!("ratios: expected shares between 0 and 1, got {ratios:?}; give some as 0.25, 0.5 and 0.75")
         }
         let strategies = match config.criterion {
-            // Observed mass does not read the strategy.
-            Criterion::ObservedMass => vec![MergeStrategy::Similarity],
+            // Scores do not read the strategy.
+            Criterion::ObservedMass | Criterion::Given => vec![MergeStrategy::Similarity],
             Criterion::QueryKey | Criterion::KeyKey => vec![MergeStrategy::Similarity, MergeStrategy::Difference],
         };
         let settings = PassSettings {
@@ -226,9 +274,22 @@ impl Calibrator {
     /// # Errors
     /// Tensors of another shape than the model's, a window of one token, or as [`MergePlan::new`].
     pub fn observe(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
-        let [q, k, v] = &self.settings.checked(layer, [q, k, v])?;
+        self.observe_with(layer, [q, k, v], None)
+    }
+
+    /// [`Self::observe`] under [`Criterion::Given`], with the window's scores, f32 (1, Hk, N).
+    ///
+    /// # Errors
+    /// As [`Self::observe`], another criterion, or scores of another shape.
+    pub fn observe_scored(&mut self, layer: usize, qkv: [&Tensor; 3], scores: &Tensor) -> Result<()> {
+        self.observe_with(layer, qkv, Some(scores))
+    }
+
+    fn observe_with(&mut self, layer: usize, qkv: [&Tensor; 3], given: Option<&Tensor>) -> Result<()> {
+        let [q, k, v] = &self.settings.checked(layer, qkv)?;
+        self.settings.check_given(k, given)?;
         for (strategy, histograms) in self.settings.strategies.iter().zip(&mut self.scores[layer]) {
-            let scores = self.settings.scores(*strategy, [q, k, v])?;
+            let scores = self.settings.scores(*strategy, [q, k, v], given)?;
             for (histogram, scores) in histograms.iter_mut().zip(scores) {
                 histogram.extend(&scores);
             }
@@ -279,15 +340,43 @@ impl Measurement {
     /// # Errors
     /// As [`Calibrator::observe`], a projection of another shape, a weight that is not positive.
     pub fn add(&mut self, layer: usize, qkv: [&Tensor; 3], projection: Option<&Tensor>, weight: f64) -> Result<()> {
+        self.add_with(layer, (qkv, None), projection, weight)
+    }
+
+    /// [`Self::add`] under [`Criterion::Given`], with the window's scores, f32 (1, Hk, N).
+    ///
+    /// # Errors
+    /// As [`Self::add`], another criterion, or scores of another shape.
+    pub fn add_scored(
+        &mut self,
+        layer: usize,
+        (qkv, scores): ([&Tensor; 3], &Tensor),
+        projection: Option<&Tensor>,
+        weight: f64,
+    ) -> Result<()> {
+        self.add_with(layer, (qkv, Some(scores)), projection, weight)
+    }
+
+    fn add_with(
+        &mut self,
+        layer: usize,
+        (qkv, given): ([&Tensor; 3], Option<&Tensor>),
+        projection: Option<&Tensor>,
+        weight: f64,
+    ) -> Result<()> {
         let settings = &self.settings;
         let [q, k, v] = &settings.checked(layer, qkv)?;
+        settings.check_given(k, given)?;
         if !(weight.is_finite() && weight > 0.0) {
             bail!("weight: expected a positive number, got {weight}; 1 weighs all layers alike")
         }
         let errors = OutputError::new(settings, projection)?;
         let off = HeadStrategies::uniform(MergeStrategy::Off);
         let run = |strategies: &HeadStrategies| -> Result<(Tensor, MergePlan)> {
-            let plan = MergePlan::new(q, k, v, strategies, &settings.config, &settings.options)?;
+            let plan = match given.filter(|_| !strategies.all_off()) {
+                Some(scores) => MergePlan::from_scores(scores, strategies, &settings.config, true)?,
+                None => MergePlan::new(q, k, v, strategies, &settings.config, &settings.options)?,
+            };
             Ok((attend(q, k, v, &plan, &settings.options)?, plan))
         };
         let (dense, _) = run(&off)?;
@@ -306,7 +395,7 @@ impl Measurement {
         }
         let tokens = q.dim(2)?;
         let undecided = match settings.config.criterion {
-            Criterion::ObservedMass => settings.config.window,
+            Criterion::ObservedMass | Criterion::Given => settings.config.window,
             Criterion::QueryKey | Criterion::KeyKey => 0,
         };
         let eligible = (tokens - 1)
@@ -355,6 +444,7 @@ impl Measurement {
             model: self.settings.model,
             config: self.settings.config.clone(),
             layers: layers.collect(),
+            probe: None,
             calibration: CalibrationFigures {
                 target,
                 hidden_ratio: hidden as f64 / self.eligible as f64,

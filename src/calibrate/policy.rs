@@ -1,5 +1,7 @@
 //! [`Policy`]: the result of calibration, as JSON.
 
+use super::probe::KeyProbe;
+use super::shape::ModelShape;
 use crate::config::whole::WholeConfig;
 use crate::config::{CompressionConfig, GroupRule, HeadStrategies, MergeStrategy};
 use candle_core::{bail, Device, Error, Result, Tensor};
@@ -7,40 +9,6 @@ use serde::{Deserialize, Serialize};
 
 /// The format that a policy file names.
 const FORMAT: &str = "candle-sfattention policy 1";
-/// The most heads of a layer and numbers of a head. A file of a few bytes can name any number, and later code makes as
-/// many entries.
-const LARGEST: usize = 1 << 16;
-
-/// The sizes of a model's attention.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ModelShape {
-    /// Layers with attention.
-    pub layers: usize,
-    /// H: query heads.
-    pub heads: usize,
-    /// Hk: key and value heads; divides `heads`.
-    pub kv_heads: usize,
-    /// D: size of one head's vectors.
-    pub head_dim: usize,
-}
-
-impl ModelShape {
-    /// Refuses sizes of 0 or beyond [`LARGEST`], and heads that are no multiple of the KV heads.
-    pub(crate) fn check(&self) -> Result<()> {
-        let sizes = [self.layers, self.heads, self.kv_heads, self.head_dim];
-        if sizes.contains(&0) || !self.heads.is_multiple_of(self.kv_heads) {
-            bail!(
-                "model: expected sizes of at least 1 and KV heads that divide the heads, got {self:?}; see its config"
-            )
-        }
-        if self.heads.max(self.head_dim) > LARGEST {
-            bail!("model: expected heads and head_dim of at most {LARGEST}, got {self:?}; see its config")
-        }
-        Ok(())
-    }
-}
-
 /// One layer's choices. An entry is for a unit: a KV head under [`GroupRule::Unanimous`], else a query head.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -88,6 +56,9 @@ pub struct PolicyOptions {
     pub config: CompressionConfig,
     /// One per layer.
     pub layers: Vec<LayerPolicy>,
+    /// The probe whose scores the thresholds are for, under [`Criterion::Given`](crate::Criterion::Given).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub probe: Option<KeyProbe>,
     /// The figures of the calibration.
     pub calibration: CalibrationFigures,
 }
@@ -142,6 +113,15 @@ impl Policy {
                 parts.model.layers,
                 parts.layers.len()
             )
+        }
+        if let Some(probe) = &parts.probe {
+            if !parts.config.criterion.takes_scores() {
+                bail!(
+                    "probe: expected none under Criterion::{:?}, got one; set the criterion to Given",
+                    parts.config.criterion
+                )
+            }
+            probe.check(&parts.model)?;
         }
         let policy = Self(parts);
         let units = policy.0.model.heads / policy.heads_per_entry();

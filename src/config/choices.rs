@@ -104,6 +104,14 @@ pub enum Criterion {
     /// model. It reads neither the strategy of such heads nor `max_merge_level`, and has no compression loss. For
     /// pretrained models. Source: this crate. See [`crate::reference::observed_mass`].
     ObservedMass,
+    /// A score per token and KV head that the caller gives: low means that later rows will not miss the token. It is
+    /// left out, once it has left the window, where its score is below the threshold of its KV head. A decision is known
+    /// as the token comes. Needs [`Fold::Drop`], [`GroupRule::Unanimous`], and a threshold of its own for every head
+    /// that is not off; any window. It reads neither the strategy of such heads nor `max_merge_level`, and has no
+    /// compression loss. Scores go to [`crate::MergePlan::from_scores`] and to
+    /// [`crate::CompressedKvCache::append_and_attend_scored`]. Source: this crate. See
+    /// [`crate::reference::given_indicators`].
+    Given,
 }
 
 impl Criterion {
@@ -114,7 +122,18 @@ impl Criterion {
     pub const fn compares_pairs(self) -> bool {
         match self {
             Self::QueryKey | Self::KeyKey => true,
-            Self::ObservedMass => false,
+            Self::ObservedMass | Self::Given => false,
+        }
+    }
+
+    /// Whether a pair's left side is a key, and not a query.
+    #[inline]
+    pub(crate) const fn pairs_keys(self) -> bool {
+        match self {
+            Self::KeyKey => true,
+            Self::QueryKey => false,
+            // They have no pairs.
+            Self::ObservedMass | Self::Given => false,
         }
     }
 
@@ -123,7 +142,16 @@ impl Criterion {
     pub const fn observes(self) -> bool {
         match self {
             Self::ObservedMass => true,
-            Self::QueryKey | Self::KeyKey => false,
+            Self::QueryKey | Self::KeyKey | Self::Given => false,
+        }
+    }
+
+    /// Whether a token is judged by a score that the caller gives.
+    #[inline]
+    pub const fn takes_scores(self) -> bool {
+        match self {
+            Self::Given => true,
+            Self::QueryKey | Self::KeyKey | Self::ObservedMass => false,
         }
     }
 
@@ -132,7 +160,7 @@ impl Criterion {
     pub const fn reads_queries(self) -> bool {
         match self {
             Self::QueryKey | Self::ObservedMass => true,
-            Self::KeyKey => false,
+            Self::KeyKey | Self::Given => false,
         }
     }
 
@@ -141,7 +169,7 @@ impl Criterion {
     pub const fn reads_values(self) -> bool {
         match self {
             Self::ObservedMass => true,
-            Self::QueryKey | Self::KeyKey => false,
+            Self::QueryKey | Self::KeyKey | Self::Given => false,
         }
     }
 
@@ -149,7 +177,7 @@ impl Criterion {
     #[inline]
     pub const fn needs_thresholds(self) -> bool {
         match self {
-            Self::ObservedMass => true,
+            Self::ObservedMass | Self::Given => true,
             Self::QueryKey | Self::KeyKey => false,
         }
     }

@@ -106,8 +106,8 @@ impl CompressionConfig {
     ///
     /// # Errors
     /// A threshold or `loss_factor` that is not finite, `max_merge_level` of 0, counts over 2^32 - 1, a window without
-    /// causal attention, and every setting that [`MergeRule::Reference`] or [`Criterion::ObservedMass`] does not
-    /// support.
+    /// causal attention, and every setting that [`MergeRule::Reference`], [`Criterion::ObservedMass`] or
+    /// [`Criterion::Given`] does not support.
     pub fn check(&self, causal: bool) -> Result<()> {
         for (name, value) in [
             ("similarity_threshold", self.similarity_threshold),
@@ -143,7 +143,10 @@ impl CompressionConfig {
         }
         match self.criterion {
             Criterion::QueryKey | Criterion::KeyKey => {}
-            Criterion::ObservedMass => self.check_observed_mass(causal)?,
+            Criterion::ObservedMass => {
+                self.check_dropping(causal, 2, "Criterion::KeyKey for everything it does not have")?
+            }
+            Criterion::Given => self.check_dropping(causal, 0, "MergePlan::from_indicators with bits of your own")?,
         }
         Ok(())
     }
@@ -164,28 +167,30 @@ impl CompressionConfig {
         Ok(())
     }
 
-    fn check_observed_mass(&self, causal: bool) -> Result<()> {
+    /// Refuses everything that a criterion without pairs does not have; `window` is the least one it needs.
+    fn check_dropping(&self, causal: bool, window: usize, instead: &str) -> Result<()> {
         let got = if !causal {
             "attention that is not causal".to_string()
         } else if self.fold.keeps_hidden() {
             format!("fold {:?}", self.fold)
         } else if !self.group_rule.heads_agree() {
             format!("group_rule {:?}", self.group_rule)
-        } else if self.window < 2 {
+        } else if self.window < window {
             format!("window {}", self.window)
         } else {
             return Ok(());
         };
         bail!(
-            "Criterion::ObservedMass: expected causal attention, fold Drop, group_rule Unanimous and a window of at \
-             least 2, got {got}; use Criterion::KeyKey for everything it does not have"
+            "Criterion::{:?}: expected causal attention, fold Drop, group_rule Unanimous and a window of at least \
+             {window}, got {got}; use {instead}",
+            self.criterion
         )
     }
 
     fn check_reference_rule(&self) -> Result<()> {
         let published = match self.criterion {
             Criterion::QueryKey => true,
-            Criterion::KeyKey | Criterion::ObservedMass => false,
+            Criterion::KeyKey | Criterion::ObservedMass | Criterion::Given => false,
         };
         let got = if !published {
             format!("criterion {:?}", self.criterion)

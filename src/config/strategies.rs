@@ -90,6 +90,14 @@ impl<T: Copy> Table<T> {
         bail!("{what}: expected shape ({heads}) or ({batch}, {heads}), got {got}; give one entry per query head")
     }
 
+    fn heads(&self) -> Option<usize> {
+        match self {
+            Self::Uniform(_) => None,
+            Self::PerHead(values) => Some(values.len()),
+            Self::PerBatchHead { heads, .. } => Some(*heads),
+        }
+    }
+
     fn values(&self) -> &[T] {
         match self {
             Self::Uniform(value) => std::slice::from_ref(value),
@@ -223,6 +231,13 @@ impl HeadStrategies {
             strategies: self.strategies.row(batch),
             thresholds: self.thresholds.as_ref().map(|table| table.row(batch)),
         }
+    }
+
+    /// The number of query heads, where one of the tables says it.
+    pub(crate) fn heads(&self) -> Option<usize> {
+        self.strategies
+            .heads()
+            .or(self.thresholds.as_ref().and_then(Table::heads))
     }
 
     /// Whether heads have thresholds of their own.

@@ -1,7 +1,7 @@
 //! Launches of `cuda/decide/decide.cu`: which pairs merge.
 
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
-use super::params::{BiasEntries, DecideParams, FewTests, Rows, Sizes, SweepParams};
+use super::params::{BiasEntries, DecideParams, FewTests, Rows, ScoreParams, Sizes, SweepParams};
 use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, HeadTest, MergeRule};
 use crate::cuda::operands::BiasBuffer;
 use crate::problem::Problem;
@@ -31,11 +31,7 @@ pub(crate) fn reads_bias(config: &CompressionConfig) -> bool {
 
 /// As `key_key` in cuda/params.cuh: 1 where pairs are of two keys.
 pub(crate) fn key_key(criterion: Criterion) -> u32 {
-    match criterion {
-        Criterion::KeyKey => 1,
-        // ObservedMass has no pairs.
-        Criterion::QueryKey | Criterion::ObservedMass => 0,
-    }
+    u32::from(criterion.pairs_keys())
 }
 
 impl<G: Gpu, T: GpuElement> DecideCall<'_, G, T> {
@@ -64,7 +60,11 @@ impl<G: Gpu, T: GpuElement> DecideCall<'_, G, T> {
 
     /// [`table`] of this call.
     pub fn table(&self) -> Vec<f32> {
-        table(&head_tests(&self.problem, self.strategies, self.config))
+        table(&head_tests(
+            [self.problem.batch, self.problem.heads],
+            self.strategies,
+            self.config,
+        ))
     }
 
     /// [`table`] of this call, uploaded only if it is too large for an argument.
@@ -72,15 +72,7 @@ impl<G: Gpu, T: GpuElement> DecideCall<'_, G, T> {
     /// # Errors
     /// An error of an upload.
     pub fn tests(&self, gpu: &G) -> Result<Tests<G>> {
-        let (table, mut few) = (self.table(), FewTests { numbers: [0.0; 256] });
-        let many = match few.numbers.get_mut(..table.len()) {
-            Some(numbers) => {
-                numbers.copy_from_slice(&table);
-                None
-            }
-            None => Some(gpu.upload(&table)?),
-        };
-        Ok(Tests { many, few })
+        Tests::new(gpu, &self.table())
     }
 }
 
@@ -90,9 +82,69 @@ pub(crate) struct Tests<G: Gpu> {
     pub few: FewTests,
 }
 
+impl<G: Gpu> Tests<G> {
+    fn new(gpu: &G, table: &[f32]) -> Result<Self> {
+        let mut few = FewTests { numbers: [0.0; 256] };
+        let many = match few.numbers.get_mut(..table.len()) {
+            Some(numbers) => {
+                numbers.copy_from_slice(table);
+                None
+            }
+            None => Some(gpu.upload(table)?),
+        };
+        Ok(Self { many, few })
+    }
+}
+
+/// Decisions by scores that the caller gives.
+pub(crate) struct ScoreCall<'a> {
+    /// B, H, Hk, N; N is at least 2.
+    pub sizes: [usize; 4],
+    pub strategies: &'a HeadStrategies,
+    pub config: &'a CompressionConfig,
+}
+
+impl ScoreCall<'_> {
+    /// The merge indicators (B, H, N-1), 0 or 1, of contiguous scores (B, Hk, N).
+    ///
+    /// # Errors
+    /// Sizes beyond 32 bits, or an error of the device.
+    pub fn indicators<G: Gpu>(&self, gpu: &G, scores: &G::Slice<f32>) -> Result<G::Slice<u8>> {
+        let [batch, heads, kv_heads, tokens] = self.sizes;
+        let tests = table(&head_tests([batch, heads], self.strategies, self.config));
+        let tests = Tests::new(gpu, &tests)?;
+        let count = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+        let params = ScoreParams {
+            group: count(heads / kv_heads),
+            tokens: count(tokens),
+            sinks: count(self.config.sinks),
+            decided: count((tokens - 1).saturating_sub(self.config.window)),
+        };
+        let mut bits = gpu.alloc::<u8>(batch * heads * (tokens - 1))?;
+        let launch = Launch {
+            grid: [(tokens - 1).div_ceil(THREADS), batch * kv_heads, 1],
+            threads: THREADS,
+            shared_bytes: 0,
+        };
+        let args = [
+            gpu.read(scores),
+            gpu.read_some(tests.many.as_ref()),
+            gpu.write(&mut bits),
+            gpu.value(&params),
+            gpu.value(&tests.few),
+        ];
+        gpu.launch(&Kernel::plain("decide_given"), launch, &args)?;
+        drop(args);
+        Ok(bits)
+    }
+}
+
 /// The tests of every query head of every batch row.
-pub(crate) fn head_tests(problem: &Problem, strategies: &HeadStrategies, config: &CompressionConfig) -> Vec<HeadTest> {
-    let Problem { batch, heads, .. } = *problem;
+pub(crate) fn head_tests(
+    [batch, heads]: [usize; 2],
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+) -> Vec<HeadTest> {
     (0..batch * heads)
         .map(|row| strategies.test(config, row / heads, row % heads))
         .collect()

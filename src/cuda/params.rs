@@ -114,7 +114,7 @@ params!(BrokenParams: 4);
 
 // --- Decisions ---
 
-params!(DecideParams: 144, FewTests: 1024, SweepParams: 16, ObservedParams: 136);
+params!(DecideParams: 144, FewTests: 1024, SweepParams: 16, ScoreParams: 16, ObservedParams: 136);
 
 /// The parameters of decide.cu and loss.cu.
 #[repr(C)]
@@ -135,6 +135,18 @@ pub(crate) struct DecideParams {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FewTests {
     pub numbers: [f32; 256],
+}
+
+/// Scores that the caller gives.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ScoreParams {
+    /// Query heads of a KV head.
+    pub group: u32,
+    pub tokens: u32,
+    pub sinks: u32,
+    /// Tokens that have left the last row's window.
+    pub decided: u32,
 }
 
 /// One sweep of the reference rule.

@@ -1,7 +1,7 @@
 //! The CUDA path on candle's tensors. Nothing here waits for the device.
 
 use super::attention::{lists, Attention};
-use super::decide::{indicators, reads_bias, DecideCall};
+use super::decide::{indicators, reads_bias, DecideCall, ScoreCall};
 use super::device::Cuda;
 use super::fold::FoldCall;
 use super::on_gpu::{row_layout, Gpu, GpuElement, Number};
@@ -10,7 +10,7 @@ use super::{loss, observe};
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
 use crate::cuda::forward::Saved;
 use crate::cuda::operands::BiasBuffer;
-use crate::plan::MergePlan;
+use crate::plan::{without_scores, MergePlan};
 use crate::problem::{bias_as, Problem, RowLayout};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
@@ -113,8 +113,28 @@ fn decide_as<T: GpuElement>(
     let bits = match config.criterion {
         Criterion::ObservedMass => observe::indicators(&gpu, &call, source::<T>(v)?, options.scale(problem.head_dim))?,
         Criterion::QueryKey | Criterion::KeyKey => indicators(&gpu, &call)?,
+        Criterion::Given => return without_scores(),
     };
     Ok(tensor(bits, (problem.batch, problem.heads, problem.pairs()), &device))
+}
+
+/// The merge indicators (B, H, N-1), u8, of contiguous f32 scores (B, Hk, N) on a CUDA device.
+///
+/// # Errors
+/// An error of the device.
+pub(crate) fn decide_given(scores: &Tensor, call: &ScoreCall) -> Result<Tensor> {
+    let [batch, heads, _, tokens] = call.sizes;
+    let shape = (batch, heads, tokens - 1);
+    if tokens == 1 {
+        return Tensor::zeros(shape, DType::U8, scores.device());
+    }
+    // The kernel reads from the start of the buffer.
+    let scores = scores.force_contiguous()?;
+    let (storage, layout) = scores.storage_and_layout();
+    let (storage, _) = stored(&storage, layout)?;
+    let device = storage.device();
+    let bits = call.indicators(&Cuda::new(device), storage.as_cuda_slice::<f32>()?)?;
+    Ok(tensor(bits, shape, device))
 }
 
 /// One attention call on candle's storages.

@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 
 use super::merge::{norm, pair_cosine, qualifies, unit, NORM_FLOOR};
 use super::{add_scaled, Array4, Axes};
-use crate::config::{CompressionConfig, Criterion, HeadStrategies, LossNormalizer, MergeStrategy, Segment};
+use crate::config::{CompressionConfig, HeadStrategies, LossNormalizer, MergeStrategy, Segment};
 
 /// The sums that the loss is made of, over every pair of every query head that is not off. Ranks of a tensor-parallel
 /// model add their sums before they call [`Self::value`].
@@ -164,12 +164,9 @@ fn gradients_over(
         }
         let kv_head = sizes.kv_head(head);
         for t in 0..sizes.pairs() {
-            let (left, d_left) = match config.criterion {
-                Criterion::QueryKey => (q.row(batch, head, t + 1), dq.row_mut(batch, head, t + 1)),
-                // There is no loss under ObservedMass.
-                Criterion::KeyKey | Criterion::ObservedMass => {
-                    (k.row(batch, kv_head, t + 1), dk.row_mut(batch, kv_head, t + 1))
-                }
+            let (left, d_left) = match config.criterion.pairs_keys() {
+                true => (k.row(batch, kv_head, t + 1), dk.row_mut(batch, kv_head, t + 1)),
+                false => (q.row(batch, head, t + 1), dq.row_mut(batch, head, t + 1)),
             };
             let right = k.row(batch, kv_head, t);
             let c = super::cosine(left, right);

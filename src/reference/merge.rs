@@ -113,10 +113,9 @@ pub(super) fn pair_cosine(
     (batch, head, kv_head): (usize, usize, usize),
     (a, p): (usize, usize),
 ) -> f64 {
-    let left = match criterion {
-        Criterion::QueryKey => q.row(batch, head, a),
-        // Its callers have no pairs under ObservedMass.
-        Criterion::KeyKey | Criterion::ObservedMass => k.row(batch, kv_head, a),
+    let left = match criterion.pairs_keys() {
+        true => k.row(batch, kv_head, a),
+        false => q.row(batch, head, a),
     };
     cosine(left, k.row(batch, kv_head, p))
 }
@@ -154,6 +153,9 @@ pub fn indicators_under(
         Criterion::QueryKey | Criterion::KeyKey => {}
         Criterion::ObservedMass => {
             bail!("criterion: expected QueryKey or KeyKey, got ObservedMass; use reference::observed_indicators")
+        }
+        Criterion::Given => {
+            bail!("criterion: expected QueryKey or KeyKey, got Given; use reference::given_indicators")
         }
     }
     let sizes = match config.criterion.reads_queries() {

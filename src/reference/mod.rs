@@ -7,11 +7,12 @@
 //! The steps are the same as everywhere in the crate:
 //!
 //! 1. [`indicators`] decides which tokens merge: [`cosine`], [`qualifies`], then [`causal_rule`] or [`reference_rule`];
-//!    or [`observed_indicators`] does, by [`observed_mass`];
+//!    or [`observed_indicators`] does, by [`observed_mass`], or [`given_indicators`], by scores of the caller;
 //! 2. [`fold()`] gives every token its folded key and value, [`visible_columns`] says which columns a row attends to;
 //! 3. [`attention`], [`attention_gradients`] and [`sink_gradients`] compute one softmax per row over these columns;
 //! 4. [`compression_loss`] and [`compression_loss_gradients`] are the training loss;
-//! 5. [`dropout_keeps`] is the dropout mask, from [`philox4x32_10`].
+//! 5. [`harm()`] is what hiding a token would cost, to which a probe is fitted;
+//! 6. [`dropout_keeps`] is the dropout mask, from [`philox4x32_10`].
 //!
 //! Arrays hold f64, so a decision is taken in f64. The fast paths decide in f32 for f32, f16 and bf16 inputs: a pair
 //! whose cosine lies within rounding of its threshold may be decided differently there.
@@ -20,6 +21,7 @@ mod attend;
 mod bias;
 mod dropout;
 mod fold;
+mod harm;
 mod loss;
 mod merge;
 mod observe;
@@ -28,6 +30,7 @@ mod segments;
 pub use attend::{attention, attention_gradients, sink_gradients};
 pub use dropout::{dropout_keeps, philox4x32_10};
 pub use fold::{fold, unfold, visible_columns, Column};
+pub use harm::{harm, HarmLayer};
 pub use loss::{
     compression_loss, compression_loss_gradients, compression_loss_gradients_in_segments, compression_loss_in_segments,
     LossTerms,
@@ -36,7 +39,7 @@ pub use merge::{
     causal_rule, cosine, indicators, indicators_in_segments, indicators_under, norm, qualifies, reference_rule, unit,
     NORM_FLOOR,
 };
-pub use observe::{local_columns, local_weights, observed_indicators, observed_mass, observing_rows};
+pub use observe::{given_indicators, local_columns, local_weights, observed_indicators, observed_mass, observing_rows};
 
 use candle_core::{bail, DType, Device, Result, Tensor};
 

@@ -96,24 +96,79 @@ pub fn observed_indicators(
         return Ok(whole);
     }
     let scores = observed_mass(q, k, v, config, options)?;
+    Ok(indicators_of_scores(&scores, sizes, |batch, head, t, score| {
+        let test = strategies.test(config, batch, head);
+        t >= config.sinks && !test.strategy.is_off() && score < test.threshold
+    }))
+}
+
+/// The bits of scores per batch row and KV head: token t is hidden where `below(batch, head, t, score)` holds for every
+/// query head of its group. A token without a score is not hidden.
+fn indicators_of_scores(
+    scores: &[Vec<Vec<f64>>],
+    sizes: Axes,
+    below: impl Fn(usize, usize, usize, f64) -> bool,
+) -> Indicators {
     let group = sizes.heads / sizes.kv_heads;
     let mut bits = Vec::new();
     for (batch, head) in sizes.batch_heads() {
         let kv_head = sizes.kv_head(head);
         let voters = kv_head * group..(kv_head + 1) * group;
-        let below = |score: f64| {
-            voters.clone().all(|voter| {
-                let test = strategies.test(config, batch, voter);
-                !test.strategy.is_off() && score < test.threshold
-            })
-        };
         let scores = &scores[batch][kv_head];
-        bits.extend((0..sizes.pairs()).map(|t| t >= config.sinks && scores.get(t).is_some_and(|score| below(*score))));
+        bits.extend((0..sizes.pairs()).map(|t| {
+            let score = scores.get(t);
+            score.is_some_and(|score| voters.clone().all(|voter| below(batch, voter, t, *score)))
+        }));
     }
-    Ok(Indicators {
+    Indicators {
         dims: [sizes.batch, sizes.heads, sizes.pairs()],
         bits,
-    })
+    }
+}
+
+/// The tokens that merge under [`Criterion::Given`], for scores `[batch][kv_head][token]` of one segment a batch row:
+/// m[t] = 1 where s[t] lies below the threshold of every query head of the group, t >= `sinks`, and
+/// t + `window` + 1 <= N - 1. Scores and thresholds are rounded to f32 first; NaN is never below.
+///
+/// # Errors
+/// Scores, strategies or settings that do not fit together, or another criterion.
+pub fn given_indicators(
+    scores: &[Vec<Vec<f64>>],
+    heads: usize,
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+) -> Result<Indicators> {
+    config.check(true)?;
+    config.check_strategies(strategies)?;
+    if !config.criterion.takes_scores() {
+        bail!(
+            "criterion: expected Given, got {:?}; reference::indicators decides by neighbours",
+            config.criterion
+        )
+    }
+    let first = scores.first().map_or(&[][..], Vec::as_slice);
+    let (kv_heads, tokens) = (first.len(), first.first().map_or(0, Vec::len));
+    let alike = |rows: &Vec<Vec<f64>>| rows.len() == kv_heads && rows.iter().all(|row| row.len() == tokens);
+    if tokens == 0 || heads % kv_heads != 0 || !scores.iter().all(alike) {
+        bail!(
+            "scores: expected one row of tokens for each KV head of each batch row, with KV heads that divide the \
+             {heads} query heads, got {kv_heads} heads of {tokens} tokens in the first; give one score per token"
+        )
+    }
+    strategies.check(scores.len(), heads)?;
+    let sizes = Axes {
+        batch: scores.len(),
+        heads,
+        kv_heads,
+        tokens,
+        queries: tokens,
+        first_row: 0,
+    };
+    Ok(indicators_of_scores(scores, sizes, |batch, head, t, score| {
+        let test = strategies.test(config, batch, head);
+        let left = t + config.window + 1 < tokens;
+        t >= config.sinks && left && !test.strategy.is_off() && (score as f32) < test.threshold as f32
+    }))
 }
 
 fn check(q: &Array4, k: &Array4, v: &Array4, config: &CompressionConfig, options: &AttentionOptions) -> Result<Axes> {

@@ -41,6 +41,7 @@ pub fn reference_bits(
                 Some(segments) => reference::indicators_in_segments(q, k, strategies, config, bias, segments)?,
             }
         }
+        Criterion::Given => anyhow::bail!("settings: expected a criterion that needs no scores"),
     })
 }
 

@@ -1,9 +1,10 @@
 //! A list's decisions about a chunk of tokens, before anything changes.
 
-use crate::config::{Criterion, HeadTest};
+use crate::config::HeadTest;
 use crate::cpu::cache::list::{widened, Decided, List, Run};
 use crate::cpu::decide::cosine::{cosine_of, qualifies};
-use crate::cpu::decide::observe::{threshold, Chunk, Local, Observed, Recent};
+use crate::cpu::decide::observe::{Chunk, Local, Observed, Recent};
+use crate::cpu::decide::score::ScoreTest;
 use crate::cpu::number::element::{Accumulator, Element};
 use crate::cpu::number::rows::HeadRows;
 use crate::cpu::number::vectorized::dot;
@@ -22,6 +23,7 @@ impl<S: Element> List<S> {
             bits: self.bits.clone(),
             run: Run::default(),
             observed: Observed::new(),
+            last_hidden: false,
             closes: 0,
         };
         decided
@@ -32,6 +34,8 @@ impl<S: Element> List<S> {
             decided.run.last_key = widened(chunk.keys.row(count - 1));
         } else if self.settings.observes() {
             self.observe(chunk, &mut decided);
+        } else if self.settings.takes_scores() {
+            self.read_scores(chunk, &mut decided);
         }
         // The tokens up to the new edge are folded by the end of the chunk. Each unset bit before the edge closes a
         // chain.
@@ -55,16 +59,37 @@ impl<S: Element> List<S> {
             values: HeadRows::compact(&self.recent_values, self.value_dim),
             rows: self.recent_keys.len() / self.dim,
         };
-        let Some(least) = threshold(settings.tests.iter().copied()) else {
+        let Some(test) = ScoreTest::of(settings.tests.iter().copied(), settings.sinks) else {
             return;
         };
-        let (base, least) = (self.bits_base(), S::Acc::of(least));
+        let base = self.bits_base();
         let bits = &mut decided.bits;
         decided.observed = self
             .observed
             .after(local, (self.seq_len, recent), chunk, |token, score| {
-                bits[token - base] = u8::from(token >= settings.sinks && score < least);
+                bits[token - base] = u8::from(test.hides(token, score));
             });
+    }
+
+    /// A token's bit follows when its right neighbour comes; its score has decided it before.
+    fn read_scores<Q: Element<Acc = S::Acc>>(&self, chunk: &Chunk<Q, S>, decided: &mut Decided<S>) {
+        let settings = &self.settings;
+        let test = ScoreTest::of(settings.tests.iter().copied(), settings.sinks);
+        let Some((test, scores)) = test.zip(chunk.scores) else {
+            return;
+        };
+        let first = self.seq_len;
+        let mut hidden = self.last_hidden;
+        let mut bits = decided.bits[self.bits.len()..].iter_mut();
+        for row in 0..chunk.count {
+            if first + row > 0 {
+                if let Some(bit) = bits.next() {
+                    *bit = u8::from(hidden);
+                }
+            }
+            hidden = test.hides(first + row, scores.row(row)[0]);
+        }
+        decided.last_hidden = hidden;
     }
 
     fn scan<Q: Element<Acc = S::Acc>>(&self, chunk: &Chunk<Q, S>, decided: &mut Decided<S>) {
@@ -98,10 +123,9 @@ impl<S: Element> List<S> {
                     }
                     pass
                 };
-                match settings.criterion {
-                    Criterion::KeyKey => merges = merges && passes(&key, key_norm, &settings.tests),
-                    // ObservedMass has no pairs: `observe` decides it.
-                    Criterion::QueryKey | Criterion::ObservedMass => {
+                match settings.criterion.pairs_keys() {
+                    true => merges = merges && passes(&key, key_norm, &settings.tests),
+                    false => {
                         for (head, test) in queries.iter().zip(&settings.tests) {
                             if merges {
                                 Q::widen(head.row(row), &mut query);

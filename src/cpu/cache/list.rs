@@ -74,6 +74,11 @@ impl ListSettings {
         self.criterion.observes() && self.decides()
     }
 
+    /// Whether tokens are judged by scores that the caller gives.
+    pub fn takes_scores(&self) -> bool {
+        self.criterion.takes_scores() && self.decides()
+    }
+
     /// Whether tokens are judged by a test of neighbours.
     pub fn compares(&self) -> bool {
         self.criterion.compares_pairs() && self.decides()
@@ -106,10 +111,10 @@ impl ListSettings {
 
     /// The most tokens that one run may hide.
     pub fn longest_run(&self) -> usize {
-        match (self.merges(), self.observes()) {
+        match (self.merges(), self.criterion.compares_pairs()) {
             (false, _) => 0,
-            (true, false) => self.max_merge_level,
-            (true, true) => usize::MAX,
+            (true, true) => self.max_merge_level,
+            (true, false) => usize::MAX,
         }
     }
 }
@@ -143,6 +148,8 @@ pub(crate) struct List<S: Element> {
     pub run: Run<S::Acc>,
     /// The observed masses, where they decide; else empty.
     pub observed: Observed<S>,
+    /// Whether the last token is hidden once it has left the window, where scores that the caller gives decide.
+    pub last_hidden: bool,
     /// The last raw query (heads, D) of each query head, under [`Fold::PairSum`].
     pub last_queries: Vec<S::Acc>,
     /// The newest token whose key or value was not finite.
@@ -164,6 +171,8 @@ pub(crate) struct Decided<S: Element> {
     pub bits: Vec<u8>,
     pub run: Run<S::Acc>,
     pub observed: Observed<S>,
+    /// [`List::last_hidden`] after the chunk.
+    pub last_hidden: bool,
     /// The number of entries that the chunk will close.
     pub closes: usize,
 }
@@ -187,6 +196,7 @@ impl<S: Element> List<S> {
             bits: Vec::new(),
             run: Run::default(),
             observed: Observed::new(),
+            last_hidden: false,
             last_queries: Vec::new(),
             last_bad: None,
         }
@@ -238,6 +248,7 @@ impl<S: Element> List<S> {
             decided.bits.fill(0);
             self.bits.fill(0);
             (decided.run, decided.observed) = (Run::default(), Observed::new());
+            decided.last_hidden = false;
         }
     }
 
@@ -324,6 +335,7 @@ impl<S: Element> List<S> {
         let (base, bits) = (self.bits_base(), decided.bits);
         self.run = decided.run;
         self.observed = decided.observed;
+        self.last_hidden = decided.last_hidden;
         self.seq_len += count;
         self.reserve(decided.closes);
         let edge = self.seq_len.checked_sub(self.settings.window + 1);

@@ -45,6 +45,8 @@ pub(crate) struct Step<'a, Q: Element, S: Element> {
     pub bias: Option<BiasView<'a, Q::Acc>>,
     /// Sink logits (H) in base 2.
     pub sinks: Option<&'a [Q::Acc]>,
+    /// The scores (B, Hk, count, 1) of the new tokens, where the caller gives them.
+    pub scores: Option<RowGrid<'a, f32>>,
 }
 
 impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
@@ -57,6 +59,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             count: tokens.len(),
             start,
             bias: self.bias.map(|bias| bias.skip(tokens.start, start)),
+            scores: self.scores.map(|scores| scores.from(0, tokens.start)),
             ..*self
         }
     }
@@ -79,6 +82,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
                 values,
                 count: self.count,
                 scale: self.scale,
+                scores: self.scores.map(|scores| scores.head(at.batch, at.kv_head)),
                 apart: self.bias.map(|bias| (Apart::new(bias, list.seq_len), at)),
             })
         };

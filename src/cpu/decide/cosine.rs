@@ -1,6 +1,6 @@
 //! Which pairs merge: cosines and the two rules. O(N·D) per head for the causal rule.
 
-use crate::config::{CompressionConfig, Criterion, GroupRule, HeadStrategies, HeadTest, MergeRule, MergeStrategy};
+use crate::config::{CompressionConfig, GroupRule, HeadStrategies, HeadTest, MergeRule, MergeStrategy};
 use crate::cpu::number::bias::Apart;
 use crate::cpu::number::element::{Accumulator, Element};
 use crate::cpu::number::rows::{HeadRows, RowGrid};
@@ -99,10 +99,9 @@ impl<T: Element> DecideInput<'_, T> {
         let (tokens, kv_head) = (self.problem.tokens, head / self.problem.group());
         let (mut left_buffer, mut right_buffer) = (Vec::new(), Vec::new());
         let right = normed(self.k.head(batch, kv_head), tokens, &mut right_buffer);
-        match self.config.criterion {
-            Criterion::KeyKey => body(&right, &right),
-            // ObservedMass has no pairs: `observe` decides it.
-            Criterion::QueryKey | Criterion::ObservedMass => {
+        match self.config.criterion.pairs_keys() {
+            true => body(&right, &right),
+            false => {
                 let left = normed(self.q.head(batch, head), tokens, &mut left_buffer);
                 body(&left, &right)
             }
@@ -163,9 +162,9 @@ fn decide_group<T: Element>(input: &DecideInput<T>, batch: usize, heads: std::op
     let mut key_buffer = Vec::new();
     let keys = normed(input.k.head(batch, kv_head), tokens, &mut key_buffer);
     let mut query_buffers = vec![Vec::new(); heads.len()];
-    let queries: Vec<_> = match input.config.criterion {
-        Criterion::KeyKey => Vec::new(),
-        Criterion::QueryKey | Criterion::ObservedMass => heads
+    let queries: Vec<_> = match input.config.criterion.pairs_keys() {
+        true => Vec::new(),
+        false => heads
             .clone()
             .zip(&mut query_buffers)
             .map(|(head, buffer)| normed(input.q.head(batch, head), tokens, buffer))

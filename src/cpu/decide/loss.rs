@@ -1,6 +1,6 @@
 //! The sums of the compression loss, and the gradient of its squared term.
 
-use crate::config::{Criterion, MergeStrategy};
+use crate::config::MergeStrategy;
 use crate::cpu::decide::cosine::{cosine, qualifies, DecideInput, NormedRows, MIN_NORM};
 use crate::cpu::number::element::{Accumulator, Element};
 use rayon::prelude::*;
@@ -94,10 +94,9 @@ fn head_gradients<T: Element>(
             let cosine = cosine(left, t + 1, right, t);
             let factor = T::Acc::of(upstream * 2.0) * residual(strategy, cosine);
             let (a, b) = (Side::new(left, t + 1), Side::new(right, t));
-            let left_sum = match input.config.criterion {
-                Criterion::KeyKey => &mut *key_sum,
-                // There is no loss under ObservedMass.
-                Criterion::QueryKey | Criterion::ObservedMass => &mut query_sum,
+            let left_sum = match input.config.criterion.pairs_keys() {
+                true => &mut *key_sum,
+                false => &mut query_sum,
             };
             a.add_gradient(&b, cosine, factor, &mut left_sum[(t + 1) * dim..][..dim]);
             b.add_gradient(&a, cosine, factor, &mut key_sum[t * dim..][..dim]);

@@ -49,6 +49,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let bits = match config.criterion {
             Criterion::ObservedMass => observe::indicators(gpu, &call, v, scale)?,
             Criterion::QueryKey | Criterion::KeyKey => decide::indicators(gpu, &call)?,
+            Criterion::Given => return without_scores(),
         };
         let attention = Attention {
             fold: FoldCall {

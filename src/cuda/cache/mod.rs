@@ -77,7 +77,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// # Errors
     /// A criterion, window or head size that the kernels do not accept, or an error of the device.
     pub fn new(gpu: &G, problem: &Problem, strategies: &HeadStrategies, config: &CompressionConfig) -> Result<Self> {
-        let head_tests = decide::head_tests(problem, strategies, config);
+        let head_tests = decide::head_tests([problem.batch, problem.heads], strategies, config);
         Self::with_tests(gpu, problem, strategies, config, head_tests)
     }
 

@@ -58,7 +58,7 @@ impl<G: Gpu, T: GpuElement> ListBuffers<G, T> {
         };
         let observed = match config.criterion {
             Criterion::ObservedMass => Some(ObservedBuffers::new(gpu, settings, all)?),
-            Criterion::QueryKey | Criterion::KeyKey => None,
+            Criterion::QueryKey | Criterion::KeyKey | Criterion::Given => None,
         };
         Ok(Self {
             far_k: gpu.zeros(all * GROWTH * dim)?,

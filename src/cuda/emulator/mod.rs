@@ -116,8 +116,30 @@ fn decide_as<T: GpuElement + Element>(
     let bits = match config.criterion {
         Criterion::ObservedMass => observe::indicators(&Emulator, &call, borrow(&v), options.scale(problem.head_dim))?,
         Criterion::QueryKey | Criterion::KeyKey => indicators(&Emulator, &call)?,
+        Criterion::Given => return without_scores(),
     };
     Tensor::from_vec(bits.download()?, shape, &Device::Cpu)
+}
+
+/// The merge indicators (B, H, N-1) of the kernel for scores (B, Hk, N), f32; H is that of the strategies, N at least 2.
+///
+/// # Errors
+/// Scores of another dtype or rank, or an error that the emulator detects.
+pub fn decide_given(
+    scores: &Tensor,
+    heads: usize,
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+) -> Result<Tensor> {
+    let (batch, kv_heads, tokens) = scores.dims3()?;
+    let call = ScoreCall {
+        sizes: [batch, heads, kv_heads, tokens],
+        strategies,
+        config,
+    };
+    let scores = Emulator.upload(&scores.flatten_all()?.to_vec1::<f32>()?)?;
+    let bits = call.indicators(&Emulator, &scores)?.download()?;
+    Tensor::from_vec(bits, (batch, heads, tokens - 1), &Device::Cpu)
 }
 
 /// The attention kernels to run.

@@ -28,6 +28,8 @@ pub(crate) struct Chunk<'a, Q: Element, S: Element> {
     pub count: usize,
     /// The factor on `query . key`.
     pub scale: f64,
+    /// The scores that the caller gives, a row of one number a token; only read where they decide.
+    pub scores: Option<HeadRows<'a, f32>>,
     /// The call's bias, and the batch row and query heads that the list serves.
     pub apart: Option<(Apart<'a, S::Acc>, &'a ListHeads)>,
 }

@@ -10,7 +10,6 @@ mod masses;
 
 pub(crate) use cached::{Chunk, Observed, Recent};
 
-use crate::config::{HeadTest, MergeStrategy};
 use crate::cpu::number::element::{Accumulator, Element};
 use crate::cpu::number::panels;
 use crate::cpu::number::panels::PANEL;
@@ -52,16 +51,6 @@ impl Local {
     fn rows(&self, tokens: &Range<usize>) -> Range<usize> {
         tokens.start + self.window / 2..tokens.end + self.window - 1
     }
-}
-
-/// The score below which a KV head's token is hidden: the least of its query heads' thresholds, since all heads must
-/// agree. None where a head is off.
-pub(crate) fn threshold(tests: impl IntoIterator<Item = HeadTest>) -> Option<f64> {
-    let least = |least: f64, test: HeadTest| match test.strategy {
-        MergeStrategy::Off => None,
-        MergeStrategy::Similarity | MergeStrategy::Difference => Some(least.min(test.threshold)),
-    };
-    tests.into_iter().try_fold(f64::INFINITY, least)
 }
 
 /// Changes masses to scores: multiplies them by `‖value‖`.
