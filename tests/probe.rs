@@ -6,10 +6,13 @@ mod common;
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
+use candle_nn::{linear_b, Module, VarBuilder, VarMap};
 use candle_sfattention::calibrate::ProbeSample;
 use candle_sfattention::reference::{self, Array4, HarmLayer};
 use candle_sfattention::{
-    AttentionOptions, Calibrator, CompressionConfig, Criterion, KeyProbe, ModelShape, Policy, ProbeFitter, TensorLayout,
+    AttentionOptions, Calibrator, CompressedAttention, CompressedSelfAttention, CompressionConfig, Criterion,
+    HeadStrategies, KeyProbe, MergePlan, MergeStrategy, ModelShape, Policy, ProbeFitter, RotaryConfig,
+    SelfAttentionConfig, TensorLayout,
 };
 use common::inputs::{assert_close, values, Shape};
 
@@ -318,6 +321,76 @@ fn samples_that_do_not_fit_are_refused() -> Result<()> {
     let error = ProbeFitter::new(MODEL, 3, 2, sliding).unwrap_err().to_string();
     assert!(
         error.contains("options: expected causal attention over all tokens"),
+        "{error}"
+    );
+    Ok(())
+}
+
+/// A layer with a probe: its cache gives the rows of the whole, and its decisions are those of the probe's scores on
+/// keys before rotary embedding.
+#[test]
+fn a_layer_reads_its_keys_before_rotation() -> Result<()> {
+    let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu);
+    let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+    let sizes = SelfAttentionConfig {
+        hidden_size: 24,
+        num_heads: 4,
+        num_kv_heads: 2,
+        head_dim: 8,
+        qkv_bias: true,
+        output_bias: false,
+        rotary: Some(RotaryConfig::default()),
+        qk_norm: None,
+    };
+    let config = CompressionConfig {
+        criterion: Criterion::Given,
+        window: 4,
+        sinks: 2,
+        ..CompressionConfig::calibrated()
+    };
+    let probe = KeyProbe::new(&random(&[3, 2, 8])?, &random(&[3, 2])?)?;
+    let thresholds = Tensor::new(&[0f32, 0.0, 0.5, 0.5], &Device::Cpu)?;
+    let strategies = HeadStrategies::uniform(MergeStrategy::Similarity).with_thresholds(&thresholds)?;
+    for layout in [TensorLayout::HeadsFirst, TensorLayout::TokensFirst] {
+        let options = AttentionOptions {
+            layout,
+            ..Default::default()
+        };
+        let attention = CompressedAttention::new(strategies.clone(), config.clone(), options)?;
+        let attention = attention.with_probe(&probe, 2)?;
+        let layer = CompressedSelfAttention::new(sizes, attention.clone(), vb.clone())?;
+        let xs = random(&[2, 60, 24])?;
+        let (whole, plan) = layer.forward_with_plan(&xs)?;
+        let keys = linear_b(24, 16, true, vb.pp("k_proj"))?
+            .forward(&xs)?
+            .reshape((2, 60, 2, 8))?
+            .transpose(1, 2)?;
+        let scores = probe.scores(2, &keys)?;
+        let expected = MergePlan::from_scores(&scores, &strategies, &config, true)?;
+        assert_eq!(
+            plan.indicators().to_vec3::<u8>()?,
+            expected.indicators().to_vec3::<u8>()?
+        );
+        assert!(plan.stats()?.hidden_ratio() > 0.2);
+        assert!(layer.forward_with_loss(&xs)?.1.is_none());
+        let mut cache = layer.attention().new_cache(Default::default())?;
+        let mut rows = Vec::new();
+        for (start, count) in [(0, 20), (20, 1), (21, 39)] {
+            rows.push(layer.forward_cached(&xs.narrow(1, start, count)?, &mut cache)?);
+        }
+        assert_close("cached", &Tensor::cat(&rows, 1)?, &whole, 2e-5, 2e-5)?;
+    }
+    let plain = CompressedAttention::new(strategies.clone(), config.clone(), Default::default())?;
+    assert!(plain
+        .clone()
+        .with_probe(&probe, 3)
+        .unwrap_err()
+        .to_string()
+        .contains("layer: expected one below 3"));
+    let observed = CompressedAttention::new(strategies, CompressionConfig::calibrated(), Default::default())?;
+    let error = observed.with_probe(&probe, 0).unwrap_err().to_string();
+    assert!(
+        error.contains("probe: expected Criterion::Given with a probe, got ObservedMass"),
         "{error}"
     );
     Ok(())

@@ -105,12 +105,7 @@ impl KeyProbe {
     /// # Errors
     /// A layer that the probe does not have, or keys of another shape.
     pub fn scores(&self, layer: usize, keys: &Tensor) -> Result<Tensor> {
-        let Some(probe) = self.0.get(layer) else {
-            bail!(
-                "layer: expected one below {}, got {layer}; the probe is of another model",
-                self.0.len()
-            )
-        };
+        let probe = self.layer(layer)?;
         let (kv_heads, dim) = (probe.weights.len(), probe.weights[0].len());
         match *keys.dims() {
             [_, heads, _, width] if (heads, width) == (kv_heads, dim) => {}
@@ -123,6 +118,21 @@ impl KeyProbe {
         let offsets = Tensor::new(&probe.offsets[..], keys.device())?.reshape((1, kv_heads, 1))?;
         let scores = keys.to_dtype(DType::F32)?.broadcast_mul(&weights)?.sum(D::Minus1)?;
         scores.broadcast_add(&offsets)
+    }
+
+    /// The probe of one layer alone.
+    pub(crate) fn of_layer(&self, layer: usize) -> Result<Self> {
+        Ok(Self(vec![self.layer(layer)?.clone()]))
+    }
+
+    fn layer(&self, layer: usize) -> Result<&LayerProbe> {
+        match self.0.get(layer) {
+            Some(probe) => Ok(probe),
+            None => bail!(
+                "layer: expected one below {}, got {layer}; the probe is of another model",
+                self.0.len()
+            ),
+        }
     }
 
     /// Refuses another model.
