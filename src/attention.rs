@@ -72,6 +72,17 @@ impl CompressedAttention {
         })
     }
 
+    /// The same strategies, parameters and probe under other options.
+    ///
+    /// # Errors
+    /// Options that have no meaning, or that the parameters do not fit.
+    pub fn with_options(mut self, options: AttentionOptions) -> Result<Self> {
+        self.config.check(options.causal)?;
+        options.check()?;
+        self.options = options;
+        Ok(self)
+    }
+
     /// Takes scores from layer `layer` of a probe, under [`Criterion::Given`](crate::Criterion):
     /// [`Self::forward_probed`] and [`Self::forward_cached_probed`] then decide by them.
     ///

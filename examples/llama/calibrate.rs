@@ -4,10 +4,10 @@ use std::io::{stdout, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{ensure, Context, Result};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_sfattention::{
-    attend, AttentionOptions, Calibrator, CompressedAttention, CompressionConfig, HeadStrategies, Measurement,
-    MergePlan, MergeStrategy, ModelShape, Policy,
+    attend, AttentionOptions, Calibrator, CompressedAttention, CompressionConfig, HeadStrategies, KeyProbe,
+    Measurement, MergePlan, MergeStrategy, ModelShape, Policy,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -15,6 +15,7 @@ use crate::args::{CalibrateArgs, ErrorScale, WeightArgs};
 use crate::corpus::{self, Window};
 use crate::load::Checkpoint;
 use crate::model::{HiddenCounts, LayerCall, Llama, LlamaConfig};
+use crate::probe;
 use crate::report::{check_path, write_file};
 use crate::windows::{self, Purpose};
 
@@ -35,10 +36,10 @@ pub fn run(args: &CalibrateArgs) -> Result<()> {
     let measured = Measured::of(&checkpoint.config)?;
     let calibrator = measured.calibrator(config, &args.ratios)?;
     let model = checkpoint.load(dense(checkpoint.config.layers)?)?;
-    let measurement = measured.measure(&model, calibrator, &windows, args.weights)?;
+    let found = measured.measure(&model, calibrator, &windows, args.weights)?;
     let fingerprint = model.fingerprint()?;
     for (target, out) in args.target.iter().zip(outs) {
-        let policy = measured.policy(&measurement, *target, &fingerprint)?;
+        let policy = measured.policy(&found, *target, &fingerprint)?;
         write_file(&out, &(policy.to_json()? + "\n")).with_context(|| format!("out {}", out.display()))?;
         print(&policy, &out)?;
     }
@@ -104,16 +105,24 @@ impl Measured {
         })
     }
 
-    pub fn calibrator(&self, config: CompressionConfig, ratios: &[f64]) -> Result<Calibrator> {
-        let shape = ModelShape {
+    /// The shape of the measured layers.
+    pub fn shape(&self) -> ModelShape {
+        ModelShape {
             layers: self.layers.len(),
             ..self.model
-        };
-        let options = AttentionOptions {
+        }
+    }
+
+    /// The options of their attention.
+    pub fn options(&self) -> AttentionOptions {
+        AttentionOptions {
             softmax_scale: self.softmax_scale,
             ..AttentionOptions::default()
-        };
-        Ok(Calibrator::new(shape, config, options, ratios)?)
+        }
+    }
+
+    pub fn calibrator(&self, config: CompressionConfig, ratios: &[f64]) -> Result<Calibrator> {
+        Ok(Calibrator::new(self.shape(), config, self.options(), ratios)?)
     }
 
     /// The number of a layer among those that are measured.
@@ -122,8 +131,8 @@ impl Measured {
     }
 
     /// A policy for all layers. The target, and the shares in its figures, are those of the measured layers.
-    pub fn policy(&self, measurement: &Measurement, target: f64, fingerprint: &str) -> Result<Policy> {
-        let mut parts = measurement.policy(target, fingerprint)?.parts().clone();
+    pub fn policy(&self, found: &Found, target: f64, fingerprint: &str) -> Result<Policy> {
+        let mut parts = found.measurement.policy(target, fingerprint)?.parts().clone();
         let mut off = parts.layers[0].clone();
         off.strategies.fill(MergeStrategy::Off);
         for numbers in [&mut off.thresholds, &mut off.hidden_ratios, &mut off.errors] {
@@ -135,50 +144,106 @@ impl Measured {
         });
         parts.layers = all.collect();
         parts.model = self.model;
+        let probe = found.probe.as_ref();
+        parts.probe = probe.map(|probe| self.probe_of_all(probe)).transpose()?;
         Ok(Policy::new(parts)?)
     }
 
-    /// Both passes over the windows.
+    /// A probe of all layers: zeros where none was measured.
+    fn probe_of_all(&self, probe: &KeyProbe) -> Result<KeyProbe> {
+        let [weights, offsets] = probe.tensors(&Device::Cpu)?;
+        let rows = |x: &Tensor| -> Result<Tensor> {
+            let zeros = x.get(0)?.zeros_like()?;
+            let row = |layer| Ok(self.index(layer).map_or(Ok(zeros.clone()), |index| x.get(index))?);
+            let rows = (0..self.model.layers).map(row).collect::<Result<Vec<Tensor>>>()?;
+            Ok(Tensor::stack(&rows, 0)?)
+        };
+        Ok(KeyProbe::new(&rows(&weights)?, &rows(&offsets)?)?)
+    }
+
+    /// All passes over the windows; under given scores first those that fit a probe.
     pub fn measure(
         &self,
         model: &Llama,
         mut calibrator: Calibrator,
         windows: &[Window],
         weights: WeightArgs,
-    ) -> Result<Measurement> {
+    ) -> Result<Found> {
+        let config = calibrator.config().clone();
+        let fits = config.criterion.takes_scores();
         let style = ProgressStyle::with_template("{bar:40} {pos}/{len} windows  {msg}  {eta} left")?;
-        let bar = ProgressBar::new(2 * windows.len() as u64).with_style(style);
-        let each = |what: &'static str, visit: &mut dyn FnMut(&LayerCall, &Window) -> Result<()>| -> Result<()> {
-            bar.set_message(what);
-            for (index, window) in windows.iter().enumerate() {
-                let hidden = model.forward_planned(&window.tokens, &mut HiddenCounts::default(), |call| {
-                    visit(call, window)?;
-                    nothing(call)
-                })?;
-                // A model that computes NaN would give meaningless scores without an error.
-                corpus::check(model, &hidden).with_context(|| format!("window {index}"))?;
-                bar.inc(1);
-            }
-            Ok(())
+        let passes = if fits { 4 } else { 2 };
+        let passes = Passes {
+            measured: self,
+            model,
+            windows,
+            bar: ProgressBar::new(passes * windows.len() as u64).with_style(style),
         };
-        each("scores", &mut |call, _| {
-            let Some(index) = self.index(call.layer) else {
-                return Ok(());
-            };
+        let probe = if fits {
+            Some(probe::fit(self, &passes, &config)?)
+        } else {
+            None
+        };
+        let scores = |layer, call: &LayerCall| probe.as_ref().map(|probe| probe.scores(layer, call.unrotated));
+        passes.each("scores", |layer, call, _| {
             let [q, k, v] = call.qkv;
-            Ok(calibrator.observe(index, q, k, v)?)
+            Ok(match scores(layer, call).transpose()? {
+                Some(scores) => calibrator.observe_scored(layer, call.qkv, &scores)?,
+                None => calibrator.observe(layer, q, k, v)?,
+            })
         })?;
         let mut measurement = calibrator.measure()?;
-        each("errors", &mut |call, window| {
-            let Some(index) = self.index(call.layer) else {
-                return Ok(());
-            };
+        passes.each("errors", |layer, call, window| {
             let repeat = if window.is_copy() { weights.repeat_weight } else { 1.0 };
             let weight = repeat / scale(weights.error_scale, call)?;
-            Ok(measurement.add(index, call.qkv, Some(&call.projection.weight()?), weight)?)
+            let projection = call.projection.weight()?;
+            Ok(match scores(layer, call).transpose()? {
+                Some(scores) => measurement.add_scored(layer, (call.qkv, &scores), Some(&projection), weight)?,
+                None => measurement.add(layer, call.qkv, Some(&projection), weight)?,
+            })
         })?;
-        bar.finish_and_clear();
-        Ok(measurement)
+        passes.bar.finish_and_clear();
+        Ok(Found { measurement, probe })
+    }
+}
+
+/// What the passes found.
+pub struct Found {
+    measurement: Measurement,
+    /// Of the measured layers, under given scores.
+    probe: Option<KeyProbe>,
+}
+
+/// Dense passes of a model over the windows.
+pub struct Passes<'a> {
+    measured: &'a Measured,
+    model: &'a Llama,
+    windows: &'a [Window],
+    bar: ProgressBar,
+}
+
+impl Passes<'_> {
+    /// Visits each measured layer, by its number among them, in each window.
+    pub fn each(
+        &self,
+        what: &'static str,
+        mut visit: impl FnMut(usize, &LayerCall, &Window) -> Result<()>,
+    ) -> Result<()> {
+        self.bar.set_message(what);
+        for (index, window) in self.windows.iter().enumerate() {
+            let hidden = self
+                .model
+                .forward_planned(&window.tokens, &mut HiddenCounts::default(), |call| {
+                    if let Some(layer) = self.measured.index(call.layer) {
+                        visit(layer, call, window)?;
+                    }
+                    nothing(call)
+                })?;
+            // A model that computes NaN would give meaningless scores without an error.
+            corpus::check(self.model, &hidden).with_context(|| format!("window {index}"))?;
+            self.bar.inc(1);
+        }
+        Ok(())
     }
 }
 

@@ -58,8 +58,8 @@ pub struct CompressionArgs {
     /// per-query-head or unanimous.
     #[arg(long, value_parser = by_name::<GroupRule>, value_name = "NAME")]
     group_rule: Option<GroupRule>,
-    /// query-key, key-key or observed-mass.
-    #[arg(long, value_parser = by_name::<Criterion>, value_name = "NAME")]
+    /// query-key, key-key, observed-mass, or probe, which `calibrate` fits in a build with --features fit.
+    #[arg(long, value_parser = criterion, value_name = "NAME")]
     criterion: Option<Criterion>,
     /// pair-sum, mean or drop.
     #[arg(long, value_parser = by_name::<Fold>, value_name = "NAME")]
@@ -105,6 +105,15 @@ impl CompressionArgs {
             loss_factor: self.loss_factor.unwrap_or(preset.loss_factor),
             loss_normalizer: self.loss_normalizer.unwrap_or(preset.loss_normalizer),
         }
+    }
+}
+
+/// A criterion by its name. Scores come from a probe here.
+fn criterion(name: &str) -> Result<Criterion, String> {
+    match name {
+        "probe" => Ok(Criterion::Given),
+        "given" => Err("expected query-key, key-key, observed-mass or probe, got given".into()),
+        name => by_name(name),
     }
 }
 
@@ -232,14 +241,18 @@ impl Compression {
                 .head_strategies(shape)
                 .with_context(|| format!("strategy {}", self.label))?,
         };
-        let attention = |strategies| {
-            Ok(CompressedAttention::new(
-                strategies,
-                self.config.clone(),
-                AttentionOptions::default(),
-            )?)
+        let probe = match &self.strategies {
+            Strategies::Policy(policy) => policy.parts().probe.as_ref(),
+            Strategies::Uniform(_) | Strategies::PerLayer(_) => None,
         };
-        per_layer.into_iter().map(attention).collect()
+        let attention = |(layer, strategies)| {
+            let attention = CompressedAttention::new(strategies, self.config.clone(), AttentionOptions::default())?;
+            Ok(match probe {
+                Some(probe) => attention.with_probe(probe, layer)?,
+                None => attention,
+            })
+        };
+        per_layer.into_iter().enumerate().map(attention).collect()
     }
 }
 

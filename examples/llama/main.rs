@@ -17,6 +17,7 @@ mod load;
 mod model;
 mod model_args;
 mod plot;
+mod probe;
 mod report;
 mod rope;
 mod sampling;

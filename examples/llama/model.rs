@@ -35,6 +35,9 @@ pub struct LayerCall<'a> {
     pub layer: usize,
     /// Query, key and value `(1, heads or KV heads, N, D)`, rotated.
     pub qkv: [&'a Tensor; 3],
+    /// The key before its rotation.
+    #[allow(dead_code)] // read where probes are fitted
+    pub unrotated: &'a Tensor,
     /// The layer's scale and window.
     pub options: &'a AttentionOptions,
     /// The output projection `(hidden, heads·D)`.
@@ -184,10 +187,12 @@ impl Llama {
         self.run(tokens, Pass::Prompt, |index, layer, xs, stream| {
             let attention = &layer.attention;
             let options = attention.attention.options();
-            let [q, k, v] = rotated(attention.project(xs, Pass::Prompt)?, self.rotation(index, &rotations))?;
+            let projected = attention.project(xs, Pass::Prompt)?;
+            let [q, k, v] = rotated(&projected, self.rotation(index, &rotations))?;
             let plan = plan(&LayerCall {
                 layer: index,
                 qkv: [&q, &k, &v],
+                unrotated: &projected[1],
                 options,
                 projection: &attention.output,
                 stream,

@@ -268,6 +268,11 @@ impl Calibrator {
         })
     }
 
+    /// The settings whose thresholds are looked for.
+    pub fn config(&self) -> &CompressionConfig {
+        &self.settings.config
+    }
+
     /// Counts the scores of one window in one layer. Query (1, H, N, D), key and value (1, Hk, N, D), or with their
     /// axes in the order of the options' layout, as they reach the attention; N >= 2.
     ///

@@ -55,8 +55,9 @@ impl SelfAttention {
 
     /// The rows `(1, N, hidden)` of a whole sequence, and the tokens hidden from them.
     pub fn forward(&self, xs: &Tensor, rotation: &Rotation) -> Result<(Tensor, MergeStats)> {
-        let [q, k, v] = rotated(self.project(xs, Pass::Prompt)?, rotation)?;
-        let (out, plan) = self.attention.forward_with_plan(&q, &k, &v)?;
+        let projected = self.project(xs, Pass::Prompt)?;
+        let [q, k, v] = rotated(&projected, rotation)?;
+        let (out, plan) = self.attention.forward_probed([&q, &k, &v], &projected[1])?;
         Ok((self.merge_heads(&out, Pass::Prompt)?, plan.stats()?))
     }
 
@@ -68,8 +69,12 @@ impl SelfAttention {
         cache: &mut CompressedKvCache,
         pass: Pass,
     ) -> Result<Tensor> {
-        let [q, k, v] = rotated(self.project(xs, pass)?, rotation)?;
-        self.merge_heads(&self.attention.forward_cached(&q, &k, &v, cache)?, pass)
+        let projected = self.project(xs, pass)?;
+        let [q, k, v] = rotated(&projected, rotation)?;
+        let out = self
+            .attention
+            .forward_cached_probed([&q, &k, &v], &projected[1], cache)?;
+        self.merge_heads(&out, pass)
     }
 
     /// The rows of the next token of each sequence `(1, sequences, hidden)`, each over its own cache. Projections take
@@ -85,8 +90,12 @@ impl SelfAttention {
         let mut rows = Vec::with_capacity(rotations.len());
         for (index, (rotation, cache)) in rotations.iter().zip(caches).enumerate() {
             let own = |xs: &Tensor| xs.narrow(2, index, 1);
-            let [q, k, v] = rotated([own(&qkv[0])?, own(&qkv[1])?, own(&qkv[2])?], rotation)?;
-            rows.push(self.attention.forward_cached(&q, &k, &v, cache)?);
+            let projected = [own(&qkv[0])?, own(&qkv[1])?, own(&qkv[2])?];
+            let [q, k, v] = rotated(&projected, rotation)?;
+            rows.push(
+                self.attention
+                    .forward_cached_probed([&q, &k, &v], &projected[1], cache)?,
+            );
         }
         self.merge_heads(&Tensor::cat(&rows, 2)?, pass)
     }
@@ -117,8 +126,8 @@ impl SelfAttention {
 }
 
 /// Rotates queries and keys.
-pub fn rotated([q, k, v]: [Tensor; 3], rotation: &Rotation) -> Result<[Tensor; 3]> {
-    Ok([rotation.apply(&q)?, rotation.apply(&k)?, v])
+pub fn rotated([q, k, v]: &[Tensor; 3], rotation: &Rotation) -> Result<[Tensor; 3]> {
+    Ok([rotation.apply(q)?, rotation.apply(k)?, v.clone()])
 }
 
 /// A gated feed-forward part: `down(act(gate(x)) * up(x))`.
@@ -225,9 +234,5 @@ pub fn fitted(attention: &CompressedAttention, layer: usize, options: &LayerOpti
         sliding_window: options.window(layer),
         ..attention.options().clone()
     };
-    Ok(CompressedAttention::new(
-        attention.strategies().clone(),
-        attention.config().clone(),
-        options,
-    )?)
+    Ok(attention.clone().with_options(options)?)
 }
