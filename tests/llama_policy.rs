@@ -113,6 +113,43 @@ fn every_command_takes_a_policy() {
     assert!(number(&bench["rows"][1], "hidden_ratio") > 0.2);
 }
 
+/// A probe is fitted, kept in the policy, and read by every command; without the feature the command says how to get it.
+#[test]
+fn a_probe_makes_a_policy() {
+    let fixture = Fixture::get();
+    let (model, file, out) = (fixture.path("hf"), fixture.path("text.txt"), fixture.path("probe.json"));
+    let more = format!("--context 64 --windows 3 --repeats 2 --criterion probe --out {out} {SMALL}");
+    let args = [on("calibrate", &model, &file), words(&more)].concat();
+    if cfg!(not(feature = "fit")) {
+        return assert_error(
+            &args,
+            &["criterion probe: expected a build that fits probes", "--features fit"],
+        );
+    }
+    let said = run(&args);
+    assert!(said.contains("of the variance of ln(harm)"), "{said}");
+    let parts = &read(&out)["policy"];
+    assert_eq!(parts["config"]["criterion"], "given");
+    assert_eq!(parts["probe"].as_array().unwrap().len(), LAYERS);
+    assert_eq!(parts["probe"][1]["weights"].as_array().unwrap().len(), KV_HEADS);
+    let hidden = number(&parts["calibration"], "hidden_ratio");
+    assert!((0.5..0.62).contains(&hidden), "{hidden}");
+
+    let more = format!("--context 120 --windows 4 --strategy {out}");
+    let eval = report("probe_eval", &[on("eval", &model, &file), words(&more)].concat());
+    let hidden = number(&eval, "hidden_ratio");
+    assert!((0.3..0.7).contains(&hidden), "{hidden}");
+    let more = format!("--prompts 100 --decode 4 --strategy {out}");
+    let bench = report("probe_bench", &[on("bench", &model, &file), words(&more)].concat());
+    assert!(number(&bench["rows"][1], "hidden_ratio") > 0.2);
+    let given = llama(&[on("eval", &model, &file), words("--criterion given")].concat());
+    let error = text(&given.stderr);
+    assert!(
+        !given.status.success() && error.contains("observed-mass or probe, got given"),
+        "{error}"
+    );
+}
+
 #[test]
 fn a_policy_for_another_model_is_refused() {
     let fixture = Fixture::get();
