@@ -3,7 +3,7 @@
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies, Segment};
 use crate::cpu::attend::backward::{backward, Gradients};
 use crate::cpu::attend::forward::forward;
-use crate::cpu::attend::input::{BackwardInput, ForwardInput};
+use crate::cpu::attend::input::{BackwardInput, ColumnBias, ForwardInput};
 use crate::cpu::number::bias::sinks_in_base_2;
 use crate::cpu::number::element::{Accumulator, Element};
 use crate::cpu::number::rows::RowGrid;
@@ -17,9 +17,11 @@ use candle_core::backend::BackendStorage;
 use candle_core::{
     bail, CpuStorage, CudaStorage, CustomOp3, DType, Device, Error, Layout, Result, Shape, Storage, Tensor,
 };
+use column_bias::{ColumnBiasGradient, FoundGradients};
 use sinks::{KeptTensors, SinkGradient};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
+mod column_bias;
 mod sinks;
 
 /// The results of [`compressed_attention`].
@@ -125,12 +127,15 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &At
         false => None,
     };
     let kept = KeptTensors::default();
+    let tracked_inputs = [q, k, v].iter().any(|x| x.track_op());
+    let tracked_bias = options.column_bias.as_ref().filter(|bias| bias.track_op());
     let tracked_sinks = options.sink_logits.as_ref().filter(|sinks| sinks.track_op());
     let op = CompressedAttentionOp {
         problem,
         plan: plan.clone(),
         options: AttentionOptions {
             sink_logits: options.sink_logits.as_ref().map(Tensor::detach),
+            column_bias: options.column_bias.as_ref().map(Tensor::detach),
             ..options.clone()
         },
         segments,
@@ -138,10 +143,22 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &At
         sinks: sinks.clone(),
         #[cfg(feature = "cuda")]
         device_sinks,
-        tracked: [q, k, v].iter().any(|x| x.track_op()) || tracked_sinks.is_some(),
+        tracked: tracked_inputs || tracked_sinks.is_some() || tracked_bias.is_some(),
         kept: Arc::clone(&kept),
+        found: FoundGradients::default(),
     };
+    let with_bias = tracked_bias.map(|bias| {
+        let gradient = ColumnBiasGradient {
+            op: op.clone(),
+            qkv: [q, k, v].map(Tensor::detach),
+            found: tracked_inputs.then(|| Arc::clone(&op.found)),
+        };
+        (bias, gradient)
+    });
     let mut output = q.apply_op3(k, v, op)?;
+    if let Some((bias, gradient)) = with_bias {
+        output = output.apply_op2(bias, gradient)?;
+    }
     if let Some(logits) = tracked_sinks {
         let sinks = sinks.unwrap_or_default();
         output = output.apply_op2(logits, SinkGradient { problem, sinks, kept })?;
@@ -150,6 +167,7 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &At
 }
 
 /// Attention for one plan. It holds no tensor of the graph it is part of, so it cannot keep that graph alive.
+#[derive(Clone)]
 struct CompressedAttentionOp {
     problem: Problem,
     plan: MergePlan,
@@ -169,6 +187,8 @@ struct CompressedAttentionOp {
     /// log-sum-exp (base 2), (B, H, N), on the CPU as two numbers (B, H, N, 2). On CUDA, where gradients gain by it,
     /// also the rounding error of the output, (B, H, N, D).
     kept: KeptTensors,
+    /// The gradients that the op of a column bias has found.
+    found: FoundGradients,
 }
 
 impl CompressedAttentionOp {
@@ -237,6 +257,10 @@ impl CompressedAttentionOp {
             None => None,
         };
         let sinks = self.sinks.as_deref().map(sinks_in_base_2);
+        let column_bias = match &self.options.column_bias {
+            Some(bias) => Some(column_bias_in_base_2::<T::Acc>(bias)?),
+            None => None,
+        };
         let bits = contiguous::<u8>(&indicators.0, indicators.1)?;
         let whole = ForwardInput {
             q: rows(q),
@@ -254,6 +278,10 @@ impl CompressedAttentionOp {
             first: [0, 0],
             bias,
             sinks: sinks.as_deref(),
+            column_bias: column_bias.as_deref().map(|bias| {
+                let Problem { kv_heads, tokens, .. } = self.problem;
+                ColumnBias::new(bias, [kv_heads, tokens])
+            }),
         };
         let Some(segment) = segment else { return body(&whole) };
         let (batch, first) = (segment.batch, segment.tokens.start);
@@ -265,6 +293,7 @@ impl CompressedAttentionOp {
             bits: &segment.pairs().cut(bits, [self.problem.heads, self.problem.pairs(), 1]),
             first: [batch, first],
             bias: bias.map(|bias| bias.from(batch, first)),
+            column_bias: whole.column_bias.map(|bias| bias.from(batch, first)),
             ..whole
         })
     }
@@ -279,8 +308,14 @@ impl CompressedAttentionOp {
         }
     }
 
-    /// The gradients dq (B, H, Nq, D), dk (B, Hk, N, D) and dv (B, Hk, N, Dv).
-    fn cpu_bwd<T: Element>(&self, qkv: [&Tensor; 3], output: &Tensor, grad_output: &Tensor) -> Result<[Tensor; 3]> {
+    /// The gradients dq (B, H, Nq, D), dk (B, Hk, N, D) and dv (B, Hk, N, Dv), and that of the column bias (B, Hk, N),
+    /// if there is one.
+    fn cpu_bwd<T: Element>(
+        &self,
+        qkv: [&Tensor; 3],
+        output: &Tensor,
+        grad_output: &Tensor,
+    ) -> Result<([Tensor; 3], Option<Tensor>)> {
         let log_sum_exp = self.kept()?[0].storage_and_layout();
         let tensors = [qkv[0], qkv[1], qkv[2], output, grad_output].map(Tensor::storage_and_layout);
         let mut slices = Vec::with_capacity(5);
@@ -305,7 +340,12 @@ impl CompressedAttentionOp {
                 }))
             })
         };
-        let Gradients { dq, dk, dv } = match &self.segments {
+        let Gradients {
+            dq,
+            dk,
+            dv,
+            column_bias,
+        } = match &self.segments {
             None => run(None, log_sum_exp)?,
             Some(segments) => {
                 let Problem {
@@ -320,19 +360,52 @@ impl CompressedAttentionOp {
                     dq: zeros(qkv[0]),
                     dk: zeros(qkv[1]),
                     dv: zeros(qkv[2]),
+                    column_bias: match self.options.column_bias {
+                        Some(_) => vec![T::Acc::ZERO; self.problem.batch * kv_heads * tokens],
+                        None => Vec::new(),
+                    },
                 };
                 for segment in segments {
                     let part = run(Some(segment), &segment.cut(log_sum_exp, [heads, tokens, 1]))?;
                     segment.paste(&part.dq, &mut whole.dq, [heads, tokens, head_dim]);
                     segment.paste(&part.dk, &mut whole.dk, [kv_heads, tokens, head_dim]);
-                    segment.paste(&part.dv, &mut whole.dv, [kv_heads, tokens, head_dim]);
+                    segment.paste(&part.dv, &mut whole.dv, [kv_heads, tokens, self.problem.value_dim]);
+                    if !part.column_bias.is_empty() {
+                        segment.paste(&part.column_bias, &mut whole.column_bias, [kv_heads, tokens, 1]);
+                    }
                 }
                 whole
             }
         };
         let like = |data: Vec<T>, tensor: &Tensor| Tensor::from_vec(data, tensor.dims(), &Device::Cpu);
-        Ok([like(dq, qkv[0])?, like(dk, qkv[1])?, like(dv, qkv[2])?])
+        let column_bias = match &self.options.column_bias {
+            Some(bias) => Some(Tensor::from_vec(column_bias, bias.dims(), &Device::Cpu)?.to_dtype(bias.dtype())?),
+            None => None,
+        };
+        Ok(([like(dq, qkv[0])?, like(dk, qkv[1])?, like(dv, qkv[2])?], column_bias))
     }
+
+    /// [`Self::cpu_bwd`] in the call's dtype.
+    fn cpu_gradients(
+        &self,
+        qkv: [&Tensor; 3],
+        output: &Tensor,
+        grad_output: &Tensor,
+    ) -> Result<([Tensor; 3], Option<Tensor>)> {
+        match self.problem.dtype {
+            DType::F64 => self.cpu_bwd::<f64>(qkv, output, grad_output),
+            DType::F16 => self.cpu_bwd::<half::f16>(qkv, output, grad_output),
+            DType::BF16 => self.cpu_bwd::<half::bf16>(qkv, output, grad_output),
+            _ => self.cpu_bwd::<f32>(qkv, output, grad_output),
+        }
+    }
+}
+
+/// A column bias in row-major order and the accumulator's dtype, in base 2.
+fn column_bias_in_base_2<A: Accumulator>(bias: &Tensor) -> Result<Vec<A>> {
+    let numbers = bias.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+    let in_base_2 = |x: f64| A::of(x * std::f64::consts::LOG2_E);
+    Ok(numbers.into_iter().map(in_base_2).collect())
 }
 
 /// An error of one segment's call, whose rows and columns count from its first token.
@@ -444,12 +517,11 @@ impl CustomOp3 for CompressedAttentionOp {
             let [dq, dk, dv] = self.cuda_call().backward(qkv, output, self.kept()?, &grad_output)?;
             return Ok((Some(dq), Some(dk), Some(dv)));
         }
-        let [dq, dk, dv] = match self.problem.dtype {
-            DType::F64 => self.cpu_bwd::<f64>(qkv, output, grad_output),
-            DType::F16 => self.cpu_bwd::<half::f16>(qkv, output, grad_output),
-            DType::BF16 => self.cpu_bwd::<half::bf16>(qkv, output, grad_output),
-            _ => self.cpu_bwd::<f32>(qkv, output, grad_output),
-        }?;
+        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let [dq, dk, dv] = match found {
+            Some(gradients) => gradients,
+            None => self.cpu_gradients(qkv, output, grad_output)?.0,
+        };
         Ok((Some(dq), Some(dk), Some(dv)))
     }
 }

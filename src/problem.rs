@@ -183,6 +183,7 @@ impl Problem {
     pub fn check_options(&self, options: &AttentionOptions) -> Result<()> {
         options.check()?;
         self.check_sinks(options)?;
+        self.check_column_bias(options)?;
         if let Some(bias) = &options.bias {
             let full = self.bias_dims();
             self.check_size("bias", full)?;
@@ -214,6 +215,19 @@ impl Problem {
             )
         }
         Segment::read(numbers, [self.batch, self.tokens]).map(Some)
+    }
+
+    /// Refuses a column bias of another shape than (B, Hk, N).
+    fn check_column_bias(&self, options: &AttentionOptions) -> Result<()> {
+        let expected = [self.batch, self.kv_heads, self.tokens];
+        match &options.column_bias {
+            Some(bias) if bias.dims() != expected => bail!(
+                "column_bias: expected shape (batch, KV heads, tokens) = {expected:?}, got {:?}; give one number per \
+                 token and KV head",
+                bias.dims()
+            ),
+            _ => Ok(()),
+        }
     }
 
     /// The sizes of a call on one segment alone.

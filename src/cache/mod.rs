@@ -198,6 +198,12 @@ impl CompressedKvCache {
         if !options.causal {
             bail!("causal: expected true for a KV cache, got false; a cached row cannot see tokens that come later")
         }
+        if options.column_bias.is_some() {
+            bail!(
+                "column_bias: expected None for a KV cache, got some; a cache leaves tokens out, give thresholds and \
+                 append_and_attend_scored"
+            )
+        }
         let layout = options.layout;
         let [q, k, v] = &layout.turned_all([q, k, v])?;
         let keys = k.dtype();

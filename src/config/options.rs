@@ -51,6 +51,12 @@ pub struct AttentionOptions {
     /// [`attend`](crate::attend) has a gradient for it, in its dtype and shape. Decisions do not read it. `None`
     /// (default): no such term.
     pub sink_logits: Option<Tensor>,
+    /// (B, Hk, N), a float dtype, on the query's device: c[t] is added to the logits of token t's column in the rows
+    /// i > t + window of every query head of the KV head's group, after the softcap. A gate that is trained with the
+    /// model fades a token by it in place of hiding it. [`attend`](crate::attend) has a gradient for it, in its dtype
+    /// and shape. Needs causal attention. Decisions do not read it, and a cache refuses it. On the CPU only. `None`
+    /// (default): no such bias.
+    pub column_bias: Option<Tensor>,
     /// (B, N), u32: row i sees token s only where their numbers are equal; 0 is padding, whose rows are zeros with zero
     /// gradients, and no row sees it. Equal numbers follow each other. Pairs of tokens in two segments do not merge;
     /// `sinks`, `window` and [`Self::sliding_window`] count inside a segment, so that the result is that of each
@@ -80,6 +86,7 @@ impl Default for AttentionOptions {
             sliding_window: None,
             softcap: None,
             sink_logits: None,
+            column_bias: None,
             segments: None,
             layout: TensorLayout::HeadsFirst,
             deterministic: false,
@@ -99,6 +106,12 @@ impl AttentionOptions {
             bail!(
                 "sliding_window: expected None on CUDA, got {length}; its kernels do not compute it yet, move the \
                  tensors with to_device(&Device::Cpu)"
+            )
+        }
+        if self.column_bias.is_some() {
+            bail!(
+                "column_bias: expected None on CUDA, got some; its kernels do not compute it yet, move the tensors \
+                 with to_device(&Device::Cpu)"
             )
         }
         if self.segments.is_some() {
@@ -126,7 +139,7 @@ impl AttentionOptions {
     }
 
     /// Refuses a scale that is not finite, a sliding window of 0, a dropout probability outside `[0, 1)`, a softcap
-    /// that is not finite or not above 0, sink logits that are not floats, and a bias that is not a float or asks for a
+    /// that is not finite or not above 0, sink logits or a column bias that are not floats, and a bias that is not a float or asks for a
     /// gradient.
     ///
     /// # Errors
@@ -153,6 +166,21 @@ impl AttentionOptions {
                 "sink_logits: expected a float dtype, got {:?}; convert them with to_dtype",
                 sinks.dtype()
             )
+        }
+        if let Some(bias) = &self.column_bias {
+            if !bias.dtype().is_float() || bias.rank() != 3 {
+                bail!(
+                    "column_bias: expected floats of shape (batch, KV heads, tokens), got {:?} of shape {:?}; give one \
+                     number per token and KV head",
+                    bias.dtype(),
+                    bias.dims()
+                )
+            }
+            if !self.causal {
+                bail!(
+                    "column_bias: expected causal attention, got causal = false; no row is past a token's window there"
+                )
+            }
         }
         if let Some(segments) = &self.segments {
             if segments.dtype() != DType::U32 || segments.rank() != 2 {

@@ -160,6 +160,62 @@ fn add_sink_gradients(call: &Call, grad_output: &Array4, gradients: &mut [f64]) 
     }
 }
 
+/// The gradient of `Σ attention · grad_output` with respect to the column bias, (B, Hk, N) row-major: the sum over the
+/// group's query heads and over the rows i > t + window of `w_j (a_j - Σ w a)`, with the weight w of token t's column
+/// and `a_j = r_j · g · value_j`.
+///
+/// # Errors
+/// Options without a column bias, or shapes or settings that do not fit together.
+pub fn column_bias_gradients(
+    q: &Array4,
+    k: &Array4,
+    v: &Array4,
+    grad_output: &Array4,
+    indicators: &Indicators,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+) -> Result<Vec<f64>> {
+    check_grad_output(grad_output, q, v)?;
+    if options.column_bias.is_none() {
+        bail!("column_bias: expected a tensor of shape (batch, KV heads, tokens), got None; it has no gradient")
+    }
+    let [batch, kv_heads, tokens, _] = k.dims;
+    let mut gradients = vec![0.0; batch * kv_heads * tokens];
+    let Some(segments) = segments_of(q, k, indicators, options)? else {
+        let call = Call::new((q, k, v), indicators, config, options, None)?;
+        add_column_bias_gradients(&call, grad_output, &mut gradients);
+        return Ok(gradients);
+    };
+    for segment in &segments {
+        let [q, k, v, grad_output] = [q, k, v, grad_output].map(|x| x.cut(segment));
+        let bits = indicators.cut(segment);
+        let call = Call::new((&q, &k, &v), &bits, config, options, Some(segment))?;
+        add_column_bias_gradients(&call, &grad_output, &mut gradients);
+    }
+    Ok(gradients)
+}
+
+/// `gradients` are those of the whole call.
+fn add_column_bias_gradients(call: &Call, grad_output: &Array4, gradients: &mut [f64]) {
+    let (Some((_, [_, kv_heads, tokens])), [first_batch, first]) = (&call.column_bias, call.first) else {
+        return;
+    };
+    for (batch, head) in call.sizes.batch_heads() {
+        let parts = call.head(batch, head);
+        let at = ((first_batch + batch) * kv_heads + call.sizes.kv_head(head)) * tokens + first;
+        for row in call.sizes.rows() {
+            let seen = call.row(&parts, row);
+            let arrived = parts.arrived(&seen, grad_output.row(batch, head, row - call.sizes.first_row));
+            let mean = dot(&seen.weights, &arrived);
+            for (j, &column) in seen.columns.iter().enumerate() {
+                if let Column::Far(s) = column {
+                    gradients[at + s] += seen.weights[j] * (arrived[j] - mean);
+                }
+            }
+        }
+    }
+}
+
 /// The gradients of `Σ attention · grad_output` with respect to q, k and v, in their shapes. The bits are constants.
 ///
 /// # Errors
@@ -231,6 +287,8 @@ struct Call<'a> {
     bias: Option<Bias>,
     /// (H)
     sinks: Option<Vec<f64>>,
+    /// (B, Hk, N) of the whole call, and these sizes.
+    column_bias: Option<(Vec<f64>, [usize; 3])>,
     /// The batch row and the token that the arrays begin with: bias and dropout go by the indices of the whole call.
     first: [usize; 2],
 }
@@ -324,6 +382,7 @@ impl<'a> Call<'a> {
             scale: options.scale(q.dims[3]),
             bias,
             sinks: options.sink_logits.as_ref().map(|s| read_sinks(s, sizes)).transpose()?,
+            column_bias: options.column_bias.as_ref().map(read_column_bias).transpose()?,
             first: segment.map_or([0, 0], |segment| [segment.batch, segment.tokens.start]),
         })
     }
@@ -388,7 +447,17 @@ impl<'a> Call<'a> {
             Some(bias) => bias.get([head.batch, head.head, row, column.token()]),
             None => 0.0,
         };
-        head.capped(row, column).0 + head.size(column).ln() + bias
+        head.capped(row, column).0 + head.size(column).ln() + bias + self.column_bias(head, column)
+    }
+
+    /// c of a column that has left the row's window; the edge is not past it yet.
+    fn column_bias(&self, head: &Head, column: Column) -> f64 {
+        let (Some((bias, [_, kv_heads, tokens])), Column::Far(s)) = (&self.column_bias, column) else {
+            return 0.0;
+        };
+        let [first_batch, first] = self.first;
+        let row = (first_batch + head.batch) * kv_heads + self.sizes.kv_head(head.head);
+        bias[row * tokens + first + s]
     }
 
     fn keep(&self, head: &Head, row: usize, token: usize) -> f64 {
@@ -443,6 +512,11 @@ impl Head<'_> {
             Column::Near(_) => 1.0,
         }
     }
+}
+
+fn read_column_bias(bias: &Tensor) -> Result<(Vec<f64>, [usize; 3])> {
+    let (batch, kv_heads, tokens) = bias.dims3()?;
+    Ok((super::to_f64(bias)?, [batch, kv_heads, tokens]))
 }
 
 /// The sink logits (H): finite or -inf.

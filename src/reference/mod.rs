@@ -27,7 +27,7 @@ mod merge;
 mod observe;
 mod segments;
 
-pub use attend::{attention, attention_gradients, sink_gradients};
+pub use attend::{attention, attention_gradients, column_bias_gradients, sink_gradients};
 pub use dropout::{dropout_keeps, philox4x32_10};
 pub use fold::{fold, unfold, visible_columns, Column};
 pub use harm::{harm, HarmLayer};

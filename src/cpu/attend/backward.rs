@@ -23,10 +23,12 @@ use std::sync::{Mutex, PoisonError};
 const UNITS: usize = 8;
 
 /// Gradients: (B, H, Nq, D) for the query, (B, Hk, N, D) for the key, (B, Hk, N, Dv) for the value.
-pub(crate) struct Gradients<T> {
+pub(crate) struct Gradients<T: Element> {
     pub dq: Vec<T>,
     pub dk: Vec<T>,
     pub dv: Vec<T>,
+    /// (B, Hk, N) of the column bias; empty without one.
+    pub column_bias: Vec<T::Acc>,
 }
 
 /// Gradients from one share of one query head.
@@ -37,6 +39,8 @@ struct GradientPart<A: Accumulator> {
     dv: Aligned<A>,
     /// Gradients of folded queries (rows, width), in the order of the share's blocks.
     dq: Aligned<A>,
+    /// Gradients of the column bias (N); empty without one.
+    column_bias: Vec<A>,
 }
 
 /// The query heads of one KV head: the targets of their gradients, and the parts that are finished.
@@ -49,6 +53,8 @@ struct Group<'out, T: Element> {
     dk: &'out mut [T],
     /// (N, Dv)
     dv: &'out mut [T],
+    /// (N), or empty.
+    column_bias: &'out mut [T::Acc],
     /// Head by head, share by share.
     parts: Vec<Option<GradientPart<T::Acc>>>,
 }
@@ -63,7 +69,12 @@ pub(crate) fn backward<T: Element>(input: &BackwardInput<T>) -> Gradients<T> {
         dq: vec![T::zero(); problem.batch * heads * query_size],
         dk: vec![T::zero(); problem.batch * kv_heads * size],
         dv: vec![T::zero(); problem.batch * kv_heads * value_size],
+        column_bias: match input.forward.column_bias {
+            Some(_) => vec![T::Acc::ZERO; problem.batch * kv_heads * problem.tokens],
+            None => Vec::new(),
+        },
     };
+    let mut biases = gradients.column_bias.chunks_mut(problem.tokens);
     let units = group * shares(input);
     let targets = gradients.dk.chunks_mut(size).zip(gradients.dv.chunks_mut(value_size));
     let targets = gradients.dq.chunks_mut(group * query_size).zip(targets);
@@ -76,6 +87,7 @@ pub(crate) fn backward<T: Element>(input: &BackwardInput<T>) -> Gradients<T> {
                 dq,
                 dk,
                 dv,
+                column_bias: biases.next().unwrap_or_default(),
                 parts: (0..units).map(|_| None).collect(),
             })
         })
@@ -122,6 +134,10 @@ impl<T: Element> Group<'_, T> {
         let parts: Vec<&GradientPart<T::Acc>> = self.parts.iter().flatten().collect();
         store_sum(&parts, |part| &part.dk, dim, self.dk);
         store_sum(&parts, |part| &part.dv, problem.value_dim, self.dv);
+        for part in &parts {
+            let sums = self.column_bias.iter_mut().zip(&part.column_bias);
+            sums.for_each(|(sum, x)| *sum += *x);
+        }
         let size = problem.queries * dim;
         let mut rows_dq = GradientPart::default();
         for (index, (dq, parts)) in self.dq.chunks_mut(size).zip(parts.chunks(shares)).enumerate() {
@@ -232,6 +248,7 @@ impl<'a, T: Element> GradientWorker<'a, T> {
             sums.store_queries(T::Acc::of(forward.scale), target);
             rows_dq = rest;
         }
+        sums.store_column_bias(&far, &mut part.column_bias, forward.problem.tokens);
         sums.take_home(&far, forward.head_bits(batch, head), forward.fold);
         *columns = far.into_columns();
         std::mem::swap(&mut part.dk, &mut sums.folded.0);

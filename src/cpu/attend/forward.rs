@@ -129,6 +129,7 @@ impl<'c, 'a, T: Element> HeadLists<'c, 'a, T> {
             columns: self.borrow(list),
             keys: self.input.k.head(list.batch, list.kv_head),
             values: self.input.v.head(list.batch, list.kv_head),
+            edges_apart: self.input.column_bias.is_some(),
         };
         let block = self.input.block(list.batch, task.head, task.rows, &far);
         worker.run(&block, task.output.clear(), task.log_sum_exp);
@@ -139,18 +140,7 @@ impl<'c, 'a, T: Element> HeadLists<'c, 'a, T> {
     /// A list's columns, gathered now if this is the first call.
     fn borrow(&self, list: &HeadList<T::Acc>) -> Arc<FarColumns<T::Acc>> {
         let input = self.input;
-        list.columns.borrow(|| {
-            FarColumns::gather(
-                (
-                    &input.k.head(list.batch, list.kv_head),
-                    &input.v.head(list.batch, list.kv_head),
-                ),
-                input.head_bits(list.batch, list.heads.start),
-                input.problem.tokens,
-                input.fold,
-                self.layout,
-                self.pool.take(),
-            )
-        })
+        list.columns
+            .borrow(|| input.gather([list.batch, list.heads.start], self.layout, self.pool.take()))
     }
 }

@@ -32,6 +32,8 @@ pub(crate) struct Sums<A> {
     pub folded: (Aligned<A>, Aligned<A>),
     /// Gradients of raw tokens (N, width); empty without a window.
     raw: (Aligned<A>, Aligned<A>),
+    /// Gradients of the bias of far columns, by column; empty without such a bias.
+    column_bias: Vec<A>,
     /// Gradients of the block's folded queries (leading, width), without the scale.
     pub dq: Aligned<A>,
     /// The block's output gradients (leading, width of values) and (Dv, leading).
@@ -69,6 +71,7 @@ impl<A: Accumulator> Sums<A> {
             far: Default::default(),
             folded: Default::default(),
             raw: Default::default(),
+            column_bias: Vec::new(),
             dq: Aligned::zeroed(leading * width),
             grad_rows: Aligned::zeroed(leading * value_width),
             grads: Aligned::zeroed(if settings.pairs.is_none() {
@@ -87,6 +90,10 @@ impl<A: Accumulator> Sums<A> {
     /// Starts a head with `columns` far columns.
     pub fn start<T: Element<Acc = A>>(&mut self, columns: usize, forward: &ForwardInput<T>) {
         let tokens = forward.problem.tokens;
+        self.column_bias.clear();
+        if forward.column_bias.is_some() {
+            self.column_bias.resize(columns, A::ZERO);
+        }
         let raw = if forward.window > 0 { tokens } else { 0 };
         for (rows, count) in [
             (&mut self.far, columns),
@@ -232,6 +239,10 @@ impl<A: Accumulator> Sums<A> {
             drop_weights(&mut logits, mask, block.rows.start, token);
         }
         differentiate(&mut weights, &mut logits, rows);
+        if columns.kind != ColumnKind::Near && !self.column_bias.is_empty() {
+            let sums = &mut self.column_bias[columns.first..][..columns.count];
+            add_columns(&logits, block.rows.len(), sums);
+        }
         uncap_tile(&weights, &mut logits, &reader.slopes);
         if let Some(mask) = block.dropout {
             drop_weights(&mut weights, mask, block.rows.start, token);
@@ -247,6 +258,18 @@ impl<A: Accumulator> Sums<A> {
             products.store_queries(A::singles_mut(&mut self.dq), (self.dim, self.width));
         }
         target.iter_mut().zip(self.dq.iter()).for_each(|(x, y)| *x = *y * scale);
+    }
+
+    /// Writes the gradients of the far columns' bias to their tokens, where there is such a bias; other tokens get 0.
+    pub fn store_column_bias(&self, far: &dyn FarSource<A>, target: &mut Vec<A>, tokens: usize) {
+        target.clear();
+        if self.column_bias.is_empty() {
+            return;
+        }
+        target.resize(tokens, A::ZERO);
+        for (column, gradient) in self.column_bias.iter().enumerate() {
+            target[far.token(column)] = *gradient;
+        }
     }
 
     /// Unfolds the summed gradients to gradients of the raw keys and values; they end in `folded`.
@@ -274,6 +297,21 @@ impl<A: Accumulator> Sums<A> {
             );
         }
     }
+}
+
+/// Adds each column of a tile, but for rows from `rows` on, to its sum.
+fn add_columns<A: Accumulator>(tile: &Tile<A>, rows: usize, sums: &mut [A]) {
+    let rows = tile.rows.start..tile.rows.end.min(rows);
+    vectorized(
+        #[inline(always)]
+        || {
+            for (column, sum) in tile.data.chunks_exact(tile.leading).zip(sums.iter_mut()) {
+                for x in column.get(rows.clone()).unwrap_or_default() {
+                    *sum += *x;
+                }
+            }
+        },
+    )
 }
 
 /// Changes gradients of capped logits to those of the logits; without a softcap there are no `slopes`.

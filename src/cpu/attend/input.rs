@@ -37,9 +37,61 @@ pub(crate) struct ForwardInput<'a, T: Element> {
     pub bias: Option<BiasView<'a, T::Acc>>,
     /// Sink logits (H) in base 2.
     pub sinks: Option<&'a [T::Acc]>,
+    pub column_bias: Option<ColumnBias<'a, T::Acc>>,
+}
+
+/// A number in base 2 for each token and KV head, (B, Hk, N), which is added to the logits of far columns.
+#[derive(Clone, Copy)]
+pub(crate) struct ColumnBias<'a, A> {
+    data: &'a [A],
+    /// Hk and N of the whole call.
+    sizes: [usize; 2],
+    /// The batch row and the token that the call begins with.
+    first: [usize; 2],
+}
+
+impl<'a, A> ColumnBias<'a, A> {
+    pub fn new(data: &'a [A], sizes: [usize; 2]) -> Self {
+        Self {
+            data,
+            sizes,
+            first: [0, 0],
+        }
+    }
+
+    /// The bias of a call that begins with this batch row and token.
+    pub fn from(self, batch: usize, token: usize) -> Self {
+        Self {
+            first: [batch, token],
+            ..self
+        }
+    }
+
+    /// One number for each token.
+    pub fn head(&self, batch: usize, kv_head: usize) -> &'a [A] {
+        let ([kv_heads, tokens], [first_batch, first]) = (self.sizes, self.first);
+        &self.data[((first_batch + batch) * kv_heads + kv_head) * tokens + first..]
+    }
 }
 
 impl<'a, T: Element> ForwardInput<'a, T> {
+    /// The far columns of query head `head`'s bits, with their bias.
+    pub fn gather(
+        &self,
+        [batch, head]: [usize; 2],
+        layout: Layout,
+        room: Option<FarColumns<T::Acc>>,
+    ) -> FarColumns<T::Acc> {
+        let kv_head = head / self.problem.group();
+        let (keys, values) = (self.k.head(batch, kv_head), self.v.head(batch, kv_head));
+        let bits = self.head_bits(batch, head);
+        let mut columns = FarColumns::gather((&keys, &values), bits, self.problem.tokens, self.fold, layout, room);
+        if let Some(bias) = &self.column_bias {
+            columns.add_bias(bias.head(batch, kv_head));
+        }
+        columns
+    }
+
     /// The call's settings, with products in bf16 pairs where they apply.
     pub fn settings(&self) -> BlockSettings<'a, T::Acc> {
         let pairs = self.pairs();
@@ -57,6 +109,7 @@ impl<'a, T: Element> ForwardInput<'a, T> {
             bias: self.bias,
             sinks: self.sinks,
             pairs,
+            edges_apart: self.column_bias.is_some(),
             gradients: false,
         }
     }
@@ -66,10 +119,11 @@ impl<'a, T: Element> ForwardInput<'a, T> {
         self.problem.first_row(self.causal)
     }
 
-    /// Products in bf16 pairs, where they apply. Dropout needs single weights, so it excludes them, and so do values of
-    /// another size than keys.
+    /// Products in bf16 pairs, where they apply. Dropout needs single weights and the gradient of a column bias single
+    /// logits, so that they exclude them, and so do values of another size than keys.
     pub fn pairs(&self) -> Option<Pairs> {
-        match self.dropout.is_some() || self.problem.value_dim != self.problem.head_dim {
+        let other_value_dim = self.problem.value_dim != self.problem.head_dim;
+        match self.dropout.is_some() || other_value_dim || self.column_bias.is_some() {
             true => None,
             false => Pairs::new(T::SPLIT?, self.scale, self.softcap),
         }
@@ -145,6 +199,8 @@ pub(crate) struct Gathered<'a, T: Element> {
     pub columns: Arc<FarColumns<T::Acc>>,
     pub keys: HeadRows<'a, T>,
     pub values: HeadRows<'a, T>,
+    /// See [`BlockSettings::edges_apart`].
+    pub edges_apart: bool,
 }
 
 impl<'a, T: Element> Gathered<'a, T> {
@@ -152,17 +208,10 @@ impl<'a, T: Element> Gathered<'a, T> {
     pub fn new(input: &ForwardInput<'a, T>, batch: usize, head: usize, room: Option<FarColumns<T::Acc>>) -> Self {
         let kv_head = head / input.problem.group();
         let (keys, values) = (input.k.head(batch, kv_head), input.v.head(batch, kv_head));
-        let bits = input.head_bits(batch, head);
-        let tokens = input.problem.tokens;
+        let layout = input.pairs().map_or(Layout::Rows, Layout::Gradients);
         Self {
-            columns: Arc::new(FarColumns::gather(
-                (&keys, &values),
-                bits,
-                tokens,
-                input.fold,
-                input.pairs().map_or(Layout::Rows, Layout::Gradients),
-                room,
-            )),
+            columns: Arc::new(input.gather([batch, head], layout, room)),
+            edges_apart: input.column_bias.is_some(),
             keys,
             values,
         }
@@ -176,7 +225,11 @@ impl<'a, T: Element> Gathered<'a, T> {
 
 impl<T: Element> FarSource<T::Acc> for Gathered<'_, T> {
     fn holds_until(&self) -> usize {
-        usize::MAX
+        if self.edges_apart {
+            0
+        } else {
+            usize::MAX
+        }
     }
 
     fn columns(&self) -> usize {

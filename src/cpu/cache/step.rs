@@ -225,6 +225,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             bias: self.bias,
             sinks: self.sinks,
             pairs,
+            edges_apart: false,
             gradients: false,
         }
     }

@@ -285,9 +285,11 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
     ) {
         let (far, window, rows) = (block.far, self.settings.window, block.rows.clone());
         let (seen_by_all, seen) = if self.settings.causal {
+            // The last token that a row sees as a far column is its edge, or the one before.
+            let apart = usize::from(self.settings.edges_apart);
             (
-                far.before((rows.start + 1).saturating_sub(window)),
-                far.before(rows.end.saturating_sub(window)),
+                far.before((rows.start + 1).saturating_sub(window + apart)),
+                far.before(rows.end.saturating_sub(window + apart)),
             )
         } else {
             (far.columns(), far.columns())

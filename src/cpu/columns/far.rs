@@ -265,7 +265,18 @@ impl<A: Accumulator> FarColumns<A> {
         self.sizes_differ = self.far.log2_sizes.iter().any(|size| *size != A::ZERO);
     }
 
-    /// log2 n of each column; None where all are 0.
+    /// Adds a number, in base 2, to the logits of each column: `bias` has one for each token.
+    pub fn add_bias(&mut self, bias: &[A]) {
+        let count = self.columns;
+        let mut sizes = std::mem::take(&mut self.far.log2_sizes);
+        sizes.resize(count, A::ZERO);
+        for (column, size) in sizes.iter_mut().enumerate() {
+            *size += bias[self.token(column)];
+        }
+        (self.far.log2_sizes, self.sizes_differ) = (sizes, true);
+    }
+
+    /// log2 n of each column, with its bias; None where all are 0.
     pub fn log2_sizes(&self) -> Option<&[A]> {
         self.sizes_differ.then_some(&self.far.log2_sizes)
     }

@@ -64,6 +64,8 @@ pub(crate) struct BlockSettings<'a, A> {
     pub sinks: Option<&'a [A]>,
     /// Set where products are made in bf16 pairs.
     pub pairs: Option<Pairs>,
+    /// Whether the edge is no far column even where it is not hidden: far columns have a bias, and the edge has none.
+    pub edges_apart: bool,
     /// Whether tiles are for gradients.
     pub gradients: bool,
 }
@@ -89,7 +91,11 @@ impl<A> BlockSettings<'_, A> {
     pub fn far_rows(&self, rows: &Range<usize>, token: usize) -> Range<usize> {
         let end = rows.len().next_multiple_of(LANES);
         let end = self.unseen_from(token).saturating_sub(rows.start).min(end);
-        let start = if self.causal { token + self.window } else { 0 };
+        let start = if self.causal {
+            token + self.window + usize::from(self.edges_apart)
+        } else {
+            0
+        };
         start.saturating_sub(rows.start).min(end)..end
     }
 
