@@ -1,9 +1,11 @@
 //! Modules: the drop-in for a layer's `softmax(QK)V`, a whole self-attention layer, and a sink for its loss.
 
+mod gate;
 mod layer;
 mod rotary;
 mod sink;
 
+pub use gate::{KeyGate, RelaxedGate};
 pub use layer::{CompressedSelfAttention, QkNorm, SelfAttentionConfig};
 pub use rotary::{RotaryConfig, RotaryLayout, RotaryScaling};
 pub use sink::CompressionLossSink;

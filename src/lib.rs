@@ -58,8 +58,8 @@ pub mod session;
 mod storage;
 
 pub use attention::{
-    CompressedAttention, CompressedSelfAttention, CompressionLossSink, QkNorm, RotaryConfig, RotaryLayout,
-    RotaryScaling, SelfAttentionConfig,
+    CompressedAttention, CompressedSelfAttention, CompressionLossSink, KeyGate, QkNorm, RelaxedGate, RotaryConfig,
+    RotaryLayout, RotaryScaling, SelfAttentionConfig,
 };
 pub use cache::{CacheOptions, CompressedKvCache};
 pub use calibrate::{Calibrator, KeyProbe, Measurement, ModelShape, Policy};

@@ -121,6 +121,37 @@ fn golden_indicators_are_equal() -> Result<()> {
     Ok(())
 }
 
+/// Given scores, NaN and infinite ones among them, are decided as on the CPU; few tests go with the launch, many in a
+/// buffer.
+#[test]
+fn given_scores_are_decided_as_on_the_cpu() -> Result<()> {
+    for (batch, heads, kv_heads, tokens) in [(1, 1, 1, 2), (2, 6, 2, 130), (40, 8, 4, 67)] {
+        let score = |i: usize| match i % 13 {
+            0 => f32::NAN,
+            1 => f32::NEG_INFINITY,
+            2 => 2.0,
+            i => i as f32 / 3.0,
+        };
+        let scores: Vec<f32> = (0..batch * kv_heads * tokens).map(|i| score(i * 7)).collect();
+        let scores = Tensor::from_vec(scores, (batch, kv_heads, tokens), &Device::Cpu)?;
+        let thresholds = Tensor::arange(0u32, heads as u32, &Device::Cpu)?.to_dtype(DType::F64)?;
+        let strategies = HeadStrategies::uniform(MergeStrategy::Difference).with_thresholds(&(thresholds + 2.0)?)?;
+        for (window, sinks) in [(0, 0), (5, 3), (64, 1), (200, 0)] {
+            let config = CompressionConfig {
+                criterion: Criterion::Given,
+                window,
+                sinks,
+                ..CompressionConfig::calibrated()
+            };
+            let expected = MergePlan::from_scores(&scores, &strategies, &config, true)?;
+            let got = emulation::decide_given(&scores, heads, &strategies, &config)?;
+            let what = format!("{batch}, {tokens} tokens, window {window}");
+            assert_eq!(got.to_vec3::<u8>()?, expected.indicators().to_vec3::<u8>()?, "{what}");
+        }
+    }
+    Ok(())
+}
+
 /// Every setting, shape, dtype and memory layout decides as the CPU does.
 #[test]
 fn decisions_agree_with_the_cpu() -> Result<()> {

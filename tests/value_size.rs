@@ -234,3 +234,45 @@ fn a_cache_keeps_its_value_size() -> Result<()> {
     assert_close("after a cut", &got, &whole.narrow(2, 20, 10)?, 1e-5, 1e-5)?;
     Ok(())
 }
+
+/// Values of another size in segments: rows and gradients are those of each segment alone.
+#[test]
+fn segments_are_each_alone() -> Result<()> {
+    for value_dim in [5, 24] {
+        let case = (Shape(2, 4, 2, 60, 16), value_dim);
+        let (config, qkv) = (CompressionConfig::pretrained(), inputs(case, 3, DType::F64)?);
+        let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+        let [_, _, grad] = Shape(2, 4, 4, 60, value_dim).qkv(9, DType::F64)?;
+        let numbers = |first: usize| (0..60u32).map(move |t| if (t as usize) < first { 1 } else { 2 });
+        let options = AttentionOptions {
+            segments: Some(Tensor::from_vec(
+                numbers(25).chain(numbers(40)).collect(),
+                (2, 60),
+                &CPU,
+            )?),
+            ..Default::default()
+        };
+        let run = |qkv: &[Tensor; 3], grad: &Tensor, options: &AttentionOptions| {
+            differentiate(qkv, grad, |q, k, v| {
+                let plan = MergePlan::new(q, k, v, &strategies, &config, options)?;
+                Ok(attend(q, k, v, &plan, options)?)
+            })
+        };
+        let whole = run(&qkv, &grad, &options)?;
+        for (batch, start, count) in [(0, 0, 25), (0, 25, 35), (1, 0, 40), (1, 40, 20)] {
+            let cut = |x: &Tensor| x.narrow(0, batch, 1)?.narrow(2, start, count);
+            let [q, k, v] = [&qkv[0], &qkv[1], &qkv[2]].map(cut);
+            let alone = run(&[q?, k?, v?], &cut(&grad)?, &Default::default())?;
+            for (name, (whole, alone)) in ["output", "dq", "dk", "dv"].into_iter().zip(whole.iter().zip(&alone)) {
+                assert_close(
+                    &format!("{name}, {value_dim}, {batch}, {start}"),
+                    &cut(whole)?,
+                    alone,
+                    1e-12,
+                    1e-12,
+                )?;
+            }
+        }
+    }
+    Ok(())
+}

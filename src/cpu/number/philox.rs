@@ -51,6 +51,19 @@ impl DropoutMask {
     }
 }
 
+/// Logistic noise, ln(p / (1 - p)) of a uniform p, for `count` places; the same for the same seed. Four neighbouring
+/// places share one draw.
+pub(crate) fn logistic(seed: u64, count: usize) -> Vec<f32> {
+    let key = [seed as u32, (seed >> 32) as u32];
+    let noise = |place: usize| {
+        let draw = philox4x32_10([(place / 4) as u32, (place / 4 >> 32) as u32, 0, 1], key);
+        // Never 0 and never 1.
+        let p = (f64::from(draw[place % 4]) + 0.5) / 4_294_967_296.0;
+        (p / (1.0 - p)).ln() as f32
+    };
+    (0..count).map(noise).collect()
+}
+
 fn philox4x32_10(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for _ in 0..10 {
         let high_low = |factor: u32, word: u32| {
