@@ -127,7 +127,8 @@ impl CompressedAttention {
     }
 
     /// The output under [`Criterion::Given`](crate::Criterion), by scores f32 (B, Hk, N): query (B, H, N, D), key and
-    /// value (B, Hk, N, D), output (B, H, N, D), or in the options' layout. The query heads are those of the thresholds.
+    /// value (B, Hk, N, D), output (B, H, N, D), or in the options' layout. The query heads are those of the
+    /// thresholds.
     ///
     /// # Errors
     /// As [`MergePlan::from_scores`] and [`attend`].

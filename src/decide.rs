@@ -307,7 +307,7 @@ impl ScoreRule<'_> {
         ScoreTest::of(tests, self.config.sinks)
     }
 
-    /// The indicators (B, H, N-1) of scores (B, Hk, `row`), of which the tokens that a row leaves behind are read.
+    /// The indicators (B, H, N-1) of scores (B, Hk, `row`): the tokens that the last row has left behind are read.
     fn indicators<A: Accumulator>(&self, scores: &[A], row: usize) -> Vec<u8> {
         let ([batch, heads, kv_heads], pairs) = (self.sizes, self.pairs);
         let (group, mut bits) = (heads / kv_heads, vec![0; batch * heads * pairs]);

@@ -153,7 +153,8 @@ fn check(shape: &Shape, config: &CompressionConfig, case: usize, (dtype, toleran
     Ok(())
 }
 
-/// The gradient is the slope of the output by finite differences, of tokens that are hidden or never leave the window 0.
+/// The gradient is the slope of the output by finite differences, of tokens that are hidden or never leave the window
+/// 0.
 #[test]
 fn its_gradient_is_a_slope() -> Result<()> {
     let shape = Shape(1, 4, 2, 30, 8);

@@ -113,7 +113,8 @@ fn every_command_takes_a_policy() {
     assert!(number(&bench["rows"][1], "hidden_ratio") > 0.2);
 }
 
-/// A probe is fitted, kept in the policy, and read by every command; without the feature the command says how to get it.
+/// A probe is fitted, kept in the policy, and read by every command; without the feature the command says how to get
+/// it.
 #[test]
 fn a_probe_makes_a_policy() {
     let fixture = Fixture::get();

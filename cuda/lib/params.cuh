@@ -63,7 +63,8 @@ struct SweepParams {
 
 static_assert(sizeof(SweepParams) == 16, "as in src/cuda/params.rs");
 
-// Scores that the caller gives. `group`: query heads of a KV head; `decided`: tokens that have left the last row's window.
+// Scores that the caller gives. `group`: query heads of a KV head; `decided`: tokens that have left the last row's
+// window.
 struct ScoreParams {
   unsigned group, tokens, sinks, decided;
 };

@@ -14,22 +14,22 @@ const STEEPNESS: f64 = 3.0;
 /// One layer's gate: z = w·k + b of each token's key before rotary embedding, with weights for each KV head. A token is
 /// hidden, once it has left the window, with probability sigmoid(z).
 ///
-/// Training has two phases. In the soft one [`Self::relaxed`] gives a column bias that fades tokens, with a gradient for
-/// w and b. In the hard one the gate stands still: the [`KeyProbe`] of [`Self::probe`] decides, and only the model's
-/// weights train on. The names of the weights are `weight` (Hk, D) and `bias` (Hk). Source: this crate.
+/// Training has two phases. In the soft one [`Self::relaxed`] gives a column bias that fades tokens, with a gradient
+/// for w and b. In the hard one the gate stands still: the [`KeyProbe`] of [`Self::probe`] decides, and only the
+/// model's weights train on. The names of the weights are `weight` (Hk, D) and `bias` (Hk). Source: this crate.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_nn::{VarBuilder, VarMap};
-/// use candle_sfattention::{attend, AttentionOptions, CompressionConfig, HeadStrategies, KeyGate, MergePlan, MergeStrategy};
+/// use candle_sfattention::{attend, AttentionOptions, CompressionConfig, HeadStrategies, KeyGate, MergePlan};
+/// use candle_sfattention::MergeStrategy::Off;
 /// let (vars, config) = (VarMap::new(), CompressionConfig::calibrated());
 /// let gate = KeyGate::new(2, 64, &config, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
 /// let random = |heads| Tensor::randn(0f32, 1., (1, heads, 100, 64), &Device::Cpu);
-/// let (q, kv) = (random(8)?, random(2)?); // kv: the keys before their rotation stand for themselves here
+/// let (q, kv) = (random(8)?, random(2)?); // kv stands for the keys before their rotation, too
 /// let faded = gate.relaxed(&kv, 7)?;
 /// let options = AttentionOptions { column_bias: Some(faded.column_bias), ..Default::default() };
-/// let off = HeadStrategies::uniform(MergeStrategy::Off);
-/// let plan = MergePlan::new(&q, &kv, &kv, &off, &config, &options)?;
+/// let plan = MergePlan::new(&q, &kv, &kv, &HeadStrategies::uniform(Off), &config, &options)?;
 /// let loss = (attend(&q, &kv, &kv, &plan, &options)?.sqr()?.mean_all()? + (0.5 - faded.hidden_share)?.relu()?)?;
 /// assert!(loss.backward()?.get(&vars.all_vars()[0]).is_some());
 /// # Ok::<(), candle_core::Error>(())
@@ -47,16 +47,16 @@ pub struct KeyGate {
 /// A draw of a relaxed gate.
 #[derive(Clone, Debug)]
 pub struct RelaxedGate {
-    /// c = -softplus(u), f32 (B, Hk, N), for [`AttentionOptions::column_bias`](crate::AttentionOptions); 0 for sinks and
-    /// for tokens that never leave the window.
+    /// c = -softplus(u), f32 (B, Hk, N), for [`AttentionOptions::column_bias`](crate::AttentionOptions); 0 for sinks
+    /// and for tokens that never leave the window.
     pub column_bias: Tensor,
     /// The mean of sigmoid(u) over the tokens that can be hidden, a scalar; 0 where there is none.
     pub hidden_share: Tensor,
 }
 
 impl KeyGate {
-    /// Loads `weight` (Hk, D) and `bias` (Hk) under `vb`; new ones are 0, so that a token is hidden with probability one
-    /// half. `config` gives sinks and window.
+    /// Loads `weight` (Hk, D) and `bias` (Hk) under `vb`; new ones are 0, so that a token is hidden with probability
+    /// one half. `config` gives sinks and window.
     ///
     /// # Errors
     /// Weights of another shape.
@@ -69,8 +69,8 @@ impl KeyGate {
         })
     }
 
-    /// Where a gate starts from layer `layer` of a fitted probe with one threshold θ per KV head: z = 3 (θ - s), so that
-    /// the tokens below the threshold are those of z above 0. Returns `weight` (Hk, D) and `bias` (Hk), f32.
+    /// Where a gate starts from layer `layer` of a fitted probe with one threshold θ per KV head: z = 3 (θ - s), so
+    /// that the tokens below the threshold are those of z above 0. Returns `weight` (Hk, D) and `bias` (Hk), f32.
     ///
     /// # Errors
     /// A layer that the probe does not have, or another number of thresholds than KV heads.
@@ -97,8 +97,8 @@ impl KeyGate {
         match *keys.dims() {
             [_, heads, _, width] if (heads, width) == (kv_heads, dim) => {}
             ref dims => bail!(
-                "key: expected (batch, {kv_heads}, tokens, {dim}) before rotary embedding, got {dims:?}; the gate is of \
-                 another layer"
+                "key: expected (batch, {kv_heads}, tokens, {dim}) before rotary embedding, got {dims:?}; the gate is \
+                 of another layer"
             ),
         }
         let weight = self.weight.to_dtype(DType::F32)?.reshape((1, kv_heads, 1, dim))?;

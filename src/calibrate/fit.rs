@@ -35,9 +35,9 @@ pub struct ProbeSample<'a> {
 
 /// Fits a [`KeyProbe`] without training the model: ridge regression, in f64, of the logarithm of each token's *harm* on
 /// its key. The harm of hiding token t for a KV head is the sum over its query heads and over the rows i beyond t's
-/// window of `((a / max(1 - a, 1e-3)) / ‖x‖)² · ‖W (o - v)‖²`: a is row i's weight on t, o its output, W the head's part
-/// of the output projection and x the stream at row i. It is the squared error of the layer's output, relative to the
-/// stream, when only t is hidden.
+/// window of `((a / max(1 - a, 1e-3)) / ‖x‖)² · ‖W (o - v)‖²`: a is row i's weight on t, o its output, W the head's
+/// part of the output projection and x the stream at row i. It is the squared error of the layer's output, relative to
+/// the stream, when only t is hidden.
 ///
 /// Samples are given twice, in any order: to [`Self::observe`], then to [`ProbeRegression::add`]. Memory does not grow
 /// with the samples; a call takes O(N·D) memory and O(N²·D) time on the tensors' device. Source: this crate.

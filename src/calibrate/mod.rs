@@ -130,8 +130,8 @@ impl PassSettings {
         }
         if scores.dims() != &k.dims()[..3] || scores.dtype() != DType::F32 {
             bail!(
-                "scores: expected f32 of shape (1, KV heads, tokens) = {:?}, got {:?} of shape {:?}; give one score per \
-                 token and KV head",
+                "scores: expected f32 of shape (1, KV heads, tokens) = {:?}, got {:?} of shape {:?}; give one score \
+                 per token and KV head",
                 &k.dims()[..3],
                 scores.dtype(),
                 scores.dims()

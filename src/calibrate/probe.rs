@@ -45,8 +45,8 @@ impl TryFrom<Vec<LayerProbe>> for KeyProbe {
             let alike = layer.weights.iter().all(|row| row.len() == head_dim);
             if layer.weights.len() != kv_heads || layer.offsets.len() != kv_heads || !alike {
                 bail!(
-                    "probe: expected {kv_heads} KV heads of {head_dim} weights and an offset in every layer, got others \
-                     in layer {index}; fit it again"
+                    "probe: expected {kv_heads} KV heads of {head_dim} weights and an offset in every layer, got \
+                     others in layer {index}; fit it again"
                 )
             }
             let mut numbers = layer.weights.iter().flatten().chain(&layer.offsets);

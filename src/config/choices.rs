@@ -105,9 +105,9 @@ pub enum Criterion {
     /// pretrained models. Source: this crate. See [`crate::reference::observed_mass`].
     ObservedMass,
     /// A score per token and KV head that the caller gives: low means that later rows will not miss the token. It is
-    /// left out, once it has left the window, where its score is below the threshold of its KV head. A decision is known
-    /// as the token comes. Needs [`Fold::Drop`], [`GroupRule::Unanimous`], and a threshold of its own for every head
-    /// that is not off; any window. It reads neither the strategy of such heads nor `max_merge_level`, and has no
+    /// left out, once it has left the window, where its score is below the threshold of its KV head. A decision is
+    /// known as the token comes. Needs [`Fold::Drop`], [`GroupRule::Unanimous`], and a threshold of its own for every
+    /// head that is not off; any window. It reads neither the strategy of such heads nor `max_merge_level`, and has no
     /// compression loss. Scores go to [`crate::MergePlan::from_scores`] and to
     /// [`crate::CompressedKvCache::append_and_attend_scored`]. Source: this crate. See
     /// [`crate::reference::given_indicators`].

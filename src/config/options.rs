@@ -139,8 +139,8 @@ impl AttentionOptions {
     }
 
     /// Refuses a scale that is not finite, a sliding window of 0, a dropout probability outside `[0, 1)`, a softcap
-    /// that is not finite or not above 0, sink logits or a column bias that are not floats, and a bias that is not a float or asks for a
-    /// gradient.
+    /// that is not finite or not above 0, sink logits or a column bias that are not floats, and a bias that is not a
+    /// float or asks for a gradient.
     ///
     /// # Errors
     /// As above.

@@ -121,7 +121,8 @@ fn decide_as<T: GpuElement + Element>(
     Tensor::from_vec(bits.download()?, shape, &Device::Cpu)
 }
 
-/// The merge indicators (B, H, N-1) of the kernel for scores (B, Hk, N), f32; H is that of the strategies, N at least 2.
+/// The merge indicators (B, H, N-1) of the kernel for scores (B, Hk, N), f32; H is that of the strategies, N at least
+/// 2.
 ///
 /// # Errors
 /// Scores of another dtype or rank, or an error that the emulator detects.
