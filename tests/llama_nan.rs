@@ -10,14 +10,23 @@ mod fixture;
 #[path = "llama_example/script.rs"]
 mod script;
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::sync::{Mutex, PoisonError};
 
 use binary::{assert_failed, llama, text};
 use candle_core::quantized::gguf_file::Value;
 use script::{damage, says, strings, tokenizer_json, vocabulary, write_folder, write_gguf, Tokens};
 
-/// A folder and a GGUF file of a model whose numbers are finite until it reads `token`.
-fn sound_until(token: &str) -> [String; 2] {
+/// A folder and a GGUF file of a model whose numbers are finite until it reads `token`. Tests run side by side: the
+/// first caller writes the files.
+fn sound_until(token: &'static str) -> [String; 2] {
+    static MADE: Mutex<BTreeMap<&str, [String; 2]>> = Mutex::new(BTreeMap::new());
+    let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+    made.entry(token).or_insert_with(|| write_until(token)).clone()
+}
+
+fn write_until(token: &str) -> [String; 2] {
     let tokens = Tokens::bytes_and(&[]);
     let mut weights = says(tokens.len(), &["a", "b", "c"].map(|name| tokens.id(name)));
     let (_, hidden) = vocabulary(&weights);

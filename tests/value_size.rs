@@ -243,7 +243,7 @@ fn segments_are_each_alone() -> Result<()> {
         let (config, qkv) = (CompressionConfig::pretrained(), inputs(case, 3, DType::F64)?);
         let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
         let [_, _, grad] = Shape(2, 4, 4, 60, value_dim).qkv(9, DType::F64)?;
-        let numbers = |first: usize| (0..60u32).map(move |t| if (t as usize) < first { 1 } else { 2 });
+        let numbers = |first: u32| (0..60u32).map(move |t| if t < first { 1u32 } else { 2 });
         let options = AttentionOptions {
             segments: Some(Tensor::from_vec(
                 numbers(25).chain(numbers(40)).collect(),
