@@ -116,7 +116,6 @@ fn decide(
 ) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if q.device().is_cuda() {
-        options.check_on_cuda()?;
         return crate::cuda::tensors::decide(problem, [q, k, v], strategies, config, options);
     }
     if !q.device().is_cpu() {

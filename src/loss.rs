@@ -92,8 +92,7 @@ pub fn compression_loss_in_segments(
 /// The terms of [`compression_loss_in_segments`].
 ///
 /// # Errors
-/// As [`compression_loss_terms`]; segments of another dtype or shape, or a number that comes back after another one; a
-/// CUDA device.
+/// As [`compression_loss_terms`]; segments of another dtype or shape, or a number that comes back after another one.
 pub fn compression_loss_terms_in_segments(
     q: &Tensor,
     k: &Tensor,
@@ -106,9 +105,6 @@ pub fn compression_loss_terms_in_segments(
         ..Default::default()
     };
     let segments = Problem::of_pair(q, k)?.segments(&options)?;
-    if q.device().is_cuda() {
-        options.check_on_cuda()?;
-    }
     terms_of(q, k, strategies, config, segments)
 }
 
@@ -157,20 +153,46 @@ fn terms_of(
             pairs.sum()
         }
     };
-    let sums = q.apply_op2(
-        k,
-        LossSumsOp {
-            problem,
-            strategies: strategies.clone(),
-            config: config.clone(),
-            segments,
-        },
-    )?;
+    let op = LossSumsOp {
+        problem,
+        strategies: strategies.clone(),
+        config: config.clone(),
+        segments: None,
+    };
+    let sums = match segments {
+        Some(segments) if !q.device().is_cpu() => sums_of_each(q, k, &op, &segments)?,
+        segments => q.apply_op2(k, LossSumsOp { segments, ..op })?,
+    };
     Ok(Some(CompressionLossTerms {
         squared: sums.get(0)?,
         merged: sums.get(1)?.detach(),
         pairs,
     }))
+}
+
+/// The sums [S, M] of segments whose sums are computed one after the other, on any device. `op` is that of the whole
+/// call.
+fn sums_of_each(q: &Tensor, k: &Tensor, op: &LossSumsOp, segments: &[Segment]) -> Result<Tensor> {
+    let dtype = if op.problem.dtype == DType::F64 {
+        DType::F64
+    } else {
+        DType::F32
+    };
+    let mut sums = Tensor::zeros(2, dtype, q.device())?;
+    for segment in segments.iter().filter(|segment| segment.tokens.len() > 1) {
+        let mine = |x: &Tensor| {
+            let row = x.narrow(0, segment.batch, 1)?;
+            row.narrow(2, segment.tokens.start, segment.tokens.len())
+        };
+        let alone = LossSumsOp {
+            problem: op.problem.alone(segment),
+            strategies: op.strategies.of_row(segment.batch),
+            config: op.config.clone(),
+            segments: None,
+        };
+        sums = (sums + mine(q)?.apply_op2(&mine(k)?, alone)?)?;
+    }
+    Ok(sums)
 }
 
 /// query, key -> [S, M]; only S has a gradient.
@@ -330,5 +352,59 @@ impl CustomOp2 for LossSumsOp {
         };
         let (dq, dk) = on_cpu(q, k, Backward { op: self, upstream })?;
         Ok((Some(dq), Some(dk)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::segments_from_lengths;
+    use candle_core::{Device, Var};
+
+    /// Segments one after the other have the sums and gradients of the op that takes all of them.
+    #[test]
+    fn segments_in_turn_have_the_sums_of_all() -> Result<()> {
+        let numbers = |seed: usize, heads: usize| {
+            let all = (0..2 * heads * 30 * 4).map(move |i| ((i * seed) % 101) as f64 / 50.0 - 1.0);
+            Tensor::from_iter(all, &Device::Cpu)?.reshape((2, heads, 30, 4))
+        };
+        let (q, k) = (Var::from_tensor(&numbers(37, 4)?)?, Var::from_tensor(&numbers(53, 2)?)?);
+        let rows = [segments_from_lengths(&[9, 1, 20], 30, &Device::Cpu)?, {
+            segments_from_lengths(&[3, 20], 30, &Device::Cpu)?
+        }];
+        let options = AttentionOptions {
+            segments: Some(Tensor::cat(&rows, 0)?),
+            ..Default::default()
+        };
+        let problem = Problem::of_pair(&q, &k)?;
+        let segments = problem.segments(&options)?;
+        let op = |segments: Option<Vec<Segment>>| LossSumsOp {
+            problem,
+            strategies: HeadStrategies::uniform(crate::MergeStrategy::Similarity),
+            config: CompressionConfig {
+                similarity_threshold: 0.7,
+                ..Default::default()
+            },
+            segments,
+        };
+        let whole = q.apply_op2(&k, op(segments.clone()))?;
+        let each = sums_of_each(&q, &k, &op(None), &segments.unwrap_or_default())?;
+        let (expected, got) = (whole.to_vec1::<f64>()?, each.to_vec1::<f64>()?);
+        assert!(expected[0] > 0.0 && expected[1] > 0.0, "{expected:?}");
+        for (got, expected) in got.iter().zip(&expected) {
+            assert!((got - expected).abs() <= 1e-12 * expected, "{got} for {expected}");
+        }
+        let (expected, got) = (whole.get(0)?.backward()?, each.get(0)?.backward()?);
+        for var in [&q, &k] {
+            let of = |store: &candle_core::backprop::GradStore| -> Result<Vec<f64>> {
+                store.get(var).map_or(Ok(Vec::new()), |x| x.flatten_all()?.to_vec1())
+            };
+            let (got, expected) = (of(&got)?, of(&expected)?);
+            assert_eq!(got.len(), var.elem_count());
+            for (got, expected) in got.iter().zip(&expected) {
+                assert!((got - expected).abs() <= 1e-12, "{got} for {expected}");
+            }
+        }
+        Ok(())
     }
 }

@@ -8,6 +8,8 @@ use crate::cpu::number::bias::sinks_in_base_2;
 use crate::cpu::number::element::{Accumulator, Element};
 use crate::cpu::number::rows::RowGrid;
 #[cfg(feature = "cuda")]
+use crate::cuda::operands::Part;
+#[cfg(feature = "cuda")]
 use crate::cuda::tensors::TensorCall;
 use crate::loss::{compression_loss, compression_loss_in_segments};
 use crate::plan::MergePlan;
@@ -22,6 +24,8 @@ use sinks::{KeptTensors, SinkGradient};
 use std::sync::{Arc, PoisonError};
 
 mod column_bias;
+#[cfg(any(feature = "cuda", feature = "cuda-emu"))]
+pub(crate) mod composed;
 mod sinks;
 
 /// The results of [`compressed_attention`].
@@ -109,60 +113,28 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &At
     if !(q.device().is_cpu() || cfg!(feature = "cuda") && q.device().is_cuda()) {
         return not_on_cpu(q.device());
     }
-    if q.device().is_cuda() {
-        options.check_on_cuda()?;
-    }
     let segments = problem.segments(options)?;
     if let Some(segments) = &segments {
         plan.check_segments(segments)?;
     }
-    let bias = problem.bias(options)?;
-    let sinks = match q.device().is_cpu() {
-        true => problem.sinks(options)?,
-        false => None,
-    };
     #[cfg(feature = "cuda")]
-    let device_sinks = match q.device().is_cuda() {
-        true => problem.device_sinks(options, q)?,
-        false => None,
-    };
-    let kept = KeptTensors::default();
-    let tracked_inputs = [q, k, v].iter().any(|x| x.track_op());
-    let tracked_bias = options.column_bias.as_ref().filter(|bias| bias.track_op());
-    let tracked_sinks = options.sink_logits.as_ref().filter(|sinks| sinks.track_op());
+    if q.device().is_cuda() {
+        options.refuse_column_bias()?;
+        return options
+            .layout
+            .turned(&composed::attend([q, k, v], plan, options, &composed::on_cuda)?);
+    }
     let op = CompressedAttentionOp {
-        problem,
-        plan: plan.clone(),
-        options: AttentionOptions {
-            sink_logits: options.sink_logits.as_ref().map(Tensor::detach),
-            column_bias: options.column_bias.as_ref().map(Tensor::detach),
-            ..options.clone()
-        },
         segments,
-        bias,
-        sinks: sinks.clone(),
-        #[cfg(feature = "cuda")]
-        device_sinks,
-        tracked: tracked_inputs || tracked_sinks.is_some() || tracked_bias.is_some(),
-        kept: Arc::clone(&kept),
-        found: FoundGradients::default(),
+        bias: problem.bias(options)?,
+        sinks: problem.sinks(options)?,
+        ..CompressedAttentionOp::new(problem, [q, k, v], plan, options)
     };
-    let with_bias = tracked_bias.map(|bias| {
-        let gradient = ColumnBiasGradient {
-            op: op.clone(),
-            qkv: [q, k, v].map(Tensor::detach),
-            found: tracked_inputs.then(|| Arc::clone(&op.found)),
-        };
-        (bias, gradient)
-    });
-    let mut output = q.apply_op3(k, v, op)?;
-    if let Some((bias, gradient)) = with_bias {
-        output = output.apply_op2(bias, gradient)?;
-    }
-    if let Some(logits) = tracked_sinks {
-        let sinks = sinks.unwrap_or_default();
-        output = output.apply_op2(logits, SinkGradient { problem, sinks, kept })?;
-    }
+    let (sinks, kept) = (op.sinks.clone().unwrap_or_default(), Arc::clone(&op.kept));
+    let column_bias = ColumnBiasGradient::new(&op, [q, k, v]);
+    let output = q.apply_op3(k, v, op)?;
+    let output = column_bias.over(output, options)?;
+    let output = SinkGradient { problem, sinks, kept }.over(output, options)?;
     options.layout.turned(&output)
 }
 
@@ -181,6 +153,8 @@ struct CompressedAttentionOp {
     /// The sink logits (H) in f32, on a GPU.
     #[cfg(feature = "cuda")]
     device_sinks: Option<Tensor>,
+    #[cfg(feature = "cuda")]
+    part: Part,
     /// Whether a gradient may be asked for.
     tracked: bool,
     /// The tensors that the backward pass needs besides the output, where `tracked`; they have no graph. Each row's
@@ -192,6 +166,31 @@ struct CompressedAttentionOp {
 }
 
 impl CompressedAttentionOp {
+    /// A call without segments, bias and sinks.
+    fn new(problem: Problem, qkv: [&Tensor; 3], plan: &MergePlan, options: &AttentionOptions) -> Self {
+        let (sinks, column_bias) = (options.sink_logits.as_ref(), options.column_bias.as_ref());
+        let others = sinks.into_iter().chain(column_bias);
+        Self {
+            problem,
+            plan: plan.clone(),
+            tracked: qkv.into_iter().chain(others).any(Tensor::track_op),
+            options: AttentionOptions {
+                sink_logits: sinks.map(Tensor::detach),
+                column_bias: column_bias.map(Tensor::detach),
+                ..options.clone()
+            },
+            segments: None,
+            bias: None,
+            sinks: None,
+            #[cfg(feature = "cuda")]
+            device_sinks: None,
+            #[cfg(feature = "cuda")]
+            part: Part::default(),
+            kept: KeptTensors::default(),
+            found: FoundGradients::default(),
+        }
+    }
+
     fn cpu<T: Element>(&self, qkv: [(&[T], &Layout); 3]) -> Result<(CpuStorage, Shape)> {
         let Problem {
             batch,
@@ -240,6 +239,7 @@ impl CompressedAttentionOp {
             options: &self.options,
             bias: self.bias.as_ref(),
             sinks: self.device_sinks.as_ref(),
+            part: self.part,
         }
     }
 
@@ -512,7 +512,7 @@ impl CustomOp3 for CompressedAttentionOp {
             // A narrowed gradient is contiguous but does not start at the start of its buffer.
             let grad_output = match grad_output.layout().start_offset() {
                 0 => grad_output.clone(),
-                _ => grad_output.copy()?,
+                _ => grad_output.force_contiguous()?,
             };
             let [dq, dk, dv] = self.cuda_call().backward(qkv, output, self.kept()?, &grad_output)?;
             return Ok((Some(dq), Some(dk), Some(dv)));

@@ -14,7 +14,7 @@ pub struct MergePlan {
     indicators: Tensor,
     config: CompressionConfig,
     /// Whether [`Self::new`] decided, so that under [`crate::GroupRule::Unanimous`] a KV head's query heads agree.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    #[cfg_attr(not(any(feature = "cuda", feature = "cuda-emu")), allow(dead_code))]
     decided: bool,
     /// Whether it is known without reading the indicators that nothing is hidden.
     hides_nothing: bool,
@@ -116,15 +116,34 @@ impl MergePlan {
     }
 
     /// Whether nothing is known to be hidden; a GPU's indicators are not read for this.
-    #[cfg(feature = "cuda")]
+    #[cfg(any(feature = "cuda", feature = "cuda-emu"))]
     pub(crate) fn hides_nothing(&self) -> bool {
         self.hides_nothing
     }
 
     /// Whether the query heads of every KV head are known to agree.
-    #[cfg(feature = "cuda")]
+    #[cfg(any(feature = "cuda", feature = "cuda-emu"))]
     pub(crate) fn heads_agree(&self) -> bool {
         self.decided && self.config.group_rule.heads_agree()
+    }
+
+    /// The plan of one segment alone.
+    ///
+    /// # Errors
+    /// An error of the device.
+    #[cfg(any(feature = "cuda", feature = "cuda-emu"))]
+    pub(crate) fn alone(&self, segment: &Segment) -> Result<Self> {
+        let (start, pairs) = (segment.tokens.start, segment.tokens.len() - 1);
+        let indicators = self.indicators.narrow(0, segment.batch, 1)?.narrow(2, start, pairs)?;
+        Ok(Self {
+            // Kernels read bits from the start of their buffer.
+            indicators: match pairs {
+                0 => indicators,
+                _ => indicators.force_contiguous()?,
+            },
+            config: self.config.clone(),
+            ..*self
+        })
     }
 
     /// Refuses hidden tokens at the end of a segment, which would be folded into another one.

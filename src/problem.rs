@@ -316,7 +316,7 @@ impl Problem {
         let sinks = bias_as(&sinks.detach(), DType::F32)?.contiguous()?;
         match sinks.layout().start_offset() {
             0 => Ok(Some(sinks)),
-            _ => Ok(Some(sinks.copy()?)),
+            _ => Ok(Some(sinks.force_contiguous()?)),
         }
     }
 

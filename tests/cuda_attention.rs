@@ -10,6 +10,7 @@ use common::budget::Side;
 use common::golden::cases;
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
 use common::judge::{Expected, Shares};
+use common::kernels::Kernels;
 use common::settings::{settings, Setting};
 
 /// Odd sizes, with every padded head size. The emulator is slow, so sizes exceed blocks and tiles by little.
@@ -29,33 +30,6 @@ const SHAPES: [Shape; 10] = [
 /// The settings whose name contains `SFA_CASE`, or all of them.
 fn wanted(setting: &Setting) -> bool {
     std::env::var("SFA_CASE").map_or(true, |part| setting.name.contains(&part))
-}
-
-/// The family of kernels that run.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Kernels {
-    Plain,
-    Deterministic,
-    Warpgroups,
-    /// Warpgroups in small blocks.
-    ShortWarpgroups,
-}
-
-impl Kernels {
-    const ALL: [Self; 4] = [
-        Self::Plain,
-        Self::Deterministic,
-        Self::Warpgroups,
-        Self::ShortWarpgroups,
-    ];
-
-    fn run<R>(self, run: impl FnOnce() -> R) -> R {
-        match self {
-            Self::Warpgroups => emulation::with_warpgroups(0, run),
-            Self::ShortWarpgroups => emulation::with_warpgroups(usize::MAX, run),
-            _ => run(),
-        }
-    }
 }
 
 /// Output and gradients of the table, by the kernels of each setting and by those for nothing hidden.

@@ -15,6 +15,7 @@ use common::budget::Side;
 use common::caches::{part, part_options, with_thresholds};
 use common::inputs::{laid_out, values, Memory, Shape};
 use common::judge::{Expected, Shares};
+use common::kernels::chunked;
 use common::settings::{settings, Setting};
 
 const SHAPES: [Shape; 4] = [
@@ -30,27 +31,6 @@ fn cached() -> Vec<Setting> {
     let all = settings().into_iter();
     all.filter(|setting| causal(setting) && setting.config.rule == MergeRule::Causal)
         .collect()
-}
-
-/// Appends chunks of these lengths, repeated until all tokens are in; `options` are those of the whole sequence.
-fn chunked(
-    cache: &mut EmulatedCache,
-    qkv: &[Tensor; 3],
-    options: &AttentionOptions,
-    chunks: &[usize],
-) -> Result<Tensor> {
-    let (tokens, mut start, mut outputs) = (qkv[0].dim(2)?, 0, Vec::new());
-    for chunk in chunks.iter().cycle() {
-        let count = (*chunk).min(tokens - start);
-        if count == 0 {
-            break;
-        }
-        let options = part_options(options, start, count)?;
-        let output = cache.append(&part(qkv, start, count)?, Some(&options))?;
-        outputs.push(output.context("options were given")?);
-        start += count;
-    }
-    Ok(Tensor::cat(&outputs, 2)?)
 }
 
 fn check(dtype: DType, memory: Memory) -> Result<()> {

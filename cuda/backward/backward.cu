@@ -26,8 +26,8 @@ __device__ __forceinline__ void row_products(Halves output, Halves rest, Halves 
 
 template <class T, int D>
 __device__ __forceinline__ void queries(const BackwardTensors& x, Global<float> dq, const AttentionParams& p) {
-    uint32_t blocks = (p.sizes.tokens + 63) / 64;
-    uint32_t head = blockIdx.x / blocks, block = blocks - 1 - blockIdx.x % blocks;
+    uint32_t blocks = blocks_of_rows(p, 64), end = (p.sizes.tokens + 63) / 64;
+    uint32_t head = blockIdx.x / blocks, block = end - 1 - blockIdx.x % blocks;
     QueryGradients<T, D>(p, x, head, block * 64).run(dq);
 }
 
@@ -63,7 +63,8 @@ __device__ __forceinline__ void edges(const BackwardTensors& x, Global<float> dq
     if (index >= int64_t(p.sizes.batch) * p.sizes.lists * tokens) return;
     int64_t list = index / tokens;
     int token = int(index % tokens), row = p.causal ? token + int(p.window) : token;
-    bool seen = row < int(tokens) && edge_token(p, x.far_before, list, row) == token, mine = lane * 8 < dim;
+    bool seen = row < int(tokens) && row >= int(p.first_row) && edge_token(p, x.far_before, list, row) == token;
+    bool mine = lane * 8 < dim;
     float key_sum[8] = {}, value_sum[8] = {};
     uint32_t heads = p.sizes.heads / p.sizes.lists;
     uint32_t head = uint32_t(list / p.sizes.lists) * p.sizes.heads + uint32_t(list % p.sizes.lists) * heads;

@@ -127,8 +127,8 @@ struct QueryGradients {
     // A row of this warp has a large log-sum-exp: no tile takes the FULL path.
     bool large;
     int lane, warp_row, block_row, row_end;
-    int far, far_tiles, near_first, near_tiles;
-    int far_end[2];  // how many far columns this lane's rows see
+    int far, far_skipped, far_tiles, near_first, near_tiles;
+    int far_begin[2], far_end[2];  // the far columns that this lane's rows see
 
     SFA_DEVICE QueryGradients(const AttentionParams& p, const BackwardTensors& x, uint32_t batch_head, int row)
         : p(p), x(x), at(p, batch_head), own_rows(false, threadIdx.x / 32 * 16), column_rows(true, 0),
@@ -136,13 +136,16 @@ struct QueryGradients {
         q = hw::tile(0, TILE), grad = hw::tile(TILE, TILE);
         lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16;
         row_end = min(int(p.sizes.tokens), row + ROWS);
-        far = far_count(p, x.far_before, at.list, row_end - 1), far_tiles = (far + NB - 1) / NB;
+        // The walk starts at the first tile of far columns that a row sees.
+        far_skipped = far_first(p, x.far_before, at.list, row) / NB;
+        far = far_count(p, x.far_before, at.list, row_end - 1), far_tiles = (far + NB - 1) / NB - far_skipped;
         near_first = p.window > 0 && !p.dense ? max(0, row - int(p.window) + 1) : row_end;
         near_tiles = (row_end - near_first + NB - 1) / NB;
         for (int r = 0; r < 2; r++) {
             int64_t index = at.batch_head * p.sizes.tokens + min(row_of(r), row_end - 1);
             log_sum_exp[r] = x.log_sum_exp[index], delta[r] = x.delta[index];
             rest[r] = x.log_sum_exp[rest_of_sums(p) + index];
+            far_begin[r] = far_first(p, x.far_before, at.list, min(row_of(r), row_end - 1));
             far_end[r] = far_count(p, x.far_before, at.list, min(row_of(r), row_end - 1));
         }
 #pragma unroll
@@ -161,7 +164,7 @@ struct QueryGradients {
 
     SFA_DEVICE Columns columns(int step) const {
         bool is_near = step >= far_tiles;
-        int first = is_near ? near_first + (step - far_tiles) * NB : step * NB;
+        int first = is_near ? near_first + (step - far_tiles) * NB : (far_skipped + step) * NB;
         return {is_near, first, min(NB, (is_near ? row_end : far) - first)};
     }
 
@@ -182,7 +185,8 @@ struct QueryGradients {
     SFA_DEVICE bool full(const Columns& c) const {
         if (has_extras(p, x) || c.count < NB || row_end - block_row < ROWS) return false;
         if (c.near) return c.first + NB <= block_row + 1 && c.first > row_end - 1 - int(p.window);
-        return c.first + NB <= far_count(p, x.far_before, at.list, block_row);
+        return c.first + NB <= far_count(p, x.far_before, at.list, block_row) &&
+               c.first >= far_first(p, x.far_before, at.list, row_end - 1);
     }
 
     // The gradient of a logit, from the logit and the gradient of its weight.
@@ -228,7 +232,7 @@ struct QueryGradients {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 int row = row_of(r), last = min(row, row_end - 1);
-                int begin = c.near ? last - int(p.window) + 1 : 0, end = c.near ? last + 1 : far_end[r];
+                int begin = c.near ? last - int(p.window) + 1 : far_begin[r], end = c.near ? last + 1 : far_end[r];
 #pragma unroll
                 for (int i = 0; i < 2 * NT; i++) {
                     int column = i / 2 * 8 + lane % 4 * 2 + i % 2, index = c.first + column;
@@ -342,7 +346,8 @@ struct ColumnRows {
         if (!raw) token = int(far_index[list * p.capacity + column]);
         if (!raw && far_ln) addend = LOG2_E * far_ln[list * p.capacity + column];
         begin = !p.causal ? 0 : raw ? token : min(tokens, token + int(p.window) + 1);
-        if (near) end = min(tokens, token + int(p.window));
+        begin = max(begin, int(p.first_row));
+        end = min(tokens, token + int(near ? p.window : p.slide));
     }
 };
 

@@ -51,7 +51,8 @@ struct OwnedColumns {
         int tokens = int(p.sizes.tokens);
         if (column >= first + count) return ColumnRows{tokens, tokens, tokens, 0};
         int token = int(x.far_index[list * p.capacity + (near ? tokens - 1 - column : column)]);
-        return ColumnRows{token, token, near ? min(tokens, token + int(p.window) + 1) : tokens, 0};
+        int reach = int(near ? p.window + 1 : p.slide);
+        return ColumnRows{token, max(token, int(p.first_row)), min(tokens, token + reach), 0};
     }
 
     // Writes the columns' words and starts the copies of their keys and values, in layout L. For THREADS threads, which

@@ -137,7 +137,7 @@ SFA_DEVICE void edge_gradients(const BackwardF32& x, const Global<float>& dk, co
     if (first >= all) return;
     int64_t index = first + threadIdx.x / 4, safe = index < all ? index : all - 1, list = safe / tokens;
     int token = int(safe % tokens), row = p.causal ? token + int(p.window) : token;
-    bool seen = row < int(tokens) && edge_token(p, c.far_before, list, row) == token;
+    bool seen = row < int(tokens) && row >= int(p.first_row) && edge_token(p, c.far_before, list, row) == token;
     ColumnF32Sums<D> sums(x, p);
     uint32_t head = first_head(p, list), heads = p.sizes.heads / p.sizes.lists;
     HeadIndex at_first(p, head);

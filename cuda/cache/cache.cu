@@ -10,6 +10,8 @@ __device__ void append(Global<const T> q, Global<const T> k, Global<const T> v, 
   bool merged = false;
   for (unsigned i = 0; i < p.sizes.tokens; i++) merged = list.take(q, k, v, tests, bias, i);
   list.finish(state.lengths);
+  list.slide(p.first + p.sizes.tokens);
+  list.write_starts(state.starts);
   // With several tokens the query before the last is not at hand, and the caller asks for no folded queries.
   list.queries(q, queries, merged && p.sizes.tokens == 1);
 }
@@ -22,6 +24,16 @@ __device__ void append(Global<const T> q, Global<const T> k, Global<const T> v, 
   }
 FOR_EACH_DTYPE(CACHE_APPEND)
 
+// Puts lists of `first` tokens under a sliding window. One warp per list.
+#define CACHE_SLIDE(suffix, T)                                       \
+  KERNEL cache_slide_##suffix(CACHE_STATE(T), CacheParams p) {       \
+    CacheState<T> state = STATE(T);                                  \
+    CacheList<T> list(p, state);                                     \
+    list.slide(p.first);                                             \
+    list.write_starts(state.starts);                                 \
+  }
+FOR_EACH_DTYPE(CACHE_SLIDE)
+
 // --- A first chunk, whose decisions and folds are known --------------------------------------------------------------
 
 // The columns that attention over a whole first chunk had: see "Attention" in params.cuh; merge bits are (batch, heads,
@@ -32,6 +44,12 @@ template <class T> struct Chunk {
   Global<const uint32_t> far_before;
   Global<const T> far_k, far_v;
   Global<const float> far_ln;
+
+  // The first far token that a row after the chunk sees; an edge that is not full yet has none.
+  __device__ unsigned first(const CacheParams& p) const {
+    unsigned edge = p.sizes.tokens - 1 - p.window, seen = first_seen(p.slide, p.sizes.tokens);
+    return p.slide == NO_SLIDE ? 0 : seen < edge ? seen : edge;
+  }
 
   __device__ bool hidden(const CacheParams& p, const List& list, unsigned t) const {
     unsigned pairs = p.sizes.tokens - 1;
@@ -53,8 +71,12 @@ __device__ void adopt_state(Global<const T> q, const Chunk<T>& chunk, const Cach
     return found;
   };
   if (tokens > p.window) {
-    unsigned edge = last - p.window, start = edge;
-    to.length = chunk.far_before[to.index * (tokens + 1) + edge];
+    unsigned edge = last - p.window, start = edge, first = chunk.first(p);
+    size_t before = to.index * (tokens + 1);
+    to.length = chunk.far_before[before + edge] - chunk.far_before[before + first];
+    // The chains that a sliding window leaves start with the one that token `first` is in.
+    to.kept_from = first;
+    while (to.kept_from > 0 && chunk.hidden(p, list, to.kept_from - 1)) to.kept_from--;
     while (p.fold != DROP && start > 0 && chunk.hidden(p, list, start - 1)) {
       start--;
       // A pair sum reads one left neighbour only.
@@ -71,6 +93,7 @@ __device__ void adopt_state(Global<const T> q, const Chunk<T>& chunk, const Cach
   if (to.run_start != NO_RUN) row(chunk.k, p.k, to.run_start).store(state.run_keys, to.row, to.dim);
   row(chunk.k, p.k, last).store(state.last_keys, to.row, to.dim);
   to.finish(state.lengths);
+  to.write_starts(state.starts);
   to.queries(q, Global<T>{}, false);
 }
 
@@ -83,9 +106,10 @@ __device__ void adopt_rows(const Chunk<T>& chunk, const CacheState<T>& state, co
   List list(p.sizes, blockIdx.y);
   size_t index = blockIdx.y, ring = index * (p.window + 1);
   WarpRow key, value;
-  if (t + p.window < tokens - 1 && !chunk.hidden(p, list, t)) {
-    unsigned column = chunk.far_before[index * (tokens + 1) + t];
-    size_t from = index * tokens + column, to = index * p.capacity + column;
+  if (t + p.window < tokens - 1 && !chunk.hidden(p, list, t) && t >= chunk.first(p)) {
+    size_t before = index * (tokens + 1);
+    unsigned column = chunk.far_before[before + t], skipped = chunk.far_before[before + chunk.first(p)];
+    size_t from = index * tokens + column, to = index * p.capacity + column - skipped;
     key.load(chunk.far_k, from * dim, dim), value.load(chunk.far_v, from * dim, dim);
     key.store(state.far_k, to * dim, dim), value.store(state.far_v, to * dim, dim);
     if (lane == 0) state.far_tokens.set(to, t);
@@ -186,7 +210,8 @@ __device__ void restore(Global<const T> recent_k, Global<const T> recent_v, Glob
   if (slot == p.window && p.first > p.window) to.write(state.local_k, state.local_v, state.local_ln, local);
 }
 
-// Truncates a list from `first` tokens to `sizes.tokens`; its chains are single tokens. One warp per list.
+// Truncates a list from `first` tokens to `sizes.tokens`; its chains are single tokens. Tokens that have left the
+// sliding window are gone, and no row sees them. One warp per list.
 template <class T>
 __device__ void truncate(const CacheState<T>& state, const CacheParams& p) {
   CacheList<T> list(p, state);
@@ -196,8 +221,9 @@ __device__ void truncate(const CacheState<T>& state, const CacheParams& p) {
   // Token t: a closed chain, or the open one, which follows them.
   auto read = [&](WarpRow& key, WarpRow& value, unsigned t) {
     key = list.chain_key, value = list.chain_value;
-    if (t >= list.length) return;
-    size_t column = list.index * p.capacity + t;
+    unsigned at = t - list.kept_from + list.start;
+    if (t < list.kept_from || at >= list.length) return;
+    size_t column = list.index * p.capacity + at;
     key.load(state.far_k, column * dim, dim), value.load(state.far_v, column * dim, dim);
   };
   WarpRow key, value;
@@ -207,10 +233,11 @@ __device__ void truncate(const CacheState<T>& state, const CacheParams& p) {
     read(key, value, t);
     key.store(state.local_k, slot, dim), value.store(state.local_v, slot, dim);
   }
-  unsigned length = 0;
+  unsigned length = list.start;
   if (kept > window) {
-    length = kept - 1 - window;
-    read(key, value, length);
+    unsigned edge = kept - 1 - window;
+    if (edge > list.kept_from) length += edge - list.kept_from;
+    read(key, value, edge);
     list.chain_key = key, list.chain_value = value, list.size = 1;
     list.write(state.local_k, state.local_v, state.local_ln, ring + window);
     key.store(state.chain_k, list.row, dim), value.store(state.chain_v, list.row, dim);
@@ -232,22 +259,25 @@ __device__ void truncate(const CacheState<T>& state, const CacheParams& p) {
 FOR_EACH_DTYPE(CACHE_MOVE)
 
 // Copies `count` numbers of each list, or `unit` times its length if `lengths` is given, from list sources[i] (or i) to
-// list i. The strides of the buffers may differ. Grid (count / 256, lists), 256 threads.
+// list i; without the entries before `starts`, if given. The strides of the buffers may differ. Grid (count / 256,
+// lists), 256 threads.
 template <class T>
-__device__ void copy(Global<const T> from, Global<const uint32_t> lengths, Global<const uint32_t> sources, Global<T> to,
-                     const CopyParams& p) {
+__device__ void copy(Global<const T> from, Global<const uint32_t> lengths, Global<const uint32_t> starts,
+                     Global<const uint32_t> sources, Global<T> to, const CopyParams& p) {
   unsigned i = blockIdx.x * 256 + threadIdx.x, source = sources ? sources[blockIdx.y] : blockIdx.y;
-  unsigned count = lengths ? lengths[source] * p.unit : p.count;
-  if (i < count) to.set((size_t)blockIdx.y * p.to_stride + p.to_offset + i, from[(size_t)source * p.from_stride + i]);
+  unsigned first = starts ? starts[source] * p.unit : 0, count = lengths ? lengths[source] * p.unit - first : p.count;
+  if (i < count)
+    to.set((size_t)blockIdx.y * p.to_stride + p.to_offset + i, from[(size_t)source * p.from_stride + first + i]);
 }
 
 #define CACHE_COPY(suffix, T)                                                                                         \
-  KERNEL cache_copy_##suffix(Global<const T> from, Global<const uint32_t> lengths, Global<const uint32_t> sources,    \
-                             Global<T> to, CopyParams p) {                                                            \
-    copy(from, lengths, sources, to, p);                                                                              \
+  KERNEL cache_copy_##suffix(Global<const T> from, Global<const uint32_t> lengths, Global<const uint32_t> starts,     \
+                             Global<const uint32_t> sources, Global<T> to, CopyParams p) {                            \
+    copy(from, lengths, starts, sources, to, p);                                                                      \
   }
 FOR_EACH_DTYPE(CACHE_COPY)
 CACHE_COPY(u32, uint32_t)
 
-MODULE(cache, ENTRIES(cache_append) ENTRIES(cache_adopt_state) ENTRIES(cache_adopt_rows) ENTRIES(cache_adopt_observed)
-                  ENTRIES(cache_restore) ENTRIES(cache_truncate) ENTRIES(cache_copy) ENTRY(cache_copy_u32))
+MODULE(cache, ENTRIES(cache_append) ENTRIES(cache_slide) ENTRIES(cache_adopt_state) ENTRIES(cache_adopt_rows)
+                  ENTRIES(cache_adopt_observed) ENTRIES(cache_restore) ENTRIES(cache_truncate) ENTRIES(cache_copy)
+                  ENTRY(cache_copy_u32))

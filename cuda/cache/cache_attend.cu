@@ -30,7 +30,7 @@ struct Softmax {
 template <class T> struct Columns {
   Global<const T> far_k, far_v;
   Global<const float> far_ln;
-  Global<const uint32_t> far_tokens, lengths;
+  Global<const uint32_t> far_tokens, lengths, starts;
   Global<const T> local_k, local_v;
   Global<const float> local_ln;
   Global<const uint32_t> local_lengths;
@@ -70,10 +70,18 @@ template <class T> struct Attend {
   __device__ void columns(const Columns<T>& from, Global<const float> bias) {
     size_t list = batch * p.lists + head / (p.heads / p.lists), far = list * p.capacity, local = list * (p.window + 1);
     unsigned length = from.lengths[list], locals = from.local_lengths[list], warp = threadIdx.x / 32;
-    for (unsigned i = warp; i < length; i += WARPS)
-      column(from.far_k, from.far_v, from.far_ln, far + i, from.far_tokens[far + i], bias);
+    unsigned start = 0, seen = 0;
+    if (p.slide != NO_SLIDE) {
+      // The row was appended: `starts` are those of the next one.
+      start = from.starts[list], seen = first_seen(p.slide, p.last);
+      if (start > 0 && from.far_tokens[far + start - 1] >= seen) start--;
+    }
+    for (unsigned i = start + warp; i < length; i += WARPS)
+      if (from.far_tokens[far + i] >= seen)
+        column(from.far_k, from.far_v, from.far_ln, far + i, from.far_tokens[far + i], bias);
     for (unsigned slot = warp; slot < locals; slot += WARPS)
-      column(from.local_k, from.local_v, from.local_ln, local + slot, local_token(slot), bias);
+      if (local_token(slot) >= seen)
+        column(from.local_k, from.local_v, from.local_ln, local + slot, local_token(slot), bias);
   }
 
   // Joins the warps' parts in their order.
@@ -111,12 +119,14 @@ template <class T> struct Attend {
 #define CACHE_ATTEND(suffix, T)                                                                                        \
   KERNEL cache_attend_##suffix(Global<const T> q, Global<const T> far_k, Global<const T> far_v,                        \
                                Global<const float> far_ln, Global<const uint32_t> far_tokens,                          \
-                               Global<const uint32_t> lengths, Global<const T> local_k, Global<const T> local_v,       \
-                               Global<const float> local_ln, Global<const uint32_t> local_lengths,                     \
+                               Global<const uint32_t> lengths, Global<const uint32_t> starts,                          \
+                               Global<const T> local_k, Global<const T> local_v, Global<const float> local_ln,         \
+                               Global<const uint32_t> local_lengths,                                                   \
                                Global<const float> bias, Global<const float> sinks, Global<T> out,                     \
                                CacheAttendParams p) {                                                                  \
     Attend<T> attend(p, q);                                                                                            \
-    attend.columns(Columns<T>{far_k, far_v, far_ln, far_tokens, lengths, local_k, local_v, local_ln, local_lengths},   \
+    attend.columns(Columns<T>{far_k, far_v, far_ln, far_tokens, lengths, starts, local_k, local_v, local_ln,           \
+                              local_lengths},                                                                          \
                    bias);                                                                                              \
     attend.finish(out, sinks);                                                                                         \
   }

@@ -15,6 +15,9 @@
 // 4. A running mean needs the chain and its size; a pair sum needs the raw token before (`previous_k`, `previous_v`).
 // 5. Under observed mass a token's bit is written later, when the last row of its window has added its mass
 //    (`observe`).
+// 6. Under a sliding window the closed chains that no later row sees are left behind: `starts` counts them, rows read
+//    from there on, and the host moves the rest to the front when a list is full. Raw tokens of a window that is longer
+//    than the sliding one stay in their ring, and rows pass over them.
 //
 // No shared memory. The buffers of a list are those of `CacheState`.
 #pragma once
@@ -33,6 +36,8 @@ template <class T> struct CacheState {
   // The last token of each closed chain, (lists, capacity); how many there are, (lists).
   Global<uint32_t> far_tokens;
   Global<uint32_t> lengths;
+  // (2, lists): how many closed chains, from the front, the next row does not see; the first token of the others.
+  Global<uint32_t> starts;
   // (lists, window + 1, D): raw token t at t % window, the open chain at `window`. `local_lengths`: how many of these
   // slots exist, from the front.
   Global<T> local_k, local_v;
@@ -59,19 +64,39 @@ template <class T> struct CacheList {
   const CacheState<T>& state;
   List list;
   size_t index, row;
-  unsigned dim, length, size, run_start;
+  unsigned dim, length, size, run_start, start, kept_from;
   WarpRow chain_key, chain_value, previous_key, previous_value;
 
   __device__ CacheList(const CacheParams& p, const CacheState<T>& state)
       : p(p), state(state), list(p.sizes, blockIdx.x), index(blockIdx.x), row(index * p.sizes.head_dim),
         dim(p.sizes.head_dim), length(state.lengths[index]), size(state.chain_sizes[index]),
-        run_start(state.run_starts[index]) {
+        run_start(state.run_starts[index]), start(0), kept_from(0) {
+    if (p.slide != NO_SLIDE) start = state.starts[index], kept_from = state.starts[lists() + index];
     chain_key.fill(0.0f), chain_value.fill(0.0f), previous_key.fill(0.0f), previous_value.fill(0.0f);
     if (p.first > p.window) {
       chain_key.load(state.chain_k, row, dim), chain_value.load(state.chain_v, row, dim);
       if (p.fold == PAIR_SUM)
         previous_key.load(state.previous_k, row, dim), previous_value.load(state.previous_v, row, dim);
     }
+  }
+
+  // The number of lists.
+  __device__ unsigned lists() const { return p.sizes.batch * p.sizes.lists; }
+
+  // Leaves closed chains behind that row `row` does not see.
+  __device__ void slide(unsigned row) {
+    if (p.slide == NO_SLIDE) return;
+    unsigned first = first_seen(p.slide, row);
+    while (start < length) {
+      unsigned token = state.far_tokens[index * p.capacity + start];
+      if (token >= first) break;
+      kept_from = token + 1, start++;
+    }
+  }
+
+  __device__ void write_starts(Global<uint32_t> starts) const {
+    if (p.slide == NO_SLIDE || threadIdx.x != 0) return;
+    starts.set(index, start), starts.set(lists() + index, kept_from);
   }
 
   // Whether row i of the chunk, which is the row of `token`, sees that token and the one before by every head's bias.
@@ -264,14 +289,14 @@ template <class T> struct CacheList {
 
 #define CACHE_STATE(T)                                                                                            \
   Global<T> far_k, Global<T> far_v, Global<float> far_ln, Global<uint32_t> far_tokens, Global<uint32_t> lengths,  \
-      Global<T> local_k,                                                                                          \
+      Global<uint32_t> starts, Global<T> local_k,                                                                 \
       Global<T> local_v, Global<float> local_ln, Global<uint32_t> local_lengths, Global<float> chain_k,           \
       Global<float> chain_v, Global<uint32_t> chain_sizes, Global<T> previous_k, Global<T> previous_v,            \
       Global<uint32_t> bits, Global<uint32_t> run_starts, Global<T> run_keys, Global<T> last_keys,                \
       Global<T> last_queries, Global<T> seen_keys, Global<float> masses, Global<float> norms, Global<float> logits
 #define STATE(T)                                                                                                  \
   CacheState<T> {                                                                                                 \
-    far_k, far_v, far_ln, far_tokens, lengths, local_k, local_v, local_ln, local_lengths, chain_k, chain_v,       \
-        chain_sizes, previous_k, previous_v, bits, run_starts, run_keys, last_keys, last_queries,                 \
+    far_k, far_v, far_ln, far_tokens, lengths, starts, local_k, local_v, local_ln, local_lengths, chain_k,        \
+        chain_v, chain_sizes, previous_k, previous_v, bits, run_starts, run_keys, last_keys, last_queries,        \
         {seen_keys, masses, norms, logits}                                                                        \
   }

@@ -17,7 +17,9 @@
 // 3. The running maximum follows a logit only if it is larger by more than 8, so that most columns rescale nothing.
 // 4. The new length is written last. Other blocks of the list split by the old length, so `next` holds the new one
 //    until the last block has arrived (`comes_last`).
-// 5. `join` has one warp per row and reads eight parts at a time; the first eight are in flight while their weights are
+// 5. Under a sliding window the far columns start at `starts`, which is written last too, and the window's raw tokens
+//    are those after its border: where the sliding window is the shorter one, one or two parts of the ring.
+// 6. `join` has one warp per row and reads eight parts at a time; the first eight are in flight while their weights are
 //    computed.
 //
 // Shared memory: G rows of 4 warps, D + 4 floats each (output, maximum, sum, padding): 16 * G * (D + 4) bytes, for
@@ -341,8 +343,8 @@ SFA_DEVICE void join(const Parts& parts, const Global<T>& output, const DecodePa
     }
 }
 
-// blockIdx.x: the list. blockIdx.y: 0 for the appending block, else 1 + share * splits + split. `counters` (2, lists):
-// the blocks that have arrived, 0 between launches; and the list's next length.
+// blockIdx.x: the list. blockIdx.y: 0 for the appending block, else 1 + share * splits + split. `counters` (4, lists):
+// the blocks that have arrived, 0 between launches; the list's next length, and its next `starts`.
 template <class T, int D, int G>
 SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const Global<const T>& v,
                        const Global<const float>& tests, const CacheState<T>& state, const Global<float>& memory,
@@ -351,25 +353,38 @@ SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const
     int64_t list = blockIdx.x;
     int group = c.sizes.heads / c.sizes.lists, share = 0, shares = group / G, kinds = 2;
     uint32_t batch = list / c.sizes.lists, head = list % c.sizes.lists * group, part = 0, dim = c.sizes.head_dim;
-    Global<uint32_t> next = counters + gridDim.x;
+    Global<uint32_t> next = counters + gridDim.x, next_starts = next + gridDim.x;
+    bool slides = c.slide != NO_SLIDE;
+    // The query's token, and the first token that it sees.
+    uint32_t token = p.appends ? c.first : c.first - 1, seen = slides ? first_seen(c.slide, token) : 0;
+    if (slides && c.slide <= c.window) kinds = 3;
     Parts parts(memory, p, dim);
     if (blockIdx.y > 0) share = (blockIdx.y - 1) / p.splits, shares = share + 1, kinds = 1;
     Decoder<T, D, G> decoder(dim, p.scale);
     decoder.start(q, c, batch, head + share * G);
     // Other blocks of the list read the old length until the last of them has arrived.
-    int length = int(state.lengths[list]), begin = length, end = length;
+    int length = int(state.lengths[list]), begin = length, end = length, start = 0;
+    if (slides) {
+        start = int(state.starts[list]);
+        // After an append `starts` are those of the next row.
+        if (!p.appends && start > 0 && state.far_tokens[list * c.capacity + start - 1] >= seen) start--;
+    }
     if (blockIdx.y == 0) {
         if (p.appends && threadIdx.x < 32) {
             CacheList<T> taken(c, state);
             taken.take(q, k, v, tests, Global<const float>{}, 0);
             taken.finish(next);
+            taken.slide(token + 1);
+            taken.write_starts(next_starts);
         }
         __syncthreads();
-        if (p.appends) end = int(next[list]);
+        // The chain that was closed ends one token before the edge.
+        if (p.appends && token >= seen + c.window + 1) end = int(next[list]);
     } else {
-        int split = (blockIdx.y - 1) % p.splits, columns = (length + int(p.splits) - 1) / int(p.splits);
+        int all = length - start, splits = int(p.splits);
+        int split = (blockIdx.y - 1) % p.splits, columns = (all + splits - 1) / splits;
         part = 1 + split;
-        begin = min(length, split * columns), end = min(length, begin + columns);
+        begin = start + min(all, split * columns), end = min(length, begin + columns);
     }
     for (; share < shares; share++) {
         if (share > 0 && blockIdx.y == 0) decoder.start(q, c, batch, head + share * G);
@@ -380,6 +395,12 @@ SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const
             Store<T> store = {far ? state.far_k : state.local_k, far ? state.far_v : state.local_v,
                               far ? state.far_ln : state.local_ln, list * (far ? c.capacity : c.window + 1)};
             int from = far ? begin : 0, to = far ? end : state.local_lengths ? int(state.local_lengths[list]) : 0;
+            if (kinds == 3 && !far) {
+                // The tokens from `seen` on: from its slot to the end of the ring, then from the ring's start.
+                int oldest = int(seen % c.window), newest = int(token % c.window);
+                bool second = kind == 2, wraps = oldest > newest;
+                from = second ? 0 : oldest, to = second && !wraps ? 0 : !second && wraps ? int(c.window) : newest + 1;
+            }
             decoder.columns(store, from, to);
         }
         decoder.finish(parts, p, list * group + share * G, part);
@@ -389,7 +410,11 @@ SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const
         join<T, D>(parts, output, p, dim, list * group + row);
     if (threadIdx.x != 0) return;
     counters.set(list, 0);
-    if (p.appends) state.lengths.set(list, next[list]);
+    if (!p.appends) return;
+    state.lengths.set(list, next[list]);
+    if (!slides) return;
+    state.starts.set(list, next_starts[list]);
+    state.starts.set(gridDim.x + list, next_starts[gridDim.x + list]);
 }
 
 // Resident blocks a multiprocessor: as `resident` in src/cuda/decode.rs.

@@ -107,8 +107,10 @@ template <class T, unsigned PARTS> struct Candidates {
   // Whether the row of pair t's second token sees both of its tokens by every head's bias.
   __device__ __forceinline__ bool seen(unsigned t) const {
     bool all = true;
+    if (t + 1 < p.first_row) return all;
+    unsigned row = t + 1 - p.first_row;
     for (unsigned head = list.first_head; head < list.first_head + list.group; head++) {
-      float left = bias[p.bias.at(list.batch, head, t + 1, t)], right = bias[p.bias.at(list.batch, head, t + 1, t + 1)];
+      float left = bias[p.bias.at(list.batch, head, row, t)], right = bias[p.bias.at(list.batch, head, row, t + 1)];
       all = all && left != -INFINITY && right != -INFINITY;
     }
     return all;

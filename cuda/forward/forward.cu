@@ -2,8 +2,8 @@
 // those that see the most columns first.
 #include "forward/forward_block.cuh"
 
-// By dtype and padded head size, plain or with a bias or dropout. Arguments: T, D, MT, NB, resident blocks a
-// multiprocessor, EXTRAS, LISTED.
+// By dtype and padded head size, plain or with a bias, dropout, a softcap, sinks or a sliding window. Arguments: T, D,
+// MT, NB, resident blocks a multiprocessor, EXTRAS (and SLIDING), LISTED.
 #define FORWARD_DTYPE(dtype, T)                                        \
     FORWARD(forward_64_##dtype, T, 64, 2, 64, 3, false, false)         \
     FORWARD(forward_96_##dtype, T, 96, 2, 32, 2, false, false)         \

@@ -34,7 +34,8 @@ struct ForwardBlock : ForwardRows<T, S, EXTRAS> {
     typedef ForwardRows<T, S, EXTRAS> Rows;
     typedef typename Rows::Columns Columns;
     using Rows::p, Rows::x, Rows::q, Rows::keys, Rows::values, Rows::output, Rows::THREADS;
-    using Rows::D, Rows::MT, Rows::NB, Rows::NT, Rows::R, Rows::LISTED;
+    using Rows::D, Rows::MT, Rows::NB, Rows::NT, Rows::R, Rows::LISTED, Rows::SLIDING;
+    typedef typename Rows::Walk Walk;
 
     Fragments<D> query_rows, key_rows, value_rows;
 
@@ -62,13 +63,14 @@ struct ForwardBlock : ForwardRows<T, S, EXTRAS> {
         hw::copy_commit();
     }
 
-    // One tile, whose copies are in flight; `left` tiles follow it. MASKED: some rows do not see some of its columns,
-    // or it is searched for numbers that are not finite. `met` becomes NaN once a logit is not finite.
+    // One tile, whose copies are in flight; `left` is its number, and `first` that of the last tile to be visited.
+    // MASKED: some rows do not see some of its columns, or it is searched for numbers that are not finite. `met`
+    // becomes NaN once a logit is not finite.
     template <bool MASKED>
-    SFA_DEVICE void step(uint32_t& left, float& met) {
+    SFA_DEVICE void step(uint32_t& left, uint32_t first, float& met) {
         hw::copy_wait<0>();
         __syncthreads();
-        if (left > 0) load<!MASKED>(left - 1);
+        if (left > first) load<!MASKED>(left - 1);
         // Otherwise the number of the next step would stay in a register from here on.
         hw::keep_in_place(left);
         Columns c = this->template columns<!MASKED>(left);
@@ -79,7 +81,7 @@ struct ForwardBlock : ForwardRows<T, S, EXTRAS> {
 #pragma unroll
         for (int i = 0; i < MT * NT * 4; i++) s[i / (NT * 4)][i / 4 % NT][i % 4] = 0;
         multiply_rows<T, D, MT, NT, MASKED>(s, query_rows, q, key_rows, keys(left), wanted);
-        if (MASKED) this->meet(met, s, wanted);
+        if (MASKED || (SLIDING && this->watches())) this->meet(met, s, wanted);
         float scale = this->to_logits(s, c, left);
         if (MASKED) this->mask(s, c, wanted);
         float rescale[R];
@@ -106,19 +108,27 @@ struct ForwardBlock : ForwardRows<T, S, EXTRAS> {
             __syncthreads();
         }
         int steps = this->bounds().steps();
-        if (steps > 0) load<false>(steps - 1);
-        if (steps > 0) hw::copy_wait<1>();
+        Walk walk{0, 0, 0};
+        // Otherwise it is found after the rows have started.
+        if (SLIDING) walk = this->walk();
+        if (steps > walk.first) load<false>(steps - 1);
+        if (steps > walk.first) hw::copy_wait<1>();
         else hw::copy_wait<0>();
         __syncthreads();
         this->start();
-        int full = this->full_tiles();
+        if (!SLIDING) walk = this->walk();
         float met = 0;
 #pragma unroll 1
-        for (uint32_t i = steps; int(i) > full;) step<true>(--i, met);
+        for (uint32_t i = steps; int(i) > walk.end;) step<true>(--i, walk.first, met);
         suspect(met != 0.f);
         this->write_first_bad();
 #pragma unroll 1
-        for (uint32_t i = full; i > 0;) step<false>(--i, met);
+        for (uint32_t i = walk.end; int(i) > walk.begin;) step<false>(--i, walk.first, met);
+        if constexpr (SLIDING) {
+#pragma unroll 1
+            for (uint32_t i = walk.begin; int(i) > walk.first;) step<true>(--i, walk.first, met);
+            suspect(met != 0.f);
+        }
         suspect(this->divide());
     }
 
@@ -157,5 +167,5 @@ SFA_DEVICE void attend_rows(const ForwardTensors& x, const AttentionParams& p) {
 }
 
 #define FORWARD(name, T, D, MT, NB, BLOCKS, EXTRAS, LISTED) \
-    FORWARD_KERNEL(name, 128, BLOCKS, (ForwardTiles<WarpShape<D, MT, NB, LISTED>>::NOTES_AT), attend_rows, T, \
-                   WarpShape<D, MT, NB, LISTED>, EXTRAS)
+    FORWARD_KERNEL(name, 128, BLOCKS, (ForwardTiles<WarpShape<D, MT, NB, LISTED, EXTRAS>>::NOTES_AT), attend_rows, T, \
+                   WarpShape<D, MT, NB, LISTED, EXTRAS>, EXTRAS)

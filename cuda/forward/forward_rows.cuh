@@ -5,14 +5,15 @@
 #include "forward/forward_tiles.cuh"
 #include "lib/softmax.cuh"
 
-// EXTRAS: bias, dropout, a softcap and sink logits are possible.
+// EXTRAS: bias, dropout, a softcap and sink logits are possible. S::SLIDING: a sliding window, and rows that are left
+// out.
 template <class T, class S, bool EXTRAS>
 struct ForwardRows : ForwardTiles<S> {
     typedef ForwardTiles<S> Tiles;
     typedef typename Tiles::Columns Columns;
     using Tiles::p, Tiles::x, Tiles::at, Tiles::q, Tiles::staging, Tiles::words, Tiles::bad;
     using Tiles::lane, Tiles::warp_row, Tiles::block_row, Tiles::row_end, Tiles::has_sizes, Tiles::token;
-    using Tiles::D, Tiles::MT, Tiles::NB, Tiles::THREADS, Tiles::ROWS, Tiles::LISTED;
+    using Tiles::D, Tiles::MT, Tiles::NB, Tiles::THREADS, Tiles::ROWS, Tiles::LISTED, Tiles::SLIDING;
     static constexpr int R = 2 * MT, NT = NB / 8;
 
     OnlineSoftmax<R> softmax;
@@ -308,17 +309,19 @@ struct ForwardRows : ForwardTiles<S> {
 // at a time.
 template <class S>
 struct RowBlocks {
-    uint32_t blocks, heads;
+    // `end`: all of a head's blocks; the last `blocks` of them are computed.
+    uint32_t end, blocks, heads;
 
     SFA_DEVICE RowBlocks(const AttentionParams& p)
-        : blocks((p.sizes.tokens + S::ROWS - 1) / S::ROWS), heads(p.sizes.batch * p.sizes.heads) {}
+        : end((p.sizes.tokens + S::ROWS - 1) / S::ROWS), blocks(S::SLIDING ? blocks_of_rows(p, S::ROWS) : end),
+          heads(p.sizes.batch * p.sizes.heads) {}
 
     SFA_DEVICE uint32_t count() const { return blocks * heads; }
 
     // Batch and head, and the first row, of block `index`.
     SFA_DEVICE uint2 place(uint32_t index) const {
         Place place(index, blocks, heads, S::QUEUE);
-        return {place.unit, (blocks - 1 - place.block) * S::ROWS};
+        return {place.unit, (end - 1 - place.block) * S::ROWS};
     }
 };
 

@@ -5,6 +5,9 @@
 // tile to the first. So the tiles that need a mask come first, and the rest runs without one. LISTED (see params.cuh):
 // there is no edge; the columns are the tokens that stay, up to the row's own, followed by the hidden tokens of the
 // window, in common tiles.
+//
+// SLIDING: rows have a left border too, that of a sliding window. The walk ends at the first tile that a row of the
+// block sees, and the tiles at the left border need a mask again (`Walk`). Blocks of rows may be left out, too.
 #pragma once
 
 #include "lib/attention.cuh"
@@ -24,10 +27,10 @@ struct ForwardTensors {
 };
 
 // Four warps of 16 * M rows, tiles of N columns; each warp multiplies its own rows.
-template <int DIM, int M, int N, bool BY_LISTS>
+template <int DIM, int M, int N, bool BY_LISTS, bool SLIDES>
 struct WarpShape {
     static constexpr int D = DIM, MT = M, NB = N, THREADS = 128, ROWS = 64 * M;
-    static constexpr bool LISTED = BY_LISTS;
+    static constexpr bool LISTED = BY_LISTS, SLIDING = SLIDES;
     // TOGETHER: rows that are multiplied together. STAGES: tiles of keys and values in shared memory. WORDS: tiles
     // whose words are.
     static constexpr int TOGETHER = 16 * M, STAGES = 2, WORDS = 2;
@@ -45,7 +48,8 @@ struct WarpShape {
 template <class S>
 struct ForwardTiles {
     static constexpr int D = S::D, MT = S::MT, NB = S::NB, THREADS = S::THREADS, ROWS = S::ROWS;
-    static constexpr bool LISTED = S::LISTED;
+    static constexpr bool LISTED = S::LISTED, SLIDING = S::SLIDING;
+    static_assert(!(LISTED && SLIDING), "listed columns have no left border");
     static constexpr uint32_t Q_BYTES = ROWS * D * 2, K_BYTES = NB * D * 2, LN_BYTES = NB * 4;
     static constexpr uint32_t STAGING_AT = Q_BYTES + 2 * S::STAGES * K_BYTES, WORDS_AT = STAGING_AT + S::STAGING;
     static constexpr uint32_t BAD_AT = WORDS_AT + S::WORDS * LN_BYTES, FACTS_AT = BAD_AT + (NB + 4) * 4;
@@ -183,7 +187,16 @@ struct ForwardTiles {
             return {stay, int(counts.y) + shift, row + 1 - stay + shift};
         }
         if (near) return {0, row - int(p.window) + 1, row + 1};
-        return {0, 0, int(far_count(p, x.far_before, at().list, row))};
+        return {0, SLIDING ? first_seen(row) : 0, int(far_count(p, x.far_before, at().list, row))};
+    }
+
+    // The first far column that a row sees.
+    SFA_DEVICE int first_seen(int row) const { return far_first(p, x.far_before, at().list, row); }
+
+    // Whether tiles without a mask are watched for numbers that are not finite, too: under a sliding window of raw
+    // tokens, and where rows are left out, no other block finds these for the rows of this one.
+    SFA_DEVICE bool watches() const {
+        return SLIDING && p.dense && (p.slide < p.sizes.tokens || p.first_row > 0);
     }
 
     // The number of whole tiles of far columns, or of tokens that stay, that every row sees.
@@ -191,6 +204,20 @@ struct ForwardTiles {
         if (p.dense && !p.causal) return 0;
         Visible first = visible(false, block_row(), block_row());
         return (LISTED ? first.stay : first.end) / NB;
+    }
+
+    // The tiles of a walk, by their numbers from the last on: masked ones down to `end`, whole ones down to `begin`,
+    // and those of the left border down to `first`, the last to be visited.
+    struct Walk {
+        int first, begin, end;
+    };
+    SFA_DEVICE Walk walk() const {
+        if constexpr (!SLIDING) return {0, 0, full_tiles()};
+        int first = first_seen(block_row()) / NB;
+        int begin = (first_seen(row_end() - 1) + NB - 1) / NB, end = full_tiles();
+        // With care every tile is searched that no other block searches.
+        if (begin >= end || (careful() && watches())) return {first, first, first};
+        return {first, begin, end};
     }
 
     // The buffers of a tile, by a number that changes by one from tile to tile. `words`: ln n of far columns or, if

@@ -44,7 +44,8 @@
 // Shape of a kernel: WARPGROUPS attending warpgroups of 64 rows, tiles of N columns, STAGES_ of them in shared memory,
 // PRODUCERS_ producer threads, BLOCKS resident blocks a multiprocessor. If TAKEN_ is not 0, the producers are a
 // warpgroup that gives registers up and each attending thread then has TAKEN_ registers.
-template <int DIM, int WARPGROUPS, int N, int STAGES_, int PRODUCERS_, int TAKEN_, int BLOCKS, bool BY_LISTS>
+template <int DIM, int WARPGROUPS, int N, int STAGES_, int PRODUCERS_, int TAKEN_, int BLOCKS, bool BY_LISTS,
+          bool SLIDES>
 struct WarpgroupShape {
     static constexpr int D = DIM, MT = 1, NB = N, THREADS = 128 * WARPGROUPS, ROWS = 64 * WARPGROUPS;
     static constexpr int PRODUCERS = PRODUCERS_, TAKEN = TAKEN_;
@@ -52,7 +53,7 @@ struct WarpgroupShape {
     static constexpr int REGISTERS = 65536 / BLOCKS / (THREADS + PRODUCERS) / 8 * 8;
     static constexpr int KEPT = REGISTERS * (WARPGROUPS + 1) - TAKEN * WARPGROUPS;
     static_assert(TAKEN == 0 || (PRODUCERS == 128 && KEPT >= 24), "registers that one takes the others have given");
-    static constexpr bool LISTED = BY_LISTS;
+    static constexpr bool LISTED = BY_LISTS, SLIDING = SLIDES;
     // The words of a tile are read after its keys are free; up to two later tiles are in flight by then.
     static constexpr int TOGETHER = 64, STAGES = STAGES_, WORDS = STAGES + 2;
     // Producers note the facts of the next block of rows while this one is attended, and a slower warp may still read
@@ -178,6 +179,7 @@ template <class S>
 struct ForwardProducers : ForwardTiles<S> {
     typedef ForwardTiles<S> Tiles;
     typedef typename Tiles::Columns Columns;
+    typedef typename Tiles::Walk Walk;
     using Tiles::p, Tiles::x, Tiles::NB, Tiles::LISTED;
     static constexpr bool ATTENDS = false;
     static constexpr uint32_t STEP = S::PRODUCERS / (S::Tile::GROUP / 16), PASSES = NB / STEP;
@@ -230,15 +232,16 @@ struct ForwardProducers : ForwardTiles<S> {
         this->template note_facts<S::PRODUCERS>(place.x, place.y, CAREFUL, thread());
         hw::meet<2, S::PRODUCERS>();
         this->hold();
-        int steps = this->bounds().steps(), full = this->full_tiles();
+        int steps = this->bounds().steps();
+        Walk walk = this->walk();
         read_tokens(steps - 1);
         ring.wait_for_room(turn);
         this->template load_queries<S::PRODUCERS>(thread());
         ring.loaded_queries();
 #pragma unroll 1
-        for (int left = steps - 1; left >= full; left--) load<false>(tile++, left);
+        for (int left = steps - 1; left >= walk.end; left--) load<false>(tile++, left);
 #pragma unroll 1
-        for (int left = min(full, steps) - 1; left >= 0; left--) load<true>(tile++, left);
+        for (int left = min(walk.end, steps) - 1; left >= walk.first; left--) load<true>(tile++, left);
         return tile;
     }
 };
@@ -248,8 +251,9 @@ template <class T, class S>
 struct ForwardWarpgroups : ForwardRows<T, S, false> {
     typedef ForwardRows<T, S, false> Rows;
     typedef typename Rows::Columns Columns;
+    typedef typename Rows::Walk Walk;
     using Rows::p, Rows::q, Rows::keys, Rows::values, Rows::output;
-    using Rows::D, Rows::NB, Rows::NT, Rows::R, Rows::ROWS, Rows::LISTED;
+    using Rows::D, Rows::NB, Rows::NT, Rows::R, Rows::ROWS, Rows::LISTED, Rows::SLIDING;
     static constexpr bool ATTENDS = true;
 
     Ring<S> ring;
@@ -300,12 +304,12 @@ struct ForwardWarpgroups : ForwardRows<T, S, false> {
 
     // Turns the products of a tile into weights, as floats. Returns whether older sums have to be multiplied by
     // `rescale`.
-    SFA_DEVICE bool weigh_tile(float (&rescale)[R], float (&s)[1][NT][4], uint32_t tile, int left, int full,
+    SFA_DEVICE bool weigh_tile(float (&rescale)[R], float (&s)[1][NT][4], uint32_t tile, int left, const Walk& walk,
                                float& met) {
-        bool masked = left >= full;
+        bool masked = left >= walk.end || (SLIDING && left < walk.begin);
         Columns c = this->template columns<false>(left);
         Span all{0, NB};
-        if (masked) this->meet(met, s, all);
+        if (masked || (SLIDING && this->watches())) this->meet(met, s, all);
         float scale = this->to_logits(s, c, tile);
         if (masked) this->mask(s, c, all);
         bool any = this->template raise<false>(rescale, s, scale, all);
@@ -329,19 +333,21 @@ struct ForwardWarpgroups : ForwardRows<T, S, false> {
         float met = 0;
         // Otherwise the compiler knows that these are zeros, and serializes the products.
         hw::settle(output[0]);
-        attend<CAREFUL>(tile, steps - 1, hw::uniform(this->full_tiles()), met);
+        Walk walk = this->walk();
+        walk = {hw::uniform(walk.first), hw::uniform(walk.begin), hw::uniform(walk.end)};
+        attend<CAREFUL>(tile, steps - 1, walk, met);
         this->write_first_bad();
         redo.suspect(turn, this->divide() || met != 0.f);
         S::meet();
         if (!CAREFUL && redo.is_suspect(turn)) redo.note(round);
         else this->finish();
-        return tile + steps;
+        return tile + max(0, steps - walk.first);
     }
 
     // Frees the first tiles from which no row of this warpgroup sees a column; returns their number.
-    SFA_DEVICE int skip(uint32_t tile, int left, int full) {
+    SFA_DEVICE int skip(uint32_t tile, int left, const Walk& walk) {
         int skipped = 0;
-        for (; left - skipped >= full; skipped++) {
+        for (; left - skipped >= walk.end; skipped++) {
             Span reach = this->reach(this->template columns<false>(left - skipped));
             if (hw::uniform(reach.begin < reach.end)) break;
             ring.wait_for(tile + skipped, false);
@@ -354,12 +360,12 @@ struct ForwardWarpgroups : ForwardRows<T, S, false> {
 
     // CAREFUL: each tile is searched for numbers that are not finite.
     template <bool CAREFUL>
-    SFA_DEVICE void attend(uint32_t tile, int left, int full, float& met) {
+    SFA_DEVICE void attend(uint32_t tile, int left, const Walk& walk, float& met) {
         if (!CAREFUL) {
-            int skipped = skip(tile, left, full);
+            int skipped = skip(tile, left, walk);
             tile += skipped, left -= skipped;
         }
-        if (left < 0) return ring.leave_queries();
+        if (left < walk.first) return ring.leave_queries();
         float s[1][NT][4], rescale[R];
         uint32_t weights[NT / 2][4];
         if (CAREFUL) search_tile(tile, left);
@@ -371,11 +377,11 @@ struct ForwardWarpgroups : ForwardRows<T, S, false> {
         hw::products_wait<0>();
         hw::settle(s[0]);
         ring.leave(tile, false);
-        if (left == 0) ring.leave_queries();
-        if (weigh_tile(rescale, s, tile, left, full, met)) this->multiply_output(rescale);
+        if (left == walk.first) ring.leave_queries();
+        if (weigh_tile(rescale, s, tile, left, walk, met)) this->multiply_output(rescale);
         round(weights, s);
 #pragma unroll 1
-        for (; left > 0; tile++, left--) {
+        for (; left > walk.first; tile++, left--) {
             if (CAREFUL) search_tile(tile + 1, left - 1);
             ring.wait_for(tile + 1, false);
             ring.wait_for(tile, true);
@@ -387,8 +393,8 @@ struct ForwardWarpgroups : ForwardRows<T, S, false> {
             hw::products_wait<1>();
             hw::settle(s[0]);
             ring.leave(tile + 1, false);
-            if (left == 1) ring.leave_queries();
-            bool any = weigh_tile(rescale, s, tile + 1, left - 1, full, met);
+            if (left == walk.first + 1) ring.leave_queries();
+            bool any = weigh_tile(rescale, s, tile + 1, left - 1, walk, met);
             hw::products_wait<0>();
             hw::settle(output[0]);
             ring.leave(tile, true);
@@ -458,8 +464,8 @@ SFA_DEVICE void attend_by_warpgroups(const ForwardTensors& x, const AttentionPar
     }
 }
 
-#define FORWARD_WGMMA(name, T, D, WARPGROUPS, NB, STAGES, PRODUCERS, TAKEN, BLOCKS, LISTED)         \
-    FORWARD_KERNEL(name, 128 * WARPGROUPS + PRODUCERS, BLOCKS,                                      \
-                   (BLOCK_BYTES<WarpgroupShape<D, WARPGROUPS, NB, STAGES, PRODUCERS, TAKEN, BLOCKS, LISTED>>), \
-                   attend_by_warpgroups, T,                                                         \
-                   WarpgroupShape<D, WARPGROUPS, NB, STAGES, PRODUCERS, TAKEN, BLOCKS, LISTED>)
+#define FORWARD_WGMMA(name, T, D, WARPGROUPS, NB, STAGES, PRODUCERS, TAKEN, BLOCKS, ...)                           \
+    FORWARD_KERNEL(name, 128 * WARPGROUPS + PRODUCERS, BLOCKS,                                                     \
+                   (BLOCK_BYTES<WarpgroupShape<D, WARPGROUPS, NB, STAGES, PRODUCERS, TAKEN, BLOCKS, __VA_ARGS__>>), \
+                   attend_by_warpgroups, T,                                                                        \
+                   WarpgroupShape<D, WARPGROUPS, NB, STAGES, PRODUCERS, TAKEN, BLOCKS, __VA_ARGS__>)

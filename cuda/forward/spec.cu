@@ -41,7 +41,8 @@ template <class T> struct SpecRow {
       check += q * 0.0f + k * 0.0f + widen(values[value + d]) * 0.0f;
     }
     float logit = (capped(p.softcap, dot * p.scale * p.scale_sign) + ln * LOG2_E) + check;
-    if (x.bias) logit += bias_in_base_2(x.bias[p.bias.at(batch, head, row, token)]);
+    unsigned from = row > p.first_row ? row - p.first_row : 0;
+    if (x.bias) logit += bias_in_base_2(x.bias[p.bias.at(batch, head, from, token)]);
     push(logit, values, value, token);
   }
 
@@ -53,7 +54,8 @@ template <class T> struct SpecRow {
     maximum = larger;
     sum = sum * rescale + weight;
     if (p.dropout_cut > 0) {
-      uint32_t word = philox_word(p.dropout_key, batch * p.sizes.heads + head, row, token);
+      uint32_t word = philox_word(p.dropout_key, batch * p.sizes.heads + head + p.drawn_from[0], row + p.drawn_from[1],
+                                  token + p.drawn_from[2]);
       weight = word >= p.dropout_cut ? weight * p.dropout_scale : 0.0f;
     }
     for (unsigned d = 0; d < p.sizes.head_dim; d++) {
@@ -93,8 +95,10 @@ __device__ void spec_forward(const SpecTensors<T>& x, Global<T> out, Global<floa
   if (row >= tokens) return;
   SpecRow<T> state(x, p, batch, head, row);
   auto raw = [&](unsigned t) { state.see(x.k, p.k.at(batch, kv_head, t), x.v, p.v.at(batch, kv_head, t), t, 0.0f); };
+  // The first token that the sliding window leaves.
+  unsigned first = row + 1 > p.slide ? row + 1 - p.slide : 0;
   if (p.dense) {
-    for (unsigned t = 0; t < (p.causal ? row + 1 : tokens); t++) raw(t);
+    for (unsigned t = first; t < (p.causal ? row + 1 : tokens); t++) raw(t);
     return state.finish(out, log_sum_exp);
   }
   size_t list = (size_t)batch * p.sizes.lists + (p.sizes.lists == p.sizes.heads ? head : kv_head);
@@ -105,6 +109,7 @@ __device__ void spec_forward(const SpecTensors<T>& x, Global<T> out, Global<floa
                                    : 0;
   for (unsigned c = 0; c < far; c++) {
     size_t column = list * p.capacity + c;
+    if (x.far_index[column] < first) continue;
     state.see(x.far_k, column * dim, x.far_v, column * dim, x.far_index[column], x.far_ln ? x.far_ln[column] : 0.0f);
   }
   // Edge: the token at the window's border, hidden or not. Without causality, tokens that are not hidden are far

@@ -264,12 +264,24 @@ struct HeadIndex {
     }
 };
 
+// The blocks of `rows` rows of a head that are computed: the last ones, without those before `first_row`.
+SFA_DEVICE uint32_t blocks_of_rows(const AttentionParams& p, uint32_t rows) {
+    return (p.sizes.tokens + rows - 1) / rows - p.first_row / rows;
+}
+
 // How many far columns a row sees. In the dense case these are raw tokens, including the row's own.
 SFA_DEVICE int far_count(const AttentionParams& p, const Words& before, int64_t list, int row) {
     if (p.dense) return p.causal ? row + 1 : int(p.sizes.tokens);
     int64_t first = list * (p.sizes.tokens + 1);
     if (!p.causal) return int(before[first + p.sizes.tokens]);
     return row < int(p.window) ? 0 : int(before[first + row - p.window]);
+}
+
+// How many of the first far columns a row does not see because its sliding window starts after them.
+SFA_DEVICE int far_first(const AttentionParams& p, const Words& before, int64_t list, int row) {
+    int first = row + 1 - int(p.slide);
+    if (first <= 0) return 0;
+    return p.dense ? first : int(before[list * (p.sizes.tokens + 1) + first]);
 }
 
 // The edge column of a row, or -1: the token at the left border of the window. Without causality only a hidden row's
@@ -318,11 +330,13 @@ SFA_DEVICE void cleanse(const hw::Tile& tile, uint32_t thread = threadIdx.x) {
 
 // The bias of a row and a token, in base 2.
 SFA_DEVICE float bias_at(const AttentionParams& p, const Floats& bias, const HeadIndex& at, int row, int token) {
-    return bias_in_base_2(bias[p.bias.at(at.batch, at.head, row, token)]);
+    int from = max(row - int(p.first_row), 0);
+    return bias_in_base_2(bias[p.bias.at(at.batch, at.head, from, token)]);
 }
 
 // Dropout's factor of a weight: 0 or 1 / (1 - p).
 SFA_DEVICE float dropout_factor(const AttentionParams& p, const HeadIndex& at, int row, int token) {
-    uint32_t word = philox_word(p.dropout_key, uint32_t(at.batch_head), uint32_t(row), uint32_t(token));
+    uint32_t word = philox_word(p.dropout_key, uint32_t(at.batch_head) + p.drawn_from[0],
+                                uint32_t(row) + p.drawn_from[1], uint32_t(token) + p.drawn_from[2]);
     return word >= p.dropout_cut ? p.dropout_scale : 0.f;
 }

@@ -45,9 +45,12 @@ struct DecideParams {
   unsigned max_merge_level, sinks;
   // The reference rule: how far its candidates reach.
   unsigned levels;
+  // The bias starts with this row; earlier rows have none.
+  unsigned first_row;
+  unsigned reserved;
 };
 
-static_assert(sizeof(DecideParams) == 144, "as in src/cuda/params.rs");
+static_assert(sizeof(DecideParams) == 152, "as in src/cuda/params.rs");
 
 // Strategy and threshold of every query head, (batch, heads, 2), if they are few; otherwise a buffer has them.
 struct FewTests {
@@ -145,10 +148,17 @@ struct AttentionParams {
   unsigned listed;
   // c * log2(e) of a softcap; 0 without one.
   float softcap;
-  unsigned reserved;
+  // L of a sliding window: row i sees columns of tokens above i - L. The number of tokens if there is none. Below the
+  // number of tokens it is above `window`, so it cuts far columns alone.
+  unsigned slide;
+  // Rows before it have queries of zeros, and their results are not read: blocks of them are left out. The bias starts
+  // with this row.
+  unsigned first_row;
+  // Dropout counts heads over all batch rows, rows and tokens from these on.
+  unsigned drawn_from[3];
 };
 
-static_assert(sizeof(AttentionParams) == 216, "as in src/cuda/params.rs");
+static_assert(sizeof(AttentionParams) == 232, "as in src/cuda/params.rs");
 
 // For forward_spread_nan; `heads` over all batch rows.
 struct SpreadParams {
@@ -171,6 +181,12 @@ static_assert(sizeof(DecodeParams) == 20, "as in src/cuda/params.rs");
 
 // --- Cache ---
 
+// The first token that the row of token `row` sees under a sliding window of `slide` tokens, NO_SLIDE for none.
+constexpr unsigned NO_SLIDE = 0xffffffffu;
+__device__ __forceinline__ unsigned first_seen(unsigned slide, unsigned row) {
+  return row + 1 > slide ? row + 1 - slide : 0;
+}
+
 // For cache_append: sizes.tokens new tokens after `first` earlier ones.
 struct CacheParams {
   Rows q, k, v;
@@ -187,7 +203,8 @@ struct CacheParams {
   // 1: observed mass decides, with this softmax scale.
   unsigned observes;
   float scale;
-  unsigned reserved;
+  // L of the sliding window, or NO_SLIDE.
+  unsigned slide;
 };
 
 static_assert(sizeof(CacheParams) == 200, "as in src/cuda/params.rs");
@@ -207,7 +224,8 @@ struct CacheAttendParams {
   float dropout_scale;
   // c * log2(e) of a softcap; 0 without one.
   float softcap;
-  unsigned reserved;
+  // L of the sliding window, or NO_SLIDE.
+  unsigned slide;
 };
 
 static_assert(sizeof(CacheAttendParams) == 96, "as in src/cuda/params.rs");

@@ -33,8 +33,8 @@ struct RowF32 {
     // `rows` per block; blockIdx.x counts blocks of rows within heads, the last rows first. `last` is the block's last
     // row: all lanes of a warp walk as far as that row's columns reach.
     SFA_DEVICE RowF32(const ColumnsF32& x, const AttentionParams& p, int rows)
-        : x(x), p(p), at(p, blockIdx.x / ((p.sizes.tokens + rows - 1) / rows)) {
-        int blocks = (p.sizes.tokens + rows - 1) / rows, block = blocks - 1 - blockIdx.x % blocks;
+        : x(x), p(p), at(p, blockIdx.x / blocks_of_rows(p, rows)) {
+        int all = (p.sizes.tokens + rows - 1) / rows, block = all - 1 - blockIdx.x % blocks_of_rows(p, rows);
         token = block * rows + threadIdx.x / 4;
         last = min(int(p.sizes.tokens), (block + 1) * rows) - 1;
         exists = token <= last;
@@ -122,11 +122,13 @@ struct RowF32 {
     // Visits a superset of this row's columns, in step with the block's other rows, so that `visit` may shuffle.
     template <class Visit>
     SFA_DEVICE void for_each_column(Visit visit) const {
+        int top = last / 32 * 32;
         int mine = far_count(p, x.far_before, at.list, token), all = far_count(p, x.far_before, at.list, last);
-        for (int column = 0; column < all; column++) visit(far(column, column < mine));
+        int begin = far_first(p, x.far_before, at.list, token), from = far_first(p, x.far_before, at.list, top);
+        for (int column = from; column < all; column++) visit(far(column, column >= begin && column < mine));
         if (p.dense) return;
         visit(edge());
-        int first = max(0, last / 32 * 32 - int(p.window) + 1);
+        int first = max(0, top - int(p.window) + 1);
         for (int column = first; p.window > 0 && column <= last; column++) visit(near(column));
     }
 };

@@ -12,9 +12,10 @@ use crate::cpu::number::finite::{all_finite, quarantine};
 use crate::cuda::attention;
 use crate::cuda::cache::{HostList, HostLists};
 use crate::cuda::on_gpu::GpuElement;
-use crate::cuda::refused::refuse_shapes;
+use crate::cuda::refused::refuse_in_cache;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Result};
+use std::ops::Range;
 
 /// A dtype in which caches store on the CPU and on a device.
 pub(crate) trait Both: GpuElement + Element<Acc = f32> {
@@ -85,12 +86,6 @@ impl CompressedKvCache {
                  compute them yet, keep the cache on the CPU"
             )
         }
-        if let Some(length) = state.sliding_window.flatten() {
-            bail!(
-                "sliding_window: expected None for a cache on CUDA, got {length}; its kernels do not compute it yet, \
-                 keep the cache on the CPU"
-            )
-        }
         let dtype = state.lists.dtype();
         let Some(lists) = T::unwrap(&state.lists) else {
             bail!(
@@ -99,7 +94,7 @@ impl CompressedKvCache {
             )
         };
         let problem = state.sizes.problem(dtype);
-        refuse_shapes(&problem)?;
+        refuse_in_cache(&problem, None)?;
         let agree = self.config.group_rule.heads_agree();
         let per_row = attention::lists(&problem, self.strategies.all_off(), agree);
         Ok(Some((problem, held_of(state, lists, &self.config, per_row))))
@@ -123,7 +118,10 @@ pub(super) fn state_of<T: Both>(sizes: CacheSizes, config: &CompressionConfig, h
         let tests = held.tests[row * heads + first..][..width].to_vec();
         let queries = held.last_queries.as_ref();
         let queries = queries.map(|all| &all[(row * heads + first) * sizes.head_dim..][..width * sizes.head_dim]);
-        let settings = ListSettings::new(tests, config);
+        let settings = ListSettings {
+            sliding_window: held.sliding_window.flatten().unwrap_or(usize::MAX),
+            ..ListSettings::new(tests, config)
+        };
         let list = match settings.merges() {
             true => merging_list(
                 settings,
@@ -138,7 +136,7 @@ pub(super) fn state_of<T: Both>(sizes: CacheSizes, config: &CompressionConfig, h
     State {
         sizes,
         seq_len: held.seq_len,
-        sliding_window: None,
+        sliding_window: held.sliding_window,
         places: None,
         lists: T::wrap(lists.collect()),
     }
@@ -153,20 +151,28 @@ fn merging_list<T: Both>(
     let mut list = List::<T>::new(settings, [dim; 2]);
     let fold = list.settings.fold;
     list.seq_len = seq_len;
-    (list.keys, list.values) = (held.far_k.clone().into(), held.far_v.clone().into());
-    list.tokens = held.tokens.clone().into();
-    if fold.has_sizes() {
-        let before = std::iter::once(0).chain(held.tokens.iter().map(|token| token + 1));
-        let sizes = held.tokens.iter().zip(before).map(|(token, before)| token + 1 - before);
-        list.log2_sizes = sizes
-            .map(|size| f64::from(size).log2() as f32)
-            .collect::<Vec<_>>()
-            .into();
+    if list.settings.folds() {
+        (list.keys, list.values) = (held.far_k.clone().into(), held.far_v.clone().into());
+        list.tokens = held.tokens.clone().into();
+        list.kept_from = held.kept_from;
+        if fold.has_sizes() {
+            let before = std::iter::once(held.kept_from as u32).chain(held.tokens.iter().map(|token| token + 1));
+            let sizes = held.tokens.iter().zip(before).map(|(token, before)| token + 1 - before);
+            list.log2_sizes = sizes
+                .map(|size| f64::from(size).log2() as f32)
+                .collect::<Vec<_>>()
+                .into();
+        }
+        let chain = held.chain.clone();
+        list.open = chain.map(|rows| ChainFold::from_rows(fold, held.chain_size as usize, rows));
     }
-    let chain = held.chain.clone();
-    list.open = chain.map(|rows| ChainFold::from_rows(fold, held.chain_size as usize, rows));
-    (list.recent_keys, list.recent_values) = (held.recent_k.clone(), held.recent_v.clone());
-    list.bits.clone_from(&held.bits);
+    // Raw tokens of a window that is longer than the sliding one are seen by no later row.
+    let unseen = held.recent_k.len() - list.settings.kept_raw().min(seq_len) * dim;
+    (list.recent_keys, list.recent_values) = (held.recent_k[unseen..].to_vec(), held.recent_v[unseen..].to_vec());
+    list.bits = match list.settings.decides() {
+        true => held.bits.clone(),
+        false => vec![0; held.bits.len()],
+    };
     if list.settings.compares() {
         list.run = Run {
             start: held.run.as_ref().map(|(token, key)| (*token, widened(key))),
@@ -182,7 +188,10 @@ fn merging_list<T: Both>(
     if fold.folds_queries() {
         list.last_queries = widened(last_queries);
     }
-    let rows = held.recent_k.chunks_exact(dim).zip(held.recent_v.chunks_exact(dim));
+    let rows = list
+        .recent_keys
+        .chunks_exact(dim)
+        .zip(list.recent_values.chunks_exact(dim));
     let bad = rows
         .rev()
         .position(|(key, value)| !(all_finite(&widened(key)) && all_finite(&widened(value))));
@@ -208,14 +217,20 @@ fn plain_list<T: Both>(settings: ListSettings, held: &HostList<T>, (seq_len, dim
     for (key, value) in held.recent_k.chunks_exact(dim).zip(held.recent_v.chunks_exact(dim)) {
         close(&widened(key), &widened(value));
     }
+    // The first of these tokens, and the first that a later row sees.
+    let oldest = held.kept_from.min(seq_len - 1);
+    list.kept_from = oldest.max(list.settings.first_seen(seq_len)).min(seq_len - 1);
+    for rows in [&mut list.keys, &mut list.values] {
+        rows.leave((list.kept_from - oldest) * dim);
+    }
     // The newest token is the open chain.
-    let closed = (seq_len - 1) * dim;
+    let closed = (seq_len - 1 - list.kept_from) * dim;
     let mut chain = ChainFold::new(list.settings.fold, [dim; 2]);
     chain.step(false, &list.keys[closed..], &list.values[closed..]);
     list.keys.truncate(closed);
     list.values.truncate(closed);
     list.open = Some(chain);
-    list.tokens = (0..seq_len as u32 - 1).collect::<Vec<_>>().into();
+    list.tokens = (list.kept_from as u32..seq_len as u32 - 1).collect::<Vec<_>>().into();
     list
 }
 
@@ -252,6 +267,7 @@ fn held_of<T: Both>(state: &State, lists: &ListsOf<T>, config: &CompressionConfi
     });
     HostLists {
         seq_len: state.seq_len,
+        sliding_window: state.sliding_window,
         lists: held.collect(),
         last_queries,
         tests,
@@ -265,16 +281,29 @@ fn narrowed<T: Both>(row: &[f32]) -> Vec<T> {
 }
 
 fn held_merging<T: Both>(list: &List<T>) -> HostList<T> {
-    // A list may still hold raw tokens that have left the window.
-    let stale = list.recent_keys.len() - list.seq_len.min(list.settings.window) * list.dim;
+    let (settings, dim) = (&list.settings, list.dim);
+    // A list may still hold raw tokens that have left the window, and lacks those that have left a sliding window
+    // inside it.
+    let (kept, slots) = (list.seq_len.min(settings.kept_raw()), list.seq_len.min(settings.window));
+    let stale = list.recent_keys.len() - kept * dim;
+    let recent = |rows: &[T]| [&vec![T::zero(); (slots - kept) * dim][..], &rows[stale..]].concat();
+    let edge = list.seq_len.checked_sub(settings.window + 1);
     HostList {
+        kept_from: if settings.folds() {
+            list.kept_from
+        } else {
+            edge.unwrap_or(0)
+        },
         far_k: list.keys.to_vec(),
         far_v: list.values.to_vec(),
         tokens: list.tokens.to_vec(),
-        chain: list.open.as_ref().map(|chain| chain.rows().map(<[f32]>::to_vec)),
+        chain: match &list.open {
+            Some(chain) => Some(chain.rows().map(<[f32]>::to_vec)),
+            None => edge.map(|_| [const { Vec::new() }; 4].map(|_: Vec<f32>| vec![0.0; dim])),
+        },
         chain_size: list.open.as_ref().map_or(0, |chain| chain.size as u32),
-        recent_k: list.recent_keys[stale..].to_vec(),
-        recent_v: list.recent_values[stale..].to_vec(),
+        recent_k: recent(&list.recent_keys),
+        recent_v: recent(&list.recent_values),
         bits: list.bits.clone(),
         run: list.run.start.as_ref().map(|(token, key)| (*token, narrowed(key))),
         last_key: narrowed(&list.run.last_key),
@@ -286,28 +315,37 @@ fn held_merging<T: Both>(list: &List<T>) -> HostList<T> {
 fn held_plain<T: Both>(list: &List<T>, config: &CompressionConfig) -> HostList<T> {
     let (dim, seq_len, window) = (list.dim, list.seq_len, config.window);
     let open = list.open.as_ref().map(ChainFold::rows);
-    let row = |closed: &[T], index: usize| -> Vec<T> {
+    // The rows of these tokens; zeros for those that have left the sliding window.
+    let rows = |closed: &[T], index: usize, tokens: Range<usize>| -> Vec<T> {
         let last = open.map_or_else(Vec::new, |rows| narrowed(rows[index]));
-        closed.iter().copied().chain(last).collect()
+        let row = |token: usize| match token.checked_sub(list.kept_from) {
+            None => vec![T::zero(); dim],
+            Some(at) => closed.chunks_exact(dim).nth(at).map_or(last.clone(), <[T]>::to_vec),
+        };
+        tokens.flat_map(row).collect()
     };
-    let (keys, values) = (row(&list.keys, 0), row(&list.values, 1));
+    let (keys, values) = (
+        |tokens| rows(&list.keys, 0, tokens),
+        |tokens| rows(&list.values, 1, tokens),
+    );
     let (edge, oldest) = (seq_len.saturating_sub(window + 1), seq_len.saturating_sub(window));
+    let far = list.kept_from.min(edge)..edge;
     HostList {
-        far_k: keys[..edge * dim].to_vec(),
-        far_v: values[..edge * dim].to_vec(),
-        tokens: (0..edge as u32).collect(),
+        kept_from: far.start,
+        far_k: keys(far.clone()),
+        far_v: values(far.clone()),
+        tokens: far.map(|token| token as u32).collect(),
         chain: (seq_len > window).then(|| {
-            let (key, value) = (edge * dim..(edge + 1) * dim, edge * dim..(edge + 1) * dim);
-            let (key, value) = (widened(&keys[key]), widened(&values[value]));
+            let (key, value) = (widened(&keys(edge..edge + 1)), widened(&values(edge..edge + 1)));
             [key.clone(), value.clone(), key, value]
         }),
         chain_size: u32::from(seq_len > window),
-        recent_k: keys[oldest * dim..].to_vec(),
-        recent_v: values[oldest * dim..].to_vec(),
+        recent_k: keys(oldest..seq_len),
+        recent_v: values(oldest..seq_len),
         bits: vec![0; window.min(seq_len - 1)],
         run: None,
-        last_key: keys[(seq_len - 1) * dim..].to_vec(),
+        last_key: keys(seq_len - 1..seq_len),
         masses: vec![0.0; window.min(seq_len)],
-        sink_keys: keys[..config.sinks.min(seq_len) * dim].to_vec(),
+        sink_keys: keys(0..config.sinks.min(seq_len)),
     }
 }

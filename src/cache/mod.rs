@@ -234,7 +234,6 @@ impl CompressedKvCache {
         let scores = self.checked_scores(problem, scores, k)?;
         #[cfg(feature = "cuda")]
         if q.device().is_cuda() || self.on_gpu.is_some() {
-            options.map_or(Ok(()), AttentionOptions::check_on_cuda)?;
             return self.take_in_on_gpu(problem, [q, k, v], scores.as_ref(), options);
         }
         if !q.device().is_cpu() {
@@ -385,14 +384,23 @@ impl CompressedKvCache {
                  cannot be taken apart, reset() and append again, or keep a clone() from before"
             )
         }
-        let Some(state) = &self.state else { return Ok(()) };
-        if !each!(&state.lists, lists => lists.iter().all(|(_, list)| list.can_truncate(tokens))) {
+        if !self.keeps_columns_at(tokens)? {
             bail!(
                 "truncate: expected all {seq_len} tokens, got {tokens}; tokens that the next row would see have left \
                  the sliding window, reset() and append again, or keep a clone() from before"
             )
         }
         Ok(())
+    }
+
+    /// Whether the columns of the row after the first `tokens` tokens are kept: a sliding window may have passed them.
+    fn keeps_columns_at(&self, tokens: usize) -> Result<bool> {
+        #[cfg(feature = "cuda")]
+        if let Some(state) = &self.on_gpu {
+            return state.can_truncate(tokens);
+        }
+        let Some(state) = &self.state else { return Ok(true) };
+        Ok(each!(&state.lists, lists => lists.iter().all(|(_, list)| list.can_truncate(tokens))))
     }
 
     fn never_merges(&self) -> bool {

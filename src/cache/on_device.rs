@@ -8,6 +8,7 @@ use crate::cuda::cache::DeviceLists;
 use crate::cuda::device::Cuda;
 use crate::cuda::extras::ExtraBuffers;
 use crate::cuda::on_gpu::GpuElement;
+use crate::cuda::refused::refuse_in_cache;
 use crate::cuda::tensors::{self, source, stored, tensor};
 use crate::problem::Problem;
 use crate::storage::not_on_cpu;
@@ -117,6 +118,13 @@ impl GpuState {
 
     pub fn never_merges(&self) -> bool {
         each!(&*self.lists, lists => lists.never_merges())
+    }
+
+    /// Whether the columns of the row after the first `tokens` tokens are kept. Waits for the device under a sliding
+    /// window.
+    pub fn can_truncate(&self, tokens: usize) -> Result<bool> {
+        let gpu = cuda(&self.device)?;
+        each!(&*self.lists, lists => lists.can_truncate(&gpu, tokens))
     }
 
     /// Cuts lists that never merge back to the first `tokens` tokens.
@@ -229,7 +237,7 @@ impl CompressedKvCache {
             )
         }
         self.storage_for(problem.dtype, problem.dtype)?;
-        crate::cuda::refused::refuse_shapes(problem)?;
+        refuse_in_cache(problem, options)?;
         if let Some(state) = &self.on_gpu {
             if state.sizes != CacheSizes::of(problem) {
                 bail!(

@@ -7,7 +7,7 @@ use crate::cpu::cache::list::{List, ListSettings};
 use crate::cpu::decide::heads::ListHeads;
 use crate::cpu::number::element::Element;
 use crate::problem::Problem;
-use candle_core::{bail, DType, Result};
+use candle_core::{DType, Result};
 use serde::{Deserialize, Serialize};
 
 /// Everything that the first call fixes or that later calls change.
@@ -28,17 +28,10 @@ impl State {
     /// # Errors
     /// Another one than in the calls before.
     pub(super) fn sliding_window_for(&self, options: Option<&AttentionOptions>) -> Result<Option<usize>> {
-        let (Some(options), held) = (options, self.sliding_window) else {
-            return Ok(self.sliding_window.flatten());
-        };
-        if let Some(held) = held.filter(|held| *held != options.sliding_window) {
-            bail!(
-                "sliding_window: expected {held:?} as in the calls before, got {:?}; tokens outside of it are gone, \
-                 give the same one in every call, or reset() the cache and append again",
-                options.sliding_window
-            )
+        match options {
+            Some(options) => options.sliding_window_after(self.sliding_window),
+            None => Ok(self.sliding_window.flatten()),
         }
-        Ok(options.sliding_window)
     }
 }
 

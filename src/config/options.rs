@@ -33,14 +33,12 @@ pub struct AttentionOptions {
     /// both. Minus infinity at any other column that a row would see, in a head that hides tokens, is an error on the
     /// CPU. The reasons: a bias does not tell apart the tokens that were folded together, and `sinks` and `window`
     /// count from the first token, padding included. On CUDA the check would mean waiting for the device, so there is
-    /// no check: do not give such a bias. Left-padded batches and packed documents are [`Self::segments`]; on CUDA with
-    /// merging, give each sequence its own call, or keep their heads
-    /// [`MergeStrategy::Off`](crate::MergeStrategy::Off).
+    /// no check: do not give such a bias. Left-padded batches and packed documents are [`Self::segments`].
     pub bias: Option<Tensor>,
     /// L, at least 1: row i sees token s only where s > i - L, the rule of Mistral and Gemma; L tokens with its own. A
     /// column of folded tokens stands for its last token. Decisions do not read it. Time follows L, not N. A cache
-    /// keeps what a later row sees, at most L entries a list. Its first attended call fixes L for all later calls. On
-    /// the CPU only. `None` (default): every earlier token.
+    /// keeps what a later row sees, at most L entries a list. Its first attended call fixes L for all later calls.
+    /// `None` (default): every earlier token.
     pub sliding_window: Option<usize>,
     /// c, above 0: a logit z becomes c·tanh(z/c), before the bias, the size of a fold and the mask, as in Gemma 2.
     /// Decisions do not read it. On CUDA a product of a query and a key beyond f32 is NaN, not c. `None` (default):
@@ -63,8 +61,10 @@ pub struct AttentionOptions {
     /// segment alone. Bias and dropout go by the token indices of the whole call. A mask of zeros and ones is segments,
     /// in u32; for packed documents see [`segments_from_lengths`](super::segments_from_lengths).
     ///
-    /// Each segment is a call of its own inside: many short ones take longer than one long row. On the CPU only. `None`
-    /// (default): one segment.
+    /// Each segment is a call of its own inside: many short ones take longer than one long row. On CUDA each is as many
+    /// launches as a call, its numbers are read once, which waits for the device, and a gradient takes a tensor of the
+    /// whole call's size for each segment, one at a time. A cache takes segments on the CPU only. `None` (default): one
+    /// segment.
     pub segments: Option<Tensor>,
     /// The order of the axes of query, key, value and output tensors, at every function that takes these options.
     /// Default [`TensorLayout::HeadsFirst`]: (B, H, N, D). The bias is (B, H, N, N) in either, and the arrays of
@@ -100,27 +100,31 @@ impl AttentionOptions {
         self.softmax_scale.unwrap_or_else(|| 1.0 / (head_dim as f64).sqrt())
     }
 
-    /// Refuses the options that the CUDA kernels do not compute.
-    pub(crate) fn check_on_cuda(&self) -> Result<()> {
-        if let Some(length) = self.sliding_window {
+    /// The sliding window of a cache's call, whose calls before had `held`; None before the first of them.
+    ///
+    /// # Errors
+    /// Another one than in the calls before.
+    pub(crate) fn sliding_window_after(&self, held: Option<Option<usize>>) -> Result<Option<usize>> {
+        if let Some(held) = held.filter(|held| *held != self.sliding_window) {
             bail!(
-                "sliding_window: expected None on CUDA, got {length}; its kernels do not compute it yet, move the \
-                 tensors with to_device(&Device::Cpu)"
+                "sliding_window: expected {held:?} as in the calls before, got {:?}; tokens outside of it are gone, \
+                 give the same one in every call, or reset() the cache and append again",
+                self.sliding_window
             )
         }
-        if self.column_bias.is_some() {
-            bail!(
+        Ok(self.sliding_window)
+    }
+
+    /// Refuses a column bias, which the CUDA kernels do not compute.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn refuse_column_bias(&self) -> Result<()> {
+        match self.column_bias {
+            Some(_) => bail!(
                 "column_bias: expected None on CUDA, got some; its kernels do not compute it yet, move the tensors \
                  with to_device(&Device::Cpu)"
-            )
+            ),
+            None => Ok(()),
         }
-        if self.segments.is_some() {
-            bail!(
-                "segments: expected None on CUDA, got some; its kernels do not compute them yet, give each segment its \
-                 own call, or move the tensors with to_device(&Device::Cpu)"
-            )
-        }
-        Ok(())
     }
 
     /// The options of a call on one segment alone; `bias` is the call's as a (B, H, N, N) view.

@@ -8,7 +8,7 @@ use super::on_gpu::{Gpu, GpuElement};
 use crate::config::AttentionOptions;
 use crate::cuda::forward;
 use crate::cuda::forward::{Attended, AttentionCall, Saved, LARGEST_LISTED};
-use crate::cuda::operands::{BiasBuffer, ColumnBuffers};
+use crate::cuda::operands::{BiasBuffer, ColumnBuffers, Part};
 use crate::problem::{Problem, RowLayout};
 use candle_core::Result;
 
@@ -22,6 +22,7 @@ pub(crate) struct Attention<'a, G: Gpu, T: GpuElement> {
     /// Sink logits (H) in f32.
     pub sinks: Option<&'a G::Slice<f32>>,
     pub options: &'a AttentionOptions,
+    pub part: Part,
 }
 
 /// Lists of columns per batch row: one per KV head where nothing is hidden, or where the query heads of each KV head
@@ -58,6 +59,18 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
             && [self.fold.k.1, self.fold.v.1].iter().all(narrow)
     }
 
+    /// L of the sliding window where it hides something.
+    fn slides(&self) -> Option<usize> {
+        self.options
+            .sliding_window
+            .filter(|length| *length < self.fold.problem.tokens)
+    }
+
+    /// Whether rows see raw tokens only: nothing is hidden, or the sliding window ends before the first folded column.
+    fn raw(&self) -> bool {
+        self.dense || self.slides().is_some_and(|length| length <= self.window)
+    }
+
     /// Folds queries and columns. `listed`: see [`FoldCall::columns`].
     ///
     /// # Errors
@@ -71,7 +84,10 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
         }
         Ok(Folded {
             queries: self.fold.queries(gpu)?,
-            columns: Some(self.fold.columns(gpu, listed)?),
+            columns: match self.raw() {
+                true => None,
+                false => Some(self.fold.columns(gpu, listed)?),
+            },
         })
     }
 
@@ -91,6 +107,7 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
             bias: self.bias,
             sinks: self.sinks,
             options: self.options,
+            part: self.part,
         }
     }
 
@@ -99,7 +116,7 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
     /// # Errors
     /// As [`forward::forward`].
     pub fn forward(&self, gpu: &G, keep: bool) -> Result<Attended<G, T>> {
-        let lean = !has_extras(self.options);
+        let lean = !has_extras(self.options) && self.slides().is_none() && self.part.first_row == 0;
         let folded = self.folded(gpu, lean && self.can_list())?;
         forward::forward(gpu, &self.call(&folded), keep)
     }
@@ -114,7 +131,7 @@ impl<G: Gpu, T: GpuElement> Attention<'_, G, T> {
         saved: &Saved<'_, G, T>,
         grad_output: &G::Slice<T>,
     ) -> Result<GradientBuffers<G, T>> {
-        let lists = match self.dense {
+        let lists = match self.raw() {
             true => backward::lists::<G, T>(gpu, &self.fold.problem, self.options)?,
             false => self.fold.lists,
         };

@@ -261,14 +261,13 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
             head_dim,
             ..
         } = self.call.problem;
-        let mut target = self.gpu.alloc::<f32>(batch * heads * tokens * head_dim)?;
+        let mut target = self.call.target::<f32>(self.gpu, batch * heads * tokens * head_dim)?;
         let mut args = self.inputs();
         args.push(self.gpu.write(&mut target));
         args.push(self.gpu.value(&self.params));
         let name = format!("backward_queries_{}_{}", padded(head_dim), T::SUFFIX);
         let rows = if T::HALF { BLOCK } else { F32_BLOCK };
-        let blocks = batch * heads * tokens.div_ceil(rows);
-        self.launch(&name, blocks, &args)?;
+        self.launch(&name, self.call.row_blocks(rows), &args)?;
         drop(args);
         Ok(target)
     }

@@ -19,7 +19,7 @@ pub(crate) struct DecideCall<'a, G: Gpu, T: GpuElement> {
     pub k: Source<'a, G, T>,
     pub strategies: &'a HeadStrategies,
     pub config: &'a CompressionConfig,
-    /// The bias as a view of (B, H, N, N); only read where [`reads_bias`] says so.
+    /// The bias as a view of (B, H, Nq, N); only read where [`reads_bias`] says so.
     pub bias: Option<BiasBuffer<'a, G>>,
 }
 
@@ -55,6 +55,8 @@ impl<G: Gpu, T: GpuElement> DecideCall<'_, G, T> {
             max_merge_level: count(self.config.max_merge_level),
             sinks: count(self.config.sinks),
             levels: self.levels() as u32,
+            first_row: self.problem.first_row(true) as u32,
+            reserved: 0,
         })
     }
 

@@ -33,7 +33,7 @@ pub(crate) struct DecodeCall<'a, G: Gpu, T: GpuElement> {
 pub(crate) struct Scratch<G: Gpu> {
     parts: G::Slice<f32>,
     room: usize,
-    /// Counters (2, lists); the first `lists` of them are 0 between launches.
+    /// Counters (4, lists); the first `lists` of them are 0 between launches.
     counters: G::Slice<u32>,
     lists: usize,
 }
@@ -47,7 +47,7 @@ impl<G: Gpu> Scratch<G> {
         Ok(Self {
             parts: gpu.alloc(room)?,
             room,
-            counters: gpu.zeros(2 * lists)?,
+            counters: gpu.zeros(4 * lists)?,
             lists,
         })
     }

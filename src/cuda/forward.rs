@@ -2,10 +2,9 @@
 //! `forward_f32.cu`: attention over the columns that folding left.
 
 use super::extras::{has_extras, softcap_in_base_2};
-use super::on_gpu::{Gpu, GpuElement, Kernel, Launch};
-use super::operands::{padded, BiasBuffer, ColumnBuffers};
+use super::on_gpu::{Gpu, GpuElement, Kernel, Launch, Number};
+use super::operands::{padded, BiasBuffer, ColumnBuffers, Part};
 use super::params::{AttentionParams, BiasEntries, DropoutParams, Rows, Sizes};
-use super::refused::refuse_shapes;
 use super::variants::forward::{ForwardVariant, THREADS};
 use crate::config::AttentionOptions;
 use crate::problem::{Problem, RowLayout};
@@ -26,6 +25,7 @@ pub(crate) struct AttentionCall<'a, G: Gpu, T: GpuElement> {
     /// Sink logits (H) in f32.
     pub sinks: Option<&'a G::Slice<f32>>,
     pub options: &'a AttentionOptions,
+    pub part: Part,
 }
 
 /// The output (B, H, N, D), and the tensors that the backward pass needs, if asked for.
@@ -94,7 +94,6 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
             }
         }
         let options = self.options;
-        refuse_shapes(&self.problem)?;
         let scale = options.scale(head_dim) * std::f64::consts::LOG2_E;
         let dropout = DropoutParams::new(options);
         Ok(AttentionParams {
@@ -111,7 +110,9 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
             dense: self.columns.is_none().into(),
             listed: self.listed().into(),
             softcap: softcap_in_base_2(options),
-            reserved: 0,
+            slide: self.slide() as u32,
+            first_row: self.part.first_row as u32,
+            drawn_from: self.part.drawn_from,
             dropout_key: dropout.key,
             scale: scale.abs() as f32,
             scale_sign: if scale < 0.0 { -1.0 } else { 1.0 },
@@ -129,12 +130,42 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
         has_extras(self.options)
     }
 
+    /// L of the sliding window, at most the number of tokens, which is none.
+    fn slide(&self) -> usize {
+        let tokens = self.problem.tokens;
+        // Rows that are no tokens count from the first query.
+        let behind = if self.options.causal { 0 } else { self.part.first_row };
+        let length = self.options.sliding_window.unwrap_or(tokens);
+        length.saturating_add(behind).min(tokens)
+    }
+
+    /// Whether a sliding window hides columns, or rows are left out: only kernels with a left border know of these.
+    fn is_cut(&self) -> bool {
+        self.slide() < self.problem.tokens || self.part.first_row > 0
+    }
+
+    /// The blocks of this many rows of all heads, without those before the first row.
+    pub(super) fn row_blocks(&self, rows: usize) -> usize {
+        let Problem {
+            batch, heads, tokens, ..
+        } = self.problem;
+        batch * heads * (tokens.div_ceil(rows) - self.part.first_row / rows)
+    }
+
+    /// A buffer of `len` numbers that kernels write; zeros where they leave rows out.
+    pub(super) fn target<N: Number>(&self, gpu: &G, len: usize) -> Result<G::Slice<N>> {
+        match self.part.first_row {
+            0 => gpu.alloc(len),
+            _ => gpu.zeros(len),
+        }
+    }
+
     /// Whether the rounding error of the output is kept for the backward pass, as another tensor of the output's size.
     /// Where one weight is nearly all of a row's sum, gradients are small differences, and the rounding of the output
     /// is their only error. The lean causal kernels do not keep it, as other fused kernels do not: their rows rarely
-    /// have such a weight, and keeping it costs 1 %.
+    /// have such a weight, and keeping it costs 1 %. Rows of a short sliding window have.
     fn keeps_rest(&self) -> bool {
-        T::HALF && (self.extras() || !self.options.causal || self.problem.head_dim > 128)
+        T::HALF && (self.extras() || self.is_cut() || !self.options.causal || self.problem.head_dim > 128)
     }
 
     /// q, k, v, then the columns in the order that every attention kernel takes, then the bias.
@@ -184,12 +215,12 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
     } = call.problem;
     let params = call.params()?;
     let rows = batch * heads;
-    let mut output = gpu.alloc::<T>(rows * tokens * head_dim)?;
+    let mut output = call.target::<T>(gpu, rows * tokens * head_dim)?;
     let mut kept = match keep {
         true => Some(Kept {
-            log_sum_exp: gpu.alloc::<f32>(2 * rows * tokens)?,
+            log_sum_exp: call.target::<f32>(gpu, 2 * rows * tokens)?,
             rest: match call.keeps_rest() {
-                true => Some(gpu.alloc::<T>(rows * tokens * head_dim)?),
+                true => Some(call.target::<T>(gpu, rows * tokens * head_dim)?),
                 false => None,
             },
         }),
@@ -203,17 +234,21 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
                 true => None,
                 false => gpu.warpgroups()?,
             };
-            let warpgroups =
-                short.and_then(|short| ForwardVariant::by_warpgroups(head_dim, tokens, call.listed(), short));
-            Some(warpgroups.unwrap_or_else(|| ForwardVariant::pick(head_dim, call.extras(), call.listed())))
+            let warpgroups = short.and_then(|short| match call.is_cut() {
+                true => ForwardVariant::sliding_by_warpgroups(head_dim),
+                false => ForwardVariant::by_warpgroups(head_dim, tokens, call.listed(), short),
+            });
+            let extras = call.extras() || call.is_cut();
+            Some(warpgroups.unwrap_or_else(|| ForwardVariant::pick(head_dim, extras, call.listed())))
         }
         false => None,
     };
     let block_rows = variant.as_ref().map_or(F32_ROWS, |variant| variant.rows);
     let blocks = tokens.div_ceil(block_rows);
     // A second kernel handles numbers that are not finite only where the tensor-core kernels attend to raw tokens
-    // throughout.
-    let mut first_bad = match T::HALF && (params.dense | params.listed) == 1 && params.causal == 1 {
+    // throughout. Where these have a left border, each block finds the numbers by itself.
+    let raw = (params.dense | params.listed) == 1;
+    let mut first_bad = match T::HALF && raw && params.causal == 1 && !call.is_cut() {
         true => Some(gpu.alloc::<u32>(rows * blocks)?),
         false => None,
     };
@@ -235,7 +270,7 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
     let (name, launch) = match &variant {
         Some(variant) => {
             let launch = Launch {
-                grid: [variant.grid(gpu, rows * blocks)?, 1, 1],
+                grid: [variant.grid(gpu, call.row_blocks(block_rows))?, 1, 1],
                 threads: variant.threads(),
                 shared_bytes: 0,
             };
@@ -243,7 +278,7 @@ pub(crate) fn forward<G: Gpu, T: GpuElement>(
         }
         None => {
             let launch = Launch {
-                grid: [rows * blocks, 1, 1],
+                grid: [call.row_blocks(block_rows), 1, 1],
                 threads: THREADS,
                 shared_bytes: 0,
             };

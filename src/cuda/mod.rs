@@ -32,6 +32,7 @@ mod params;
 #[cfg(feature = "cuda")]
 mod ptx;
 pub(crate) mod refused;
+pub(crate) mod sizes;
 #[cfg(feature = "cuda")]
 pub(crate) mod tensors;
 mod variants;

@@ -18,6 +18,15 @@ pub(crate) struct ColumnBuffers<G: Gpu, T: GpuElement> {
     pub folded_ln: Option<G::Slice<f32>>,
 }
 
+/// The part of a call's rows and tokens that one launch computes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Part {
+    /// Rows before it have queries of zeros and are left out; the bias starts with it.
+    pub first_row: usize,
+    /// Dropout counts heads over all batch rows, rows and tokens from these on.
+    pub drawn_from: [u32; 3],
+}
+
 /// An additive bias in f32 as a strided (B, H, N, N) view.
 pub(crate) struct BiasBuffer<'a, G: Gpu> {
     pub data: &'a G::Slice<f32>,

@@ -114,7 +114,7 @@ params!(BrokenParams: 4);
 
 // --- Decisions ---
 
-params!(DecideParams: 144, FewTests: 1024, SweepParams: 16, ScoreParams: 16, ObservedParams: 136);
+params!(DecideParams: 152, FewTests: 1024, SweepParams: 16, ScoreParams: 16, ObservedParams: 136);
 
 /// The parameters of decide.cu and loss.cu.
 #[repr(C)]
@@ -128,6 +128,9 @@ pub(crate) struct DecideParams {
     pub max_merge_level: u32,
     pub sinks: u32,
     pub levels: u32,
+    /// The bias starts with this row; earlier rows have none.
+    pub first_row: u32,
+    pub reserved: u32,
 }
 
 /// Strategy and threshold of every query head, (B, H, 2), if they fit.
@@ -202,7 +205,7 @@ pub(crate) struct TotalParams {
 
 // --- Attention ---
 
-params!(AttentionParams: 216);
+params!(AttentionParams: 232);
 
 /// The parameters of every attention kernel.
 #[repr(C)]
@@ -224,7 +227,12 @@ pub(crate) struct AttentionParams {
     pub dropout_scale: f32,
     pub listed: u32,
     pub softcap: f32,
-    pub reserved: u32,
+    /// L of a sliding window, at most the number of tokens, which is none.
+    pub slide: u32,
+    /// Rows before it are left out; the bias starts with it.
+    pub first_row: u32,
+    /// Dropout counts heads over all batch rows, rows and tokens from these on.
+    pub drawn_from: [u32; 3],
 }
 
 params!(SpreadParams: 16);
@@ -259,6 +267,9 @@ pub(crate) struct DecodeParams {
 
 // --- Cache ---
 
+/// As in cuda/lib/params.cuh: no sliding window.
+pub(crate) const NO_SLIDE: u32 = u32::MAX;
+
 params!(CacheParams: 200, CacheAttendParams: 96, CopyParams: 20);
 
 /// The parameters of `cache_append`: `sizes.tokens` new tokens, after `first` earlier ones.
@@ -282,7 +293,8 @@ pub(crate) struct CacheParams {
     /// 1: observed mass decides, with this softmax scale.
     pub observes: u32,
     pub scale: f32,
-    pub reserved: u32,
+    /// L of the sliding window; [`NO_SLIDE`] for none.
+    pub slide: u32,
 }
 
 /// The parameters of `cache_attend`: a row that sees the whole cache.
@@ -304,7 +316,8 @@ pub(crate) struct CacheAttendParams {
     pub scale: f32,
     pub dropout_scale: f32,
     pub softcap: f32,
-    pub reserved: u32,
+    /// L of the sliding window; [`NO_SLIDE`] for none.
+    pub slide: u32,
 }
 
 /// The parameters of `cache_copy`, counted in numbers.

@@ -5,11 +5,11 @@ use super::decide::{indicators, reads_bias, DecideCall, ScoreCall};
 use super::device::Cuda;
 use super::fold::FoldCall;
 use super::on_gpu::{row_layout, Gpu, GpuElement, Number};
-use super::refused::refuse_shapes;
+use super::sizes::padded;
 use super::{loss, observe};
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
 use crate::cuda::forward::Saved;
-use crate::cuda::operands::BiasBuffer;
+use crate::cuda::operands::{BiasBuffer, Part};
 use crate::plan::{without_scores, MergePlan};
 use crate::problem::{bias_as, Problem, RowLayout};
 use candle_core::backend::BackendStorage;
@@ -76,7 +76,11 @@ pub(crate) fn decide(
     config: &CompressionConfig,
     options: &AttentionOptions,
 ) -> Result<Tensor> {
-    refuse_shapes(problem)?;
+    if problem.value_dim != problem.head_dim {
+        let ([q, k, v], options) = padded(qkv, options)?;
+        let problem = Problem::of_rows([&q, &k, &v], options.causal)?;
+        return decide(&problem, [&q, &k, &v], strategies, config, &options);
+    }
     if problem.pairs() == 0 {
         return Tensor::zeros((problem.batch, problem.heads, 0), DType::U8, qkv[0].device());
     }
@@ -142,10 +146,11 @@ pub(crate) struct TensorCall<'a> {
     pub problem: Problem,
     pub plan: &'a MergePlan,
     pub options: &'a AttentionOptions,
-    /// The bias in f32, as a (B, H, N, N) view.
+    /// The bias in f32, as a (B, H, rows, N) view of the rows from `part.first_row` on.
     pub bias: Option<&'a Tensor>,
     /// Sink logits (H) in f32, at the start of their buffer.
     pub sinks: Option<&'a Tensor>,
+    pub part: Part,
 }
 
 impl TensorCall<'_> {
@@ -214,6 +219,7 @@ impl TensorCall<'_> {
             bias,
             sinks,
             options: self.options,
+            part: self.part,
         };
         body(&gpu, &attention)
     }

@@ -4,6 +4,7 @@
 //! first, and leaves those of query, key and value for the op of attention ([`FoundGradients`]).
 
 use super::CompressedAttentionOp;
+use crate::config::AttentionOptions;
 use candle_core::{bail, CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -12,11 +13,29 @@ pub(super) type FoundGradients = Arc<Mutex<Option<[Tensor; 3]>>>;
 
 /// The output of attention, unchanged, with a gradient for the column bias (B, Hk, N).
 pub(super) struct ColumnBiasGradient {
-    pub op: CompressedAttentionOp,
+    op: CompressedAttentionOp,
     /// Query, key and value, without a graph.
-    pub qkv: [Tensor; 3],
+    qkv: [Tensor; 3],
     /// Whether the op of attention will ask for its gradients.
-    pub found: Option<FoundGradients>,
+    found: Option<FoundGradients>,
+}
+
+impl ColumnBiasGradient {
+    pub fn new(op: &CompressedAttentionOp, qkv: [&Tensor; 3]) -> Self {
+        Self {
+            op: op.clone(),
+            qkv: qkv.map(Tensor::detach),
+            found: qkv.iter().any(|x| x.track_op()).then(|| Arc::clone(&op.found)),
+        }
+    }
+
+    /// The output, with this gradient where the column bias asks for one.
+    pub fn over(self, output: Tensor, options: &AttentionOptions) -> Result<Tensor> {
+        match options.column_bias.as_ref().filter(|bias| bias.track_op()) {
+            Some(bias) => output.apply_op2(bias, self),
+            None => Ok(output),
+        }
+    }
 }
 
 impl CustomOp2 for ColumnBiasGradient {

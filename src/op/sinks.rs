@@ -4,6 +4,7 @@
 //! p = exp(s - log-sum-exp), and its gradient -p · (output · grad_output) there: the logit's gradient is
 //! p · (a - Σ w a), where a, the gradient of the weight, is 0 without a value.
 
+use crate::config::AttentionOptions;
 use crate::cpu::attend::sinks::{sink_gradients, SinkInput};
 use crate::cpu::number::bias::sinks_in_base_2;
 use crate::cpu::number::element::Element;
@@ -26,6 +27,14 @@ pub(super) struct SinkGradient {
 }
 
 impl SinkGradient {
+    /// The output, with this gradient where the sink logits ask for one.
+    pub fn over(self, output: Tensor, options: &AttentionOptions) -> Result<Tensor> {
+        match options.sink_logits.as_ref().filter(|sinks| sinks.track_op()) {
+            Some(logits) => output.apply_op2(logits, self),
+            None => Ok(output),
+        }
+    }
+
     /// The gradient of each query head's sink.
     fn gradients<T: Element>(&self, output: &Tensor, grad_output: &Tensor) -> Result<Vec<f64>> {
         let Some([log_sum_exp, ..]) = self.kept.get().map(Vec::as_slice) else {
@@ -50,10 +59,12 @@ impl SinkGradient {
 }
 
 /// The gradient of the sinks (H), in their dtype, by candle's operations on any device, in f32. `log_sum_exp`
-/// (2, B, H, N) is that of CUDA's forward pass: in base 2, with its rounding error.
+/// (2, B, H, N) is that of CUDA's forward pass: in base 2, with its rounding error; the output has its last rows.
 fn gradients_by_ops(sinks: &Tensor, log_sum_exp: &Tensor, output: &Tensor, grad_output: &Tensor) -> Result<Tensor> {
     let dtype = sinks.dtype();
     let sinks = (bias_as(&sinks.detach(), DType::F32)? * std::f64::consts::LOG2_E)?.reshape((1, (), 1))?;
+    let rows = output.dim(2)?;
+    let log_sum_exp = log_sum_exp.narrow(3, log_sum_exp.dim(3)? - rows, rows)?;
     let exponent = (sinks.broadcast_sub(&log_sum_exp.get(0)?)? - log_sum_exp.get(1)?)?;
     let weights = (exponent * std::f64::consts::LN_2)?.exp()?;
     let products = (output.detach().to_dtype(DType::F32)? * grad_output.to_dtype(DType::F32)?)?.sum(D::Minus1)?;

@@ -11,6 +11,8 @@ pub mod files;
 pub mod golden;
 pub mod inputs;
 pub mod judge;
+#[cfg(feature = "cuda-emu")]
+pub mod kernels;
 pub mod layers;
 pub mod runs;
 pub mod saved;

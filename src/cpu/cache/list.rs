@@ -90,7 +90,7 @@ impl ListSettings {
     }
 
     /// Whether a decision has an effect: on columns, or on queries that are folded.
-    fn decides(&self) -> bool {
+    pub fn decides(&self) -> bool {
         self.merges() && (self.folds() || self.fold.folds_queries())
     }
 

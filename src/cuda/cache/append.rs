@@ -8,7 +8,7 @@ use crate::cuda::decode::{decode, Appended, DecodeCall, StateArgs};
 use crate::cuda::extras::{has_extras, ExtraBuffers};
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use crate::cuda::operands::BiasBuffer;
-use crate::cuda::params::CopyParams;
+use crate::cuda::params::{CopyParams, NO_SLIDE};
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};
 
@@ -26,10 +26,17 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         limit: Option<usize>,
         step: impl FnOnce(&mut Self) -> Result<R>,
     ) -> Result<R> {
-        let most = self.bound + count + self.settings.config.window + 1;
-        let Some(limit) = limit.filter(|limit| most > *limit) else {
+        let most = |lists: &Self| lists.bound + count + lists.settings.config.window + 1;
+        let Some(limit) = limit.filter(|limit| most(self) > *limit) else {
             return step(self);
         };
+        // The bound counts entries that have left the sliding window.
+        if self.slide() != NO_SLIDE && self.live(gpu)? < self.bound {
+            self.resize(gpu, self.capacity)?;
+            if most(self) <= limit {
+                return step(self);
+            }
+        }
         let mut next = self.copy(gpu)?;
         let result = step(&mut next)?;
         let needed = next.entries(gpu)?.into_iter().flatten().max().unwrap_or(0);
@@ -111,11 +118,45 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     }
 
     /// Appends `count` tokens and returns their output rows (B, H, count, D). The bias is that of `options`, as a view
-    /// of (B, H, count, all tokens).
+    /// of (B, H, count, all tokens). The first call fixes the sliding window.
     ///
     /// # Errors
-    /// Strides that the kernels do not accept, or an error of the device.
+    /// Another sliding window than in the calls before, strides that the kernels do not accept, or an error of the
+    /// device.
     pub fn append_and_attend<'a>(
+        &mut self,
+        gpu: &G,
+        qkv: [Source<'a, G, T>; 3],
+        count: usize,
+        options: &AttentionOptions,
+        extras: ExtraBuffers<'a, G>,
+    ) -> Result<G::Slice<T>> {
+        let (length, before) = (options.sliding_window_after(self.sliding_window)?, self.sliding_window);
+        self.sliding_window = Some(length);
+        if before.is_none() && length.is_some() && self.seq_len > 0 {
+            self.slide_lists(gpu)?;
+        }
+        let result = self.rows(gpu, qkv, count, options, extras);
+        if result.is_err() {
+            self.sliding_window = before;
+        }
+        result
+    }
+
+    /// Puts the lists under a sliding window that the calls before did not have.
+    fn slide_lists(&mut self, gpu: &G) -> Result<()> {
+        let params = self.bare_params(self.seq_len, 0)?;
+        let launch = Launch {
+            grid: [self.all(), 1, 1],
+            threads: 32,
+            shared_bytes: 0,
+        };
+        let mut args = self.state.args(gpu);
+        args.push(gpu.value(&params));
+        gpu.launch(&Kernel::of::<T>("cache_slide"), launch, &args)
+    }
+
+    fn rows<'a>(
         &mut self,
         gpu: &G,
         qkv: [Source<'a, G, T>; 3],
@@ -151,7 +192,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 count: head_dim as u32,
                 unit: 0,
             };
-            copy(gpu, T::SUFFIX, &row, [None, None], &mut output, rows, &params)?;
+            copy(gpu, T::SUFFIX, &row, [None; 3], &mut output, rows, &params)?;
         }
         Ok(output)
     }
@@ -182,7 +223,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             queries: &queries,
             appended: None,
             params: self.params(&[(&queries, folded), qkv[1], qkv[2]], 1, scale)?,
-            most: self.bound,
+            most: self.most_seen(),
             scale,
         };
         decode(gpu, &call, &mut self.state, &mut self.scratch)
@@ -200,7 +241,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 tests: &self.tests,
             }),
             params: self.params(&qkv, 1, scale)?,
-            most: self.bound,
+            most: self.most_seen(),
             scale,
         };
         let output = decode(gpu, &call, &mut self.state, &mut self.scratch)?;
@@ -217,34 +258,48 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         if self.bound + count <= self.capacity {
             return Ok(());
         }
-        self.read_bound(gpu)?;
+        let live = self.live(gpu)?;
         if self.bound + count > self.capacity {
-            self.resize(gpu, room(self.bound + count))?;
+            self.resize(gpu, room(live + count))?;
         }
         Ok(())
     }
 
-    pub(super) fn read_bound(&mut self, gpu: &G) -> Result<()> {
+    /// The most closed chains of a list that the next row sees. Reads the bound, too, and waits for the device.
+    pub(super) fn live(&mut self, gpu: &G) -> Result<usize> {
         let lengths = gpu.download(&self.state.lengths)?;
-        self.bound = lengths.into_iter().max().unwrap_or(0) as usize;
-        Ok(())
+        self.bound = lengths.iter().max().map_or(0, |most| *most as usize);
+        if self.slide() == NO_SLIDE {
+            return Ok(self.bound);
+        }
+        let starts = gpu.download(&self.state.starts)?;
+        let live = lengths.iter().zip(starts).map(|(length, start)| length - start);
+        Ok(live.max().unwrap_or(0) as usize)
+    }
+
+    /// The most closed chains that a row sees.
+    fn most_seen(&self) -> usize {
+        self.bound.min(self.slide() as usize)
     }
 
     /// Frees the room that a chunk might have needed and did not use.
     fn fit(&mut self, gpu: &G) -> Result<()> {
-        self.read_bound(gpu)?;
-        if self.capacity > room(self.bound) {
-            self.resize(gpu, room(self.bound))?;
+        let live = self.live(gpu)?;
+        if self.capacity > room(live) {
+            self.resize(gpu, room(live))?;
         }
         Ok(())
     }
 
+    /// Moves closed chains to buffers of another capacity, without those that have left the sliding window.
     fn resize(&mut self, gpu: &G, capacity: usize) -> Result<()> {
         let (all, dim, old) = (self.all(), self.settings.problem.head_dim, self.capacity);
+        let slides = self.slide() != NO_SLIDE;
         let copier = Copier {
             gpu,
             lists: all,
             sources: None,
+            starts: slides.then_some(&self.state.starts),
         };
         let lengths = Some(&self.state.lengths);
         self.state.far_k = copier.rows(T::SUFFIX, &self.state.far_k, lengths, [old, capacity], dim)?;
@@ -254,6 +309,14 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         }
         self.state.far_tokens = copier.rows("u32", &self.state.far_tokens, lengths, [old, capacity], 1)?;
         self.capacity = capacity;
+        if slides {
+            let (mut lengths, mut starts) = (gpu.download(&self.state.lengths)?, gpu.download(&self.state.starts)?);
+            for (length, start) in lengths.iter_mut().zip(&mut starts) {
+                (*length, *start) = (*length - *start, 0);
+            }
+            self.bound = lengths.iter().max().map_or(0, |most| *most as usize);
+            (self.state.lengths, self.state.starts) = (gpu.upload(&lengths)?, gpu.upload(&starts)?);
+        }
         Ok(())
     }
 }

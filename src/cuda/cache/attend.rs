@@ -35,7 +35,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             scale: (options.scale(head_dim) * std::f64::consts::LOG2_E) as f32,
             dropout_scale: dropout.scale,
             softcap: softcap_in_base_2(options),
-            reserved: 0,
+            slide: self.slide(),
         };
         let mut output = gpu.alloc::<T>(rows * head_dim)?;
         let state = &self.state;
@@ -46,6 +46,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             gpu.read_some(state.far_ln.as_ref()),
             gpu.read(&state.far_tokens),
             gpu.read(&state.lengths),
+            gpu.read(&state.starts),
             gpu.read(&state.local_k),
             gpu.read(&state.local_v),
             gpu.read_some(state.local_ln.as_ref()),

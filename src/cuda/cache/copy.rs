@@ -3,7 +3,7 @@
 use super::state::{ListBuffers, ObservedBuffers};
 use super::DeviceLists;
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Number};
-use crate::cuda::params::CopyParams;
+use crate::cuda::params::{CopyParams, NO_SLIDE};
 use candle_core::{bail, Result};
 
 impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
@@ -23,6 +23,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             gpu,
             lists: rows.len() * per_row,
             sources: Some(sources),
+            starts: None,
         };
         let (by_list, by_head) = (copier(lists, &list_sources), copier(heads, &head_sources));
         let (suffix, capacity) = (T::SUFFIX, [self.capacity; 2]);
@@ -37,6 +38,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             seq_len: self.seq_len,
             capacity: self.capacity,
             bound: self.bound,
+            sliding_window: self.sliding_window,
             head_tests: rows
                 .iter()
                 .flat_map(|row| self.head_tests[row * heads..(row + 1) * heads].iter().copied())
@@ -51,6 +53,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 },
                 far_tokens: by_list.rows("u32", &self.state.far_tokens, Some(&self.state.lengths), capacity, 1)?,
                 lengths: words(&self.state.lengths)?,
+                starts: self.starts_of(gpu, rows)?,
                 local_k: local(&self.state.local_k)?,
                 local_v: local(&self.state.local_v)?,
                 local_ln: match &self.state.local_ln {
@@ -85,6 +88,21 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         })
     }
 
+    /// The `starts` of the lists of these old rows.
+    fn starts_of(&self, gpu: &G, rows: &[usize]) -> Result<G::Slice<u32>> {
+        // Without a sliding window all are 0, and the device is not waited for.
+        if self.slide() == NO_SLIDE {
+            return gpu.zeros(2 * rows.len() * self.settings.lists);
+        }
+        let (old, lists) = (gpu.download(&self.state.starts)?, self.settings.lists);
+        let of = |half: &[u32]| -> Vec<u32> {
+            let lists = rows.iter().flat_map(|row| row * lists..(row + 1) * lists);
+            lists.map(|list| half[list]).collect()
+        };
+        let (starts, kept_from) = old.split_at(self.all());
+        gpu.upload(&[of(starts), of(kept_from)].concat())
+    }
+
     /// A copy of all lists.
     ///
     /// # Errors
@@ -101,6 +119,8 @@ pub(super) struct Copier<'a, G: Gpu> {
     pub lists: usize,
     /// The old list of each new list; None copies each list to its own place.
     pub sources: Option<&'a G::Slice<u32>>,
+    /// Entries of each old list that [`Self::rows`] leaves out, from the front; None for none.
+    pub starts: Option<&'a G::Slice<u32>>,
 }
 
 impl<G: Gpu> Copier<'_, G> {
@@ -118,7 +138,7 @@ impl<G: Gpu> Copier<'_, G> {
             self.gpu,
             suffix,
             from,
-            [None, self.sources],
+            [None, None, self.sources],
             &mut to,
             self.lists,
             &params,
@@ -126,8 +146,8 @@ impl<G: Gpu> Copier<'_, G> {
         Ok(to)
     }
 
-    /// Copies the first `lengths` entries, of `unit` numbers, of each list into a buffer with another number of
-    /// entries. Numbers past the last entry are 0.
+    /// Copies entries, of `unit` numbers, of each list into a buffer with another number of entries: the first
+    /// `lengths` of them, and not those before [`Self::starts`]. Numbers past the last entry are 0.
     pub fn rows<T: Number>(
         &self,
         suffix: &str,
@@ -151,7 +171,7 @@ impl<G: Gpu> Copier<'_, G> {
             self.gpu,
             suffix,
             from,
-            [lengths, self.sources],
+            [lengths, self.starts, self.sources],
             &mut to,
             self.lists,
             &params,
@@ -160,12 +180,13 @@ impl<G: Gpu> Copier<'_, G> {
     }
 }
 
-/// Launches `cache_copy`. `lengths`, if given, holds the number of entries of each old list to copy.
+/// Launches `cache_copy`. `lengths` and `starts`, if given, hold the entries of each old list to copy: its first ones, and
+/// how many of these to leave out.
 pub(super) fn copy<G: Gpu, T: Number>(
     gpu: &G,
     suffix: &str,
     from: &G::Slice<T>,
-    [lengths, sources]: [Option<&G::Slice<u32>>; 2],
+    [lengths, starts, sources]: [Option<&G::Slice<u32>>; 3],
     to: &mut G::Slice<T>,
     lists: usize,
     params: &CopyParams,
@@ -178,6 +199,7 @@ pub(super) fn copy<G: Gpu, T: Number>(
     let args = [
         gpu.read(from),
         gpu.read_some(lengths),
+        gpu.read_some(starts),
         gpu.read_some(sources),
         gpu.write(to),
         gpu.value(params),

@@ -11,7 +11,7 @@ use crate::cuda::fold::FoldCall;
 use crate::cuda::forward::forward;
 use crate::cuda::observe;
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
-use crate::cuda::operands::ColumnBuffers;
+use crate::cuda::operands::{ColumnBuffers, Part};
 use crate::problem::Problem;
 use candle_core::Result;
 
@@ -66,6 +66,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             bias: extras.bias,
             sinks: extras.sinks,
             options,
+            part: Part::default(),
         };
         let (output, columns) = if plain {
             (None, None)
@@ -104,7 +105,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         args.push(gpu.value(&params));
         gpu.launch(&Kernel::of::<T>("cache_adopt_state"), launch, &args)?;
         drop(args);
-        self.read_bound(gpu)?;
+        self.live(gpu)?;
         // The old buffers hold nothing yet.
         self.capacity = room(self.bound);
         let (rows, dim) = (all * self.capacity, self.settings.problem.head_dim);

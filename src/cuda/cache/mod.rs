@@ -11,7 +11,7 @@ use crate::cuda::decode::Scratch;
 use crate::cuda::fold::fold_code;
 use crate::cuda::on_gpu::{Gpu, GpuElement, Source};
 use crate::cuda::operands::BiasBuffer;
-use crate::cuda::params::{BiasEntries, CacheParams, Rows, Sizes};
+use crate::cuda::params::{BiasEntries, CacheParams, Rows, Sizes, NO_SLIDE};
 use crate::problem::Problem;
 use candle_core::{bail, Result};
 use state::ListBuffers;
@@ -59,6 +59,8 @@ pub(crate) struct DeviceLists<G: Gpu, T: GpuElement> {
     /// Far columns that a list has room for (`capacity`), and the most that it may hold (`bound`).
     capacity: usize,
     bound: usize,
+    /// The sliding window of the calls that attended; None before the first of them.
+    sliding_window: Option<Option<usize>>,
     /// The tests of every query head of every batch row, and their copy on the device.
     head_tests: Vec<HeadTest>,
     tests: G::Slice<f32>,
@@ -122,6 +124,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             seq_len: 0,
             capacity: GROWTH,
             bound: 0,
+            sliding_window: None,
             tests: gpu.upload(&decide::table(&head_tests))?,
             head_tests,
             state: ListBuffers::new(gpu, &settings, problem.batch)?,
@@ -140,15 +143,40 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         self.batch * self.settings.lists
     }
 
-    /// Entries of each list, (batch, lists): closed chains, the open one, raw tokens. Waits for the device.
+    /// L of the sliding window, for a kernel.
+    fn slide(&self) -> u32 {
+        let length = self.sliding_window.flatten().map(u32::try_from);
+        length.map_or(NO_SLIDE, |length| length.unwrap_or(NO_SLIDE))
+    }
+
+    /// Closed chains of each list, without those that have left the sliding window. Waits for the device.
+    fn closed(&self, gpu: &G) -> Result<Vec<usize>> {
+        let (lengths, starts) = (gpu.download(&self.state.lengths)?, gpu.download(&self.state.starts)?);
+        let slides = self.slide() != NO_SLIDE;
+        let left = |start: u32| if slides { start } else { 0 };
+        let closed = lengths.iter().zip(starts);
+        Ok(closed.map(|(length, start)| (*length - left(start)) as usize).collect())
+    }
+
+    /// Entries of each list, (batch, lists): closed chains, the open one, raw tokens; under a sliding window those that
+    /// a later row sees. Waits for the device.
     ///
     /// # Errors
     /// An error of the device.
     pub fn entries(&self, gpu: &G) -> Result<Vec<Vec<usize>>> {
-        let window = self.settings.config.window;
+        let (window, slide) = (self.settings.config.window, self.slide());
         let local = self.seq_len.min(window) + usize::from(self.seq_len > window);
-        let lengths = gpu.download(&self.state.lengths)?;
-        let entries: Vec<usize> = lengths.iter().map(|length| *length as usize + local).collect();
+        let entries = self.closed(gpu)?.into_iter().enumerate().map(|(list, closed)| {
+            let most = slide as usize - 1;
+            match (slide != NO_SLIDE && self.is_off(list), most < window) {
+                // As on the CPU, where a list that never merges has no window.
+                (true, _) => self.seq_len.min(most.max(1)),
+                // Rows see raw tokens only.
+                (false, true) => self.seq_len.min(most),
+                (false, false) => closed + local,
+            }
+        });
+        let entries: Vec<usize> = entries.collect();
         Ok(entries.chunks(self.settings.lists).map(<[usize]>::to_vec).collect())
     }
 
@@ -165,8 +193,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             Some(_) => all * (self.settings.seen_keys() * (dim * size_of::<T>() + 4) + 8 * window),
             None => 0,
         };
-        // Two rows of f32, two of T, and four words per list. A local row's fifth word is its bit.
-        (entries + local) * row + all * (2 * dim * (4 + size_of::<T>()) + 16) + pair_sums + observed
+        // Two rows of f32, two of T, and six words per list. A local row's fifth word is its bit.
+        (entries + local) * row + all * (2 * dim * (4 + size_of::<T>()) + 24) + pair_sums + observed
     }
 
     /// Bytes in use. Waits for the device.
@@ -174,8 +202,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// # Errors
     /// An error of the device.
     pub fn bytes(&self, gpu: &G) -> Result<usize> {
-        let lengths = gpu.download(&self.state.lengths)?;
-        Ok(self.bytes_of(lengths.iter().map(|length| *length as usize).sum()))
+        Ok(self.bytes_of(self.closed(gpu)?.into_iter().sum()))
     }
 
     pub fn bytes_allocated(&self) -> usize {
@@ -243,7 +270,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             first: limited(self.seq_len),
             observes: u32::from(self.state.observed.is_some()),
             scale: scale as f32,
-            reserved: 0,
+            slide: self.slide(),
         })
     }
 }

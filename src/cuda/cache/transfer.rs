@@ -5,13 +5,15 @@ use super::{room, DeviceLists, NO_RUN};
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest};
 use crate::cuda::decode::StateArgs;
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch};
+use crate::cuda::params::NO_SLIDE;
 use crate::problem::Problem;
 use candle_core::Result;
 
 /// One list; a row has D numbers.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct HostList<T> {
-    /// Closed chains, and the last token of each.
+    /// Closed chains, and the last token of each; the first token of these chains, 0 until one left the sliding window.
+    pub kept_from: usize,
     pub far_k: Vec<T>,
     pub far_v: Vec<T>,
     pub tokens: Vec<u32>,
@@ -37,6 +39,8 @@ pub(crate) struct HostList<T> {
 /// All lists of a cache, batch row by batch row.
 pub(crate) struct HostLists<T> {
     pub seq_len: usize,
+    /// The sliding window of the calls that attended; None before the first of them.
+    pub sliding_window: Option<Option<usize>>,
     pub lists: Vec<HostList<T>>,
     /// The last token's queries (batch, H, D), if the fold is a pair sum.
     pub last_queries: Option<Vec<T>>,
@@ -72,10 +76,15 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             Some(observed) => Some((gpu.download(&observed.keys)?, gpu.download(&observed.masses)?)),
             None => None,
         };
+        let starts = match self.slide() {
+            NO_SLIDE => vec![0; 2 * self.all()],
+            _ => gpu.download(&state.starts)?,
+        };
         let seen = self.seq_len;
         let (oldest, base) = (seen.saturating_sub(window), seen.saturating_sub(window + 1));
         let list = |index: usize| -> HostList<T> {
-            let (length, first, ring) = (lengths[index] as usize, index * self.capacity, index * (window + 1));
+            let (start, ring) = (starts[index] as usize, index * (window + 1));
+            let (length, first) = (lengths[index] as usize - start, index * self.capacity + start);
             let far = |x: &[T]| x[first * dim..(first + length) * dim].to_vec();
             let wide = |x: &[T]| -> Vec<f32> { x[index * dim..][..dim].iter().map(|x| x.to_f64() as f32).collect() };
             let recent = || (oldest..seen).map(|t| ring + t % window.max(1));
@@ -91,6 +100,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 sink_keys = pick(keys, all..all + sinks.min(seen), dim);
             }
             HostList {
+                kept_from: starts[self.all() + index] as usize,
                 far_k: far(&far_k),
                 far_v: far(&far_v),
                 tokens: far_tokens[first..first + length].to_vec(),
@@ -113,6 +123,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         };
         Ok(HostLists {
             seq_len: seen,
+            sliding_window: self.sliding_window,
             lists: (0..self.all()).map(list).collect(),
             last_queries: state.last_queries.as_ref().map(|x| gpu.download(x)).transpose()?,
             tests: self.head_tests.clone(),
@@ -135,6 +146,10 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         new.bound = host.lists.iter().map(|list| list.tokens.len()).max().unwrap_or(0);
         new.capacity = room(new.bound);
         new.seq_len = host.seq_len;
+        new.sliding_window = host.sliding_window;
+        let kept_from = host.lists.iter().map(|list| list.kept_from as u32);
+        let starts: Vec<u32> = vec![0; host.lists.len()].into_iter().chain(kept_from).collect();
+        new.state.starts = gpu.upload(&starts)?;
         let upload = Upload {
             gpu,
             host,
@@ -172,9 +187,31 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
 
     /// Whether no list merges: each has a head that is off.
     pub fn never_merges(&self) -> bool {
+        (0..self.all()).all(|list| self.is_off(list))
+    }
+
+    /// Whether a list never merges: it has a head that is off.
+    pub(super) fn is_off(&self, list: usize) -> bool {
         let group = self.settings.problem.heads / self.settings.lists;
-        let off = |test: &HeadTest| test.strategy.is_off();
-        self.head_tests.chunks(group).all(|tests| tests.iter().any(off))
+        self.head_tests[list * group..][..group]
+            .iter()
+            .any(|test| test.strategy.is_off())
+    }
+
+    /// Whether [`Self::truncate`] to this many tokens is exact: the columns of the next row are kept. Waits for the
+    /// device under a sliding window.
+    ///
+    /// # Errors
+    /// An error of the device.
+    pub fn can_truncate(&self, gpu: &G, tokens: usize) -> Result<bool> {
+        let Some(length) = self.sliding_window.flatten() else {
+            return Ok(true);
+        };
+        let starts = gpu.download(&self.state.starts)?;
+        let first_seen = (tokens + 1).saturating_sub(length);
+        Ok(starts[self.all()..]
+            .iter()
+            .all(|kept_from| *kept_from as usize <= first_seen))
     }
 
     /// Cuts lists that never merge back to the first `tokens` tokens, at least 1 and at most all.
@@ -196,7 +233,10 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         gpu.launch(&Kernel::of::<T>("cache_truncate"), launch, &args)?;
         drop(args);
         self.seq_len = tokens;
-        self.bound = self.bound.min(tokens.saturating_sub(self.settings.config.window + 1));
+        // Under a sliding window closed chains do not start at token 0.
+        if self.slide() == NO_SLIDE {
+            self.bound = self.bound.min(tokens.saturating_sub(self.settings.config.window + 1));
+        }
         Ok(())
     }
 }
@@ -244,7 +284,7 @@ impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
         let all = self.host.lists.len() * capacity;
         let (mut tokens, mut sizes) = (vec![0u32; all], vec![1u32; all]);
         for (index, list) in self.host.lists.iter().enumerate() {
-            let mut next = 0;
+            let mut next = list.kept_from as u32;
             for (at, token) in list.tokens.iter().enumerate() {
                 tokens[index * capacity + at] = *token;
                 sizes[index * capacity + at] = token + 1 - next;

@@ -8,6 +8,7 @@ use crate::cpu::number::element::Element;
 use crate::cuda::attention::{lists, Attention};
 use crate::cuda::fold::FoldCall;
 use crate::cuda::on_gpu::{Gpu, GpuElement};
+use crate::cuda::operands::Part;
 use crate::problem::Problem;
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -74,6 +75,7 @@ fn attend_as<T: GpuElement + Element>(
         bias: bias.as_ref().map(HeldBias::view),
         sinks: sinks.as_ref(),
         options,
+        part: Part::default(),
     };
     let attended = attention.forward(gpu, true)?;
     let gradients = match grad_output {

@@ -8,7 +8,7 @@ use crate::cpu::number::element::Element;
 use crate::cuda::cache::DeviceLists;
 use crate::cuda::extras::ExtraBuffers;
 use crate::cuda::on_gpu::GpuElement;
-use crate::cuda::refused::refuse_shapes;
+use crate::cuda::refused::refuse_in_cache;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Device, Result, Tensor};
 
@@ -49,7 +49,7 @@ impl EmulatedCache {
         options: &CacheOptions,
     ) -> Result<Self> {
         let problem = Problem::new(&qkv[0], &qkv[1], &qkv[2])?;
-        refuse_shapes(&problem)?;
+        refuse_in_cache(&problem, None)?;
         let lists = match options.storage.unwrap_or(problem.dtype) {
             DType::F32 => EmulatedLists::F32(DeviceLists::new(&Emulator, &problem, strategies, config)?),
             DType::F16 => EmulatedLists::F16(DeviceLists::new(&Emulator, &problem, strategies, config)?),
@@ -97,13 +97,14 @@ impl EmulatedCache {
         Ok(Self::of(lists, problem, (strategies, config, options)))
     }
 
-    /// Cuts the cache back to the first `tokens` tokens; returns false where the lists merge.
+    /// Cuts the cache back to the first `tokens` tokens; returns false where the lists merge, or where a sliding window
+    /// has passed columns of the next row.
     ///
     /// # Errors
     /// An error that the emulator detects.
     pub fn truncate(&mut self, tokens: usize) -> Result<bool> {
         each!(&mut self.lists, lists => {
-            let exact = lists.never_merges();
+            let exact = lists.never_merges() && lists.can_truncate(&Emulator, tokens)?;
             if exact {
                 lists.truncate(&Emulator, tokens)?;
             }

@@ -3,7 +3,7 @@
 use super::device::{EmuArg, EmuSlice, Emulator};
 use crate::cuda::decode::{decode as launch, DecodeCall, StateArgs};
 use crate::cuda::on_gpu::{Gpu, GpuElement};
-use crate::cuda::params::{BiasEntries, CacheParams, Rows, Sizes};
+use crate::cuda::params::{BiasEntries, CacheParams, Rows, Sizes, NO_SLIDE};
 use crate::problem::{Problem, RowLayout};
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -81,7 +81,7 @@ fn decode_as<T: GpuElement>(
         first: 0,
         observes: 0,
         scale: 0.0,
-        reserved: 0,
+        slide: NO_SLIDE,
     };
     let call = DecodeCall {
         queries: &queries,
@@ -108,6 +108,7 @@ impl<T: GpuElement> StateArgs<Emulator> for DecodeArgs<T> {
             gpu.write_some(self.far.ln.as_mut()),
             gpu.absent(),
             gpu.write(&mut self.far.lengths),
+            gpu.absent(),
         ];
         match &mut self.local {
             Some(local) => args.extend([

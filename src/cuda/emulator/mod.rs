@@ -2,6 +2,7 @@
 
 pub use attention::*;
 pub use cache::*;
+pub use composed::*;
 pub use decode::*;
 
 use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategies};
@@ -10,8 +11,9 @@ use crate::cuda::attention::{lists, Attention};
 use crate::cuda::decide::{indicators, reads_bias, DecideCall};
 use crate::cuda::fold::FoldCall;
 use crate::cuda::on_gpu::{row_layout, Gpu, GpuElement, Kernel, Launch};
-use crate::cuda::operands::BiasBuffer;
+use crate::cuda::operands::{BiasBuffer, Part};
 use crate::cuda::params::BrokenParams;
+use crate::cuda::sizes::padded;
 use crate::cuda::{loss, observe};
 use crate::problem::{bias_as, Problem, RowLayout};
 use crate::storage::cpu_slice;
@@ -20,6 +22,7 @@ use device::{EmuSlice, Emulator};
 
 mod attention;
 mod cache;
+mod composed;
 mod decode;
 mod device;
 mod spec;
@@ -97,7 +100,11 @@ fn decide_as<T: GpuElement + Element>(
     config: &CompressionConfig,
     options: &AttentionOptions,
 ) -> Result<Tensor> {
-    let problem = Problem::new(q, k, v)?;
+    let problem = Problem::of_rows([q, k, v], options.causal)?;
+    if problem.value_dim != problem.head_dim {
+        let ([q, k, v], options) = padded([q, k, v], options)?;
+        return decide_as::<T>([&q, &k, &v], strategies, config, &options);
+    }
     let shape = (problem.batch, problem.heads, problem.pairs());
     if problem.pairs() == 0 {
         return Tensor::zeros(shape, DType::U8, &Device::Cpu);
@@ -310,6 +317,7 @@ impl<T: GpuElement + Element> HeldCall<T> {
             bias: self.bias.as_ref().map(HeldBias::view),
             sinks: self.sinks.as_ref(),
             options,
+            part: Part::default(),
         }
     }
 }

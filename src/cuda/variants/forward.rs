@@ -19,7 +19,7 @@ struct Warpgroups {
 }
 
 impl ForwardVariant {
-    /// The smallest variant that holds the head size, by `FORWARD_DTYPE` in cuda/forward/forward.cu and
+    /// The smallest variant that holds the head size; `extras`: with a sliding window or other options. By `FORWARD_DTYPE` in cuda/forward/forward.cu and
     /// forward_listed.cu.
     pub fn pick(head_dim: usize, extras: bool, listed: bool) -> Self {
         let (name, rows) = match (head_dim, extras, listed) {
@@ -61,6 +61,20 @@ impl ForwardVariant {
             rows,
             warpgroups: Some(Warpgroups { producers, at_a_time }),
         })
+    }
+
+    /// The variant by warpgroups under a sliding window.
+    pub fn sliding_by_warpgroups(head_dim: usize) -> Option<Self> {
+        let (name, rows) = match head_dim {
+            ..=64 => ("forward_wgmma_sliding_64", 192),
+            ..=128 => ("forward_wgmma_sliding_128", 128),
+            _ => return None,
+        };
+        let warpgroups = Some(Warpgroups {
+            producers: 128,
+            at_a_time: 1,
+        });
+        Some(Self { name, rows, warpgroups })
     }
 
     /// Four warps, or a warpgroup for each 64 rows and the producers.
