@@ -8,12 +8,12 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_sfattention::emulation::EmulatedCache;
 use candle_sfattention::{
-    AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, Criterion, HeadStrategies, MergeRule,
-    MergeStrategy,
+    attend, AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, Criterion, HeadStrategies, MergePlan,
+    MergeRule, MergeStrategy,
 };
 use common::budget::Side;
 use common::caches::{part, part_options, with_thresholds};
-use common::inputs::{laid_out, values, Memory, Shape};
+use common::inputs::{assert_close, laid_out, values, Memory, Shape};
 use common::judge::{Expected, Shares};
 use common::kernels::chunked;
 use common::settings::{settings, Setting};
@@ -218,6 +218,72 @@ fn a_limit_is_reached_where_the_cpu_reaches_it() -> Result<()> {
             let what = format!("{} {count} tokens at {start}", setting.name);
             assert_eq!(got.is_ok(), expected.is_ok(), "{what}");
             assert_eq!(cache.lens()?, on_cpu.lens(), "{what}");
+        }
+    }
+    Ok(())
+}
+
+/// Given scores: any chunking leaves the rows of a plan by all scores and the entries that it keeps, also after a way to
+/// the CPU and back.
+#[test]
+fn given_scores_decide_in_a_cache() -> Result<()> {
+    let shape = Shape(2, 4, 2, 60, 16);
+    let score = |i: usize| match i % 17 {
+        0 => f32::NAN,
+        1 => f32::NEG_INFINITY,
+        i => (i * 7 % 17) as f32 / 4.0,
+    };
+    let scores: Vec<f32> = (0..2 * 2 * 60).map(|i| score(i * 5)).collect();
+    let scores = Tensor::from_vec(scores, (2, 2, 60), &Device::Cpu)?;
+    let thresholds = Tensor::new(&[2.0f64, 2.5, 3.0, 2.2], &Device::Cpu)?;
+    let strategies = HeadStrategies::uniform(MergeStrategy::Similarity).with_thresholds(&thresholds)?;
+    for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::F16, 5e-3)] {
+        let qkv = shape.qkv(3, dtype)?;
+        for (window, sinks, softcap) in [(0, 0, None), (1, 2, None), (7, 3, Some(5.0)), (70, 0, None)] {
+            let config = CompressionConfig {
+                criterion: Criterion::Given,
+                window,
+                sinks,
+                ..CompressionConfig::calibrated()
+            };
+            let options = AttentionOptions {
+                softcap,
+                ..Default::default()
+            };
+            let plan = MergePlan::from_scores(&scores, &strategies, &config, true)?;
+            let expected = attend(&qkv[0], &qkv[1], &qkv[2], &plan, &options)?;
+            let hidden = &plan.stats()?.per_head;
+            for chunks in [&[1usize][..], &[60], &[17, 1, 1, 5]] {
+                let mut cache = EmulatedCache::new(&qkv, &strategies, &config, &Default::default())?;
+                let (mut rows, mut start) = (Vec::new(), 0);
+                for chunk in chunks.iter().cycle() {
+                    let count = (*chunk).min(60 - start);
+                    if count == 0 {
+                        break;
+                    }
+                    let part = part(&qkv, start, count)?;
+                    let scores = scores.narrow(2, start, count)?.contiguous()?;
+                    let output = cache.append_scored(&part, Some(&scores), Some(&options))?;
+                    rows.push(output.context("no rows")?);
+                    start += count;
+                    if start % 4 == 1 {
+                        cache = EmulatedCache::from_cpu(&cache.to_cpu()?, &Default::default(), dtype)?;
+                    }
+                }
+                let what = format!("{dtype:?}, window {window}, chunks {chunks:?}");
+                assert_close(&what, &Tensor::cat(&rows, 2)?, &expected, tolerance, tolerance)?;
+                for (lens, hidden) in cache.lens()?.iter().zip(hidden) {
+                    let kept: Vec<_> = hidden.iter().step_by(2).map(|hidden| 60 - hidden).collect();
+                    assert_eq!(*lens, kept, "{what}");
+                }
+                let mut filled = EmulatedCache::new(&qkv, &strategies, &config, &Default::default())?;
+                filled.append_scored(&part(&qkv, 0, 59)?, Some(&scores.narrow(2, 0, 59)?.contiguous()?), None)?;
+                let last = scores.narrow(2, 59, 1)?.contiguous()?;
+                let row = filled.append_scored(&part(&qkv, 59, 1)?, Some(&last), Some(&options))?;
+                let row = row.context("no row")?;
+                assert_close(&what, &row, &expected.narrow(2, 59, 1)?, tolerance, tolerance)?;
+            }
+            assert!(window == 70 || hidden[0][0] > 10, "{hidden:?}");
         }
     }
     Ok(())

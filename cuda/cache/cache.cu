@@ -5,10 +5,11 @@
 
 template <class T>
 __device__ void append(Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests,
-                       Global<const float> bias, Global<T> queries, const CacheState<T>& state, const CacheParams& p) {
+                       Global<const float> bias, Global<const float> scores, Global<T> queries,
+                       const CacheState<T>& state, const CacheParams& p) {
   CacheList<T> list(p, state);
   bool merged = false;
-  for (unsigned i = 0; i < p.sizes.tokens; i++) merged = list.take(q, k, v, tests, bias, i);
+  for (unsigned i = 0; i < p.sizes.tokens; i++) merged = list.take(q, k, v, tests, bias, scores, i);
   list.finish(state.lengths);
   list.slide(p.first + p.sizes.tokens);
   list.write_starts(state.starts);
@@ -19,8 +20,9 @@ __device__ void append(Global<const T> q, Global<const T> k, Global<const T> v, 
 // One warp per list: grid (batch * lists).
 #define CACHE_APPEND(suffix, T)                                                                                   \
   KERNEL cache_append_##suffix(Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests, \
-                               Global<const float> bias, Global<T> queries, CACHE_STATE(T), CacheParams p) {      \
-    append(q, k, v, tests, bias, queries, STATE(T), p);                                                           \
+                               Global<const float> bias, Global<const float> scores, Global<T> queries,           \
+                               CACHE_STATE(T), CacheParams p) {                                                   \
+    append(q, k, v, tests, bias, scores, queries, STATE(T), p);                                                   \
   }
 FOR_EACH_DTYPE(CACHE_APPEND)
 
@@ -164,6 +166,16 @@ __device__ void adopt_observed(Global<const T> q, const Chunk<T>& chunk, Global<
   }
 }
 
+// The bits of the chunk's last tokens by given scores, which the chunk's own decisions could not know yet. One warp per
+// list; after adopt_rows.
+template <class T>
+__device__ void adopt_given(Global<const float> tests, Global<const float> scores, const CacheState<T>& state,
+                            const CacheParams& p) {
+  CacheList<T> to(p, state);
+  unsigned tokens = p.sizes.tokens, first = tokens > p.window + 1 ? tokens - p.window - 1 : 0;
+  for (unsigned t = first + threadIdx.x; t < tokens; t += 32) to.hide(tests, t, to.score(scores, t));
+}
+
 #define CACHE_CHUNK(T)                                                                                            \
   Global<const T> k, Global<const T> v, Global<const uint8_t> all_bits, Global<const uint32_t> far_before,        \
       Global<const T> from_k, Global<const T> from_v, Global<const float> from_ln
@@ -177,6 +189,10 @@ __device__ void adopt_observed(Global<const T> q, const Chunk<T>& chunk, Global<
   KERNEL cache_adopt_observed_##suffix(Global<const T> q, CACHE_CHUNK(T), Global<const float> tests,              \
                                        CACHE_STATE(T), CacheParams p) {                                           \
     adopt_observed(q, Chunk<T>{k, v, all_bits, far_before, from_k, from_v, from_ln}, tests, STATE(T), p);         \
+  }                                                                                                               \
+  KERNEL cache_adopt_given_##suffix(Global<const float> tests, Global<const float> scores, CACHE_STATE(T),        \
+                                    CacheParams p) {                                                              \
+    adopt_given(tests, scores, STATE(T), p);                                                                      \
   }
 FOR_EACH_DTYPE(CACHE_ADOPT)
 
@@ -279,5 +295,5 @@ FOR_EACH_DTYPE(CACHE_COPY)
 CACHE_COPY(u32, uint32_t)
 
 MODULE(cache, ENTRIES(cache_append) ENTRIES(cache_slide) ENTRIES(cache_adopt_state) ENTRIES(cache_adopt_rows)
-                  ENTRIES(cache_adopt_observed) ENTRIES(cache_restore) ENTRIES(cache_truncate) ENTRIES(cache_copy)
+                  ENTRIES(cache_adopt_observed) ENTRIES(cache_adopt_given) ENTRIES(cache_restore) ENTRIES(cache_truncate) ENTRIES(cache_copy)
                   ENTRY(cache_copy_u32))

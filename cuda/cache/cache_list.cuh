@@ -14,7 +14,8 @@
 //    attention reads are stored in T and quarantined: a row that is not finite has a NaN key and a zero value.
 // 4. A running mean needs the chain and its size; a pair sum needs the raw token before (`previous_k`, `previous_v`).
 // 5. Under observed mass a token's bit is written later, when the last row of its window has added its mass
-//    (`observe`).
+//    (`observe`). A given score decides a token as it comes; the bit of the newest token takes the slot of the bit that
+//    has just been read.
 // 6. Under a sliding window the closed chains that no later row sees are left behind: `starts` counts them, rows read
 //    from there on, and the host moves the rest to the front when a list is full. Raw tokens of a window that is longer
 //    than the sliding one stay in their ring, and rows pass over them.
@@ -176,14 +177,14 @@ template <class T> struct CacheList {
 
   // Appends number i of the chunk; returns whether the token before is folded into it.
   __device__ bool take(Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests,
-                       Global<const float> bias, unsigned i) {
+                       Global<const float> bias, Global<const float> scores, unsigned i) {
     unsigned token = p.first + i, window = p.window;
     WarpRow key, value;
     key.load(k, p.k.at(list.batch, list.kv_head, i), dim);
     value.load(v, p.v.at(list.batch, list.kv_head, i), dim);
-    bool merges = token > 0 && !p.observes && decide(q, k, tests, bias, token, i);
+    bool given = bool(scores), merges = token > 0 && !p.observes && !given && decide(q, k, tests, bias, token, i);
     // Every lane reads this word after the next __syncwarp, or with the next token.
-    if (token > 0 && threadIdx.x == 0) state.bits.set(index * (window + 1) + (token - 1) % (window + 1), merges);
+    if (token > 0 && !given && threadIdx.x == 0) state.bits.set(index * (window + 1) + (token - 1) % (window + 1), merges);
     follow_run(merges, token, key);
     WarpRow raw_key = key, raw_value = value;
     WarpRow::quarantine<T>(key, value);
@@ -204,7 +205,19 @@ template <class T> struct CacheList {
     }
     __syncwarp();
     if (p.observes) observe(q, tests, i, raw_key, raw_value);
+    if (given && threadIdx.x == 0) hide(tests, token, score(scores, i));
     return merges;
+  }
+
+  // The given score of number i of the chunk.
+  __device__ float score(Global<const float> scores, unsigned i) const {
+    return scores[p.scores_first + index * p.scores_stride + i];
+  }
+
+  // Writes token t's bit by its score: one thread does. Strict, and false for NaN.
+  __device__ void hide(Global<const float> tests, unsigned t, float score) const {
+    float threshold = observed_threshold(tests, (size_t)list.batch * p.sizes.heads + list.first_head, list.group);
+    state.bits.set(index * (p.window + 1) + t % (p.window + 1), t >= p.sinks && score < threshold);
   }
 
   // This list's part of `observed`.
@@ -243,11 +256,8 @@ template <class T> struct CacheList {
     mine.norms.set(token % p.window, norm);
   }
 
-  // Strict, and false for NaN.
   __device__ void settle(const Observed<T>& mine, Global<const float> tests, unsigned t, float norm) const {
-    float threshold = observed_threshold(tests, (size_t)list.batch * p.sizes.heads + list.first_head, list.group);
-    bool hidden = t >= p.sinks && mine.masses[t % p.window] * norm < threshold;
-    if (threadIdx.x == 0) state.bits.set(index * (p.window + 1) + t % (p.window + 1), hidden);
+    if (threadIdx.x == 0) hide(tests, t, mine.masses[t % p.window] * norm);
   }
 
   // Writes the list's state; its new length goes to `lengths`.

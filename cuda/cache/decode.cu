@@ -347,9 +347,9 @@ SFA_DEVICE void join(const Parts& parts, const Global<T>& output, const DecodePa
 // the blocks that have arrived, 0 between launches; the list's next length, and its next `starts`.
 template <class T, int D, int G>
 SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const Global<const T>& v,
-                       const Global<const float>& tests, const CacheState<T>& state, const Global<float>& memory,
-                       const Global<uint32_t>& counters, const Global<T>& output, const CacheParams& c,
-                       const DecodeParams& p) {
+                       const Global<const float>& tests, const Global<const float>& scores,
+                       const CacheState<T>& state, const Global<float>& memory, const Global<uint32_t>& counters,
+                       const Global<T>& output, const CacheParams& c, const DecodeParams& p) {
     int64_t list = blockIdx.x;
     int group = c.sizes.heads / c.sizes.lists, share = 0, shares = group / G, kinds = 2;
     uint32_t batch = list / c.sizes.lists, head = list % c.sizes.lists * group, part = 0, dim = c.sizes.head_dim;
@@ -372,7 +372,7 @@ SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const
     if (blockIdx.y == 0) {
         if (p.appends && threadIdx.x < 32) {
             CacheList<T> taken(c, state);
-            taken.take(q, k, v, tests, Global<const float>{}, 0);
+            taken.take(q, k, v, tests, Global<const float>{}, scores, 0);
             taken.finish(next);
             taken.slide(token + 1);
             taken.write_starts(next_starts);
@@ -424,9 +424,10 @@ constexpr int DECODE_BLOCKS = sizeof(T) == 4 ? 2 : G == 1 ? 4 : G == 2 ? 3 : 2;
 #define DECODE(dtype, T, D, G)                                                                                       \
     SHARED_BYTES(decode_##D##_##G##_##dtype, Decoder<T, D, G>::BYTES)                                                \
     KERNEL __launch_bounds__(128, (DECODE_BLOCKS<T, G>)) decode_##D##_##G##_##dtype(                                 \
-        Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests, CACHE_STATE(T),          \
-        Global<float> parts, Global<uint32_t> counters, Global<T> output, CacheParams c, DecodeParams p) {           \
-        decode<T, D, G>(q, k, v, tests, STATE(T), parts, counters, output, c, p);                                    \
+        Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests,                          \
+        Global<const float> scores, CACHE_STATE(T), Global<float> parts, Global<uint32_t> counters,                  \
+        Global<T> output, CacheParams c, DecodeParams p) {                                                           \
+        decode<T, D, G>(q, k, v, tests, scores, STATE(T), parts, counters, output, c, p);                            \
     }
 #define DECODE_DIM(dtype, T, D) DECODE(dtype, T, D, 1) DECODE(dtype, T, D, 2) DECODE(dtype, T, D, 4)
 #define DECODE_DTYPE(dtype, T) DECODE_DIM(dtype, T, 64) DECODE_DIM(dtype, T, 128) DECODE_DIM(dtype, T, 256)

@@ -205,9 +205,11 @@ struct CacheParams {
   float scale;
   // L of the sliding window, or NO_SLIDE.
   unsigned slide;
+  // The score of number i of the new tokens in list l: `scores_first` + l * `scores_stride` + i.
+  unsigned scores_first, scores_stride;
 };
 
-static_assert(sizeof(CacheParams) == 200, "as in src/cuda/params.rs");
+static_assert(sizeof(CacheParams) == 208, "as in src/cuda/params.rs");
 
 // For cache_attend: the row of token `last` over all that the cache holds.
 struct CacheAttendParams {

@@ -179,6 +179,7 @@ fn merging_list<T: Both>(
             last_key: widened(&held.last_key),
         };
     }
+    list.last_hidden = list.settings.takes_scores() && held.last_hidden;
     if list.settings.observes() {
         list.observed = Observed {
             masses: held.masses.clone(),
@@ -307,6 +308,7 @@ fn held_merging<T: Both>(list: &List<T>) -> HostList<T> {
         bits: list.bits.clone(),
         run: list.run.start.as_ref().map(|(token, key)| (*token, narrowed(key))),
         last_key: narrowed(&list.run.last_key),
+        last_hidden: list.last_hidden,
         masses: list.observed.masses.clone(),
         sink_keys: list.observed.sink_keys.clone(),
     }
@@ -344,6 +346,7 @@ fn held_plain<T: Both>(list: &List<T>, config: &CompressionConfig) -> HostList<T
         recent_v: values(oldest..seq_len),
         bits: vec![0; window.min(seq_len - 1)],
         run: None,
+        last_hidden: false,
         last_key: keys(seq_len - 1..seq_len),
         masses: vec![0.0; window.min(seq_len)],
         sink_keys: keys(0..config.sinks.min(seq_len)),

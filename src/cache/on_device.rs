@@ -6,7 +6,7 @@ use super::{CacheSizes, CompressedKvCache, State};
 use crate::config::{AttentionOptions, CompressionConfig};
 use crate::cuda::cache::DeviceLists;
 use crate::cuda::device::Cuda;
-use crate::cuda::extras::ExtraBuffers;
+use crate::cuda::extras::{ExtraBuffers, ScoreBuffer};
 use crate::cuda::on_gpu::GpuElement;
 use crate::cuda::refused::refuse_in_cache;
 use crate::cuda::tensors::{self, source, stored, tensor};
@@ -208,6 +208,7 @@ impl CompressedKvCache {
         &mut self,
         problem: &Problem,
         qkv: [&Tensor; 3],
+        scores: Option<&Tensor>,
         options: Option<&AttentionOptions>,
     ) -> Result<Option<Tensor>> {
         self.check_for_gpu(problem, qkv[0], options)?;
@@ -216,7 +217,7 @@ impl CompressedKvCache {
             None => GpuState::new(self, problem, qkv[0].device())?,
         };
         let limit = self.options.max_entries;
-        let result = step(&mut state, problem, qkv, options, limit);
+        let result = step(&mut state, problem, qkv, scores, options, limit);
         if state.seq_len() > 0 {
             self.on_gpu = Some(state);
         }
@@ -260,6 +261,7 @@ fn step(
     state: &mut GpuState,
     problem: &Problem,
     [q, k, v]: [&Tensor; 3],
+    scores: Option<&Tensor>,
     options: Option<&AttentionOptions>,
     limit: Option<usize>,
 ) -> Result<Option<Tensor>> {
@@ -284,6 +286,7 @@ fn step(
         options,
         bias: bias.as_ref(),
         sinks: sinks.as_ref(),
+        scores,
         limit,
     };
     let output = match state.lists_mut(&gpu)? {
@@ -306,6 +309,8 @@ struct DeviceCall<'a> {
     bias: Option<&'a Tensor>,
     /// Sink logits (H) in f32, at the start of their buffer.
     sinks: Option<&'a Tensor>,
+    /// (B, Hk, count, 1), f32, contiguous, where the caller gives them.
+    scores: Option<&'a Tensor>,
     limit: Option<usize>,
 }
 
@@ -315,9 +320,22 @@ impl DeviceCall<'_> {
         let held = self.tensors.map(Tensor::storage_and_layout);
         let [q, k, v] = [&held[0], &held[1], &held[2]].map(|(storage, layout)| source::<T>(stored(storage, layout)?));
         let sources = [q?, k?, v?];
+        let held_scores = self.scores.map(Tensor::storage_and_layout);
+        let scores = match &held_scores {
+            Some((storage, layout)) => Some(ScoreBuffer {
+                data: stored(storage, layout)?.0.as_cuda_slice::<f32>()?,
+                first: layout.start_offset(),
+                stride: count,
+            }),
+            None => None,
+        };
         let Some(options) = self.options else {
+            let extras = ExtraBuffers {
+                scores,
+                ..ExtraBuffers::none()
+            };
             return lists.within(gpu, count, self.limit, |lists| {
-                lists.append(gpu, sources, count).map(|()| None)
+                lists.append(gpu, sources, count, extras).map(|()| None)
             });
         };
         let held_bias = self.bias.map(Tensor::storage_and_layout);
@@ -330,7 +348,7 @@ impl DeviceCall<'_> {
             Some((storage, layout)) => Some(stored(storage, layout)?.0.as_cuda_slice::<f32>()?),
             None => None,
         };
-        let extras = ExtraBuffers { bias, sinks };
+        let extras = ExtraBuffers { bias, sinks, scores };
         let output = lists.within(gpu, count, self.limit, |lists| {
             lists.append_and_attend(gpu, sources, count, options, extras)
         })?;

@@ -14,6 +14,8 @@ pub(crate) struct Appended<'a, G: Gpu, T: GpuElement> {
     pub key: &'a G::Slice<T>,
     pub value: &'a G::Slice<T>,
     pub tests: &'a G::Slice<f32>,
+    /// Its score in each list, at the places that `params` name, where the caller gives them.
+    pub scores: Option<&'a G::Slice<f32>>,
 }
 
 /// One step of decoding.
@@ -118,6 +120,7 @@ pub(crate) fn decode<G: Gpu, T: GpuElement>(
         gpu.read_some(appended.map(|new| new.key)),
         gpu.read_some(appended.map(|new| new.value)),
         gpu.read_some(appended.map(|new| new.tests)),
+        gpu.read_some(appended.and_then(|new| new.scores)),
     ];
     args.extend(state.args(gpu));
     args.push(gpu.write(&mut kept.parts));

@@ -21,6 +21,46 @@ pub(crate) struct ExtraBuffers<'a, G: Gpu> {
     pub bias: Option<BiasBuffer<'a, G>>,
     /// Sink logits (H) in f32.
     pub sinks: Option<&'a G::Slice<f32>>,
+    /// The scores of a cache's new tokens, where the caller gives them.
+    pub scores: Option<ScoreBuffer<'a, G>>,
+}
+
+/// Scores (lists, new tokens) in f32.
+pub(crate) struct ScoreBuffer<'a, G: Gpu> {
+    pub data: &'a G::Slice<f32>,
+    /// The score of the first list's first token.
+    pub first: usize,
+    /// Scores from list to list.
+    pub stride: usize,
+}
+
+impl<G: Gpu> ScoreBuffer<'_, G> {
+    /// The scores from a token on.
+    pub fn from(self, token: usize) -> Self {
+        Self {
+            first: self.first + token,
+            ..self
+        }
+    }
+}
+
+impl<G: Gpu> Clone for ScoreBuffer<'_, G> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<G: Gpu> Copy for ScoreBuffer<'_, G> {}
+
+impl<G: Gpu> ExtraBuffers<'_, G> {
+    /// No numbers.
+    pub fn none() -> Self {
+        Self {
+            bias: None,
+            sinks: None,
+            scores: None,
+        }
+    }
 }
 
 impl<G: Gpu> Clone for ExtraBuffers<'_, G> {

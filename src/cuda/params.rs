@@ -270,7 +270,7 @@ pub(crate) struct DecodeParams {
 /// As in cuda/lib/params.cuh: no sliding window.
 pub(crate) const NO_SLIDE: u32 = u32::MAX;
 
-params!(CacheParams: 200, CacheAttendParams: 96, CopyParams: 20);
+params!(CacheParams: 208, CacheAttendParams: 96, CopyParams: 20);
 
 /// The parameters of `cache_append`: `sizes.tokens` new tokens, after `first` earlier ones.
 #[repr(C)]
@@ -295,6 +295,9 @@ pub(crate) struct CacheParams {
     pub scale: f32,
     /// L of the sliding window; [`NO_SLIDE`] for none.
     pub slide: u32,
+    /// The score of the first new token of the first list, and the number of scores from list to list.
+    pub scores_first: u32,
+    pub scores_stride: u32,
 }
 
 /// The parameters of `cache_attend`: a row that sees the whole cache.

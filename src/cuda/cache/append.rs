@@ -5,7 +5,7 @@ use super::{room, DeviceLists, GROWTH};
 use crate::config::AttentionOptions;
 use crate::cuda::decide::reads_bias;
 use crate::cuda::decode::{decode, Appended, DecodeCall, StateArgs};
-use crate::cuda::extras::{has_extras, ExtraBuffers};
+use crate::cuda::extras::{has_extras, ExtraBuffers, ScoreBuffer};
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use crate::cuda::operands::BiasBuffer;
 use crate::cuda::params::{CopyParams, NO_SLIDE};
@@ -54,23 +54,18 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     ///
     /// # Errors
     /// An error of the device.
-    pub fn append(&mut self, gpu: &G, qkv: [Source<'_, G, T>; 3], count: usize) -> Result<()> {
+    pub fn append<'a>(
+        &mut self,
+        gpu: &G,
+        qkv: [Source<'a, G, T>; 3],
+        count: usize,
+        extras: ExtraBuffers<'a, G>,
+    ) -> Result<()> {
         if self.seq_len == 0 && count > 1 {
-            return self
-                .first_chunk(
-                    gpu,
-                    qkv,
-                    count,
-                    None,
-                    ExtraBuffers {
-                        bias: None,
-                        sinks: None,
-                    },
-                )
-                .map(|_| ());
+            return self.first_chunk(gpu, qkv, count, None, extras).map(|_| ());
         }
         let scale = AttentionOptions::default().scale(self.settings.problem.head_dim);
-        self.append_in_turn(gpu, qkv, count, scale, (None, None))
+        self.append_in_turn(gpu, qkv, count, scale, (extras, None))
     }
 
     /// Appends `count` tokens, one after another. If `count` is 1, `queries` receives the last token's queries as
@@ -81,11 +76,11 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         qkv: [Source<'_, G, T>; 3],
         count: usize,
         scale: f64,
-        (bias, queries): (Option<BiasBuffer<'_, G>>, Option<&mut G::Slice<T>>),
+        (extras, queries): (ExtraBuffers<'_, G>, Option<&mut G::Slice<T>>),
     ) -> Result<()> {
         self.reserve(gpu, count)?;
-        let bias = bias.filter(|_| reads_bias(&self.settings.config));
-        let params = self.params_under(&qkv, bias, count, scale)?;
+        let bias = extras.bias.filter(|_| reads_bias(&self.settings.config));
+        let params = self.params_under(&qkv, ExtraBuffers { bias, ..extras }, count, scale)?;
         let launch = Launch {
             grid: [self.all(), 1, 1],
             threads: 32,
@@ -98,6 +93,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             gpu.read(v.0),
             gpu.read(&self.tests),
             gpu.read_some(bias.map(|bias| bias.data)),
+            gpu.read_some(extras.scores.map(|scores| scores.data)),
             gpu.write_some(queries),
         ];
         args.extend(self.state.args(gpu));
@@ -184,7 +180,9 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 offset: bias.offset + token * bias.strides[2],
                 ..bias
             });
-            let row = self.one(gpu, qkv.map(at), options, ExtraBuffers { bias, ..extras })?;
+            let scores = extras.scores.map(|scores| scores.from(token));
+            let extras = ExtraBuffers { bias, scores, ..extras };
+            let row = self.one(gpu, qkv.map(at), options, extras)?;
             let params = CopyParams {
                 from_stride: head_dim as u32,
                 to_stride: (count * head_dim) as u32,
@@ -207,10 +205,10 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let Problem { heads, head_dim, .. } = self.settings.problem;
         let (scale, plain) = (options.scale(head_dim), !has_extras(options));
         if plain && !self.settings.config.fold.folds_queries() {
-            return self.take_and_decode(gpu, qkv, scale);
+            return self.take_and_decode(gpu, qkv, scale, extras.scores);
         }
         let mut queries = gpu.alloc::<T>(self.batch * heads * head_dim)?;
-        self.append_in_turn(gpu, qkv, 1, scale, (extras.bias, Some(&mut queries)))?;
+        self.append_in_turn(gpu, qkv, 1, scale, (extras, Some(&mut queries)))?;
         if !plain {
             return self.attend(gpu, &queries, options, extras);
         }
@@ -230,7 +228,17 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     }
 
     /// Appends one token and attends in one launch, where attention reads its raw queries.
-    fn take_and_decode(&mut self, gpu: &G, qkv: [Source<'_, G, T>; 3], scale: f64) -> Result<G::Slice<T>> {
+    fn take_and_decode(
+        &mut self,
+        gpu: &G,
+        qkv: [Source<'_, G, T>; 3],
+        scale: f64,
+        scores: Option<ScoreBuffer<'_, G>>,
+    ) -> Result<G::Slice<T>> {
+        let extras = ExtraBuffers {
+            scores,
+            ..ExtraBuffers::none()
+        };
         self.reserve(gpu, 1)?;
         let [q, k, v] = qkv;
         let call = DecodeCall {
@@ -239,8 +247,9 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 key: k.0,
                 value: v.0,
                 tests: &self.tests,
+                scores: scores.map(|scores| scores.data),
             }),
-            params: self.params(&qkv, 1, scale)?,
+            params: self.params_under(&qkv, extras, 1, scale)?,
             most: self.most_seen(),
             scale,
         };

@@ -4,7 +4,7 @@
 use super::{room, DeviceLists};
 use crate::config::{AttentionOptions, Criterion};
 use crate::cuda::attention::Attention;
-use crate::cuda::decide::{self, DecideCall};
+use crate::cuda::decide::{self, DecideCall, ScoreCall};
 use crate::cuda::decode::StateArgs;
 use crate::cuda::extras::ExtraBuffers;
 use crate::cuda::fold::FoldCall;
@@ -49,7 +49,15 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let bits = match config.criterion {
             Criterion::ObservedMass => observe::indicators(gpu, &call, v, scale)?,
             Criterion::QueryKey | Criterion::KeyKey => decide::indicators(gpu, &call)?,
-            Criterion::Given => return without_scores(),
+            Criterion::Given => match extras.scores {
+                Some(scores) => ScoreCall {
+                    sizes: [problem.batch, problem.heads, problem.kv_heads, count],
+                    strategies,
+                    config,
+                }
+                .indicators(gpu, scores.data)?,
+                None => decide::indicators(gpu, &call)?,
+            },
         };
         let attention = Attention {
             fold: FoldCall {
@@ -79,7 +87,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             Some(columns) => columns,
             None => attention.fold.columns(gpu, false)?,
         };
-        self.adopt(gpu, qkv, count, scale, &bits, &columns)?;
+        self.adopt(gpu, qkv, (count, scale), (&bits, &columns), extras)?;
         Ok(output)
     }
 
@@ -88,10 +96,9 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         &mut self,
         gpu: &G,
         qkv: [Source<'_, G, T>; 3],
-        count: usize,
-        scale: f64,
-        bits: &G::Slice<u8>,
-        columns: &ColumnBuffers<G, T>,
+        (count, scale): (usize, f64),
+        (bits, columns): (&G::Slice<u8>, &ColumnBuffers<G, T>),
+        extras: ExtraBuffers<'_, G>,
     ) -> Result<()> {
         let (params, all) = (self.params(&qkv, count, scale)?, self.all());
         let launch = Launch {
@@ -127,6 +134,15 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             args.extend(self.state.args(gpu));
             args.push(gpu.value(&params));
             gpu.launch(&Kernel::of::<T>("cache_adopt_observed"), launch, &args)?;
+            drop(args);
+        }
+        if let Some(scores) = extras.scores {
+            let extras = ExtraBuffers { bias: None, ..extras };
+            let params = self.params_under(&qkv, extras, count, scale)?;
+            let mut args = vec![gpu.read(&self.tests), gpu.read(scores.data)];
+            args.extend(self.state.args(gpu));
+            args.push(gpu.value(&params));
+            gpu.launch(&Kernel::of::<T>("cache_adopt_given"), launch, &args)?;
             drop(args);
         }
         self.seq_len = count;

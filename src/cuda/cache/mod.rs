@@ -8,9 +8,9 @@ use crate::config::{CompressionConfig, HeadStrategies, HeadTest};
 use crate::cuda::attention::lists;
 use crate::cuda::decide;
 use crate::cuda::decode::Scratch;
+use crate::cuda::extras::ExtraBuffers;
 use crate::cuda::fold::fold_code;
 use crate::cuda::on_gpu::{Gpu, GpuElement, Source};
-use crate::cuda::operands::BiasBuffer;
 use crate::cuda::params::{BiasEntries, CacheParams, Rows, Sizes, NO_SLIDE};
 use crate::problem::Problem;
 use candle_core::{bail, Result};
@@ -217,7 +217,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             head_stride: 0,
             token_stride: 0,
         };
-        let params = self.params_at([nowhere; 3], None, count, 0.0)?;
+        let params = self.params_at([nowhere; 3], ExtraBuffers::none(), count, 0.0)?;
         Ok(CacheParams {
             first: u32::try_from(seen).unwrap_or(u32::MAX),
             ..params
@@ -226,24 +226,24 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
 
     /// The arguments of the kernels for `count` new tokens; only observed mass reads the softmax scale.
     fn params(&self, qkv: &[Source<'_, G, T>; 3], count: usize, scale: f64) -> Result<CacheParams> {
-        self.params_under(qkv, None, count, scale)
+        self.params_under(qkv, ExtraBuffers::none(), count, scale)
     }
 
-    /// [`Self::params`] with a bias of the new rows.
+    /// [`Self::params`] with a bias of the new rows and scores of the new tokens.
     fn params_under(
         &self,
         qkv: &[Source<'_, G, T>; 3],
-        bias: Option<BiasBuffer<'_, G>>,
+        extras: ExtraBuffers<'_, G>,
         count: usize,
         scale: f64,
     ) -> Result<CacheParams> {
-        self.params_at([0, 1, 2].map(|i| Rows::new(&qkv[i].1)), bias, count, scale)
+        self.params_at([0, 1, 2].map(|i| Rows::new(&qkv[i].1)), extras, count, scale)
     }
 
     fn params_at(
         &self,
         [q, k, v]: [Rows; 3],
-        bias: Option<BiasBuffer<'_, G>>,
+        extras: ExtraBuffers<'_, G>,
         count: usize,
         scale: f64,
     ) -> Result<CacheParams> {
@@ -259,7 +259,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             q,
             k,
             v,
-            bias: BiasEntries::new(bias),
+            bias: BiasEntries::new(extras.bias),
             sizes: Sizes::new(&sizes, self.settings.lists)?,
             key_key: decide::key_key(config.criterion),
             max_merge_level: limited(config.max_merge_level),
@@ -271,6 +271,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             observes: u32::from(self.state.observed.is_some()),
             scale: scale as f32,
             slide: self.slide(),
+            scores_first: extras.scores.map_or(0, |scores| limited(scores.first)),
+            scores_stride: extras.scores.map_or(0, |scores| limited(scores.stride)),
         })
     }
 }

@@ -31,6 +31,8 @@ pub(crate) struct HostList<T> {
     /// The first token of the run that ends at the last token, and its key.
     pub run: Option<(usize, Vec<T>)>,
     pub last_key: Vec<T>,
+    /// Whether the last token is hidden once it has left the window, by a given score.
+    pub last_hidden: bool,
     /// Under observed mass: the mass of each recent token, and the keys of the first tokens.
     pub masses: Vec<f32>,
     pub sink_keys: Vec<T>,
@@ -80,7 +82,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             NO_SLIDE => vec![0; 2 * self.all()],
             _ => gpu.download(&state.starts)?,
         };
-        let seen = self.seq_len;
+        let (seen, given) = (self.seq_len, self.settings.config.criterion.takes_scores());
         let (oldest, base) = (seen.saturating_sub(window), seen.saturating_sub(window + 1));
         let list = |index: usize| -> HostList<T> {
             let (start, ring) = (starts[index] as usize, index * (window + 1));
@@ -117,6 +119,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 run: (run_starts[index] != NO_RUN)
                     .then(|| (run_starts[index] as usize, run_keys[index * dim..][..dim].to_vec())),
                 last_key: last_keys[index * dim..][..dim].to_vec(),
+                last_hidden: given && bits[ring + (seen - 1) % (window + 1)] == 1,
                 masses,
                 sink_keys,
             }
@@ -333,6 +336,7 @@ impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
         let mut bits = vec![0u32; self.host.lists.len() * slots];
         for (list, ring) in self.host.lists.iter().zip(bits.chunks_exact_mut(slots)) {
             let first = self.host.seq_len - 1 - list.bits.len();
+            ring[(self.host.seq_len - 1) % slots] = u32::from(list.last_hidden);
             for (bit, t) in list.bits.iter().zip(first..) {
                 ring[t % slots] = u32::from(*bit);
             }

@@ -6,8 +6,8 @@ use crate::cache::{Both, CacheOptions, CompressedKvCache};
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 use crate::cpu::number::element::Element;
 use crate::cuda::cache::DeviceLists;
-use crate::cuda::extras::ExtraBuffers;
-use crate::cuda::on_gpu::GpuElement;
+use crate::cuda::extras::{ExtraBuffers, ScoreBuffer};
+use crate::cuda::on_gpu::{Gpu, GpuElement};
 use crate::cuda::refused::refuse_in_cache;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Device, Result, Tensor};
@@ -117,11 +117,24 @@ impl EmulatedCache {
     /// # Errors
     /// As on a device, or an error that the emulator detects.
     pub fn append(&mut self, qkv: &[Tensor; 3], options: Option<&AttentionOptions>) -> Result<Option<Tensor>> {
+        self.append_scored(qkv, None, options)
+    }
+
+    /// [`Self::append`] with the scores (B, Hk, new tokens) of the new tokens.
+    ///
+    /// # Errors
+    /// As [`Self::append`].
+    pub fn append_scored(
+        &mut self,
+        qkv: &[Tensor; 3],
+        scores: Option<&Tensor>,
+        options: Option<&AttentionOptions>,
+    ) -> Result<Option<Tensor>> {
         let limit = self.options.max_entries;
         match &mut self.lists {
-            EmulatedLists::F32(lists) => append(lists, qkv, options, limit),
-            EmulatedLists::F16(lists) => append(lists, qkv, options, limit),
-            EmulatedLists::BF16(lists) => append(lists, qkv, options, limit),
+            EmulatedLists::F32(lists) => append(lists, (qkv, scores), options, limit),
+            EmulatedLists::F16(lists) => append(lists, (qkv, scores), options, limit),
+            EmulatedLists::BF16(lists) => append(lists, (qkv, scores), options, limit),
         }
     }
 
@@ -177,16 +190,27 @@ fn brought<T: Both>(cache: &CompressedKvCache) -> Result<(Problem, DeviceLists<E
 
 fn append<T: GpuElement + Element>(
     lists: &mut DeviceLists<Emulator, T>,
-    qkv: &[Tensor; 3],
+    (qkv, scores): (&[Tensor; 3], Option<&Tensor>),
     options: Option<&AttentionOptions>,
     limit: Option<usize>,
 ) -> Result<Option<Tensor>> {
     let held = |x: &Tensor| held::<T>(&x.to_dtype(T::DTYPE)?);
     let (q, k, v) = (held(&qkv[0])?, held(&qkv[1])?, held(&qkv[2])?);
     let (sources, count) = ([borrow(&q), borrow(&k), borrow(&v)], qkv[0].dim(2)?);
+    let scores = scores.map(|scores| Emulator.upload(&scores.flatten_all()?.to_vec1::<f32>()?));
+    let scores = scores.transpose()?;
+    let scores = scores.as_ref().map(|data| ScoreBuffer {
+        data,
+        first: 0,
+        stride: count,
+    });
     let Some(options) = options else {
+        let extras = ExtraBuffers {
+            scores,
+            ..ExtraBuffers::none()
+        };
         return lists.within(&Emulator, count, limit, |lists| {
-            lists.append(&Emulator, sources, count).map(|()| None)
+            lists.append(&Emulator, sources, count, extras).map(|()| None)
         });
     };
     let full = (qkv[0].dim(0)?, qkv[0].dim(1)?, count, lists.seq_len() + count);
@@ -199,6 +223,7 @@ fn append<T: GpuElement + Element>(
     let extras = ExtraBuffers {
         bias: bias.as_ref().map(HeldBias::view),
         sinks: sinks.as_ref(),
+        scores,
     };
     let output = lists.within(&Emulator, count, limit, |lists| {
         lists.append_and_attend(&Emulator, sources, count, options, extras)

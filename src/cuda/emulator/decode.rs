@@ -82,6 +82,8 @@ fn decode_as<T: GpuElement>(
         observes: 0,
         scale: 0.0,
         slide: NO_SLIDE,
+        scores_first: 0,
+        scores_stride: 0,
     };
     let call = DecodeCall {
         queries: &queries,
