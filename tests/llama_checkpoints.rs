@@ -7,22 +7,6 @@ mod fixture;
 #[path = "llama_example/plain_llama.rs"]
 mod plain_llama;
 
-#[allow(dead_code)]
-#[path = "../examples/llama/chat.rs"]
-mod chat;
-#[allow(dead_code)]
-#[path = "../examples/llama/load/mod.rs"]
-mod load;
-#[allow(dead_code)]
-#[path = "../examples/llama/model.rs"]
-mod model;
-#[allow(dead_code)]
-#[path = "../examples/llama/rope.rs"]
-mod rope;
-#[allow(dead_code)]
-#[path = "../examples/llama/weights.rs"]
-mod weights;
-
 #[path = "llama_example/fp8_checkpoints.rs"]
 mod fp8_checkpoints;
 #[path = "llama_example/gguf_checkpoints.rs"]
@@ -30,10 +14,12 @@ mod gguf_checkpoints;
 #[path = "llama_example/hf_checkpoints.rs"]
 mod hf_checkpoints;
 
+include!("../examples/llama/decoder.rs");
+
 use std::collections::HashMap;
 
 use anyhow::Result;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use candle_sfattention::{AttentionOptions, CompressedAttention, CompressionConfig, HeadStrategies, MergeStrategy};
 use fixture::HIDDEN;
 use load::{Checkpoint, LoadOptions};
@@ -49,12 +35,7 @@ type Tensors = HashMap<String, Tensor>;
 
 /// The dense model of a checkpoint, in f32.
 fn load_dense(model: &str) -> Result<Llama> {
-    let options = LoadOptions {
-        dtype: DType::F32,
-        dequantize: true,
-        device: Device::Cpu,
-    };
-    let mut checkpoint = Checkpoint::open(model, options)?;
+    let mut checkpoint = Checkpoint::open(model, LoadOptions::default())?;
     let off = HeadStrategies::uniform(MergeStrategy::Off);
     let off = CompressedAttention::new(off, CompressionConfig::pretrained(), AttentionOptions::default())?;
     let layers = checkpoint.config.layers;

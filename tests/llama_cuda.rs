@@ -2,22 +2,9 @@
 //! caches, in f32 and bf16. Without a GPU the test prints that it is skipped, as in `cuda_device`.
 #![cfg(feature = "cuda")]
 
-#[allow(dead_code)]
-#[path = "../examples/llama/chat.rs"]
-mod chat;
 mod common;
-#[allow(dead_code)]
-#[path = "../examples/llama/load/mod.rs"]
-mod load;
-#[allow(dead_code)]
-#[path = "../examples/llama/model.rs"]
-mod model;
-#[allow(dead_code)]
-#[path = "../examples/llama/rope.rs"]
-mod rope;
-#[allow(dead_code)]
-#[path = "../examples/llama/weights.rs"]
-mod weights;
+
+include!("../examples/llama/decoder.rs");
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor};

@@ -4,9 +4,6 @@
 //! held-out text. So a measurement here equals that example's on the exported folder.
 
 mod args;
-#[allow(dead_code)]
-#[path = "../llama/chat.rs"]
-mod chat;
 mod checkpoint;
 #[path = "../llama/compression.rs"]
 #[allow(dead_code)] // the llama example uses the rest
@@ -20,27 +17,17 @@ mod experiment;
 mod files;
 #[path = "../llama/floats.rs"]
 mod floats;
-#[allow(dead_code)]
-#[path = "../llama/load/mod.rs"]
-mod load;
-#[allow(dead_code)]
-#[path = "../llama/model.rs"]
-mod model;
 mod optimizer;
 mod plot;
 mod record;
-#[allow(dead_code)]
-#[path = "../llama/rope.rs"]
-mod rope;
 mod source;
 mod trainable;
 mod trainer;
 #[allow(dead_code)]
-#[path = "../llama/weights.rs"]
-mod weights;
-#[allow(dead_code)]
 #[path = "../llama/windows.rs"]
 mod windows;
+
+include!("../llama/decoder.rs");
 
 use std::process::ExitCode;
 

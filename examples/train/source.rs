@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{bail, ensure, Context, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 use serde_json::{json, Value};
 use tokenizers::Tokenizer;
 
@@ -48,12 +48,7 @@ impl Source {
     /// `model`: a value of `llama --model`. The context becomes at least `context`, and the embedding gets a row for
     /// each of the tokenizer's ids.
     pub fn open(model: &str, context: usize) -> Result<Self> {
-        let options = LoadOptions {
-            dtype: DType::F32,
-            dequantize: true,
-            device: Device::Cpu,
-        };
-        let mut checkpoint = Checkpoint::open(model, options)?;
+        let mut checkpoint = Checkpoint::open(model, LoadOptions::default())?;
         ensure!(
             checkpoint.config.layer.is_llama(),
             "{model}: expected layers of a Llama, got {:?}; train fine-tunes Llama, Mistral without a window and Qwen2",

@@ -1,7 +1,7 @@
 //! A small valid checkpoint in both formats, and the steps from a file to a loaded model.
 
 use crate::load::{Checkpoint, LoadOptions};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use candle_sfattention::{CompressedAttention, CompressionConfig, HeadStrategies, MergeStrategy};
 use std::path::Path;
 use tokenizers::models::bpe::{Vocab, BPE};
@@ -18,12 +18,7 @@ pub const SPECIAL: [&str; 2] = ["<s>", "</s>"];
 
 /// Opens, loads and runs a checkpoint; a refusal is as good as a result. Returns whether it gave logits.
 pub fn try_out(path: &Path) -> bool {
-    let options = LoadOptions {
-        dtype: DType::F32,
-        dequantize: true,
-        device: Device::Cpu,
-    };
-    let Ok(mut checkpoint) = Checkpoint::open(path.to_str().expect("a path of text"), options) else {
+    let Ok(mut checkpoint) = Checkpoint::open(path.to_str().expect("a path of text"), LoadOptions::default()) else {
         return false;
     };
     if let Some(template) = &checkpoint.text.chat_template {

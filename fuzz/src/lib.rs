@@ -10,18 +10,4 @@ pub mod hf_folder;
 pub mod policy;
 mod scratch;
 
-#[allow(dead_code)]
-#[path = "../../examples/llama/chat.rs"]
-mod chat;
-#[allow(dead_code)]
-#[path = "../../examples/llama/load/mod.rs"]
-mod load;
-#[allow(dead_code)]
-#[path = "../../examples/llama/model.rs"]
-mod model;
-#[allow(dead_code)]
-#[path = "../../examples/llama/rope.rs"]
-mod rope;
-#[allow(dead_code)]
-#[path = "../../examples/llama/weights.rs"]
-mod weights;
+include!("../../examples/llama/decoder.rs");

@@ -1,30 +1,17 @@
 //! candle-transformers' own quantized llama, measured as `llama bench` measures ours: the same tokens, the same row.
 
-#[allow(dead_code)]
-#[path = "../../examples/llama/chat.rs"]
-mod chat;
 #[path = "../../examples/llama/error.rs"]
 mod error;
 #[allow(dead_code)]
 #[path = "../../examples/llama/finite.rs"]
 mod finite;
-#[allow(dead_code)]
-#[path = "../../examples/llama/load/mod.rs"]
-mod load;
-#[allow(dead_code)]
-#[path = "../../examples/llama/model.rs"]
-mod model;
-#[allow(dead_code)]
-#[path = "../../examples/llama/rope.rs"]
-mod rope;
 #[path = "../../examples/llama/bench/row.rs"]
 mod row;
 #[allow(dead_code)]
 #[path = "../../examples/llama/stats.rs"]
 mod stats;
-#[allow(dead_code)]
-#[path = "../../examples/llama/weights.rs"]
-mod weights;
+
+include!("../../examples/llama/decoder.rs");
 
 use std::env;
 use std::fs::File;
@@ -35,7 +22,7 @@ use std::time::Instant;
 
 use anyhow::{ensure, Context, Result};
 use candle_core::quantized::gguf_file::Content;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama::{ModelWeights, MAX_SEQ_LEN};
 use clap::Parser;
 
@@ -94,9 +81,8 @@ fn run(args: &Args) -> Result<()> {
 /// The prompt and the tokens after it. The checkpoint is closed again: its memory must not count.
 fn tokens(args: &Args) -> Result<Vec<u32>> {
     let options = LoadOptions {
-        dtype: DType::F32,
         dequantize: false,
-        device: Device::Cpu,
+        ..Default::default()
     };
     let checkpoint = Checkpoint::open(&args.model, options)?;
     let (wanted, most) = (

@@ -4,21 +4,7 @@
 #[path = "../../tests/llama_example/fixture.rs"]
 mod fixture;
 
-#[allow(dead_code)]
-#[path = "../../examples/llama/chat.rs"]
-mod chat;
-#[allow(dead_code)]
-#[path = "../../examples/llama/load/mod.rs"]
-mod load;
-#[allow(dead_code)]
-#[path = "../../examples/llama/model.rs"]
-mod model;
-#[allow(dead_code)]
-#[path = "../../examples/llama/rope.rs"]
-mod rope;
-#[allow(dead_code)]
-#[path = "../../examples/llama/weights.rs"]
-mod weights;
+include!("../../examples/llama/decoder.rs");
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -68,9 +54,8 @@ fn open(model: &str) -> anyhow::Result<Checkpoint> {
 
 fn open_as(model: &str, dequantize: bool) -> anyhow::Result<Checkpoint> {
     let options = LoadOptions {
-        dtype: DType::F32,
         dequantize,
-        device: Device::Cpu,
+        ..Default::default()
     };
     Checkpoint::open(model, options)
 }

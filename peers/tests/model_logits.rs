@@ -8,21 +8,7 @@ mod fixture;
 #[path = "../../tests/llama_example/kinds.rs"]
 mod kinds;
 
-#[allow(dead_code)]
-#[path = "../../examples/llama/chat.rs"]
-mod chat;
-#[allow(dead_code)]
-#[path = "../../examples/llama/load/mod.rs"]
-mod load;
-#[allow(dead_code)]
-#[path = "../../examples/llama/model.rs"]
-mod model;
-#[allow(dead_code)]
-#[path = "../../examples/llama/rope.rs"]
-mod rope;
-#[allow(dead_code)]
-#[path = "../../examples/llama/weights.rs"]
-mod weights;
+include!("../../examples/llama/decoder.rs");
 
 use std::collections::HashMap;
 use std::fs;
@@ -56,12 +42,7 @@ fn folder(name: &str) -> PathBuf {
 }
 
 fn open(path: &Path) -> anyhow::Result<Checkpoint> {
-    let options = LoadOptions {
-        dtype: DType::F32,
-        dequantize: true,
-        device: Device::Cpu,
-    };
-    Checkpoint::open(path.to_str().unwrap(), options)
+    Checkpoint::open(path.to_str().unwrap(), LoadOptions::default())
 }
 
 fn load(checkpoint: &mut Checkpoint) -> Llama {

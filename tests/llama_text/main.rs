@@ -10,22 +10,8 @@ mod fixture;
 #[path = "../llama_example/script.rs"]
 mod script;
 
-#[path = "../../examples/llama/chat.rs"]
-mod chat;
-#[allow(dead_code)]
-#[path = "../../examples/llama/load/mod.rs"]
-mod load;
-#[allow(dead_code)]
-#[path = "../../examples/llama/model.rs"]
-mod model;
-#[allow(dead_code)]
-#[path = "../../examples/llama/rope.rs"]
-mod rope;
 #[path = "../../examples/llama/stream.rs"]
 mod stream;
-#[allow(dead_code)]
-#[path = "../../examples/llama/weights.rs"]
-mod weights;
 
 mod ends;
 mod sentencepiece;
@@ -33,17 +19,17 @@ mod splits;
 mod templates;
 mod vocabulary;
 
+include!("../../examples/llama/decoder.rs");
+
 use binary::{llama, text};
 use candle_core::quantized::gguf_file::Value;
-use candle_core::{DType, Device};
 use load::{Checkpoint, LoadOptions};
 use script::{says, strings, write_gguf, Tokens, BYTE};
 
 fn open(model: &str) -> Checkpoint {
     let options = LoadOptions {
-        dtype: DType::F32,
         dequantize: false,
-        device: Device::Cpu,
+        ..Default::default()
     };
     Checkpoint::open(model, options).unwrap()
 }

@@ -45,6 +45,17 @@ pub struct LoadOptions {
     pub device: Device,
 }
 
+/// Floats in f32, on the CPU.
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self {
+            dtype: DType::F32,
+            dequantize: true,
+            device: Device::Cpu,
+        }
+    }
+}
+
 /// A checkpoint whose header and tokenizer are read, but not its weights.
 pub struct Checkpoint {
     pub config: LlamaConfig,

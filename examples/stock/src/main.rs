@@ -1,30 +1,17 @@
 //! candle-transformers' own `llama::Llama` on compressed attention: text in, text, speed and bytes out.
 
-#[allow(dead_code)]
-#[path = "../../llama/chat.rs"]
-mod chat;
 #[path = "../../llama/error.rs"]
 mod error;
 #[path = "../../llama/floats.rs"]
 mod floats;
-#[allow(dead_code)]
-#[path = "../../llama/load/mod.rs"]
-mod load;
-#[allow(dead_code)]
-#[path = "../../llama/model.rs"]
-mod model;
-#[allow(dead_code)]
-#[path = "../../llama/rope.rs"]
-mod rope;
 #[allow(dead_code)]
 #[path = "../../llama/sampling.rs"]
 mod sampling;
 #[allow(dead_code)]
 #[path = "../../llama/stream.rs"]
 mod stream;
-#[allow(dead_code)]
-#[path = "../../llama/weights.rs"]
-mod weights;
+
+include!("../../llama/decoder.rs");
 
 use std::env;
 use std::io::{stderr, stdout, Write};
@@ -103,12 +90,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    let options = LoadOptions {
-        dtype: DType::F32,
-        dequantize: true,
-        device: Device::Cpu,
-    };
-    let mut checkpoint = Checkpoint::open(&args.model, options)?;
+    let mut checkpoint = Checkpoint::open(&args.model, LoadOptions::default())?;
     let (prompt, tokens) = prompt(args, &checkpoint)?;
     let mut session = session(args, &checkpoint.config)?;
     let config = stock_config(&checkpoint.config, session.is_some())?;
