@@ -326,12 +326,22 @@ impl CompressedKvCache {
 
     /// Bytes that keys and values of all tokens would take in the same dtype, once per KV head.
     pub fn bytes_dense(&self) -> usize {
-        let held = self.state.as_ref().map(|state| (state.sizes, state.lists.dtype()));
-        #[cfg(feature = "cuda")]
-        let held = held.or_else(|| self.on_gpu.as_ref().map(on_device::GpuState::sizes));
-        let Some((sizes, dtype)) = held else { return 0 };
+        let Some((sizes, dtype)) = self.sizes() else { return 0 };
         let numbers = sizes.head_dim + sizes.values();
         sizes.batch * sizes.kv_heads * self.seq_len() * numbers * dtype.size_in_bytes()
+    }
+
+    /// The sizes that the first call fixed, and the storage.
+    fn sizes(&self) -> Option<(CacheSizes, DType)> {
+        let sizes = self.state.as_ref().map(|state| (state.sizes, state.lists.dtype()));
+        #[cfg(feature = "cuda")]
+        let sizes = sizes.or_else(|| self.on_gpu.as_ref().map(on_device::GpuState::sizes));
+        sizes
+    }
+
+    /// The batch rows of the first call; `None` of an empty cache.
+    pub(crate) fn batch(&self) -> Option<usize> {
+        self.sizes().map(|(sizes, _)| sizes.batch)
     }
 
     /// Forgets all tokens and the shapes, and frees the memory.
@@ -427,10 +437,7 @@ impl CompressedKvCache {
             )
         }
         let rows = rows.to_dtype(DType::I64)?.to_vec1::<i64>()?;
-        let batch = self.state.as_ref().map(|state| state.sizes.batch);
-        #[cfg(feature = "cuda")]
-        let batch = batch.or_else(|| self.on_gpu.as_ref().map(|state| state.sizes().0.batch));
-        let Some(batch) = batch else {
+        let Some(batch) = self.batch() else {
             bail!("index_select: expected a cache that holds tokens, got an empty one; append first")
         };
         if let Some(bad) = rows.iter().find(|row| !(0..batch as i64).contains(*row)) {

@@ -95,6 +95,13 @@ impl Running {
         let [q, k, v] = options.layout.turned_all(qkv)?;
         let seen = cache.seq_len();
         let new = NewTokens::check(&self.shape, self.model_cache, seen, [&q, &k, &v])?;
+        if let Some(batch) = cache.batch().filter(|batch| *batch != new.batch) {
+            bail!(
+                "session: expected a batch of {batch} rows, as in the calls before, got {}; reset() the session for \
+                 another batch",
+                new.batch
+            )
+        }
         if !options.causal && new.tokens > 1 {
             bail!(
                 "session: expected causal attention, got {} query rows that see later tokens; a cached row cannot see \
@@ -132,6 +139,7 @@ fn one_of<T: Copy + PartialEq + std::fmt::Debug>(name: &str, call: Option<T>, ru
 
 /// The new tokens of one call.
 struct NewTokens {
+    batch: usize,
     heads: usize,
     kv_heads: usize,
     tokens: usize,
@@ -146,7 +154,7 @@ impl NewTokens {
             head_dim,
             ..
         } = *shape;
-        let (Ok((_, q_heads, tokens, dim)), Ok((_, k_heads, all, k_dim))) = (q.dims4(), k.dims4()) else {
+        let (Ok((batch, q_heads, tokens, dim)), Ok((_, k_heads, all, k_dim))) = (q.dims4(), k.dims4()) else {
             bail!(
                 "session: expected query and key of 4 axes (batch, tokens, heads, head_dim), got {:?} and {:?}",
                 q.dims(),
@@ -167,8 +175,8 @@ impl NewTokens {
         let (expected, remedy) = match model_cache {
             ModelCache::Kept => (
                 seen + tokens,
-                "reset() the session when the model's cache is cleared, or choose ModelCache::Cleared if the model \
-                 keeps none",
+                "reset() the session when the model's cache is cleared, cut the model's cache back where truncate() \
+                 cut the session's, or choose ModelCache::Cleared if the model keeps none or forgets tokens",
             ),
             ModelCache::Cleared => (
                 tokens,
@@ -182,6 +190,7 @@ impl NewTokens {
             )
         }
         Ok(Self {
+            batch,
             heads,
             kv_heads,
             tokens,

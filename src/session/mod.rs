@@ -217,14 +217,21 @@ impl Session {
         self.broken = false;
     }
 
-    /// Cuts all layers back to the first `tokens` tokens, where [`CompressedKvCache::truncate`] can. Under
-    /// [`ModelCache::Kept`] the model's own cache must be cut back too.
+    /// Cuts all layers back to the first `tokens` tokens, exactly: to none, which is [`Self::reset`]; to all; and to
+    /// any number where every head of every layer is [`MergeStrategy::Off`](crate::MergeStrategy) and no sliding window
+    /// has let go of a token that the next row sees. Folded tokens cannot be taken apart: a session that hides tokens
+    /// goes back to a [`Clone`] from before, as a draft of several tokens needs.
+    ///
+    /// Under [`ModelCache::Kept`] the model's own cache must be cut back too; else the next call is an error.
     ///
     /// # Errors
-    /// As [`CompressedKvCache::truncate`], for any layer; no layer is then changed.
+    /// As [`CompressedKvCache::truncate`], for any layer, which the error names; no layer is then changed.
     pub fn truncate(&mut self, tokens: usize) -> Result<()> {
         self.check_whole()?;
-        self.layers.iter().try_for_each(|cache| cache.check_truncate(tokens))?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let named = |error| Error::msg(format!("session: layer {index}: {error}"));
+            layer.check_truncate(tokens).map_err(named)?;
+        }
         self.layers.iter_mut().try_for_each(|cache| cache.truncate(tokens))
     }
 
