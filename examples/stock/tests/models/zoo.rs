@@ -10,7 +10,8 @@ use stock::models::{gemma, gemma2, gemma3, granite, helium, llama, mistral, qwen
 pub const LAYERS: usize = 2;
 pub const HEADS: usize = 4;
 pub const HEAD_DIM: usize = 16;
-const VOCABULARY: usize = 50;
+/// Of the smallest model.
+pub const VOCABULARY: usize = 50;
 pub const NAMES: [&str; 9] = [
     "llama",
     "mistral",
@@ -33,7 +34,7 @@ pub enum OwnCache {
 
 /// A model of candle-transformers.
 pub trait Model {
-    /// Logits of the last token, for tokens `(1, n)` that begin at `position`.
+    /// Logits of each row's last token, for tokens `(rows, n)` that begin at `position`.
     fn step(&mut self, tokens: &Tensor, position: usize) -> candle_core::Result<Tensor>;
     /// Empties the model's own cache, where there is one.
     fn clear(&mut self);
@@ -135,7 +136,7 @@ impl Zoo {
             "attention_bias": false, "mlp_bias": false, "bos_token_id": 1, "eos_token_id": 2,
             "tie_word_embeddings": false, "partial_rotary_factor": 0.5, "use_cache": own == OwnCache::Kept,
             "query_pre_attn_scalar": HEAD_DIM, "rope_local_base_freq": 10000.0, "sliding_window_pattern": 2,
-            "max_window_layers": 0, "use_sliding_window": false, "use_flash_attn": flash,
+            "max_window_layers": 0, "use_sliding_window": false,
         });
         if self.name.starts_with("gemma") {
             config["hidden_act"] = json!(null);
@@ -146,56 +147,43 @@ impl Zoo {
         for (name, value) in changes.as_object().into_iter().flatten() {
             config[name] = value.clone();
         }
+        config["use_flash_attn"] = json!(flash);
         let vb = VarBuilder::from_varmap(&self.weights, DType::F32, &Device::Cpu);
-        let kept = own == OwnCache::Kept;
-        Ok(match self.name {
-            "llama" => {
-                let config = serde_json::from_value::<llama::LlamaConfig>(config)?.into_config(flash);
-                let cache = llama::Cache::new(kept, DType::F32, &config, &Device::Cpu)?;
-                Box::new((llama::Llama::load(vb, &config)?, cache))
-            }
-            "granite" => {
-                let config = serde_json::from_value::<granite::GraniteConfig>(config)?.into_config(flash);
-                let cache = granite::Cache::new(kept, DType::F32, &config, &Device::Cpu)?;
-                Box::new((granite::Granite::load(vb, &config)?, cache))
-            }
-            "mistral" => Box::new(mistral::Model::new(&serde_json::from_value(config)?, vb)?),
-            "helium" => Box::new(helium::Model::new(&serde_json::from_value(config)?, vb)?),
-            "stable_lm" => Box::new(stable_lm::Model::new(&serde_json::from_value(config)?, vb)?),
-            "gemma" => Box::new(gemma::Model::new(flash, &serde_json::from_value(config)?, vb)?),
-            "gemma2" => Box::new(gemma2::Model::new(flash, &serde_json::from_value(config)?, vb)?),
-            "gemma3" => Box::new(gemma3::Model::new(flash, &serde_json::from_value(config)?, vb)?),
-            "qwen3" if flash => Box::new(qwen3_flash::ModelForCausalLM::new(
-                &serde_json::from_value(config)?,
-                vb,
-            )?),
-            "qwen3" => Box::new(qwen3::ModelForCausalLM::new(&serde_json::from_value(config)?, vb)?),
-            other => anyhow::bail!("no model {other}"),
-        })
+        load(self.name, config, flash, own, vb)
     }
 }
 
-/// Logits of each step: a prompt and the single tokens and chunk after it.
-pub fn run(model: &mut dyn Model, own: OwnCache) -> Result<Vec<Vec<f32>>> {
-    let mut logits = Vec::new();
-    steps(|tokens, position| {
-        if own == OwnCache::Cleared {
-            model.clear();
+/// The model of this name with these settings and weights, with its own attention or with `flash_attn`.
+pub fn load(
+    name: &str,
+    config: serde_json::Value,
+    flash: bool,
+    own: OwnCache,
+    vb: VarBuilder,
+) -> Result<Box<dyn Model>> {
+    let kept = own == OwnCache::Kept;
+    Ok(match name {
+        "llama" => {
+            let config = serde_json::from_value::<llama::LlamaConfig>(config)?.into_config(flash);
+            let cache = llama::Cache::new(kept, DType::F32, &config, &Device::Cpu)?;
+            Box::new((llama::Llama::load(vb, &config)?, cache))
         }
-        logits.push(model.step(tokens, position)?.flatten_all()?.to_vec1::<f32>()?);
-        Ok(())
-    })?;
-    Ok(logits)
-}
-
-/// A prompt of 90 tokens, three single ones, a chunk of 7, and a single one. Runs of equal tokens give keys that merge.
-pub fn steps(mut step: impl FnMut(&Tensor, usize) -> Result<()>) -> Result<()> {
-    let mut position = 0;
-    for count in [90, 1, 1, 1, 7, 1] {
-        let token = |at: usize| ((at / 9) * 7 % VOCABULARY) as u32;
-        let tokens: Vec<u32> = (position..position + count).map(token).collect();
-        step(&Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)?, position)?;
-        position += count;
-    }
-    Ok(())
+        "granite" => {
+            let config = serde_json::from_value::<granite::GraniteConfig>(config)?.into_config(flash);
+            let cache = granite::Cache::new(kept, DType::F32, &config, &Device::Cpu)?;
+            Box::new((granite::Granite::load(vb, &config)?, cache))
+        }
+        "mistral" => Box::new(mistral::Model::new(&serde_json::from_value(config)?, vb)?),
+        "helium" => Box::new(helium::Model::new(&serde_json::from_value(config)?, vb)?),
+        "stable_lm" => Box::new(stable_lm::Model::new(&serde_json::from_value(config)?, vb)?),
+        "gemma" => Box::new(gemma::Model::new(flash, &serde_json::from_value(config)?, vb)?),
+        "gemma2" => Box::new(gemma2::Model::new(flash, &serde_json::from_value(config)?, vb)?),
+        "gemma3" => Box::new(gemma3::Model::new(flash, &serde_json::from_value(config)?, vb)?),
+        "qwen3" if flash => Box::new(qwen3_flash::ModelForCausalLM::new(
+            &serde_json::from_value(config)?,
+            vb,
+        )?),
+        "qwen3" => Box::new(qwen3::ModelForCausalLM::new(&serde_json::from_value(config)?, vb)?),
+        other => anyhow::bail!("no model {other}"),
+    })
 }
