@@ -223,8 +223,8 @@ fn a_limit_is_reached_where_the_cpu_reaches_it() -> Result<()> {
     Ok(())
 }
 
-/// Given scores: any chunking leaves the rows of a plan by all scores and the entries that it keeps, also after a way to
-/// the CPU and back.
+/// Given scores: any chunking leaves the rows of a plan by all scores and the entries that it keeps, also after a way
+/// to the CPU and back.
 #[test]
 fn given_scores_decide_in_a_cache() -> Result<()> {
     let shape = Shape(2, 4, 2, 60, 16);

@@ -295,5 +295,6 @@ FOR_EACH_DTYPE(CACHE_COPY)
 CACHE_COPY(u32, uint32_t)
 
 MODULE(cache, ENTRIES(cache_append) ENTRIES(cache_slide) ENTRIES(cache_adopt_state) ENTRIES(cache_adopt_rows)
-                  ENTRIES(cache_adopt_observed) ENTRIES(cache_adopt_given) ENTRIES(cache_restore) ENTRIES(cache_truncate) ENTRIES(cache_copy)
+                  ENTRIES(cache_adopt_observed) ENTRIES(cache_adopt_given) ENTRIES(cache_restore)
+                  ENTRIES(cache_truncate) ENTRIES(cache_copy)
                   ENTRY(cache_copy_u32))

@@ -184,7 +184,8 @@ template <class T> struct CacheList {
     value.load(v, p.v.at(list.batch, list.kv_head, i), dim);
     bool given = bool(scores), merges = token > 0 && !p.observes && !given && decide(q, k, tests, bias, token, i);
     // Every lane reads this word after the next __syncwarp, or with the next token.
-    if (token > 0 && !given && threadIdx.x == 0) state.bits.set(index * (window + 1) + (token - 1) % (window + 1), merges);
+    size_t slot_before = index * (window + 1) + (token + window) % (window + 1);
+    if (token > 0 && !given && threadIdx.x == 0) state.bits.set(slot_before, merges);
     follow_run(merges, token, key);
     WarpRow raw_key = key, raw_value = value;
     WarpRow::quarantine<T>(key, value);
