@@ -187,20 +187,22 @@ impl Measured {
         let scores = |layer, call: &LayerCall| probe.as_ref().map(|probe| probe.scores(layer, call.unrotated));
         passes.each("scores", |layer, call, _| {
             let [q, k, v] = call.qkv;
-            Ok(match scores(layer, call).transpose()? {
+            match scores(layer, call).transpose()? {
                 Some(scores) => calibrator.observe_scored(layer, call.qkv, &scores)?,
                 None => calibrator.observe(layer, q, k, v)?,
-            })
+            }
+            Ok(())
         })?;
         let mut measurement = calibrator.measure()?;
         passes.each("errors", |layer, call, window| {
             let repeat = if window.is_copy() { weights.repeat_weight } else { 1.0 };
             let weight = repeat / scale(weights.error_scale, call)?;
             let projection = call.projection.weight()?;
-            Ok(match scores(layer, call).transpose()? {
+            match scores(layer, call).transpose()? {
                 Some(scores) => measurement.add_scored(layer, (call.qkv, &scores), Some(&projection), weight)?,
                 None => measurement.add(layer, call.qkv, Some(&projection), weight)?,
-            })
+            }
+            Ok(())
         })?;
         passes.bar.finish_and_clear();
         Ok(Found { measurement, probe })

@@ -149,7 +149,7 @@ pub fn given_indicators(
     let first = scores.first().map_or(&[][..], Vec::as_slice);
     let (kv_heads, tokens) = (first.len(), first.first().map_or(0, Vec::len));
     let alike = |rows: &Vec<Vec<f64>>| rows.len() == kv_heads && rows.iter().all(|row| row.len() == tokens);
-    if tokens == 0 || heads % kv_heads != 0 || !scores.iter().all(alike) {
+    if tokens == 0 || !heads.is_multiple_of(kv_heads) || !scores.iter().all(alike) {
         bail!(
             "scores: expected one row of tokens for each KV head of each batch row, with KV heads that divide the \
              {heads} query heads, got {kv_heads} heads of {tokens} tokens in the first; give one score per token"

@@ -56,7 +56,7 @@ impl DropoutMask {
 pub(crate) fn logistic(seed: u64, count: usize) -> Vec<f32> {
     let key = [seed as u32, (seed >> 32) as u32];
     let noise = |place: usize| {
-        let draw = philox4x32_10([(place / 4) as u32, (place / 4 >> 32) as u32, 0, 1], key);
+        let draw = philox4x32_10([(place / 4) as u32, ((place / 4) >> 32) as u32, 0, 1], key);
         // Never 0 and never 1.
         let p = (f64::from(draw[place % 4]) + 0.5) / 4_294_967_296.0;
         (p / (1.0 - p)).ln() as f32

@@ -64,6 +64,7 @@ fn policy(
         model,
         config,
         layers: (0..model.layers).map(layer).collect(),
+        probe: None,
         calibration: CalibrationFigures {
             target: 0.0,
             hidden_ratio: 0.0,
