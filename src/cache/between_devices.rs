@@ -300,7 +300,7 @@ fn held_merging<T: Both>(list: &List<T>) -> HostList<T> {
         tokens: list.tokens.to_vec(),
         chain: match &list.open {
             Some(chain) => Some(chain.rows().map(<[f32]>::to_vec)),
-            None => edge.map(|_| [const { Vec::new() }; 4].map(|_: Vec<f32>| vec![0.0; dim])),
+            None => edge.map(|_| std::array::from_fn(|_| vec![0.0; dim])),
         },
         chain_size: list.open.as_ref().map_or(0, |chain| chain.size as u32),
         recent_k: recent(&list.recent_keys),

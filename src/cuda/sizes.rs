@@ -6,8 +6,9 @@ use candle_core::{Result, Tensor};
 /// Sizes that the kernels take are multiples of this.
 const STEP: usize = 8;
 
-/// Query, key and value (.., D) and (.., Dv), padded with zeros to one size: the larger of the two, and a multiple of 8.
-/// Zeros change no product of a query and a key, and no norm. The options get the scale of the unpadded keys.
+/// Query, key and value, whose last axes are D, D and Dv, padded with zeros to one size: the larger of the two, and a
+/// multiple of 8. Zeros change no product of a query and a key, and no norm. The options get the scale of the unpadded
+/// keys.
 ///
 /// # Errors
 /// An error of the device.

@@ -180,8 +180,8 @@ impl<G: Gpu> Copier<'_, G> {
     }
 }
 
-/// Launches `cache_copy`. `lengths` and `starts`, if given, hold the entries of each old list to copy: its first ones, and
-/// how many of these to leave out.
+/// Launches `cache_copy`. `lengths` and `starts`, if given, hold the entries of each old list to copy: its first ones,
+/// and how many of these to leave out.
 pub(super) fn copy<G: Gpu, T: Number>(
     gpu: &G,
     suffix: &str,

@@ -19,8 +19,8 @@ struct Warpgroups {
 }
 
 impl ForwardVariant {
-    /// The smallest variant that holds the head size; `extras`: with a sliding window or other options. By `FORWARD_DTYPE` in cuda/forward/forward.cu and
-    /// forward_listed.cu.
+    /// The smallest variant that holds the head size, by `FORWARD_DTYPE` in cuda/forward/forward.cu and
+    /// forward_listed.cu. `extras`: with a sliding window, rows left out, or the options of [`crate::cuda::extras`].
     pub fn pick(head_dim: usize, extras: bool, listed: bool) -> Self {
         let (name, rows) = match (head_dim, extras, listed) {
             (..=64, _, true) => ("forward_listed_64", 128),
