@@ -3,7 +3,8 @@
 
 use super::{CacheOptions, CacheSizes, CompressedKvCache, Lists, ListsOf, State};
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest};
-use crate::cpu::cache::list::{widened, List, ListSettings, Run};
+use crate::cpu::cache::list::{widened, List, Run};
+use crate::cpu::cache::settings::ListSettings;
 use crate::cpu::columns::chain::ChainFold;
 use crate::cpu::decide::heads::ListHeads;
 use crate::cpu::decide::observe::Observed;

@@ -3,7 +3,8 @@
 use super::segments::RowPlace;
 use super::CompressedKvCache;
 use crate::config::AttentionOptions;
-use crate::cpu::cache::list::{List, ListSettings};
+use crate::cpu::cache::list::List;
+use crate::cpu::cache::settings::ListSettings;
 use crate::cpu::decide::heads::ListHeads;
 use crate::cpu::number::element::Element;
 use crate::problem::Problem;

@@ -16,6 +16,8 @@ mod fit;
 #[cfg(feature = "fit")]
 mod harm;
 mod histogram;
+mod output_error;
+mod pass;
 mod policy;
 mod probe;
 mod shape;
@@ -32,13 +34,13 @@ use crate::config::MergeRule;
 use crate::config::{
     AttentionOptions, CompressionConfig, Criterion, GroupRule, HeadStrategies, MergeStrategy, TensorLayout,
 };
-use crate::decide::observed_mass;
 use crate::op::attend;
-use crate::plan::{without_scores, MergePlan};
-use crate::problem::Problem;
-use candle_core::{bail, DType, Result, Tensor, D};
+use crate::plan::MergePlan;
+use candle_core::{bail, Result, Tensor};
 use choose::Candidate;
 use histogram::Histogram;
+use output_error::OutputError;
+use pass::PassSettings;
 
 /// The first pass through the samples: each head's scores.
 #[derive(Clone, Debug)]
@@ -60,154 +62,6 @@ pub struct Measurement {
     pairs: usize,
     windows: usize,
     tokens: usize,
-}
-
-/// The settings of both passes. A unit decides as one: a KV head under [`GroupRule::Unanimous`], else a query head.
-#[derive(Clone, Debug)]
-struct PassSettings {
-    model: ModelShape,
-    config: CompressionConfig,
-    /// The options with heads first, for any layout of the caller.
-    options: AttentionOptions,
-    layout: TensorLayout,
-    strategies: Vec<MergeStrategy>,
-    /// Query heads in a unit.
-    heads_per_unit: usize,
-}
-
-impl PassSettings {
-    fn units(&self) -> usize {
-        self.model.heads / self.heads_per_unit
-    }
-
-    /// Query, key and value with their heads first.
-    fn checked(&self, layer: usize, qkv: [&Tensor; 3]) -> Result<[Tensor; 3]> {
-        let tensors = self.layout.turned_all(qkv)?;
-        let [q, k, v] = &tensors;
-
-        let ModelShape {
-            layers,
-            heads,
-            kv_heads,
-            head_dim,
-        } = self.model;
-        let fits = |x: &Tensor, heads: usize| matches!(*x.dims(), [1, h, _, d] if (h, d) == (heads, head_dim));
-        if layer >= layers || !fits(q, heads) || !fits(k, kv_heads) {
-            bail!(
-                "calibration: expected query (1, {heads}, N, {head_dim}) and key (1, {kv_heads}, N, {head_dim}) of a \
-                 layer below {layers}, got {:?} and {:?} of layer {layer}; give one window of one layer at a time",
-                q.dims(),
-                k.dims()
-            )
-        }
-        let problem = self.layout.explained(Problem::new(q, k, v))?;
-        if problem.value_dim != head_dim {
-            bail!(
-                "calibration: expected values of the keys' head_dim {head_dim}, got {}; pad the smaller ones \
-                 with zeros by pad_with_zeros",
-                problem.value_dim
-            )
-        }
-        if problem.tokens < 2 {
-            bail!("calibration: expected windows of at least 2 tokens, got 1 in layer {layer}; leave such a window out")
-        }
-        Ok(tensors)
-    }
-
-    /// Refuses scores that are missing, too many, or of another shape than (1, Hk, N).
-    fn check_given(&self, k: &Tensor, given: Option<&Tensor>) -> Result<()> {
-        let Some(scores) = given else {
-            return match self.config.criterion.takes_scores() {
-                true => without_scores(),
-                false => Ok(()),
-            };
-        };
-        if !self.config.criterion.takes_scores() {
-            bail!(
-                "scores: expected none under Criterion::{:?}, got some; set the criterion to Given",
-                self.config.criterion
-            )
-        }
-        if scores.dims() != &k.dims()[..3] || scores.dtype() != DType::F32 {
-            bail!(
-                "scores: expected f32 of shape (1, KV heads, tokens) = {:?}, got {:?} of shape {:?}; give one score \
-                 per token and KV head",
-                &k.dims()[..3],
-                scores.dtype(),
-                scores.dims()
-            )
-        }
-        Ok(())
-    }
-
-    /// The scores, `(units, tokens)` in f32, of the tokens that may be hidden; a hidden token's score is below its
-    /// threshold.
-    fn scores(
-        &self,
-        strategy: MergeStrategy,
-        [q, k, v]: [&Tensor; 3],
-        given: Option<&Tensor>,
-    ) -> Result<Vec<Vec<f32>>> {
-        let scores = match self.config.criterion {
-            Criterion::ObservedMass => observed_mass(q, k, v, &self.config, &self.options)?,
-            Criterion::QueryKey | Criterion::KeyKey => self.distances(strategy, q, k)?,
-            Criterion::Given => match given {
-                Some(scores) => {
-                    let decided = (k.dim(2)? - 1).saturating_sub(self.config.window);
-                    scores.narrow(2, 0, decided)?
-                }
-                None => return without_scores(),
-            },
-        };
-        let scores = scores.squeeze(0)?.to_dtype(DType::F32)?;
-        let tokens = scores.dim(1)?;
-        let sinks = self.config.sinks.min(tokens);
-        let rows = scores.narrow(1, sinks, tokens - sinks)?;
-        (0..rows.dim(0)?).map(|unit| rows.get(unit)?.to_vec1()).collect()
-    }
-
-    /// `1 - cos` or `|cos|` of all pairs, the largest over each unit's heads, which must all agree.
-    fn distances(&self, strategy: MergeStrategy, q: &Tensor, k: &Tensor) -> Result<Tensor> {
-        let unit_vectors = |x: &Tensor| -> Result<Tensor> {
-            let x = x.to_dtype(DType::F32)?;
-            let norms = x.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?;
-            // Not `maximum`, which is generic: candle's kernels for every dtype would be compiled into this crate.
-            x.broadcast_div(&norms.broadcast_maximum(&Tensor::new(1e-12f32, x.device())?)?)
-        };
-        let (pairs, group) = (k.dim(2)? - 1, self.model.heads / self.model.kv_heads);
-        let (_, kv_heads, tokens, dim) = k.dims4()?;
-        let right = unit_vectors(k)?.unsqueeze(2)?;
-        let left = match self.config.criterion.pairs_keys() {
-            true => right.clone(),
-            false => unit_vectors(&q.contiguous()?)?.reshape((1, kv_heads, group, tokens, dim))?,
-        };
-        let cosines = left
-            .narrow(3, 1, pairs)?
-            .broadcast_mul(&right.narrow(3, 0, pairs)?)?
-            .sum(D::Minus1)?;
-        let distances = match strategy {
-            MergeStrategy::Similarity => cosines.affine(-1.0, 1.0)?,
-            // Off is never measured.
-            MergeStrategy::Difference | MergeStrategy::Off => cosines.abs()?,
-        };
-        if self.heads_per_unit == group {
-            return distances.max(2);
-        }
-        let all = distances.broadcast_as((1, kv_heads, group, pairs))?;
-        all.contiguous()?.reshape((1, kv_heads * group, pairs))
-    }
-
-    /// One strategy for all heads, and a threshold per unit.
-    fn heads(
-        &self,
-        strategy: MergeStrategy,
-        thresholds: impl Iterator<Item = f64>,
-        like: &Tensor,
-    ) -> Result<HeadStrategies> {
-        let repeat = |threshold| std::iter::repeat_n(threshold, self.heads_per_unit);
-        let thresholds: Vec<f64> = thresholds.flat_map(repeat).collect();
-        HeadStrategies::uniform(strategy).with_thresholds(&Tensor::new(thresholds, like.device())?)
-    }
 }
 
 impl Calibrator {
@@ -459,60 +313,5 @@ impl Measurement {
                 tokens: self.tokens,
             },
         })
-    }
-}
-
-/// The squared error of a layer's output that each unit's heads cause alone.
-struct OutputError<'a> {
-    settings: &'a PassSettings,
-    /// WᵀW of each unit's columns of the projection.
-    grams: Option<Vec<Tensor>>,
-}
-
-impl<'a> OutputError<'a> {
-    fn new(settings: &'a PassSettings, projection: Option<&Tensor>) -> Result<Self> {
-        let Some(projection) = projection else {
-            return Ok(Self { settings, grams: None });
-        };
-        let (columns, width) = (
-            settings.model.heads * settings.model.head_dim,
-            settings.heads_per_unit * settings.model.head_dim,
-        );
-        if projection.rank() != 2 || projection.dim(1)? != columns {
-            bail!(
-                "projection: expected shape (hidden, {columns}), one column per head and dimension, got {:?}; give the \
-                 output projection's weight",
-                projection.dims()
-            )
-        }
-        let projection = projection.to_dtype(DType::F32)?;
-        let gram = |unit: usize| -> Result<Tensor> {
-            let part = projection.narrow(1, unit * width, width)?.contiguous()?;
-            part.t()?.matmul(&part)
-        };
-        let grams = (0..settings.units()).map(gram).collect::<Result<_>>()?;
-        Ok(Self {
-            settings,
-            grams: Some(grams),
-        })
-    }
-
-    /// The squared error per unit of a difference of outputs (1, H, N, D).
-    fn per_unit(&self, difference: &Tensor) -> Result<Vec<f64>> {
-        let (heads, width) = (
-            self.settings.heads_per_unit,
-            self.settings.heads_per_unit * self.settings.model.head_dim,
-        );
-        let one = |unit: usize| -> Result<f64> {
-            let part = difference.to_dtype(DType::F32)?.narrow(1, unit * heads, heads)?;
-            let rows = part.squeeze(0)?.transpose(0, 1)?.contiguous()?;
-            let rows = rows.reshape(((), width))?;
-            let squares = match &self.grams {
-                Some(grams) => (rows.matmul(&grams[unit])? * &rows)?,
-                None => rows.sqr()?,
-            };
-            squares.sum_all()?.to_dtype(DType::F64)?.to_scalar()
-        };
-        (0..self.settings.units()).map(one).collect()
     }
 }

@@ -1,9 +1,9 @@
-//! One softmax per row over the columns that it sees, and its gradients.
+//! One softmax per row over the columns that it sees.
 
 use candle_core::{bail, Result, Tensor};
 
 use super::bias::Bias;
-use super::fold::{fold, unfold, visible_columns, Column};
+use super::fold::{fold, visible_columns, Column};
 use super::{add_scaled, dot, dropout_keeps, Array4, Axes, HeadTokens, Indicators};
 use crate::config::{AttentionOptions, CompressionConfig, Fold, Segment};
 
@@ -51,7 +51,7 @@ pub fn attention(
 }
 
 /// The segments, where they are given and no token is folded into another one.
-fn segments_of(
+pub(super) fn segments_of(
     q: &Array4,
     k: &Array4,
     indicators: &Indicators,
@@ -81,22 +81,9 @@ fn segments_of(
 }
 
 /// (B, H, Nq, Dv)
-fn output_dims(q: &Array4, v: &Array4) -> [usize; 4] {
+pub(super) fn output_dims(q: &Array4, v: &Array4) -> [usize; 4] {
     let ([batch, heads, queries, _], [.., value_dim]) = (q.dims, v.dims);
     [batch, heads, queries, value_dim]
-}
-
-fn check_grad_output(grad_output: &Array4, q: &Array4, v: &Array4) -> Result<()> {
-    grad_output.check("grad_output")?;
-    let expected = output_dims(q, v);
-    if grad_output.dims != expected {
-        bail!(
-            "grad_output: expected shape {:?} like the output, got {:?}; pass the gradient of this call's output",
-            expected,
-            grad_output.dims
-        )
-    }
-    Ok(())
 }
 
 fn output_of(call: &Call) -> Array4 {
@@ -116,211 +103,51 @@ fn output_of(call: &Call) -> Array4 {
     output
 }
 
-/// The gradient of `Σ attention · grad_output` with respect to the sink logits, one per query head: with a row's output
-/// gradient g, the sink's weight p and dropout factors r, the sum of `-p · Σ w_j r_j g · value_j` over the rows.
-///
-/// # Errors
-/// Options without sink logits, or shapes or settings that do not fit together.
-pub fn sink_gradients(
-    q: &Array4,
-    k: &Array4,
-    v: &Array4,
-    grad_output: &Array4,
-    indicators: &Indicators,
-    config: &CompressionConfig,
-    options: &AttentionOptions,
-) -> Result<Vec<f64>> {
-    check_grad_output(grad_output, q, v)?;
-    if options.sink_logits.is_none() {
-        bail!("sink_logits: expected a tensor of shape (heads), got None; without sinks there is no gradient for them")
-    }
-    let mut gradients = vec![0.0; q.dims[1]];
-    let Some(segments) = segments_of(q, k, indicators, options)? else {
-        let call = Call::new((q, k, v), indicators, config, options, None)?;
-        add_sink_gradients(&call, grad_output, &mut gradients);
-        return Ok(gradients);
-    };
-    for segment in &segments {
-        let [q, k, v, grad_output] = [q, k, v, grad_output].map(|x| x.cut(segment));
-        let bits = indicators.cut(segment);
-        let call = Call::new((&q, &k, &v), &bits, config, options, Some(segment))?;
-        add_sink_gradients(&call, &grad_output, &mut gradients);
-    }
-    Ok(gradients)
-}
-
-fn add_sink_gradients(call: &Call, grad_output: &Array4, gradients: &mut [f64]) {
-    for (batch, head) in call.sizes.batch_heads() {
-        let parts = call.head(batch, head);
-        for row in call.sizes.rows() {
-            let seen = call.row(&parts, row);
-            let arrived = parts.arrived(&seen, grad_output.row(batch, head, row - call.sizes.first_row));
-            gradients[head] -= seen.sink * dot(&seen.weights, &arrived);
-        }
-    }
-}
-
-/// The gradient of `Σ attention · grad_output` with respect to the column bias, (B, Hk, N) row-major: the sum over the
-/// group's query heads and over the rows i > t + window of `w_j (a_j - Σ w a)`, with the weight w of token t's column
-/// and `a_j = r_j · g · value_j`.
-///
-/// # Errors
-/// Options without a column bias, or shapes or settings that do not fit together.
-pub fn column_bias_gradients(
-    q: &Array4,
-    k: &Array4,
-    v: &Array4,
-    grad_output: &Array4,
-    indicators: &Indicators,
-    config: &CompressionConfig,
-    options: &AttentionOptions,
-) -> Result<Vec<f64>> {
-    check_grad_output(grad_output, q, v)?;
-    if options.column_bias.is_none() {
-        bail!("column_bias: expected a tensor of shape (batch, KV heads, tokens), got None; it has no gradient")
-    }
-    let [batch, kv_heads, tokens, _] = k.dims;
-    let mut gradients = vec![0.0; batch * kv_heads * tokens];
-    let Some(segments) = segments_of(q, k, indicators, options)? else {
-        let call = Call::new((q, k, v), indicators, config, options, None)?;
-        add_column_bias_gradients(&call, grad_output, &mut gradients);
-        return Ok(gradients);
-    };
-    for segment in &segments {
-        let [q, k, v, grad_output] = [q, k, v, grad_output].map(|x| x.cut(segment));
-        let bits = indicators.cut(segment);
-        let call = Call::new((&q, &k, &v), &bits, config, options, Some(segment))?;
-        add_column_bias_gradients(&call, &grad_output, &mut gradients);
-    }
-    Ok(gradients)
-}
-
-/// `gradients` are those of the whole call.
-fn add_column_bias_gradients(call: &Call, grad_output: &Array4, gradients: &mut [f64]) {
-    let (Some((_, [_, kv_heads, tokens])), [first_batch, first]) = (&call.column_bias, call.first) else {
-        return;
-    };
-    for (batch, head) in call.sizes.batch_heads() {
-        let parts = call.head(batch, head);
-        let at = ((first_batch + batch) * kv_heads + call.sizes.kv_head(head)) * tokens + first;
-        for row in call.sizes.rows() {
-            let seen = call.row(&parts, row);
-            let arrived = parts.arrived(&seen, grad_output.row(batch, head, row - call.sizes.first_row));
-            let mean = dot(&seen.weights, &arrived);
-            for (j, &column) in seen.columns.iter().enumerate() {
-                if let Column::Far(s) = column {
-                    gradients[at + s] += seen.weights[j] * (arrived[j] - mean);
-                }
-            }
-        }
-    }
-}
-
-/// The gradients of `Σ attention · grad_output` with respect to q, k and v, in their shapes. The bits are constants.
-///
-/// # Errors
-/// Shapes or settings that do not fit together.
-pub fn attention_gradients(
-    q: &Array4,
-    k: &Array4,
-    v: &Array4,
-    grad_output: &Array4,
-    indicators: &Indicators,
-    config: &CompressionConfig,
-    options: &AttentionOptions,
-) -> Result<(Array4, Array4, Array4)> {
-    check_grad_output(grad_output, q, v)?;
-    let Some(segments) = segments_of(q, k, indicators, options)? else {
-        let call = Call::new((q, k, v), indicators, config, options, None)?;
-        return Ok(gradients_of(&call, grad_output));
-    };
-    let (mut dq, mut dk, mut dv) = (Array4::zeros(q.dims), Array4::zeros(k.dims), Array4::zeros(v.dims));
-    for segment in &segments {
-        let [q, k, v, grad_output] = [q, k, v, grad_output].map(|x| x.cut(segment));
-        let bits = indicators.cut(segment);
-        let call = Call::new((&q, &k, &v), &bits, config, options, Some(segment))?;
-        let alone = gradients_of(&call, &grad_output);
-        dq.paste(segment, &alone.0);
-        dk.paste(segment, &alone.1);
-        dv.paste(segment, &alone.2);
-    }
-    Ok((dq, dk, dv))
-}
-
-fn gradients_of(call: &Call, grad_output: &Array4) -> (Array4, Array4, Array4) {
-    let ((q, k, v), config) = (call.inputs, call.config);
-    let (mut dq, mut dk, mut dv) = (Array4::zeros(q.dims), Array4::zeros(k.dims), Array4::zeros(v.dims));
-    for (batch, head) in call.sizes.batch_heads() {
-        let parts = call.head(batch, head);
-        let mut grads = HeadGradients::zeros(&parts);
-        for row in call.sizes.rows() {
-            grads.add_row(
-                &parts,
-                row,
-                &call.row(&parts, row),
-                grad_output.row(batch, head, row - call.sizes.first_row),
-            );
-        }
-        let kv_head = call.sizes.kv_head(head);
-        let unfolded = |rows: &HeadTokens| unfold(config.fold, rows, parts.bits, &parts.sizes);
-        dk.add_head(batch, kv_head, &grads.raw_keys);
-        dk.add_head(batch, kv_head, &unfolded(&grads.folded_keys));
-        dv.add_head(batch, kv_head, &grads.raw_values);
-        dv.add_head(batch, kv_head, &unfolded(&grads.folded_values));
-        match config.fold {
-            Fold::PairSum if parts.bits.contains(&true) => dq.add_head(batch, head, &unfolded(&grads.queries)),
-            Fold::PairSum => dq.add_head(batch, head, &grads.queries),
-            Fold::Mean | Fold::Drop => dq.add_head(batch, head, &grads.queries),
-        }
-    }
-    (dq, dk, dv)
-}
-
 /// A call's arguments, checked.
-struct Call<'a> {
-    sizes: Axes,
-    inputs: (&'a Array4, &'a Array4, &'a Array4),
-    indicators: &'a Indicators,
-    config: &'a CompressionConfig,
-    options: &'a AttentionOptions,
-    scale: f64,
-    bias: Option<Bias>,
+pub(super) struct Call<'a> {
+    pub(super) sizes: Axes,
+    pub(super) inputs: (&'a Array4, &'a Array4, &'a Array4),
+    pub(super) indicators: &'a Indicators,
+    pub(super) config: &'a CompressionConfig,
+    pub(super) options: &'a AttentionOptions,
+    pub(super) scale: f64,
+    pub(super) bias: Option<Bias>,
     /// (H)
-    sinks: Option<Vec<f64>>,
+    pub(super) sinks: Option<Vec<f64>>,
     /// (B, Hk, N) of the whole call, and these sizes.
-    column_bias: Option<(Vec<f64>, [usize; 3])>,
+    pub(super) column_bias: Option<(Vec<f64>, [usize; 3])>,
     /// The batch row and the token that the arrays begin with: bias and dropout go by the indices of the whole call.
-    first: [usize; 2],
+    pub(super) first: [usize; 2],
 }
 
 /// One query head's vectors, raw and folded.
-struct Head<'a> {
-    batch: usize,
-    head: usize,
-    bits: &'a [bool],
+pub(super) struct Head<'a> {
+    pub(super) batch: usize,
+    pub(super) head: usize,
+    pub(super) bits: &'a [bool],
     /// The token index of the first query's row.
-    first_row: usize,
-    scale: f64,
-    softcap: Option<f64>,
-    queries: HeadTokens,
-    raw_keys: HeadTokens,
-    raw_values: HeadTokens,
-    folded_keys: HeadTokens,
-    folded_values: HeadTokens,
-    sizes: Vec<f64>,
+    pub(super) first_row: usize,
+    pub(super) scale: f64,
+    pub(super) softcap: Option<f64>,
+    pub(super) queries: HeadTokens,
+    pub(super) raw_keys: HeadTokens,
+    pub(super) raw_values: HeadTokens,
+    pub(super) folded_keys: HeadTokens,
+    pub(super) folded_values: HeadTokens,
+    pub(super) sizes: Vec<f64>,
 }
 
 /// One row's columns, their softmax weights, and dropout's factor on each: 0 or `1 / (1 - p)`.
-struct Row {
-    columns: Vec<Column>,
-    weights: Vec<f64>,
+pub(super) struct Row {
+    pub(super) columns: Vec<Column>,
+    pub(super) weights: Vec<f64>,
     /// The weight of the sink; 0 without one.
-    sink: f64,
-    keep: Vec<f64>,
+    pub(super) sink: f64,
+    pub(super) keep: Vec<f64>,
 }
 
 impl<'a> Call<'a> {
-    fn new(
+    pub(super) fn new(
         (q, k, v): (&'a Array4, &'a Array4, &'a Array4),
         indicators: &'a Indicators,
         config: &'a CompressionConfig,
@@ -387,7 +214,7 @@ impl<'a> Call<'a> {
         })
     }
 
-    fn head(&self, batch: usize, head: usize) -> Head<'a> {
+    pub(super) fn head(&self, batch: usize, head: usize) -> Head<'a> {
         let (q, k, v) = self.inputs;
         let kv_head = self.sizes.kv_head(head);
         let bits = self.indicators.head(batch, head);
@@ -416,7 +243,7 @@ impl<'a> Call<'a> {
         }
     }
 
-    fn row(&self, head: &Head, row: usize) -> Row {
+    pub(super) fn row(&self, head: &Head, row: usize) -> Row {
         let (window, sliding) = (self.config.window, self.options.sliding_window);
         let columns = visible_columns(head.bits, row, window, self.options.causal, sliding);
         let finite = |vector: &[f64]| vector.iter().all(|x| x.is_finite());
@@ -473,7 +300,7 @@ impl<'a> Call<'a> {
 
 impl Head<'_> {
     /// `scale · query · key` after the softcap, and its derivative by what it was before: 1 - tanh².
-    fn capped(&self, row: usize, column: Column) -> (f64, f64) {
+    pub(super) fn capped(&self, row: usize, column: Column) -> (f64, f64) {
         let logit = self.scale * dot(self.query(row), self.key(column));
         match self.softcap {
             Some(c) => (c * (logit / c).tanh(), 1.0 - (logit / c).tanh().powi(2)),
@@ -482,24 +309,24 @@ impl Head<'_> {
     }
 
     /// The gradients of a row's weights: `a_j = r_j · g · value_j`, for dropout factors r and the output's gradient g.
-    fn arrived(&self, Row { columns, keep, .. }: &Row, grad: &[f64]) -> Vec<f64> {
+    pub(super) fn arrived(&self, Row { columns, keep, .. }: &Row, grad: &[f64]) -> Vec<f64> {
         let pairs = columns.iter().zip(keep);
         pairs.map(|(&column, r)| r * dot(grad, self.value(column))).collect()
     }
 
     /// The folded query of a row (a token index).
-    fn query(&self, row: usize) -> &[f64] {
+    pub(super) fn query(&self, row: usize) -> &[f64] {
         &self.queries[row - self.first_row]
     }
 
-    fn key(&self, column: Column) -> &[f64] {
+    pub(super) fn key(&self, column: Column) -> &[f64] {
         match column {
             Column::Far(s) | Column::Edge(s) => &self.folded_keys[s],
             Column::Near(t) => &self.raw_keys[t],
         }
     }
 
-    fn value(&self, column: Column) -> &[f64] {
+    pub(super) fn value(&self, column: Column) -> &[f64] {
         match column {
             Column::Far(s) | Column::Edge(s) => &self.folded_values[s],
             Column::Near(t) => &self.raw_values[t],
@@ -544,48 +371,4 @@ fn softmax(logits: Vec<f64>) -> Vec<f64> {
     let exps: Vec<f64> = logits.iter().map(|l| (l - max).exp()).collect();
     let sum: f64 = exps.iter().sum();
     exps.into_iter().map(|e| e / sum).collect()
-}
-
-/// The gradients of one query head's vectors, before they are unfolded.
-struct HeadGradients {
-    queries: HeadTokens,
-    raw_keys: HeadTokens,
-    raw_values: HeadTokens,
-    folded_keys: HeadTokens,
-    folded_values: HeadTokens,
-}
-
-impl HeadGradients {
-    fn zeros(head: &Head) -> Self {
-        let zeros = |like: &HeadTokens| -> HeadTokens { like.iter().map(|row| vec![0.0; row.len()]).collect() };
-        Self {
-            queries: zeros(&head.queries),
-            raw_keys: zeros(&head.raw_keys),
-            raw_values: zeros(&head.raw_values),
-            folded_keys: zeros(&head.folded_keys),
-            folded_values: zeros(&head.folded_values),
-        }
-    }
-
-    /// With weights w, dropout factors r and the row's output gradient g: `dvalue_j = w_j r_j g`, and for the logits
-    /// `dl_j = w_j (a_j - Σ w a)` with `a_j = r_j · g · value_j`; `dquery = scale Σ dl_j s_j key_j`,
-    /// `dkey_j = scale dl_j s_j query`, where s is the softcap's 1 - tanh², or 1.
-    fn add_row(&mut self, head: &Head, row: usize, seen: &Row, grad: &[f64]) {
-        let Row {
-            columns, weights, keep, ..
-        } = seen;
-        let arrived = head.arrived(seen, grad);
-        let mean = dot(weights, &arrived);
-        for (j, &column) in columns.iter().enumerate() {
-            let (_, slope) = head.capped(row, column);
-            let d_logit = head.scale * slope * weights[j] * (arrived[j] - mean);
-            add_scaled(&mut self.queries[row - head.first_row], d_logit, head.key(column));
-            let (d_key, d_value) = match column {
-                Column::Far(s) | Column::Edge(s) => (&mut self.folded_keys[s], &mut self.folded_values[s]),
-                Column::Near(t) => (&mut self.raw_keys[t], &mut self.raw_values[t]),
-            };
-            add_scaled(d_key, d_logit, head.query(row));
-            add_scaled(d_value, weights[j] * keep[j], grad);
-        }
-    }
 }

@@ -21,15 +21,17 @@ mod attend;
 mod bias;
 mod dropout;
 mod fold;
+mod gradients;
 mod harm;
 mod loss;
 mod merge;
 mod observe;
 mod segments;
 
-pub use attend::{attention, attention_gradients, column_bias_gradients, sink_gradients};
+pub use attend::attention;
 pub use dropout::{dropout_keeps, philox4x32_10};
 pub use fold::{fold, unfold, visible_columns, Column};
+pub use gradients::{attention_gradients, column_bias_gradients, sink_gradients};
 pub use harm::{harm, HarmLayer};
 pub use loss::{
     compression_loss, compression_loss_gradients, compression_loss_gradients_in_segments, compression_loss_in_segments,

@@ -6,4 +6,5 @@ pub(crate) mod decode;
 pub(crate) mod list;
 pub(crate) mod queue;
 pub(crate) mod range;
+pub(crate) mod settings;
 pub(crate) mod step;
