@@ -4,6 +4,7 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use candle_sfattention::ModelShape;
+use rand::{rngs::StdRng, Rng, SeedableRng};
 use serde_json::json;
 use stock::models::{gemma, gemma2, gemma3, granite, helium, llama, mistral, qwen3, qwen3_flash, stable_lm};
 
@@ -96,10 +97,14 @@ pub struct Zoo {
 
 impl Zoo {
     pub fn new(name: &'static str) -> Self {
-        Self {
+        let zoo = Self {
             name,
             weights: VarMap::new(),
-        }
+        };
+        // A first model asks for the weights.
+        zoo.model(false, OwnCache::Kept).expect("a model");
+        draw(&zoo.weights).expect("weights");
+        zoo
     }
 
     pub fn kv_heads(&self) -> usize {
@@ -151,6 +156,28 @@ impl Zoo {
         let vb = VarBuilder::from_varmap(&self.weights, DType::F32, &Device::Cpu);
         load(self.name, config, flash, own, vb)
     }
+}
+
+/// Draws matrices and biases anew: the same ones in every run, unlike those of a `VarMap`. Vectors of norms stay.
+fn draw(weights: &VarMap) -> Result<()> {
+    let mut rng = StdRng::seed_from_u64(11);
+    let vars = weights.data().lock().expect("weights");
+    let mut names: Vec<&String> = vars.keys().collect();
+    names.sort();
+    for name in names {
+        let var = &vars[name];
+        let spread = match var.dims() {
+            [_, columns] if !name.contains("embed") => (3.0 / *columns as f32).sqrt(),
+            [_, _] => 1.7,
+            _ if name.ends_with("bias") => 0.2,
+            _ => continue,
+        };
+        let values: Vec<f32> = (0..var.elem_count())
+            .map(|_| rng.random_range(-spread..spread))
+            .collect();
+        var.set(&Tensor::from_vec(values, var.shape(), &Device::Cpu)?)?;
+    }
+    Ok(())
 }
 
 /// The model of this name with these settings and weights, with its own attention or with `flash_attn`.
