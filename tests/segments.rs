@@ -116,9 +116,20 @@ fn each_segment_is_as_if_alone() -> Result<()> {
     for segments in layouts()? {
         let shape = shape_of(&segments)?;
         let found = read(&segments)?;
-        for dtype in [DType::F32, DType::F64, DType::BF16, DType::F16] {
-            let (qkv, all) = (shape.qkv(1, dtype)?, configs());
-            let grad = shape.qkv(2, dtype)?[0].clone();
+        for (dtype, value_dim) in [
+            (DType::F32, 16),
+            (DType::F64, 16),
+            (DType::BF16, 16),
+            (DType::F16, 16),
+            // Values of another size than keys.
+            (DType::F64, 24),
+            (DType::F16, 7),
+        ] {
+            let Shape(b, h, hk, n, _) = shape;
+            let values_shape = Shape(b, h, hk, n, value_dim);
+            let ([q, k, _], all) = (shape.qkv(1, dtype)?, configs());
+            let qkv = [q, k, values_shape.qkv(1, dtype)?[2].clone()];
+            let grad = values_shape.qkv(2, dtype)?[0].clone();
             // Halves take the same way in each setting.
             let some = if dtype == DType::F32 { all.len() } else { 8 };
             for (config, causal, sliding_window) in &all[..some] {
