@@ -227,7 +227,8 @@ fn queries_and_keys_of_different_dtypes() -> Result<()> {
         (DType::BF16, DType::F32),
     ] {
         let qkv = SHAPE.qkv(6, DType::F32)?;
-        let mut mixed = cache(MergeStrategy::Similarity, &config(Fold::Mean, 6))?;
+        let new = || cache(MergeStrategy::Similarity, &config(Fold::Mean, 6));
+        let (mut mixed, mut taken) = (new()?, new()?);
         let options = CacheOptions {
             storage: Some(keys),
             ..Default::default()
@@ -239,6 +240,12 @@ fn queries_and_keys_of_different_dtypes() -> Result<()> {
             let (q, k, v) = (q.to_dtype(query)?, k.to_dtype(keys)?, v.to_dtype(keys)?);
             let output = mixed.append_and_attend(&q, &k, &v, &Default::default())?;
             assert_eq!(output.dtype(), query);
+            // Appended first, and attended to then.
+            taken.append(&q, &k, &v)?;
+            let last = q.narrow(2, count - 1, 1)?;
+            let again = |cache: &CompressedKvCache| values(&cache.attend(&last, &Default::default())?);
+            assert_eq!(again(&taken)?, again(&mixed)?, "{query:?}, {keys:?}");
+            assert_eq!(taken.bytes(), mixed.bytes());
             let [q, k, v] = [
                 q.to_dtype(DType::F32)?,
                 k.to_dtype(DType::F32)?,

@@ -1,6 +1,6 @@
 //! Appending tokens without attending, with their queries or without.
 
-use super::CompressedKvCache;
+use super::{wider, CompressedKvCache};
 #[cfg(doc)]
 use crate::config::{Criterion, Fold};
 use crate::plan::without_scores;
@@ -9,7 +9,8 @@ use candle_core::{bail, DType, Result, Tensor};
 
 impl CompressedKvCache {
     /// Appends n >= 1 new tokens without computing their rows: query (B, H, n, D), key and value (B, Hk, n, D). O(n·D)
-    /// per head, times the window and the sinks under [`Criterion::ObservedMass`].
+    /// per head, times the window and the sinks under [`Criterion::ObservedMass`]. Dtypes may differ as in
+    /// [`Self::append_and_attend`].
     ///
     /// **The queries decide** under [`Criterion::ObservedMass`] (with the default softmax scale) and
     /// [`Criterion::QueryKey`], and [`Fold::PairSum`] folds them: they must be the tokens' own, rotated like the keys.
@@ -19,7 +20,9 @@ impl CompressedKvCache {
     /// # Errors
     /// As [`Self::append_and_attend`]. The cache is then unchanged.
     pub fn append(&mut self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
-        self.take_in(&Problem::new(q, k, v)?, [q, k, v], None, k.dtype(), None)
+        let [wide_q, wide_k, wide_v] = &wider(q, k, v)?;
+        let problem = Problem::new(wide_q, wide_k, wide_v)?;
+        self.take_in(&problem, [wide_q, wide_k, wide_v], None, k.dtype(), None)
             .map(|_| ())
     }
 
