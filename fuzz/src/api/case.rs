@@ -1,5 +1,7 @@
 //! The case that one input draws. Its `Debug` form is the one line of a fault's report.
 
+use super::one_in;
+use super::seen::Seen;
 use arbitrary::{Result, Unstructured};
 use candle_core::DType;
 use candle_sfattention::{CompressionConfig, Criterion, Dropout, Fold, GroupRule, MergeRule, MergeStrategy};
@@ -96,11 +98,15 @@ pub struct Case {
     /// Lengths of the cache's chunks, repeated; and whether a chunk's rows are computed.
     pub chunks: Vec<(usize, bool)>,
     pub storage: Option<DType>,
+    /// Whether the cache is taken apart into its batch rows and put together after each chunk.
+    pub regroups: bool,
+    /// Dtypes of query, key and value of another run of the cache.
+    pub mixed: Option<[DType; 3]>,
+    pub seen: Seen,
+    /// Rows that are computed: the last ones where the call is causal.
+    pub queries: usize,
+    pub value_dim: usize,
     pub seed: u64,
-}
-
-fn one_in(u: &mut Unstructured, n: u8) -> Result<bool> {
-    Ok(u.int_in_range(0..=n - 1)? == n - 1)
 }
 
 impl Case {
@@ -128,6 +134,7 @@ impl Case {
             false => vec![*u.choose(&MergeStrategy::ALL)?; count],
         };
         let needed = config.criterion.needs_thresholds();
+        let seen = Seen::draw(u, [batch, tokens], dtype)?;
         Ok(Self {
             layouts: [*u.choose(&LAYOUTS)?, *u.choose(&LAYOUTS)?, *u.choose(&LAYOUTS)?],
             size: *u.choose(&[1.0, 1.0, 1.0, 0.0, 1e-3, 30.0, 300.0])?,
@@ -166,7 +173,24 @@ impl Case {
                 (DType::F64, _) | (_, false) => None,
                 _ => Some(*u.choose(&[DType::F32, DType::F16, DType::BF16])?),
             },
+            regroups: one_in(u, 3)?,
+            mixed: match (dtype, one_in(u, 3)?) {
+                (DType::F64, _) | (_, false) => None,
+                _ => {
+                    let dtypes = [DType::F32, DType::F16, DType::BF16];
+                    Some([*u.choose(&dtypes)?, *u.choose(&dtypes)?, *u.choose(&dtypes)?])
+                }
+            },
+            queries: match seen.segments.is_none() && one_in(u, 5)? {
+                true => u.int_in_range(1..=tokens)?,
+                false => tokens,
+            },
+            value_dim: match one_in(u, 5)? {
+                true => u.int_in_range(1..=40)?,
+                false => dim,
+            },
             seed: u64::from(u.arbitrary::<u16>()?),
+            seen,
             batch,
             heads,
             kv_heads,
@@ -180,8 +204,12 @@ impl Case {
         })
     }
 
-    pub fn options_are_cached(&self) -> bool {
-        self.causal && self.config.rule.is_causal()
+    pub fn is_cached(&self) -> bool {
+        self.causal && self.config.rule.is_causal() && self.queries == self.tokens
+    }
+
+    pub fn is_off(&self) -> bool {
+        self.strategies.iter().all(|strategy| strategy.is_off())
     }
 }
 

@@ -23,7 +23,7 @@ impl Random {
     }
 }
 
-/// q, k and v in their layouts, and the gradient of the output, contiguous.
+/// q, k and v of all tokens in their layouts, and the gradient of the output, contiguous.
 pub struct Inputs {
     pub qkv: [Tensor; 3],
     pub grad_output: Tensor,
@@ -35,17 +35,25 @@ impl Inputs {
         let heads = [case.heads, case.kv_heads, case.kv_heads];
         let mut qkv = Vec::new();
         for part in 0..3 {
-            let dims = [case.batch, heads[part], case.tokens, case.dim];
+            let dim = if part == 2 { case.value_dim } else { case.dim };
+            let dims = [case.batch, heads[part], case.tokens, dim];
             let size = if part == 2 { 1.0 } else { case.size };
             let bad = case.bad.filter(|bad| bad.tensor == part);
             qkv.push(laid_out(case, dims, size, bad, case.layouts[part], &mut random)?);
         }
-        let dims = [case.batch, case.heads, case.tokens, case.dim];
+        let dims = [case.batch, case.heads, case.queries, case.value_dim];
         let grad: Vec<f64> = (0..dims.iter().product()).map(|_| random.next()).collect();
         Ok(Self {
             qkv: qkv.try_into().map_err(|_| anyhow::anyhow!("three tensors"))?,
             grad_output: Tensor::from_vec(grad, &dims, &Device::Cpu)?.to_dtype(case.dtype)?,
         })
+    }
+
+    /// The tensors of a call: with the queries of the rows that are computed.
+    pub fn of_rows(&self, case: &Case) -> Result<[Tensor; 3]> {
+        let [q, k, v] = &self.qkv;
+        let first = case.tokens - case.queries;
+        Ok([q.narrow(2, first, case.queries)?, k.clone(), v.clone()])
     }
 }
 
@@ -134,12 +142,20 @@ pub fn options(case: &Case) -> Result<AttentionOptions> {
         causal: case.causal,
         dropout: case.dropout,
         bias: case.bias.map(|bias| bias_tensor(case, bias)).transpose()?,
+        sliding_window: case.seen.sliding_window,
+        softcap: case.seen.softcap,
+        sink_logits: case
+            .seen
+            .sinks
+            .map(|sinks| sinks.tensor(case.heads, case.seed))
+            .transpose()?,
+        segments: case.seen.numbers()?,
         ..Default::default()
     })
 }
 
 fn bias_tensor(case: &Case, bias: Bias) -> Result<Tensor> {
-    let full = [case.batch, case.heads, case.tokens, case.tokens];
+    let full = [case.batch, case.heads, case.queries, case.tokens];
     let dims: Vec<usize> = (0..4)
         .map(|axis| if bias.axes[axis] { full[axis] } else { 1 })
         .collect();

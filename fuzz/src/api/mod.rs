@@ -1,9 +1,12 @@
 //! One drawn call of attention, its gradients and its cache, held against the reference.
 
+mod cached;
 mod case;
 mod check;
+mod exact;
 mod inputs;
 mod near;
+mod seen;
 
 use arbitrary::Unstructured;
 use std::sync::{Mutex, Once, PoisonError};
@@ -35,4 +38,8 @@ pub fn run(data: &[u8]) {
     if let Err(error) = check::check(&case) {
         panic!("{}", error.to_string().lines().next().unwrap_or_default());
     }
+}
+
+fn one_in(u: &mut Unstructured, n: u8) -> arbitrary::Result<bool> {
+    Ok(u.int_in_range(0..=n - 1)? == n - 1)
 }

@@ -1,6 +1,7 @@
 //! Decisions so close to their threshold that rounding may change them.
 
 use super::case::Case;
+use super::exact::part;
 use candle_core::{DType, Result};
 use candle_sfattention::reference::{cosine, observed_mass, Array4};
 use candle_sfattention::{AttentionOptions, Criterion, HeadStrategies, MergeRule, MergeStrategy};
@@ -63,12 +64,13 @@ fn observed(
     };
     let logit = options.scale(case.dim).abs() * largest(q) * largest(k) * case.dim as f64;
     let group = case.heads / case.kv_heads;
-    let scores = observed_mass(q, k, v, &case.config, options)?;
-    for (batch, heads) in scores.iter().enumerate() {
+    for (batch, tokens) in case.seen.parts([case.batch, case.tokens]) {
+        let [q, k, v] = [q, k, v].map(|x| part(x, batch..batch + 1, tokens.clone()));
+        let scores = observed_mass(&q, &k, &v, &case.config, options)?;
         for head in 0..case.heads {
             let threshold = strategies.test(&case.config, batch, head).threshold;
             let near = |score: &f64| (score - threshold).abs() < margin * (1.0 + score) * (1.0 + logit);
-            if heads[head / group].iter().any(near) {
+            if scores[0][head / group].iter().any(near) {
                 return Ok(true);
             }
         }
