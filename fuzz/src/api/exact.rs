@@ -132,6 +132,12 @@ pub fn compare(what: &str, got: &Tensor, expected: &Array4, tolerance: f64, dtyp
     } else {
         f64::from(f32::MAX)
     };
+    // f16 rounds to steps of 2^-24 near 0.
+    let tolerance = if dtype == DType::F16 {
+        tolerance + 2f64.powi(-25)
+    } else {
+        tolerance
+    };
     for (at, (got, expected)) in got.iter().zip(&expected.data).enumerate() {
         let right = match expected.is_nan() {
             true => got.is_nan(),
