@@ -28,8 +28,8 @@ pub fn any(
             for right in 1..case.tokens {
                 let a = match case.config.criterion {
                     Criterion::QueryKey => q.row(batch, head, right),
-                    // ObservedMass has no pairs.
-                    Criterion::KeyKey | Criterion::ObservedMass => k.row(batch, head / group, right),
+                    // The last two have no pairs.
+                    Criterion::KeyKey | Criterion::ObservedMass | Criterion::Given => k.row(batch, head / group, right),
                 };
                 for left in right.saturating_sub(reach + 1)..right {
                     let c = cosine(a, k.row(batch, head / group, left));
