@@ -25,17 +25,20 @@ pub fn check(case: &Case) -> Result<()> {
         Err(failure) => return failure.judged(&exact),
     };
     attention(&exact, &inputs, &bits).or_else(|failure| failure.judged(&exact))?;
-    if case.is_cached() && !exact.near {
-        cached::check(&exact, &inputs.qkv, &strategies, &bits).or_else(|failure| failure.judged(&exact))?;
-    }
-    if let Some(dtypes) = case.mixed.filter(|_| case.is_cached()) {
-        // The numbers that these dtypes hold decide and attend.
-        let [q, k, v] = &inputs.qkv;
-        let qkv = [q.to_dtype(dtypes[0])?, k.to_dtype(dtypes[1])?, v.to_dtype(dtypes[2])?];
-        let exact = self::exact(case, &qkv, exact.grad_output, &options, &strategies)?;
-        if !exact.near {
-            let bits = exact.bits(&strategies)?;
-            cached::check(&exact, &qkv, &strategies, &bits).or_else(|failure| failure.judged(&exact))?;
+    let [q, k, v] = &inputs.qkv;
+    let mixed = case
+        .mixed
+        .map(|[dq, dk, dv]| -> Result<_> { Ok([q.to_dtype(dq)?, k.to_dtype(dk)?, v.to_dtype(dv)?]) });
+    for qkv in [Some(inputs.qkv.clone()), mixed.transpose()?].into_iter().flatten() {
+        if case.is_cached() {
+            // A cache decides and attends by the numbers that it stores.
+            let storage = case.storage.unwrap_or(qkv[1].dtype());
+            let stored = [qkv[0].clone(), qkv[1].to_dtype(storage)?, qkv[2].to_dtype(storage)?];
+            let exact = self::exact(case, &stored, exact.grad_output.clone(), &options, &strategies)?;
+            if !exact.near {
+                let bits = exact.bits(&strategies)?;
+                cached::check(&exact, &qkv, &strategies, &bits).or_else(|failure| failure.judged(&exact))?;
+            }
         }
     }
     Ok(())
