@@ -42,6 +42,7 @@ fn a_batch_is_each_prompt_alone() {
         ("dense", "--dense"),
         ("dense_fast", "--dense --decode-weights fast"),
         ("dense_q8", "--dense --decode-weights q8_0"),
+        ("dense_packed", "--dense --decode-weights packed"),
         ("merging", "--similarity-threshold 0.9 --window 8"),
         ("sampled", "--dense --temperature 2 --seed 5"),
     ] {
@@ -151,6 +152,15 @@ fn perplexity_by_steps_is_that_of_windows() {
                 "{name}: {steps} in steps of {step}, whole {whole}"
             );
         }
+        // 8 bits a weight, or the file's own blocks, and activations as they are: a tenth of what Q8_0 may cost.
+        let packed = nll("packed", "--step 1 --decode-weights packed");
+        let exact = nll("exact", if name == "q8.gguf" { "--dequantize" } else { "" });
+        let most = if name == "q8.gguf" { 1e-6 } else { 2e-3 };
+        assert!(
+            (packed / exact - 1.0).abs() <= most,
+            "{name}: {packed} packed, {exact} in f32"
+        );
+        assert!(packed != exact, "{name}: {packed}");
         let quantized = nll("quantized", "--step 1 --decode-weights q8_0");
         assert!(
             (quantized / whole - 1.0).abs() < 0.02,

@@ -76,7 +76,8 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     });
     let encoded = encoded.collect::<Result<Vec<_>>>()?;
     let attention = compression.attention(&checkpoint.config)?;
-    let model = checkpoint.load_with_steps(attention, args.model.step_format())?;
+    let format = args.model.step_format();
+    let model = checkpoint.load_formed(attention, &|linear| format.with_step(linear))?;
     compression.check_weights(&model.fingerprint()?);
 
     let start = Instant::now();

@@ -125,7 +125,8 @@ fn measure(args: &BenchArgs, compression: Compression, child: Child) -> Result<R
         Contender::Compressed => compression,
     };
     let attention = compression.attention(&checkpoint.config)?;
-    let model = checkpoint.load_with_steps(attention, args.model.step_format())?;
+    let format = args.model.step_format();
+    let model = checkpoint.load_formed(attention, &|linear| format.with_step(linear))?;
     compression.check_weights(&model.fingerprint()?);
     let loaded_rss_bytes = memory("VmRSS");
     let (prompt, rest) = tokens.split_at(child.prompt);

@@ -41,7 +41,7 @@ pub fn run(args: &CalibrateArgs) -> Result<()> {
     for (target, out) in args.target.iter().zip(outs) {
         let policy = measured.policy(&found, *target, &fingerprint)?;
         write_file(&out, &(policy.to_json()? + "\n")).with_context(|| format!("out {}", out.display()))?;
-        print(&policy, &out)?;
+        print(&policy, &out, &model.windows())?;
     }
     Ok(())
 }
@@ -271,7 +271,7 @@ fn nothing(call: &LayerCall) -> Result<MergePlan> {
     Ok(MergePlan::from_indicators(&bits, &CompressionConfig::default())?)
 }
 
-fn print(policy: &Policy, out: &Path) -> Result<()> {
+fn print(policy: &Policy, out: &Path, windows: &[Option<usize>]) -> Result<()> {
     let parts = policy.parts();
     let figures = &parts.calibration;
     let out_line = &mut stdout().lock();
@@ -283,9 +283,13 @@ fn print(policy: &Policy, out: &Path) -> Result<()> {
         figures.hidden_ratio_of_all,
         figures.windows
     )?;
-    for (index, layer) in parts.layers.iter().enumerate() {
-        let ratios: Vec<String> = layer.hidden_ratios.iter().map(|ratio| format!("{ratio:.2}")).collect();
-        writeln!(out_line, "  layer {index:>2}  {}", ratios.join(" "))?;
+    for (index, (layer, window)) in parts.layers.iter().zip(windows).enumerate() {
+        let ratios = layer.hidden_ratios.iter().map(|ratio| format!("{ratio:.2}"));
+        let shown = match window {
+            Some(window) => format!("slides: it keeps the last {window} tokens, and hides none"),
+            None => ratios.collect::<Vec<_>>().join(" "),
+        };
+        writeln!(out_line, "  layer {index:>2}  {shown}")?;
     }
     Ok(())
 }

@@ -12,10 +12,11 @@ use serde::Serialize;
 use crate::args::EvalArgs;
 use crate::compression::Compression;
 use crate::corpus::{self, Window};
-use crate::load::{Checkpoint, StepFormat};
+use crate::load::Checkpoint;
 use crate::model::{HiddenCounts, Llama};
 use crate::report::{check_path, write_json, RunReport};
 use crate::stats::{Hidden, KvUse};
+use crate::steps::StepFormat;
 use crate::weights::Pass;
 use crate::windows::{self, Purpose};
 
@@ -53,7 +54,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         Some(_) => args.model.step_format(),
         None => StepFormat::Prompt,
     };
-    let model = checkpoint.load_with_steps(attention, format)?;
+    let model = checkpoint.load_formed(attention, &|linear| format.with_step(linear))?;
     compression.check_weights(&model.fingerprint()?);
 
     let start = Instant::now();
@@ -141,5 +142,5 @@ fn score(model: &Llama, windows: &[Window], step: Option<usize>) -> Result<(f64,
         bar.inc(1);
     }
     bar.finish_and_clear();
-    Ok((sum, kept.unwrap_or_else(|| Hidden::of(&counts))))
+    Ok((sum, kept.unwrap_or_else(|| Hidden::of(&counts, &model.windows()))))
 }

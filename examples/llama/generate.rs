@@ -36,7 +36,8 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
     let prompt = encode_prompt(&checkpoint, &args.prompt, args.chat)?;
     let attention = compression.attention(&checkpoint.config)?;
-    let model = checkpoint.load_with_steps(attention, args.model.step_format())?;
+    let format = args.model.step_format();
+    let model = checkpoint.load_formed(attention, &|linear| format.with_step(linear))?;
     compression.check_weights(&model.fingerprint()?);
     let mut session = match cached {
         true => Session::cached(&model, &args.cache.options(), args.cache.prefill_chunk)?,

@@ -23,6 +23,7 @@ mod rope;
 mod sampling;
 mod session;
 mod stats;
+mod steps;
 mod stream;
 mod study;
 mod weights;

@@ -9,7 +9,8 @@ use candle_sfattention::CacheOptions;
 use clap::{Args, ValueEnum};
 
 use crate::args::DEFAULT_MODEL;
-use crate::load::{LoadOptions, StepFormat};
+use crate::load::LoadOptions;
+use crate::steps::StepFormat;
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "KV cache")]
@@ -63,9 +64,10 @@ pub struct ModelArgs {
     #[arg(long)]
     dequantize: bool,
     /// The form of the matrices for tokens that are decoded one at a time, on the CPU: f32 takes the form that prompts
-    /// go through, a GGUF file's own blocks without --dequantize; fast takes a file's own blocks where candle has a
-    /// fast kernel for them, and else Q8_0, made while loading. q4k is Q8_0 for matrices whose columns are no multiple
-    /// of 256. Quantized products round activations to 8 bits. Prompts keep their form.
+    /// go through, a GGUF file's own blocks without --dequantize; packed takes a file's blocks of 4 or 8 bits (Q4_0,
+    /// Q4_1, Q4_K, Q8_0), and 8 bits of other weights, against activations in f32. The others are candle's, which
+    /// round activations to 8 bits: fast takes a file's own blocks where candle has a fast kernel for them, and else
+    /// Q8_0; q4k is Q8_0 for matrices whose columns are no multiple of 256. Prompts keep their form.
     #[arg(long, value_enum, default_value_t = DecodeWeights::F32, value_name = "NAME")]
     decode_weights: DecodeWeights,
     /// Write the results to this file as JSON.
@@ -137,8 +139,9 @@ impl From<Dtype> for DType {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DecodeWeights {
-    Fast,
+    Packed,
     F32,
+    Fast,
     #[value(name = "q8_0")]
     Q8_0,
     Q4k,
@@ -151,6 +154,7 @@ impl ModelArgs {
             return StepFormat::Prompt;
         }
         match self.decode_weights {
+            DecodeWeights::Packed => StepFormat::Packed,
             DecodeWeights::Fast => StepFormat::Fast,
             DecodeWeights::F32 => StepFormat::Prompt,
             DecodeWeights::Q8_0 => StepFormat::Q8_0,
@@ -162,6 +166,7 @@ impl ModelArgs {
     pub fn decode_weights(&self) -> &'static str {
         match self.step_format() {
             StepFormat::Prompt => "as prompts",
+            StepFormat::Packed => "packed",
             StepFormat::Fast => "fast",
             StepFormat::Q8_0 => "q8_0",
             StepFormat::Q4K => "q4k",

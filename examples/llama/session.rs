@@ -122,7 +122,7 @@ impl<'a> Session<'a> {
                 let hidden = kv.hidden();
                 (Some(kv), hidden)
             }
-            Sequence::Recomputed { counts, .. } => (None, Hidden::of(counts)),
+            Sequence::Recomputed { counts, .. } => (None, Hidden::of(counts, &self.model.windows())),
         };
         let speed = |tokens: usize, seconds: f64| (tokens > 0).then(|| tokens as f64 / seconds);
         Stats {

@@ -39,9 +39,9 @@ pub struct KvUse {
     pub entries_per_layer: Vec<f64>,
     /// Of the layers that slide; None if there are none.
     pub sliding: Option<SlidingUse>,
-    /// Entries that each layer would keep with nothing hidden.
+    /// Each layer's window.
     #[serde(skip)]
-    most_per_layer: Vec<usize>,
+    windows: Vec<Option<usize>>,
 }
 
 /// The caches of the layers whose rows see a window only.
@@ -61,6 +61,9 @@ pub struct Hidden {
     /// tokens in the window as kept, and of a layer that slides only the tokens that its next row sees.
     pub hidden_ratio: f64,
     pub hidden_ratio_per_layer: Vec<f64>,
+    /// The mean of the layers that see all tokens; None where no layer slides, or all do.
+    #[serde(default)]
+    pub hidden_ratio_of_whole_layers: Option<f64>,
 }
 
 impl KvUse {
@@ -72,15 +75,13 @@ impl KvUse {
             lens.iter().sum::<usize>() as f64 / lens.len().max(1) as f64
         };
         let kv_tokens = caches.first().map_or(0, CompressedKvCache::seq_len);
-        // The next row sees its own token beside them.
-        let most = |window: &Option<usize>| window.map_or(kv_tokens, |window| (window - 1).min(kv_tokens));
         Self {
             kv_tokens,
             kv_bytes: sum(CompressedKvCache::bytes),
             kv_bytes_dense: sum(CompressedKvCache::bytes_dense),
             entries_per_layer: caches.iter().map(entries).collect(),
             sliding: SlidingUse::of(caches, windows),
-            most_per_layer: windows.iter().map(most).collect(),
+            windows: windows.to_vec(),
         }
     }
 
@@ -90,16 +91,17 @@ impl KvUse {
     }
 
     pub fn hidden(&self) -> Hidden {
-        let hidden = |(entries, most): (&f64, &usize)| match most {
-            0 => 0.0,
-            most => 1.0 - entries / *most as f64,
+        let hidden = |(entries, window): (&f64, &Option<usize>)| {
+            // With nothing hidden a layer keeps what its next row sees beside its own token.
+            let most = window.map_or(self.kv_tokens, |window| (window - 1).min(self.kv_tokens));
+            match most {
+                0 => 0.0,
+                most => 1.0 - entries / most as f64,
+            }
         };
-        let layers = self.entries_per_layer.iter().zip(&self.most_per_layer);
-        let hidden_ratio_per_layer: Vec<f64> = layers.map(hidden).collect();
-        Hidden {
-            hidden_ratio: mean(&hidden_ratio_per_layer),
-            hidden_ratio_per_layer,
-        }
+        let layers = self.entries_per_layer.iter().zip(&self.windows);
+        let per_layer: Vec<f64> = layers.map(hidden).collect();
+        Hidden::new(mean(&per_layer), per_layer, &self.windows)
     }
 }
 
@@ -132,15 +134,28 @@ impl SlidingUse {
 }
 
 impl Hidden {
-    pub fn of(counts: &HiddenCounts) -> Self {
+    /// `windows`: each layer's, as [`crate::model::Llama::windows`] gives them.
+    pub fn of(counts: &HiddenCounts, windows: &[Option<usize>]) -> Self {
+        Self::new(counts.ratio(), counts.ratio_per_layer(), windows)
+    }
+
+    fn new(ratio: f64, per_layer: Vec<f64>, windows: &[Option<usize>]) -> Self {
+        let layers = per_layer.iter().zip(windows);
+        let whole: Vec<f64> = layers
+            .filter_map(|(ratio, window)| window.is_none().then_some(*ratio))
+            .collect();
         Self {
-            hidden_ratio: counts.ratio(),
-            hidden_ratio_per_layer: counts.ratio_per_layer(),
+            hidden_ratio: ratio,
+            hidden_ratio_of_whole_layers: (1..per_layer.len()).contains(&whole.len()).then(|| mean(&whole)),
+            hidden_ratio_per_layer: per_layer,
         }
     }
 
     pub fn print(&self, out: &mut dyn Write) -> Result<()> {
         writeln!(out, "hidden ratio      {:.4}", self.hidden_ratio)?;
+        if let Some(whole) = self.hidden_ratio_of_whole_layers {
+            writeln!(out, "  of layers that see all tokens {whole:.4}")?;
+        }
         per_layer(out, &self.hidden_ratio_per_layer, |ratio| format!("{ratio:.3}"))
     }
 }

@@ -1,5 +1,8 @@
 //! Weights of a model: their source, and matrices as floats or still quantized.
 
+use std::fmt::Debug;
+use std::sync::Arc;
+
 use anyhow::Result;
 use candle_core::quantized::{GgmlDType, QMatMul};
 use candle_core::{DType, Device, Module, Tensor};
@@ -35,12 +38,26 @@ pub enum Pass {
     Step,
 }
 
+/// A matrix `(rows, columns)` with a product of its own.
+#[allow(dead_code)] // not every program has one
+pub trait Product: Debug + Send + Sync {
+    /// f32 `xs (.., columns) -> (.., rows)`.
+    fn multiply(&self, xs: &Tensor) -> Result<Tensor>;
+    /// The matrix in f32.
+    fn floats(&self) -> Result<Tensor>;
+}
+
 /// A matrix `(rows, columns)`, as floats or still quantized.
 #[derive(Clone, Debug)]
 pub enum Linear {
     Float(candle_nn::Linear),
     Quantized {
         weight: QMatMul,
+        bias: Option<Tensor>,
+    },
+    #[allow(dead_code)] // not every program has one
+    Own {
+        weight: Arc<dyn Product>,
         bias: Option<Tensor>,
     },
     /// Two forms of one matrix, one for each [`Pass`].
@@ -60,13 +77,14 @@ impl Linear {
     pub fn through(&self, xs: &Tensor, pass: Pass) -> Result<Tensor> {
         match self {
             Self::Float(linear) => Ok(linear.forward(xs)?),
+            // Their products take and give f32.
             Self::Quantized { weight, bias } => {
-                // Quantized products take and give f32.
-                let ys = weight.forward(&xs.to_dtype(DType::F32)?)?.to_dtype(xs.dtype())?;
-                match bias {
-                    Some(bias) => Ok(ys.broadcast_add(bias)?),
-                    None => Ok(ys),
-                }
+                let ys = weight.forward(&xs.to_dtype(DType::F32)?)?;
+                plus(ys.to_dtype(xs.dtype())?, bias.as_ref())
+            }
+            Self::Own { weight, bias } => {
+                let ys = weight.multiply(&xs.to_dtype(DType::F32)?)?;
+                plus(ys.to_dtype(xs.dtype())?, bias.as_ref())
             }
             Self::Split { prompt, step } => match pass {
                 Pass::Prompt => prompt.through(xs, pass),
@@ -83,6 +101,7 @@ impl Linear {
                 QMatMul::QTensor(tensor) => tensor.dequantize(&Device::Cpu)?,
                 QMatMul::Tensor(tensor) | QMatMul::TensorF16(tensor) => tensor.clone(),
             },
+            Self::Own { weight, .. } => weight.floats()?,
             Self::Split { prompt, .. } => prompt.weight()?,
         })
     }
@@ -95,7 +114,7 @@ impl Linear {
                 weight: QMatMul::QTensor(tensor),
                 ..
             } => Some(tensor.dtype()),
-            Self::Quantized { .. } | Self::Float(_) => None,
+            Self::Quantized { .. } | Self::Own { .. } | Self::Float(_) => None,
             Self::Split { prompt, .. } => prompt.blocks(),
         }
     }
@@ -105,7 +124,7 @@ impl Linear {
     pub fn bias(&self) -> Option<&Tensor> {
         match self {
             Self::Float(linear) => linear.bias(),
-            Self::Quantized { bias, .. } => bias.as_ref(),
+            Self::Quantized { bias, .. } | Self::Own { bias, .. } => bias.as_ref(),
             Self::Split { prompt, .. } => prompt.bias(),
         }
     }
@@ -115,7 +134,40 @@ impl Linear {
         match self {
             Self::Float(linear) => Ok(linear.weight().index_select(ids, 0)?),
             Self::Quantized { weight, .. } => Ok(weight.embedding(ids)?),
+            Self::Own { weight, .. } => Ok(weight.floats()?.index_select(ids, 0)?),
             Self::Split { prompt, .. } => prompt.rows(ids),
         }
+    }
+
+    /// The form for single tokens.
+    #[allow(dead_code)] // not read by every program
+    pub fn step(&self) -> &Self {
+        match self {
+            Self::Split { step, .. } => step,
+            Self::Float(_) | Self::Quantized { .. } | Self::Own { .. } => self,
+        }
+    }
+
+    /// The form for prompts alone.
+    pub fn into_prompt(self) -> Self {
+        match self {
+            Self::Split { prompt, .. } => *prompt,
+            Self::Float(_) | Self::Quantized { .. } | Self::Own { .. } => self,
+        }
+    }
+
+    /// With this form for single tokens.
+    pub fn with_step(self, step: Self) -> Self {
+        Self::Split {
+            prompt: Box::new(self.into_prompt()),
+            step: Box::new(step),
+        }
+    }
+}
+
+fn plus(ys: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    match bias {
+        Some(bias) => Ok(ys.broadcast_add(bias)?),
+        None => Ok(ys),
     }
 }

@@ -126,6 +126,7 @@ fn measure(model: &str, tokens: &[u32], prompt: usize) -> Result<Run> {
         hidden: Hidden {
             hidden_ratio: 0.0,
             hidden_ratio_per_layer: Vec::new(),
+            hidden_ratio_of_whole_layers: None,
         },
         peak_rss_bytes: memory("VmHWM"),
     };

@@ -13,7 +13,6 @@ use super::gguf_config::config;
 use super::gguf_kind::Architecture;
 use super::gguf_tensors::{self, Tensors};
 use super::gguf_tokenizer::text;
-use super::step_weights::is_fast;
 use super::text::{Edge, Text};
 use super::{Checkpoint, LoadOptions};
 use crate::weights::{Linear, Weights};
@@ -121,15 +120,12 @@ impl GgufWeights {
             weight: QMatMul::Tensor(self.floats(&weight)?),
             bias: bias.clone(),
         };
-        if !is_fast(weight.dtype()) {
+        if weight.dtype().block_size() == 1 {
             return Ok(floats);
         }
         // Single tokens may read the file's own blocks.
         let weight = QMatMul::from_qtensor(weight)?;
-        Ok(Linear::Split {
-            prompt: Box::new(floats),
-            step: Box::new(Linear::Quantized { weight, bias }),
-        })
+        Ok(floats.with_step(Linear::Quantized { weight, bias }))
     }
 }
 

@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use super::hf_config;
 use super::hf_tensors::Tensors;
+use super::hf_text_part;
 use super::hf_tokenizer::{text, TextFiles};
 use super::hub::Hub;
 use super::Checkpoint;
@@ -119,9 +120,16 @@ fn companions(origin: &dyn Origin) -> Result<Vec<(String, Vec<u8>)>> {
 
 pub fn open(files: &Files, dtype: DType, device: &Device) -> Result<Checkpoint> {
     let raw: serde_json::Value = read_json(&files.config)?;
-    let read = || Ok::<_, anyhow::Error>((hf_config::read(&raw)?, hf_config::quantization(&raw)?));
-    let (config, quantization) = read().with_context(|| format!("{}", files.config.display()))?;
-    let tensors = Tensors::open(&files.weights, quantization)?;
+    let read = || -> Result<_> {
+        let part = hf_text_part::config(&raw)?;
+        let raw = part.as_ref().unwrap_or(&raw);
+        Ok((hf_config::read(raw)?, hf_config::quantization(raw)?, part.is_some()))
+    };
+    let (config, quantization, is_part) = read().with_context(|| format!("{}", files.config.display()))?;
+    let mut tensors = Tensors::open(&files.weights, quantization)?;
+    if is_part {
+        tensors.take_text_part();
+    }
     Ok(Checkpoint {
         text: text(&files.text)?,
         companions: files.companions.clone(),

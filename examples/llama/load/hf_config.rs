@@ -12,7 +12,7 @@ use crate::rope::{Llama3Scaling, Pairing, RopeScaling};
 
 /// Keys that do not change the computation: about the making of the file, training, the tokenizer and generation. So
 /// are keys that begin with `_`.
-const HARMLESS: &[&str] = &[
+pub(super) const HARMLESS: &[&str] = &[
     "architectures",
     "attention_dropout",
     "attention_probs_dropout_prob",

@@ -55,13 +55,9 @@ impl Kind {
             "qwen2" => Self::Qwen2,
             "qwen3" => Self::Qwen3,
             "gemma3_text" => Self::Gemma3,
-            "gemma3" => bail!(
-                "model_type: expected gemma3_text, got gemma3, which has a part for images; use a checkpoint of its \
-                 text part, or a GGUF file"
-            ),
             other => bail!(
-                "model_type: expected llama, mistral, qwen2, qwen3 or gemma3_text, got {other}; this example runs \
-                 these models only"
+                "model_type: expected llama, mistral, qwen2, qwen3, gemma3_text or gemma3, got {other}; this example \
+                 runs these models only"
             ),
         })
     }

@@ -8,6 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::TensorView;
 
 use super::fp8::{is_of_activations, scaled, Quantization};
+use super::hf_text_part::Names;
 use super::unread::Unread;
 
 pub struct Tensors {
@@ -16,6 +17,7 @@ pub struct Tensors {
     files: MmapedSafetensors,
     count: usize,
     quantization: Option<Quantization>,
+    names: Names,
     unread: Unread,
 }
 
@@ -45,8 +47,16 @@ impl Tensors {
             files,
             count,
             quantization,
+            names: Names::Plain,
             unread,
         })
+    }
+
+    /// From now on names are those of a text model whose tensors lie beside a part for images.
+    pub fn take_text_part(&mut self) {
+        let names = Names::of(|held| self.files.get(held).is_ok());
+        self.unread.pass(|held| names.is_of_images(held));
+        self.names = names;
     }
 
     pub fn len(&self) -> usize {
@@ -54,7 +64,15 @@ impl Tensors {
     }
 
     fn view(&self, name: &str) -> Option<TensorView<'_>> {
-        self.files.get(name).ok()
+        self.files.get(&self.names.held(name)).ok()
+    }
+
+    /// Loads a tensor on the CPU, which then counts as read.
+    fn load(&mut self, name: &str) -> Result<Tensor> {
+        let held = self.names.held(name);
+        let tensor = self.files.load(&held, &Device::Cpu)?;
+        self.unread.take(&held);
+        Ok(tensor)
     }
 
     pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
@@ -83,8 +101,7 @@ impl Tensors {
              unquantized checkpoint or a GGUF file",
             self.name
         );
-        let tensor = self.files.load(name, &Device::Cpu)?;
-        self.unread.take(name);
+        let tensor = self.load(name)?;
         match kind {
             F8_E4M3 => self
                 .scaled(name, &tensor)
@@ -109,20 +126,19 @@ impl Tensors {
             [scale] => scale,
             _ => bail!("expected one scale, got {}; not supported", found.join(" and ")),
         };
-        let tensor = self.files.load(scale, &Device::Cpu)?;
+        let tensor = self.load(scale)?;
         ensure!(
             matches!(tensor.dtype(), DType::F64 | DType::F32 | DType::F16 | DType::BF16),
             "{scale}: expected F64, F32, F16 or BF16, got {}, which is not supported",
             tensor.dtype().as_str()
         );
-        self.unread.take(scale);
         let quantization = self.quantization.clone().unwrap_or_default();
         scaled(values, &tensor, &quantization).with_context(|| scale.clone())
     }
 
     /// Marks the tensor `copy` as read if it equals `of`, which the model reads instead.
     pub fn pass_copy(&mut self, copy: &str, of: &str) -> Result<()> {
-        if !self.unread.contains(copy) {
+        if !self.unread.contains(&self.names.held(copy)) {
             return Ok(());
         }
         let same = match (self.view(copy), self.view(of)) {
@@ -135,7 +151,7 @@ impl Tensors {
              to false in config.json where {copy} is meant",
             self.name
         );
-        self.unread.take(copy);
+        self.unread.take(&self.names.held(copy));
         Ok(())
     }
 

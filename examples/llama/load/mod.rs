@@ -1,5 +1,6 @@
 //! Opening a checkpoint: a GGUF file, a folder of Hugging Face files, or a model id of the Hugging Face hub.
 
+mod formed;
 mod fp8;
 mod gguf;
 mod gguf_config;
@@ -11,11 +12,11 @@ mod hf;
 mod hf_config;
 mod hf_kind;
 mod hf_tensors;
+mod hf_text_part;
 pub mod hf_tokenizer;
 mod hub;
 pub mod pre_tokenizer;
 mod sentencepiece;
-mod step_weights;
 pub mod text;
 mod unread;
 
@@ -26,13 +27,10 @@ use candle_core::{DType, Device};
 use candle_sfattention::CompressedAttention;
 
 use crate::model::{Llama, LlamaConfig};
-use crate::weights::Weights;
+use crate::weights::{Linear, Weights};
 
+use self::formed::Formed;
 use self::text::Text;
-
-#[allow(unused_imports)] // not read by every program
-pub use self::step_weights::StepFormat;
-use self::step_weights::StepWeights;
 
 /// How weights are held.
 #[derive(Clone, Debug)]
@@ -105,13 +103,16 @@ impl Checkpoint {
 
     /// Loads the weights; `attention` holds one entry per layer.
     pub fn load(&mut self, attention: Vec<CompressedAttention>) -> Result<Llama> {
-        self.read(|weights, config| Llama::load(weights, config, attention))
+        self.load_formed(attention, &|linear| Ok(linear.into_prompt()))
     }
 
-    /// As [`Self::load`], with a form of the matrices for single tokens.
-    #[allow(dead_code)] // not read by every program
-    pub fn load_with_steps(&mut self, attention: Vec<CompressedAttention>, format: StepFormat) -> Result<Llama> {
-        self.read(|inner, config| Llama::load(&mut StepWeights { inner, format }, config, attention))
+    /// As [`Self::load`], with each matrix as `form` gives it, such as with another form for single tokens.
+    pub fn load_formed(
+        &mut self,
+        attention: Vec<CompressedAttention>,
+        form: &dyn Fn(Linear) -> Result<Linear>,
+    ) -> Result<Llama> {
+        self.read(|inner, config| Llama::load(&mut Formed { inner, form }, config, attention))
     }
 
     /// Gives the weights to `read`, which must read all of them.

@@ -8,6 +8,7 @@ use std::path::Path;
 use anyhow::{ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 
+use super::held::Kept;
 use crate::report::write_file;
 
 /// One method on one task.
@@ -19,14 +20,8 @@ pub struct Record {
     /// For a pass key: whether it was found.
     pub found: Option<bool>,
     pub tokens: usize,
-    /// Entries left out of all, at the end of the sequence.
-    pub hidden_ratio: f64,
-    /// Keys and values that a cache keeps at the end, in f32.
-    pub bytes: usize,
-    pub bytes_dense: usize,
-    /// Of `bytes`, those of layers that slide.
-    #[serde(default)]
-    pub bytes_sliding: usize,
+    /// What caches hold at the end of the sequence.
+    pub kept: Kept,
     /// Of the forward pass without the logits.
     pub seconds: f64,
 }

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Tensor};
-use candle_sfattention::{CompressionConfig, Fold, HeadStrategies, MergePlan, MergeStrategy, ModelShape, Policy};
+use candle_sfattention::{CompressionConfig, Fold, HeadStrategies, MergePlan, MergeStrategy, Policy};
 use rand::seq::index::sample;
 use rand::{rngs::StdRng, SeedableRng};
 
@@ -146,58 +146,5 @@ impl Planner {
         let bits = Tensor::from_vec(head.repeat(heads), (1, heads, pairs), call.qkv[0].device())?;
         debug_assert_eq!(bits.dtype(), DType::U8);
         Ok(MergePlan::from_indicators(&bits, &config)?)
-    }
-}
-
-/// The contents of a cache at the end of a sequence.
-#[derive(Default)]
-pub struct Kept {
-    entries: usize,
-    dropped: usize,
-    pub bytes: usize,
-    pub bytes_dense: usize,
-    /// Of `bytes`, those of layers that slide.
-    pub bytes_sliding: usize,
-}
-
-impl Kept {
-    pub fn add(&mut self, call: &LayerCall, plan: &MergePlan, per_query_head: bool) -> Result<()> {
-        let [q, k, _] = call.qkv;
-        let shape = ModelShape {
-            layers: 1,
-            heads: q.dim(1)?,
-            kv_heads: k.dim(1)?,
-            head_dim: q.dim(3)?,
-        };
-        let tokens = q.dim(2)?;
-        // A layer that slides keeps its window, in this cache and in the dense one.
-        let first = call
-            .options
-            .sliding_window
-            .map_or(0, |window| tokens.saturating_sub(window));
-        let held = tokens - first;
-        // A hidden token counts as kept until it has left the window.
-        let left = (tokens - 1).saturating_sub(plan.config().window);
-        let step = if per_query_head {
-            1
-        } else {
-            shape.heads / shape.kv_heads
-        };
-        let row = 2 * shape.head_dim * size_of::<f32>();
-        for bits in plan.indicators().to_vec3::<u8>()?[0].iter().step_by(step) {
-            let dropped = bits[..left].iter().skip(first).filter(|bit| **bit == 1).count();
-            self.dropped += dropped;
-            self.entries += held;
-            self.bytes += (held - dropped) * row;
-            if call.options.sliding_window.is_some() {
-                self.bytes_sliding += (held - dropped) * row;
-            }
-        }
-        self.bytes_dense += shape.kv_heads * held * row;
-        Ok(())
-    }
-
-    pub fn hidden_ratio(&self) -> f64 {
-        self.dropped as f64 / self.entries.max(1) as f64
     }
 }

@@ -1,5 +1,6 @@
 //! `llama report`: one model under every method, and under controls that keep the same number of entries.
 
+mod held;
 mod ledger;
 mod method;
 mod passkey;
@@ -20,8 +21,9 @@ use crate::load::Checkpoint;
 use crate::model::{HiddenCounts, Llama};
 use crate::report::write_file;
 use crate::windows::{self, Purpose};
+use held::Kept;
 use ledger::{Ledger, Record};
-use method::{Kept, Method};
+use method::Method;
 use passkey::{Passkey, QUESTION};
 
 /// A task for a method.
@@ -173,10 +175,7 @@ fn measure(model: &Llama, method: &Method, policies: &[(f64, Policy)], task: &Ta
         predicted,
         found,
         tokens: tokens.len(),
-        hidden_ratio: kept.hidden_ratio(),
-        bytes: kept.bytes,
-        bytes_dense: kept.bytes_dense,
-        bytes_sliding: kept.bytes_sliding,
+        kept,
         seconds,
     })
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
+use super::held::{Held, Kept};
 use super::ledger::{Ledger, Record};
 use super::method::Method;
 use crate::report::write_file;
@@ -28,10 +29,25 @@ pub struct Row {
     pub hidden_ratio: f64,
     pub kv_bytes: f64,
     pub kv_bytes_of_dense: f64,
-    /// Of `kv_bytes`, those of layers that slide.
-    pub kv_bytes_sliding: f64,
+    /// The same of the layers that see all tokens, and of those that slide; none without layers that slide.
+    pub apart: Option<Apart>,
     pub tokens_per_second: f64,
     pub passkey: Vec<Found>,
+}
+
+#[derive(Serialize)]
+pub struct Apart {
+    pub whole: Part,
+    pub sliding: Part,
+}
+
+/// What one kind of layers keeps at the end of a window.
+#[derive(Serialize)]
+pub struct Part {
+    pub hidden_ratio: f64,
+    pub kv_bytes: f64,
+    pub kv_bytes_of_dense: f64,
+    pub entries_a_list: f64,
 }
 
 /// The share of pass keys found in texts of one length.
@@ -95,25 +111,38 @@ impl Summary {
         }
         out += "\nThe error is the standard error of the windows' paired differences. Hidden: entries left out at the \
                 end of a window, of all.\n";
-        let sliding = self.rows.iter().filter(|row| row.kv_bytes_sliding > 0.0);
-        let sliding: Vec<String> = sliding
-            .map(|row| {
-                let kib = |bytes: f64| bytes / 1024.0;
-                format!(
-                    "| {} | {:.0} | {:.0} |",
-                    row.method,
-                    kib(row.kv_bytes - row.kv_bytes_sliding),
-                    kib(row.kv_bytes_sliding)
-                )
+        out + &self.apart()
+    }
+
+    /// A table of what layers that slide keep, and what the others keep; empty without layers that slide.
+    fn apart(&self) -> String {
+        let rows = self
+            .rows
+            .iter()
+            .filter_map(|row| Some((&row.method, row.apart.as_ref()?)));
+        let rows: Vec<String> = rows
+            .map(|(method, parts)| {
+                let cells = [&parts.whole, &parts.sliding].map(|part| {
+                    format!(
+                        "{:.0} | {:.3} | {:.3} | {:.0}",
+                        part.kv_bytes / 1024.0,
+                        part.kv_bytes_of_dense,
+                        part.hidden_ratio,
+                        part.entries_a_list
+                    )
+                });
+                format!("| {method} | {} |\n", cells.join(" | "))
             })
             .collect();
-        if !sliding.is_empty() {
-            out +=
-                "\nKiB of keys and values at the end of a window; a layer that slides keeps its window, in the dense \
-                    cache too:\n\n| method | layers that see all tokens | layers that slide |\n|---|---|---|\n";
-            out += &(sliding.join("\n") + "\n");
+        if rows.is_empty() {
+            return String::new();
         }
-        out
+        let header =
+            "\nLayers that see all tokens, then layers that slide, at the end of a window. A layer that slides \
+                      keeps what its next row sees, in the dense cache too.\n\n\
+                      | method | all: KiB | of dense | hidden | entries a list | slide: KiB | of dense | hidden | \
+                      entries a list |\n|---|---|---|---|---|---|---|---|---|\n";
+        header.to_string() + &rows.concat()
     }
 }
 
@@ -134,6 +163,15 @@ impl Row {
         let (nll_over_dense, standard_error) = mean_and_error(&differences);
         let sum = |value: fn(&Record) -> f64| prose.iter().map(|(_, record)| value(record)).sum::<f64>();
         let count = prose.len().max(1) as f64;
+        let mut kept = Kept::default();
+        prose.iter().for_each(|(_, record)| kept += record.kept);
+        let all = kept.all();
+        let part = |held: Held| Part {
+            hidden_ratio: held.hidden_ratio(),
+            kv_bytes: held.bytes as f64 / count,
+            kv_bytes_of_dense: held.of_dense(),
+            entries_a_list: held.entries_a_list(),
+        };
         Ok(Self {
             method: name.clone(),
             family: method.family(),
@@ -143,10 +181,13 @@ impl Row {
             copy: (copy.iter().map(|record| record.score).sum::<f64>()
                 / copy.iter().map(|record| record.predicted as f64).sum::<f64>())
             .exp(),
-            hidden_ratio: sum(|record| record.hidden_ratio) / count,
-            kv_bytes: sum(|record| record.bytes as f64) / count,
-            kv_bytes_of_dense: sum(|record| record.bytes as f64) / sum(|record| record.bytes_dense as f64),
-            kv_bytes_sliding: sum(|record| record.bytes_sliding as f64) / count,
+            hidden_ratio: all.hidden_ratio(),
+            kv_bytes: all.bytes as f64 / count,
+            kv_bytes_of_dense: all.of_dense(),
+            apart: (kept.sliding.lists > 0).then(|| Apart {
+                whole: part(kept.whole),
+                sliding: part(kept.sliding),
+            }),
             tokens_per_second: sum(|record| record.tokens as f64) / sum(|record| record.seconds),
             passkey: passkeys(ledger.of(&name, "passkey ")),
         })
@@ -172,7 +213,7 @@ fn passkeys<'a>(records: impl Iterator<Item = (&'a str, &'a Record)>) -> Vec<Fou
         at.tries += 1;
         let share = 1.0 / at.tries as f64;
         at.nll += (record.score - at.nll) * share;
-        at.hidden_ratio += (record.hidden_ratio - at.hidden_ratio) * share;
+        at.hidden_ratio += (record.kept.all().hidden_ratio() - at.hidden_ratio) * share;
         at.found += usize::from(record.found == Some(true));
     }
     all.sort_by_key(|found| found.length);
