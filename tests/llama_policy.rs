@@ -113,6 +113,37 @@ fn every_command_takes_a_policy() {
     assert!(number(&bench["rows"][1], "hidden_ratio") > 0.2);
 }
 
+/// A report under a probe decides as the model itself does.
+#[cfg(feature = "fit")]
+#[test]
+fn a_report_scores_a_probe() {
+    let fixture = Fixture::get();
+    let (model, file, out) = (
+        fixture.path("hf"),
+        fixture.path("text.txt"),
+        fixture.path("probe-report"),
+    );
+    let _ = fs::remove_dir_all(&out);
+    let windows = "--context 64 --windows 2";
+    let more = format!(
+        "--out {out} {windows} --calibration 2 --ratios 0.5 --methods calibrated,random --passkey 110 --depths 0.5 \
+         --criterion probe {SMALL}"
+    );
+    run(&[on("report", &model, &file), words(&more)].concat());
+    let summary = read(&format!("{out}/report.json"));
+    let [dense, calibrated, random] = [0, 1, 2].map(|row| &summary["rows"][row]);
+    let more = format!("{windows} --spread --strategy {out}/policy-0.5.json");
+    let eval = report("probe_spread", &[on("eval", &model, &file), words(&more)].concat());
+    let perplexity = number(calibrated, "perplexity");
+    assert!(
+        (perplexity - number(&eval, "perplexity")).abs() < 1e-6 * perplexity,
+        "{calibrated}, {eval}"
+    );
+    assert_ne!(perplexity, number(dense, "perplexity"));
+    let [kept, control] = [calibrated, random].map(|row| number(row, "kv_bytes_of_dense"));
+    assert!(kept < 0.8 && (kept - control).abs() < 0.06, "{kept}, {control}");
+}
+
 /// A probe is fitted, kept in the policy, and read by every command; without the feature the command says how to get
 /// it.
 #[test]

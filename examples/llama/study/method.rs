@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Tensor};
-use candle_sfattention::{CompressionConfig, Fold, HeadStrategies, MergePlan, MergeStrategy, Policy};
+use candle_sfattention::{CompressionConfig, Fold, HeadStrategies, KeyProbe, MergePlan, MergeStrategy, Policy};
 use rand::seq::index::sample;
 use rand::{rngs::StdRng, SeedableRng};
 
@@ -73,6 +73,7 @@ impl Method {
                 (Self::Pretrained, _) => CompressionConfig::pretrained(),
                 _ => CompressionConfig::default(),
             },
+            probe: policy.and_then(|policy| policy.parts().probe.clone()),
             hidden_ratio: policy.map_or(0.0, |policy| policy.parts().calibration.hidden_ratio),
         })
     }
@@ -83,6 +84,8 @@ pub struct Planner {
     method: Method,
     strategies: Vec<HeadStrategies>,
     config: CompressionConfig,
+    /// The policy's, under given scores.
+    probe: Option<KeyProbe>,
     /// The share hidden in calibration, of the tokens that have left the window.
     hidden_ratio: f64,
 }
@@ -91,10 +94,10 @@ impl Planner {
     /// The plan of a layer, and whether its cache would need a list per query head.
     pub fn plan(&self, call: &LayerCall) -> Result<(MergePlan, bool)> {
         let [q, k, v] = call.qkv;
-        let new = |strategies: &HeadStrategies| {
-            MergePlan::new(q, k, v, strategies, &self.config, call.options).map_err(anyhow::Error::from)
+        let uniform = |strategy| {
+            let strategies = HeadStrategies::uniform(strategy);
+            MergePlan::new(q, k, v, &strategies, &self.config, call.options)
         };
-        let uniform = |strategy| new(&HeadStrategies::uniform(strategy));
         // As everywhere, settings for all heads leave layers that slide alone.
         let slides = call.options.sliding_window.is_some();
         let plan = match self.method {
@@ -104,12 +107,24 @@ impl Planner {
             Method::Dense => uniform(MergeStrategy::Off)?,
             Method::Paper => uniform(MergeStrategy::Difference)?,
             Method::Pretrained => uniform(MergeStrategy::Similarity)?,
-            Method::Calibrated(_) => new(&self.strategies[call.layer])?,
-            Method::Random(_) => self.random(call, &new(&self.strategies[call.layer])?)?,
+            Method::Calibrated(_) => self.calibrated(call)?,
+            Method::Random(_) => self.random(call, &self.calibrated(call)?)?,
             Method::Streaming(_) => self.streaming(call)?,
         };
         let alone = !self.config.group_rule.heads_agree();
         Ok((plan, alone && self.method == Method::Paper))
+    }
+
+    /// The policy's plan.
+    fn calibrated(&self, call: &LayerCall) -> Result<MergePlan> {
+        let ([q, k, v], strategies) = (call.qkv, &self.strategies[call.layer]);
+        Ok(match &self.probe {
+            Some(probe) => {
+                let scores = probe.scores(call.layer, call.unrotated)?;
+                MergePlan::from_scores(&scores, strategies, &self.config, call.options.causal)?
+            }
+            None => MergePlan::new(q, k, v, strategies, &self.config, call.options)?,
+        })
     }
 
     fn random(&self, call: &LayerCall, plan: &MergePlan) -> Result<MergePlan> {
