@@ -90,8 +90,8 @@ pub fn compressed_attention(
 /// number included, is finite.
 ///
 /// With the feature `cuda`, tensors on a CUDA device may be f32, f16 and bf16, with a D that is a multiple of 8 up to
-/// 256 and rows that start at multiples of 8 elements; no call waits for the device. The same call gives the same bits,
-/// except for gradients there without [`AttentionOptions::deterministic`].
+/// 256 and rows that start at multiples of 8 elements; only a call with segments waits for the device. The same call
+/// gives the same bits, except for gradients there without [`AttentionOptions::deterministic`].
 ///
 /// # Errors
 /// Shapes, dtypes or devices that do not fit together or are not supported, or a plan made for other shapes, or with

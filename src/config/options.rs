@@ -62,8 +62,8 @@ pub struct AttentionOptions {
     /// in u32; for packed documents see [`segments_from_lengths`](super::segments_from_lengths).
     ///
     /// Each segment is a call of its own inside: many short ones take longer than one long row. On CUDA each is as many
-    /// launches as a call, its numbers are read once, which waits for the device, and a gradient takes a tensor of the
-    /// whole call's size for each segment, one at a time. A cache takes segments on the CPU only. `None` (default): one
+    /// launches as a call, the numbers and the plan's bits are read, which waits for the device, and a gradient takes a
+    /// tensor of the whole call's size for each segment, one at a time. A cache takes segments on the CPU only. `None` (default): one
     /// segment.
     pub segments: Option<Tensor>,
     /// The order of the axes of query, key, value and output tensors, at every function that takes these options.

@@ -169,6 +169,12 @@ pub(super) fn on_cuda(call: &PlainCall) -> Result<Tensor> {
     };
     let (sinks, kept) = (Vec::new(), op.kept.clone());
     let output = q.apply_op3(k, v, op)?;
-    let output = output.narrow(2, first_row, problem.tokens - first_row)?;
+    // The gradient of sinks reads its rows from the start of their buffer.
+    let output = match first_row {
+        0 => output,
+        _ => output
+            .narrow(2, first_row, problem.tokens - first_row)?
+            .force_contiguous()?,
+    };
     super::SinkGradient { problem, sinks, kept }.over(output, options)
 }
