@@ -63,12 +63,13 @@ pub struct ModelArgs {
     /// differ from the same token in a prompt.
     #[arg(long)]
     dequantize: bool,
-    /// The form of the matrices for tokens that are decoded one at a time, on the CPU: f32 takes the form that prompts
-    /// go through, a GGUF file's own blocks without --dequantize; packed takes a file's blocks of 4 or 8 bits (Q4_0,
-    /// Q4_1, Q4_K, Q8_0), and 8 bits of other weights, against activations in f32. The others are candle's, which
-    /// round activations to 8 bits: fast takes a file's own blocks where candle has a fast kernel for them, and else
-    /// Q8_0; q4k is Q8_0 for matrices whose columns are no multiple of 256. Prompts keep their form.
-    #[arg(long, value_enum, default_value_t = DecodeWeights::F32, value_name = "NAME")]
+    /// The form of the matrices for tokens that are decoded one at a time, on the CPU: own takes a GGUF file's blocks
+    /// of 4 or 8 bits (Q4_0, Q4_1, Q4_K, Q8_0) against activations in f32 where --dequantize turns them into floats
+    /// for prompts, and else the form of prompts; f32 takes the form of prompts; packed is own with 8 bits of all
+    /// other weights. The others are candle's, which round activations to 8 bits: fast takes a file's own blocks where
+    /// candle has a fast kernel for them, and else Q8_0; q4k is Q8_0 for matrices whose columns are no multiple of
+    /// 256. Prompts keep their form.
+    #[arg(long, value_enum, default_value_t = DecodeWeights::Own, value_name = "NAME")]
     decode_weights: DecodeWeights,
     /// Write the results to this file as JSON.
     #[arg(long, value_name = "FILE")]
@@ -139,6 +140,7 @@ impl From<Dtype> for DType {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DecodeWeights {
+    Own,
     Packed,
     F32,
     Fast,
@@ -154,6 +156,7 @@ impl ModelArgs {
             return StepFormat::Prompt;
         }
         match self.decode_weights {
+            DecodeWeights::Own => StepFormat::Own,
             DecodeWeights::Packed => StepFormat::Packed,
             DecodeWeights::Fast => StepFormat::Fast,
             DecodeWeights::F32 => StepFormat::Prompt,
@@ -166,6 +169,7 @@ impl ModelArgs {
     pub fn decode_weights(&self) -> &'static str {
         match self.step_format() {
             StepFormat::Prompt => "as prompts",
+            StepFormat::Own => "own",
             StepFormat::Packed => "packed",
             StepFormat::Fast => "fast",
             StepFormat::Q8_0 => "q8_0",

@@ -18,6 +18,8 @@ use packed::Packed;
 /// The form of the matrices for single tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StepFormat {
+    /// A file's own blocks of 4 or 8 bits by our own product, where prompts go through floats; else that of prompts.
+    Own,
     /// That of prompts.
     Prompt,
     /// 4 or 8 bits a weight, by our own product.
@@ -35,10 +37,20 @@ fn is_fast(dtype: GgmlDType) -> bool {
     matches!(dtype, Q4_0 | Q8_0 | Q2K | Q3K | Q4K | Q5K | Q6K)
 }
 
+/// Whether blocks of this type are taken as they are.
+fn has_packed_blocks(dtype: GgmlDType) -> bool {
+    use GgmlDType::{Q4K, Q4_0, Q4_1, Q8_0};
+    matches!(dtype, Q4_0 | Q4_1 | Q4K | Q8_0)
+}
+
 impl StepFormat {
     /// The matrix with this form for single tokens.
     pub fn with_step(self, linear: Linear) -> Result<Linear> {
         match self {
+            Self::Own => match linear.held_blocks().is_some_and(has_packed_blocks) {
+                true => packed(linear),
+                false => Ok(linear.into_prompt()),
+            },
             Self::Prompt => Ok(linear.into_prompt()),
             Self::Packed => packed(linear),
             Self::Fast => {

@@ -119,6 +119,15 @@ impl Linear {
         }
     }
 
+    /// The blocks that were kept beside floats, for single tokens; None where prompts go through blocks too.
+    #[allow(dead_code)] // not read by every program
+    pub fn held_blocks(&self) -> Option<GgmlDType> {
+        match self {
+            Self::Split { prompt, step } if prompt.blocks().is_none() => step.blocks(),
+            Self::Split { .. } | Self::Float(_) | Self::Quantized { .. } | Self::Own { .. } => None,
+        }
+    }
+
     /// The bias `(rows)`, if there is one.
     #[allow(dead_code)] // not read by every program
     pub fn bias(&self) -> Option<&Tensor> {

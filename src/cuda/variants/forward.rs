@@ -66,8 +66,8 @@ impl ForwardVariant {
     /// The variant by warpgroups under a sliding window.
     pub fn sliding_by_warpgroups(head_dim: usize) -> Option<Self> {
         let (name, rows) = match head_dim {
-            ..=64 => ("forward_wgmma_sliding_64", 192),
-            ..=128 => ("forward_wgmma_sliding_128", 128),
+            0..=64 => ("forward_wgmma_sliding_64", 192),
+            65..=128 => ("forward_wgmma_sliding_128", 128),
             _ => return None,
         };
         let warpgroups = Some(Warpgroups {
