@@ -49,7 +49,7 @@ pub struct AttentionOptions {
     /// [`attend`](crate::attend) has a gradient for it, in its dtype and shape. Decisions do not read it. `None`
     /// (default): no such term.
     pub sink_logits: Option<Tensor>,
-    /// (B, Hk, N), a float dtype, on the query's device: c[t] is added to the logits of token t's column in the rows
+    /// (B, Hk, N), a float dtype, on the query's device: `c[t]` is added to the logits of token t's column in rows
     /// i > t + window of every query head of the KV head's group, after the softcap. A gate that is trained with the
     /// model fades a token by it in place of hiding it. [`attend`](crate::attend) has a gradient for it, in its dtype
     /// and shape. Needs causal attention. Decisions do not read it, and a cache refuses it. On the CPU only. `None`

@@ -15,7 +15,7 @@ pub struct HarmLayer {
     pub scale: f64,
 }
 
-/// H[t] of each KV head's tokens that can be hidden, t + window + 1 <= N - 1, for q (1, H, N, D), k and v
+/// `H[t]` of each KV head's tokens that can be hidden, t + window + 1 <= N - 1, for q (1, H, N, D), k and v
 /// (1, Hk, N, D) and dense causal attention: the sum over the group's query heads h and the rows i > t + window of
 /// `((a / max(1 - a, 1e-3)) / ‖x[i]‖)² · ‖W_h (o[i] - v[t])‖²`, with a = a_h[i, t].
 ///

@@ -127,7 +127,7 @@ fn indicators_of_scores(
 }
 
 /// The tokens that merge under [`Criterion::Given`], for scores `[batch][kv_head][token]` of one segment a batch row:
-/// m[t] = 1 where s[t] lies below the threshold of every query head of the group, t >= `sinks`, and
+/// `m[t] = 1` where `s[t]` lies below the threshold of every query head of the group, t >= `sinks`, and
 /// t + `window` + 1 <= N - 1. Scores and thresholds are rounded to f32 first; NaN is never below.
 ///
 /// # Errors
