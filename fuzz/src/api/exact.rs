@@ -48,7 +48,7 @@ impl Exact<'_> {
         let bias = options.bias.as_ref();
         Ok(match (config.criterion, &options.segments) {
             // No case draws scores.
-            (Criterion::Given, _) => candle_core::bail!("criterion: expected one that needs no scores, got Given"),
+            (Criterion::Given, _) => anyhow::bail!("criterion: expected one that needs no scores, got Given"),
             (Criterion::ObservedMass, _) => reference::observed_indicators(q, k, v, strategies, config, options),
             (Criterion::QueryKey | Criterion::KeyKey, Some(segments)) => {
                 reference::indicators_in_segments(q, k, strategies, config, bias, segments)

@@ -2,7 +2,7 @@
 """llama.cpp on the tokens that `llama bench` runs: prompt at once, then one token at a time; prints tokens per second.
 
     python3 -m pip install llama-cpp-python        # builds llama.cpp: needs cmake and a C++ compiler
-    python3 peers/llama_cpp.py --model data/SmolLM2-135M-Instruct.Q4_1.gguf --prompts 64,1024 --threads 1
+    python3 peers/llama_cpp_peer.py --model data/SmolLM2-135M-Instruct.Q4_1.gguf --prompts 64,1024 --threads 1
 
 Without that package it prints a line that says so, and succeeds. With --nll it prints the mean negative log likelihood
 of the decoded tokens, so that its logits can be compared with ours on the same text.
