@@ -5,7 +5,7 @@ use candle_core::{bail, Result};
 use super::attend::{output_dims, segments_of, Call, Head, Row};
 use super::fold::{unfold, Column};
 use super::{add_scaled, dot, Array4, HeadTokens, Indicators};
-use crate::config::{AttentionOptions, CompressionConfig, Fold};
+use crate::config::{AttentionOptions, CompressionConfig, Fold, Segment};
 
 fn check_grad_output(grad_output: &Array4, q: &Array4, v: &Array4) -> Result<()> {
     grad_output.check("grad_output")?;
@@ -39,17 +39,12 @@ pub fn sink_gradients(
         bail!("sink_logits: expected a tensor of shape (heads), got None; without sinks there is no gradient for them")
     }
     let mut gradients = vec![0.0; q.dims[1]];
-    let Some(segments) = segments_of(q, k, indicators, options)? else {
-        let call = Call::new((q, k, v), indicators, config, options, None)?;
-        add_sink_gradients(&call, grad_output, &mut gradients);
-        return Ok(gradients);
-    };
-    for segment in &segments {
-        let [q, k, v, grad_output] = [q, k, v, grad_output].map(|x| x.cut(segment));
-        let bits = indicators.cut(segment);
-        let call = Call::new((&q, &k, &v), &bits, config, options, Some(segment))?;
-        add_sink_gradients(&call, &grad_output, &mut gradients);
-    }
+    each_call(
+        [q, k, v, grad_output],
+        indicators,
+        (config, options),
+        |call, grad_output, _| add_sink_gradients(call, grad_output, &mut gradients),
+    )?;
     Ok(gradients)
 }
 
@@ -85,17 +80,12 @@ pub fn column_bias_gradients(
     }
     let [batch, kv_heads, tokens, _] = k.dims;
     let mut gradients = vec![0.0; batch * kv_heads * tokens];
-    let Some(segments) = segments_of(q, k, indicators, options)? else {
-        let call = Call::new((q, k, v), indicators, config, options, None)?;
-        add_column_bias_gradients(&call, grad_output, &mut gradients);
-        return Ok(gradients);
-    };
-    for segment in &segments {
-        let [q, k, v, grad_output] = [q, k, v, grad_output].map(|x| x.cut(segment));
-        let bits = indicators.cut(segment);
-        let call = Call::new((&q, &k, &v), &bits, config, options, Some(segment))?;
-        add_column_bias_gradients(&call, &grad_output, &mut gradients);
-    }
+    each_call(
+        [q, k, v, grad_output],
+        indicators,
+        (config, options),
+        |call, grad_output, _| add_column_bias_gradients(call, grad_output, &mut gradients),
+    )?;
     Ok(gradients)
 }
 
@@ -134,21 +124,48 @@ pub fn attention_gradients(
     options: &AttentionOptions,
 ) -> Result<(Array4, Array4, Array4)> {
     check_grad_output(grad_output, q, v)?;
-    let Some(segments) = segments_of(q, k, indicators, options)? else {
-        let call = Call::new((q, k, v), indicators, config, options, None)?;
-        return Ok(gradients_of(&call, grad_output));
-    };
     let (mut dq, mut dk, mut dv) = (Array4::zeros(q.dims), Array4::zeros(k.dims), Array4::zeros(v.dims));
+    each_call(
+        [q, k, v, grad_output],
+        indicators,
+        (config, options),
+        |call, grad_output, segment| {
+            let alone = gradients_of(call, grad_output);
+            match segment {
+                None => (dq, dk, dv) = alone,
+                Some(segment) => {
+                    dq.paste(segment, &alone.0);
+                    dk.paste(segment, &alone.1);
+                    dv.paste(segment, &alone.2);
+                }
+            }
+        },
+    )?;
+    Ok((dq, dk, dv))
+}
+
+/// Calls `body` with the whole call, or with each of its segments alone, and the part of the output's gradient.
+fn each_call(
+    [q, k, v, grad_output]: [&Array4; 4],
+    indicators: &Indicators,
+    (config, options): (&CompressionConfig, &AttentionOptions),
+    mut body: impl FnMut(&Call, &Array4, Option<&Segment>),
+) -> Result<()> {
+    let Some(segments) = segments_of(q, k, indicators, options)? else {
+        body(
+            &Call::new((q, k, v), indicators, config, options, None)?,
+            grad_output,
+            None,
+        );
+        return Ok(());
+    };
     for segment in &segments {
         let [q, k, v, grad_output] = [q, k, v, grad_output].map(|x| x.cut(segment));
         let bits = indicators.cut(segment);
         let call = Call::new((&q, &k, &v), &bits, config, options, Some(segment))?;
-        let alone = gradients_of(&call, &grad_output);
-        dq.paste(segment, &alone.0);
-        dk.paste(segment, &alone.1);
-        dv.paste(segment, &alone.2);
+        body(&call, &grad_output, Some(segment));
     }
-    Ok((dq, dk, dv))
+    Ok(())
 }
 
 fn gradients_of(call: &Call, grad_output: &Array4) -> (Array4, Array4, Array4) {
