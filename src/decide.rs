@@ -43,18 +43,16 @@ impl MergePlan {
         let [q, k, v] = &options.layout.turned_all([q, k, v])?;
         let problem = options.layout.explained(Problem::of_rows([q, k, v], options.causal))?;
         problem.check_settings(strategies, config, options)?;
-        let fewer = problem.queries != problem.tokens;
+        let (fewer, segments) = (problem.queries != problem.tokens, problem.segments(options)?);
         if strategies.all_off() && (fewer || config.criterion.takes_scores()) {
-            problem.segments(options)?;
             let shape = (problem.batch, problem.heads, problem.pairs());
             let none = Tensor::zeros(shape, DType::U8, q.device())?;
             return Ok(Self::decided(none, config, true));
         }
         if fewer {
-            problem.segments(options)?;
             check_fewer_queries(&problem, config, options)?;
         }
-        let indicators = match problem.segments(options)? {
+        let indicators = match segments {
             None => decide(&problem, [q, k, v], strategies, config, options)?,
             Some(segments) => decide_alone(&problem, [q, k, v], strategies, config, (options, &segments))?,
         };

@@ -124,9 +124,12 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &At
         ..CompressedAttentionOp::new(problem, [q, k, v], plan, options)
     };
     let (sinks, kept) = (op.sinks.clone().unwrap_or_default(), Arc::clone(&op.kept));
-    let column_bias = ColumnBiasGradient::new(&op, [q, k, v]);
-    let output = q.apply_op3(k, v, op)?;
-    let output = column_bias.over(output, options)?;
+    let column_bias = options.column_bias.as_ref().filter(|bias| bias.track_op());
+    let column_bias = column_bias.map(|bias| (bias, ColumnBiasGradient::new(&op, [q, k, v])));
+    let mut output = q.apply_op3(k, v, op)?;
+    if let Some((bias, gradient)) = column_bias {
+        output = output.apply_op2(bias, gradient)?;
+    }
     let output = SinkGradient { problem, sinks, kept }.over(output, options)?;
     options.layout.turned(&output)
 }

@@ -4,7 +4,6 @@
 //! first, and leaves those of query, key and value for the op of attention ([`FoundGradients`]).
 
 use super::CompressedAttentionOp;
-use crate::config::AttentionOptions;
 use candle_core::{bail, CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -26,14 +25,6 @@ impl ColumnBiasGradient {
             op: op.clone(),
             qkv: qkv.map(Tensor::detach),
             found: qkv.iter().any(|x| x.track_op()).then(|| Arc::clone(&op.found)),
-        }
-    }
-
-    /// The output, with this gradient where the column bias asks for one.
-    pub fn over(self, output: Tensor, options: &AttentionOptions) -> Result<Tensor> {
-        match options.column_bias.as_ref().filter(|bias| bias.track_op()) {
-            Some(bias) => output.apply_op2(bias, self),
-            None => Ok(output),
         }
     }
 }

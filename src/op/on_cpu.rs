@@ -22,8 +22,9 @@ impl CompressedAttentionOp {
             ..
         } = self.problem;
         let mut log_sum_exp = vec![[T::Acc::ZERO; 2]; if self.tracked { batch * heads * queries } else { 0 }];
+        let column_bias = self.column_bias_in_base_2::<T::Acc>()?;
         let run = |segment: Option<&Segment>, log_sum_exp: &mut [[T::Acc; 2]]| {
-            self.with_input(qkv, segment, |input| {
+            self.with_input(qkv, column_bias.as_deref(), segment, |input| {
                 input.check_bias()?;
                 Ok(forward(input, self.tracked.then_some(log_sum_exp)))
             })
@@ -53,10 +54,21 @@ impl CompressedAttentionOp {
         ))
     }
 
-    /// Calls `body` with the input of the whole call, or of one segment alone.
+    /// The column bias in row-major order and the accumulator's dtype, in base 2, if there is one.
+    fn column_bias_in_base_2<A: Accumulator>(&self) -> Result<Option<Vec<A>>> {
+        let Some(bias) = &self.options.column_bias else {
+            return Ok(None);
+        };
+        let numbers = bias.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+        let in_base_2 = |x: f64| A::of(x * std::f64::consts::LOG2_E);
+        Ok(Some(numbers.into_iter().map(in_base_2).collect()))
+    }
+
+    /// Calls `body` with the input of the whole call, or of one segment alone; `column_bias` is in base 2.
     fn with_input<T: Element, R>(
         &self,
         [q, k, v]: [(&[T], &Layout); 3],
+        column_bias: Option<&[T::Acc]>,
         segment: Option<&Segment>,
         body: impl FnOnce(&ForwardInput<T>) -> Result<R>,
     ) -> Result<R> {
@@ -67,10 +79,6 @@ impl CompressedAttentionOp {
             None => None,
         };
         let sinks = self.sinks.as_deref().map(sinks_in_base_2);
-        let column_bias = match &self.options.column_bias {
-            Some(bias) => Some(column_bias_in_base_2::<T::Acc>(bias)?),
-            None => None,
-        };
         let bits = contiguous::<u8>(&indicators.0, indicators.1)?;
         let whole = ForwardInput {
             q: rows(q),
@@ -88,7 +96,7 @@ impl CompressedAttentionOp {
             first: [0, 0],
             bias,
             sinks: sinks.as_deref(),
-            column_bias: column_bias.as_deref().map(|bias| {
+            column_bias: column_bias.map(|bias| {
                 let Problem { kv_heads, tokens, .. } = self.problem;
                 ColumnBias::new(bias, [kv_heads, tokens])
             }),
@@ -129,9 +137,10 @@ impl CompressedAttentionOp {
             )
         };
         let log_sum_exp = contiguous::<T::Acc>(&log_sum_exp.0, log_sum_exp.1)?.as_chunks().0;
+        let column_bias = self.column_bias_in_base_2::<T::Acc>()?;
         let run = |segment: Option<&Segment>, log_sum_exp: &[[T::Acc; 2]]| {
             let [batch, first] = segment.map_or([0, 0], |segment| [segment.batch, segment.tokens.start]);
-            self.with_input([q, k, v], segment, |input| {
+            self.with_input([q, k, v], column_bias.as_deref(), segment, |input| {
                 Ok(backward(&BackwardInput {
                     forward: *input,
                     output: rows(output).from(batch, first),
@@ -199,13 +208,6 @@ impl CompressedAttentionOp {
             _ => self.cpu_bwd::<f32>(qkv, output, grad_output),
         }
     }
-}
-
-/// A column bias in row-major order and the accumulator's dtype, in base 2.
-fn column_bias_in_base_2<A: Accumulator>(bias: &Tensor) -> Result<Vec<A>> {
-    let numbers = bias.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
-    let in_base_2 = |x: f64| A::of(x * std::f64::consts::LOG2_E);
-    Ok(numbers.into_iter().map(in_base_2).collect())
 }
 
 /// An error of one segment's call, whose rows and columns count from its first token.

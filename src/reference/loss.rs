@@ -37,7 +37,7 @@ impl LossTerms {
     }
 }
 
-/// The terms, or `None` for fewer than two tokens and under [`crate::Criterion::ObservedMass`]: there is no pair.
+/// The terms, or `None` for fewer than two tokens and under a criterion that compares no pairs.
 ///
 /// # Errors
 /// Shapes, strategies or settings that do not fit together.
