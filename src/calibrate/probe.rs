@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 /// A score per token and KV head from the token's key: s = w·k + b, with weights for each layer and KV head. Low means
 /// that later rows will not miss the token. The key is the layer's **before rotary embedding**: a rotated key also
-/// carries its position. [`ProbeFitter`](super::ProbeFitter) fits one without training. Source: this crate.
+/// carries its position. `ProbeFitter` (feature `fit`) fits one without training. Source: this crate.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
