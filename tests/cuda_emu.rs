@@ -12,7 +12,7 @@ use candle_sfattention::{
     Criterion, GroupRule, HeadStrategies, MergePlan, MergeRule, MergeStrategy,
 };
 use common::golden::cases;
-use common::inputs::{assert_close, laid_out, values, Memory, Shape};
+use common::inputs::{assert_close, laid_out, values, Memory, Normal, Shape};
 use common::judge::{largest, largest_error, F32_TIMES};
 use common::settings::{settings, Setting};
 
@@ -406,7 +406,8 @@ fn unfolding_is_the_transpose_of_folding() -> Result<()> {
         let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
         let bits = emulation::decide([q, k, v], &strategies, &config, &Default::default())?;
         let lists = if shared { kv_heads } else { heads };
-        let random = |lists: usize| Tensor::randn(0f32, 1.0, (batch, lists, tokens, dim), &Device::Cpu);
+        let mut normal = Normal::new(9);
+        let mut random = |lists: usize| normal.tensor(&[batch, lists, tokens, dim]);
         let (far, folded, near, queries) = (random(lists)?, random(lists)?, random(lists)?, random(heads)?);
         let gradients = emulation::ColumnGradients {
             far: &far,

@@ -9,7 +9,7 @@ use candle_sfattention::reference::philox4x32_10;
 use candle_sfattention::{
     attend, AttentionOptions, CompressionConfig, Criterion, HeadStrategies, KeyGate, KeyProbe, MergePlan, MergeStrategy,
 };
-use common::inputs::{assert_close, values, Shape};
+use common::inputs::{assert_close, values, Normal, Shape};
 
 const CPU: Device = Device::Cpu;
 
@@ -108,8 +108,8 @@ fn gradients_reach_gate_and_keys() -> Result<()> {
 #[test]
 fn a_gate_starts_and_ends_as_a_probe() -> Result<()> {
     let config = config(5, 2);
-    let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &CPU);
-    let probe = KeyProbe::new(&random(&[3, 2, 8])?, &random(&[3, 2])?)?;
+    let mut normal = Normal::new(3);
+    let probe = KeyProbe::new(&normal.tensor(&[3, 2, 8])?, &normal.tensor(&[3, 2])?)?;
     let thresholds = [0.4, -0.7];
     let mut gates = Vec::new();
     for layer in 0..3 {

@@ -14,7 +14,7 @@ use candle_sfattention::{
     HeadStrategies, KeyProbe, MergePlan, MergeStrategy, ModelShape, Policy, ProbeFitter, RotaryConfig,
     SelfAttentionConfig, TensorLayout,
 };
-use common::inputs::{assert_close, values, Shape};
+use common::inputs::{assert_close, values, Normal, Shape};
 
 const MODEL: ModelShape = ModelShape {
     layers: 2,
@@ -64,7 +64,8 @@ impl Window {
 /// The scores are w·k + b, of keys by any strides and in halves.
 #[test]
 fn scores_are_a_linear_form() -> Result<()> {
-    let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu);
+    let mut normal = Normal::new(1);
+    let mut random = |shape: &[usize]| normal.tensor(shape);
     let (weights, offsets, keys) = (random(&[3, 2, 8])?, random(&[3, 2])?, random(&[2, 30, 2, 8])?);
     let probe = KeyProbe::new(&weights, &offsets)?;
     let keys = keys.transpose(1, 2)?;
@@ -234,7 +235,8 @@ fn a_policy_keeps_its_probe() -> Result<()> {
         sinks: 2,
         ..CompressionConfig::calibrated()
     };
-    let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu);
+    let mut normal = Normal::new(2);
+    let mut random = |shape: &[usize]| normal.tensor(shape);
     let probe = KeyProbe::new(&random(&[2, 2, 8])?, &random(&[2, 2])?)?;
     let windows = [Window::new(90, 1, DType::F32)?, Window::new(90, 2, DType::F32)?];
     let ratios = [0.2, 0.4, 0.6, 0.8];
@@ -330,8 +332,10 @@ fn samples_that_do_not_fit_are_refused() -> Result<()> {
 /// keys before rotary embedding.
 #[test]
 fn a_layer_reads_its_keys_before_rotation() -> Result<()> {
-    let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu);
-    let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+    let mut normal = Normal::new(3);
+    let mut random = |shape: &[usize]| normal.tensor(shape);
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
     let sizes = SelfAttentionConfig {
         hidden_size: 24,
         num_heads: 4,
@@ -359,6 +363,7 @@ fn a_layer_reads_its_keys_before_rotation() -> Result<()> {
         let attention = CompressedAttention::new(strategies.clone(), config.clone(), options)?;
         let attention = attention.with_probe(&probe, 2)?;
         let layer = CompressedSelfAttention::new(sizes, attention.clone(), vb.clone())?;
+        Normal::new(8).fill(&vars)?;
         let xs = random(&[2, 60, 24])?;
         let (whole, plan) = layer.forward_with_plan(&xs)?;
         let keys = linear_b(24, 16, true, vb.pp("k_proj"))?

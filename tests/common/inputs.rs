@@ -1,7 +1,9 @@
 //! Random inputs whose neighbours resemble each other, so that every strategy merges something.
 
 use candle_core::{DType, Device, Result, Tensor};
+use candle_nn::VarMap;
 use rand::{rngs::StdRng, Rng, SeedableRng};
+use std::collections::BTreeMap;
 
 /// (batch, heads, kv_heads, tokens, head_dim)
 #[derive(Clone, Copy, Debug)]
@@ -59,6 +61,40 @@ pub fn laid_out(qkv: &[Tensor; 3], memory: Memory) -> Result<[Tensor; 3]> {
                 view(heads + kv_heads, kv_heads)?,
             ])
         }
+    }
+}
+
+/// Normal numbers: the same for the same seed, unlike those of `Tensor::randn`.
+pub struct Normal(StdRng);
+
+impl Normal {
+    pub fn new(seed: u64) -> Self {
+        Self(StdRng::seed_from_u64(seed))
+    }
+
+    /// An f32 tensor on the CPU.
+    pub fn tensor(&mut self, dims: &[usize]) -> Result<Tensor> {
+        let mut number = || {
+            let (u, v): (f64, f64) = (self.0.random(), self.0.random());
+            // Box and Muller's; 1 - u is above zero.
+            ((-2.0 * (1.0 - u).ln()).sqrt() * (std::f64::consts::TAU * v).cos()) as f32
+        };
+        let data: Vec<f32> = (0..dims.iter().product()).map(|_| number()).collect();
+        Tensor::from_vec(data, dims, &Device::Cpu)
+    }
+
+    /// Draws all variables anew, each over the square root of its last axis.
+    pub fn fill(&mut self, vars: &VarMap) -> Result<()> {
+        let vars: BTreeMap<_, _> = vars.data().lock().expect("poisoned").clone().into_iter().collect();
+        for var in vars.values() {
+            let width = *var.dims().last().expect("an axis") as f64;
+            var.set(
+                &(self.tensor(var.dims())? / width.sqrt())?
+                    .to_dtype(var.dtype())?
+                    .to_device(var.device())?,
+            )?;
+        }
+        Ok(())
     }
 }
 

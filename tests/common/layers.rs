@@ -1,6 +1,6 @@
 //! A whole layer on two devices.
 
-use super::inputs::Shape;
+use super::inputs::{Normal, Shape};
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
@@ -46,6 +46,7 @@ pub fn on_both(config: &CompressionConfig, qkv_bias: bool, device: &Device) -> R
         })
     };
     let on_cpu = place(VarMap::new(), &Device::Cpu)?;
+    Normal::new(6).fill(&on_cpu.map)?;
     let moved = VarMap::new();
     for (name, var) in on_cpu.map.data().lock().expect("poisoned").iter() {
         let var = Var::from_tensor(&var.to_device(device)?)?;

@@ -184,6 +184,33 @@ fn a_type_name_has_one_meaning() -> Result<()> {
     Ok(())
 }
 
+/// candle's generator of the CPU takes no seed: a test that draws from it fails once in a while, and never again.
+#[test]
+fn tests_draw_from_a_seed() -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let unseeded = [
+        "Tensor::rand",
+        "Tensor::randn",
+        "rand::rng",
+        ".rand_like",
+        ".randn_like",
+    ];
+    // With the parenthesis: this file names them too.
+    let unseeded = unseeded.map(|call| format!("{call}("));
+    let mut found = Vec::new();
+    for path in rust_files(&root)? {
+        let text = std::fs::read_to_string(&path)?;
+        let lines = text.lines().enumerate();
+        let draws = lines.filter(|(_, line)| unseeded.iter().any(|call| line.contains(call.as_str())));
+        found.extend(draws.map(|(number, _)| format!("{}:{}", path.display(), number + 1)));
+    }
+    ensure!(
+        found.is_empty(),
+        "expected numbers of a seed (common::inputs::Normal), got candle's at {found:?}"
+    );
+    Ok(())
+}
+
 #[test]
 fn the_scanner_reads_type_names() {
     for (line, name) in [
