@@ -11,7 +11,7 @@ pub use rotary::{RotaryConfig, RotaryLayout, RotaryScaling};
 pub use sink::CompressionLossSink;
 
 use crate::cache::{CacheOptions, CompressedKvCache};
-use crate::calibrate::KeyProbe;
+use crate::calibrate::{KeyProbe, LayerScorer};
 use crate::config::{AttentionOptions, CompressionConfig, Dropout, HeadStrategies};
 use crate::op::{attend, compressed_attention, CompressedAttentionOutput};
 use crate::plan::MergePlan;
@@ -38,7 +38,7 @@ pub struct CompressedAttention {
     config: CompressionConfig,
     options: AttentionOptions,
     /// Of this layer alone.
-    probe: Option<KeyProbe>,
+    probe: Option<LayerScorer>,
     /// The number of calls so far; each call draws another dropout mask.
     calls: AtomicU64,
 }
@@ -97,7 +97,7 @@ impl CompressedAttention {
                 self.config.criterion
             )
         }
-        self.probe = Some(probe.of_layer(layer)?);
+        self.probe = Some(LayerScorer::new(probe, layer)?);
         Ok(self)
     }
 
@@ -167,7 +167,7 @@ impl CompressedAttention {
 
     fn probe_scores(&self, probed: &Tensor) -> Result<Option<Tensor>> {
         let Some(probe) = &self.probe else { return Ok(None) };
-        probe.scores(0, &self.options.layout.turned(probed)?).map(Some)
+        probe.scores(&self.options.layout.turned(probed)?).map(Some)
     }
 
     fn scored(&self, [q, k, v]: [&Tensor; 3], scores: &Tensor) -> Result<(Tensor, MergePlan)> {

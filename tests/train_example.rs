@@ -4,6 +4,9 @@
 #[path = "../examples/llama/model.rs"]
 mod model;
 #[allow(dead_code)]
+#[path = "../examples/train/network.rs"]
+mod network;
+#[allow(dead_code)]
 #[path = "../examples/llama/rope.rs"]
 mod rope;
 #[allow(dead_code)]

@@ -16,6 +16,7 @@ mod generate;
 mod load;
 mod model;
 mod model_args;
+mod place;
 mod plot;
 mod probe;
 mod report;

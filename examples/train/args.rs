@@ -4,37 +4,42 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use anyhow::{ensure, Context, Result};
+use candle_core::DType;
 use clap::{Args, Parser, ValueEnum};
 use serde::{Deserialize, Serialize};
 
+use crate::compress::CompressArgs;
 use crate::compression::CompressionArgs;
 use crate::model::LlamaConfig;
 use crate::rope::{Pairing, RopeScaling};
 
-/// `train ...` or `train experiment ...`.
+/// `train ...`, `train experiment ...` or `train compress ...`.
 pub enum Command {
     Run(RunArgs),
     Experiment(ExperimentArgs),
+    Compress(CompressArgs),
 }
 
 impl Command {
     /// Reads the process's arguments, or ends it with a message.
     pub fn parse() -> Self {
         let words: Vec<_> = std::env::args_os().collect();
-        match words.get(1).is_some_and(|word| word == "experiment") {
-            true => Self::Experiment(ExperimentArgs::parse_from(&words[1..])),
-            false => Self::Run(RunArgs::parse_from(&words)),
+        match words.get(1).and_then(|word| word.to_str()) {
+            Some("experiment") => Self::Experiment(ExperimentArgs::parse_from(&words[1..])),
+            Some("compress") => Self::Compress(CompressArgs::parse_from(&words[1..])),
+            _ => Self::Run(RunArgs::parse_from(&words)),
         }
     }
 }
 
-const EXPERIMENT: &str = "`train experiment --help` is about training the same model with a list of compressions.";
+const OTHERS: &str = "`train experiment --help` is about training the same model with a list of compressions, `train \
+                      compress --help` about teaching a checkpoint to do without most of its keys.";
 
 /// Trains a small Llama with compressed attention on a text file, on the CPU.
 ///
 /// Writes checkpoints, log.csv, plots, and the model as a Hugging Face folder that the llama example runs.
 #[derive(Debug, Parser)]
-#[command(name = "train", version, after_help = EXPERIMENT)]
+#[command(name = "train", version, after_help = OTHERS)]
 pub struct RunArgs {
     /// The text to train on. Its last 5% are held out.
     #[arg(long, value_name = "FILE")]
@@ -126,6 +131,15 @@ pub enum ExportDtype {
     F16,
 }
 
+impl From<ExportDtype> for DType {
+    fn from(dtype: ExportDtype) -> Self {
+        match dtype {
+            ExportDtype::F32 => DType::F32,
+            ExportDtype::F16 => DType::F16,
+        }
+    }
+}
+
 /// Trains the same model with a list of compressions at equal steps, and compares them in a table.
 #[derive(Debug, Parser)]
 #[command(name = "train experiment", version)]
@@ -205,13 +219,19 @@ impl TrainingArgs {
 
     /// Warmup, then a cosine from `lr` to a tenth of it; `step` counts from 0.
     pub fn learning_rate(&self, step: usize) -> f64 {
-        let warmup = self.warmup.unwrap_or(self.steps / 20);
-        if step < warmup {
-            return self.lr * (step + 1) as f64 / warmup as f64;
-        }
-        let done = (step - warmup) as f64 / (self.steps - warmup).max(1) as f64;
-        self.lr * (0.55 + 0.45 * (std::f64::consts::PI * done).cos())
+        self.lr * warmup_then_cosine(step, self.steps, self.warmup)
     }
+}
+
+/// A factor on learning rates: linear up to 1 in `warmup` steps, a twentieth of all if None, then a cosine down to a
+/// tenth; `step` counts from 0.
+pub fn warmup_then_cosine(step: usize, steps: usize, warmup: Option<usize>) -> f64 {
+    let warmup = warmup.unwrap_or(steps / 20);
+    if step < warmup {
+        return (step + 1) as f64 / warmup as f64;
+    }
+    let done = (step - warmup) as f64 / steps.saturating_sub(warmup).max(1) as f64;
+    0.55 + 0.45 * (std::f64::consts::PI * done).cos()
 }
 
 /// Factor on λ, from `start` at the first step to `end` at the last.

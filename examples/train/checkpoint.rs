@@ -1,11 +1,11 @@
 //! Checkpoints, and the export for the llama example. Every folder appears whole, under its name, or not at all.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
-use candle_core::{safetensors, DType, Device};
+use anyhow::{bail, ensure, Context, Result};
+use candle_core::{safetensors, DType, Device, Var};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -19,6 +19,7 @@ use crate::source::{config_json, Framing, Source};
 use crate::trainable::Trainable;
 
 const PREFIX: &str = "step-";
+const MOMENTS: &str = "optimizer.safetensors";
 
 /// state.json: together with the weights and the moments, everything that the next step depends on. The place in the
 /// data and the random numbers follow from the seed and the step.
@@ -35,7 +36,7 @@ pub struct State {
 
 /// The parts of a model that are written to a folder.
 pub struct Model<'a> {
-    pub weights: &'a Trainable,
+    pub weights: BTreeMap<String, Var>,
     pub config: &'a LlamaConfig,
     pub tokenizer: &'a Tokenizer,
     pub framing: &'a Framing,
@@ -43,12 +44,16 @@ pub struct Model<'a> {
 
 /// Writes OUT/checkpoints/step-N and keeps only that one and the previous one.
 pub fn save(out: &Path, state: &State, model: &Model, optimizer: &AdamW) -> Result<()> {
-    let folder = out.join("checkpoints").join(format!("{PREFIX}{:08}", state.step));
-    replace_folder(&folder, |folder| {
+    save_folder(out, state.step, |folder| {
         write_model(folder, model, DType::F32)?;
-        safetensors::save(&optimizer.state()?, folder.join("optimizer.safetensors"))?;
+        write_moments(folder, optimizer)?;
         write_json(&folder.join("state.json"), state)
-    })?;
+    })
+}
+
+/// Fills OUT/checkpoints/step-N and keeps only that one and the previous one.
+pub fn save_folder(out: &Path, step: usize, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    replace_folder(&out.join("checkpoints").join(format!("{PREFIX}{step:08}")), fill)?;
     let mut all = list(out);
     all.truncate(all.len().saturating_sub(2));
     for old in all {
@@ -57,9 +62,37 @@ pub fn save(out: &Path, state: &State, model: &Model, optimizer: &AdamW) -> Resu
     Ok(())
 }
 
+pub fn write_moments(folder: &Path, optimizer: &AdamW) -> Result<()> {
+    Ok(safetensors::save(&optimizer.state()?, folder.join(MOMENTS))?)
+}
+
 /// The newest checkpoint of a run.
 pub fn latest(out: &Path) -> Option<PathBuf> {
     list(out).pop()
+}
+
+/// The checkpoint to resume from. A folder that has one is not overwritten.
+pub fn find_checkpoint(out: &Path, resume: bool) -> Result<Option<PathBuf>> {
+    let (latest, out) = (latest(out), out.display());
+    match (resume, &latest) {
+        (true, None) => bail!("resume: expected a checkpoint in {out}, found none; leave --resume out"),
+        (false, Some(_)) => {
+            bail!("out: expected a folder without checkpoints, got {out}; add --resume or change --out")
+        }
+        _ => Ok(latest),
+    }
+}
+
+/// Refuses to resume under other settings than the checkpoint's.
+pub fn check_settings(saved: &Value, settings: &Value) -> Result<()> {
+    for (name, value) in settings.as_object().into_iter().flatten() {
+        let saved = &saved[name];
+        ensure!(
+            saved == value,
+            "resume: expected the checkpoint's {name}, {saved}, got {value}; give the flags of the first run"
+        );
+    }
+    Ok(())
 }
 
 /// Checkpoints of a run, oldest first.
@@ -83,11 +116,16 @@ fn list(out: &Path) -> Vec<PathBuf> {
 
 /// Sets the weights from `source`, read from `folder`, and the moments from the folder's other file.
 pub fn restore(folder: &Path, source: &Source, state: &State, model: &Trainable, optimizer: &mut AdamW) -> Result<()> {
-    source.fill(model)?;
-    let moments = folder.join("optimizer.safetensors");
+    source.fill(&model.vars())?;
+    restore_moments(folder, state.step, optimizer)
+}
+
+/// The moments of [`write_moments`], after `step` steps.
+pub fn restore_moments(folder: &Path, step: usize, optimizer: &mut AdamW) -> Result<()> {
+    let moments = folder.join(MOMENTS);
     let restored = safetensors::load(&moments, &Device::Cpu)
         .map_err(anyhow::Error::from)
-        .and_then(|moments| optimizer.restore(&moments, state.step));
+        .and_then(|moments| optimizer.restore(&moments, step));
     restored.with_context(|| format!("{}", moments.display()))
 }
 
@@ -98,10 +136,11 @@ pub fn export(out: &Path, model: &Model, dtype: DType) -> Result<PathBuf> {
     Ok(folder)
 }
 
-fn write_model(folder: &Path, model: &Model, dtype: DType) -> Result<()> {
+pub fn write_model(folder: &Path, model: &Model, dtype: DType) -> Result<()> {
     let mut weights = HashMap::new();
-    for (name, var) in model.weights.vars() {
-        weights.insert(name, var.as_detached_tensor().to_dtype(dtype)?);
+    for (name, var) in &model.weights {
+        let weight = var.as_detached_tensor().to_device(&Device::Cpu)?;
+        weights.insert(name.clone(), weight.to_dtype(dtype)?);
     }
     safetensors::save(&weights, folder.join("model.safetensors"))?;
     let mut json = config_json(model.config);

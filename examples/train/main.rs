@@ -1,10 +1,12 @@
-//! Trains a small Llama with compressed attention on a text file, on the CPU. See `--help`.
+//! Trains a small Llama with compressed attention on a text file, or teaches a checkpoint to do without most of its
+//! keys. See `--help`.
 //!
 //! Shared with the llama example: the compression flags, the reading of checkpoints, and the model, which evaluates the
 //! held-out text. So a measurement here equals that example's on the exported folder.
 
 mod args;
 mod checkpoint;
+mod compress;
 #[path = "../llama/compression.rs"]
 #[allow(dead_code)] // the llama example uses the rest
 mod compression;
@@ -17,7 +19,10 @@ mod experiment;
 mod files;
 #[path = "../llama/floats.rs"]
 mod floats;
+mod network;
 mod optimizer;
+#[path = "../llama/place.rs"]
+mod place;
 mod plot;
 mod record;
 mod source;
@@ -37,6 +42,7 @@ fn main() -> ExitCode {
     let result = match Command::parse() {
         Command::Run(args) => trainer::run(&args),
         Command::Experiment(args) => experiment::run(&args),
+        Command::Compress(args) => compress::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

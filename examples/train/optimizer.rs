@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use anyhow::{ensure, Context, Result};
 use candle_core::backprop::GradStore;
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 const BETA1: f64 = 0.9;
 const BETA2: f64 = 0.95;
@@ -21,50 +21,62 @@ pub struct AdamW {
 struct Parameter {
     var: Var,
     /// Running means of the gradient and of its square.
-    first: Vec<f32>,
-    second: Vec<f32>,
+    first: Tensor,
+    second: Tensor,
 }
 
 impl AdamW {
     /// `clip`: the largest norm of all gradients together.
-    pub fn new(vars: BTreeMap<String, Var>, weight_decay: f64, clip: f64) -> Self {
-        let parameter = |var: Var| Parameter {
-            first: vec![0.0; var.elem_count()],
-            second: vec![0.0; var.elem_count()],
-            var,
+    pub fn new(vars: BTreeMap<String, Var>, weight_decay: f64, clip: f64) -> Result<Self> {
+        let parameter = |(name, var): (String, Var)| -> Result<_> {
+            let zeros = || var.as_detached_tensor().zeros_like();
+            let (first, second) = (zeros()?, zeros()?);
+            Ok((name, Parameter { var, first, second }))
         };
-        Self {
-            parameters: vars.into_iter().map(|(name, var)| (name, parameter(var))).collect(),
+        Ok(Self {
+            parameters: vars.into_iter().map(parameter).collect::<Result<_>>()?,
             step: 0,
             weight_decay,
             clip,
-        }
+        })
     }
 
-    /// One update; returns the gradients' norm. If that is not finite, nothing changes.
+    /// One update of all weights by one learning rate; returns the gradients' norm. If that is not finite, nothing
+    /// changes.
     pub fn step(&mut self, gradients: &GradStore, learning_rate: f64) -> Result<f64> {
-        let mut values = Vec::with_capacity(self.parameters.len());
-        for (name, parameter) in &self.parameters {
+        self.step_by(gradients, |_| Some(learning_rate))
+    }
+
+    /// One update, with a learning rate for each name; weights of no rate stand still.
+    pub fn step_by(&mut self, gradients: &GradStore, rate: impl Fn(&str) -> Option<f64>) -> Result<f64> {
+        let mut moved = Vec::with_capacity(self.parameters.len());
+        let mut squares = Vec::with_capacity(self.parameters.len());
+        for (name, parameter) in &mut self.parameters {
+            let Some(rate) = rate(name) else { continue };
             let gradient = gradients
                 .get(&parameter.var)
                 .with_context(|| format!("{name}: expected a gradient, got none; this is a defect of the example"))?;
-            values.push(gradient.flatten_all()?.to_vec1::<f32>()?);
+            squares.push(gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?);
+            moved.push((parameter, gradient, rate));
         }
-        let squares = values.iter().flatten().map(|&x| f64::from(x).powi(2)).sum::<f64>();
-        let norm = squares.sqrt();
+        ensure!(
+            !moved.is_empty(),
+            "rates: expected one for some weight, got none; this is a defect of the example"
+        );
+        let norm = Tensor::stack(&squares, 0)?.sum_all()?.to_scalar::<f64>()?.sqrt();
         if !norm.is_finite() {
             return Ok(norm);
         }
         self.step += 1;
-        let scale = (self.clip / norm.max(1e-12)).min(1.0) as f32;
-        for (parameter, gradient) in self.parameters.values_mut().zip(values) {
+        let scale = (self.clip / norm.max(1e-12)).min(1.0);
+        for (parameter, gradient, rate) in moved {
             // Norms' weights are not decayed.
             let decay = if parameter.var.rank() == 2 {
                 self.weight_decay
             } else {
                 0.0
             };
-            parameter.update(&gradient, scale, self.step, learning_rate, decay)?;
+            parameter.update(&(gradient * scale)?, self.step, rate, decay)?;
         }
         Ok(norm)
     }
@@ -73,10 +85,8 @@ impl AdamW {
     pub fn state(&self) -> Result<HashMap<String, Tensor>> {
         let mut state = HashMap::new();
         for (name, parameter) in &self.parameters {
-            let moments = [("first", &parameter.first), ("second", &parameter.second)];
-            for (moment, values) in moments {
-                let tensor = Tensor::from_slice(values, parameter.var.dims(), &Device::Cpu)?;
-                state.insert(format!("{name}.{moment}"), tensor);
+            for (moment, values) in [("first", &parameter.first), ("second", &parameter.second)] {
+                state.insert(format!("{name}.{moment}"), values.to_device(&Device::Cpu)?);
             }
         }
         Ok(state)
@@ -92,7 +102,8 @@ impl AdamW {
         );
         for (name, parameter) in &mut self.parameters {
             let shape = parameter.var.dims().to_vec();
-            let get = |moment: &str| -> Result<Vec<f32>> {
+            let device = parameter.var.device().clone();
+            let get = |moment: &str| -> Result<Tensor> {
                 let key = format!("{name}.{moment}");
                 let tensor = state.get(&key).with_context(|| format!("expected {key}, found none"))?;
                 ensure!(
@@ -100,7 +111,7 @@ impl AdamW {
                     "{key}: expected shape {shape:?}, got {:?}",
                     tensor.dims()
                 );
-                Ok(tensor.flatten_all()?.to_vec1()?)
+                Ok(tensor.to_device(&device)?)
             };
             (parameter.first, parameter.second) = (get("first")?, get("second")?);
         }
@@ -110,21 +121,17 @@ impl AdamW {
 }
 
 impl Parameter {
-    fn update(&mut self, gradient: &[f32], scale: f32, step: usize, learning_rate: f64, decay: f64) -> Result<()> {
-        let (beta1, beta2) = (BETA1 as f32, BETA2 as f32);
-        let rate = (learning_rate / (1.0 - BETA1.powf(step as f64))) as f32;
-        let correction = (1.0 / (1.0 - BETA2.powf(step as f64))) as f32;
-        let keep = (1.0 - learning_rate * decay) as f32;
-        let mut weights = self.var.flatten_all()?.to_vec1::<f32>()?;
-        let moments = self.first.iter_mut().zip(&mut self.second);
-        for ((weight, (first, second)), gradient) in weights.iter_mut().zip(moments).zip(gradient) {
-            let gradient = gradient * scale;
-            *first = beta1 * *first + (1.0 - beta1) * gradient;
-            *second = beta2 * *second + (1.0 - beta2) * gradient * gradient;
-            *weight = keep * *weight - rate * *first / ((*second * correction).sqrt() + EPSILON as f32);
-        }
-        Ok(self
-            .var
-            .set(&Tensor::from_vec(weights, self.var.dims(), &Device::Cpu)?)?)
+    fn update(&mut self, gradient: &Tensor, step: usize, learning_rate: f64, decay: f64) -> Result<()> {
+        let mix =
+            |old: &Tensor, new: Tensor, beta: f64| -> Result<Tensor> { Ok(((old * beta)? + new * (1.0 - beta))?) };
+        // The graph of a gradient would grow from step to step.
+        let gradient = gradient.detach();
+        self.first = mix(&self.first, gradient.clone(), BETA1)?;
+        self.second = mix(&self.second, gradient.sqr()?, BETA2)?;
+        let rate = learning_rate / (1.0 - BETA1.powf(step as f64));
+        let correction = 1.0 / (1.0 - BETA2.powf(step as f64));
+        let root = ((&self.second * correction)?.sqrt()? + EPSILON)?;
+        let kept = (self.var.as_detached_tensor() * (1.0 - learning_rate * decay))?;
+        Ok(self.var.set(&(kept - (self.first.div(&root)? * rate)?)?)?)
     }
 }

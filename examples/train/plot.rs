@@ -57,7 +57,7 @@ fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
 
 /// With `log`, values above 0 on a logarithmic axis. The axis fits the values after the first eighth of the steps:
 /// earlier values fall so far that they would flatten the rest.
-fn draw(path: &Path, title: &str, log: bool, curves: &[Curve]) -> Result<()> {
+pub fn draw(path: &Path, title: &str, log: bool, curves: &[Curve]) -> Result<()> {
     let points = || curves.iter().flat_map(|curve| &curve.points);
     let last = points().map(|point| point.0).fold(1.0, f64::max);
     let shown = || points().filter(|point| point.0 >= last / 8.0).map(|point| point.1);

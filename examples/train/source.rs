@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{bail, ensure, Context, Result};
-use candle_core::Tensor;
+use candle_core::{Tensor, Var};
 use serde_json::{json, Value};
 use tokenizers::Tokenizer;
 
@@ -13,7 +13,6 @@ use crate::load::text::{Edge, Text};
 use crate::load::{Checkpoint, LoadOptions};
 use crate::model::LlamaConfig;
 use crate::rope::{Llama3Scaling, Pairing, RopeScaling};
-use crate::trainable::Trainable;
 
 /// An export's settings about text, besides its tokenizer.
 #[derive(Clone, Debug)]
@@ -72,11 +71,11 @@ impl Source {
         })
     }
 
-    /// Sets the model's weights. Biases that the checkpoint lacks stay 0. Rows for ids that it lacks become the mean of
+    /// Sets a model's weights. Biases that the checkpoint lacks stay 0. Rows for ids that it lacks become the mean of
     /// the others, so that none of these ids is likelier than the average one.
-    pub fn fill(&self, model: &Trainable) -> Result<()> {
-        for (name, var) in model.vars() {
-            let weight = match self.weights.get(&name) {
+    pub fn fill(&self, vars: &BTreeMap<String, Var>) -> Result<()> {
+        for (name, var) in vars {
+            let weight = match self.weights.get(name) {
                 Some(weight) => weight.clone(),
                 None if name.ends_with(".bias") => continue,
                 None => bail!("{name}: expected this weight, found none; this is a defect of the example"),
@@ -94,7 +93,7 @@ impl Source {
                 var.dims(),
                 weight.dims()
             );
-            var.set(&weight)?;
+            var.set(&weight.to_device(var.device())?)?;
         }
         Ok(())
     }

@@ -5,14 +5,14 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{bail, ensure, Context, Result};
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use candle_sfattention::CompressedAttention;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Value};
 use tokenizers::Tokenizer;
 
-use crate::args::{ExportDtype, RunArgs};
+use crate::args::RunArgs;
 use crate::checkpoint::{self, State};
 use crate::compression::Compression;
 use crate::data::{self, Text};
@@ -96,7 +96,7 @@ impl<'a> Run<'a> {
         );
         let compression = Compression::from_args(&args.compression)?;
         let text = Text::read(&args.text)?;
-        let resumed = find_checkpoint(args)?;
+        let resumed = checkpoint::find_checkpoint(&args.out, args.resume)?;
         let (source, (config, tokenizer, framing)) = start(args, &text, resumed.as_deref())?;
         let tokens = encode(&text.training, &tokenizer, &config)?;
         ensure!(
@@ -110,11 +110,11 @@ impl<'a> Run<'a> {
         let settings = settings(args, &compression, &config, &tokenizer, &text.hash)?;
         let attention = compression.attention(&config)?;
         let model = Trainable::new(&config, attention.clone(), training.seed)?;
-        let mut optimizer = AdamW::new(model.vars(), training.weight_decay, training.clip);
+        let mut optimizer = AdamW::new(model.vars(), training.weight_decay, training.clip)?;
         let mut state = None;
         match (&resumed, &source) {
             (Some(folder), Some(source)) => state = Some(resume(folder, source, &settings, &model, &mut optimizer)?),
-            (None, Some(source)) => source.fill(&model)?,
+            (None, Some(source)) => source.fill(&model.vars())?,
             (_, None) => {}
         }
         drop(source);
@@ -240,7 +240,7 @@ impl<'a> Run<'a> {
     /// The parts of the model that are written.
     fn model(&self) -> checkpoint::Model<'_> {
         checkpoint::Model {
-            weights: &self.model,
+            weights: self.model.vars(),
             config: &self.config,
             tokenizer: &self.tokenizer,
             framing: &self.framing,
@@ -252,12 +252,8 @@ impl<'a> Run<'a> {
             Some(held_out) if diverged_at.is_none() => held_out,
             _ => self.measure()?,
         };
-        let dtype = match self.args.training.export_dtype {
-            ExportDtype::F32 => DType::F32,
-            ExportDtype::F16 => DType::F16,
-        };
         let out: &Path = &self.args.out;
-        checkpoint::export(out, &self.model(), dtype)?;
+        checkpoint::export(out, &self.model(), self.args.training.export_dtype.into())?;
         let rows = record::read(out)?;
         let last: Vec<StepLosses> = rows.iter().rev().filter_map(|row| row.losses).take(20).collect();
         let mean = |value: fn(&StepLosses) -> f64| last.iter().map(value).sum::<f64>() / last.len() as f64;
@@ -273,18 +269,6 @@ impl<'a> Run<'a> {
         plot_runs(out, &[("this run".to_string(), rows)])?;
         checkpoint::write_json(&out.join("summary.json"), &summary)?;
         Ok(summary)
-    }
-}
-
-/// The checkpoint to resume from. A folder that has one is not overwritten.
-fn find_checkpoint(args: &RunArgs) -> Result<Option<std::path::PathBuf>> {
-    let (latest, out) = (checkpoint::latest(&args.out), args.out.display());
-    match (args.resume, &latest) {
-        (true, None) => bail!("resume: expected a checkpoint in {out}, found none; leave --resume out"),
-        (false, Some(_)) => {
-            bail!("out: expected a folder without checkpoints, got {out}; add --resume or change --out")
-        }
-        _ => Ok(latest),
     }
 }
 
@@ -323,14 +307,7 @@ fn fresh(args: &RunArgs, text: &Text) -> Result<Start> {
 
 fn resume(folder: &Path, source: &Source, settings: &Value, model: &Trainable, optimizer: &mut AdamW) -> Result<State> {
     let state: State = checkpoint::read_json(&folder.join("state.json"))?;
-    let names = settings.as_object().into_iter().flatten();
-    for (name, value) in names {
-        let saved = &state.settings[name];
-        ensure!(
-            saved == value,
-            "resume: expected the checkpoint's {name}, {saved}, got {value}; give the flags of the first run"
-        );
-    }
+    checkpoint::check_settings(&state.settings, settings)?;
     checkpoint::restore(folder, source, &state, model, optimizer)?;
     Ok(state)
 }

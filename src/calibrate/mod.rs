@@ -27,6 +27,7 @@ pub use fit::{ProbeFitter, ProbeRegression, ProbeSample};
 pub use policy::{CalibrationFigures, LayerPolicy, Policy, PolicyOptions};
 
 pub use probe::KeyProbe;
+pub(crate) use probe::LayerScorer;
 pub use shape::ModelShape;
 
 #[cfg(doc)]

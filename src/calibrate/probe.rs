@@ -4,6 +4,7 @@
 use super::shape::ModelShape;
 use candle_core::{bail, DType, Device, Error, Result, Tensor, D};
 use serde::{Deserialize, Serialize};
+use std::sync::{Mutex, PoisonError};
 
 /// A score per token and KV head from the token's key: s = w·k + b, with weights for each layer and KV head. Low means
 /// that later rows will not miss the token. The key is the layer's **before rotary embedding**: a rotated key also
@@ -105,19 +106,8 @@ impl KeyProbe {
     /// # Errors
     /// A layer that the probe does not have, or keys of another shape.
     pub fn scores(&self, layer: usize, keys: &Tensor) -> Result<Tensor> {
-        let probe = self.layer(layer)?;
-        let (kv_heads, dim) = (probe.weights.len(), probe.weights[0].len());
-        match *keys.dims() {
-            [_, heads, _, width] if (heads, width) == (kv_heads, dim) => {}
-            ref dims => bail!(
-                "key: expected (batch, {kv_heads}, tokens, {dim}) before rotary embedding, got {dims:?}; the probe is \
-                 of another model"
-            ),
-        }
-        let weights = Tensor::new(probe.weights.clone(), keys.device())?.reshape((1, kv_heads, 1, dim))?;
-        let offsets = Tensor::new(&probe.offsets[..], keys.device())?.reshape((1, kv_heads, 1))?;
-        let scores = keys.to_dtype(DType::F32)?.broadcast_mul(&weights)?.sum(D::Minus1)?;
-        scores.broadcast_add(&offsets)
+        let [weights, offsets] = self.layer(layer)?.tensors(keys.device())?;
+        scores_by(&weights, &offsets, keys)
     }
 
     /// The probe of one layer alone.
@@ -142,5 +132,73 @@ impl KeyProbe {
             bail!("probe: expected layers, KV heads and head_dim of {model:?}, got {sizes:?}; fit one for this model")
         }
         Ok(())
+    }
+}
+
+impl LayerProbe {
+    /// The weights (Hk, D) and offsets (Hk), f32.
+    fn tensors(&self, device: &Device) -> Result<[Tensor; 2]> {
+        Ok([
+            Tensor::new(self.weights.clone(), device)?,
+            Tensor::new(&self.offsets[..], device)?,
+        ])
+    }
+}
+
+/// The scores of keys (B, Hk, n, D) by weights (Hk, D) and offsets (Hk).
+fn scores_by(weights: &Tensor, offsets: &Tensor, keys: &Tensor) -> Result<Tensor> {
+    let (kv_heads, dim) = weights.dims2()?;
+    match *keys.dims() {
+        [_, heads, _, width] if (heads, width) == (kv_heads, dim) => {}
+        ref dims => bail!(
+            "key: expected (batch, {kv_heads}, tokens, {dim}) before rotary embedding, got {dims:?}; the probe is of \
+             another model"
+        ),
+    }
+    let (weights, offsets) = (
+        weights.reshape((1, kv_heads, 1, dim))?,
+        offsets.reshape((1, kv_heads, 1))?,
+    );
+    let scores = keys.to_dtype(DType::F32)?.broadcast_mul(&weights)?.sum(D::Minus1)?;
+    scores.broadcast_add(&offsets)
+}
+
+/// One layer of a probe. Its weights stay on the device of the last keys: a step of decoding uploads nothing.
+#[derive(Debug)]
+pub(crate) struct LayerScorer {
+    probe: LayerProbe,
+    held: Mutex<Option<[Tensor; 2]>>,
+}
+
+impl LayerScorer {
+    /// # Errors
+    /// A layer that the probe does not have.
+    pub fn new(probe: &KeyProbe, layer: usize) -> Result<Self> {
+        Ok(Self::of(probe.layer(layer)?.clone()))
+    }
+
+    fn of(probe: LayerProbe) -> Self {
+        Self {
+            probe,
+            held: Mutex::new(None),
+        }
+    }
+
+    /// As [`KeyProbe::scores`] of this layer.
+    pub fn scores(&self, keys: &Tensor) -> Result<Tensor> {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let [weights, offsets] = match held.take() {
+            Some(tensors) if tensors[0].device().location() == keys.device().location() => tensors,
+            _ => self.probe.tensors(keys.device())?,
+        };
+        let scores = scores_by(&weights, &offsets, keys);
+        *held = Some([weights, offsets]);
+        scores
+    }
+}
+
+impl Clone for LayerScorer {
+    fn clone(&self) -> Self {
+        Self::of(self.probe.clone())
     }
 }
