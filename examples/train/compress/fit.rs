@@ -7,6 +7,10 @@ use indicatif::ProgressBar;
 
 use super::student::Teacher;
 
+/// How much more an error counts in a passage that comes twice, as in `llama calibrate`.
+#[cfg(feature = "fit")]
+const REPEAT_WEIGHT: f64 = 3.0;
+
 /// Fits a probe to windows (1, N), and finds thresholds of the least error that hide `target`.
 #[cfg(feature = "fit")]
 pub fn fit(
@@ -22,10 +26,10 @@ pub fn fit(
 
     use crate::network::AttentionCall;
 
-    let each = |what: &'static str, visit: &mut dyn FnMut(&AttentionCall) -> Result<()>| -> Result<()> {
+    let each = |what: &'static str, visit: &mut dyn FnMut(&AttentionCall, usize) -> Result<()>| -> Result<()> {
         bar.set_message(what);
-        for window in windows {
-            teacher.hidden(window, &mut *visit)?;
+        for (index, window) in windows.iter().enumerate() {
+            teacher.hidden(window, |call| visit(call, index))?;
             bar.inc(1);
         }
         Ok(())
@@ -43,20 +47,22 @@ pub fn fit(
         })?)
     };
     let mut fitter = ProbeFitter::new(model, config.window, config.sinks, AttentionOptions::default())?;
-    each("harms", &mut |call| sample(call, &mut |sample| fitter.observe(sample)))?;
+    each("harms", &mut |call, _| {
+        sample(call, &mut |sample| fitter.observe(sample))
+    })?;
     let mut regression = fitter.regress()?;
-    each("regression", &mut |call| {
+    each("regression", &mut |call, _| {
         sample(call, &mut |sample| regression.add(sample))
     })?;
     let (probe, _) = regression.probe()?;
     let ratios: Vec<f64> = (1..20).map(|i| f64::from(i) / 20.0).collect();
     let mut calibrator = Calibrator::new(model, config.clone(), AttentionOptions::default(), &ratios)?;
-    each("scores", &mut |call| {
+    each("scores", &mut |call, _| {
         let scores = probe.scores(call.layer, call.unrotated)?;
         Ok(calibrator.observe_scored(call.layer, call.qkv, &scores)?)
     })?;
     let mut measurement = calibrator.measure()?;
-    each("errors", &mut |call| {
+    each("errors", &mut |call, index| {
         let scores = probe.scores(call.layer, call.unrotated)?;
         let stream = call
             .stream
@@ -64,7 +70,9 @@ pub fn fit(
             .sqr()?
             .mean_all()?
             .to_scalar::<f32>()?;
-        let weight = 1.0 / f64::from(stream).max(1e-12);
+        // Passages that come twice, which are every other window, are where a hidden token is missed.
+        let repeat = if index % 2 == 1 { REPEAT_WEIGHT } else { 1.0 };
+        let weight = repeat / f64::from(stream).max(1e-12);
         Ok(measurement.add_scored(call.layer, (call.qkv, &scores), Some(call.projection), weight)?)
     })?;
     let mut parts = measurement.policy(target, "the checkpoint")?.parts().clone();
