@@ -11,11 +11,11 @@ use crate::problem::Problem;
 use crate::storage::not_on_cpu;
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, CudaStorage, CustomOp3, Layout, Result, Shape, Tensor};
-use column_bias::{ColumnBiasGradient, FoundGradients};
+use column_bias::{Differentiable, FoundGradients, Gradients};
 use sinks::{KeptTensors, SinkGradient};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
-mod column_bias;
+pub(crate) mod column_bias;
 #[cfg(any(feature = "cuda", feature = "cuda-emu"))]
 pub(crate) mod composed;
 mod on_cpu;
@@ -112,7 +112,6 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &At
     }
     #[cfg(feature = "cuda")]
     if q.device().is_cuda() {
-        options.refuse_column_bias()?;
         return options
             .layout
             .turned(&composed::attend([q, k, v], plan, options, &composed::on_cuda)?);
@@ -124,12 +123,7 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, plan: &MergePlan, options: &At
         ..CompressedAttentionOp::new(problem, [q, k, v], plan, options)
     };
     let (sinks, kept) = (op.sinks.clone().unwrap_or_default(), Arc::clone(&op.kept));
-    let column_bias = options.column_bias.as_ref().filter(|bias| bias.track_op());
-    let column_bias = column_bias.map(|bias| (bias, ColumnBiasGradient::new(&op, [q, k, v])));
-    let mut output = q.apply_op3(k, v, op)?;
-    if let Some((bias, gradient)) = column_bias {
-        output = output.apply_op2(bias, gradient)?;
-    }
+    let output = column_bias::apply([q, k, v], op, options)?;
     let output = SinkGradient { problem, sinks, kept }.over(output, options)?;
     options.layout.turned(&output)
 }
@@ -149,6 +143,9 @@ struct CompressedAttentionOp {
     /// The sink logits (H) in f32, on a GPU.
     #[cfg(feature = "cuda")]
     device_sinks: Option<Tensor>,
+    /// The column bias (B, Hk, N) in f32, on a GPU.
+    #[cfg(feature = "cuda")]
+    device_column_bias: Option<Tensor>,
     #[cfg(feature = "cuda")]
     part: Part,
     /// Whether a gradient may be asked for.
@@ -181,6 +178,8 @@ impl CompressedAttentionOp {
             #[cfg(feature = "cuda")]
             device_sinks: None,
             #[cfg(feature = "cuda")]
+            device_column_bias: None,
+            #[cfg(feature = "cuda")]
             part: Part::default(),
             kept: KeptTensors::default(),
             found: FoundGradients::default(),
@@ -195,6 +194,7 @@ impl CompressedAttentionOp {
             options: &self.options,
             bias: self.bias.as_ref(),
             sinks: self.device_sinks.as_ref(),
+            column_bias: self.device_column_bias.as_ref(),
             part: self.part,
         }
     }
@@ -283,22 +283,30 @@ impl CustomOp3 for CompressedAttentionOp {
         output: &Tensor,
         grad_output: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (qkv, grad_output) = ([q, k, v], &grad_output.contiguous()?);
+        let [dq, dk, dv] = column_bias::found_or(&self.found, || self.gradients([q, k, v], output, grad_output))?;
+        Ok((Some(dq), Some(dk), Some(dv)))
+    }
+}
+
+impl Differentiable for CompressedAttentionOp {
+    fn found(&self) -> &FoundGradients {
+        &self.found
+    }
+
+    fn gradients(&self, qkv: [&Tensor; 3], output: &Tensor, grad_output: &Tensor) -> Result<Gradients> {
+        let grad_output = &grad_output.contiguous()?;
         #[cfg(feature = "cuda")]
-        if q.device().is_cuda() {
+        if qkv[0].device().is_cuda() {
             // A narrowed gradient is contiguous but does not start at the start of its buffer.
             let grad_output = match grad_output.layout().start_offset() {
                 0 => grad_output.clone(),
                 _ => grad_output.force_contiguous()?,
             };
-            let [dq, dk, dv] = self.cuda_call().backward(qkv, output, self.kept()?, &grad_output)?;
-            return Ok((Some(dq), Some(dk), Some(dv)));
+            let (gradients, column_bias) = self.cuda_call().backward(qkv, output, self.kept()?, &grad_output)?;
+            let like = |(found, bias): (Tensor, &Tensor)| found.to_dtype(bias.dtype());
+            let column_bias = column_bias.zip(self.options.column_bias.as_ref()).map(like);
+            return Ok((gradients, column_bias.transpose()?));
         }
-        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let [dq, dk, dv] = match found {
-            Some(gradients) => gradients,
-            None => self.cpu_gradients(qkv, output, grad_output)?.0,
-        };
-        Ok((Some(dq), Some(dk), Some(dv)))
+        self.cpu_gradients(qkv, output, grad_output)
     }
 }

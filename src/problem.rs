@@ -303,21 +303,18 @@ impl Problem {
     /// Logits on another device, or an error of the conversion.
     #[cfg(feature = "cuda")]
     pub fn device_sinks(&self, options: &AttentionOptions, query: &Tensor) -> Result<Option<Tensor>> {
-        let Some(sinks) = &options.sink_logits else {
-            return Ok(None);
-        };
-        if sinks.device().location() != query.device().location() {
-            bail!(
-                "sink_logits: expected the query's device {:?}, got {:?}; move them with to_device",
-                query.device().location(),
-                sinks.device().location()
-            )
-        }
-        let sinks = bias_as(&sinks.detach(), DType::F32)?.contiguous()?;
-        match sinks.layout().start_offset() {
-            0 => Ok(Some(sinks)),
-            _ => Ok(Some(sinks.force_contiguous()?)),
-        }
+        let sinks = options.sink_logits.as_ref();
+        sinks.map(|sinks| on_device("sink_logits", sinks, query)).transpose()
+    }
+
+    /// The column bias of checked options in f32, as [`Self::device_sinks`].
+    ///
+    /// # Errors
+    /// As [`Self::device_sinks`].
+    #[cfg(feature = "cuda")]
+    pub fn device_column_bias(&self, options: &AttentionOptions, query: &Tensor) -> Result<Option<Tensor>> {
+        let bias = options.column_bias.as_ref();
+        bias.map(|bias| on_device("column_bias", bias, query)).transpose()
     }
 
     /// (B, H, Nq, N): the shape that a bias broadcasts to.
@@ -342,6 +339,23 @@ impl Problem {
     /// N - 1: the number of pairs of neighbours in one head.
     pub fn pairs(&self) -> usize {
         self.tokens - 1
+    }
+}
+
+/// Numbers of an option in f32, contiguous from the start of their buffer, without a graph.
+#[cfg(feature = "cuda")]
+fn on_device(name: &str, numbers: &Tensor, query: &Tensor) -> Result<Tensor> {
+    if numbers.device().location() != query.device().location() {
+        bail!(
+            "{name}: expected the query's device {:?}, got {:?}; move them with to_device",
+            query.device().location(),
+            numbers.device().location()
+        )
+    }
+    let numbers = bias_as(&numbers.detach(), DType::F32)?.contiguous()?;
+    match numbers.layout().start_offset() {
+        0 => Ok(numbers),
+        _ => numbers.force_contiguous(),
     }
 }
 

@@ -134,6 +134,17 @@ __device__ __forceinline__ void edges(const BackwardTensors& x, Global<float> dq
         name##_near(BACKWARD_INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) { \
         columns<T, D, KEYS, VALUES>(BACKWARD_TENSORS, dk, dv, p, true);                       \
     }
+// Far columns with a column bias.
+#define BACKWARD_FADED(name, T, D, VALUES)                                                                           \
+    SHARED_BYTES(name##_faded, ColumnGradients<T, D, true, VALUES, true>::BYTES)                                     \
+    KERNEL __launch_bounds__(128)                                                                                    \
+        name##_faded(BACKWARD_INPUTS, Global<float> dk, Global<float> dv, AttentionParams p, Global<float> fades) {  \
+        BackwardTensors x = BACKWARD_TENSORS;                                                                        \
+        x.fades = fades;                                                                                             \
+        uint32_t blocks = (p.sizes.tokens + 63) / 64;                                                                \
+        ColumnGradients<T, D, true, VALUES, true>(p, x, blockIdx.x / blocks, blockIdx.x % blocks * 64, false)        \
+            .run(dk, dv);                                                                                            \
+    }
 #define BACKWARD_DTYPE(dtype, T)                                                                                    \
     KERNEL backward_delta_##dtype(Halves output, Halves rest, Halves grad_output, Global<float> delta,              \
                                   AttentionParams p) {                                                              \
@@ -149,7 +160,10 @@ __device__ __forceinline__ void edges(const BackwardTensors& x, Global<float> dq
     BACKWARD_COLUMNS(backward_columns_64_##dtype, T, 64, true, true)                                                \
     BACKWARD_COLUMNS(backward_columns_128_##dtype, T, 128, true, true)                                              \
     BACKWARD_COLUMNS(backward_keys_256_##dtype, T, 256, true, false)                                                \
-    BACKWARD_COLUMNS(backward_values_256_##dtype, T, 256, false, true)
+    BACKWARD_COLUMNS(backward_values_256_##dtype, T, 256, false, true)                                              \
+    BACKWARD_FADED(backward_columns_64_##dtype, T, 64, true)                                                        \
+    BACKWARD_FADED(backward_columns_128_##dtype, T, 128, true)                                                      \
+    BACKWARD_FADED(backward_keys_256_##dtype, T, 256, false)
 
 BACKWARD_DTYPE(f16, hw::F16)
 BACKWARD_DTYPE(bf16, hw::BF16)
@@ -160,6 +174,8 @@ BACKWARD_DTYPE(bf16, hw::BF16)
     ENTRY(backward_edges_##dtype)                                                                                    \
     ENTRY(backward_queries_64_##dtype) ENTRY(backward_queries_128_##dtype) ENTRY(backward_queries_256_##dtype)       \
     COLUMN_ENTRIES(backward_columns_64_##dtype) COLUMN_ENTRIES(backward_columns_128_##dtype)                         \
-    COLUMN_ENTRIES(backward_keys_256_##dtype) COLUMN_ENTRIES(backward_values_256_##dtype)
+    COLUMN_ENTRIES(backward_keys_256_##dtype) COLUMN_ENTRIES(backward_values_256_##dtype)                            \
+    ENTRY(backward_columns_64_##dtype##_faded) ENTRY(backward_columns_128_##dtype##_faded)                           \
+    ENTRY(backward_keys_256_##dtype##_faded)
 
 MODULE(backward, DTYPE_ENTRIES(f16) DTYPE_ENTRIES(bf16))

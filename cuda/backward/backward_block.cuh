@@ -42,6 +42,7 @@ struct BackwardTensors {
     Halves grad_output;         // (B, H, N, D)
     Floats log_sum_exp;         // (2, B, H, N): log-sum-exps, then their rounding remainders
     Floats delta;               // (B, H, N)
+    Global<float> fades = {};   // (B * lists, N): a far column's sum of gradients of logits, if FADED
 };
 
 // The parameters of every kernel of gradients, and the struct it keeps them in.
@@ -351,8 +352,15 @@ struct ColumnRows {
     }
 };
 
-// dK (KEYS) and dV (VALUES) of 64 columns: four warps of 16 columns, tiles of 64 rows.
-template <class T, int D, bool KEYS, bool VALUES>
+// A sum over the four lanes of a quad.
+SFA_DEVICE float quad_sum(float x) {
+    x += hw::shuffle_xor(x, 1);
+    return x + hw::shuffle_xor(x, 2);
+}
+
+// dK (KEYS) and dV (VALUES) of 64 columns: four warps of 16 columns, tiles of 64 rows. FADED (with KEYS): also the
+// columns' sums of gradients of logits, for the gradient of a column bias.
+template <class T, int D, bool KEYS, bool VALUES, bool FADED = false>
 struct ColumnGradients {
     static constexpr int THREADS = 128, NB = 64, NT = NB / 8, STAGES = stages(D);
     // A stage has a tile of queries, one of output gradients, and two words per row.
@@ -367,6 +375,8 @@ struct ColumnGradients {
     hw::Tile k, v;
     Fragments<D> own_columns, row_rows, right_rows;
     float dk[1][KEYS ? D / 8 : 1][4], dv[1][VALUES ? D / 8 : 1][4];
+    // This thread's share of two columns' sums.
+    float fades[2] = {};
     int lane, warp_column;
     ColumnRows columns[2];
 
@@ -454,6 +464,7 @@ struct ColumnGradients {
                     float weight = hw::exp2(s[0][n][i] * scale + (column.addend - sum));
                     s[0][n][i] = weight;
                     grads[0][n][i] = weight * (grads[0][n][i] - mean);
+                    if (FADED) fades[i / 2] += grads[0][n][i];
                     continue;
                 }
                 int r = row + n * 8 + lane % 4 * 2 + i % 2;
@@ -467,7 +478,9 @@ struct ColumnGradients {
                     weight = hw::exp2(exponent_of(logit, sum, rest));
                 }
                 s[0][n][i] = weight * kept;
-                grads[0][n][i] = visible ? weight * (grads[0][n][i] * kept - mean) * slope : 0.f;
+                float logit_grad = visible ? weight * (grads[0][n][i] * kept - mean) : 0.f;
+                if (FADED) fades[i / 2] += logit_grad;
+                grads[0][n][i] = visible ? logit_grad * slope : 0.f;
             }
         }
         if constexpr (VALUES) multiply_weights<T, D, 1, NT>(dv, right_rows, s, grad);
@@ -524,5 +537,15 @@ struct ColumnGradients {
         hw::copy_wait<0>();
         if constexpr (KEYS) store(keys, dk, p.scale * p.scale_sign * LN_2, count);
         if constexpr (VALUES) store(values, dv, 1.f, count);
+        if constexpr (FADED) store_fades(count);
+    }
+
+    SFA_DEVICE void store_fades(int count) const {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int column = warp_column + lane / 4 + r * 8;
+            float sum = quad_sum(fades[r]);
+            if (lane % 4 == 0 && column < count) x.fades.set(list * p.sizes.tokens + first + column, sum);
+        }
     }
 };

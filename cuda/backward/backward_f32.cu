@@ -38,6 +38,12 @@ KERNEL backward_delta_f32(Floats output, Floats grad_output, Global<float> delta
         backward_columns_##D##_f32_near(INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {    \
         column_gradients<D>(TENSORS, dk, dv, p, true);                                                      \
     }                                                                                                       \
+    KERNEL __launch_bounds__(128) backward_columns_##D##_f32_faded(                                         \
+        INPUTS, Global<float> dk, Global<float> dv, AttentionParams p, Global<float> fades) {               \
+        BackwardF32 x = TENSORS;                                                                            \
+        x.fades = fades;                                                                                    \
+        column_gradients<D, true>(x, dk, dv, p, false);                                                     \
+    }                                                                                                       \
     KERNEL __launch_bounds__(128)                                                                           \
         backward_edges_##D##_f32(INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {           \
         edge_gradients<D>(TENSORS, dk, dv, p);                                                              \
@@ -49,6 +55,7 @@ BACKWARD(256)
 
 #define DIM_ENTRIES(D)                                                               \
     ENTRY(backward_queries_##D##_f32) ENTRY(backward_columns_##D##_f32_far)      \
-    ENTRY(backward_columns_##D##_f32_near) ENTRY(backward_edges_##D##_f32)
+    ENTRY(backward_columns_##D##_f32_near) ENTRY(backward_edges_##D##_f32)       \
+    ENTRY(backward_columns_##D##_f32_faded)
 
 MODULE(backward_f32, ENTRY(backward_delta_f32) DIM_ENTRIES(64) DIM_ENTRIES(128) DIM_ENTRIES(256))

@@ -7,6 +7,8 @@
 struct BackwardF32 {
     ColumnsF32 columns;
     Floats grad_output, log_sum_exp, delta;
+    // As in BackwardTensors.
+    Global<float> fades = {};
 };
 
 template <int D>
@@ -40,13 +42,13 @@ SFA_DEVICE void query_gradients(const BackwardF32& x, const Global<float>& dq, c
     if (row.exists) row.store_part(dq, index, sums);
 }
 
-// A quad's column, with its sums over the rows that see it.
-template <int D>
+// A quad's column, with its sums over the rows that see it. FADED: also that of gradients of logits.
+template <int D, bool FADED = false>
 struct ColumnF32Sums {
     static constexpr int PART = D / 4;
     const BackwardF32& x;
     const AttentionParams& p;
-    float key[PART], value[PART], dk[PART], dv[PART];
+    float key[PART], value[PART], dk[PART], dv[PART], fade = 0;
 
     SFA_DEVICE ColumnF32Sums(const BackwardF32& x, const AttentionParams& p) : x(x), p(p) {
 #pragma unroll
@@ -78,7 +80,8 @@ struct ColumnF32Sums {
         float delta = x.delta[index];
         // A row that is NaN throughout makes its columns' gradients NaN.
         if (delta != delta) weight = delta;
-        float factor = weight * (weight_grad * kept - delta) * slope * LN_2;
+        float logit_grad = weight * (weight_grad * kept - delta), factor = logit_grad * slope * LN_2;
+        if (FADED) fade += logit_grad;
         weight *= kept;
 #pragma unroll
         for (int i = 0; i < PART; i++) dk[i] += factor * query[i], dv[i] += weight * grad[i];
@@ -97,7 +100,7 @@ SFA_DEVICE uint32_t first_head(const AttentionParams& p, int64_t list) {
 }
 
 // A block has 32 columns, which walk through the rows in step.
-template <int D>
+template <int D, bool FADED = false>
 SFA_DEVICE void column_gradients(const BackwardF32& x, const Global<float>& dk, const Global<float>& dv,
                                  const AttentionParams& p, bool near) {
     const ColumnsF32& c = x.columns;
@@ -112,7 +115,7 @@ SFA_DEVICE void column_gradients(const BackwardF32& x, const Global<float>& dk, 
     int begin = rows_of(first).begin, end = rows_of(min(first + 31, count - 1)).end;
     uint32_t head = first_head(p, list), heads = p.sizes.heads / p.sizes.lists;
     HeadIndex at_first(p, head);
-    ColumnF32Sums<D> sums(x, p);
+    ColumnF32Sums<D, FADED> sums(x, p);
     int safe = min(column, count - 1);
     int64_t far_at = (list * p.capacity + safe) * p.sizes.head_dim;
     if (raw)
@@ -125,6 +128,7 @@ SFA_DEVICE void column_gradients(const BackwardF32& x, const Global<float>& dk, 
             sums.row(at, row, mine.token, mine.addend, row >= mine.begin && row < mine.end);
     }
     if (column < count) sums.store(dk, dv, list * tokens + column);
+    if (FADED && column < count && threadIdx.x % 4 == 0) x.fades.set(list * tokens + column, sums.fade);
 }
 
 // A block has 32 folded tokens; each is the edge of at most one row per head.

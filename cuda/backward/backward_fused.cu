@@ -14,16 +14,28 @@
                                                                  true);                                               \
     }
 
+// Far columns with a column bias.
+#define FADED(name, T, D, MT, WARPS, SPLIT, NB, BLOCKS)                                                               \
+    SHARED_BYTES(name##_faded, FusedGradients<T, D, MT, WARPS, SPLIT, NB, false, true>::BYTES)                        \
+    KERNEL __launch_bounds__(32 * WARPS, BLOCKS) name##_faded(BACKWARD_INPUTS, TARGETS, Global<float> fades) {        \
+        BackwardTensors x = BACKWARD_TENSORS;                                                                         \
+        x.fades = fades;                                                                                              \
+        fused<FusedGradients<T, D, MT, WARPS, SPLIT, NB, false, true>>(x, dq, {dk, done_k}, {dv, done_v}, p, false);  \
+    }
+
 // As `BackwardVariant::pick` in src/cuda/variants/backward.rs.
-#define FUSED_DTYPE(dtype, T)                               \
-    FUSED(backward_fused_64_##dtype, T, 64, 2, 4, 1, 32, 2) \
-    FUSED(backward_fused_128_##dtype, T, 128, 2, 8, 2, 64, 1)
+#define FUSED_DTYPE(dtype, T)                                 \
+    FUSED(backward_fused_64_##dtype, T, 64, 2, 4, 1, 32, 2)   \
+    FUSED(backward_fused_128_##dtype, T, 128, 2, 8, 2, 64, 1) \
+    FADED(backward_fused_64_##dtype, T, 64, 2, 4, 1, 32, 2)   \
+    FADED(backward_fused_128_##dtype, T, 128, 2, 8, 2, 64, 1)
 
 FUSED_DTYPE(f16, hw::F16)
 FUSED_DTYPE(bf16, hw::BF16)
 
-#define DTYPE_ENTRIES(dtype)                                                       \
-    ENTRY(backward_fused_64_##dtype##_far) ENTRY(backward_fused_64_##dtype##_near) \
-    ENTRY(backward_fused_128_##dtype##_far) ENTRY(backward_fused_128_##dtype##_near)
+#define DTYPE_ENTRIES(dtype)                                                         \
+    ENTRY(backward_fused_64_##dtype##_far) ENTRY(backward_fused_64_##dtype##_near)   \
+    ENTRY(backward_fused_128_##dtype##_far) ENTRY(backward_fused_128_##dtype##_near) \
+    ENTRY(backward_fused_64_##dtype##_faded) ENTRY(backward_fused_128_##dtype##_faded)
 
 MODULE(backward_fused, DTYPE_ENTRIES(f16) DTYPE_ENTRIES(bf16))

@@ -7,7 +7,8 @@
 
 // WARPS warps; SPLIT (1 or 2) of them share 16 * MT columns. If two share them, each takes half of a tile's rows for
 // the logits and half of D for dK and dV, and reads the other's weights and gradients of logits from shared memory.
-template <class T, int D, int MT, int WARPS, int SPLIT, int NB, bool BY_LISTS>
+// FADED: also the columns' sums of gradients of logits, for the gradient of a column bias.
+template <class T, int D, int MT, int WARPS, int SPLIT, int NB, bool BY_LISTS, bool FADED = false>
 struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
     typedef OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> Owned;
     using Owned::p, Owned::x, Owned::batch, Owned::list, Owned::first, Owned::count, Owned::words;
@@ -32,6 +33,8 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
     Fragments<D> own_columns, row_rows, right_rows;
     Fragments<NB> logit_rows;
     float dk[MT][WIDTH / 8][4], dv[MT][WIDTH / 8][4];
+    // This thread's share of its columns' sums.
+    float fades[R] = {};
     int lane, warp;
 
     SFA_DEVICE FusedGradients(const AttentionParams& p, const BackwardTensors& x, uint32_t unit, uint32_t block,
@@ -108,6 +111,7 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
                 if (FULL) {
                     logit = hw::exp2(logit * scale + (addend - sum));
                     grad = logit * (grad - mean);
+                    if (FADED) fades[r] += grad;
                     continue;
                 }
                 uint4 word = hw::load<uint4>(words, own + r * 128);
@@ -121,7 +125,9 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
                     weight = hw::exp2(exponent_of(logit, sum, rest));
                 }
                 logit = weight * kept;
-                grad = visible ? weight * (grad * kept - mean) * slope : 0.f;
+                grad = visible ? weight * (grad * kept - mean) : 0.f;
+                if (FADED) fades[r] += grad;
+                grad = visible ? grad * slope : 0.f;
             }
         }
     }
@@ -147,6 +153,7 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
                     float weight = hw::exp2(logit * scale + (addend - (i ? sums.y : sums.x)));
                     logit = visible ? weight : 0.f;
                     grad = visible ? weight * (grad - (i ? means.y : means.x)) : 0.f;
+                    if (FADED) fades[r] += grad;
                 }
             }
         }
@@ -324,5 +331,28 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
         if (LATE && row_before >= 0) add_queries_of(dq, head_before, row_before, stage ^ 1, full_before);
         store(keys, dk, p.scale * p.scale_sign * LN_2);
         store(values, dv, 1.f);
+        if constexpr (FADED) store_fades();
+    }
+
+    // Two warps that share columns add their sums up in shared memory that no product reads any more.
+    SFA_DEVICE void store_fades() const {
+        hw::Tile of_others = hw::tile(WEIGHTS_AT, COLUMNS * 4);
+        float sums[R];
+#pragma unroll
+        for (int r = 0; r < R; r++) sums[r] = quad_sum(fades[r]);
+        bool first_warp = warp % SPLIT == 0, writes = lane % 4 == 0;
+        if (SPLIT == 2) {
+#pragma unroll
+            for (int r = 0; r < R; r++)
+                if (!first_warp && writes) hw::store(of_others, (own_column() + r * 8 + lane / 4) * 4, sums[r]);
+            __syncthreads();
+        }
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            int column = own_column() + r * 8 + lane / 4;
+            if (!first_warp || !writes || column >= count) continue;
+            float sum = sums[r] + (SPLIT == 2 ? hw::load<float>(of_others, column * 4) : 0.f);
+            x.fades.set(list * p.sizes.tokens + first + column, sum);
+        }
     }
 };

@@ -8,8 +8,19 @@
         fused<WarpgroupGradients<T, D, LISTED>>(BACKWARD_TENSORS, dq, {dk, done_k}, {dv, done_v}, p, near); \
     }
 
+// Far columns with a column bias.
+#define FADED(name, T, D)                                                                                         \
+    SHARED_BYTES(name##_faded, WarpgroupGradients<T, D, false, true>::BYTES)                                      \
+    KERNEL __launch_bounds__(384, 1) name##_faded(BACKWARD_INPUTS, TARGETS, Global<float> fades) {                \
+        BackwardTensors x = BACKWARD_TENSORS;                                                                     \
+        x.fades = fades;                                                                                          \
+        fused<WarpgroupGradients<T, D, false, true>>(x, dq, {dk, done_k}, {dv, done_v}, p, false);                \
+    }
+
 // As `BackwardVariant::pick` in src/cuda/variants/backward.rs.
 #define WARPGROUPS_DTYPE(dtype, T)                                               \
+    FADED(backward_wgmma_64_##dtype, T, 64)                                      \
+    FADED(backward_wgmma_128_##dtype, T, 128)                                    \
     WARPGROUPS(backward_wgmma_64_##dtype##_far, T, 64, false, false)             \
     WARPGROUPS(backward_wgmma_64_##dtype##_near, T, 64, false, true)             \
     WARPGROUPS(backward_wgmma_listed_64_##dtype, T, 64, true, false)             \
@@ -24,6 +35,7 @@ WARPGROUPS_DTYPE(bf16, hw::BF16)
     ENTRY(backward_wgmma_64_##dtype##_far) ENTRY(backward_wgmma_64_##dtype##_near)   \
     ENTRY(backward_wgmma_listed_64_##dtype)                                          \
     ENTRY(backward_wgmma_128_##dtype##_far) ENTRY(backward_wgmma_128_##dtype##_near) \
-    ENTRY(backward_wgmma_listed_128_##dtype)
+    ENTRY(backward_wgmma_listed_128_##dtype)                                             \
+    ENTRY(backward_wgmma_64_##dtype##_faded) ENTRY(backward_wgmma_128_##dtype##_faded)
 
 MODULE(backward_sm90a, DTYPE_ENTRIES(f16) DTYPE_ENTRIES(bf16))

@@ -40,8 +40,9 @@
 #include "backward/backward_columns.cuh"
 #include "lib/wgmma.cuh"
 
-// The kernel's block: threads 0 to 255 own columns, the next 64 load, and one more adds.
-template <class T, int D, bool BY_LISTS>
+// The kernel's block: threads 0 to 255 own columns, the next 64 load, and one more adds. FADED: the owners also make
+// their columns' sums of gradients of logits, for the gradient of a column bias.
+template <class T, int D, bool BY_LISTS, bool FADED = false>
 struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
     typedef OwnedColumns<128, BY_LISTS> Owned;
     using Owned::p, Owned::x, Owned::batch, Owned::list, Owned::first, Owned::count, Owned::words;
@@ -87,6 +88,8 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
 
     hw::Tile k, v;
     float dk[D / 8][4], dv[D / 8][4];
+    // This thread's share of two columns' sums.
+    float fades[2] = {};
     int group;
 
     SFA_DEVICE WarpgroupGradients(const AttentionParams& p, const BackwardTensors& x, uint32_t unit, uint32_t block,
@@ -205,7 +208,7 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
     // Packs weights and gradients of logits as left factors of the next products. `g`: products of values and output
     // gradients.
     SFA_DEVICE void differentiate(uint32_t (&weights)[NT / 2][4], uint32_t (&slopes)[NT / 2][4],
-                                  const float (&w)[NT][4], const float (&g)[NT][4], int stage) const {
+                                  const float (&w)[NT][4], const float (&g)[NT][4], int stage) {
         hw::Tile delta = deltas(stage);
         int lane = this->lane();
 #pragma unroll
@@ -215,7 +218,9 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
             for (int r = 0; r < 2; r++) {
                 float a = w[n][r * 2], b = w[n][r * 2 + 1];
                 weights[n / 2][n % 2 * 2 + r] = T::pack(a, b);
-                slopes[n / 2][n % 2 * 2 + r] = T::pack(a * (g[n][r * 2] - means.x), b * (g[n][r * 2 + 1] - means.y));
+                float left = a * (g[n][r * 2] - means.x), right = b * (g[n][r * 2 + 1] - means.y);
+                if (FADED) fades[r] += left, fades[r] += right;
+                slopes[n / 2][n % 2 * 2 + r] = T::pack(left, right);
             }
         }
     }
@@ -425,6 +430,17 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         meet();
         store(keys, k, dk, p.scale * p.scale_sign * LN_2);
         store(values, v, dv, 1.f);
+        if constexpr (FADED) store_fades();
+    }
+
+    SFA_DEVICE void store_fades() const {
+        int lane = this->lane();
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int column = own_column() + r * 8 + lane / 4;
+            float sum = quad_sum(fades[r]);
+            if (lane % 4 == 0 && column < count) x.fades.set(list * p.sizes.tokens + first + column, sum);
+        }
     }
 
     // The loaders: copy each tile as soon as its stage is free.

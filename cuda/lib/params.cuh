@@ -114,7 +114,7 @@ static_assert(sizeof(TotalParams) == 4, "as in src/cuda/params.rs");
 // these buffers of a list, besides q (already folded if the fold folds queries), k and v:
 //
 //   far_k, far_v        (batch * lists, capacity, D)  folded columns that are not hidden, in token order
-//   far_ln              (batch * lists, capacity)     f32 ln n; absent if all are 0
+//   far_ln              (batch * lists, capacity)     f32 ln n and a column bias; absent if all are 0
 //   far_index           (batch * lists, N)            the token of each far column, then the hidden tokens from the
 //                                                     last to the first
 //   far_before          (batch * lists, N + 1)        how many far columns hold tokens before t

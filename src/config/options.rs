@@ -52,8 +52,8 @@ pub struct AttentionOptions {
     /// (B, Hk, N), a float dtype, on the query's device: `c[t]` is added to the logits of token t's column in rows
     /// i > t + window of every query head of the KV head's group, after the softcap. A gate that is trained with the
     /// model fades a token by it in place of hiding it. [`attend`](crate::attend) has a gradient for it, in its dtype
-    /// and shape. Needs causal attention. Decisions do not read it, and a cache refuses it. On the CPU only. `None`
-    /// (default): no such bias.
+    /// and shape. Needs causal attention. Decisions do not read it, and a cache refuses it. On CUDA the tokens that
+    /// have left a window are copied, as if they were folded. `None` (default): no such bias.
     pub column_bias: Option<Tensor>,
     /// (B, N), u32: row i sees token s only where their numbers are equal; 0 is padding, whose rows are zeros with zero
     /// gradients, and no row sees it. Equal numbers follow each other. Pairs of tokens in two segments do not merge;
@@ -115,18 +115,6 @@ impl AttentionOptions {
         Ok(self.sliding_window)
     }
 
-    /// Refuses a column bias, which the CUDA kernels do not compute.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn refuse_column_bias(&self) -> Result<()> {
-        match self.column_bias {
-            Some(_) => bail!(
-                "column_bias: expected None on CUDA, got some; its kernels do not compute it yet, move the tensors \
-                 with to_device(&Device::Cpu)"
-            ),
-            None => Ok(()),
-        }
-    }
-
     /// The options of a call on one segment alone; `bias` is the call's as a (B, H, N, N) view.
     pub(crate) fn alone(&self, segment: &Segment, bias: Option<&Tensor>) -> Result<Self> {
         let (start, count) = (segment.tokens.start, segment.tokens.len());
@@ -135,8 +123,10 @@ impl AttentionOptions {
                 .narrow(2, start, count)?
                 .narrow(3, start, count)
         };
+        let columns = |bias: &Tensor| bias.narrow(0, segment.batch, 1)?.narrow(2, start, count);
         Ok(Self {
             bias: bias.map(part).transpose()?,
+            column_bias: self.column_bias.as_ref().map(columns).transpose()?,
             segments: None,
             ..self.clone()
         })

@@ -30,6 +30,9 @@ pub(crate) struct AttendedGradients<G: Gpu, T: GpuElement> {
     /// Gradients of raw tokens inside windows, or of all raw tokens in the dense case and where they are listed,
     /// (B * lists, N, D). None without a window.
     pub near: Option<KvGradients<G>>,
+    /// Sums of far columns' gradients of logits, (B * lists, N), for a column bias; past the last column nothing is
+    /// written. None without one.
+    pub fades: Option<G::Slice<f32>>,
     /// Finished gradients of keys and values (B, Hk, N, D); if set, the three fields above are None.
     pub done: Option<(G::Slice<T>, G::Slice<T>)>,
 }
@@ -141,15 +144,21 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
     /// Computes queries and columns one after the other: every sum has one owner.
     fn owned_gradients(&self) -> Result<AttendedGradients<G, T>> {
         let dense = self.params.dense == 1;
+        let mut fades = self.fades()?;
         Ok(AttendedGradients {
             queries: self.queries()?,
-            far: if dense { None } else { Some(self.columns("far")?) },
+            far: match (dense, &mut fades) {
+                (true, _) => None,
+                (false, None) => Some(self.columns("far", None)?),
+                (false, Some(fades)) => Some(self.columns("faded", Some(fades))?),
+            },
             folded: if dense { None } else { Some(self.edges(None)?) },
             near: match (dense, self.params.window) {
-                (true, _) => Some(self.columns("far")?),
+                (true, _) => Some(self.columns("far", None)?),
                 (false, 0) => None,
-                (false, _) => Some(self.columns("near")?),
+                (false, _) => Some(self.columns("near", None)?),
             },
+            fades,
             done: None,
         })
     }
@@ -171,27 +180,32 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
             if self.params.sizes.lists as usize == kv_heads {
                 let rows = || self.gpu.alloc::<T>(batch * kv_heads * tokens * head_dim);
                 let target = done.insert((rows()?, rows()?));
-                self.one_pass(variant, kind, &mut queries, ColumnTargets::Done(target))?;
+                self.one_pass(variant, kind, &mut queries, ColumnTargets::Done(target), None)?;
             } else {
                 let target = near.insert(self.lists()?.1);
-                self.one_pass(variant, kind, &mut queries, ColumnTargets::Sums(target))?;
+                self.one_pass(variant, kind, &mut queries, ColumnTargets::Sums(target), None)?;
             }
             return Ok(AttendedGradients {
                 queries,
                 far: None,
                 folded: None,
                 near,
+                fades: None,
                 done,
             });
         }
-        let mut sums = |kind| -> Result<KvGradients<G>> {
+        let mut sums = |kind, fades: Option<&mut G::Slice<f32>>| -> Result<KvGradients<G>> {
             let (_, mut target) = self.lists()?;
-            self.one_pass(variant, kind, &mut queries, ColumnTargets::Sums(&mut target))?;
+            self.one_pass(variant, kind, &mut queries, ColumnTargets::Sums(&mut target), fades)?;
             Ok(target)
         };
-        let far = sums("far")?;
+        let mut fades = self.fades()?;
+        let far = match &mut fades {
+            None => sums("far", None)?,
+            Some(fades) => sums("faded", Some(fades))?,
+        };
         let near = if self.params.window > 0 {
-            Some(sums("near")?)
+            Some(sums("near", None)?)
         } else {
             None
         };
@@ -199,18 +213,20 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
             far: Some(far),
             folded: Some(self.edges(Some(&mut queries))?),
             near,
+            fades,
             done: None,
             queries,
         })
     }
 
-    /// `kind` as for [`Self::columns`], or "listed".
+    /// `kind` and `fades` as for [`Self::columns`], or "listed".
     fn one_pass(
         &self,
         variant: &BackwardVariant,
         kind: &str,
         queries: &mut G::Slice<f32>,
         columns: ColumnTargets<'_, G, T>,
+        fades: Option<&mut G::Slice<f32>>,
     ) -> Result<()> {
         let lists = self.call.problem.batch * self.params.sizes.lists as usize;
         // There are two kinds of listed columns, each with a last block of its own.
@@ -233,6 +249,7 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
             }
         }
         args.push(self.gpu.value(&self.params));
+        args.extend(fades.map(|fades| self.gpu.write(fades)));
         self.gpu.launch(&variant.kernel::<T>(kind).early(), launch, &args)
     }
 
@@ -283,6 +300,15 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         Ok((lists, target))
     }
 
+    /// Room for the sums of far columns, where a column bias fades them.
+    fn fades(&self) -> Result<Option<G::Slice<f32>>> {
+        let lists = self.call.problem.batch * self.params.sizes.lists as usize;
+        match self.call.fades {
+            true => Ok(Some(self.gpu.alloc(lists * self.call.problem.tokens)?)),
+            false => Ok(None),
+        }
+    }
+
     /// Gradients of edge columns. Adds the queries' share to `queries`, if given.
     fn edges(&self, queries: Option<&mut G::Slice<f32>>) -> Result<KvGradients<G>> {
         let (lists, mut target) = self.lists()?;
@@ -303,8 +329,9 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         Ok(target)
     }
 
-    /// Gradients of one kind of columns: `kind` is "far" (every column, in the dense case) or "near".
-    fn columns(&self, kind: &str) -> Result<KvGradients<G>> {
+    /// Gradients of one kind of columns: `kind` is "far" (every column, in the dense case), "near", or "faded", which
+    /// is far ones whose sums of gradients of logits go to `fades`.
+    fn columns(&self, kind: &str, fades: Option<&mut G::Slice<f32>>) -> Result<KvGradients<G>> {
         let (lists, mut target) = self.lists()?;
         let (head_dim, tokens) = (self.call.problem.head_dim, self.call.problem.tokens);
         let dtype = T::SUFFIX;
@@ -312,19 +339,37 @@ impl<G: Gpu, T: GpuElement> Pass<'_, G, T> {
         match padded(head_dim) {
             // Accumulators for keys and values of D = 256 do not fit into the registers together.
             256 if T::HALF => {
-                self.both(&format!("backward_keys_256_{dtype}_{kind}"), blocks, &mut target)?;
-                self.both(&format!("backward_values_256_{dtype}_{kind}"), blocks, &mut target)?;
+                self.both(&format!("backward_keys_256_{dtype}_{kind}"), blocks, &mut target, fades)?;
+                let kind = if kind == "faded" { "far" } else { kind };
+                self.both(
+                    &format!("backward_values_256_{dtype}_{kind}"),
+                    blocks,
+                    &mut target,
+                    None,
+                )?;
             }
-            dim => self.both(&format!("backward_columns_{dim}_{dtype}_{kind}"), blocks, &mut target)?,
+            dim => self.both(
+                &format!("backward_columns_{dim}_{dtype}_{kind}"),
+                blocks,
+                &mut target,
+                fades,
+            )?,
         }
         Ok(target)
     }
 
-    fn both(&self, name: &str, blocks: usize, target: &mut KvGradients<G>) -> Result<()> {
+    fn both(
+        &self,
+        name: &str,
+        blocks: usize,
+        target: &mut KvGradients<G>,
+        fades: Option<&mut G::Slice<f32>>,
+    ) -> Result<()> {
         let mut args = self.inputs();
         args.push(self.gpu.write(&mut target.keys));
         args.push(self.gpu.write(&mut target.values));
         args.push(self.gpu.value(&self.params));
+        args.extend(fades.map(|fades| self.gpu.write(fades)));
         self.launch(name, blocks, &args)
     }
 }

@@ -59,7 +59,7 @@ impl<G: Gpu, T: GpuElement> FoldCall<'_, G, T> {
         Launch::warps(self.problem.tokens.div_ceil(rows), lists)
     }
 
-    fn params(&self, lists: usize) -> Result<FoldParams> {
+    pub(super) fn params(&self, lists: usize) -> Result<FoldParams> {
         Ok(FoldParams {
             q: Rows::new(&self.q.1),
             k: Rows::new(&self.k.1),

@@ -24,6 +24,8 @@ pub(crate) struct AttentionCall<'a, G: Gpu, T: GpuElement> {
     pub bias: Option<BiasBuffer<'a, G>>,
     /// Sink logits (H) in f32.
     pub sinks: Option<&'a G::Slice<f32>>,
+    /// Whether the sizes of far columns have a column bias in them, whose gradient will be asked for.
+    pub fades: bool,
     pub options: &'a AttentionOptions,
     pub part: Part,
 }
@@ -163,9 +165,10 @@ impl<G: Gpu, T: GpuElement> AttentionCall<'_, G, T> {
     /// Whether the rounding error of the output is kept for the backward pass, as another tensor of the output's size.
     /// Where one weight is nearly all of a row's sum, gradients are small differences, and the rounding of the output
     /// is their only error. The lean causal kernels do not keep it, as other fused kernels do not: their rows rarely
-    /// have such a weight, and keeping it costs 1 %. Rows of a short sliding window have.
+    /// have such a weight, and keeping it costs 1 %. Rows of a short sliding window have, and
+    /// rows whose far columns fade.
     fn keeps_rest(&self) -> bool {
-        T::HALF && (self.extras() || self.is_cut() || !self.options.causal || self.problem.head_dim > 128)
+        T::HALF && (self.extras() || self.fades || self.is_cut() || !self.options.causal || self.problem.head_dim > 128)
     }
 
     /// q, k, v, then the columns in the order that every attention kernel takes, then the bias.

@@ -22,6 +22,7 @@ pub(crate) mod device;
 #[cfg(feature = "cuda-emu")]
 pub mod emulator;
 pub(crate) mod extras;
+mod fade;
 pub(crate) mod fold;
 pub(crate) mod forward;
 pub(crate) mod loss;

@@ -150,6 +150,8 @@ pub(crate) struct TensorCall<'a> {
     pub bias: Option<&'a Tensor>,
     /// Sink logits (H) in f32, at the start of their buffer.
     pub sinks: Option<&'a Tensor>,
+    /// A column bias (B, Hk, N) in f32, contiguous from the start of its buffer.
+    pub column_bias: Option<&'a Tensor>,
     pub part: Part,
 }
 
@@ -163,7 +165,8 @@ impl TensorCall<'_> {
         for_dtype!(self.problem.dtype, forward_as(self, qkv, keep))
     }
 
-    /// The gradients of query, key and value; `output` and `kept` are the forward's, `grad_output` is contiguous.
+    /// The gradients of query, key and value, and that of the column bias in f32, if there is one; `output` and `kept`
+    /// are the forward's, `grad_output` is contiguous.
     ///
     /// # Errors
     /// As [`Self::forward`].
@@ -173,7 +176,7 @@ impl TensorCall<'_> {
         output: &Tensor,
         kept: &[Tensor],
         grad_output: &Tensor,
-    ) -> Result<[Tensor; 3]> {
+    ) -> Result<([Tensor; 3], Option<Tensor>)> {
         for_dtype!(self.problem.dtype, backward_as(self, qkv, output, kept, grad_output))
     }
 
@@ -190,11 +193,11 @@ impl TensorCall<'_> {
             Some((storage, layout)) => Some(bias_view(stored(storage, layout)?)?),
             None => None,
         };
-        let sinks_storage = self.sinks.map(Tensor::storage_and_layout);
-        let sinks = match &sinks_storage {
-            Some((storage, layout)) => Some(stored(storage, layout)?.0.as_cuda_slice::<f32>()?),
-            None => None,
-        };
+        let floats = [self.sinks, self.column_bias].map(|numbers| numbers.map(Tensor::storage_and_layout));
+        let [sinks, column_bias] = floats.each_ref().map(|held| match held {
+            Some((storage, layout)) => stored(storage, layout)?.0.as_cuda_slice::<f32>().map(Some),
+            None => Ok(None),
+        });
         let gpu = Cuda::new(q.0.device());
         // Without a pair the indicators are empty, and no index into them is valid.
         let none = match self.problem.pairs() {
@@ -217,7 +220,8 @@ impl TensorCall<'_> {
             dense: self.plan.hides_nothing(),
             window: self.plan.config().window,
             bias,
-            sinks,
+            sinks: sinks?,
+            column_bias: column_bias?,
             options: self.options,
             part: self.part,
         };
@@ -255,7 +259,7 @@ fn backward_as<T: GpuElement>(
     output: &Tensor,
     kept: &[Tensor],
     grad_output: &Tensor,
-) -> Result<[Tensor; 3]> {
+) -> Result<([Tensor; 3], Option<Tensor>)> {
     let held = [qkv[0], qkv[1], qkv[2], output, &kept[0], grad_output].map(Tensor::storage_and_layout);
     let rest = kept.get(1).map(Tensor::storage_and_layout);
     let mut all = Vec::with_capacity(held.len());
@@ -277,11 +281,21 @@ fn backward_as<T: GpuElement>(
             log_sum_exp: log_sum_exp.0.as_cuda_slice::<f32>()?,
         };
         let gradients = attention.backward(gpu, &saved, grad_output.0.as_cuda_slice::<T>()?)?;
-        Ok([
-            tensor(gradients.dq, qkv[0].dims(), &device),
-            tensor(gradients.dk, qkv[1].dims(), &device),
-            tensor(gradients.dv, qkv[2].dims(), &device),
-        ])
+        let Problem {
+            batch,
+            kv_heads,
+            tokens,
+            ..
+        } = call.problem;
+        let column_bias = gradients.column_bias;
+        Ok((
+            [
+                tensor(gradients.dq, qkv[0].dims(), &device),
+                tensor(gradients.dk, qkv[1].dims(), &device),
+                tensor(gradients.dv, qkv[2].dims(), &device),
+            ],
+            column_bias.map(|found| tensor(found, (batch, kv_heads, tokens), &device)),
+        ))
     })
 }
 

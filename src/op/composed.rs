@@ -164,11 +164,12 @@ pub(super) fn on_cuda(call: &PlainCall) -> Result<Tensor> {
     let op = super::CompressedAttentionOp {
         bias: call.bias.cloned(),
         device_sinks: problem.device_sinks(options, q)?,
+        device_column_bias: problem.device_column_bias(options, q)?,
         part: call.part,
         ..super::CompressedAttentionOp::new(problem, [q, k, v], call.plan, options)
     };
     let (sinks, kept) = (Vec::new(), op.kept.clone());
-    let output = q.apply_op3(k, v, op)?;
+    let output = super::column_bias::apply([q, k, v], op, options)?;
     // The gradient of sinks reads its rows from the start of their buffer.
     let output = match first_row {
         0 => output,

@@ -17,6 +17,8 @@
 //!   remainder is kept.
 //! * dq_i = scale Σ_j dl_ij k_j and dk_j = scale Σ_i dl_ij q_i err by the same sums of |k_j| and |q_i| times the
 //!   error of dl, and by `inner |dl_ij|` times the folded ones.
+//! * The gradient of a column bias, Σ dl_ij over heads and rows, errs by the sum of the errors of dl before its
+//!   rounding.
 //! * Gradients pass through the fold's transpose, which is linear with factors that are not negative: so do their
 //!   bounds.
 //!
@@ -63,7 +65,7 @@ impl Units {
         };
         // If one weight may be nearly all of a row's, CUDA also keeps the output's rounding remainder, and gradients
         // read it.
-        let extras = options.bias.is_some() || options.dropout.is_some();
+        let extras = options.bias.is_some() || options.dropout.is_some() || options.column_bias.is_some();
         let cuda = Self {
             last,
             least,
@@ -94,14 +96,15 @@ impl Units {
 /// Query, key, value and the output's gradient.
 pub type Inputs<'a> = [&'a Array4; 4];
 
-/// Bounds of the errors of output, dq, dk and dv before their last rounding.
+/// Bounds of the errors of output, dq, dk and dv before their last rounding, and those of the gradient of a column bias
+/// (B, Hk, N).
 pub fn budget(
     inputs: Inputs,
     bits: &Indicators,
     setting: &Setting,
     options: &AttentionOptions,
     units: Units,
-) -> Result<[Array4; 4]> {
+) -> Result<([Array4; 4], Vec<f64>)> {
     let [q, k, v, grad_output] = inputs;
     let [batch, heads, tokens, dim] = q.dims;
     let full = [batch, heads, tokens, tokens];
@@ -114,6 +117,11 @@ pub fn budget(
         ),
         None => None,
     };
+    let column_bias = match &options.column_bias {
+        Some(bias) => bias.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?,
+        None => vec![0.0; batch * k.dims[1] * tokens],
+    };
+    let mut column_bounds = vec![0.0; column_bias.len()];
     let mut bounds = [q, q, k, k].map(|like| Array4::zeros(like.dims));
     for (b, h) in (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h))) {
         let kv = h / (heads / k.dims[1]);
@@ -121,6 +129,7 @@ pub fn budget(
             |x: &Array4, head: usize| -> HeadTokens { (0..tokens).map(|t| x.row(b, head, t).to_vec()).collect() };
         let head = Head::new([rows(q, h), rows(k, kv), rows(v, kv)], bits.head(b, h), &setting.config);
         let mut sums = Sums::new(tokens, dim);
+        let columns_at = (b * k.dims[1] + kv) * tokens;
         for row in 0..tokens {
             let at = (b * heads + h) * tokens + row;
             let bias = bias.as_ref().map(|bias| &bias[at * tokens..(at + 1) * tokens]);
@@ -140,10 +149,12 @@ pub fn budget(
                 scale: options.scale(dim),
                 units,
                 grad: grad_output.row(b, h, row),
+                column_bias: &column_bias[columns_at..columns_at + tokens],
             };
             let output = call.row(&head, row, &columns, (bias, &keep), &mut sums);
             bounds[0].row_mut(b, h, row).copy_from_slice(&output);
         }
+        add(&mut column_bounds[columns_at..columns_at + tokens], 1.0, &sums.columns);
         let home = |rows: &HeadTokens| unfold(setting.config.fold, rows, head.bits, &head.sizes);
         let queries = match setting.config.fold {
             Fold::PairSum => home(&sums.queries),
@@ -161,7 +172,7 @@ pub fn budget(
             }
         }
     }
-    Ok(bounds)
+    Ok((bounds, column_bounds))
 }
 
 /// One query head: folded rows, and raw ones.
@@ -198,11 +209,13 @@ impl<'a> Head<'a> {
     }
 }
 
-/// Bounds of one head's gradients before the fold's transpose: of queries, and of folded and raw keys and values.
+/// Bounds of one head's gradients before the fold's transpose: of queries, of folded and raw keys and values, and of
+/// the logits of far columns, added up.
 struct Sums {
     queries: HeadTokens,
     keys: [HeadTokens; 2],
     values: [HeadTokens; 2],
+    columns: Vec<f64>,
 }
 
 impl Sums {
@@ -212,6 +225,7 @@ impl Sums {
             queries: zeros(),
             keys: [zeros(), zeros()],
             values: [zeros(), zeros()],
+            columns: vec![0.0; tokens],
         }
     }
 }
@@ -221,11 +235,14 @@ struct Call<'a> {
     scale: f64,
     units: Units,
     grad: &'a [f64],
+    /// Of the KV head.
+    column_bias: &'a [f64],
 }
 
 /// One column of a row: its place, softmax weight and dropout factor, and the bound of its logit's error.
 struct Seen {
     kind: usize,
+    far: bool,
     token: usize,
     folded: f64,
     weight: f64,
@@ -262,9 +279,12 @@ impl Call<'_> {
             let arrived_error = row_inner * s.keep * absolute_dot(self.grad, value) + delta_error;
             let moved = s.logit_error + mean_error;
             let d_logit = s.weight * arrived.abs();
-            let d_logit_error =
-                s.weight * (moved * arrived.abs() + arrived_error) + units.inner * d_logit + units.inner_least;
+            let summed_error = s.weight * (moved * arrived.abs() + arrived_error);
+            let d_logit_error = summed_error + units.inner * d_logit + units.inner_least;
             let weight_error = s.weight * (units.inner + units.product + moved) + units.inner_least;
+            if s.far {
+                sums.columns[s.token] += summed_error;
+            }
             add(&mut sums.values[s.kind][s.token], s.keep * weight_error, self.grad);
             let of_key = self.scale * (d_logit_error + d_logit * row_inner);
             add(&mut sums.queries[row], of_key, key);
@@ -293,13 +313,18 @@ impl Call<'_> {
                 Column::Far(_) | Column::Edge(_) => (0, head.folds(token), head.sizes[token].ln()),
                 Column::Near(_) => (1, 0.0, 0.0),
             };
+            let (far, fade) = match column {
+                Column::Far(_) => (true, self.column_bias[token]),
+                Column::Edge(_) | Column::Near(_) => (false, 0.0),
+            };
             let key = &head.keys[kind][token];
             let roundings = self.units.product + self.units.inner * (query_folds + folded);
             seen.push(Seen {
                 kind,
+                far,
                 token,
                 folded,
-                weight: self.scale * dot(query, key) + ln + bias.map_or(0.0, |bias| bias[token]),
+                weight: self.scale * dot(query, key) + ln + fade + bias.map_or(0.0, |bias| bias[token]),
                 keep: keep(token),
                 logit_error: roundings * self.scale * absolute_dot(query, key),
             });

@@ -32,6 +32,8 @@ pub struct Expected {
     pub exact: [Tensor; 4],
     /// One per element, or one for all.
     allowed: [Vec<f64>; 4],
+    /// The gradient of a column bias (B, Hk, N), f64, and what is allowed of it.
+    column_bias: Option<(Tensor, Vec<f64>)>,
     dtype: DType,
 }
 
@@ -118,20 +120,51 @@ impl Expected {
         let exact = exact([&q, &k, &v], &grad, &bits, setting, options)?;
         let (tensor, dtype) = (bits.to_tensor(&Device::Cpu)?, qkv[0].dtype());
         let mut allowed = [const { Vec::new() }; 4];
+        let mut column_bias = None;
+        if let Some(bias) = &options.column_bias {
+            let exact = reference::column_bias_gradients(&q, &k, &v, &grad, &bits, config, options)?;
+            column_bias = Some((Tensor::from_vec(exact, bias.dims(), &Device::Cpu)?, Vec::new()));
+        }
+        // The CPU's error may be small by luck if few numbers are summed, or if they cancel: the terms are about 1, so
+        // a remainder is known only to a part of a rounding of 1.
+        let of_cpu = |cpu: &Tensor, exact: &Tensor| -> Result<f64> {
+            Ok(F32_TIMES * largest_error(cpu, exact)? + 4.0 * 2f64.powi(-24) * largest(exact)?.max(1.0))
+        };
         if dtype == DType::F32 {
             let plan = MergePlan::from_indicators(&tensor, config)?;
             let cpu = differentiate(qkv, grad_output, |q, k, v| Ok(attend(q, k, v, &plan, options)?))?;
             for (index, allowed) in allowed.iter_mut().enumerate() {
-                // The CPU's error may be small by luck if few numbers are summed, or if they cancel: the terms are
-                // about 1, so a remainder is known only to a part of a rounding of 1.
-                let error = F32_TIMES * largest_error(&cpu[index], &exact[index])?;
-                allowed.push(error + 4.0 * 2f64.powi(-24) * largest(&exact[index])?.max(1.0));
+                allowed.push(of_cpu(&cpu[index], &exact[index])?);
+            }
+            if let (Some((exact, allowed)), Some(bias)) = (&mut column_bias, &options.column_bias) {
+                let bias = Var::from_tensor(bias)?;
+                let options = AttentionOptions {
+                    column_bias: Some(bias.as_tensor().clone()),
+                    ..options.clone()
+                };
+                let output = attend(&qkv[0], &qkv[1], &qkv[2], &plan, &options)?;
+                let store = (output * grad_output)?.sum_all()?.backward()?;
+                allowed.push(of_cpu(store.get(&bias).context("no gradient")?, exact)?);
             }
         } else {
-            let units = Units::new(side, dtype, dim, options);
-            let budgets = budget([&q, &k, &v, &grad], &bits, setting, options, units)?;
+            // A window that no token leaves has no column that a bias fades.
+            let fades = options.column_bias.as_ref().filter(|_| config.window + 1 < tokens);
+            let units = Units::new(
+                side,
+                dtype,
+                dim,
+                &AttentionOptions {
+                    column_bias: fades.cloned(),
+                    ..options.clone()
+                },
+            );
+            let (budgets, of_columns) = budget([&q, &k, &v, &grad], &bits, setting, options, units)?;
+            let rounding = |x: &f64| 2.0 * (units.last * x.abs() + units.least);
+            if let Some((exact, allowed)) = &mut column_bias {
+                let exact = values(exact)?;
+                allowed.extend(exact.iter().zip(of_columns).map(|(x, b)| rounding(x) + b));
+            }
             for ((allowed, exact), budget) in allowed.iter_mut().zip(&exact).zip(budgets) {
-                let rounding = |x: &f64| 2.0 * (units.last * x.abs() + units.least);
                 *allowed = values(exact)?
                     .iter()
                     .zip(budget.data)
@@ -143,6 +176,7 @@ impl Expected {
             bits: tensor,
             exact,
             allowed,
+            column_bias,
             dtype,
         })
     }
@@ -157,8 +191,24 @@ impl Expected {
         (0..4).try_for_each(|index| self.check_part(what, index, got[index], shares))
     }
 
+    /// The same for the gradient of the column bias.
+    pub fn check_column_bias(&self, what: &str, got: &Tensor, shares: &mut Shares) -> Result<()> {
+        let (exact, allowed) = self.column_bias.as_ref().context("no column bias")?;
+        self.check_numbers(what, ("column bias", exact, allowed), got, shares)
+    }
+
     fn check_part(&self, what: &str, index: usize, got: &Tensor, shares: &mut Shares) -> Result<()> {
-        let (name, exact, allowed) = (NAMES[index], &self.exact[index], &self.allowed[index]);
+        let part = (NAMES[index], &self.exact[index], &self.allowed[index]);
+        self.check_numbers(what, (part.0, part.1, part.2), got, shares)
+    }
+
+    fn check_numbers(
+        &self,
+        what: &str,
+        (name, exact, allowed): (&str, &Tensor, &[f64]),
+        got: &Tensor,
+        shares: &mut Shares,
+    ) -> Result<()> {
         ensure!(
             got.dims() == exact.dims(),
             "{what} {name}: expected shape {:?}, got {:?}",

@@ -73,6 +73,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             window: config.window,
             bias: extras.bias,
             sinks: extras.sinks,
+            column_bias: None,
             options,
             part: Part::default(),
         };

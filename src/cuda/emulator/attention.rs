@@ -2,7 +2,7 @@
 //! tests.
 
 use super::device::{EmuSlice, Emulator};
-use super::{held, held_sinks, HeldBias};
+use super::{held, held_column_bias, held_sinks, HeldBias};
 use crate::config::{AttentionOptions, CompressionConfig};
 use crate::cpu::number::element::Element;
 use crate::cuda::attention::{lists, Attention};
@@ -20,6 +20,8 @@ pub struct EmulatedPass {
     pub log_sum_exp: Tensor,
     /// Gradients of q, k and v, if a gradient of the output was given.
     pub gradients: Option<[Tensor; 3]>,
+    /// The gradient of the column bias (B, Hk, N) in f32, if there is one and a gradient of the output was given.
+    pub column_bias: Option<Tensor>,
 }
 
 /// Attends under the emulator: query (B, H, N, D), key and value (B, Hk, N, D), indicators u8 (B, H, N-1), and the
@@ -67,17 +69,19 @@ fn attend_as<T: GpuElement + Element>(
     };
     let bias = options.bias.as_ref();
     let bias = bias.map(|bias| HeldBias::new(bias, &problem.bias_dims())).transpose()?;
-    let sinks = held_sinks(options)?;
+    let (sinks, column_bias) = (held_sinks(options)?, held_column_bias(options)?);
     let attention = Attention {
         fold,
         dense,
         window: config.window,
         bias: bias.as_ref().map(HeldBias::view),
         sinks: sinks.as_ref(),
+        column_bias: column_bias.as_ref(),
         options,
         part: Part::default(),
     };
     let attended = attention.forward(gpu, true)?;
+    let mut column_bias = None;
     let gradients = match grad_output {
         Some(grad_output) => {
             let grad = gpu.upload(&grad_output.flatten_all()?.to_vec1::<T>()?)?;
@@ -86,6 +90,10 @@ fn attend_as<T: GpuElement + Element>(
             let tensor = |data: &EmuSlice<T>, dims: &Vec<usize>| {
                 Tensor::from_vec(data.download()?, dims.as_slice(), &Device::Cpu)
             };
+            let dims = (problem.batch, problem.kv_heads, problem.tokens);
+            if let Some(found) = &found.column_bias {
+                column_bias = Some(Tensor::from_vec(found.download()?, dims, &Device::Cpu)?);
+            }
             Some([tensor(&found.dq, q)?, tensor(&found.dk, k)?, tensor(&found.dv, v)?])
         }
         None => None,
@@ -98,5 +106,6 @@ fn attend_as<T: GpuElement + Element>(
         log_sum_exp: Tensor::from_vec(log_sum_exp, &q_dims[..3], &Device::Cpu)?,
         output: Tensor::from_vec(attended.output.download()?, q_dims, &Device::Cpu)?,
         gradients,
+        column_bias,
     })
 }

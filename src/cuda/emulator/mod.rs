@@ -269,12 +269,19 @@ struct HeldCall<T> {
     bits: EmuSlice<u8>,
     bias: Option<HeldBias>,
     sinks: Option<EmuSlice<f32>>,
+    column_bias: Option<EmuSlice<f32>>,
 }
 
 /// Sink logits in the emulator's memory.
 fn held_sinks(options: &AttentionOptions) -> Result<Option<EmuSlice<f32>>> {
     let upload = |sinks: &Tensor| Emulator.upload(&bias_as(sinks, DType::F32)?.to_vec1::<f32>()?);
     options.sink_logits.as_ref().map(upload).transpose()
+}
+
+/// A column bias in the emulator's memory.
+fn held_column_bias(options: &AttentionOptions) -> Result<Option<EmuSlice<f32>>> {
+    let upload = |bias: &Tensor| Emulator.upload(&bias_as(bias, DType::F32)?.flatten_all()?.to_vec1::<f32>()?);
+    options.column_bias.as_ref().map(upload).transpose()
 }
 
 impl<T: GpuElement + Element> HeldCall<T> {
@@ -290,6 +297,7 @@ impl<T: GpuElement + Element> HeldCall<T> {
             bits: Emulator.upload(&bits.flatten_all()?.to_vec1::<u8>()?)?,
             bias: bias.transpose()?,
             sinks: held_sinks(options)?,
+            column_bias: held_column_bias(options)?,
         })
     }
 
@@ -317,6 +325,7 @@ impl<T: GpuElement + Element> HeldCall<T> {
             window: config.window,
             bias: self.bias.as_ref().map(HeldBias::view),
             sinks: self.sinks.as_ref(),
+            column_bias: self.column_bias.as_ref(),
             options,
             part: Part::default(),
         }
