@@ -126,7 +126,7 @@ fn out(name: &str) -> String {
 }
 
 const SIZES: &str = "--target 0.5 --steps 8 --batch 2 --context 64 --window 6 --sinks 2 --samples 4 --lr 1e-3 \
-                     --held-out-windows 4 --held-out-context 64 --export-dtype f32";
+                     --held-out-windows 4x64 --export-dtype f32";
 
 /// Flags of `more` take the place of the same ones above; a policy brings window and sinks.
 fn compress(out: &str, more: &[&str]) -> Output {
@@ -209,13 +209,13 @@ fn an_export_runs_under_its_policy() {
         assert!((0.2..0.8).contains(&hidden), "{phase}: {hidden}");
     }
     let summary = json(format!("{out}/summary.json"));
-    let after = &summary["after"];
+    let after = &summary["after"][0];
     assert!(
         (after["hidden_share"].as_f64().unwrap() - 0.5).abs() < 0.15,
         "{summary}"
     );
     let prose = |score: &Value, key: &str| score["prose"][key].as_f64().unwrap();
-    assert_eq!(prose(&summary["before"], "dense"), prose(after, "dense"));
+    assert_eq!(prose(&summary["before"][0], "dense"), prose(after, "dense"));
     let [_, held_out] = texts();
     let file = format!("{out}/eval.json");
     let (model, policy) = (format!("{out}/model"), format!("{out}/policy.json"));
@@ -272,7 +272,7 @@ fn a_run_starts_from_a_policy() {
     assert_eq!(start["config"], end["config"]);
     assert_eq!(end["config"]["window"], 5);
     assert!(start["probe"] != end["probe"]);
-    let before = &json(format!("{out}/summary.json"))["before"];
+    let before = &json(format!("{out}/summary.json"))["before"][0];
     assert!((before["hidden_share"].as_f64().unwrap() - 0.4).abs() < 0.2, "{before}");
 }
 

@@ -55,7 +55,7 @@ struct State {
     /// Where gates hide tokens, once they do.
     shift: Option<f64>,
     /// The scores of the probe alone.
-    before: Option<Scores>,
+    before: Vec<Scores>,
     settings: Value,
     compression: CompressionConfig,
 }
@@ -69,8 +69,8 @@ struct Summary {
     /// The median of all steps.
     tokens_per_second: f64,
     /// The held-out text under the fitted probe, before any training.
-    before: Option<Scores>,
-    after: Option<Scores>,
+    before: Vec<Scores>,
+    after: Vec<Scores>,
 }
 
 pub fn run(args: &CompressArgs) -> Result<()> {
@@ -88,7 +88,7 @@ struct Run<'a> {
     settings: Value,
     mix: Mix,
     samples: Vec<Tensor>,
-    held_out: Option<HeldOut>,
+    held_out: Vec<HeldOut>,
     teacher: Teacher,
     student: Student,
     optimizer: AdamW,
@@ -96,7 +96,7 @@ struct Run<'a> {
     step: usize,
     seconds: f64,
     shift: Option<f64>,
-    before: Option<Scores>,
+    before: Vec<Scores>,
 }
 
 impl<'a> Run<'a> {
@@ -122,14 +122,18 @@ impl<'a> Run<'a> {
         };
         let tokens = texts.iter().map(encoded).collect::<Result<Vec<_>>>()?;
         let mix = Mix::new(tokens, source.tokenizer.clone(), args.context)?;
-        let held_out = held_out_text.as_ref().map(|text| {
-            HeldOut::new(&encoded(text)?, args.held_out_context, args.held_out_windows).context("held-out")
-        });
+        let mut held_out = Vec::new();
+        if let Some(text) = &held_out_text {
+            let tokens = encoded(text)?;
+            for windows in &args.held_out_windows {
+                held_out.push(HeldOut::new(&tokens, windows.tokens, windows.count).context("held-out")?);
+            }
+        }
         let start = match (&resumed, &args.policy) {
             (None, Some(file)) => Some(start_of(file, &config.shape())?),
             _ => None,
         };
-        let mut state = match &resumed {
+        let state = match &resumed {
             Some(folder) => Some(checkpoint::read_json::<State>(&folder.join("state.json"))?),
             None => None,
         };
@@ -160,8 +164,8 @@ impl<'a> Run<'a> {
             step: state.as_ref().map_or(0, |state| state.step),
             seconds: state.as_ref().map_or(0.0, |state| state.seconds),
             shift: state.as_ref().and_then(|state| state.shift),
-            before: state.as_mut().and_then(|state| state.before.take()),
-            held_out: held_out.transpose()?,
+            before: state.map(|state| state.before).unwrap_or_default(),
+            held_out,
             args,
             device,
             config,
@@ -173,7 +177,7 @@ impl<'a> Run<'a> {
             student,
             optimizer,
         };
-        if state.is_none() {
+        if resumed.is_none() {
             run.start(start)?;
         }
         Ok(run)
@@ -197,15 +201,15 @@ impl<'a> Run<'a> {
         self.student.start_gates(probe, &thresholds(&parts.layers))?;
         // The probe's own thresholds are those of gates without a shift.
         self.before = self.score(0.0)?;
-        if let Some(before) = &self.before {
-            print_scores("probe alone", before);
-        }
+        self.before
+            .iter()
+            .for_each(|scores| print_scores("probe alone", scores));
         Ok(())
     }
 
-    fn score(&self, shift: f64) -> Result<Option<Scores>> {
+    fn score(&self, shift: f64) -> Result<Vec<Scores>> {
         let score = |held_out: &HeldOut| held_out.score(&self.teacher, &self.student, shift, &self.device);
-        self.held_out.as_ref().map(score).transpose()
+        self.held_out.iter().map(score).collect()
     }
 
     /// Runs all remaining steps.
@@ -293,7 +297,7 @@ impl<'a> Run<'a> {
             step: self.step,
             seconds: self.seconds,
             shift: self.shift,
-            before: self.before,
+            before: self.before.clone(),
             settings: self.settings.clone(),
             compression: self.compression.clone(),
         };
@@ -332,18 +336,17 @@ impl<'a> Run<'a> {
             steps: self.step,
             seconds: self.seconds,
             tokens_per_second: (args.batch * args.context * self.step) as f64 / self.seconds,
-            before: self.before,
+            before: self.before.clone(),
             after,
         };
         checkpoint::write_json(&args.out.join("summary.json"), &summary)?;
         log::plot(&args.out)?;
         println!("steps             {} in {:.1} s", self.step, self.seconds);
-        if let Some(before) = &self.before {
-            print_scores("probe alone", before);
-        }
-        if let Some(after) = &after {
-            print_scores("trained", after);
-        }
+        summary
+            .before
+            .iter()
+            .for_each(|scores| print_scores("probe alone", scores));
+        summary.after.iter().for_each(|scores| print_scores("trained", scores));
         println!("model             {}", folder.display());
         println!("policy            {}", policy.display());
         Ok(())
@@ -507,6 +510,7 @@ fn fingerprint(folder: &Path) -> Result<String> {
 
 fn print_scores(name: &str, scores: &Scores) {
     let Scores {
+        context,
         prose,
         copies,
         hidden_share,
@@ -518,7 +522,7 @@ fn print_scores(name: &str, scores: &Scores) {
         )
     };
     println!(
-        "{name:<17} {hidden_share:.4} hidden; nats per token: prose {}, passages twice {} ({} windows each)",
+        "{name:<17} {hidden_share:.4} hidden; nats per token: prose {}, passages twice {} ({} windows of {context})",
         nats(prose),
         nats(copies),
         prose.windows

@@ -1,6 +1,7 @@
 //! The command line of `train compress`.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use anyhow::{ensure, Result};
 use candle_core::DType;
@@ -77,12 +78,9 @@ pub struct CompressArgs {
     /// A text that is only scored, before and after.
     #[arg(long, value_name = "FILE")]
     pub held_out: Option<PathBuf>,
-    /// Windows of the held-out text, spread as in `llama eval --spread`.
-    #[arg(long, default_value_t = 64, value_name = "N")]
-    pub held_out_windows: usize,
-    /// Tokens of such a window.
-    #[arg(long, default_value_t = 512, value_name = "N")]
-    pub held_out_context: usize,
+    /// Windows of the held-out text as COUNTxTOKENS, spread as in `llama eval --spread`.
+    #[arg(long, num_args = 1.., default_values = ["64x512"], value_name = "NxN")]
+    pub held_out_windows: Vec<Windows>,
     /// Where to compute: cpu, or cuda or cuda:N in a build with --features cuda.
     #[arg(long, default_value_t = Place::Cpu, value_name = "DEVICE")]
     pub device: Place,
@@ -93,6 +91,26 @@ pub struct CompressArgs {
     pub export_dtype: ExportDtype,
 }
 
+/// COUNTxTOKENS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Windows {
+    pub count: usize,
+    pub tokens: usize,
+}
+
+impl FromStr for Windows {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parse = || {
+            let (count, tokens) = text.split_once('x')?;
+            let (count, tokens) = (count.parse().ok()?, tokens.parse().ok()?);
+            (count > 0 && tokens > 1).then_some(Self { count, tokens })
+        };
+        parse().ok_or_else(|| "expected COUNTxTOKENS with at least 1 window of 2 tokens, as 64x512".into())
+    }
+}
+
 impl CompressArgs {
     pub fn check(&self) -> Result<()> {
         for (name, value, least) in [
@@ -101,8 +119,6 @@ impl CompressArgs {
             ("context", self.context, 2),
             ("samples", self.samples, 2),
             ("checkpoint-every", self.checkpoint_every, 1),
-            ("held-out-windows", self.held_out_windows, 1),
-            ("held-out-context", self.held_out_context, 2),
         ] {
             ensure!(
                 value >= least,

@@ -29,6 +29,8 @@ pub struct Score {
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Scores {
+    /// Tokens of a window.
+    pub context: usize,
     pub prose: Score,
     pub copies: Score,
     /// Of the tokens that can be hidden.
@@ -48,6 +50,7 @@ impl HeldOut {
         let (prose, hidden_share) = score(&self.prose, 1, (teacher, student), shift, device)?;
         let half = self.copies.first().map_or(1, |window| window.len() / 2);
         Ok(Scores {
+            context: self.prose.first().map_or(0, Vec::len),
             prose,
             copies: score(&self.copies, half.max(1), (teacher, student), shift, device)?.0,
             hidden_share,
