@@ -1,7 +1,8 @@
 """Dense fine-tuning of a Llama by PyTorch, for the speed and memory rows of docs/results/training.md.
 
-The model has SmolLM2-135M's sizes and random weights: f32 masters, bf16 products by autocast, PyTorch's flash attention,
-cross entropy over the whole vocabulary, and its fused AdamW. Prints the median seconds of a step and the peak memory.
+The model has SmolLM2-135M's sizes and random weights: f32 masters, bf16 products by autocast, PyTorch's flash
+attention, cross entropy over the whole vocabulary, and its fused AdamW. Prints the median seconds of a step and the
+peak memory.
 
     python3 peers/torch_finetune.py [BATCH] [CONTEXT] [STEPS]
 """
@@ -23,7 +24,8 @@ class Layer(nn.Module):
         super().__init__()
         linear = lambda columns, rows: nn.Linear(columns, rows, bias=False)
         self.attention_norm, self.mlp_norm = nn.RMSNorm(HIDDEN), nn.RMSNorm(HIDDEN)
-        self.q, self.k, self.v = linear(HIDDEN, HEADS * DIM), linear(HIDDEN, KV_HEADS * DIM), linear(HIDDEN, KV_HEADS * DIM)
+        self.q = linear(HIDDEN, HEADS * DIM)
+        self.k, self.v = linear(HIDDEN, KV_HEADS * DIM), linear(HIDDEN, KV_HEADS * DIM)
         self.o = linear(HEADS * DIM, HIDDEN)
         self.gate, self.up, self.down = linear(HIDDEN, INNER), linear(HIDDEN, INNER), linear(INNER, HIDDEN)
 

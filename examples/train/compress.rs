@@ -10,6 +10,7 @@ mod data;
 mod distill;
 mod fit;
 mod log;
+mod parts;
 mod score;
 mod student;
 
@@ -22,8 +23,8 @@ use anyhow::{ensure, Context, Result};
 use candle_core::{safetensors, DType, Device, Tensor};
 use candle_sfattention::calibrate::{CalibrationFigures, LayerPolicy, PolicyOptions};
 use candle_sfattention::{
-    attend, AttentionOptions, CompressedAttention, CompressionConfig, HeadStrategies, MergePlan, MergeStrategy,
-    ModelShape, Policy,
+    attend, AttentionOptions, CompressedAttention, CompressionConfig, HeadStrategies, KeyProbe, MergePlan,
+    MergeStrategy, ModelShape, Policy,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
@@ -33,6 +34,7 @@ pub use self::args::CompressArgs;
 use self::data::Mix;
 use self::distill::distill;
 use self::log::{Log, Row};
+use self::parts::Parts;
 use self::score::{HeldOut, Score, Scores};
 use self::student::{is_gate, Student, Teacher};
 use crate::checkpoint::{self, check_settings, find_checkpoint};
@@ -41,6 +43,7 @@ use crate::load::{Checkpoint, LoadOptions};
 use crate::model::{check_ids, LlamaConfig};
 use crate::network::AttentionCall;
 use crate::optimizer::AdamW;
+use crate::rope::Pairing;
 use crate::source::{config_json, Source};
 
 /// The factor on the missing share of faded tokens.
@@ -93,6 +96,7 @@ struct Run<'a> {
     student: Student,
     optimizer: AdamW,
     log: Log,
+    parts: Parts,
     step: usize,
     seconds: f64,
     shift: Option<f64>,
@@ -103,6 +107,7 @@ impl<'a> Run<'a> {
     fn new(args: &'a CompressArgs) -> Result<Self> {
         args.check()?;
         let device = args.device.open()?;
+        keep_freed_memory(&device)?;
         let resumed = find_checkpoint(&args.out, args.resume)?;
         let source = Source::open(&args.model, args.context).context("model")?;
         let config = source.config.clone();
@@ -160,6 +165,7 @@ impl<'a> Run<'a> {
         fs::create_dir_all(&args.out).with_context(|| format!("out {}", args.out.display()))?;
         let mut run = Self {
             samples: mix.samples(args.samples, args.seed, &device)?,
+            parts: Parts::new(args.profile),
             log: Log::open(&args.out, state.as_ref().map_or(0, |state| state.step))?,
             step: state.as_ref().map_or(0, |state| state.step),
             seconds: state.as_ref().map_or(0.0, |state| state.seconds),
@@ -185,6 +191,7 @@ impl<'a> Run<'a> {
 
     /// Starts the gates as a probe, fitted here if none was given, and scores it.
     fn start(&mut self, policy: Option<Policy>) -> Result<()> {
+        let given = policy.is_some();
         let policy = match policy {
             Some(policy) => policy,
             None => {
@@ -198,7 +205,12 @@ impl<'a> Run<'a> {
         };
         let parts = policy.parts();
         let probe = parts.probe.as_ref().context("policy: expected a probe, found none")?;
-        self.student.start_gates(probe, &thresholds(&parts.layers))?;
+        let probe = match (given, self.source.pairing) {
+            // The numbers of a key stand in the order of the checkpoint's pairs; here pairs are halves.
+            (true, Pairing::Interleaved) => in_halves(probe)?,
+            (true, Pairing::Halves) | (false, _) => probe.clone(),
+        };
+        self.student.start_gates(&probe, &thresholds(&parts.layers))?;
         // The probe's own thresholds are those of gates without a shift.
         self.before = self.score(0.0)?;
         self.before
@@ -255,8 +267,11 @@ impl<'a> Run<'a> {
 
     fn train_step(&mut self) -> Result<Row> {
         let (args, start) = (self.args, Instant::now());
+        self.parts.start(&self.device)?;
         let inputs = self.mix.batch(args.batch, args.seed, self.step, &self.device)?;
+        self.parts.end("sequences", &self.device)?;
         let dense = self.teacher.hidden(&inputs, |_| Ok(()))?;
+        self.parts.end("teacher", &self.device)?;
         let pass = match self.shift {
             Some(shift) => self.student.hiding(&inputs, shift, |_, _, _| Ok(()))?,
             None => {
@@ -264,6 +279,7 @@ impl<'a> Run<'a> {
                 self.student.fading(&inputs, seed)?
             }
         };
+        self.parts.end("student", &self.device)?;
         let distilled = distill(self.student.predictions(&pass.hidden), self.teacher.predictions(&dense))?;
         let loss = match self.shift {
             Some(_) => distilled.loss,
@@ -280,6 +296,7 @@ impl<'a> Run<'a> {
                 (true, false) => Some(args.gate_lr * factor),
                 (false, _) => Some(args.lr * factor),
             })?;
+        self.parts.end("optimizer", &self.device)?;
         let seconds = start.elapsed().as_secs_f64();
         self.seconds += seconds;
         Ok(Row {
@@ -342,6 +359,7 @@ impl<'a> Run<'a> {
         checkpoint::write_json(&args.out.join("summary.json"), &summary)?;
         log::plot(&args.out)?;
         println!("steps             {} in {:.1} s", self.step, self.seconds);
+        self.parts.print();
         summary
             .before
             .iter()
@@ -414,11 +432,38 @@ fn output_errors(call: &AttentionCall, plan: &MergePlan) -> Result<Vec<f64>> {
         let output = rows
             .narrow(1, unit * width, width)?
             .contiguous()?
-            .matmul(&of_unit.t()?)?;
+            .matmul(&of_unit.contiguous()?.t()?)?;
         let sum = output.to_dtype(DType::F32)?.sqr()?.sum_all()?;
         Ok(f64::from(sum.to_scalar::<f32>()?))
     };
     (0..kv_heads).map(unit).collect()
+}
+
+/// Lets the driver keep what is freed for the next allocation. By default it gives all unused memory back whenever the
+/// host waits for the device, and a step maps the same gigabytes anew.
+#[cfg(feature = "cuda")]
+fn keep_freed_memory(device: &Device) -> Result<()> {
+    use candle_core::cuda_backend::cudarc::driver::sys;
+    let Device::Cuda(cuda) = device else { return Ok(()) };
+    let stream = cuda.cuda_stream();
+    let (mut pool, mut most) = (std::ptr::null_mut(), u64::MAX);
+    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the device is open, `pool` and `most` outlive the calls, and the attribute's value is a u64.
+    let results = unsafe {
+        [
+            sys::cuDeviceGetDefaultMemPool(&mut pool, stream.context().cu_device()),
+            sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut most).cast()),
+        ]
+    };
+    for result in results {
+        result.result()?;
+    }
+    Ok(())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn keep_freed_memory(_: &Device) -> Result<()> {
+    Ok(())
 }
 
 fn read(path: &Path) -> Result<String> {
@@ -439,6 +484,14 @@ fn start_of(file: &Path, model: &ModelShape) -> Result<Policy> {
         Ok(policy)
     };
     read().with_context(|| format!("policy {}", file.display()))
+}
+
+/// A probe of keys whose rotary pairs are neighbours, for the same keys with pairs of halves.
+fn in_halves(probe: &KeyProbe) -> Result<KeyProbe> {
+    let [weights, offsets] = probe.tensors(&Device::Cpu)?;
+    let (layers, kv_heads, dim) = weights.dims3()?;
+    let pairs = weights.reshape((layers, kv_heads, dim / 2, 2))?;
+    Ok(KeyProbe::new(&pairs.transpose(2, 3)?.flatten_from(2)?, &offsets)?)
 }
 
 /// A threshold for each layer and KV head. Heads that are off start a little below the lowest threshold of the others.

@@ -40,6 +40,8 @@ pub struct Source {
     pub config: LlamaConfig,
     pub tokenizer: Tokenizer,
     pub framing: Framing,
+    /// How the checkpoint itself pairs the numbers of a key.
+    pub pairing: Pairing,
     weights: BTreeMap<String, Tensor>,
 }
 
@@ -55,6 +57,7 @@ impl Source {
         );
         let weights = checkpoint.read(all_weights)?;
         let mut config = checkpoint.config.clone();
+        let pairing = config.rope_pairing;
         config.rope_pairing = Pairing::Halves;
         config.rope_scaling = named(&config).with_context(|| model.to_string())?;
         config.context_length = config.context_length.max(context);
@@ -67,6 +70,7 @@ impl Source {
                 files: checkpoint.companions,
             },
             tokenizer: checkpoint.text.tokenizer,
+            pairing,
             weights,
         })
     }

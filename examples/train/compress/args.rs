@@ -84,6 +84,9 @@ pub struct CompressArgs {
     /// Where to compute: cpu, or cuda or cuda:N in a build with --features cuda.
     #[arg(long, default_value_t = Place::Cpu, value_name = "DEVICE")]
     pub device: Place,
+    /// Print the time of each part of a step, which then waits for the device after each.
+    #[arg(long)]
+    pub profile: bool,
     #[arg(long, default_value_t = 100)]
     pub checkpoint_every: usize,
     /// Number type of the exported weights.

@@ -2,7 +2,10 @@
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, D};
-use candle_nn::ops::log_softmax;
+use candle_nn::ops::{log_softmax, softmax_last_dim};
+
+/// Added to shares before their logarithm.
+const TINY: f64 = 1e-30;
 
 /// Hidden states (n, hidden) and the output matrix (vocabulary, hidden).
 #[derive(Clone, Copy)]
@@ -31,16 +34,16 @@ pub fn distill(student: Predictions, teacher: Predictions) -> Result<Distilled> 
     let mut sums = Vec::with_capacity(of_hidden.capacity());
     for first in (0..count).step_by(at_once) {
         let rows = at_once.min(count - first);
-        let log_shares = |hidden: &Tensor, matrix: &Tensor| -> Result<(Tensor, Tensor)> {
+        let shares = |hidden: &Tensor, matrix: &Tensor| -> Result<(Tensor, Tensor)> {
             let rows = hidden.narrow(0, first, rows)?;
             let logits = rows.matmul(&matrix.t()?)?.to_dtype(DType::F32)?;
-            Ok((rows, log_softmax(&logits, D::Minus1)?))
+            Ok((rows, softmax_last_dim(&logits)?))
         };
-        let (xs, log_student) = log_shares(&hidden, &matrix)?;
-        let (_, log_teacher) = log_shares(&teacher.hidden.detach(), &teacher_matrix)?;
-        let shares = log_teacher.exp()?;
-        let gradient = ((log_student.exp()? - &shares)? / count as f64)?.to_dtype(dtype)?;
-        sums.push((shares * (log_teacher - log_student)?)?.sum_all()?);
+        let (xs, student) = shares(&hidden, &matrix)?;
+        let (_, teacher) = shares(&teacher.hidden.detach(), &teacher_matrix)?;
+        let gradient = ((&student - &teacher)? / count as f64)?.to_dtype(dtype)?;
+        let logarithm = |shares: &Tensor| (shares + TINY)?.log();
+        sums.push((&teacher * (logarithm(&teacher)? - logarithm(&student)?)?)?.sum_all()?);
         of_hidden.push(gradient.matmul(&matrix)?);
         of_head = (of_head + gradient.t()?.matmul(&xs)?.to_dtype(DType::F32)?)?;
     }
