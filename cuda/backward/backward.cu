@@ -39,6 +39,16 @@ __device__ __forceinline__ void columns(const BackwardTensors& x, Global<float> 
     ColumnGradients<T, D, KEYS, VALUES>(p, x, blockIdx.x / blocks, blockIdx.x % blocks * 64, near).run(dk, dv);
 }
 
+// Far columns with a column bias.
+template <class Gradients>
+__device__ __forceinline__ void faded_columns(const BackwardTensors& x, Global<float> dk, Global<float> dv,
+                                              Global<float> fades, const AttentionParams& p) {
+    uint32_t blocks = (p.sizes.tokens + 63) / 64;
+    Gradients columns(p, x, blockIdx.x / blocks, blockIdx.x % blocks * 64, false);
+    columns.run(dk, dv);
+    columns.store_fades(fades);
+}
+
 // The product of a query and a key, eight numbers a lane, added up in the order in which forward_rows.cuh adds edges.
 // In another order large products would differ by more than 1.
 template <class T>
@@ -134,16 +144,11 @@ __device__ __forceinline__ void edges(const BackwardTensors& x, Global<float> dq
         name##_near(BACKWARD_INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) { \
         columns<T, D, KEYS, VALUES>(BACKWARD_TENSORS, dk, dv, p, true);                       \
     }
-// Far columns with a column bias.
 #define BACKWARD_FADED(name, T, D, VALUES)                                                                           \
     SHARED_BYTES(name##_faded, ColumnGradients<T, D, true, VALUES, true>::BYTES)                                     \
     KERNEL __launch_bounds__(128)                                                                                    \
         name##_faded(BACKWARD_INPUTS, Global<float> dk, Global<float> dv, AttentionParams p, Global<float> fades) {  \
-        BackwardTensors x = BACKWARD_TENSORS;                                                                        \
-        x.fades = fades;                                                                                             \
-        uint32_t blocks = (p.sizes.tokens + 63) / 64;                                                                \
-        ColumnGradients<T, D, true, VALUES, true>(p, x, blockIdx.x / blocks, blockIdx.x % blocks * 64, false)        \
-            .run(dk, dv);                                                                                            \
+        faded_columns<ColumnGradients<T, D, true, VALUES, true>>(BACKWARD_TENSORS, dk, dv, fades, p);                \
     }
 #define BACKWARD_DTYPE(dtype, T)                                                                                    \
     KERNEL backward_delta_##dtype(Halves output, Halves rest, Halves grad_output, Global<float> delta,              \

@@ -42,7 +42,6 @@ struct BackwardTensors {
     Halves grad_output;         // (B, H, N, D)
     Floats log_sum_exp;         // (2, B, H, N): log-sum-exps, then their rounding remainders
     Floats delta;               // (B, H, N)
-    Global<float> fades = {};   // (B * lists, N): a far column's sum of gradients of logits, if FADED
 };
 
 // The parameters of every kernel of gradients, and the struct it keeps them in.
@@ -359,7 +358,7 @@ SFA_DEVICE float quad_sum(float x) {
 }
 
 // dK (KEYS) and dV (VALUES) of 64 columns: four warps of 16 columns, tiles of 64 rows. FADED (with KEYS): also the
-// columns' sums of gradients of logits, for the gradient of a column bias.
+// columns' sums of gradients of logits, (B * lists, N), for the gradient of a column bias.
 template <class T, int D, bool KEYS, bool VALUES, bool FADED = false>
 struct ColumnGradients {
     static constexpr int THREADS = 128, NB = 64, NT = NB / 8, STAGES = stages(D);
@@ -537,15 +536,16 @@ struct ColumnGradients {
         hw::copy_wait<0>();
         if constexpr (KEYS) store(keys, dk, p.scale * p.scale_sign * LN_2, count);
         if constexpr (VALUES) store(values, dv, 1.f, count);
-        if constexpr (FADED) store_fades(count);
     }
 
-    SFA_DEVICE void store_fades(int count) const {
+    // After `run`.
+    SFA_DEVICE void store_fades(const Global<float>& target) const {
+        int count = min(64, far_columns() - first);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int column = warp_column + lane / 4 + r * 8;
             float sum = quad_sum(fades[r]);
-            if (lane % 4 == 0 && column < count) x.fades.set(list * p.sizes.tokens + first + column, sum);
+            if (lane % 4 == 0 && column < count) target.set(list * p.sizes.tokens + first + column, sum);
         }
     }
 };

@@ -100,6 +100,19 @@ __device__ __forceinline__ void fused(const BackwardTensors& x, const Global<flo
     Gradients(p, x, place.unit, place.block, near).run(dq, dk, dv);
 }
 
+// Far columns with a column bias: their sums of gradients of logits go to `fades`, (B * lists, N).
+template <class Gradients>
+__device__ __forceinline__ void faded(const BackwardTensors& x, const Global<float>& dq, const ColumnTarget& dk,
+                                      const ColumnTarget& dv, const AttentionParams& p, const Global<float>& fades) {
+    hw::let_next_start();
+    hw::wait_for_previous();
+    uint32_t blocks = (p.sizes.tokens + Gradients::COLUMNS - 1) / Gradients::COLUMNS;
+    Place place(blockIdx.x, blocks, p.sizes.batch * p.sizes.lists, Gradients::TOGETHER);
+    Gradients columns(p, x, place.unit, place.block, false);
+    columns.run(dq, dk, dv);
+    columns.store_fades(fades);
+}
+
 #define TARGETS                                                                                                       \
     Global<float> dq, Global<float> dk, Global<float> dv, Global<uint16_t> done_k, Global<uint16_t> done_v,           \
         AttentionParams p

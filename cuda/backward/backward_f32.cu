@@ -40,9 +40,7 @@ KERNEL backward_delta_f32(Floats output, Floats grad_output, Global<float> delta
     }                                                                                                       \
     KERNEL __launch_bounds__(128) backward_columns_##D##_f32_faded(                                         \
         INPUTS, Global<float> dk, Global<float> dv, AttentionParams p, Global<float> fades) {               \
-        BackwardF32 x = TENSORS;                                                                            \
-        x.fades = fades;                                                                                    \
-        column_gradients<D, true>(x, dk, dv, p, false);                                                     \
+        column_gradients<D, true>(TENSORS, dk, dv, p, false, fades);                                        \
     }                                                                                                       \
     KERNEL __launch_bounds__(128)                                                                           \
         backward_edges_##D##_f32(INPUTS, Global<float> dk, Global<float> dv, AttentionParams p) {           \

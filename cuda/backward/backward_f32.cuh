@@ -7,8 +7,6 @@
 struct BackwardF32 {
     ColumnsF32 columns;
     Floats grad_output, log_sum_exp, delta;
-    // As in BackwardTensors.
-    Global<float> fades = {};
 };
 
 template <int D>
@@ -99,10 +97,11 @@ SFA_DEVICE uint32_t first_head(const AttentionParams& p, int64_t list) {
            uint32_t(list % p.sizes.lists) * (p.sizes.heads / p.sizes.lists);
 }
 
-// A block has 32 columns, which walk through the rows in step.
+// A block has 32 columns, which walk through the rows in step. FADED: their sums of gradients of logits go to `fades`,
+// (B * lists, N).
 template <int D, bool FADED = false>
 SFA_DEVICE void column_gradients(const BackwardF32& x, const Global<float>& dk, const Global<float>& dv,
-                                 const AttentionParams& p, bool near) {
+                                 const AttentionParams& p, bool near, const Global<float>& fades = {}) {
     const ColumnsF32& c = x.columns;
     int tokens = int(p.sizes.tokens), blocks = (tokens + 31) / 32;
     int64_t list = blockIdx.x / blocks;
@@ -128,7 +127,7 @@ SFA_DEVICE void column_gradients(const BackwardF32& x, const Global<float>& dk, 
             sums.row(at, row, mine.token, mine.addend, row >= mine.begin && row < mine.end);
     }
     if (column < count) sums.store(dk, dv, list * tokens + column);
-    if (FADED && column < count && threadIdx.x % 4 == 0) x.fades.set(list * tokens + column, sums.fade);
+    if (FADED && column < count && threadIdx.x % 4 == 0) fades.set(list * tokens + column, sums.fade);
 }
 
 // A block has 32 folded tokens; each is the edge of at most one row per head.

@@ -18,9 +18,8 @@
 #define FADED(name, T, D, MT, WARPS, SPLIT, NB, BLOCKS)                                                               \
     SHARED_BYTES(name##_faded, FusedGradients<T, D, MT, WARPS, SPLIT, NB, false, true>::BYTES)                        \
     KERNEL __launch_bounds__(32 * WARPS, BLOCKS) name##_faded(BACKWARD_INPUTS, TARGETS, Global<float> fades) {        \
-        BackwardTensors x = BACKWARD_TENSORS;                                                                         \
-        x.fades = fades;                                                                                              \
-        fused<FusedGradients<T, D, MT, WARPS, SPLIT, NB, false, true>>(x, dq, {dk, done_k}, {dv, done_v}, p, false);  \
+        faded<FusedGradients<T, D, MT, WARPS, SPLIT, NB, false, true>>(BACKWARD_TENSORS, dq, {dk, done_k},            \
+                                                                       {dv, done_v}, p, fades);                       \
     }
 
 // As `BackwardVariant::pick` in src/cuda/variants/backward.rs.

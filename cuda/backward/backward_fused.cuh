@@ -331,11 +331,11 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
         if (LATE && row_before >= 0) add_queries_of(dq, head_before, row_before, stage ^ 1, full_before);
         store(keys, dk, p.scale * p.scale_sign * LN_2);
         store(values, dv, 1.f);
-        if constexpr (FADED) store_fades();
     }
 
-    // Two warps that share columns add their sums up in shared memory that no product reads any more.
-    SFA_DEVICE void store_fades() const {
+    // After `run`. Two warps that share columns add their sums up in shared memory that no product reads any more.
+    SFA_DEVICE void store_fades(const Global<float>& target) const {
+        if (count <= 0) return;
         hw::Tile of_others = hw::tile(WEIGHTS_AT, COLUMNS * 4);
         float sums[R];
 #pragma unroll
@@ -352,7 +352,7 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
             int column = own_column() + r * 8 + lane / 4;
             if (!first_warp || !writes || column >= count) continue;
             float sum = sums[r] + (SPLIT == 2 ? hw::load<float>(of_others, column * 4) : 0.f);
-            x.fades.set(list * p.sizes.tokens + first + column, sum);
+            target.set(list * p.sizes.tokens + first + column, sum);
         }
     }
 };

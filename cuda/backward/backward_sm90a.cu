@@ -12,9 +12,7 @@
 #define FADED(name, T, D)                                                                                         \
     SHARED_BYTES(name##_faded, WarpgroupGradients<T, D, false, true>::BYTES)                                      \
     KERNEL __launch_bounds__(384, 1) name##_faded(BACKWARD_INPUTS, TARGETS, Global<float> fades) {                \
-        BackwardTensors x = BACKWARD_TENSORS;                                                                     \
-        x.fades = fades;                                                                                          \
-        fused<WarpgroupGradients<T, D, false, true>>(x, dq, {dk, done_k}, {dv, done_v}, p, false);                \
+        faded<WarpgroupGradients<T, D, false, true>>(BACKWARD_TENSORS, dq, {dk, done_k}, {dv, done_v}, p, fades); \
     }
 
 // As `BackwardVariant::pick` in src/cuda/variants/backward.rs.

@@ -35,6 +35,7 @@
 //   log-sum-exps, deltas               3 * 2 * NB * 4           3    1.5
 //   words of the columns               128 * 16                 2      2
 //   mbarriers                          9 * 8 bytes
+//   FADED: the owners' sums            256 * 8                 2      2
 #pragma once
 
 #include "backward/backward_columns.cuh"
@@ -60,7 +61,8 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
     static constexpr uint32_t ADDS = NB * D * 4, ADDS_AT = LOGITS_AT + LOGITS;
     static constexpr uint32_t SUMS = NB * 4, SUMS_AT = ADDS_AT + ADDS, WORDS_AT = SUMS_AT + STAGES * 2 * SUMS;
     static constexpr uint32_t MARKS_AT = WORDS_AT + Owned::WORDS,
-                              BYTES = MARKS_AT + (2 * STAGES + 3) * hw::Mbarrier::BYTES;
+                              FADES_AT = MARKS_AT + (2 * STAGES + 3) * hw::Mbarrier::BYTES,
+                              BYTES = FADES_AT + (FADED ? OWNERS * 8 : 0);
     typedef Panels<D, COLUMNS> Columns;
     typedef Panels<D, NB> Rows;
     typedef Panels<NB, COLUMNS> Logits;
@@ -88,8 +90,6 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
 
     hw::Tile k, v;
     float dk[D / 8][4], dv[D / 8][4];
-    // This thread's share of two columns' sums.
-    float fades[2] = {};
     int group;
 
     SFA_DEVICE WarpgroupGradients(const AttentionParams& p, const BackwardTensors& x, uint32_t unit, uint32_t block,
@@ -208,9 +208,10 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
     // Packs weights and gradients of logits as left factors of the next products. `g`: products of values and output
     // gradients.
     SFA_DEVICE void differentiate(uint32_t (&weights)[NT / 2][4], uint32_t (&slopes)[NT / 2][4],
-                                  const float (&w)[NT][4], const float (&g)[NT][4], int stage) {
+                                  const float (&w)[NT][4], const float (&g)[NT][4], int stage) const {
         hw::Tile delta = deltas(stage);
         int lane = this->lane();
+        float sums[2] = {};
 #pragma unroll
         for (int n = 0; n < NT; n++) {
             float2 means = hw::load<float2>(delta, (n * 8 + lane % 4 * 2) * 4);
@@ -219,11 +220,18 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
                 float a = w[n][r * 2], b = w[n][r * 2 + 1];
                 weights[n / 2][n % 2 * 2 + r] = T::pack(a, b);
                 float left = a * (g[n][r * 2] - means.x), right = b * (g[n][r * 2 + 1] - means.y);
-                if (FADED) fades[r] += left, fades[r] += right;
+                if (FADED) sums[r] += left, sums[r] += right;
                 slopes[n / 2][n % 2 * 2 + r] = T::pack(left, right);
             }
         }
+        if constexpr (FADED) {
+            float2 before = hw::load<float2>(fades(), 0);
+            hw::store(fades(), 0, float2{before.x + sums[0], before.y + sums[1]});
+        }
     }
+
+    // FADED: this thread's share of two columns' sums. In registers they would be held while products need them all.
+    SFA_DEVICE hw::Tile fades() const { return hw::tile(FADES_AT + hw::thread() * 8, 8); }
 
     // Stores the gradients of logits in shared memory: one row of that tile per column.
     SFA_DEVICE void share(const uint32_t (&a)[NT / 2][4]) const {
@@ -397,6 +405,7 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
     }
 
     SFA_DEVICE void own(const Steps& steps, const ColumnTarget& keys, const ColumnTarget& values) {
+        if constexpr (FADED) hw::store(fades(), 0, float2{0, 0});
         this->template load_columns<Columns, OWNERS>(k, v, [] { meet(); });
         hw::copy_commit();
         ColumnRows head_column = this->rows_of(first), last = this->rows_of(first + count - 1);
@@ -430,16 +439,18 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         meet();
         store(keys, k, dk, p.scale * p.scale_sign * LN_2);
         store(values, v, dv, 1.f);
-        if constexpr (FADED) store_fades();
     }
 
-    SFA_DEVICE void store_fades() const {
+    // After `run`.
+    SFA_DEVICE void store_fades(const Global<float>& target) const {
+        if (count <= 0 || threadIdx.x >= OWNERS) return;
         int lane = this->lane();
+        float2 sums = hw::load<float2>(fades(), 0);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int column = own_column() + r * 8 + lane / 4;
-            float sum = quad_sum(fades[r]);
-            if (lane % 4 == 0 && column < count) x.fades.set(list * p.sizes.tokens + first + column, sum);
+            float sum = quad_sum(r == 0 ? sums.x : sums.y);
+            if (lane % 4 == 0 && column < count) target.set(list * p.sizes.tokens + first + column, sum);
         }
     }
 

@@ -13,8 +13,8 @@ KERNEL fade_columns(Global<const float> bias, Global<const uint32_t> far_index, 
   far_ln.set(at, p.fold == MEAN ? far_ln[at] + fade : fade);
 }
 
-// The gradient of the column bias from the sums of far columns, (batch * lists, N): those of a KV head's lists are added
-// up in their order. A hidden token has no column, and its gradient is 0.
+// The gradient of the column bias from the sums of far columns, (batch * lists, N): those of a KV head's lists are
+// added up in their order. A hidden token has no column, and its gradient is 0.
 KERNEL fade_gradients(Global<const float> far, Global<const uint32_t> far_before, Global<float> out, FoldParams p) {
   unsigned token = blockIdx.x * blockDim.x + threadIdx.x, tokens = p.sizes.tokens;
   if (token >= tokens) return;
