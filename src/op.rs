@@ -78,9 +78,9 @@ pub fn compressed_attention(
 /// before the first one too, so that it then takes plans that hide nothing only. Without causality any number of
 /// queries sees all keys, where every head is off.
 ///
-/// Differentiable in query, key, value and sink logits, for every fold, window, bias, softcap and dropout; the
-/// decisions are constants. The gradients have the shapes and dtypes of their tensors, keep O(N·D) memory besides them,
-/// and do not depend on the number of threads. The bias gets no gradient.
+/// Differentiable in query, key, value, sink logits and column bias, for every fold, window, bias, softcap and dropout;
+/// the decisions are constants. The gradients have the shapes and dtypes of their tensors, keep O(N·D) memory besides
+/// them, and do not depend on the number of threads. The bias gets no gradient.
 ///
 /// Each of [`AttentionOptions::segments`] is attended to alone, one after the other; rows of padding are zeros with
 /// zero gradients.

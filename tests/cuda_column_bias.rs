@@ -176,6 +176,21 @@ fn columns_fade_in_bf16() -> Result<()> {
     column_biases(DType::BF16)
 }
 
+/// Where nothing is hidden and blocks are few, gradients have a list per query head: those of a group are added up.
+#[test]
+fn query_heads_may_have_lists_of_their_own() -> Result<()> {
+    let (shape, mut shares) = (Shape(1, 4, 2, 260, 16), Shares::default());
+    let options = AttentionOptions {
+        column_bias: Some(bias(&shape, 0)?),
+        ..Default::default()
+    };
+    for rule in [GroupRule::Unanimous, GroupRule::PerQueryHead] {
+        let setting = setting(MergeStrategy::Off, Fold::Mean, 20, rule);
+        agrees("lists", (&shape, 3), DType::BF16, &setting, &options, &mut shares)?;
+    }
+    Ok(())
+}
+
 /// The op, with gradients by candle: a softcap, sinks, segments, fewer queries than keys and another value size stand
 /// beside a column bias.
 #[test]

@@ -108,9 +108,7 @@ __device__ __forceinline__ void faded(const BackwardTensors& x, const Global<flo
     hw::wait_for_previous();
     uint32_t blocks = (p.sizes.tokens + Gradients::COLUMNS - 1) / Gradients::COLUMNS;
     Place place(blockIdx.x, blocks, p.sizes.batch * p.sizes.lists, Gradients::TOGETHER);
-    Gradients columns(p, x, place.unit, place.block, false);
-    columns.run(dq, dk, dv);
-    columns.store_fades(fades);
+    Gradients(p, x, place.unit, place.block, false).run(dq, dk, dv, fades);
 }
 
 #define TARGETS                                                                                                       \

@@ -125,9 +125,8 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
                     weight = hw::exp2(exponent_of(logit, sum, rest));
                 }
                 logit = weight * kept;
-                grad = visible ? weight * (grad * kept - mean) : 0.f;
-                if (FADED) fades[r] += grad;
-                grad = visible ? grad * slope : 0.f;
+                if (FADED && visible) fades[r] += weight * (grad * kept - mean);
+                grad = visible ? weight * (grad * kept - mean) * slope : 0.f;
             }
         }
     }
@@ -290,7 +289,9 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
         }
     }
 
-    SFA_DEVICE void run(const Global<float>& dq, const ColumnTarget& keys, const ColumnTarget& values) {
+    // `column_sums`: where those of FADED go.
+    SFA_DEVICE void run(const Global<float>& dq, const ColumnTarget& keys, const ColumnTarget& values,
+                        const Global<float>& column_sums = {}) {
         if (count <= 0) return;
         this->template load_columns<Layout<D>, THREADS>(k, v, [] { __syncthreads(); });
         hw::copy_commit();
@@ -331,11 +332,11 @@ struct FusedGradients : OwnedColumns<16 * MT * WARPS / SPLIT, BY_LISTS> {
         if (LATE && row_before >= 0) add_queries_of(dq, head_before, row_before, stage ^ 1, full_before);
         store(keys, dk, p.scale * p.scale_sign * LN_2);
         store(values, dv, 1.f);
+        if constexpr (FADED) store_fades(column_sums);
     }
 
-    // After `run`. Two warps that share columns add their sums up in shared memory that no product reads any more.
+    // Two warps that share columns add their sums up in shared memory that no product reads any more.
     SFA_DEVICE void store_fades(const Global<float>& target) const {
-        if (count <= 0) return;
         hw::Tile of_others = hw::tile(WEIGHTS_AT, COLUMNS * 4);
         float sums[R];
 #pragma unroll

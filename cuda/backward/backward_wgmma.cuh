@@ -404,7 +404,8 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         gathered().arrive_as_warp();
     }
 
-    SFA_DEVICE void own(const Steps& steps, const ColumnTarget& keys, const ColumnTarget& values) {
+    SFA_DEVICE void own(const Steps& steps, const ColumnTarget& keys, const ColumnTarget& values,
+                        const Global<float>& column_sums) {
         if constexpr (FADED) hw::store(fades(), 0, float2{0, 0});
         this->template load_columns<Columns, OWNERS>(k, v, [] { meet(); });
         hw::copy_commit();
@@ -439,11 +440,10 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         meet();
         store(keys, k, dk, p.scale * p.scale_sign * LN_2);
         store(values, v, dv, 1.f);
+        if constexpr (FADED) store_fades(column_sums);
     }
 
-    // After `run`.
     SFA_DEVICE void store_fades(const Global<float>& target) const {
-        if (count <= 0 || threadIdx.x >= OWNERS) return;
         int lane = this->lane();
         float2 sums = hw::load<float2>(fades(), 0);
 #pragma unroll
@@ -475,7 +475,9 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         hw::wait_for_bulk();
     }
 
-    SFA_DEVICE void run(const Global<float>& dq, const ColumnTarget& keys, const ColumnTarget& values) {
+    // `column_sums`: where those of FADED go.
+    SFA_DEVICE void run(const Global<float>& dq, const ColumnTarget& keys, const ColumnTarget& values,
+                        const Global<float>& column_sums = {}) {
         if (count <= 0) return;
         uint32_t heads = p.sizes.heads / p.sizes.lists, head = uint32_t(list) % p.sizes.lists * heads;
         Steps steps{this->rows_of(first).begin / NB * NB, this->rows_of(first + count - 1).end, head, head + heads};
@@ -484,7 +486,7 @@ struct WarpgroupGradients : OwnedColumns<128, BY_LISTS> {
         int role = hw::uniform(int(threadIdx.x));
         if (role < OWNERS) {
             hw::take_registers<OWNERS_HAVE>();
-            own(steps, keys, values);
+            own(steps, keys, values, column_sums);
         } else {
             hw::give_registers<OTHERS_HAVE>();
             if (role < OWNERS + LOADERS) load(steps);

@@ -10,7 +10,8 @@ set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 out=$(realpath "$1")
 shift
-[ $# -gt 0 ] || set -- cuda_device cuda_device_cache cuda_layer cuda_streams llama_cuda bench_gpu llama
+[ $# -gt 0 ] ||
+  set -- cuda_device cuda_device_cache cuda_device_fades cuda_layer cuda_streams llama_cuda bench_gpu llama
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
