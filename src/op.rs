@@ -11,7 +11,7 @@ use crate::problem::Problem;
 use crate::storage::not_on_cpu;
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, CudaStorage, CustomOp3, Layout, Result, Shape, Tensor};
-use column_bias::{Differentiable, FoundGradients, Gradients};
+use column_bias::{Differentiable, FoundGradients, OpGradients};
 use sinks::{KeptTensors, SinkGradient};
 use std::sync::Arc;
 
@@ -293,7 +293,7 @@ impl Differentiable for CompressedAttentionOp {
         &self.found
     }
 
-    fn gradients(&self, qkv: [&Tensor; 3], output: &Tensor, grad_output: &Tensor) -> Result<Gradients> {
+    fn gradients(&self, qkv: [&Tensor; 3], output: &Tensor, grad_output: &Tensor) -> Result<OpGradients> {
         let grad_output = &grad_output.contiguous()?;
         #[cfg(feature = "cuda")]
         if qkv[0].device().is_cuda() {

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub(crate) type FoundGradients = Arc<Mutex<Option<[Tensor; 3]>>>;
 
 /// The gradients of query, key and value, and that of the column bias, if there is one.
-pub(crate) type Gradients = ([Tensor; 3], Option<Tensor>);
+pub(crate) type OpGradients = ([Tensor; 3], Option<Tensor>);
 
 /// An op of attention whose gradients come from one pass.
 pub(crate) trait Differentiable: CustomOp3 + Clone + Send + Sync + 'static {
@@ -20,7 +20,7 @@ pub(crate) trait Differentiable: CustomOp3 + Clone + Send + Sync + 'static {
     fn found(&self) -> &FoundGradients;
 
     /// The gradients, for any layout of `grad_output`.
-    fn gradients(&self, qkv: [&Tensor; 3], output: &Tensor, grad_output: &Tensor) -> Result<Gradients>;
+    fn gradients(&self, qkv: [&Tensor; 3], output: &Tensor, grad_output: &Tensor) -> Result<OpGradients>;
 }
 
 /// The output of the op, with a gradient for the column bias where it asks for one.
@@ -41,7 +41,7 @@ pub(crate) fn apply<A: Differentiable>(
 }
 
 /// The gradients of query, key and value that the op of a column bias has found, or else those of `compute`.
-pub(crate) fn found_or(found: &FoundGradients, compute: impl FnOnce() -> Result<Gradients>) -> Result<[Tensor; 3]> {
+pub(crate) fn found_or(found: &FoundGradients, compute: impl FnOnce() -> Result<OpGradients>) -> Result<[Tensor; 3]> {
     let found = found.lock().unwrap_or_else(PoisonError::into_inner).take();
     match found {
         Some(gradients) => Ok(gradients),

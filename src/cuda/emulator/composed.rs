@@ -7,7 +7,7 @@ use crate::cuda::attention::{lists, Attention};
 use crate::cuda::emulator::device::{EmuSlice, Emulator};
 use crate::cuda::on_gpu::{Gpu, GpuElement};
 use crate::cuda::operands::Part;
-use crate::op::column_bias::{self, found_or, Differentiable, FoundGradients, Gradients};
+use crate::op::column_bias::{self, found_or, Differentiable, FoundGradients, OpGradients};
 use crate::op::composed::{self, PlainCall};
 use crate::plan::MergePlan;
 use crate::problem::Problem;
@@ -147,7 +147,7 @@ impl Differentiable for EmulatedOp {
         &self.found
     }
 
-    fn gradients(&self, qkv: [&Tensor; 3], _: &Tensor, grad_output: &Tensor) -> Result<Gradients> {
+    fn gradients(&self, qkv: [&Tensor; 3], _: &Tensor, grad_output: &Tensor) -> Result<OpGradients> {
         let found = self.run(qkv, Some(grad_output))?;
         let [dq, dk, dv, column_bias @ ..] = &found[..] else {
             bail!("emulated-attention: expected three gradients; this is a defect of the crate")
