@@ -128,7 +128,7 @@ fn a_gate_starts_and_ends_as_a_probe() -> Result<()> {
         HeadStrategies::uniform(MergeStrategy::Similarity).with_thresholds(&thresholds)
     };
     for layer in 0..3 {
-        let keys = random(&[2, 2, 50, 8])?;
+        let keys = normal.tensor(&[2, 2, 50, 8])?;
         let plan = |probe: &KeyProbe, thresholds: &[f64; 2]| -> Result<Vec<Vec<Vec<u8>>>> {
             let scores = probe.scores(layer, &keys)?;
             let plan = MergePlan::from_scores(&scores, &strategies(thresholds)?, &config, true)?;
@@ -141,7 +141,7 @@ fn a_gate_starts_and_ends_as_a_probe() -> Result<()> {
     assert!(error(KeyGate::start(&probe, 0, &[0.0]).map(|_| ())).contains("one for each of the 2 KV heads, got 1"));
     assert!(error(KeyGate::start(&probe, 3, &thresholds).map(|_| ())).contains("layer: expected one below 3"));
     assert!(error(KeyGate::probe(&[]).map(|_| ())).contains("gates: expected one per layer"));
-    let keys = random(&[1, 2, 5, 7])?;
+    let keys = normal.tensor(&[1, 2, 5, 7])?;
     assert!(error(gates[0].logits(&keys).map(|_| ())).contains("key: expected (batch, 2, tokens, 8)"));
     Ok(())
 }
