@@ -220,6 +220,10 @@ pub struct ReportArgs {
     /// Shares of tokens to hide, of those that have left the window.
     #[arg(long, value_delimiter = ',', default_values_t = [0.25, 0.5, 0.75], value_name = "X,X..")]
     pub ratios: Vec<f64>,
+    /// Policies to score in place of those of --ratios: files that `calibrate` wrote. Each is named by its criterion
+    /// and its target, such as observed-0.5 or probe-0.5.
+    #[arg(long, num_args = 1.., value_name = "FILE", conflicts_with = "ratios")]
+    pub policies: Vec<PathBuf>,
     /// Lengths of texts to look for a pass key in.
     #[arg(long, value_delimiter = ',', value_name = "N,N..", default_values_t = [2048])]
     pub passkey: Vec<usize>,
@@ -229,7 +233,8 @@ pub struct ReportArgs {
     /// Pass keys at each length and depth.
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub keys: usize,
-    /// Only these of dense, paper, pretrained, calibrated, random and streaming; dense is always among them.
+    /// Only these of dense, paper, pretrained, calibrated, random and streaming, and of observed, probe, query-key and
+    /// key-key with --policies; dense is always among them.
     #[arg(long, value_delimiter = ',', value_name = "NAME,NAME..")]
     pub methods: Vec<String>,
     #[command(flatten)]

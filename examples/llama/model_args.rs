@@ -48,7 +48,7 @@ pub struct ModelArgs {
     /// Default: the small model that comes with the example.
     #[arg(long, value_name = "PATH_OR_ID", default_value = DEFAULT_MODEL, hide_default_value = true)]
     pub model: String,
-    /// Where to compute: cpu, or cuda or cuda:N in a build with --features cuda. For generate, eval and bench.
+    /// Where to compute: cpu, or cuda or cuda:N in a build with --features cuda. Calibration runs on the CPU.
     #[arg(long, default_value_t = Place::Cpu, value_name = "DEVICE")]
     device: Place,
     /// Number type of weights and activations. Default: f32 on the CPU, where a GGUF file stays quantized and takes no
@@ -131,6 +131,11 @@ impl ModelArgs {
         }
     }
 
+    /// The device by its name.
+    pub fn device(&self) -> String {
+        self.device.to_string()
+    }
+
     /// How the weights are to be held.
     ///
     /// # Errors
@@ -154,7 +159,7 @@ impl ModelArgs {
         })
     }
 
-    /// Refuses a GPU for commands that read scores and decisions on the host.
+    /// Refuses a GPU for a command that runs on the host only.
     ///
     /// # Errors
     /// A device other than the CPU.

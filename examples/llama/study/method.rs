@@ -1,87 +1,119 @@
 //! The methods of a report, as plans for each layer.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::{DType, Tensor};
-use candle_sfattention::{CompressionConfig, Fold, HeadStrategies, KeyProbe, MergePlan, MergeStrategy, Policy};
+use candle_sfattention::{CompressionConfig, Fold, HeadStrategies, KeyProbe, MergePlan, MergeStrategy};
 use rand::seq::index::sample;
 use rand::{rngs::StdRng, SeedableRng};
 
+use super::policies::Named;
 use crate::model::LayerCall;
 
 /// One way to attend.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Method {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
     Dense,
     /// The paper's settings, on a model that was not trained with them.
     Paper,
     Pretrained,
-    Calibrated(f64),
-    /// Random tokens, the same number per KV head as the calibrated policy hides, with the same sinks and window.
-    Random(f64),
-    /// The first tokens, and a window as long as the entries that the calibrated policy keeps.
-    Streaming(f64),
+    /// As the policy decides.
+    Policy,
+    /// Random tokens, the same number per KV head as the policy hides, with the same sinks and window.
+    Random,
+    /// The first tokens, and a window as long as the entries that the policy keeps.
+    Streaming,
+}
+
+/// A way to attend, under its name in tables.
+#[derive(Clone, Copy, Debug)]
+pub struct Method {
+    kind: Kind,
+    pub family: &'static str,
+    ratio: Option<f64>,
+    /// The number of its policy among those of the report.
+    policy: Option<usize>,
 }
 
 impl Method {
-    pub const FAMILIES: [&str; 6] = ["dense", "paper", "pretrained", "calibrated", "random", "streaming"];
+    pub const FAMILIES: [&str; 10] = [
+        "dense",
+        "paper",
+        "pretrained",
+        "calibrated",
+        "observed",
+        "probe",
+        "query-key",
+        "key-key",
+        "random",
+        "streaming",
+    ];
 
-    pub fn all(policies: &[(f64, Policy)]) -> Vec<Self> {
-        let families: [fn(f64) -> Self; 3] = [Self::Calibrated, Self::Random, Self::Streaming];
-        let mut all = vec![Self::Dense, Self::Paper, Self::Pretrained];
-        for family in families {
-            all.extend(policies.iter().map(|(ratio, _)| family(*ratio)));
+    /// All methods, of one family after the other. Controls exist once a ratio: by its first policy.
+    pub fn all(policies: &[Named]) -> Vec<Self> {
+        let plain = |kind, family| Self {
+            kind,
+            family,
+            ratio: None,
+            policy: None,
+        };
+        let by_policy = |kind, family, policy: usize| Self {
+            kind,
+            family,
+            ratio: Some(policies[policy].ratio),
+            policy: Some(policy),
+        };
+        let mut all = vec![
+            plain(Kind::Dense, "dense"),
+            plain(Kind::Paper, "paper"),
+            plain(Kind::Pretrained, "pretrained"),
+        ];
+        all.extend((0..policies.len()).map(|policy| by_policy(Kind::Policy, policies[policy].family, policy)));
+        let first = |policy: &usize| {
+            let before = &policies[..*policy];
+            before.iter().all(|other| other.ratio != policies[*policy].ratio)
+        };
+        for (kind, family) in [(Kind::Random, "random"), (Kind::Streaming, "streaming")] {
+            let each = (0..policies.len()).filter(first);
+            all.extend(each.map(|policy| by_policy(kind, family, policy)));
         }
         all
     }
 
-    pub fn family(&self) -> &'static str {
-        match self {
-            Self::Dense => "dense",
-            Self::Paper => "paper",
-            Self::Pretrained => "pretrained",
-            Self::Calibrated(_) => "calibrated",
-            Self::Random(_) => "random",
-            Self::Streaming(_) => "streaming",
-        }
+    pub fn is_dense(&self) -> bool {
+        self.kind == Kind::Dense
     }
 
     pub fn name(&self) -> String {
-        match self {
-            Self::Calibrated(ratio) | Self::Random(ratio) | Self::Streaming(ratio) => {
-                format!("{}-{ratio}", self.family())
-            }
-            _ => self.family().into(),
+        match self.ratio {
+            Some(ratio) => format!("{}-{ratio}", self.family),
+            None => self.family.into(),
         }
     }
 
-    pub fn planner(&self, policies: &[(f64, Policy)]) -> Result<Planner> {
-        let policy = match self {
-            Self::Calibrated(ratio) | Self::Random(ratio) | Self::Streaming(ratio) => {
-                let found = policies.iter().find(|(other, _)| other == ratio);
-                Some(&found.with_context(|| format!("no policy for {ratio}"))?.1)
-            }
-            _ => None,
-        };
+    pub fn planner(&self, policies: &[Named]) -> Result<Planner> {
+        let policy = self.policy.map(|policy| policies[policy].policy.parts());
         Ok(Planner {
-            method: *self,
-            strategies: match policy {
-                Some(policy) => policy.head_strategies(&policy.parts().model)?,
+            kind: self.kind,
+            strategies: match self.policy {
+                Some(policy) => policies[policy]
+                    .policy
+                    .head_strategies(&policies[policy].policy.parts().model)?,
                 None => Vec::new(),
             },
-            config: match (self, policy) {
-                (_, Some(policy)) => policy.parts().config.clone(),
-                (Self::Pretrained, _) => CompressionConfig::pretrained(),
+            config: match (self.kind, policy) {
+                (_, Some(policy)) => policy.config.clone(),
+                (Kind::Pretrained, _) => CompressionConfig::pretrained(),
                 _ => CompressionConfig::default(),
             },
-            probe: policy.and_then(|policy| policy.parts().probe.clone()),
-            hidden_ratio: policy.map_or(0.0, |policy| policy.parts().calibration.hidden_ratio),
+            probe: policy.and_then(|policy| policy.probe.clone()),
+            hidden_ratio: policy.map_or(0.0, |policy| policy.calibration.hidden_ratio),
         })
     }
 }
 
 /// A method and its inputs.
 pub struct Planner {
-    method: Method,
+    kind: Kind,
     strategies: Vec<HeadStrategies>,
     config: CompressionConfig,
     /// The policy's, under given scores.
@@ -100,19 +132,17 @@ impl Planner {
         };
         // As everywhere, settings for all heads leave layers that slide alone.
         let slides = call.options.sliding_window.is_some();
-        let plan = match self.method {
-            Method::Paper | Method::Pretrained | Method::Random(_) | Method::Streaming(_) if slides => {
-                uniform(MergeStrategy::Off)?
-            }
-            Method::Dense => uniform(MergeStrategy::Off)?,
-            Method::Paper => uniform(MergeStrategy::Difference)?,
-            Method::Pretrained => uniform(MergeStrategy::Similarity)?,
-            Method::Calibrated(_) => self.calibrated(call)?,
-            Method::Random(_) => self.random(call, &self.calibrated(call)?)?,
-            Method::Streaming(_) => self.streaming(call)?,
+        let plan = match self.kind {
+            Kind::Paper | Kind::Pretrained | Kind::Random | Kind::Streaming if slides => uniform(MergeStrategy::Off)?,
+            Kind::Dense => uniform(MergeStrategy::Off)?,
+            Kind::Paper => uniform(MergeStrategy::Difference)?,
+            Kind::Pretrained => uniform(MergeStrategy::Similarity)?,
+            Kind::Policy => self.calibrated(call)?,
+            Kind::Random => self.random(call, &self.calibrated(call)?)?,
+            Kind::Streaming => self.streaming(call)?,
         };
         let alone = !self.config.group_rule.heads_agree();
-        Ok((plan, alone && self.method == Method::Paper))
+        Ok((plan, alone && self.kind == Kind::Paper))
     }
 
     /// The policy's plan.

@@ -5,26 +5,26 @@ mod ledger;
 mod method;
 mod passkey;
 mod plots;
+mod policies;
 mod summary;
 
 use std::fs;
 use std::time::Instant;
 
 use anyhow::{ensure, Context, Result};
-use candle_sfattention::Policy;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::args::{CalibrateArgs, ReportArgs};
-use crate::calibrate::{self, Measured};
+use crate::args::ReportArgs;
+use crate::calibrate;
 use crate::corpus::{self, Window};
 use crate::load::Checkpoint;
 use crate::model::{HiddenCounts, Llama};
-use crate::report::write_file;
 use crate::windows::{self, Purpose};
 use held::Kept;
 use ledger::{Ledger, Record};
 use method::Method;
 use passkey::{Passkey, QUESTION};
+use policies::Named;
 
 /// A task for a method.
 enum Task {
@@ -33,10 +33,10 @@ enum Task {
 }
 
 pub fn run(args: &ReportArgs) -> Result<()> {
-    args.model.on_cpu("report")?;
     check(args)?;
     let text = corpus::read(&args.text)?;
-    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
+    let options = args.model.load_options()?;
+    let mut checkpoint = Checkpoint::open(&args.model.model, options.clone())?;
     corpus::check_context(args.context, &checkpoint)?;
     for length in &args.passkey {
         corpus::check_context(*length, &checkpoint)?;
@@ -45,18 +45,24 @@ pub fn run(args: &ReportArgs) -> Result<()> {
     let tasks = tasks(&tokens, &checkpoint, args)?;
     fs::create_dir_all(&args.out).with_context(|| format!("out {}", args.out.display()))?;
     let model = checkpoint.load(calibrate::dense(checkpoint.config.layers)?)?;
-    let policies = policies(&model, &checkpoint, &tokens, args)?;
+    let policies = policies::all(&model, &checkpoint, &tokens, args)?;
     let mut methods = Method::all(&policies);
     if !args.methods.is_empty() {
-        methods.retain(|method| *method == Method::Dense || args.methods.iter().any(|name| name == method.family()));
+        methods.retain(|method| method.is_dense() || args.methods.iter().any(|name| name == method.family));
     }
+    let given: Vec<String> = match args.policies.is_empty() {
+        true => Vec::new(),
+        false => policies.iter().map(Named::figures).collect(),
+    };
     let settings = format!(
-        "{} {} {} {} {:?} {QUESTION:?}",
+        "{} {} {} {} {:?} {QUESTION:?} {} {:?} {given:?}",
         model.fingerprint()?,
         args.text.display(),
         args.context,
         args.windows,
-        args.compression.calibrated_config()
+        args.compression.calibrated_config(),
+        args.model.device(),
+        options.dtype
     );
     let mut ledger = Ledger::open(&args.out.join("progress.jsonl"), &settings)?;
 
@@ -120,36 +126,8 @@ fn tasks(tokens: &[u32], checkpoint: &Checkpoint, args: &ReportArgs) -> Result<V
     Ok(tasks)
 }
 
-/// A policy per ratio: those of an earlier run, or new ones.
-fn policies(model: &Llama, checkpoint: &Checkpoint, tokens: &[u32], args: &ReportArgs) -> Result<Vec<(f64, Policy)>> {
-    let file = |ratio: &f64| args.out.join(format!("policy-{ratio}.json"));
-    let measured = Measured::of(&checkpoint.config)?;
-    let mut measurement = None;
-    let mut policies = Vec::new();
-    for ratio in &args.ratios {
-        let policy = if file(ratio).is_file() {
-            Policy::from_json(&fs::read_to_string(file(ratio))?)?
-        } else {
-            if measurement.is_none() {
-                let windows = calibrate::windows(tokens, args.context, args.calibration, args.calibration)?;
-                let config = args.compression.calibrated_config();
-                let ratios = CalibrateArgs::RATIOS;
-                let calibrator = measured.calibrator(config, &ratios)?;
-                measurement = Some(measured.measure(model, calibrator, &windows, args.weights)?);
-            }
-            let measurement = measurement.as_ref().context("calibration")?;
-            let policy = measured.policy(measurement, *ratio, &model.fingerprint()?)?;
-            write_file(&file(ratio), &(policy.to_json()? + "\n"))?;
-            policy
-        };
-        policy.head_strategies(&checkpoint.config.shape())?;
-        policies.push((*ratio, policy));
-    }
-    Ok(policies)
-}
-
 /// Runs one task under one method.
-fn measure(model: &Llama, method: &Method, policies: &[(f64, Policy)], task: &Task) -> Result<Record> {
+fn measure(model: &Llama, method: &Method, policies: &[Named], task: &Task) -> Result<Record> {
     let tokens = match task {
         Task::Text(window) => &window.tokens,
         Task::Passkey(passkey) => &passkey.tokens,

@@ -7,6 +7,7 @@ use candle_sfattention::calibrate::LayerPolicy;
 use candle_sfattention::Policy;
 use plotters::prelude::*;
 
+use super::policies::Named;
 use super::summary::{Row, Summary};
 use crate::report::write_file;
 
@@ -14,16 +15,20 @@ const SIZE: (u32, u32) = (720, 400);
 const INK: RGBColor = RGBColor(60, 60, 60);
 const GRID: RGBColor = RGBColor(225, 225, 225);
 /// From Okabe and Ito's palette, which is safe for colour-blind readers.
-const FAMILIES: [(&str, RGBColor); 6] = [
+const FAMILIES: [(&str, RGBColor); 10] = [
     ("dense", RGBColor(0, 0, 0)),
     ("calibrated", RGBColor(0, 114, 178)),
+    ("observed", RGBColor(0, 114, 178)),
+    ("probe", RGBColor(86, 180, 233)),
+    ("query-key", RGBColor(240, 228, 66)),
+    ("key-key", RGBColor(120, 120, 120)),
     ("random", RGBColor(230, 159, 0)),
     ("streaming", RGBColor(213, 94, 0)),
     ("pretrained", RGBColor(0, 158, 115)),
     ("paper", RGBColor(204, 121, 167)),
 ];
 
-pub fn draw(folder: &Path, summary: &Summary, policies: &[(f64, Policy)]) -> Result<()> {
+pub fn draw(folder: &Path, summary: &Summary, policies: &[Named]) -> Result<()> {
     let copy = |row: &Row| row.copy;
     curves(&folder.join("perplexity.svg"), "Perplexity", 1.25, summary, |row| {
         row.perplexity
@@ -35,8 +40,12 @@ pub fn draw(folder: &Path, summary: &Summary, policies: &[(f64, Policy)]) -> Res
         summary,
         copy,
     )?;
-    for (ratio, policy) in policies {
-        heat_map(&folder.join(format!("heads-{ratio}.svg")), *ratio, policy)?;
+    for named in policies {
+        let file = match named.family {
+            "calibrated" => format!("heads-{}.svg", named.ratio),
+            _ => format!("heads-{}.svg", named.name()),
+        };
+        heat_map(&folder.join(file), named.ratio, &named.policy)?;
     }
     Ok(())
 }

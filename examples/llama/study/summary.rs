@@ -174,7 +174,7 @@ impl Row {
         };
         Ok(Self {
             method: name.clone(),
-            family: method.family(),
+            family: method.family,
             perplexity: (sum(|record| record.score) / sum(|record| record.predicted as f64)).exp(),
             nll_over_dense,
             standard_error,
