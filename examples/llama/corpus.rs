@@ -72,10 +72,6 @@ impl Window {
 }
 
 /// Logits `(n, vocabulary)` of rows `first..first + n` of hidden states `(1, N, hidden)`; both are finite or an error.
-pub fn logits(model: &Llama, hidden: &Tensor, first: usize, n: usize) -> Result<Tensor> {
-    logits_as(model, hidden, first, n, Pass::Prompt)
-}
-
 fn logits_as(model: &Llama, hidden: &Tensor, first: usize, n: usize, pass: Pass) -> Result<Tensor> {
     let logits = model.logits_as(hidden, first, n, pass)?;
     // A quantized product reads NaN as 0, so logits alone do not show it.
@@ -92,7 +88,7 @@ pub fn check(model: &Llama, hidden: &Tensor) -> Result<()> {
 }
 
 /// Σ log Σ exp(logits) - logits[target] over rows `(n, vocabulary)`; rows in f32, their sum in f64.
-pub fn nll(logits: &Tensor, targets: &[u32]) -> Result<f64> {
+fn nll(logits: &Tensor, targets: &[u32]) -> Result<f64> {
     let targets = Tensor::new(targets, &Device::Cpu)?.unsqueeze(1)?;
     let picked = logits.gather(&targets, D::Minus1)?.squeeze(1)?;
     let losses = (logits.log_sum_exp(D::Minus1)? - picked)?;

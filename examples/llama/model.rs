@@ -259,8 +259,17 @@ impl Llama {
 
     /// As [`Self::logits`], by the matrix for this pass.
     pub fn logits_as(&self, hidden: &Tensor, first: usize, n: usize, pass: Pass) -> Result<Tensor> {
+        Ok(self.logits_on_device(hidden, first, n, pass)?.to_device(&Device::Cpu)?)
+    }
+
+    /// As [`Self::logits`], on the model's device.
+    #[allow(dead_code)] // a report reads it
+    pub fn logits_in_place(&self, hidden: &Tensor, first: usize, n: usize) -> Result<Tensor> {
+        self.logits_on_device(hidden, first, n, Pass::Prompt)
+    }
+
+    fn logits_on_device(&self, hidden: &Tensor, first: usize, n: usize, pass: Pass) -> Result<Tensor> {
         let rows = hidden.narrow(1, first, n)?.contiguous()?;
-        let logits = self.head.through(&rows, pass)?.squeeze(0)?.to_dtype(DType::F32)?;
-        Ok(logits.to_device(&Device::Cpu)?)
+        Ok(self.head.through(&rows, pass)?.squeeze(0)?.to_dtype(DType::F32)?)
     }
 }

@@ -17,7 +17,11 @@ pub struct Record {
     /// Summed negative log likelihood of the predicted tokens.
     pub score: f64,
     pub predicted: usize,
-    /// For a pass key: whether it was found.
+    /// Summed KL(dense || method), in nats.
+    pub divergence: f64,
+    /// Predicted tokens where the likeliest one is dense's.
+    pub agreed: usize,
+    /// For a question: whether the likeliest token is right at each place of the answer.
     pub found: Option<bool>,
     pub tokens: usize,
     /// What caches hold at the end of the sequence.
@@ -78,10 +82,14 @@ impl Ledger {
         Ok(())
     }
 
-    /// The records of a method whose task begins with `test`, by the task's name.
-    pub fn of<'a>(&'a self, method: &str, test: &str) -> impl Iterator<Item = (&'a str, &'a Record)> {
-        let (name, prefix) = (format!("{method} "), format!("{method} {test}"));
-        let records = self.records.iter().filter(move |(key, _)| key.starts_with(&prefix));
-        records.map(move |(key, record)| (&key[name.len()..], record))
+    /// The records of a method whose task begins with `test`, each with that of dense on the same task.
+    pub fn of(&self, method: &str, test: &str) -> Result<Vec<[&Record; 2]>> {
+        let prefix = format!("{method} {test} ");
+        let records = self.records.iter().filter(|(key, _)| key.starts_with(&prefix));
+        let pair = |(key, record): (&String, _)| {
+            let dense = self.get(&format!("dense{}", &key[method.len()..]));
+            Ok([record, dense.context("dense was not measured")?])
+        };
+        records.map(pair).collect()
     }
 }

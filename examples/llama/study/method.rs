@@ -123,6 +123,21 @@ pub struct Planner {
 }
 
 impl Planner {
+    /// Plans that hide nothing.
+    pub fn dense() -> Self {
+        Self {
+            kind: Kind::Dense,
+            strategies: Vec::new(),
+            config: CompressionConfig::default(),
+            probe: None,
+            hidden_ratio: 0.0,
+        }
+    }
+
+    pub fn is_dense(&self) -> bool {
+        self.kind == Kind::Dense
+    }
+
     /// The plan of a layer, and whether its cache would need a list per query head.
     pub fn plan(&self, call: &LayerCall) -> Result<(MergePlan, bool)> {
         let [q, k, v] = call.qkv;

@@ -2,14 +2,17 @@
 
 mod held;
 mod ledger;
+mod mean;
 mod method;
 mod passkey;
 mod plots;
 mod policies;
+mod run;
+mod score;
 mod summary;
+mod tables;
 
 use std::fs;
-use std::time::Instant;
 
 use anyhow::{ensure, Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -18,19 +21,13 @@ use crate::args::ReportArgs;
 use crate::calibrate;
 use crate::corpus::{self, Window};
 use crate::load::Checkpoint;
-use crate::model::{HiddenCounts, Llama};
 use crate::windows::{self, Purpose};
-use held::Kept;
-use ledger::{Ledger, Record};
-use method::Method;
+use ledger::Ledger;
+use method::{Method, Planner};
 use passkey::{Passkey, QUESTION};
 use policies::Named;
-
-/// A task for a method.
-enum Task {
-    Text(Window),
-    Passkey(Passkey),
-}
+use run::{Run, Task};
+use summary::Summary;
 
 pub fn run(args: &ReportArgs) -> Result<()> {
     check(args)?;
@@ -66,24 +63,30 @@ pub fn run(args: &ReportArgs) -> Result<()> {
     );
     let mut ledger = Ledger::open(&args.out.join("progress.jsonl"), &settings)?;
 
+    let planners: Vec<(String, Planner)> = methods
+        .iter()
+        .map(|method| Ok((method.name(), method.planner(&policies)?)))
+        .collect::<Result<_>>()?;
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} runs  {msg}  {eta} left")?;
     let bar = ProgressBar::new((methods.len() * tasks.len()) as u64).with_style(style);
-    for method in &methods {
-        for (name, task) in &tasks {
-            bar.set_message(format!("{} {name}", method.name()));
+    for (name, task) in &tasks {
+        let mut run = Run::new(&model, task);
+        for (method, planner) in &planners {
+            bar.set_message(format!("{method} {name}"));
             bar.tick();
-            let key = format!("{} {name}", method.name());
+            let key = format!("{method} {name}");
             if ledger.get(&key).is_none() {
-                ledger.add(&key, measure(&model, method, &policies, task)?)?;
+                ledger.add(&key, run.measure(planner)?)?;
             }
             bar.inc(1);
         }
     }
     bar.finish_and_clear();
-    let summary = summary::Summary::new(&args.model.model, &methods, &ledger)?;
+    let asked: Vec<(String, usize)> = args.passkey.iter().map(|length| ("passkey".into(), *length)).collect();
+    let summary = Summary::new(&args.model.model, &methods, &asked, &ledger)?;
     summary.write(&args.out)?;
     plots::draw(&args.out, &summary, &policies)?;
-    print!("{}", summary.markdown());
+    print!("{}", tables::markdown(&summary));
     Ok(())
 }
 
@@ -124,36 +127,4 @@ fn tasks(tokens: &[u32], checkpoint: &Checkpoint, args: &ReportArgs) -> Result<V
         }
     }
     Ok(tasks)
-}
-
-/// Runs one task under one method.
-fn measure(model: &Llama, method: &Method, policies: &[Named], task: &Task) -> Result<Record> {
-    let tokens = match task {
-        Task::Text(window) => &window.tokens,
-        Task::Passkey(passkey) => &passkey.tokens,
-    };
-    let planner = method.planner(policies)?;
-    let mut kept = Kept::default();
-    let start = Instant::now();
-    let hidden = model.forward_planned(tokens, &mut HiddenCounts::default(), |call| {
-        let (plan, per_query_head) = planner.plan(call)?;
-        kept.add(call, &plan, per_query_head)?;
-        Ok(plan)
-    })?;
-    let seconds = start.elapsed().as_secs_f64();
-    let (score, predicted, found) = match task {
-        Task::Text(window) => (window.nll(model, &hidden)?, window.predicted(), None),
-        Task::Passkey(passkey) => {
-            let (score, found) = passkey.score(model, &hidden)?;
-            (score, passkey.predicted(), Some(found))
-        }
-    };
-    Ok(Record {
-        score,
-        predicted,
-        found,
-        tokens: tokens.len(),
-        kept,
-        seconds,
-    })
 }

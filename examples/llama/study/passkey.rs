@@ -1,11 +1,8 @@
 //! Pass keys: a number inside a long text, whose end asks for it.
 
 use anyhow::{ensure, Result};
-use candle_core::{Tensor, D};
 
-use crate::corpus::{logits, nll};
 use crate::load::Checkpoint;
-use crate::model::Llama;
 
 /// The end of a text: the words that preceded the number. With "What is the pass key?" before them SmolLM2-135M often
 /// continues the prose, and finds 3 keys of 10 at 2048 tokens instead of 10 of 10, with nothing hidden.
@@ -45,15 +42,5 @@ impl Passkey {
     /// Tokens of the answer.
     pub fn predicted(&self) -> usize {
         self.answer
-    }
-
-    /// The answer's summed negative log likelihood, and whether the likeliest token is right at each of its places: the
-    /// text of greedy decoding.
-    pub fn score(&self, model: &Llama, hidden: &Tensor) -> Result<(f64, bool)> {
-        let first = self.tokens.len() - self.answer;
-        let logits = logits(model, hidden, first - 1, self.answer)?;
-        let answer = &self.tokens[first..];
-        let found = logits.argmax(D::Minus1)?.to_vec1::<u32>()? == answer;
-        Ok((nll(&logits, answer)?, found))
     }
 }

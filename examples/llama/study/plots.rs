@@ -51,18 +51,25 @@ pub fn draw(folder: &Path, summary: &Summary, policies: &[Named]) -> Result<()> 
 }
 
 /// One line per family. A value above `limit` times dense is drawn at the top, with its number.
-fn curves(file: &Path, title: &str, limit: f64, summary: &Summary, value: impl Fn(&Row) -> f64) -> Result<()> {
+fn curves(file: &Path, title: &str, limit: f64, summary: &Summary, value: impl Fn(&Row) -> Option<f64>) -> Result<()> {
     let mut svg = String::new();
     curves_on(SVGBackend::with_string(&mut svg, SIZE), title, limit, summary, value)?;
     write_file(file, &svg)
 }
 
-fn curves_on(svg: SVGBackend, title: &str, limit: f64, summary: &Summary, value: impl Fn(&Row) -> f64) -> Result<()> {
+fn curves_on(
+    svg: SVGBackend,
+    title: &str,
+    limit: f64,
+    summary: &Summary,
+    value: impl Fn(&Row) -> Option<f64>,
+) -> Result<()> {
     let dense = summary
         .rows
         .iter()
         .find(|row| row.family == "dense")
-        .map_or(1.0, &value);
+        .and_then(&value)
+        .unwrap_or(1.0);
     let (bottom, top) = (dense - (limit - 1.0) * dense * 0.08, dense * limit);
     let root = svg.into_drawing_area();
     root.fill(&WHITE)?;
@@ -85,7 +92,8 @@ fn curves_on(svg: SVGBackend, title: &str, limit: f64, summary: &Summary, value:
         .draw()?;
     for (family, color) in FAMILIES {
         let rows = summary.rows.iter().filter(|row| row.family == family);
-        let mut points: Vec<(f64, f64)> = rows.map(|row| (row.kv_bytes_of_dense.min(1.1), value(row))).collect();
+        let point = |row: &Row| Some((row.kv_bytes_of_dense?.min(1.1), value(row)?));
+        let mut points: Vec<(f64, f64)> = rows.filter_map(point).collect();
         points.sort_by(|a, b| a.0.total_cmp(&b.0));
         let shown: Vec<_> = points.iter().map(|(x, y)| (*x, y.min(top))).collect();
         let style = ShapeStyle::from(color).filled().stroke_width(2);

@@ -1,13 +1,15 @@
-//! A report's numbers: JSON for programs, Markdown for people.
+//! A report's numbers, each with its samples and its standard error.
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::Serialize;
 
 use super::held::{Held, Kept};
 use super::ledger::{Ledger, Record};
+use super::mean::Mean;
 use super::method::Method;
+use super::tables;
 use crate::report::write_file;
 
 #[derive(Serialize)]
@@ -16,23 +18,29 @@ pub struct Summary {
     pub rows: Vec<Row>,
 }
 
+/// One method. What is counted at the end of a window is missing where a method has no windows.
 #[derive(Serialize)]
 pub struct Row {
     pub method: String,
     pub family: &'static str,
-    pub perplexity: f64,
+    pub perplexity: Option<f64>,
     /// Mean difference between the windows' nll per token and dense, and its standard error.
-    pub nll_over_dense: f64,
-    pub standard_error: f64,
+    pub nll_over_dense: Option<f64>,
+    pub standard_error: Option<f64>,
     /// Perplexity of the second half of `[A][A again]`.
-    pub copy: f64,
-    pub hidden_ratio: f64,
-    pub kv_bytes: f64,
-    pub kv_bytes_of_dense: f64,
+    pub copy: Option<f64>,
+    pub hidden_ratio: Option<f64>,
+    pub kv_bytes: Option<f64>,
+    pub kv_bytes_of_dense: Option<f64>,
     /// The same of the layers that see all tokens, and of those that slide; none without layers that slide.
     pub apart: Option<Apart>,
-    pub tokens_per_second: f64,
+    pub tokens_per_second: Option<f64>,
     pub passkey: Vec<Found>,
+    /// Of the windows, and of their copy tests, per token.
+    pub prose: Option<Compared>,
+    pub copied: Option<Compared>,
+    /// Of each kind of question at each length, pass keys among them.
+    pub tasks: Vec<Asked>,
 }
 
 #[derive(Serialize)]
@@ -61,9 +69,72 @@ pub struct Found {
     pub hidden_ratio: f64,
 }
 
+/// A method beside dense, over samples. Errors are standard errors over the samples, of paired differences.
+#[derive(Serialize)]
+pub struct Compared {
+    /// Negative log likelihood.
+    pub nats: Mean,
+    pub nats_over_dense: Mean,
+    /// KL(dense || method) per predicted token, in nats.
+    pub divergence: Mean,
+    /// The share of predicted tokens whose likeliest one is dense's.
+    pub agreement: Mean,
+}
+
+/// Questions of one kind and length; nats are those of a whole answer.
+#[derive(Serialize)]
+pub struct Asked {
+    pub task: String,
+    pub length: usize,
+    #[serde(flatten)]
+    pub compared: Compared,
+    /// The share of answers that are right at each place.
+    pub found: Mean,
+    pub found_over_dense: Mean,
+    /// At the end of the text.
+    pub hidden_ratio: f64,
+}
+
+impl Compared {
+    /// `per_token`: whether nats are those of a token, or of all predicted ones.
+    fn new(pairs: &[[&Record; 2]], per_token: bool) -> Option<Self> {
+        if pairs.is_empty() {
+            return None;
+        }
+        let nats = |record: &Record| match per_token {
+            true => record.score / record.predicted as f64,
+            false => record.score,
+        };
+        let share = |value: f64, record: &Record| value / record.predicted as f64;
+        Some(Self {
+            nats: Mean::of(pairs.iter().map(|[own, _]| nats(own))),
+            nats_over_dense: Mean::of(pairs.iter().map(|[own, dense]| nats(own) - nats(dense))),
+            divergence: Mean::of(pairs.iter().map(|[own, _]| share(own.divergence, own))),
+            agreement: Mean::of(pairs.iter().map(|[own, _]| share(own.agreed as f64, own))),
+        })
+    }
+}
+
+impl Asked {
+    fn new((task, length): &(String, usize), pairs: &[[&Record; 2]]) -> Option<Self> {
+        let found = |record: &Record| f64::from(u8::from(record.found == Some(true)));
+        let mut kept = Kept::default();
+        pairs.iter().for_each(|[own, _]| kept += own.kept);
+        Some(Self {
+            task: task.clone(),
+            length: *length,
+            compared: Compared::new(pairs, false)?,
+            found: Mean::of(pairs.iter().map(|[own, _]| found(own))),
+            found_over_dense: Mean::of(pairs.iter().map(|[own, dense]| found(own) - found(dense))),
+            hidden_ratio: kept.all().hidden_ratio(),
+        })
+    }
+}
+
 impl Summary {
-    pub fn new(model: &str, methods: &[Method], ledger: &Ledger) -> Result<Self> {
-        let rows = methods.iter().map(|method| Row::new(method, ledger));
+    /// `asked`: each kind of question with its length.
+    pub fn new(model: &str, methods: &[Method], asked: &[(String, usize)], ledger: &Ledger) -> Result<Self> {
+        let rows = methods.iter().map(|method| Row::new(method, asked, ledger));
         Ok(Self {
             model: model.into(),
             rows: rows.collect::<Result<_>>()?,
@@ -75,155 +146,75 @@ impl Summary {
             &folder.join("report.json"),
             &(serde_json::to_string_pretty(self)? + "\n"),
         )?;
-        write_file(&folder.join("report.md"), &self.markdown())
-    }
-
-    pub fn markdown(&self) -> String {
-        let mut out = format!("# {}\n\n", self.model);
-        out += "| method | perplexity | nll over dense | copy test | hidden | KV of dense | tokens/s | pass key |\n";
-        out += "|---|---|---|---|---|---|---|---|\n";
-        for row in &self.rows {
-            let passkey = row.passkey.iter();
-            let passkey: Vec<String> = passkey
-                .map(|at| {
-                    format!(
-                        "{}: {}/{} ({:.2} nats a key, {:.3} hidden)",
-                        at.length, at.found, at.tries, at.nll, at.hidden_ratio
-                    )
-                })
-                .collect();
-            out += &format!(
-                "| {} | {:.2} | {:+.4} ± {:.4} | {:.3} | {:.3} | {:.3} | {:.0} | {} |\n",
-                row.method,
-                row.perplexity,
-                row.nll_over_dense,
-                row.standard_error,
-                row.copy,
-                row.hidden_ratio,
-                row.kv_bytes_of_dense,
-                row.tokens_per_second,
-                if passkey.is_empty() {
-                    "-".into()
-                } else {
-                    passkey.join(", ")
-                },
-            );
-        }
-        out += "\nThe error is the standard error of the windows' paired differences. Hidden: entries left out at the \
-                end of a window, of all.\n";
-        out + &self.apart()
-    }
-
-    /// A table of what layers that slide keep, and what the others keep; empty without layers that slide.
-    fn apart(&self) -> String {
-        let rows = self
-            .rows
-            .iter()
-            .filter_map(|row| Some((&row.method, row.apart.as_ref()?)));
-        let rows: Vec<String> = rows
-            .map(|(method, parts)| {
-                let cells = [&parts.whole, &parts.sliding].map(|part| {
-                    format!(
-                        "{:.0} | {:.3} | {:.3} | {:.0}",
-                        part.kv_bytes / 1024.0,
-                        part.kv_bytes_of_dense,
-                        part.hidden_ratio,
-                        part.entries_a_list
-                    )
-                });
-                format!("| {method} | {} |\n", cells.join(" | "))
-            })
-            .collect();
-        if rows.is_empty() {
-            return String::new();
-        }
-        let header =
-            "\nLayers that see all tokens, then layers that slide, at the end of a window. A layer that slides \
-                      keeps what its next row sees, in the dense cache too.\n\n\
-                      | method | all: KiB | of dense | hidden | entries a list | slide: KiB | of dense | hidden | \
-                      entries a list |\n|---|---|---|---|---|---|---|---|---|\n";
-        header.to_string() + &rows.concat()
+        write_file(&folder.join("report.md"), &tables::markdown(self))
     }
 }
 
 impl Row {
-    fn new(method: &Method, ledger: &Ledger) -> Result<Self> {
+    fn new(method: &Method, asked: &[(String, usize)], ledger: &Ledger) -> Result<Self> {
         let name = method.name();
-        let prose: Vec<_> = ledger.of(&name, "prose ").collect();
-        let dense: Vec<_> = ledger.of("dense", "prose ").collect();
-        let copy: Vec<_> = ledger.of(&name, "copy ").map(|(_, record)| record).collect();
-        let per_token = |record: &Record| record.score / record.predicted as f64;
-        let differences: Vec<f64> = prose
-            .iter()
-            .map(|(task, record)| {
-                let other = dense.iter().find(|(other, _)| other == task);
-                Ok(per_token(record) - per_token(other.context("dense was not measured")?.1))
-            })
-            .collect::<Result<_>>()?;
-        let (nll_over_dense, standard_error) = mean_and_error(&differences);
-        let sum = |value: fn(&Record) -> f64| prose.iter().map(|(_, record)| value(record)).sum::<f64>();
-        let count = prose.len().max(1) as f64;
+        let (prose, copy) = (ledger.of(&name, "prose")?, ledger.of(&name, "copy")?);
+        let tasks = asked.iter().map(|(task, length)| {
+            let pairs = ledger.of(&name, &format!("{task} {length}"))?;
+            Ok(Asked::new(&(task.clone(), *length), &pairs))
+        });
+        let tasks: Vec<Asked> = tasks.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
         let mut kept = Kept::default();
-        prose.iter().for_each(|(_, record)| kept += record.kept);
-        let all = kept.all();
+        prose.iter().for_each(|[record, _]| kept += record.kept);
+        let (all, count) = (kept.all(), prose.len().max(1) as f64);
         let part = |held: Held| Part {
             hidden_ratio: held.hidden_ratio(),
             kv_bytes: held.bytes as f64 / count,
             kv_bytes_of_dense: held.of_dense(),
             entries_a_list: held.entries_a_list(),
         };
+        let held = (!prose.is_empty()).then_some(all);
+        let sum = |pairs: &[[&Record; 2]], value: fn(&Record) -> f64| -> f64 {
+            pairs.iter().map(|[record, _]| value(record)).sum()
+        };
+        let perplexity = |pairs: &[[&Record; 2]]| {
+            let tokens = sum(pairs, |record| record.predicted as f64);
+            (tokens > 0.0).then(|| (sum(pairs, |record| record.score) / tokens).exp())
+        };
+        let [prose_beside, copied] = [&prose, &copy].map(|pairs| Compared::new(pairs, true));
+        let over_dense = prose_beside.as_ref().map(|prose| prose.nats_over_dense);
         Ok(Self {
-            method: name.clone(),
+            method: name,
             family: method.family,
-            perplexity: (sum(|record| record.score) / sum(|record| record.predicted as f64)).exp(),
-            nll_over_dense,
-            standard_error,
-            copy: (copy.iter().map(|record| record.score).sum::<f64>()
-                / copy.iter().map(|record| record.predicted as f64).sum::<f64>())
-            .exp(),
-            hidden_ratio: all.hidden_ratio(),
-            kv_bytes: all.bytes as f64 / count,
-            kv_bytes_of_dense: all.of_dense(),
+            perplexity: perplexity(&prose),
+            nll_over_dense: over_dense.map(|mean| mean.mean),
+            standard_error: over_dense.map(|mean| mean.standard_error),
+            copy: perplexity(&copy),
+            hidden_ratio: held.map(|held| held.hidden_ratio()),
+            kv_bytes: held.map(|held| held.bytes as f64 / count),
+            kv_bytes_of_dense: held.map(|held| held.of_dense()),
             apart: (kept.sliding.lists > 0).then(|| Apart {
                 whole: part(kept.whole),
                 sliding: part(kept.sliding),
             }),
-            tokens_per_second: sum(|record| record.tokens as f64) / sum(|record| record.seconds),
-            passkey: passkeys(ledger.of(&name, "passkey ")),
+            tokens_per_second: (!prose.is_empty())
+                .then(|| sum(&prose, |record| record.tokens as f64) / sum(&prose, |record| record.seconds)),
+            passkey: tasks
+                .iter()
+                .filter(|asked| asked.task == "passkey")
+                .map(Found::of)
+                .collect(),
+            prose: prose_beside,
+            copied,
+            tasks,
         })
     }
 }
 
-fn passkeys<'a>(records: impl Iterator<Item = (&'a str, &'a Record)>) -> Vec<Found> {
-    let mut all: Vec<Found> = Vec::new();
-    for (_, record) in records {
-        let length = record.tokens;
-        let known = all.iter().position(|found| found.length == length);
-        let index = known.unwrap_or_else(|| {
-            all.push(Found {
-                length,
-                found: 0,
-                tries: 0,
-                nll: 0.0,
-                hidden_ratio: 0.0,
-            });
-            all.len() - 1
-        });
-        let at = &mut all[index];
-        at.tries += 1;
-        let share = 1.0 / at.tries as f64;
-        at.nll += (record.score - at.nll) * share;
-        at.hidden_ratio += (record.kept.all().hidden_ratio() - at.hidden_ratio) * share;
-        at.found += usize::from(record.found == Some(true));
+impl Found {
+    fn of(asked: &Asked) -> Self {
+        let tries = asked.found.samples;
+        Self {
+            length: asked.length,
+            found: (asked.found.mean * tries as f64).round() as usize,
+            tries,
+            nll: asked.compared.nats.mean,
+            hidden_ratio: asked.hidden_ratio,
+        }
     }
-    all.sort_by_key(|found| found.length);
-    all
-}
-
-/// The mean and its standard error, 0 for a single number.
-fn mean_and_error(numbers: &[f64]) -> (f64, f64) {
-    let count = numbers.len() as f64;
-    let mean = numbers.iter().sum::<f64>() / count;
-    let squares: f64 = numbers.iter().map(|x| (x - mean).powi(2)).sum();
-    (mean, (squares / (count - 1.0).max(1.0) / count).sqrt())
 }
