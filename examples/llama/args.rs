@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::compression::CompressionArgs;
 use crate::model_args::{CacheArgs, ModelArgs};
+use crate::study::tasks::TaskKind;
 
 /// Runs a Llama checkpoint with compressed attention, on the CPU or a CUDA device.
 ///
@@ -233,6 +234,23 @@ pub struct ReportArgs {
     /// Pass keys at each length and depth.
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub keys: usize,
+    /// Questions after a text, made from a seed in the manner of RULER: one number to find (needle), the number of one
+    /// key of four (multikey), all four numbers of a key (multivalue), the variables of a chain of assignments
+    /// (variables), the three most frequent words of a list (words).
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "NAME,NAME..")]
+    pub tasks: Vec<TaskKind>,
+    /// Tokens of each such text, its question and its answer included.
+    #[arg(long, value_delimiter = ',', value_name = "N,N..", default_values_t = [1024])]
+    pub lengths: Vec<usize>,
+    /// Texts of each task at each length.
+    #[arg(long, default_value_t = 20, value_name = "N")]
+    pub samples: usize,
+    /// The seed of these texts.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub seed: u64,
+    /// Only write pass keys and tasks to this file as JSON, for another program to answer; nothing is measured.
+    #[arg(long, value_name = "FILE")]
+    pub write_tasks: Option<PathBuf>,
     /// Only these of dense, paper, pretrained, calibrated, random and streaming, and of observed, probe, query-key and
     /// key-key with --policies; dense is always among them.
     #[arg(long, value_delimiter = ',', value_name = "NAME,NAME..")]

@@ -11,6 +11,9 @@ mod run;
 mod score;
 mod summary;
 mod tables;
+pub mod tasks;
+mod words;
+mod workload;
 
 use std::fs;
 
@@ -19,27 +22,34 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::args::ReportArgs;
 use crate::calibrate;
-use crate::corpus::{self, Window};
+use crate::corpus;
 use crate::load::Checkpoint;
-use crate::windows::{self, Purpose};
+use crate::report::{check_path, write_file};
 use ledger::Ledger;
 use method::{Method, Planner};
-use passkey::{Passkey, QUESTION};
+use passkey::QUESTION;
 use policies::Named;
-use run::{Run, Task};
+use run::Run;
 use summary::Summary;
+use workload::Workload;
 
 pub fn run(args: &ReportArgs) -> Result<()> {
     check(args)?;
+    check_path("write-tasks", args.write_tasks.as_deref())?;
     let text = corpus::read(&args.text)?;
     let options = args.model.load_options()?;
     let mut checkpoint = Checkpoint::open(&args.model.model, options.clone())?;
     corpus::check_context(args.context, &checkpoint)?;
-    for length in &args.passkey {
+    let asked = !args.tasks.is_empty();
+    for length in args.passkey.iter().chain(args.lengths.iter().filter(|_| asked)) {
         corpus::check_context(*length, &checkpoint)?;
     }
     let tokens = checkpoint.encode(&text, false)?;
-    let tasks = tasks(&tokens, &checkpoint, args)?;
+    let work = Workload::new(&tokens, &checkpoint, args)?;
+    if let Some(file) = &args.write_tasks {
+        return write_file(file, &work.to_json(&args.model.model)?)
+            .with_context(|| format!("write-tasks {}", file.display()));
+    }
     fs::create_dir_all(&args.out).with_context(|| format!("out {}", args.out.display()))?;
     let model = checkpoint.load(calibrate::dense(checkpoint.config.layers)?)?;
     let policies = policies::all(&model, &checkpoint, &tokens, args)?;
@@ -52,14 +62,15 @@ pub fn run(args: &ReportArgs) -> Result<()> {
         false => policies.iter().map(Named::figures).collect(),
     };
     let settings = format!(
-        "{} {} {} {} {:?} {QUESTION:?} {} {:?} {given:?}",
+        "{} {} {} {} {:?} {QUESTION:?} {} {:?} {given:?} {}",
         model.fingerprint()?,
         args.text.display(),
         args.context,
         args.windows,
         args.compression.calibrated_config(),
         args.model.device(),
-        options.dtype
+        options.dtype,
+        args.seed
     );
     let mut ledger = Ledger::open(&args.out.join("progress.jsonl"), &settings)?;
 
@@ -68,8 +79,8 @@ pub fn run(args: &ReportArgs) -> Result<()> {
         .map(|method| Ok((method.name(), method.planner(&policies)?)))
         .collect::<Result<_>>()?;
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} runs  {msg}  {eta} left")?;
-    let bar = ProgressBar::new((methods.len() * tasks.len()) as u64).with_style(style);
-    for (name, task) in &tasks {
+    let bar = ProgressBar::new((methods.len() * work.tasks.len()) as u64).with_style(style);
+    for (name, task) in &work.tasks {
         let mut run = Run::new(&model, task);
         for (method, planner) in &planners {
             bar.set_message(format!("{method} {name}"));
@@ -82,8 +93,7 @@ pub fn run(args: &ReportArgs) -> Result<()> {
         }
     }
     bar.finish_and_clear();
-    let asked: Vec<(String, usize)> = args.passkey.iter().map(|length| ("passkey".into(), *length)).collect();
-    let summary = Summary::new(&args.model.model, &methods, &asked, &ledger)?;
+    let summary = Summary::new(&args.model.model, &methods, &work.asked, &ledger)?;
     summary.write(&args.out)?;
     plots::draw(&args.out, &summary, &policies)?;
     print!("{}", tables::markdown(&summary));
@@ -92,11 +102,12 @@ pub fn run(args: &ReportArgs) -> Result<()> {
 
 fn check(args: &ReportArgs) -> Result<()> {
     ensure!(
-        !args.ratios.is_empty() && args.windows > 0 && args.keys > 0,
-        "ratios, windows and keys: expected at least one of each, got {:?}, {} and {}; see --help",
+        !args.ratios.is_empty() && args.windows > 0 && args.keys > 0 && args.samples > 0,
+        "ratios, windows, keys and samples: expected at least one of each, got {:?}, {}, {} and {}; see --help",
         args.ratios,
         args.windows,
-        args.keys
+        args.keys,
+        args.samples
     );
     for name in &args.methods {
         ensure!(
@@ -106,25 +117,4 @@ fn check(args: &ReportArgs) -> Result<()> {
         );
     }
     Ok(())
-}
-
-/// Every text window, each also as a copy test, and pass keys at every length and depth.
-fn tasks(tokens: &[u32], checkpoint: &Checkpoint, args: &ReportArgs) -> Result<Vec<(String, Task)>> {
-    let windows = windows::spread(tokens, args.context, args.windows, Purpose::Score)?;
-    let mut tasks = Vec::new();
-    for (index, window) in windows.iter().enumerate() {
-        tasks.push((format!("prose {index}"), Task::Text(Window::prose(window))));
-        tasks.push((format!("copy {index}"), Task::Text(Window::copy(window))));
-    }
-    for length in &args.passkey {
-        for (index, depth) in args.depths.iter().enumerate() {
-            for key in 0..args.keys {
-                let number = index + key * args.depths.len();
-                let passkey = Passkey::new(checkpoint, tokens, *length, *depth, number)?;
-                let again = if key == 0 { String::new() } else { format!(" {key}") };
-                tasks.push((format!("passkey {length} {depth}{again}"), Task::Passkey(passkey)));
-            }
-        }
-    }
-    Ok(tasks)
 }

@@ -8,22 +8,22 @@ use candle_core::Tensor;
 use super::held::Kept;
 use super::ledger::Record;
 use super::method::Planner;
-use super::passkey::Passkey;
 use super::score::Scores;
+use super::tasks::Sample;
 use crate::corpus::Window;
 use crate::model::{HiddenCounts, Llama};
 
 /// A task for a method.
 pub enum Task {
     Text(Window),
-    Passkey(Passkey),
+    Asked(Sample),
 }
 
 impl Task {
     fn tokens(&self) -> &[u32] {
         match self {
             Self::Text(window) => &window.tokens,
-            Self::Passkey(passkey) => &passkey.tokens,
+            Self::Asked(sample) => &sample.tokens,
         }
     }
 
@@ -31,7 +31,7 @@ impl Task {
     fn predicted(&self) -> usize {
         match self {
             Self::Text(window) => window.predicted(),
-            Self::Passkey(passkey) => passkey.predicted(),
+            Self::Asked(sample) => sample.answer,
         }
     }
 }
@@ -73,7 +73,7 @@ impl<'a> Run<'a> {
             agreed: scores.agreed,
             found: match self.task {
                 Task::Text(_) => None,
-                Task::Passkey(_) => Some(scores.right == predicted),
+                Task::Asked(_) => Some(scores.right == predicted),
             },
             tokens: tokens.len(),
             kept,

@@ -114,9 +114,9 @@ fn apart(summary: &Summary) -> String {
     if rows.is_empty() {
         return String::new();
     }
-    let header = "\nLayers that see all tokens, then layers that slide, at the end of a window. A layer that slides keeps \
-                  what its next row sees, in the dense cache too.\n\n\
-                  | method | all: KiB | of dense | hidden | entries a list | slide: KiB | of dense | hidden | entries a \
-                  list |\n|---|---|---|---|---|---|---|---|---|\n";
+    let header = "\nLayers that see all tokens, then layers that slide, at the end of a window. A layer that slides \
+                  keeps what its next row sees, in the dense cache too.\n\n| method | all: KiB | of dense | hidden | \
+                  entries a list | slide: KiB | of dense | hidden | entries a list |\n\
+                  |---|---|---|---|---|---|---|---|---|\n";
     header.to_string() + &rows.concat()
 }
