@@ -251,8 +251,12 @@ pub struct ReportArgs {
     /// Only write pass keys and tasks to this file as JSON, for another program to answer; nothing is measured.
     #[arg(long, value_name = "FILE")]
     pub write_tasks: Option<PathBuf>,
-    /// Only these of dense, paper, pretrained, calibrated, random and streaming, and of observed, probe, query-key and
-    /// key-key with --policies; dense is always among them.
+    /// Also prunings from papers, after the text and before the question of a pass key or a task: snapkv, knorm and
+    /// expected. Each holds as many entries at the end as streaming, the same number in every KV head.
+    #[arg(long)]
+    pub peers: bool,
+    /// Only these of dense, paper, pretrained, calibrated, random and streaming, of observed, probe, query-key and
+    /// key-key with --policies, and of snapkv, knorm and expected; dense is always among them.
     #[arg(long, value_delimiter = ',', value_name = "NAME,NAME..")]
     pub methods: Vec<String>,
     #[command(flatten)]

@@ -38,6 +38,12 @@ pub struct LayerCall<'a> {
     /// The key before its rotation.
     #[allow(dead_code)] // read where probes are fitted
     pub unrotated: &'a Tensor,
+    /// The query before its rotation.
+    #[allow(dead_code)] // read by rankings
+    pub unrotated_query: &'a Tensor,
+    /// The layer's rotations.
+    #[allow(dead_code)] // read by rankings
+    pub rope: &'a Rope,
     /// The layer's scale and window.
     pub options: &'a AttentionOptions,
     /// The output projection `(hidden, heads·D)`.
@@ -109,6 +115,14 @@ impl Llama {
             None => all.clone(),
         };
         Ok(Rotations { all, sliding })
+    }
+
+    /// The rotations of a layer.
+    fn rope_of(&self, layer: usize) -> &Rope {
+        match (self.options.window(layer), &self.sliding_rope) {
+            (Some(_), Some(rope)) => rope,
+            (_, None) | (None, _) => &self.rope,
+        }
     }
 
     fn rotation<'r>(&self, layer: usize, rotations: &'r Rotations) -> &'r Rotation {
@@ -183,22 +197,35 @@ impl Llama {
         counts: &mut HiddenCounts,
         mut plan: impl FnMut(&LayerCall) -> Result<MergePlan>,
     ) -> Result<Tensor> {
+        self.forward_attended(tokens, |call| {
+            let ([q, k, v], plan) = (call.qkv, plan(call)?);
+            counts.add(call.layer, &plan.stats()?);
+            Ok(attend(q, k, v, &plan, call.options)?)
+        })
+    }
+
+    /// Hidden states `(1, N, hidden)` of a whole sequence, with attention `(1, heads, N, D)` that the caller computes.
+    pub fn forward_attended(
+        &self,
+        tokens: &[u32],
+        mut attended: impl FnMut(&LayerCall) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let rotations = self.rotations(0, tokens.len())?;
         self.run(tokens, Pass::Prompt, |index, layer, xs, stream| {
             let attention = &layer.attention;
-            let options = attention.attention.options();
             let projected = attention.project(xs, Pass::Prompt)?;
             let [q, k, v] = rotated(&projected, self.rotation(index, &rotations))?;
-            let plan = plan(&LayerCall {
+            let out = attended(&LayerCall {
                 layer: index,
                 qkv: [&q, &k, &v],
                 unrotated: &projected[1],
-                options,
+                unrotated_query: &projected[0],
+                rope: self.rope_of(index),
+                options: attention.attention.options(),
                 projection: &attention.output,
                 stream,
             })?;
-            counts.add(index, &plan.stats()?);
-            attention.merge_heads(&attend(&q, &k, &v, &plan, options)?, Pass::Prompt)
+            attention.merge_heads(&out, Pass::Prompt)
         })
     }
 

@@ -160,6 +160,21 @@ impl Rope {
         Ok(rotation)
     }
 
+    /// The average of the rotations of the positions `position..position + count` in f32, for each of `n` rows.
+    #[allow(dead_code)] // read by rankings
+    pub fn average(&self, position: usize, count: usize, n: usize) -> Result<Rotation> {
+        let Rotation { pairing, cos, sin } = self.at(position, count)?;
+        let mean = |table: Tensor| -> Result<Tensor> {
+            let mean = table.to_dtype(DType::F32)?.mean_keepdim(0)?;
+            Ok(mean.broadcast_as((n, table.dim(1)?))?.contiguous()?)
+        };
+        Ok(Rotation {
+            pairing,
+            cos: mean(cos)?,
+            sin: mean(sin)?,
+        })
+    }
+
     fn table(&self, positions: usize, f: fn(f64) -> f64) -> Result<Tensor> {
         let angles = (0..positions).flat_map(|t| self.frequencies.iter().map(move |w| t as f64 * w));
         let values: Vec<f32> = angles.map(|angle| f(angle) as f32).collect();

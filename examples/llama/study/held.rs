@@ -36,13 +36,32 @@ impl Held {
         (self.entries - self.dropped) as f64 / self.lists.max(1) as f64
     }
 
+    /// What the cache of one layer holds after a pruning that drops as many tokens of each KV head.
+    fn pruned(call: &LayerCall, dropped: usize) -> Result<Self> {
+        let (kv_heads, head_dim) = (call.qkv[1].dim(1)?, call.qkv[1].dim(3)?);
+        let first = first(call)?;
+        let entries = call.qkv[1].dim(2)? - first;
+        // A layer that slides is not pruned.
+        let dropped = if call.options.sliding_window.is_some() {
+            0
+        } else {
+            dropped
+        };
+        let row = 2 * head_dim * size_of::<f32>();
+        Ok(Self {
+            lists: kv_heads,
+            entries: kv_heads * entries,
+            dropped: kv_heads * dropped,
+            bytes: kv_heads * (entries - dropped) * row,
+            bytes_dense: kv_heads * entries * row,
+        })
+    }
+
     /// What the cache of one layer holds.
     fn of(call: &LayerCall, plan: &MergePlan, per_query_head: bool) -> Result<Self> {
         let [q, k, _] = call.qkv;
         let (heads, kv_heads, head_dim, tokens) = (q.dim(1)?, k.dim(1)?, q.dim(3)?, q.dim(2)?);
-        // A layer that slides keeps what its next row sees, in this cache and in the dense one.
-        let most = call.options.sliding_window.map_or(tokens, |window| window - 1);
-        let first = tokens.saturating_sub(most);
+        let first = first(call)?;
         let entries = tokens - first;
         // A hidden token counts as kept until it has left the window.
         let left = (tokens - 1).saturating_sub(plan.config().window);
@@ -61,6 +80,13 @@ impl Held {
         }
         Ok(held)
     }
+}
+
+/// The first token that a layer holds. One that slides keeps what its next row sees, in this cache and the dense one.
+fn first(call: &LayerCall) -> Result<usize> {
+    let tokens = call.qkv[1].dim(2)?;
+    let most = call.options.sliding_window.map_or(tokens, |window| window - 1);
+    Ok(tokens.saturating_sub(most))
 }
 
 impl AddAssign for Held {
@@ -84,12 +110,21 @@ pub struct Kept {
 
 impl Kept {
     pub fn add(&mut self, call: &LayerCall, plan: &MergePlan, per_query_head: bool) -> Result<()> {
-        let held = Held::of(call, plan, per_query_head)?;
+        self.add_layer(call, Held::of(call, plan, per_query_head)?);
+        Ok(())
+    }
+
+    /// After a pruning that drops as many tokens of each KV head.
+    pub fn add_pruned(&mut self, call: &LayerCall, dropped: usize) -> Result<()> {
+        self.add_layer(call, Held::pruned(call, dropped)?);
+        Ok(())
+    }
+
+    fn add_layer(&mut self, call: &LayerCall, held: Held) {
         match call.options.sliding_window {
             Some(_) => self.sliding += held,
             None => self.whole += held,
         }
-        Ok(())
     }
 
     pub fn all(&self) -> Held {

@@ -7,6 +7,7 @@ use rand::seq::index::sample;
 use rand::{rngs::StdRng, SeedableRng};
 
 use super::policies::Named;
+use super::prune::Ranking;
 use crate::model::LayerCall;
 
 /// One way to attend.
@@ -22,6 +23,8 @@ enum Kind {
     Random,
     /// The first tokens, and a window as long as the entries that the policy keeps.
     Streaming,
+    /// As many of a context's tokens as that window and the first tokens are, by a ranking. Only questions read it.
+    Pruned(Ranking),
 }
 
 /// A way to attend, under its name in tables.
@@ -35,7 +38,7 @@ pub struct Method {
 }
 
 impl Method {
-    pub const FAMILIES: [&str; 10] = [
+    pub const FAMILIES: [&str; 13] = [
         "dense",
         "paper",
         "pretrained",
@@ -46,6 +49,9 @@ impl Method {
         "key-key",
         "random",
         "streaming",
+        "snapkv",
+        "knorm",
+        "expected",
     ];
 
     /// All methods, of one family after the other. Controls exist once a ratio: by its first policy.
@@ -72,7 +78,11 @@ impl Method {
             let before = &policies[..*policy];
             before.iter().all(|other| other.ratio != policies[*policy].ratio)
         };
-        for (kind, family) in [(Kind::Random, "random"), (Kind::Streaming, "streaming")] {
+        let pruned = Ranking::ALL.map(|ranking| (Kind::Pruned(ranking), ranking.name()));
+        for (kind, family) in [(Kind::Random, "random"), (Kind::Streaming, "streaming")]
+            .into_iter()
+            .chain(pruned)
+        {
             let each = (0..policies.len()).filter(first);
             all.extend(each.map(|policy| by_policy(kind, family, policy)));
         }
@@ -81,6 +91,11 @@ impl Method {
 
     pub fn is_dense(&self) -> bool {
         self.kind == Kind::Dense
+    }
+
+    /// Whether it prunes after a context, and so needs a question after it.
+    pub fn prunes(&self) -> bool {
+        matches!(self.kind, Kind::Pruned(_))
     }
 
     pub fn name(&self) -> String {
@@ -138,6 +153,22 @@ impl Planner {
         self.kind == Kind::Dense
     }
 
+    /// The ranking of a method that prunes after the first `context` of some tokens, and how many of them it keeps: it
+    /// hides as many as [`Kind::Streaming`] hides of all tokens.
+    pub fn pruning(&self, context: usize, tokens: usize) -> Option<(Ranking, usize)> {
+        match self.kind {
+            Kind::Pruned(ranking) => Some((ranking, context.saturating_sub(self.hidden(tokens)).max(1))),
+            Kind::Dense | Kind::Paper | Kind::Pretrained | Kind::Policy | Kind::Random | Kind::Streaming => None,
+        }
+    }
+
+    /// How many of a sequence's tokens are to be hidden.
+    fn hidden(&self, tokens: usize) -> usize {
+        let (pairs, sinks) = (tokens - 1, self.config.sinks);
+        let hidden = self.hidden_ratio * pairs.saturating_sub(self.config.window + sinks) as f64;
+        (hidden.round() as usize).min(pairs.saturating_sub(sinks))
+    }
+
     /// The plan of a layer, and whether its cache would need a list per query head.
     pub fn plan(&self, call: &LayerCall) -> Result<(MergePlan, bool)> {
         let [q, k, v] = call.qkv;
@@ -149,7 +180,8 @@ impl Planner {
         let slides = call.options.sliding_window.is_some();
         let plan = match self.kind {
             Kind::Paper | Kind::Pretrained | Kind::Random | Kind::Streaming if slides => uniform(MergeStrategy::Off)?,
-            Kind::Dense => uniform(MergeStrategy::Off)?,
+            // A prefill before it is cut back.
+            Kind::Dense | Kind::Pruned(_) => uniform(MergeStrategy::Off)?,
             Kind::Paper => uniform(MergeStrategy::Difference)?,
             Kind::Pretrained => uniform(MergeStrategy::Similarity)?,
             Kind::Policy => self.calibrated(call)?,
@@ -194,10 +226,9 @@ impl Planner {
     fn streaming(&self, call: &LayerCall) -> Result<MergePlan> {
         let (heads, pairs) = (call.qkv[0].dim(1)?, call.qkv[0].dim(2)? - 1);
         let sinks = self.config.sinks;
-        let hidden = self.hidden_ratio * pairs.saturating_sub(self.config.window + sinks) as f64;
         let config = CompressionConfig {
             fold: Fold::Drop,
-            window: pairs - sinks.min(pairs) - (hidden.round() as usize).min(pairs - sinks.min(pairs)),
+            window: pairs - sinks.min(pairs) - self.hidden(pairs + 1),
             ..Default::default()
         };
         let head: Vec<u8> = (0..pairs)

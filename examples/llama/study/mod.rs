@@ -7,6 +7,7 @@ mod method;
 mod passkey;
 mod plots;
 mod policies;
+mod prune;
 mod run;
 mod score;
 mod summary;
@@ -53,10 +54,12 @@ pub fn run(args: &ReportArgs) -> Result<()> {
     fs::create_dir_all(&args.out).with_context(|| format!("out {}", args.out.display()))?;
     let model = checkpoint.load(calibrate::dense(checkpoint.config.layers)?)?;
     let policies = policies::all(&model, &checkpoint, &tokens, args)?;
+    let named = |method: &Method| args.methods.iter().any(|name| name == method.family);
     let mut methods = Method::all(&policies);
-    if !args.methods.is_empty() {
-        methods.retain(|method| method.is_dense() || args.methods.iter().any(|name| name == method.family));
-    }
+    methods.retain(|method| match args.methods.is_empty() {
+        true => args.peers || !method.prunes(),
+        false => method.is_dense() || named(method) || args.peers && method.prunes(),
+    });
     let given: Vec<String> = match args.policies.is_empty() {
         true => Vec::new(),
         false => policies.iter().map(Named::figures).collect(),
@@ -74,19 +77,19 @@ pub fn run(args: &ReportArgs) -> Result<()> {
     );
     let mut ledger = Ledger::open(&args.out.join("progress.jsonl"), &settings)?;
 
-    let planners: Vec<(String, Planner)> = methods
+    let planners: Vec<(&Method, Planner)> = methods
         .iter()
-        .map(|method| Ok((method.name(), method.planner(&policies)?)))
+        .map(|method| Ok((method, method.planner(&policies)?)))
         .collect::<Result<_>>()?;
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} runs  {msg}  {eta} left")?;
     let bar = ProgressBar::new((methods.len() * work.tasks.len()) as u64).with_style(style);
     for (name, task) in &work.tasks {
         let mut run = Run::new(&model, task);
         for (method, planner) in &planners {
-            bar.set_message(format!("{method} {name}"));
+            let key = format!("{} {name}", method.name());
+            bar.set_message(key.clone());
             bar.tick();
-            let key = format!("{method} {name}");
-            if ledger.get(&key).is_none() {
+            if task.takes(method) && ledger.get(&key).is_none() {
                 ledger.add(&key, run.measure(planner)?)?;
             }
             bar.inc(1);

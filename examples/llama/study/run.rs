@@ -7,7 +7,8 @@ use candle_core::Tensor;
 
 use super::held::Kept;
 use super::ledger::Record;
-use super::method::Planner;
+use super::method::{Method, Planner};
+use super::prune::attended;
 use super::score::Scores;
 use super::tasks::Sample;
 use crate::corpus::Window;
@@ -20,6 +21,14 @@ pub enum Task {
 }
 
 impl Task {
+    /// Whether the method applies: one that prunes after a context needs a question.
+    pub fn takes(&self, method: &Method) -> bool {
+        match self {
+            Self::Text(_) => !method.prunes(),
+            Self::Asked(_) => true,
+        }
+    }
+
     fn tokens(&self) -> &[u32] {
         match self {
             Self::Text(window) => &window.tokens,
@@ -85,12 +94,25 @@ impl<'a> Run<'a> {
         let mut kept = Kept::default();
         let start = Instant::now();
         let tokens = self.task.tokens();
-        let mut counts = HiddenCounts::default();
-        let hidden = self.model.forward_planned(tokens, &mut counts, |call| {
-            let (plan, per_query_head) = planner.plan(call)?;
-            kept.add(call, &plan, per_query_head)?;
-            Ok(plan)
-        })?;
+        let pruning = match self.task {
+            Task::Text(_) => None,
+            Task::Asked(sample) => planner
+                .pruning(sample.context, tokens.len())
+                .map(|pruning| (sample.context, pruning)),
+        };
+        let hidden = match pruning {
+            Some((context, (ranking, keep))) => self.model.forward_attended(tokens, |call| {
+                kept.add_pruned(call, context - keep.min(context))?;
+                attended(call, context, ranking, keep)
+            })?,
+            None => self
+                .model
+                .forward_planned(tokens, &mut HiddenCounts::default(), |call| {
+                    let (plan, per_query_head) = planner.plan(call)?;
+                    kept.add(call, &plan, per_query_head)?;
+                    Ok(plan)
+                })?,
+        };
         // A GPU computes on after its calls return.
         self.model.device().synchronize()?;
         Ok(Passed {
