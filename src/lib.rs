@@ -94,6 +94,8 @@ mod pages {
     struct StockCheckpoint;
     #[doc = include_str!("../docs/howto/calibrate.md")]
     struct Calibrate;
+    #[doc = include_str!("../docs/howto/report.md")]
+    struct Report;
     #[doc = include_str!("../docs/howto/decode-and-serve.md")]
     struct DecodeAndServe;
     #[doc = include_str!("../docs/howto/train.md")]
