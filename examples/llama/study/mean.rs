@@ -27,13 +27,17 @@ impl Mean {
     }
 }
 
-/// `0.0123 ± 0.0004`; `{:+}` writes a sign, and a precision counts for both numbers.
+/// `0.0123 ± 0.0004`; `{:+}` writes a sign, and a precision counts for both numbers. A single sample has no error.
 impl fmt::Display for Mean {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let digits = f.precision().unwrap_or(4);
         match f.sign_plus() {
-            true => write!(f, "{:+.digits$} ± {:.digits$}", self.mean, self.standard_error),
-            false => write!(f, "{:.digits$} ± {:.digits$}", self.mean, self.standard_error),
+            true => write!(f, "{:+.digits$}", self.mean)?,
+            false => write!(f, "{:.digits$}", self.mean)?,
+        }
+        match self.samples {
+            0 | 1 => Ok(()),
+            _ => write!(f, " ± {:.digits$}", self.standard_error),
         }
     }
 }
