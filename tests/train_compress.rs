@@ -257,23 +257,35 @@ fn a_resumed_run_is_the_same_run() {
     }
 }
 
-/// A run starts from a policy of `llama calibrate`, and keeps its window.
+/// A run starts from a policy of `llama calibrate`, and keeps its window. In a GGUF file the numbers of a key stand in
+/// another order than in the training, and so do those of its policy's probe.
 #[test]
 fn a_run_starts_from_a_policy() {
-    let ([text, _], out) = (texts(), out("from_policy"));
-    let (model, policy) = (Fixture::get().path("hf"), Fixture::get().path("probe.json"));
-    let args = format!(
-        "calibrate --model {model} --text {text} --criterion probe --window 5 --context 48 --windows 2 --repeats 1 \
-         --target 0.4 --out {policy}"
-    );
-    succeed("llama", &args.split_whitespace().collect::<Vec<_>>());
-    succeeded(&compress(&out, &["--policy", &policy]));
-    let [start, end] = [policy, format!("{out}/policy.json")].map(|path| json(path)["policy"].clone());
-    assert_eq!(start["config"], end["config"]);
-    assert_eq!(end["config"]["window"], 5);
-    assert!(start["probe"] != end["probe"]);
-    let before = &json(format!("{out}/summary.json"))["before"][0];
-    assert!((before["hidden_share"].as_f64().unwrap() - 0.4).abs() < 0.2, "{before}");
+    let [text, _] = texts();
+    let before = ["hf", "f32.gguf"].map(|name| {
+        let (out, model) = (out(&format!("from_{name}")), Fixture::get().path(name));
+        let policy = Fixture::get().path(&format!("probe_{name}.json"));
+        let args = format!(
+            "calibrate --model {model} --dequantize --text {text} --criterion probe --window 5 --context 48 \
+             --windows 2 --repeats 1 --target 0.4 --out {policy}"
+        );
+        succeed("llama", &args.split_whitespace().collect::<Vec<_>>());
+        succeeded(&compress(
+            &out,
+            &["--model", &model, "--policy", &policy, "--steps", "2"],
+        ));
+        let [start, end] = [policy, format!("{out}/policy.json")].map(|path| json(path)["policy"].clone());
+        assert_eq!(start["config"], end["config"]);
+        assert_eq!(end["config"]["window"], 5);
+        assert!(start["probe"] != end["probe"]);
+        let before = json(format!("{out}/summary.json"))["before"][0].clone();
+        assert!((before["hidden_share"].as_f64().unwrap() - 0.4).abs() < 0.2, "{before}");
+        before
+    });
+    for key in ["over_dense", "dense"] {
+        let [folder, file] = before.each_ref().map(|before| before["prose"][key].as_f64().unwrap());
+        assert!((folder - file).abs() < 1e-4, "{before:?}");
+    }
 }
 
 #[test]

@@ -15,7 +15,8 @@ KERNEL fade_columns(Global<const float> bias, Global<const uint32_t> far_index, 
 
 // The gradient of the column bias from the sums of far columns, (batch * lists, N): those of a KV head's lists are
 // added up in their order. A hidden token has no column, and its gradient is 0.
-KERNEL fade_gradients(Global<const float> far, Global<const uint32_t> far_before, Global<float> out, FoldParams p) {
+KERNEL fade_gradients(
+    Global<const float> far, Global<const uint32_t> far_before, Global<float> out, FoldParams p) {
   unsigned token = blockIdx.x * blockDim.x + threadIdx.x, tokens = p.sizes.tokens;
   if (token >= tokens) return;
   unsigned lists = p.sizes.lists / p.sizes.kv_heads;

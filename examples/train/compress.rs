@@ -288,10 +288,13 @@ impl<'a> Run<'a> {
                 (distilled.loss + (missing * SHARE_WEIGHT)?)?
             }
         };
+        self.parts.end("divergence", &self.device)?;
+        let gradients = loss.backward()?;
+        self.parts.end("backward", &self.device)?;
         let (hides, factor) = (self.shift.is_some(), args.rate(self.step));
         let gradient_norm = self
             .optimizer
-            .step_by(&loss.backward()?, |name| match (is_gate(name), hides) {
+            .step_by(&gradients, |name| match (is_gate(name), hides) {
                 (true, true) => None,
                 (true, false) => Some(args.gate_lr * factor),
                 (false, _) => Some(args.lr * factor),
