@@ -107,7 +107,6 @@ impl<'a> Run<'a> {
     fn new(args: &'a CompressArgs) -> Result<Self> {
         args.check()?;
         let device = args.device.open()?;
-        keep_freed_memory(&device)?;
         let resumed = find_checkpoint(&args.out, args.resume)?;
         let source = Source::open(&args.model, args.context).context("model")?;
         let config = source.config.clone();
@@ -440,33 +439,6 @@ fn output_errors(call: &AttentionCall, plan: &MergePlan) -> Result<Vec<f64>> {
         Ok(f64::from(sum.to_scalar::<f32>()?))
     };
     (0..kv_heads).map(unit).collect()
-}
-
-/// Lets the driver keep what is freed for the next allocation. By default it gives all unused memory back whenever the
-/// host waits for the device, and a step maps the same gigabytes anew.
-#[cfg(feature = "cuda")]
-fn keep_freed_memory(device: &Device) -> Result<()> {
-    use candle_core::cuda_backend::cudarc::driver::sys;
-    let Device::Cuda(cuda) = device else { return Ok(()) };
-    let stream = cuda.cuda_stream();
-    let (mut pool, mut most) = (std::ptr::null_mut(), u64::MAX);
-    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-    // SAFETY: the device is open, `pool` and `most` outlive the calls, and the attribute's value is a u64.
-    let results = unsafe {
-        [
-            sys::cuDeviceGetDefaultMemPool(&mut pool, stream.context().cu_device()),
-            sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut most).cast()),
-        ]
-    };
-    for result in results {
-        result.result()?;
-    }
-    Ok(())
-}
-
-#[cfg(not(feature = "cuda"))]
-fn keep_freed_memory(_: &Device) -> Result<()> {
-    Ok(())
 }
 
 fn read(path: &Path) -> Result<String> {

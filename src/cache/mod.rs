@@ -31,7 +31,9 @@ pub struct CacheOptions {
 /// is really freed.
 ///
 /// One call appends one token or a chunk of any length. Any chunking gives the result of [`crate::attend`] on the whole
-/// sequence, to f32 rounding (with f16 or bf16 storage, folded keys and values are rounded once more when stored).
+/// sequence, to f32 rounding (with f16 or bf16 storage, folded keys and values are rounded once more when stored). A
+/// cache decides by its stored keys: where storage is narrower than the keys, a pair near its threshold can be decided
+/// otherwise than by [`crate::attend`] on the keys as they came.
 ///
 /// Lists are kept per KV head where a group decides as one: under [`GroupRule::Unanimous`](crate::GroupRule), with as
 /// many KV heads as query heads, or for a group whose heads are all off. Otherwise every query head keeps a list of its
