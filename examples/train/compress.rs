@@ -11,6 +11,7 @@ mod distill;
 mod fit;
 mod log;
 mod parts;
+mod policy;
 mod score;
 mod student;
 
@@ -21,11 +22,7 @@ use std::time::Instant;
 
 use anyhow::{ensure, Context, Result};
 use candle_core::{safetensors, DType, Device, Tensor};
-use candle_sfattention::calibrate::{CalibrationFigures, LayerPolicy, PolicyOptions};
-use candle_sfattention::{
-    attend, AttentionOptions, CompressedAttention, CompressionConfig, HeadStrategies, KeyProbe, MergePlan,
-    MergeStrategy, ModelShape, Policy,
-};
+use candle_sfattention::{CompressionConfig, Policy};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Value};
@@ -35,13 +32,12 @@ use self::data::Mix;
 use self::distill::distill;
 use self::log::{Log, Row};
 use self::parts::Parts;
+use self::policy::{fingerprint, in_halves, policy as gates_policy, start_of, thresholds, Gates};
 use self::score::{HeldOut, Score, Scores};
 use self::student::{is_gate, Student, Teacher};
 use crate::checkpoint::{self, check_settings, find_checkpoint};
 use crate::data::{encode, hash};
-use crate::load::{Checkpoint, LoadOptions};
 use crate::model::{check_ids, LlamaConfig};
-use crate::network::AttentionCall;
 use crate::optimizer::AdamW;
 use crate::rope::Pairing;
 use crate::source::{config_json, Source};
@@ -348,7 +344,13 @@ impl<'a> Run<'a> {
         let after = self.score(shift)?;
         let folder = checkpoint::export(&args.out, &self.model(), args.export_dtype.into())?;
         let policy = args.out.join("policy.json");
-        let json = self.policy(shift, &fingerprint(&folder)?)?.to_json()?;
+        let gates = Gates {
+            student: &self.student,
+            model: self.config.shape(),
+            compression: &self.compression,
+            shift,
+        };
+        let json = gates_policy(&gates, &self.samples, args.target, &fingerprint(&folder)?)?.to_json()?;
         checkpoint::write_file(&policy, &(json + "\n"))?;
         let summary = Summary {
             target: args.target,
@@ -371,117 +373,10 @@ impl<'a> Run<'a> {
         println!("policy            {}", policy.display());
         Ok(())
     }
-
-    /// The gates as a policy, with the figures of the sample windows.
-    fn policy(&self, shift: f64, fingerprint: &str) -> Result<Policy> {
-        let model = self.config.shape();
-        let group = model.heads / model.kv_heads;
-        let mut hidden = vec![vec![0; model.kv_heads]; model.layers];
-        let mut errors = vec![vec![0.0; model.kv_heads]; model.layers];
-        let (mut tokens, mut eligible) = (0, 0);
-        for window in &self.samples {
-            tokens += window.dim(1)?;
-            self.student.hiding(window, shift, |call, logits, plan| {
-                if let (0, Some(can)) = (call.layer, self.student.can_be_hidden(logits)?) {
-                    eligible += can.dim(2)?;
-                }
-                let per_head = plan.stats()?.per_head.concat();
-                let of_heads = output_errors(call, plan)?;
-                for unit in 0..model.kv_heads {
-                    hidden[call.layer][unit] += per_head[unit * group];
-                    errors[call.layer][unit] += of_heads[unit];
-                }
-                Ok(())
-            })?;
-        }
-        let layers = hidden.iter().zip(&errors).map(|(hidden, errors)| LayerPolicy {
-            strategies: vec![MergeStrategy::Similarity; model.kv_heads],
-            thresholds: vec![-shift; model.kv_heads],
-            hidden_ratios: hidden.iter().map(|count| *count as f64 / eligible as f64).collect(),
-            errors: errors.clone(),
-        });
-        let all = (model.layers * model.kv_heads) as f64;
-        let total = hidden.iter().flatten().sum::<usize>() as f64 / all;
-        Ok(Policy::new(PolicyOptions {
-            fingerprint: fingerprint.into(),
-            model,
-            config: self.compression.clone(),
-            layers: layers.collect(),
-            probe: Some(self.student.probe()?),
-            calibration: CalibrationFigures {
-                target: self.args.target,
-                hidden_ratio: total / eligible as f64,
-                hidden_ratio_of_all: total / (tokens - self.samples.len()) as f64,
-                error: errors.iter().flatten().sum(),
-                windows: self.samples.len(),
-                tokens,
-            },
-        })?)
-    }
-}
-
-/// The squared error of a layer's output for each KV head, after the output projection.
-fn output_errors(call: &AttentionCall, plan: &MergePlan) -> Result<Vec<f64>> {
-    let [q, k, v] = call.qkv;
-    let (heads, kv_heads, dim) = (q.dim(1)?, k.dim(1)?, q.dim(3)?);
-    let off = MergePlan::from_indicators(&plan.indicators().zeros_like()?, plan.config())?;
-    let options = AttentionOptions::default();
-    let difference = (attend(q, k, v, plan, &options)? - attend(q, k, v, &off, &options)?)?;
-    let (width, projection) = (heads / kv_heads * dim, call.projection.to_dtype(difference.dtype())?);
-    let rows = difference.transpose(1, 2)?.flatten_from(2)?.flatten_to(1)?;
-    let unit = |unit: usize| -> Result<f64> {
-        let of_unit = projection.narrow(1, unit * width, width)?;
-        let output = rows
-            .narrow(1, unit * width, width)?
-            .contiguous()?
-            .matmul(&of_unit.contiguous()?.t()?)?;
-        let sum = output.to_dtype(DType::F32)?.sqr()?.sum_all()?;
-        Ok(f64::from(sum.to_scalar::<f32>()?))
-    };
-    (0..kv_heads).map(unit).collect()
 }
 
 fn read(path: &Path) -> Result<String> {
     fs::read_to_string(path).with_context(|| format!("text {}", path.display()))
-}
-
-/// A policy that gates can start from.
-fn start_of(file: &Path, model: &ModelShape) -> Result<Policy> {
-    let read = || -> Result<Policy> {
-        let policy = Policy::from_json(&fs::read_to_string(file)?)?;
-        ensure!(
-            policy.parts().probe.is_some() && policy.parts().model == *model,
-            "expected a policy with a probe for a model of {model:?}, got one for {:?} under Criterion::{:?}; write it \
-             with llama calibrate --criterion probe",
-            policy.parts().model,
-            policy.parts().config.criterion
-        );
-        Ok(policy)
-    };
-    read().with_context(|| format!("policy {}", file.display()))
-}
-
-/// A probe of keys whose rotary pairs are neighbours, for the same keys with pairs of halves.
-fn in_halves(probe: &KeyProbe) -> Result<KeyProbe> {
-    let [weights, offsets] = probe.tensors(&Device::Cpu)?;
-    let (layers, kv_heads, dim) = weights.dims3()?;
-    let pairs = weights.reshape((layers, kv_heads, dim / 2, 2))?;
-    Ok(KeyProbe::new(&pairs.transpose(2, 3)?.flatten_from(2)?, &offsets)?)
-}
-
-/// A threshold for each layer and KV head. Heads that are off start a little below the lowest threshold of the others.
-fn thresholds(layers: &[LayerPolicy]) -> Vec<Vec<f64>> {
-    let units = |layer: &LayerPolicy| -> Vec<Option<f64>> {
-        let on = layer.strategies.iter().map(|strategy| !strategy.is_off());
-        on.zip(&layer.thresholds)
-            .map(|(on, threshold)| on.then_some(*threshold))
-            .collect()
-    };
-    let all: Vec<Vec<Option<f64>>> = layers.iter().map(units).collect();
-    let lowest = all.iter().flatten().flatten().copied().fold(f64::INFINITY, f64::min);
-    let off = if lowest.is_finite() { lowest - 1.0 } else { 0.0 };
-    let layer = |units: &Vec<Option<f64>>| units.iter().map(|threshold| threshold.unwrap_or(off)).collect();
-    all.iter().map(layer).collect()
 }
 
 fn resume(folder: &Path, state: &State, student: &Student, optimizer: &mut AdamW, context: usize) -> Result<()> {
@@ -525,15 +420,6 @@ fn settings(args: &CompressArgs, config: &LlamaConfig, texts: &[String]) -> Resu
         "samples": args.samples,
         "products": format!("{:?}", args.products()),
     }))
-}
-
-/// The name that policies give the weights of an export.
-fn fingerprint(folder: &Path) -> Result<String> {
-    let mut checkpoint = Checkpoint::open(&folder.to_string_lossy(), LoadOptions::default())?;
-    let off = HeadStrategies::uniform(MergeStrategy::Off);
-    let attention = CompressedAttention::new(off, CompressionConfig::default(), Default::default())?;
-    let layers = checkpoint.config.layers;
-    checkpoint.load(vec![attention; layers])?.fingerprint()
 }
 
 fn print_scores(name: &str, scores: &Scores) {
