@@ -48,6 +48,7 @@ pub struct AttentionCall<'a> {
     /// The output projection (hidden, H·D).
     pub projection: &'a Tensor,
     /// The residual stream that its output will be added to, (B, N, hidden).
+    #[cfg_attr(not(feature = "fit"), allow(dead_code))] // read where probes are fitted
     pub stream: &'a Tensor,
 }
 
