@@ -30,7 +30,7 @@ use serde_json::{json, Value};
 pub use self::args::CompressArgs;
 use self::data::Mix;
 use self::distill::distill;
-use self::log::{Log, Row};
+use self::log::Row;
 use self::parts::Parts;
 use self::policy::{fingerprint, in_halves, policy as gates_policy, start_of, thresholds, Gates};
 use self::score::{HeldOut, Score, Scores};
@@ -39,6 +39,7 @@ use crate::checkpoint::{self, check_settings, find_checkpoint};
 use crate::data::{encode, hash};
 use crate::model::{check_ids, LlamaConfig};
 use crate::optimizer::AdamW;
+use crate::record::Record;
 use crate::rope::Pairing;
 use crate::source::{config_json, Source};
 
@@ -65,7 +66,7 @@ struct Summary {
     target: f64,
     steps: usize,
     seconds: f64,
-    /// The median of all steps.
+    /// Of all steps together.
     tokens_per_second: f64,
     /// The held-out text under the fitted probe, before any training.
     before: Vec<Scores>,
@@ -91,7 +92,7 @@ struct Run<'a> {
     teacher: Teacher,
     student: Student,
     optimizer: AdamW,
-    log: Log,
+    log: Record,
     parts: Parts,
     step: usize,
     seconds: f64,
@@ -161,7 +162,7 @@ impl<'a> Run<'a> {
         let mut run = Self {
             samples: mix.samples(args.samples, args.seed, &device)?,
             parts: Parts::new(args.profile),
-            log: Log::open(&args.out, state.as_ref().map_or(0, |state| state.step))?,
+            log: Record::open::<Row>(&args.out, state.as_ref().map(|state| state.step))?,
             step: state.as_ref().map_or(0, |state| state.step),
             seconds: state.as_ref().map_or(0.0, |state| state.seconds),
             shift: state.as_ref().and_then(|state| state.shift),

@@ -32,7 +32,27 @@ pub struct StepLosses {
     pub tokens_per_second: f64,
 }
 
-impl Row {
+/// A row of a log.csv.
+pub trait LogRow: Sized {
+    /// The names of the columns.
+    const HEADER: &'static str;
+
+    /// The step of the row, from 1; 0 is the model before training.
+    fn step(&self) -> usize;
+
+    fn line(&self) -> String;
+
+    /// None of a line that was cut short.
+    fn parse(line: &str) -> Option<Self>;
+}
+
+impl LogRow for Row {
+    const HEADER: &'static str = HEADER;
+
+    fn step(&self) -> usize {
+        self.step
+    }
+
     fn line(&self) -> String {
         let losses = self.losses.map_or(",,,,".into(), |x| {
             let StepLosses {
@@ -90,11 +110,11 @@ pub struct Record {
 
 impl Record {
     /// Keeps the rows up to `step`, which a resumed run does not write again.
-    pub fn open(out: &Path, step: Option<usize>) -> Result<Self> {
+    pub fn open<R: LogRow>(out: &Path, step: Option<usize>) -> Result<Self> {
         let path = out.join("log.csv");
-        let mut text = format!("{HEADER}\n");
+        let mut text = format!("{}\n", R::HEADER);
         if let Some(step) = step {
-            for row in read(out)?.iter().filter(|row| row.step <= step) {
+            for row in read::<R>(out)?.iter().filter(|row| row.step() <= step) {
                 text += &(row.line() + "\n");
             }
         }
@@ -106,14 +126,14 @@ impl Record {
         })
     }
 
-    pub fn push(&mut self, row: &Row) -> Result<()> {
+    pub fn push(&mut self, row: &impl LogRow) -> Result<()> {
         writeln!(self.file, "{}", row.line()).with_context(|| format!("{}", self.path.display()))
     }
 }
 
 /// The rows of a run's log, without a line that was cut short by a kill.
-pub fn read(out: &Path) -> Result<Vec<Row>> {
+pub fn read<R: LogRow>(out: &Path) -> Result<Vec<R>> {
     let path = out.join("log.csv");
     let text = fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;
-    Ok(text.lines().skip(1).filter_map(Row::parse).collect())
+    Ok(text.lines().skip(1).filter_map(R::parse).collect())
 }

@@ -121,7 +121,7 @@ impl<'a> Run<'a> {
         fs::create_dir_all(&args.out).with_context(|| format!("out {}", args.out.display()))?;
         checkpoint::write_file(&args.out.join("held_out.txt"), &text.held_out)?;
         Ok(Self {
-            record: Record::open(&args.out, state.as_ref().map(|state| state.step))?,
+            record: Record::open::<Row>(&args.out, state.as_ref().map(|state| state.step))?,
             step: state.as_ref().map_or(0, |state| state.step),
             seconds: state.as_ref().map_or(0.0, |state| state.seconds),
             held_out: state.and_then(|state| state.held_out),
@@ -254,7 +254,7 @@ impl<'a> Run<'a> {
         };
         let out: &Path = &self.args.out;
         checkpoint::export(out, &self.model(), self.args.training.export_dtype.into())?;
-        let rows = record::read(out)?;
+        let rows = record::read::<Row>(out)?;
         let last: Vec<StepLosses> = rows.iter().rev().filter_map(|row| row.losses).take(20).collect();
         let mean = |value: fn(&StepLosses) -> f64| last.iter().map(value).sum::<f64>() / last.len() as f64;
         let summary = Summary {

@@ -1,15 +1,11 @@
-//! log.csv, a row per step, and the plots of its columns.
+//! The rows of log.csv, and the plots of its columns.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
-use crate::checkpoint::write_file;
 use crate::plot::{draw, Curve};
-
-const HEADER: &str = "step,phase,divergence,hidden_share,gradient_norm,tokens_per_second";
+use crate::record::{read, LogRow};
 
 #[derive(Clone, Copy, Debug)]
 pub struct Row {
@@ -24,7 +20,13 @@ pub struct Row {
     pub tokens_per_second: f64,
 }
 
-impl Row {
+impl LogRow for Row {
+    const HEADER: &'static str = "step,phase,divergence,hidden_share,gradient_norm,tokens_per_second";
+
+    fn step(&self) -> usize {
+        self.step
+    }
+
     fn line(&self) -> String {
         let phase = if self.hides { "hides" } else { "fades" };
         format!(
@@ -47,44 +49,9 @@ impl Row {
     }
 }
 
-pub struct Log {
-    path: PathBuf,
-    file: File,
-}
-
-impl Log {
-    /// Keeps the rows up to `step`, which a resumed run does not write again.
-    pub fn open(out: &Path, step: usize) -> Result<Self> {
-        let path = out.join("log.csv");
-        let mut text = format!("{HEADER}\n");
-        if step > 0 {
-            for row in read(out)?.iter().filter(|row| row.step <= step) {
-                text += &(row.line() + "\n");
-            }
-        }
-        write_file(&path, &text)?;
-        let file = OpenOptions::new().append(true).open(&path);
-        Ok(Self {
-            file: file.with_context(|| format!("{}", path.display()))?,
-            path,
-        })
-    }
-
-    pub fn push(&mut self, row: &Row) -> Result<()> {
-        writeln!(self.file, "{}", row.line()).with_context(|| format!("{}", self.path.display()))
-    }
-}
-
-/// The rows of a run's log, without a line that was cut short by a kill.
-fn read(out: &Path) -> Result<Vec<Row>> {
-    let path = out.join("log.csv");
-    let text = fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;
-    Ok(text.lines().skip(1).filter_map(Row::parse).collect())
-}
-
 /// OUT/divergence.svg and OUT/hidden_share.svg.
 pub fn plot(out: &Path) -> Result<()> {
-    let rows = read(out)?;
+    let rows: Vec<Row> = read(out)?;
     type Value = fn(&Row) -> f64;
     let plots: [(&str, &str, Value); 2] = [
         ("divergence", "KL(dense, student) (nats per token)", |row| {
