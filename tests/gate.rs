@@ -77,6 +77,29 @@ fn a_relaxed_gate_is_its_equations() -> Result<()> {
 
 /// Extreme logits give no NaN, and gradients reach gate and keys.
 #[test]
+fn noise_may_be_drawn_for_all_layers_at_once() -> Result<()> {
+    let keys = Shape(2, 2, 2, 30, 8).qkv(5, DType::F32)?[1].clone();
+    let (gate, _) = gate(&config(4, 1), 3)?;
+    let noise = KeyGate::noise(9, (3, 2, 2, 30), &CPU)?;
+    let own = gate.relaxed_by(&keys, &noise.get(0)?)?;
+    let seeded = gate.relaxed(&keys, 9)?;
+    assert_close("column bias", &own.column_bias, &seeded.column_bias, 0.0, 0.0)?;
+    let other = gate.relaxed_by(&keys, &noise.get(1)?)?;
+    assert_ne!(
+        other.hidden_share.to_scalar::<f32>()?,
+        own.hidden_share.to_scalar::<f32>()?
+    );
+    let error = gate.relaxed_by(&keys, &noise).unwrap_err().to_string();
+    assert!(
+        error.contains("noise: expected [2, 2, 30]") && error.contains("[3, 2, 2, 30]"),
+        "{error}"
+    );
+    let error = gate.relaxed(&keys.get(0)?, 9).unwrap_err().to_string();
+    assert!(error.contains("key: expected (batch, 2, tokens, 8)"), "{error}");
+    Ok(())
+}
+
+#[test]
 fn gradients_reach_gate_and_keys() -> Result<()> {
     let config = config(3, 1);
     let (gate, vars) = gate(&config, 2)?;

@@ -1,11 +1,15 @@
 //! The train example's binary on a generated text, and the gradients of its model.
 
+#[path = "../examples/train/known.rs"]
+mod known;
 #[allow(dead_code)]
 #[path = "../examples/llama/model.rs"]
 mod model;
 #[allow(dead_code)]
 #[path = "../examples/train/network.rs"]
 mod network;
+#[path = "../examples/train/ops.rs"]
+mod ops;
 #[allow(dead_code)]
 #[path = "../examples/llama/rope.rs"]
 mod rope;

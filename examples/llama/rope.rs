@@ -201,13 +201,21 @@ impl Rotation {
         })
     }
 
-    /// The same with a gradient, which candle's fused operations would cut.
+    /// Rotates `xs (B, N, heads, D)`.
     #[allow(dead_code)] // the train example needs it
-    pub fn apply_diff(&self, xs: &Tensor) -> Result<Tensor> {
-        let xs = xs.contiguous()?;
+    pub fn apply_to_tokens(&self, xs: &Tensor) -> Result<Tensor> {
         Ok(match self.pairing {
-            Pairing::Interleaved => rotary_emb::rope_i_slow(&xs, &self.cos, &self.sin)?,
-            Pairing::Halves => rotary_emb::rope_slow(&xs, &self.cos, &self.sin)?,
+            Pairing::Interleaved => self.apply(&xs.transpose(1, 2)?)?.transpose(1, 2)?.contiguous()?,
+            Pairing::Halves => rotary_emb::rope_thd(&xs.contiguous()?, &self.cos, &self.sin)?,
+        })
+    }
+
+    /// The rotation by the opposite angles.
+    #[allow(dead_code)] // the train example needs it
+    pub fn back(&self) -> Result<Self> {
+        Ok(Self {
+            sin: self.sin.neg()?,
+            ..self.clone()
         })
     }
 }

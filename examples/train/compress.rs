@@ -28,13 +28,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{json, Value};
 
 pub use self::args::CompressArgs;
-use self::data::Mix;
+use self::data::{prose_of, Mix};
 use self::distill::distill;
 use self::log::Row;
 use self::parts::Parts;
 use self::policy::{fingerprint, in_halves, policy as gates_policy, start_of, thresholds, Gates};
 use self::score::{HeldOut, Score, Scores};
-use self::student::{is_gate, Student, Teacher};
+use self::student::{Pass, Student, Teacher};
 use crate::checkpoint::{self, check_settings, find_checkpoint};
 use crate::data::{encode, hash};
 use crate::model::{check_ids, LlamaConfig};
@@ -153,7 +153,7 @@ impl<'a> Run<'a> {
         let teacher = Teacher::new(&config, copies.collect::<Result<_>>()?, args.products(), &device)?;
         let hashes: Vec<String> = texts.iter().map(|text| hash(text.as_bytes())).collect();
         let settings = settings(args, &config, &hashes)?;
-        let mut optimizer = AdamW::new(student.vars(), 0.0, args.clip)?;
+        let mut optimizer = AdamW::new(vec![student.weights(), student.gates()], 0.0, args.clip)?;
         if let (Some(folder), Some(state)) = (&resumed, &state) {
             check_settings(&state.settings, &settings)?;
             resume(folder, state, &student, &mut optimizer, args.context)?;
@@ -254,11 +254,12 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// The shift that meets the target. What a layer hides changes the keys of the layers above it, so a second look
+    /// The shift that meets the target on prose: passages that come twice hide more. What a layer hides changes the keys of the layers above it, so a second look
     /// follows the first.
     fn found_shift(&self, now: f64) -> Result<f64> {
-        let first = self.student.shift(&self.samples, self.args.target, now)?;
-        self.student.shift(&self.samples, self.args.target, first)
+        let prose: Vec<_> = prose_of(&self.samples).collect();
+        let first = self.student.shift(&prose, self.args.target, now)?;
+        self.student.shift(&prose, self.args.target, first)
     }
 
     fn train_step(&mut self) -> Result<Row> {
@@ -266,9 +267,8 @@ impl<'a> Run<'a> {
         self.parts.start(&self.device)?;
         let inputs = self.mix.batch(args.batch, args.seed, self.step, &self.device)?;
         self.parts.end("sequences", &self.device)?;
-        let dense = self.teacher.hidden(&inputs, |_| Ok(()))?;
-        self.parts.end("teacher", &self.device)?;
-        let pass = match self.shift {
+        // The student first: it reads its inputs back, and would wait for a teacher before it.
+        let Pass { hidden, hidden_share } = match self.shift {
             Some(shift) => self.student.hiding(&inputs, shift, |_, _, _| Ok(()))?,
             None => {
                 let seed = args.seed.wrapping_add((self.step as u64) << 32);
@@ -276,33 +276,33 @@ impl<'a> Run<'a> {
             }
         };
         self.parts.end("student", &self.device)?;
-        let distilled = distill(self.student.predictions(&pass.hidden), self.teacher.predictions(&dense))?;
+        let dense = self.teacher.hidden(&inputs, |_| Ok(()))?;
+        self.parts.end("teacher", &self.device)?;
+        let loss = distill(self.student.predictions(&hidden), self.teacher.predictions(&dense))?;
+        let (divergence, share) = (loss.detach(), hidden_share.detach());
         let loss = match self.shift {
-            Some(_) => distilled.loss,
+            Some(_) => loss,
             None => {
-                let missing = pass.hidden_share.affine(-1.0, args.target)?.relu()?;
-                (distilled.loss + (missing * SHARE_WEIGHT)?)?
+                let missing = hidden_share.affine(-1.0, args.target)?.relu()?;
+                (loss + (missing * SHARE_WEIGHT)?)?
             }
         };
         self.parts.end("divergence", &self.device)?;
         let gradients = loss.backward()?;
+        // The graph goes before the optimizer's temporaries come.
+        drop((loss, hidden, hidden_share, dense));
         self.parts.end("backward", &self.device)?;
         let (hides, factor) = (self.shift.is_some(), args.rate(self.step));
-        let gradient_norm = self
-            .optimizer
-            .step_by(&gradients, |name| match (is_gate(name), hides) {
-                (true, true) => None,
-                (true, false) => Some(args.gate_lr * factor),
-                (false, _) => Some(args.lr * factor),
-            })?;
+        let rates = [Some(args.lr * factor), (!hides).then_some(args.gate_lr * factor)];
+        let gradient_norm = self.optimizer.step(&gradients, &rates)?;
         self.parts.end("optimizer", &self.device)?;
         let seconds = start.elapsed().as_secs_f64();
         self.seconds += seconds;
         Ok(Row {
             step: self.step + 1,
             hides,
-            divergence: f64::from(distilled.divergence.to_scalar::<f32>()?),
-            hidden_share: f64::from(pass.hidden_share.to_scalar::<f32>()?),
+            divergence: f64::from(divergence.to_scalar::<f32>()?),
+            hidden_share: f64::from(share.to_scalar::<f32>()?),
             gradient_norm,
             tokens_per_second: (args.batch * args.context) as f64 / seconds,
         })

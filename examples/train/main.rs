@@ -19,7 +19,9 @@ mod experiment;
 mod files;
 #[path = "../llama/floats.rs"]
 mod floats;
+mod known;
 mod network;
+mod ops;
 mod optimizer;
 #[path = "../llama/place.rs"]
 mod place;

@@ -1,14 +1,14 @@
-//! A Llama's forward pass whose every weight gets a gradient: candle's fused norms and rotations would cut them, so it
-//! uses none.
+//! A Llama's forward pass whose every weight gets a gradient.
 //!
 //! Weights may be f32 while products run in a half dtype: each matrix is cast where it is read, and its gradient comes
 //! back in f32. The residual stream and the norms stay in the dtype of the weights' masters.
 
 use anyhow::Result;
 use candle_core::{DType, Tensor};
-use candle_nn::{rms_norm, Init, RmsNorm, VarBuilder};
+use candle_nn::{Init, VarBuilder};
 
 use crate::model::LlamaConfig;
+use crate::ops;
 use crate::rope::{Rope, Rotation};
 
 /// A matrix `(rows, columns)` and its bias, cast to the dtype of what it multiplies.
@@ -30,11 +30,29 @@ impl Matrix {
 
     /// xs (n, columns) -> (n, rows).
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        let ys = xs.matmul(&self.weight.to_dtype(xs.dtype())?.t()?)?;
+        let ys = ops::linear(xs, &self.weight)?;
         Ok(match &self.bias {
             Some(bias) => ys.broadcast_add(&bias.to_dtype(xs.dtype())?)?,
             None => ys,
         })
+    }
+}
+
+/// The norm of rows before a product.
+struct Norm {
+    weight: Tensor,
+    eps: f64,
+}
+
+impl Norm {
+    fn new(width: usize, eps: f64, vb: VarBuilder) -> Result<Self> {
+        let weight = vb.get_with_hints(width, "weight", Init::Const(1.0))?;
+        Ok(Self { weight, eps })
+    }
+
+    /// Rows (n, width), in `dtype`.
+    fn forward(&self, xs: &Tensor, dtype: DType) -> Result<Tensor> {
+        Ok(ops::rms_norm(xs, &self.weight, self.eps, dtype)?)
     }
 }
 
@@ -64,9 +82,9 @@ struct SelfAttention {
 }
 
 struct Layer {
-    attention_norm: RmsNorm,
+    attention_norm: Norm,
     attention: SelfAttention,
-    mlp_norm: RmsNorm,
+    mlp_norm: Norm,
     gate: Matrix,
     up: Matrix,
     down: Matrix,
@@ -78,7 +96,7 @@ impl Layer {
         let (queries, keys) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let (own, mlp, bias) = (vb.pp("self_attn"), vb.pp("mlp"), config.attention_bias);
         Ok(Self {
-            attention_norm: rms_norm(hidden, eps, vb.pp("input_layernorm"))?,
+            attention_norm: Norm::new(hidden, eps, vb.pp("input_layernorm"))?,
             attention: SelfAttention {
                 query: Matrix::new(hidden, queries, bias, own.pp("q_proj"))?,
                 key: Matrix::new(hidden, keys, bias, own.pp("k_proj"))?,
@@ -88,7 +106,7 @@ impl Layer {
                 kv_heads: config.kv_heads,
                 head_dim: config.head_dim,
             },
-            mlp_norm: rms_norm(hidden, eps, vb.pp("post_attention_layernorm"))?,
+            mlp_norm: Norm::new(hidden, eps, vb.pp("post_attention_layernorm"))?,
             gate: Matrix::new(hidden, inner, config.mlp_bias, mlp.pp("gate_proj"))?,
             up: Matrix::new(hidden, inner, config.mlp_bias, mlp.pp("up_proj"))?,
             down: Matrix::new(inner, hidden, config.mlp_bias, mlp.pp("down_proj"))?,
@@ -100,7 +118,7 @@ impl Layer {
 pub struct Network {
     embedding: Tensor,
     layers: Vec<Layer>,
-    norm: RmsNorm,
+    norm: Norm,
     /// The output matrix; the embedding if they are tied.
     head: Tensor,
     rope: Rope,
@@ -119,7 +137,7 @@ impl Network {
         let layers = (0..config.layers).map(|index| Layer::new(config, vb.pp("layers").pp(index)));
         Ok(Self {
             layers: layers.collect::<Result<_>>()?,
-            norm: rms_norm(config.hidden_size, config.rms_norm_eps, vb.pp("norm"))?,
+            norm: Norm::new(config.hidden_size, config.rms_norm_eps, vb.pp("norm"))?,
             embedding,
             head,
             rope: Rope::new(config, products, root.device())?,
@@ -136,19 +154,19 @@ impl Network {
     /// layer's attention, (B, H, N, D).
     pub fn hidden(&self, inputs: &Tensor, attend: &mut dyn FnMut(&AttentionCall) -> Result<Tensor>) -> Result<Tensor> {
         let (batch, tokens) = inputs.dims2()?;
-        let mut stream = self.embedding.index_select(&inputs.flatten_all()?, 0)?;
+        let mut stream = ops::embed(&self.embedding, &inputs.flatten_all()?)?;
         let rotation = self.rope.at(0, tokens)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let normed = layer.attention_norm.forward_diff(&stream)?.to_dtype(self.products)?;
+            let normed = layer.attention_norm.forward(&stream, self.products)?;
             let attended = layer
                 .attention
                 .forward(index, &normed, &stream, (batch, &rotation), attend)?;
             stream = (&stream + attended.to_dtype(stream.dtype())?)?;
-            let normed = layer.mlp_norm.forward_diff(&stream)?.to_dtype(self.products)?;
-            let inner = (layer.gate.forward(&normed)?.silu()? * layer.up.forward(&normed)?)?;
+            let normed = layer.mlp_norm.forward(&stream, self.products)?;
+            let inner = ops::silu_times(&layer.gate.forward(&normed)?, &layer.up.forward(&normed)?)?;
             stream = (&stream + layer.down.forward(&inner)?.to_dtype(stream.dtype())?)?;
         }
-        Ok(self.norm.forward_diff(&stream)?.to_dtype(self.products)?)
+        self.norm.forward(&stream, self.products)
     }
 }
 
@@ -164,13 +182,13 @@ impl SelfAttention {
     ) -> Result<Tensor> {
         let tokens = xs.dim(0)? / batch;
         let split = |matrix: &Matrix, heads| -> Result<Tensor> {
-            let rows = matrix.forward(xs)?.reshape((batch, tokens, heads, self.head_dim))?;
-            Ok(rows.transpose(1, 2)?)
+            Ok(matrix.forward(xs)?.reshape((batch, tokens, heads, self.head_dim))?)
         };
         let unrotated = split(&self.key, self.kv_heads)?;
-        let q = rotation.apply_diff(&split(&self.query, self.heads)?)?;
-        let k = rotation.apply_diff(&unrotated)?;
-        let v = split(&self.value, self.kv_heads)?;
+        let q = ops::rotate(&split(&self.query, self.heads)?, rotation)?.transpose(1, 2)?;
+        let k = ops::rotate(&unrotated, rotation)?.transpose(1, 2)?;
+        let v = split(&self.value, self.kv_heads)?.transpose(1, 2)?;
+        let unrotated = unrotated.transpose(1, 2)?;
         let output = attend(&AttentionCall {
             layer,
             qkv: [&q, &k, &v],

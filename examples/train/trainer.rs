@@ -110,7 +110,7 @@ impl<'a> Run<'a> {
         let settings = settings(args, &compression, &config, &tokenizer, &text.hash)?;
         let attention = compression.attention(&config)?;
         let model = Trainable::new(&config, attention.clone(), training.seed)?;
-        let mut optimizer = AdamW::new(model.vars(), training.weight_decay, training.clip)?;
+        let mut optimizer = AdamW::new(vec![model.vars()], training.weight_decay, training.clip)?;
         let mut state = None;
         match (&resumed, &source) {
             (Some(folder), Some(source)) => state = Some(resume(folder, source, &settings, &model, &mut optimizer)?),
@@ -203,7 +203,7 @@ impl<'a> Run<'a> {
         let gradient_norm = match number(&total)?.is_finite() {
             true => self
                 .optimizer
-                .step(&total.backward()?, training.learning_rate(self.step))?,
+                .step(&total.backward()?, &[Some(training.learning_rate(self.step))])?,
             false => f64::NAN,
         };
         let seconds = start.elapsed().as_secs_f64();

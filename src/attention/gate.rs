@@ -3,7 +3,7 @@
 use crate::calibrate::KeyProbe;
 use crate::config::CompressionConfig;
 use crate::cpu::number::philox::logistic;
-use candle_core::{bail, DType, Result, Tensor, D};
+use candle_core::{bail, DType, Device, Result, Shape, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 /// The temperature of the relaxed gate.
@@ -75,7 +75,7 @@ impl KeyGate {
     /// # Errors
     /// A layer that the probe does not have, or another number of thresholds than KV heads.
     pub fn start(probe: &KeyProbe, layer: usize, thresholds: &[f64]) -> Result<[Tensor; 2]> {
-        let [weights, offsets] = probe.of_layer(layer)?.tensors(&candle_core::Device::Cpu)?;
+        let [weights, offsets] = probe.of_layer(layer)?.tensors(&Device::Cpu)?;
         let (weights, offsets) = (weights.get(0)?, offsets.get(0)?);
         if thresholds.len() != offsets.dim(0)? {
             bail!(
@@ -101,10 +101,13 @@ impl KeyGate {
                  of another layer"
             ),
         }
-        let weight = self.weight.to_dtype(DType::F32)?.reshape((1, kv_heads, 1, dim))?;
+        // A product with a column, whose gradient is one as well.
+        let columns = (keys.dim(0)?, kv_heads, dim, 1);
+        let weight = self.weight.to_dtype(DType::F32)?.reshape((1, kv_heads, dim, 1))?;
         let bias = self.bias.to_dtype(DType::F32)?.reshape((1, kv_heads, 1))?;
-        let products = keys.to_dtype(DType::F32)?.broadcast_mul(&weight)?.sum(D::Minus1)?;
-        products.broadcast_add(&bias)
+        let keys = keys.to_dtype(DType::F32)?.contiguous()?;
+        let products = keys.matmul(&weight.broadcast_as(columns)?.contiguous()?)?;
+        products.squeeze(3)?.broadcast_add(&bias)
     }
 
     /// Fades tokens: u = (z + logistic noise) / 0.7. The noise is the same for the same seed. Gradients reach the gate
@@ -113,9 +116,34 @@ impl KeyGate {
     /// # Errors
     /// As [`Self::logits`].
     pub fn relaxed(&self, keys: &Tensor, seed: u64) -> Result<RelaxedGate> {
+        // All axes but the last; `logits` refuses keys of another shape.
+        let shape = &keys.dims()[..keys.rank().saturating_sub(1)];
+        self.relaxed_by(keys, &Self::noise(seed, shape, keys.device())?)
+    }
+
+    /// Logistic noise, f32 of `shape`, the same for the same seed: for the layers of a step in one piece.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn noise(seed: u64, shape: impl Into<Shape>, device: &Device) -> Result<Tensor> {
+        let shape = shape.into();
+        Tensor::from_vec(logistic(seed, shape.elem_count()), shape, device)
+    }
+
+    /// [`Self::relaxed`] with its noise given, f32 (B, Hk, N).
+    ///
+    /// # Errors
+    /// As [`Self::logits`], and noise of another shape.
+    pub fn relaxed_by(&self, keys: &Tensor, noise: &Tensor) -> Result<RelaxedGate> {
         let z = self.logits(keys)?;
         let (batch, kv_heads, tokens) = z.dims3()?;
-        let noise = Tensor::from_vec(logistic(seed, z.elem_count()), z.dims(), z.device())?;
+        if noise.dims() != z.dims() {
+            bail!(
+                "noise: expected {:?}, a number for each key, got {:?}; draw it with KeyGate::noise",
+                z.dims(),
+                noise.dims()
+            )
+        }
         let u = ((z + noise)? / TEMPERATURE)?;
         let end = tokens.saturating_sub(self.window + 1);
         let can = (0..tokens).map(|t| if (self.sinks..end).contains(&t) { 1f32 } else { 0.0 });

@@ -180,6 +180,11 @@ impl Mix {
     }
 }
 
+/// Those of [`Mix::samples`] that are prose.
+pub fn prose_of(samples: &[Tensor]) -> impl Iterator<Item = &Tensor> {
+    samples.iter().step_by(2)
+}
+
 fn generator(seed: u64, step: usize) -> StdRng {
     StdRng::seed_from_u64(seed ^ (step as u64).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }

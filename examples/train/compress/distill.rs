@@ -4,8 +4,7 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor, D};
 use candle_nn::ops::{log_softmax, softmax_last_dim};
 
-/// Added to shares before their logarithm.
-const TINY: f64 = 1e-30;
+use crate::known::known;
 
 /// Hidden states (n, hidden) and the output matrix (vocabulary, hidden).
 #[derive(Clone, Copy)]
@@ -14,16 +13,9 @@ pub struct Predictions<'a> {
     pub head: &'a Tensor,
 }
 
-/// A divergence with its gradients.
-pub struct Distilled {
-    /// KL(teacher ‖ student) in nats, f32, the mean over the rows.
-    pub divergence: Tensor,
-    /// A scalar whose gradients are those of the divergence.
-    pub loss: Tensor,
-}
-
-/// Logits exist for some rows at a time, of both models: their gradient is known as soon as they are.
-pub fn distill(student: Predictions, teacher: Predictions) -> Result<Distilled> {
+/// KL(teacher ‖ student) in nats, f32, the mean over the rows: a scalar with a gradient for the student's hidden states
+/// and output matrix. Logits exist for some rows at a time, of both models: their gradient is known as soon as they are.
+pub fn distill(student: Predictions, teacher: Predictions) -> Result<Tensor> {
     let (count, _) = student.hidden.dims2()?;
     let (hidden, head) = (student.hidden.detach(), student.head.detach());
     let dtype = hidden.dtype();
@@ -34,27 +26,55 @@ pub fn distill(student: Predictions, teacher: Predictions) -> Result<Distilled> 
     let mut sums = Vec::with_capacity(of_hidden.capacity());
     for first in (0..count).step_by(at_once) {
         let rows = at_once.min(count - first);
-        let shares = |hidden: &Tensor, matrix: &Tensor| -> Result<(Tensor, Tensor)> {
+        let logits = |hidden: &Tensor, matrix: &Tensor| -> Result<_> {
             let rows = hidden.narrow(0, first, rows)?;
             let logits = rows.matmul(&matrix.t()?)?.to_dtype(DType::F32)?;
-            Ok((rows, softmax_last_dim(&logits)?))
+            Ok((rows, Shares::new(logits)?))
         };
-        let (xs, student) = shares(&hidden, &matrix)?;
-        let (_, teacher) = shares(&teacher.hidden.detach(), &teacher_matrix)?;
-        let gradient = ((&student - &teacher)? / count as f64)?.to_dtype(dtype)?;
-        let logarithm = |shares: &Tensor| (shares + TINY)?.log();
-        sums.push((&teacher * (logarithm(&teacher)? - logarithm(&student)?)?)?.sum_all()?);
+        let (xs, student) = logits(&hidden, &matrix)?;
+        let (_, teacher) = logits(&teacher.hidden.detach(), &teacher_matrix)?;
+        // ln t - ln s = (z_t - z_s) - (the logarithms of the sums of exponentials), and shares sum to 1. Sums go row by
+        // row: candle gives the sum of a whole tensor one block of a GPU.
+        let apart = (&teacher.shares * (&teacher.logits - &student.logits)?)?.sum(D::Minus1)?;
+        sums.push((apart - (teacher.log_sum - student.log_sum)?)?.sum_all()?);
+        let gradient = (student.shares - teacher.shares)?.to_dtype(dtype)?;
         of_hidden.push(gradient.matmul(&matrix)?);
         of_head = (of_head + gradient.t()?.matmul(&xs)?.to_dtype(DType::F32)?)?;
     }
-    let inner = |x: &Tensor, gradient: &Tensor| -> Result<Tensor> {
-        Ok((x.to_dtype(DType::F32)? * gradient.to_dtype(DType::F32)?)?.sum_all()?)
-    };
-    let loss = (inner(student.hidden, &Tensor::cat(&of_hidden, 0)?)? + inner(student.head, &of_head)?)?;
-    Ok(Distilled {
-        divergence: (Tensor::stack(&sums, 0)?.sum_all()? / count as f64)?,
-        loss,
-    })
+    let mean = |sum: Tensor| sum / count as f64;
+    let of_hidden = mean(Tensor::cat(&of_hidden, 0)?.to_dtype(DType::F32)?)?;
+    let gradients = [of_hidden.to_dtype(dtype)?, mean(of_head)?.to_dtype(head.dtype())?];
+    let divergence = mean(Tensor::stack(&sums, 0)?.sum_all()?)?;
+    Ok(known(
+        "divergence",
+        [student.hidden, student.head],
+        divergence,
+        move |gradient| {
+            let times = |of: &Tensor| of.broadcast_mul(&gradient.to_dtype(of.dtype())?);
+            Ok([Some(times(&gradients[0])?), Some(times(&gradients[1])?)])
+        },
+    )?)
+}
+
+/// Logits of rows in f32, and their softmax.
+struct Shares {
+    logits: Tensor,
+    shares: Tensor,
+    /// The logarithm of each row's sum of exponentials.
+    log_sum: Tensor,
+}
+
+impl Shares {
+    fn new(logits: Tensor) -> Result<Self> {
+        let shares = softmax_last_dim(&logits)?;
+        // The largest share is never rounded to 0.
+        let log_sum = (logits.max(D::Minus1)? - shares.max(D::Minus1)?.log()?)?;
+        Ok(Self {
+            logits,
+            shares,
+            log_sum,
+        })
+    }
 }
 
 /// The negative log likelihood of each target u32 (n), f32 (n).
@@ -81,8 +101,9 @@ pub fn nll(predictions: Predictions, targets: &Tensor) -> Result<Tensor> {
     Ok(Tensor::cat(&all, 0)?)
 }
 
-/// Rows of logits held at once: some of them are in 256 MiB on a GPU, and in 16 MiB on the CPU.
+/// Rows of logits held at once: a tensor of them has 1 GiB on a GPU, where a softmax gives a row one warp, and 16 MiB on
+/// the CPU.
 fn rows_at_once(vocabulary: usize, device: &Device) -> usize {
-    let numbers = if device.is_cpu() { 1 << 22 } else { 1 << 26 };
+    let numbers = if device.is_cpu() { 1 << 22 } else { 1 << 28 };
     (numbers / vocabulary).max(1)
 }

@@ -22,6 +22,7 @@ pub struct Student {
     gates: Vec<KeyGate>,
     compression: CompressionConfig,
     heads: usize,
+    kv_heads: usize,
 }
 
 /// The hidden states of a pass, and the share of hidden tokens of those that can be hidden, a scalar.
@@ -47,6 +48,7 @@ impl Student {
             gates,
             compression,
             heads: config.heads,
+            kv_heads: config.kv_heads,
         })
     }
 
@@ -100,9 +102,11 @@ impl Student {
     pub fn fading(&self, inputs: &Tensor, seed: u64) -> Result<Pass> {
         let plan = self.nothing(inputs)?;
         let mut shares = Vec::with_capacity(self.gates.len());
+        let (batch, tokens) = inputs.dims2()?;
+        // One draw for all layers: a layer's own would go to the device one after the other.
+        let noise = KeyGate::noise(seed, (self.gates.len(), batch, self.kv_heads, tokens), inputs.device())?;
         let hidden = self.network.hidden(inputs, &mut |call| {
-            let seed = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ call.layer as u64;
-            let faded = self.gates[call.layer].relaxed(call.unrotated, seed)?;
+            let faded = self.gates[call.layer].relaxed_by(call.unrotated, &noise.get(call.layer)?)?;
             shares.push(faded.hidden_share);
             let options = AttentionOptions {
                 column_bias: Some(faded.column_bias),
@@ -145,7 +149,7 @@ impl Student {
 
     /// The shift that hides the share `target` of the tokens of `windows` that can be hidden, as they are when those
     /// above `now` are hidden.
-    pub fn shift(&self, windows: &[Tensor], target: f64, now: f64) -> Result<f64> {
+    pub fn shift(&self, windows: &[&Tensor], target: f64, now: f64) -> Result<f64> {
         let mut logits: Vec<f32> = Vec::new();
         for window in windows {
             self.hiding(window, now, |_, all, _| {
@@ -190,7 +194,7 @@ impl Student {
     }
 }
 
-pub fn is_gate(name: &str) -> bool {
+fn is_gate(name: &str) -> bool {
     name.starts_with(GATES)
 }
 

@@ -3,6 +3,7 @@
 
 use crate::config::Dropout;
 use crate::cpu::number::element::Accumulator;
+use rayon::prelude::*;
 
 /// One batch row and head of a dropout mask.
 #[derive(Clone, Copy)]
@@ -61,7 +62,7 @@ pub(crate) fn logistic(seed: u64, count: usize) -> Vec<f32> {
         let p = (f64::from(draw[place % 4]) + 0.5) / 4_294_967_296.0;
         (p / (1.0 - p)).ln() as f32
     };
-    (0..count).map(noise).collect()
+    (0..count).into_par_iter().map(noise).collect()
 }
 
 fn philox4x32_10(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
