@@ -403,6 +403,11 @@ fn a_report_reads_policies_and_asks() -> Result<()> {
             let divergence = number(&asked["divergence"], "mean");
             ensure!((divergence == 0.0) == (name == "dense"), "{name}: {asked}");
             ensure!(name != "dense" || number(&asked["agreement"], "mean") == 1.0, "{asked}");
+            let kept = number(asked, "kv_bytes_of_dense");
+            ensure!(
+                (name == "dense") == (kept == 1.0) || name == "paper" && kept <= 1.0,
+                "{name}: {asked}"
+            );
         }
     }
     // Prunings drop as many tokens as streaming does.
@@ -419,6 +424,10 @@ fn a_report_reads_policies_and_asks() -> Result<()> {
         said.contains("| needle 200 | snapkv-0.5 | 2 |") && said.contains(" ± "),
         "{said}"
     );
+    let picture = fs::read_to_string(format!("{out}/nats-needle-200.svg"))?;
+    for method in ["dense", "observed", "snapkv"] {
+        ensure!(picture.contains(method), "{method} is missing in the picture");
+    }
     // What was measured is not measured again.
     let ledger = fs::read_to_string(format!("{out}/progress.jsonl"))?;
     report("asked", &more);

@@ -20,7 +20,6 @@ use crate::report::{check_path, write_file};
 use crate::windows::{self, Purpose};
 
 pub fn run(args: &CalibrateArgs) -> Result<()> {
-    args.model.on_cpu("calibrate")?;
     let outs = outs(args)?;
     let config = args.compression.calibrated_config();
     config.check(true)?;

@@ -158,17 +158,4 @@ impl ModelArgs {
             device: self.device.open()?,
         })
     }
-
-    /// Refuses a GPU for a command that runs on the host only.
-    ///
-    /// # Errors
-    /// A device other than the CPU.
-    pub fn on_cpu(&self, command: &str) -> anyhow::Result<()> {
-        anyhow::ensure!(
-            self.device == Place::Cpu,
-            "device: expected cpu for {command}, got {}; leave --device out",
-            self.device
-        );
-        Ok(())
-    }
 }

@@ -88,8 +88,8 @@ impl AdamW {
                 let all = all.to_device(&Device::Cpu)?;
                 for (name, var, place) in group.places() {
                     let values = all.narrow(0, place, var.elem_count())?.reshape(var.shape())?;
-                    // A copy: a part of a tensor would be written as the whole.
-                    state.insert(format!("{name}.{moment}"), values.copy()?);
+                    // Its own storage: that of a part is the whole one, and `copy` copies all of it on the CPU.
+                    state.insert(format!("{name}.{moment}"), values.force_contiguous()?);
                 }
             }
         }

@@ -5,7 +5,7 @@ use crate::config::{AttentionOptions, CompressionConfig, Criterion, HeadStrategi
 use crate::decide::observed_mass;
 use crate::plan::without_scores;
 use crate::problem::Problem;
-use candle_core::{bail, DType, Result, Tensor, D};
+use candle_core::{bail, DType, Device, Result, Tensor, D};
 
 /// The settings of both passes. A unit decides as one: a KV head under [`GroupRule::Unanimous`], else a query head.
 #[derive(Clone, Debug)]
@@ -94,7 +94,11 @@ impl PassSettings {
         given: Option<&Tensor>,
     ) -> Result<Vec<Vec<f32>>> {
         let scores = match self.config.criterion {
-            Criterion::ObservedMass => observed_mass(q, k, v, &self.config, &self.options)?,
+            Criterion::ObservedMass => {
+                // The masses themselves are computed on the CPU only; a device computes the decisions.
+                let [q, k, v] = [q, k, v].map(|x| x.to_device(&Device::Cpu));
+                observed_mass(&q?, &k?, &v?, &self.config, &self.options)?
+            }
             Criterion::QueryKey | Criterion::KeyKey => self.distances(strategy, q, k)?,
             Criterion::Given => match given {
                 Some(scores) => {

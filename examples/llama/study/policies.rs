@@ -4,12 +4,11 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{ensure, Context, Result};
-use candle_core::Device;
 use candle_sfattention::{Criterion, Policy};
 
 use crate::args::{CalibrateArgs, ReportArgs};
 use crate::calibrate::{self, Found, Measured};
-use crate::load::{Checkpoint, LoadOptions};
+use crate::load::Checkpoint;
 use crate::model::Llama;
 use crate::report::write_file;
 
@@ -106,15 +105,8 @@ fn calibrated(model: &Llama, checkpoint: &Checkpoint, tokens: &[u32], args: &Rep
     Ok(policies)
 }
 
-/// Calibrates on the CPU; beside a model on a GPU, by the same weights in f32.
 fn measure(measured: &Measured, model: &Llama, tokens: &[u32], args: &ReportArgs) -> Result<Found> {
     let windows = calibrate::windows(tokens, args.context, args.calibration, args.calibration)?;
-    let config = args.compression.calibrated_config();
-    let calibrator = measured.calibrator(config, &CalibrateArgs::RATIOS)?;
-    if matches!(model.device(), Device::Cpu) {
-        return measured.measure(model, calibrator, &windows, args.weights);
-    }
-    let mut checkpoint = Checkpoint::open(&args.model.model, LoadOptions::default())?;
-    let on_cpu = checkpoint.load(calibrate::dense(checkpoint.config.layers)?)?;
-    measured.measure(&on_cpu, calibrator, &windows, args.weights)
+    let calibrator = measured.calibrator(args.compression.calibrated_config(), &CalibrateArgs::RATIOS)?;
+    measured.measure(model, calibrator, &windows, args.weights)
 }

@@ -93,6 +93,7 @@ pub struct Asked {
     pub found_over_dense: Mean,
     /// At the end of the text.
     pub hidden_ratio: f64,
+    pub kv_bytes_of_dense: f64,
 }
 
 impl Compared {
@@ -127,6 +128,7 @@ impl Asked {
             found: Mean::of(pairs.iter().map(|[own, _]| found(own))),
             found_over_dense: Mean::of(pairs.iter().map(|[own, dense]| found(own) - found(dense))),
             hidden_ratio: kept.all().hidden_ratio(),
+            kv_bytes_of_dense: kept.all().of_dense(),
         })
     }
 }
