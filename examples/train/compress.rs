@@ -254,8 +254,8 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// The shift that meets the target on prose: passages that come twice hide more. What a layer hides changes the keys of the layers above it, so a second look
-    /// follows the first.
+    /// The shift that meets the target on prose: passages that come twice hide more. What a layer hides changes the
+    /// keys of the layers above it, so a second look follows the first.
     fn found_shift(&self, now: f64) -> Result<f64> {
         let prose: Vec<_> = prose_of(&self.samples).collect();
         let first = self.student.shift(&prose, self.args.target, now)?;

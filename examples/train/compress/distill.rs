@@ -14,7 +14,8 @@ pub struct Predictions<'a> {
 }
 
 /// KL(teacher ‖ student) in nats, f32, the mean over the rows: a scalar with a gradient for the student's hidden states
-/// and output matrix. Logits exist for some rows at a time, of both models: their gradient is known as soon as they are.
+/// and output matrix. Logits exist for some rows at a time, of both models; their gradient is known as soon as they
+/// are.
 pub fn distill(student: Predictions, teacher: Predictions) -> Result<Tensor> {
     let (count, _) = student.hidden.dims2()?;
     let (hidden, head) = (student.hidden.detach(), student.head.detach());
@@ -101,8 +102,8 @@ pub fn nll(predictions: Predictions, targets: &Tensor) -> Result<Tensor> {
     Ok(Tensor::cat(&all, 0)?)
 }
 
-/// Rows of logits held at once: a tensor of them has 1 GiB on a GPU, where a softmax gives a row one warp, and 16 MiB on
-/// the CPU.
+/// Rows of logits held at once: a tensor of them has 1 GiB on a GPU, where candle's softmax gives a row one warp, and
+/// 16 MiB on the CPU.
 fn rows_at_once(vocabulary: usize, device: &Device) -> usize {
     let numbers = if device.is_cpu() { 1 << 22 } else { 1 << 28 };
     (numbers / vocabulary).max(1)
