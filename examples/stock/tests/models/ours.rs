@@ -29,7 +29,12 @@ fn stock(kind: Kind) -> Option<&'static str> {
         Kind::Mistral => Some("mistral"),
         Kind::Qwen2 => None,
         Kind::Qwen3 => Some("qwen3"),
+        Kind::Gemma => Some("gemma"),
+        Kind::Gemma2 => Some("gemma2"),
         Kind::Gemma3 => Some("gemma3"),
+        Kind::Granite => Some("granite"),
+        Kind::Helium => Some("helium"),
+        Kind::StableLm => Some("stable_lm"),
     }
 }
 
@@ -144,18 +149,20 @@ impl Case {
     fn run(&self, policy: &Policy, counts: &[usize]) -> Result<usize> {
         let ours = ours(&self.folder, policy)?;
         let mut caches = ours.caches(&Default::default())?;
+        let config = self.kind.config(SLIDING);
         let rules = ours.windows().into_iter().map(|sliding_window| LayerRules {
             sliding_window,
-            softcap: None,
+            softcap: config["attn_logit_softcapping"].as_f64(),
         });
         let options = SessionOptions {
             rules: rules.collect(),
             ..options(ModelCache::Cleared)
         };
         let mut session = Session::new(policy, options)?;
-        let mut config = self.kind.config(SLIDING);
+        let mut config = config.clone();
         config["use_flash_attn"] = true.into();
-        let vb = VarBuilder::from_tensors(self.weights.clone(), DType::F32, &Device::Cpu);
+        config["use_cache"] = false.into();
+        let vb = VarBuilder::from_tensors(self.kind.folded(&self.weights), DType::F32, &Device::Cpu);
         let mut theirs = load(self.name, config, true, OwnCache::Cleared, vb)?;
         steps(&[0], counts, |tokens, position| {
             let what = format!("{} tokens at {position}", tokens.dim(1)?);
