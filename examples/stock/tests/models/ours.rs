@@ -6,7 +6,7 @@ use crate::kinds::{Kind, KINDS};
 use crate::load::{Checkpoint, LoadOptions};
 use crate::model::{HiddenCounts, Llama};
 use crate::runs::{self, entries, flat, options, steps};
-use crate::zoo::{load, OwnCache};
+use crate::zoo::{load, OwnCache, NAMES};
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
@@ -190,6 +190,11 @@ impl Case {
 
 #[test]
 fn compressed_stock_models_are_our_own_decoder() -> Result<()> {
+    let mut names: Vec<&str> = KINDS.into_iter().filter_map(stock).collect();
+    let mut all = NAMES;
+    names.sort_unstable();
+    all.sort_unstable();
+    assert_eq!(names, all, "every stock model");
     for kind in KINDS {
         let Some(name) = stock(kind) else { continue };
         let case = Case::new(kind, name);
