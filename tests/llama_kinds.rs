@@ -96,6 +96,11 @@ fn keys_that_are_left_out_have_their_defaults() -> Result<()> {
         ..LayerOptions::default()
     };
     assert_eq!(layer(Kind::Gemma, &["hidden_activation"])?, gemma);
+    let first = folder("defaults", Kind::Gemma, |config| {
+        config["hidden_act"] = "gelu".into();
+        config["hidden_activation"] = Value::Null;
+    });
+    assert_eq!(open(&first)?.layer, gemma);
     let keys = [
         "attn_logit_softcapping",
         "final_logit_softcapping",

@@ -183,7 +183,7 @@ impl Kind {
                 "mlp_bias",
                 "residual_multiplier",
             ],
-            // transformers and candle-transformers disagree where attention_bias puts biases, which no file has.
+            // Not attention_bias: with it transformers has no bias of o, candle-transformers has one.
             Self::Helium => &["hidden_act", "mlp_bias"],
             Self::StableLm => &["hidden_act", "partial_rotary_factor", "use_qkv_bias"],
         }
@@ -208,7 +208,7 @@ impl Kind {
         const TANH: &str = "gelu_pytorch_tanh";
         match self {
             Self::Gemma => {
-                // The first files say gelu for the approximation by tanh, which they were trained with.
+                // The first files say gelu. transformers took the approximation by tanh for them.
                 act("hidden_act", &raw.hidden_act, &[TANH, "gelu"])?;
                 act("hidden_activation", &raw.hidden_activation, &[TANH])?;
             }
