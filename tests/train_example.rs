@@ -122,7 +122,7 @@ fn every_weight_gets_a_gradient() {
         heads: 4,
         kv_heads: 2,
         head_dim: 8,
-        rms_norm_eps: 1e-5,
+        norm_eps: 1e-5,
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::Linear(2.0),
         rope_pairing: Pairing::Halves,

@@ -146,7 +146,7 @@ fn a_rotation_has_candles_values_and_gradients() -> Result<()> {
             vocab_size: 64,
             layers: 1,
             kv_heads: 1,
-            rms_norm_eps: 1e-5,
+            norm_eps: 1e-5,
             context_length: 32,
             attention_bias: false,
             mlp_bias: false,

@@ -83,6 +83,7 @@ pub struct Measured {
     /// All layers.
     model: ModelShape,
     softmax_scale: Option<f64>,
+    softcap: Option<f64>,
     layers: Vec<usize>,
 }
 
@@ -100,6 +101,7 @@ impl Measured {
         Ok(Self {
             model: config.shape(),
             softmax_scale: config.layer.softmax_scale,
+            softcap: config.layer.softcap,
             layers,
         })
     }
@@ -116,6 +118,7 @@ impl Measured {
     pub fn options(&self) -> AttentionOptions {
         AttentionOptions {
             softmax_scale: self.softmax_scale,
+            softcap: self.softcap,
             ..AttentionOptions::default()
         }
     }
@@ -196,7 +199,7 @@ impl Measured {
         passes.each("errors", |layer, call, window| {
             let repeat = if window.is_copy() { weights.repeat_weight } else { 1.0 };
             let weight = repeat / scale(weights.error_scale, call)?;
-            let projection = call.projection.weight()?;
+            let projection = call.projection_to_stream()?;
             match scores(layer, call).transpose()? {
                 Some(scores) => measurement.add_scored(layer, (call.qkv, &scores), Some(&projection), weight)?,
                 None => measurement.add(layer, call.qkv, Some(&projection), weight)?,
@@ -256,7 +259,8 @@ fn scale(scale: ErrorScale, call: &LayerCall) -> Result<f64> {
         ErrorScale::Output => {
             let [q, k, v] = call.qkv;
             let output = attend(q, k, v, &nothing(call)?, call.options)?;
-            call.projection.forward(&output.transpose(1, 2)?.flatten_from(2)?)?
+            let projected = call.projection.forward(&output.transpose(1, 2)?.flatten_from(2)?)?;
+            (projected * call.residual_scale)?
         }
     };
     let mean = values.to_dtype(DType::F32)?.sqr()?.mean_all()?.to_scalar::<f32>()?;

@@ -12,21 +12,24 @@ mod counts;
 mod layer;
 #[path = "model/layer_options.rs"]
 mod layer_options;
+#[path = "model/norm.rs"]
+mod norm;
 
 #[allow(unused_imports)] // not read where no checkpoint is loaded
 pub use config::MOST_LAYERS;
 pub use config::{check_ids, LlamaConfig};
 pub use counts::HiddenCounts;
+pub use layer::capped;
 pub use layer_options::LayerOptions;
 #[allow(unused_imports)] // not read where no checkpoint is loaded
-pub use layer_options::{Activation, Sliding};
+pub use layer_options::{Activation, NormKind, Sliding};
 
 use anyhow::{ensure, Result};
-use candle_core::{DType, Device, Module, Tensor};
-use candle_nn::RmsNorm;
+use candle_core::{DType, Device, Tensor};
 use candle_sfattention::{attend, AttentionOptions, CacheOptions, CompressedAttention, CompressedKvCache, MergePlan};
 
 use self::layer::{fitted, rotated, Layer};
+use self::norm::Norm;
 use crate::rope::{Rope, Rotation};
 use crate::weights::{Linear, Pass, Weights};
 
@@ -44,12 +47,26 @@ pub struct LayerCall<'a> {
     /// The layer's rotations.
     #[allow(dead_code)] // read by rankings
     pub rope: &'a Rope,
-    /// The layer's scale and window.
+    /// The layer's scale, softcap and window.
     pub options: &'a AttentionOptions,
     /// The output projection `(hidden, heads·D)`.
     pub projection: &'a Linear,
+    /// Factor on the projection's output before the stream gets it.
+    pub residual_scale: f64,
     /// The residual stream that its output will be added to, `(1, N, hidden)`.
     pub stream: &'a Tensor,
+}
+
+impl LayerCall<'_> {
+    /// The matrix `(hidden, heads·D)` from attention's output to what the stream gets.
+    #[allow(dead_code)] // calibration reads it
+    pub fn projection_to_stream(&self) -> Result<Tensor> {
+        let matrix = self.projection.weight()?;
+        match self.residual_scale {
+            1.0 => Ok(matrix),
+            scale => Ok((matrix * scale)?),
+        }
+    }
 }
 
 /// The whole model.
@@ -58,7 +75,7 @@ pub struct Llama {
     vocab_size: usize,
     embedding: Linear,
     layers: Vec<Layer>,
-    norm: RmsNorm,
+    norm: Norm,
     head: Linear,
     options: LayerOptions,
     rope: Rope,
@@ -73,7 +90,7 @@ struct Rotations {
 }
 
 impl Llama {
-    /// Loads every weight; `attention` holds one entry per layer, whose scale and window become the model's.
+    /// Loads every weight; `attention` holds one entry per layer, whose scale, softcap and window become the model's.
     pub fn load(weights: &mut dyn Weights, config: &LlamaConfig, attention: Vec<CompressedAttention>) -> Result<Self> {
         ensure!(
             attention.len() == config.layers,
@@ -100,7 +117,7 @@ impl Llama {
             vocab_size: config.vocab_size,
             embedding,
             layers,
-            norm: RmsNorm::new(weights.vector("model.norm", config.hidden_size)?, config.rms_norm_eps),
+            norm: Norm::load(weights, "model.norm", config.hidden_size, config)?,
             head,
             options: config.layer.clone(),
             rope: Rope::new(config, weights.dtype(), &weights.device())?,
@@ -223,6 +240,7 @@ impl Llama {
                 rope: self.rope_of(index),
                 options: attention.attention.options(),
                 projection: &attention.output,
+                residual_scale: self.options.residual_scale.unwrap_or(1.0),
                 stream,
             })?;
             attention.merge_heads(&out, Pass::Prompt)
@@ -260,7 +278,7 @@ impl Llama {
         for (index, layer) in self.layers.iter().enumerate() {
             xs = layer.forward(&xs, pass, |normed| attend(index, layer, normed, &xs))?;
         }
-        Ok(self.norm.forward(&xs)?)
+        self.norm.forward(&xs)
     }
 
     /// The window of each layer; None of a layer that sees all tokens.
@@ -297,6 +315,13 @@ impl Llama {
 
     fn logits_on_device(&self, hidden: &Tensor, first: usize, n: usize, pass: Pass) -> Result<Tensor> {
         let rows = hidden.narrow(1, first, n)?.contiguous()?;
-        Ok(self.head.through(&rows, pass)?.squeeze(0)?.to_dtype(DType::F32)?)
+        let mut logits = self.head.through(&rows, pass)?.squeeze(0)?.to_dtype(DType::F32)?;
+        if let Some(divisor) = self.options.logit_divisor {
+            logits = (logits / divisor)?;
+        }
+        match self.options.final_softcap {
+            Some(cap) => capped(&logits, cap),
+            None => Ok(logits),
+        }
     }
 }

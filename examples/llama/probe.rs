@@ -20,7 +20,7 @@ pub fn fit(measured: &Measured, passes: &Passes, config: &CompressionConfig) -> 
                 k,
                 v,
                 probed: call.unrotated,
-                projection: &call.projection.weight()?,
+                projection: &call.projection_to_stream()?,
                 stream: call.stream,
             };
             Ok(take(&sample)?)

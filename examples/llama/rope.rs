@@ -4,7 +4,7 @@ use std::f64::consts::TAU;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{ensure, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, D};
 use candle_nn::rotary_emb;
 
 use crate::model::LlamaConfig;
@@ -94,15 +94,15 @@ pub struct Rope {
     pairing: Pairing,
     dtype: DType,
     device: Device,
-    /// `(D/2)` radians per position.
+    /// `(R/2)` radians per position, where R numbers of a head are rotated.
     frequencies: Vec<f64>,
-    /// Cosines and sines `(positions, D/2)` from position 0 on, kept for all steps and doubled when outgrown.
+    /// Cosines and sines `(positions, R/2)` from position 0 on, kept for all steps and doubled when outgrown.
     tables: Mutex<Option<(Tensor, Tensor)>>,
 }
 
 impl Rope {
     pub fn new(config: &LlamaConfig, dtype: DType, device: &Device) -> Result<Self> {
-        config.rope_scaling.check(config.head_dim / 2)?;
+        config.rope_scaling.check(config.rotary_dim() / 2)?;
         Ok(Self::with(
             config,
             config.rope_theta,
@@ -120,7 +120,7 @@ impl Rope {
     }
 
     fn with(config: &LlamaConfig, theta: f64, scaling: &RopeScaling, dtype: DType, device: &Device) -> Self {
-        let half = config.head_dim / 2;
+        let half = config.rotary_dim() / 2;
         let plain = (0..half).map(|i| theta.powf(-(i as f64) / half as f64));
         let frequencies = match scaling {
             RopeScaling::None => plain.collect(),
@@ -183,7 +183,7 @@ impl Rope {
     }
 }
 
-/// Cosines and sines `(N, D/2)` of consecutive positions.
+/// Cosines and sines `(N, R/2)` of consecutive positions, which turn the first R numbers of each head.
 #[derive(Clone)]
 pub struct Rotation {
     pairing: Pairing,
@@ -194,20 +194,19 @@ pub struct Rotation {
 impl Rotation {
     /// Rotates `xs (B, heads, N, D)`.
     pub fn apply(&self, xs: &Tensor) -> Result<Tensor> {
-        let xs = xs.contiguous()?;
-        Ok(match self.pairing {
-            Pairing::Interleaved => rotary_emb::rope_i(&xs, &self.cos, &self.sin)?,
-            Pairing::Halves => rotary_emb::rope(&xs, &self.cos, &self.sin)?,
+        self.turn(xs, |xs| match self.pairing {
+            Pairing::Interleaved => rotary_emb::rope_i(xs, &self.cos, &self.sin),
+            Pairing::Halves => rotary_emb::rope(xs, &self.cos, &self.sin),
         })
     }
 
     /// Rotates `xs (B, N, heads, D)`.
     #[allow(dead_code)] // the train example needs it
     pub fn apply_to_tokens(&self, xs: &Tensor) -> Result<Tensor> {
-        Ok(match self.pairing {
-            Pairing::Interleaved => self.apply(&xs.transpose(1, 2)?)?.transpose(1, 2)?.contiguous()?,
-            Pairing::Halves => rotary_emb::rope_thd(&xs.contiguous()?, &self.cos, &self.sin)?,
-        })
+        match self.pairing {
+            Pairing::Interleaved => Ok(self.apply(&xs.transpose(1, 2)?)?.transpose(1, 2)?.contiguous()?),
+            Pairing::Halves => self.turn(xs, |xs| rotary_emb::rope_thd(xs, &self.cos, &self.sin)),
+        }
     }
 
     /// The rotation by the opposite angles.
@@ -217,5 +216,16 @@ impl Rotation {
             sin: self.sin.neg()?,
             ..self.clone()
         })
+    }
+
+    /// Gives the rotated numbers of each head to `turn`; the others stay as they are.
+    fn turn(&self, xs: &Tensor, turn: impl Fn(&Tensor) -> candle_core::Result<Tensor>) -> Result<Tensor> {
+        let (size, rotated) = (xs.dim(D::Minus1)?, 2 * self.cos.dim(D::Minus1)?);
+        if rotated == size {
+            return Ok(turn(&xs.contiguous()?)?);
+        }
+        let part = |from: usize, count: usize| xs.narrow(D::Minus1, from, count)?.contiguous();
+        let (turned, rest) = (turn(&part(0, rotated)?)?, part(rotated, size - rotated)?);
+        Ok(Tensor::cat(&[&turned, &rest], D::Minus1)?)
     }
 }

@@ -25,6 +25,8 @@ pub trait Weights {
     fn linear(&mut self, path: &str, rows: usize, columns: usize) -> Result<Linear>;
     /// The vector `PATH.weight`.
     fn vector(&mut self, path: &str, len: usize) -> Result<Tensor>;
+    /// The vector `PATH.bias`.
+    fn bias(&mut self, path: &str, len: usize) -> Result<Tensor>;
     /// An error that names the unread tensors, if there are any: without them the model computes something else.
     fn check_all_read(&mut self) -> Result<()>;
 }

@@ -205,7 +205,7 @@ impl TrainingArgs {
             heads: self.heads,
             kv_heads: self.kv_heads,
             head_dim: self.hidden / self.heads,
-            rms_norm_eps: 1e-5,
+            norm_eps: 1e-5,
             rope_theta: 10_000.0,
             rope_scaling: RopeScaling::None,
             rope_pairing: Pairing::Halves,

@@ -82,11 +82,13 @@ fn nll(logits: &Tensor, targets: &[u32]) -> Result<f64> {
 struct VarWeights(BTreeMap<String, Var>);
 
 impl VarWeights {
-    fn get(&self, path: &str) -> Result<Tensor> {
-        let var = self.0.get(&format!("{path}.weight"));
-        Ok(var
-            .with_context(|| format!("{path}: no such weight"))?
-            .as_detached_tensor())
+    fn get(&self, name: &str) -> Result<Tensor> {
+        let var = self.0.get(name).with_context(|| format!("{name}: no such weight"))?;
+        Ok(var.as_detached_tensor())
+    }
+
+    fn weight(&self, path: &str) -> Result<Tensor> {
+        self.get(&format!("{path}.weight"))
     }
 }
 
@@ -104,16 +106,20 @@ impl Weights for VarWeights {
     }
 
     fn table(&mut self, path: &str, _rows: usize, _columns: usize) -> Result<Linear> {
-        Ok(Linear::Float(candle_nn::Linear::new(self.get(path)?, None)))
+        Ok(Linear::Float(candle_nn::Linear::new(self.weight(path)?, None)))
     }
 
     fn linear(&mut self, path: &str, _rows: usize, _columns: usize) -> Result<Linear> {
         let bias = self.0.get(&format!("{path}.bias")).map(Var::as_detached_tensor);
-        Ok(Linear::Float(candle_nn::Linear::new(self.get(path)?, bias)))
+        Ok(Linear::Float(candle_nn::Linear::new(self.weight(path)?, bias)))
     }
 
     fn vector(&mut self, path: &str, _len: usize) -> Result<Tensor> {
-        self.get(path)
+        self.weight(path)
+    }
+
+    fn bias(&mut self, path: &str, _len: usize) -> Result<Tensor> {
+        self.get(&format!("{path}.bias"))
     }
 
     /// The names come from the same model in training.

@@ -92,7 +92,7 @@ struct Layer {
 
 impl Layer {
     fn new(config: &LlamaConfig, vb: VarBuilder) -> Result<Self> {
-        let (hidden, inner, eps) = (config.hidden_size, config.intermediate_size, config.rms_norm_eps);
+        let (hidden, inner, eps) = (config.hidden_size, config.intermediate_size, config.norm_eps);
         let (queries, keys) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let (own, mlp, bias) = (vb.pp("self_attn"), vb.pp("mlp"), config.attention_bias);
         Ok(Self {
@@ -137,7 +137,7 @@ impl Network {
         let layers = (0..config.layers).map(|index| Layer::new(config, vb.pp("layers").pp(index)));
         Ok(Self {
             layers: layers.collect::<Result<_>>()?,
-            norm: Norm::new(config.hidden_size, config.rms_norm_eps, vb.pp("norm"))?,
+            norm: Norm::new(config.hidden_size, config.norm_eps, vb.pp("norm"))?,
             embedding,
             head,
             rope: Rope::new(config, products, root.device())?,

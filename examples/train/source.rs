@@ -141,7 +141,7 @@ pub fn config_json(config: &LlamaConfig) -> Value {
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
-        "rms_norm_eps": config.rms_norm_eps,
+        "rms_norm_eps": config.norm_eps,
         "max_position_embeddings": config.context_length,
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tied,

@@ -125,7 +125,7 @@ fn frequencies_that_are_not_understood_are_refused() {
         ),
         (
             vec![("llama.attention.layer_norm_rms_epsilon", Value::F32(-1e-5))],
-            "rms norm epsilon: expected a number of at least 0",
+            "norm epsilon: expected a number of at least 0",
         ),
     ] {
         assert_refused(&with_keys("rope_refused", &keys), &[part]);

@@ -131,7 +131,7 @@ fn frequencies_that_are_not_understood_are_refused() {
         (
             "rms_norm_eps",
             json!(-1e-5),
-            "rms norm epsilon: expected a number of at least 0",
+            "norm epsilon: expected a number of at least 0",
         ),
     ] {
         assert_refused(&config("numbers", json!({ key: value })), &[part]);

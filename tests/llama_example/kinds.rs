@@ -21,8 +21,16 @@ pub const WIDE_HEAD: usize = 32;
 pub const CONTEXT: usize = 128;
 pub const THETA: f64 = 20_000.0;
 pub const LOCAL_THETA: f64 = 500.0;
-/// Gemma's layers slide, except the last of each three.
+/// Gemma 3's layers slide, except the last of each three.
 pub const PATTERN: usize = 3;
+/// Gemma 2's caps on logits of attention and of tokens: low enough that they bend those of these models.
+pub const SOFTCAP: f64 = 3.0;
+pub const FINAL_SOFTCAP: f64 = 6.0;
+/// Numbers that StableLM rotates.
+pub const ROTATED: usize = HIDDEN / HEADS / 2;
+/// Granite's embedding_multiplier, residual_multiplier, attention_multiplier and logits_scaling. Powers of two: factors
+/// that matrices take exactly.
+pub const GRANITE: [f64; 4] = [4.0, 0.5, 0.125, 2.0];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -30,10 +38,26 @@ pub enum Kind {
     Mistral,
     Qwen2,
     Qwen3,
+    Gemma,
+    Gemma2,
     Gemma3,
+    Granite,
+    Helium,
+    StableLm,
 }
 
-pub const KINDS: [Kind; 5] = [Kind::Llama, Kind::Mistral, Kind::Qwen2, Kind::Qwen3, Kind::Gemma3];
+pub const KINDS: [Kind; 10] = [
+    Kind::Llama,
+    Kind::Mistral,
+    Kind::Qwen2,
+    Kind::Qwen3,
+    Kind::Gemma,
+    Kind::Gemma2,
+    Kind::Gemma3,
+    Kind::Granite,
+    Kind::Helium,
+    Kind::StableLm,
+];
 
 impl Kind {
     pub fn model_type(self) -> &'static str {
@@ -42,23 +66,34 @@ impl Kind {
             Self::Mistral => "mistral",
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
+            Self::Gemma => "gemma",
+            Self::Gemma2 => "gemma2",
             Self::Gemma3 => "gemma3_text",
+            Self::Granite => "granite",
+            Self::Helium => "helium",
+            Self::StableLm => "stablelm",
         }
     }
 
-    pub fn architecture(self) -> &'static str {
+    /// The architecture of a GGUF file, where llama.cpp has one.
+    pub fn architecture(self) -> Option<&'static str> {
         match self {
-            Self::Llama | Self::Mistral => "llama",
-            Self::Qwen2 => "qwen2",
-            Self::Qwen3 => "qwen3",
-            Self::Gemma3 => "gemma3",
+            Self::Llama | Self::Mistral => Some("llama"),
+            Self::Qwen2 => Some("qwen2"),
+            Self::Qwen3 => Some("qwen3"),
+            Self::Gemma => Some("gemma"),
+            Self::Gemma2 => Some("gemma2"),
+            Self::Gemma3 => Some("gemma3"),
+            Self::Granite => Some("granite"),
+            Self::Helium => None,
+            Self::StableLm => Some("stablelm"),
         }
     }
 
     pub fn head_dim(self) -> usize {
         match self {
-            Self::Llama | Self::Mistral | Self::Qwen2 => HIDDEN / HEADS,
-            Self::Qwen3 | Self::Gemma3 => WIDE_HEAD,
+            Self::Llama | Self::Mistral | Self::Qwen2 | Self::Granite | Self::Helium | Self::StableLm => HIDDEN / HEADS,
+            Self::Qwen3 | Self::Gemma | Self::Gemma2 | Self::Gemma3 => WIDE_HEAD,
         }
     }
 
@@ -66,8 +101,8 @@ impl Kind {
     /// only.
     pub fn kv_heads(self) -> usize {
         match self {
-            Self::Llama | Self::Mistral | Self::Qwen2 | Self::Qwen3 => 2,
             Self::Gemma3 => 1,
+            _ => 2,
         }
     }
 
@@ -75,9 +110,14 @@ impl Kind {
         matches!(self, Self::Qwen3 | Self::Gemma3)
     }
 
-    /// Whether the output matrix is the embedding: in Gemma's models it is.
-    fn tied(self) -> bool {
-        self == Self::Gemma3
+    /// Whether norms stand after attention and the feed-forward part too.
+    fn has_sandwich_norms(self) -> bool {
+        matches!(self, Self::Gemma2 | Self::Gemma3)
+    }
+
+    /// Whether it is a Gemma: its output matrix is the embedding, and its norms are stored less 1.
+    fn is_gemma(self) -> bool {
+        matches!(self, Self::Gemma | Self::Gemma2 | Self::Gemma3)
     }
 
     /// config.json, with a window of `window` tokens where the kind has one.
@@ -85,9 +125,13 @@ impl Kind {
         let mut config = json!({
             "model_type": self.model_type(), "hidden_size": HIDDEN, "intermediate_size": INNER,
             "vocab_size": tokens().len(), "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
-            "num_key_value_heads": self.kv_heads(), "rms_norm_eps": 1e-6, "rope_theta": THETA,
-            "max_position_embeddings": CONTEXT
+            "num_key_value_heads": self.kv_heads(), "rope_theta": THETA, "max_position_embeddings": CONTEXT
         });
+        let eps = match self {
+            Self::StableLm => "layer_norm_eps",
+            _ => "rms_norm_eps",
+        };
+        config[eps] = 1e-6.into();
         let own = match self {
             Self::Llama => json!({"tie_word_embeddings": false, "hidden_act": "silu"}),
             Self::Mistral => json!({"tie_word_embeddings": false, "hidden_act": "silu", "sliding_window": window}),
@@ -95,10 +139,27 @@ impl Kind {
                 "sliding_window": CONTEXT, "max_window_layers": LAYERS}),
             Self::Qwen3 => json!({"tie_word_embeddings": false, "hidden_act": "silu", "use_sliding_window": false,
                 "sliding_window": null, "max_window_layers": LAYERS, "attention_bias": false, "head_dim": WIDE_HEAD}),
+            Self::Gemma => json!({"hidden_activation": "gelu_pytorch_tanh", "attention_bias": false,
+                "head_dim": WIDE_HEAD}),
+            Self::Gemma2 => json!({"hidden_activation": "gelu_pytorch_tanh", "attention_bias": false,
+                "head_dim": WIDE_HEAD, "query_pre_attn_scalar": WIDE_HEAD, "sliding_window": window,
+                "final_logit_softcapping": FINAL_SOFTCAP, "attn_logit_softcapping": SOFTCAP,
+                "cache_implementation": "hybrid"}),
             Self::Gemma3 => json!({"hidden_activation": "gelu_pytorch_tanh", "attention_bias": false,
                 "head_dim": WIDE_HEAD, "query_pre_attn_scalar": WIDE_HEAD, "sliding_window": window,
                 "sliding_window_pattern": PATTERN, "rope_local_base_freq": LOCAL_THETA,
                 "final_logit_softcapping": null, "attn_logit_softcapping": null, "cache_implementation": "hybrid"}),
+            Self::Granite => {
+                let [embedding, residual, attention, logits] = GRANITE;
+                json!({"tie_word_embeddings": false, "hidden_act": "silu", "attention_bias": false, "mlp_bias": false,
+                    "embedding_multiplier": embedding, "residual_multiplier": residual,
+                    "attention_multiplier": attention, "logits_scaling": logits})
+            }
+            Self::Helium => json!({"tie_word_embeddings": false, "hidden_act": "silu", "attention_bias": false,
+                "mlp_bias": false, "head_dim": HIDDEN / HEADS, "bos_token_id": 1, "eos_token_id": 2}),
+            Self::StableLm => json!({"tie_word_embeddings": false, "hidden_act": "silu", "use_qkv_bias": true,
+                "partial_rotary_factor": ROTATED as f64 / (HIDDEN / HEADS) as f64, "use_cache": true,
+                "qk_layernorm": false, "use_parallel_residual": false}),
         };
         for (key, value) in own.as_object().unwrap() {
             config[key] = value.clone();
@@ -114,8 +175,7 @@ impl Kind {
             let values: Vec<f32> = (0..n).map(|_| center + rng.random_range(-spread..spread)).collect();
             Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
         };
-        // Gemma's norms are stored less 1.
-        let norm_center = if self == Self::Gemma3 { 0.0 } else { 1.0 };
+        let norm_center = if self.is_gemma() { 0.0 } else { 1.0 };
         let (queries, keys) = (HEADS * self.head_dim(), self.kv_heads() * self.head_dim());
         let mut weights = HashMap::new();
         let mut add = |name: String, tensor| weights.insert(name, tensor);
@@ -124,7 +184,7 @@ impl Kind {
             "model.embed_tokens.weight".into(),
             random(&[tokens().len(), HIDDEN], 0.0, 0.3),
         );
-        if !self.tied() {
+        if !self.is_gemma() {
             add("lm_head.weight".into(), random(&[tokens().len(), HIDDEN], 0.0, 0.5));
         }
         add("model.norm.weight".into(), random(&[HIDDEN], norm_center, 0.2));
@@ -133,7 +193,7 @@ impl Kind {
             for norm in ["input_layernorm", "post_attention_layernorm"] {
                 add(format!("{path}.{norm}.weight"), random(&[HIDDEN], norm_center, 0.2));
             }
-            if self == Self::Gemma3 {
+            if self.has_sandwich_norms() {
                 for norm in ["pre_feedforward_layernorm", "post_feedforward_layernorm"] {
                     add(format!("{path}.{norm}.weight"), random(&[HIDDEN], norm_center, 0.2));
                 }
@@ -156,12 +216,38 @@ impl Kind {
                 ("mlp.down_proj", HIDDEN, INNER),
             ] {
                 add(format!("{path}.{part}.weight"), random(&[rows, columns], 0.0, 0.25));
-                if self == Self::Qwen2 && part.starts_with("self_attn") && !part.contains("o_proj") {
+                let biased = matches!(self, Self::Qwen2 | Self::StableLm);
+                if biased && part.starts_with("self_attn") && !part.contains("o_proj") {
                     add(format!("{path}.{part}.bias"), random(&[rows], 0.0, 0.5));
                 }
             }
         }
+        if self == Self::StableLm {
+            let norms = weights.keys().filter(|name| name.contains("norm.weight"));
+            let mut norms: Vec<String> = norms.cloned().collect();
+            norms.sort();
+            for name in norms {
+                weights.insert(name.replace("weight", "bias"), random(&[HIDDEN], 0.0, 0.2));
+            }
+        }
         weights
+    }
+
+    /// The weights with which candle-transformers' model, which computes none of Granite's multipliers, is this model.
+    pub fn folded(self, weights: &HashMap<String, Tensor>) -> HashMap<String, Tensor> {
+        if self != Self::Granite {
+            return weights.clone();
+        }
+        let [embedding, residual, attention, logits] = GRANITE;
+        let factor = |name: &str| match name {
+            "model.embed_tokens.weight" => embedding,
+            "lm_head.weight" => 1.0 / logits,
+            _ if name.ends_with("q_proj.weight") => attention * (self.head_dim() as f64).sqrt(),
+            _ if name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight") => residual,
+            _ => 1.0,
+        };
+        let fold = |(name, tensor): (&String, &Tensor)| (name.clone(), (tensor * factor(name)).unwrap());
+        weights.iter().map(fold).collect()
     }
 
     /// Writes config.json, the tokenizer and the weights.
@@ -174,7 +260,7 @@ impl Kind {
 
     /// The metadata of a GGUF file.
     pub fn gguf_metadata(self, window: usize) -> Vec<(String, Value)> {
-        let architecture = self.architecture();
+        let architecture = self.architecture().expect("a GGUF architecture");
         let mut metadata: Vec<(String, Value)> = gguf_metadata(architecture)
             .into_iter()
             .filter(|(key, _)| !key.starts_with("llama."))
@@ -190,7 +276,10 @@ impl Kind {
         ] {
             set(key, Value::U32(count as u32));
         }
-        set("attention.layer_norm_rms_epsilon", Value::F32(1e-6));
+        match self {
+            Self::StableLm => set("attention.layer_norm_epsilon", Value::F32(1e-6)),
+            _ => set("attention.layer_norm_rms_epsilon", Value::F32(1e-6)),
+        }
         set("rope.freq_base", Value::F32(THETA as f32));
         let head = Value::U32(self.head_dim() as u32);
         match self {
@@ -202,10 +291,33 @@ impl Kind {
                 // candle-transformers keeps keys and values in this dtype, by default f16.
                 metadata.push(("general.dtype".into(), Value::U32(0)));
             }
+            Self::Gemma => {
+                set("attention.key_length", head.clone());
+                set("attention.value_length", head);
+            }
+            Self::Gemma2 => {
+                set("attention.key_length", head.clone());
+                set("attention.value_length", head);
+                set("attention.sliding_window", Value::U32(window as u32));
+                set("attn_logit_softcapping", Value::F32(SOFTCAP as f32));
+                set("final_logit_softcapping", Value::F32(FINAL_SOFTCAP as f32));
+            }
             Self::Gemma3 => {
                 set("attention.key_length", head.clone());
                 set("attention.value_length", head);
                 set("attention.sliding_window", Value::U32(window as u32));
+            }
+            Self::Granite => {
+                set("rope.dimension_count", head);
+                let keys = ["embedding_scale", "residual_scale", "attention.scale", "logit_scale"];
+                for (key, number) in keys.into_iter().zip(GRANITE) {
+                    set(key, Value::F32(number as f32));
+                }
+            }
+            Self::Helium => {}
+            Self::StableLm => {
+                set("rope.dimension_count", Value::U32(ROTATED as u32));
+                set("use_parallel_residual", Value::Bool(true));
             }
         }
         metadata
@@ -229,8 +341,8 @@ impl Kind {
 
     fn gguf_tensor(self, name: &str, tensor: &Tensor) -> Tensor {
         match self {
-            Self::Gemma3 if tensor.rank() == 1 => (tensor + 1.0).unwrap(),
-            Self::Llama | Self::Mistral if name.contains("q_proj") || name.contains("k_proj") => {
+            Self::Gemma | Self::Gemma2 | Self::Gemma3 if tensor.rank() == 1 => (tensor + 1.0).unwrap(),
+            Self::Llama | Self::Mistral | Self::Granite if name.contains("q_proj") || name.contains("k_proj") => {
                 // The halves of each head interleaved.
                 let head_dim = self.head_dim();
                 let halves = tensor.reshape((tensor.dim(0).unwrap() / head_dim, 2, head_dim / 2, ()));
@@ -242,9 +354,9 @@ impl Kind {
     }
 
     fn gguf_name(self, name: &str) -> String {
-        let after_attention = match self {
-            Self::Gemma3 => "post_attention_norm",
-            _ => "ffn_norm",
+        let after_attention = match self.has_sandwich_norms() {
+            true => "post_attention_norm",
+            false => "ffn_norm",
         };
         let mut gguf = name.replace("model.layers.", "blk.");
         for (hf, short) in [

@@ -40,6 +40,10 @@ impl Weights for Formed<'_> {
         self.inner.vector(path, len)
     }
 
+    fn bias(&mut self, path: &str, len: usize) -> Result<Tensor> {
+        self.inner.bias(path, len)
+    }
+
     fn check_all_read(&mut self) -> Result<()> {
         self.inner.check_all_read()
     }

@@ -176,6 +176,13 @@ impl Weights for GgufWeights {
         self.floats(&tensor)
     }
 
+    fn bias(&mut self, path: &str, len: usize) -> Result<Tensor> {
+        let tensor = self
+            .tensors
+            .read(&format!("{}.bias", self.architecture.tensor(path)), &[len])?;
+        self.floats(&tensor)
+    }
+
     fn check_all_read(&mut self) -> Result<()> {
         self.tensors.check_all_read()
     }

@@ -12,7 +12,7 @@ use super::gguf::whole;
 use super::gguf_kind::{Architecture, GgufShape};
 use super::gguf_tensors::Tensors;
 use super::unread::list;
-use crate::model::{LlamaConfig, Sliding, MOST_LAYERS};
+use crate::model::{LayerOptions, LlamaConfig, Sliding, MOST_LAYERS};
 use crate::rope::RopeScaling;
 
 /// Keys that do not change the computation.
@@ -92,6 +92,20 @@ impl<'a> Keys<'a> {
         })
     }
 
+    /// A factor, which llama.cpp leaves out where the key is 0 or absent.
+    fn factor(&self, key: &str) -> Result<Option<f64>> {
+        Ok(self.number(key)?.filter(|factor| *factor != 0.0))
+    }
+
+    fn required(&self, key: &str) -> Result<f64> {
+        self.number(key)?.with_context(|| {
+            format!(
+                "{}: expected this metadata, found none; the file is damaged",
+                self.name(key)
+            )
+        })
+    }
+
     /// Refuses unread keys, except 0 and false, which llama.cpp treats as absent.
     fn check_all_read(&self) -> Result<()> {
         let read = self.read.borrow();
@@ -132,8 +146,14 @@ pub fn config(content: &Content, architecture: Architecture, tensors: &mut Tenso
     let head_dim = keys
         .optional_count("attention.key_length")?
         .unwrap_or(hidden_size / heads);
-    for key in ["attention.value_length", "rope.dimension_count"] {
-        let got = keys.optional_count(key)?.unwrap_or(head_dim);
+    let rotated = keys.optional_count("rope.dimension_count")?.unwrap_or(head_dim);
+    let values = keys.optional_count("attention.value_length")?.unwrap_or(head_dim);
+    let whole = if architecture.rotates_a_part() {
+        head_dim
+    } else {
+        rotated
+    };
+    for (key, got) in [("attention.value_length", values), ("rope.dimension_count", whole)] {
         ensure!(
             got == head_dim,
             "{}: expected the head dimension {head_dim}, got {got}; not supported",
@@ -167,7 +187,10 @@ pub fn config(content: &Content, architecture: Architecture, tensors: &mut Tenso
         layers,
         heads,
     };
-    let layer = architecture.layer(&shape, || sliding(&keys, layers))?;
+    let layer = LayerOptions {
+        rotated: (rotated != head_dim).then_some(rotated),
+        ..layer(&keys, &shape)?
+    };
     let config = LlamaConfig {
         hidden_size,
         intermediate_size: keys.count("feed_forward_length")?,
@@ -176,12 +199,7 @@ pub fn config(content: &Content, architecture: Architecture, tensors: &mut Tenso
         heads,
         kv_heads: keys.optional_count("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
-        rms_norm_eps: keys.number("attention.layer_norm_rms_epsilon")?.with_context(|| {
-            format!(
-                "{}: expected this metadata, found none; the file is damaged",
-                keys.name("attention.layer_norm_rms_epsilon")
-            )
-        })?,
+        norm_eps: keys.required(architecture.eps_key())?,
         rope_theta: keys.number("rope.freq_base")?.unwrap_or(architecture.rope_theta()),
         rope_scaling: RopeScaling::None,
         rope_pairing: architecture.pairing(),
@@ -191,19 +209,63 @@ pub fn config(content: &Content, architecture: Architecture, tensors: &mut Tenso
         tied: tensors.shape("output.weight").is_none(),
         layer,
     };
-    let rope_scaling = rope_scaling(&keys, tensors, head_dim / 2)?;
+    let rope_scaling = rope_scaling(&keys, tensors, rotated / 2)?;
     keys.check_all_read()?;
     Ok(LlamaConfig { rope_scaling, ..config })
 }
 
-/// As in llama.cpp: the last layer of each `attention.sliding_window_pattern`, 6 by default, does not slide; a list
-/// says of each layer whether it slides. The others' theta is `rope.freq_base_swa`, 10,000 by default.
+/// What the layers do, by the architecture and the keys that only some architectures have; defaults as in llama.cpp.
+fn layer(keys: &Keys, shape: &GgufShape) -> Result<LayerOptions> {
+    let plain = keys.architecture.layer(shape);
+    Ok(match keys.architecture {
+        Architecture::Llama | Architecture::Qwen2 | Architecture::Qwen3 | Architecture::Gemma => plain,
+        Architecture::Gemma2 => LayerOptions {
+            softcap: Some(keys.number("attn_logit_softcapping")?.unwrap_or(50.0)),
+            final_softcap: Some(keys.number("final_logit_softcapping")?.unwrap_or(30.0)),
+            sliding: sliding(keys, shape.layers)?,
+            ..plain
+        },
+        Architecture::Gemma3 => LayerOptions {
+            sliding: sliding(keys, shape.layers).context("gemma3.attention.sliding_window")?,
+            ..plain
+        },
+        Architecture::Granite => {
+            let key = "rope.scaling.finetuned";
+            let rotates = keys.get(key);
+            ensure!(
+                rotates.is_none_or(|rotates| matches!(rotates, Value::Bool(true))),
+                "{}: expected true, as in a Granite that rotates its keys, got {rotates:?}; not supported",
+                keys.name(key)
+            );
+            LayerOptions {
+                embedding_scale: keys.factor("embedding_scale")?,
+                residual_scale: keys.factor("residual_scale")?,
+                softmax_scale: keys.factor("attention.scale")?,
+                logit_divisor: Some(keys.required("logit_scale")?),
+                ..plain
+            }
+        }
+        Architecture::StableLm => {
+            // As llama.cpp, which sees parts in parallel by a norm that is missing: files say true without them too.
+            keys.get("use_parallel_residual");
+            plain
+        }
+    })
+}
+
+/// As in llama.cpp: the last layer of each `attention.sliding_window_pattern`, 2 by default for Gemma 2 and 6 for
+/// Gemma 3, does not slide; a list says of each layer whether it slides. The others' theta is `rope.freq_base_swa`; by
+/// default Gemma 2's is that of all layers, Gemma 3's 10,000.
 fn sliding(keys: &Keys, layers: usize) -> Result<Option<Sliding>> {
+    let gemma2 = keys.architecture == Architecture::Gemma2;
     ensure!(
         (1..=MOST_LAYERS).contains(&layers),
         "number of layers: expected 1 to {MOST_LAYERS}, got {layers} for block_count; the file is damaged"
     );
-    let window = keys.count("attention.sliding_window")?;
+    let window = match keys.optional_count("attention.sliding_window")? {
+        None if gemma2 => 4096,
+        _ => keys.count("attention.sliding_window")?,
+    };
     if window == 0 {
         return Ok(None);
     }
@@ -217,7 +279,8 @@ fn sliding(keys: &Keys, layers: usize) -> Result<Option<Sliding>> {
             })
             .collect::<Result<_>>()?,
         value => {
-            let pattern = value.map_or(Ok(6), |value| whole(value, PATTERN))?;
+            let default = if gemma2 { 2 } else { 6 };
+            let pattern = value.map_or(Ok(default), |value| whole(value, PATTERN))?;
             (0..layers)
                 .map(|layer| pattern == 0 || !(layer + 1).is_multiple_of(pattern))
                 .collect()
@@ -226,7 +289,7 @@ fn sliding(keys: &Keys, layers: usize) -> Result<Option<Sliding>> {
     Ok(Some(Sliding {
         window,
         layers: slides,
-        rope_theta: Some(keys.number("rope.freq_base_swa")?.unwrap_or(10_000.0)),
+        rope_theta: keys.number("rope.freq_base_swa")?.or((!gemma2).then_some(10_000.0)),
     }))
 }
 

@@ -123,9 +123,15 @@ pub fn open(files: &Files, dtype: DType, device: &Device) -> Result<Checkpoint> 
     let read = || -> Result<_> {
         let part = hf_text_part::config(&raw)?;
         let raw = part.as_ref().unwrap_or(&raw);
-        Ok((hf_config::read(raw)?, hf_config::quantization(raw)?, part.is_some()))
+        let (config, quantization) = (hf_config::read(raw)?, hf_config::quantization(raw)?);
+        Ok((
+            config,
+            quantization,
+            hf_config::kind(raw)?.norm_offset(),
+            part.is_some(),
+        ))
     };
-    let (config, quantization, is_part) = read().with_context(|| format!("{}", files.config.display()))?;
+    let (config, quantization, norm_offset, is_part) = read().with_context(|| format!("{}", files.config.display()))?;
     let mut tensors = Tensors::open(&files.weights, quantization)?;
     if is_part {
         tensors.take_text_part();
@@ -138,8 +144,7 @@ pub fn open(files: &Files, dtype: DType, device: &Device) -> Result<Checkpoint> 
             attention_bias: config.attention_bias,
             output_bias: config.attention_bias && !config.layer.output_without_bias,
             mlp_bias: config.mlp_bias,
-            // Gemma's files hold its norms less 1; its GGUF files hold them whole.
-            norm_offset: if config.layer.sandwich_norms { 1.0 } else { 0.0 },
+            norm_offset,
             tied: config.tied,
             dtype,
             device: device.clone(),
@@ -213,6 +218,10 @@ impl Weights for HfWeights {
         let stored = self.tensors.read(&format!("{path}.weight"), &[len])?;
         let whole = (stored.to_dtype(DType::F32)? + self.norm_offset)?;
         Ok(whole.to_dtype(self.dtype)?.to_device(&self.device)?)
+    }
+
+    fn bias(&mut self, path: &str, len: usize) -> Result<Tensor> {
+        self.get(&format!("{path}.bias"), &[len])
     }
 
     fn check_all_read(&mut self) -> Result<()> {

@@ -8,7 +8,7 @@ use super::fp8::Quantization;
 use super::hf_kind::Kind;
 use super::unread::list;
 use crate::model::LlamaConfig;
-use crate::rope::{Llama3Scaling, Pairing, RopeScaling};
+use crate::rope::{Llama3Scaling, RopeScaling};
 
 /// Keys that do not change the computation: about the making of the file, training, the tokenizer and generation. So
 /// are keys that begin with `_`.
@@ -103,7 +103,6 @@ const READ: &[&str] = &[
     "num_hidden_layers",
     "num_key_value_heads",
     "quantization_config",
-    "rms_norm_eps",
     "rope_parameters",
     "rope_scaling",
     "rope_theta",
@@ -121,29 +120,38 @@ struct RawConfig {
     num_attention_heads: usize,
     num_key_value_heads: Option<usize>,
     head_dim: Option<usize>,
-    rms_norm_eps: f64,
     max_position_embeddings: usize,
     rope_theta: Option<f64>,
     tie_word_embeddings: Option<bool>,
+}
+
+/// The kind of model that config.json names.
+pub fn kind(json: &Value) -> Result<Kind> {
+    let model_type = json.get("model_type").and_then(Value::as_str);
+    Kind::named(model_type.unwrap_or("no model_type"))
 }
 
 pub fn read(json: &Value) -> Result<LlamaConfig> {
     let keys = json
         .as_object()
         .with_context(|| format!("expected an object of settings, got {json}"))?;
-    let model_type = keys
-        .get("model_type")
-        .and_then(Value::as_str)
-        .unwrap_or("no model_type");
-    let kind = Kind::named(model_type)?;
+    let kind = kind(json)?;
     check_all_read(keys, kind)?;
     let raw = RawConfig::deserialize(json)?;
     let heads = raw.num_attention_heads;
     ensure!(heads > 0, "num_attention_heads: expected at least 1, got 0");
+    let eps = keys.get(kind.eps_key()).unwrap_or(&Value::Null);
+    let norm_eps = eps
+        .as_f64()
+        .with_context(|| format!("{}: expected a number, got {eps}; fetch the file again", kind.eps_key()))?;
     let (theta, rope_scaling) = rope(json, kind, raw.rope_theta)?;
     let mut own = kind.read(json, raw.num_hidden_layers, raw.hidden_size)?;
     if let (Some(sliding), Some(theta)) = (&mut own.layer.sliding, sliding_theta(json, kind)?) {
         sliding.rope_theta = Some(theta);
+    }
+    let head_dim = raw.head_dim.or(own.head_dim).unwrap_or(raw.hidden_size / heads);
+    if let Some(share) = rotated_share(json, kind)? {
+        own.layer.rotated = Some((share * head_dim as f64) as usize);
     }
     Ok(LlamaConfig {
         hidden_size: raw.hidden_size,
@@ -152,11 +160,11 @@ pub fn read(json: &Value) -> Result<LlamaConfig> {
         layers: raw.num_hidden_layers,
         heads,
         kv_heads: raw.num_key_value_heads.unwrap_or(heads),
-        head_dim: raw.head_dim.or(own.head_dim).unwrap_or(raw.hidden_size / heads),
-        rms_norm_eps: raw.rms_norm_eps,
+        head_dim,
+        norm_eps,
         rope_theta: theta.unwrap_or(own.rope_theta),
         rope_scaling,
-        rope_pairing: Pairing::Halves,
+        rope_pairing: own.pairing,
         context_length: raw.max_position_embeddings,
         attention_bias: own.attention_bias,
         mlp_bias: own.mlp_bias,
@@ -185,8 +193,10 @@ fn check_all_read(keys: &Map<String, Value>, kind: Kind) -> Result<()> {
     let mut left = Vec::new();
     for (key, value) in keys {
         let name = key.as_str();
-        let known =
-            READ.contains(&name) || kind.reads().contains(&name) || HARMLESS.contains(&name) || name.starts_with('_');
+        let known = [READ, kind.reads(), HARMLESS, &[kind.eps_key()]]
+            .iter()
+            .any(|keys| keys.contains(&name))
+            || name.starts_with('_');
         if !known && !says_nothing(key, value, keys) {
             left.push(key.as_str());
         }
@@ -250,6 +260,11 @@ fn rope(json: &Value, kind: Kind, own_theta: Option<f64>) -> Result<(Option<f64>
             );
             theta = Some(here);
         }
+        ensure!(
+            kind.rotates_a_part() || raw.partial_rotary_factor.is_none_or(|factor| factor == 1.0),
+            "{key}: partial_rotary_factor: expected 1, got {}; not supported",
+            raw.partial_rotary_factor.unwrap_or_default()
+        );
         let here = raw.scaling().with_context(|| key.to_string())?;
         ensure!(
             scaling.as_ref().is_none_or(|scaling| *scaling == here),
@@ -258,6 +273,28 @@ fn rope(json: &Value, kind: Kind, own_theta: Option<f64>) -> Result<(Option<f64>
         scaling = Some(here);
     }
     Ok((theta, scaling.unwrap_or(RopeScaling::None)))
+}
+
+/// The share of a head's numbers that is rotated, of a kind that rotates a part.
+fn rotated_share(json: &Value, kind: Kind) -> Result<Option<f64>> {
+    if !kind.rotates_a_part() {
+        return Ok(None);
+    }
+    const KEY: &str = "partial_rotary_factor";
+    let places = [json.get(KEY)].into_iter();
+    let within = ["rope_scaling", "rope_parameters"].map(|key| json.get(key).and_then(|rope| rope.get(KEY)));
+    let mut share = None;
+    for value in places.chain(within).flatten().filter(|value| !value.is_null()) {
+        let here = value.as_f64().filter(|here| (0.0..=1.0).contains(here));
+        let here = here.with_context(|| format!("{KEY}: expected a number from 0 to 1, got {value}"))?;
+        ensure!(
+            share.is_none_or(|share| share == here),
+            "{KEY}: expected the same share at every place, got {} and {here}; the file contradicts itself",
+            share.unwrap_or_default()
+        );
+        share = Some(here);
+    }
+    Ok(share.or(Some(0.25)))
 }
 
 /// The part of a newer Gemma's `rope_parameters` for one type of layers.
@@ -273,7 +310,7 @@ fn sliding_theta(json: &Value, kind: Kind) -> Result<Option<f64>> {
     };
     let raw = RawRope::deserialize(value).context("rope_parameters: sliding_attention")?;
     ensure!(
-        raw.scaling()? == RopeScaling::None,
+        raw.scaling()? == RopeScaling::None && raw.partial_rotary_factor.is_none_or(|factor| factor == 1.0),
         "rope_parameters: expected sliding_attention without scaling, got {value}; not supported"
     );
     Ok(raw.rope_theta)
@@ -287,11 +324,6 @@ impl RawRope {
             }
             (new, old) => new.as_deref().or(old.as_deref()),
         };
-        ensure!(
-            self.partial_rotary_factor.is_none_or(|factor| factor == 1.0),
-            "partial_rotary_factor: expected 1, got {}; not supported",
-            self.partial_rotary_factor.unwrap_or_default()
-        );
         let number = |name: &str, value: Option<f64>| -> Result<f64> {
             let value = value.with_context(|| format!("expected {name}, found none"))?;
             ensure!(value.is_finite() && value > 0.0, "expected {name} above 0, got {value}");

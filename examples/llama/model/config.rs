@@ -22,7 +22,7 @@ pub struct LlamaConfig {
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
-    pub rms_norm_eps: f64,
+    pub norm_eps: f64,
     pub rope_theta: f64,
     pub rope_scaling: RopeScaling,
     pub rope_pairing: Pairing,
@@ -45,6 +45,11 @@ impl LlamaConfig {
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
         }
+    }
+
+    /// How many numbers of a head are rotated.
+    pub fn rotary_dim(&self) -> usize {
+        self.layer.rotated.unwrap_or(self.head_dim)
     }
 
     /// Refuses shapes that no Llama has, before anything is allocated for them.
@@ -78,16 +83,23 @@ impl LlamaConfig {
             self.head_dim
         );
         ensure!(
-            self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0,
-            "rms norm epsilon: expected a number of at least 0, got {}; the checkpoint is damaged",
-            self.rms_norm_eps
+            self.norm_eps.is_finite() && self.norm_eps >= 0.0,
+            "norm epsilon: expected a number of at least 0, got {}; the checkpoint is damaged",
+            self.norm_eps
         );
         ensure!(
             self.rope_theta.is_finite() && self.rope_theta > 0.0,
             "rope theta: expected a number above 0, got {}; the checkpoint is damaged",
             self.rope_theta
         );
-        self.rope_scaling.check(self.head_dim / 2)?;
+        ensure!(
+            self.rotary_dim().is_multiple_of(2) && (2..=self.head_dim).contains(&self.rotary_dim()),
+            "rotated numbers of a head: expected an even number from 2 to {}, the head dimension, got {}; the \
+             checkpoint is damaged",
+            self.head_dim,
+            self.rotary_dim()
+        );
+        self.rope_scaling.check(self.rotary_dim() / 2)?;
         self.layer.check(self.layers)
     }
 

@@ -1,12 +1,13 @@
 //! One layer of the decoder: attention, feed-forward part and norms, as [`LayerOptions`] say.
 
 use anyhow::Result;
-use candle_core::{Module, Tensor};
-use candle_nn::{ops, RmsNorm};
+use candle_core::Tensor;
+use candle_nn::ops;
 use candle_sfattention::{AttentionOptions, CompressedAttention, CompressedKvCache, MergeStats};
 
 use super::config::LlamaConfig;
 use super::layer_options::{Activation, LayerOptions};
+use super::norm::Norm;
 use crate::rope::Rotation;
 use crate::weights::{Linear, Pass, Weights};
 
@@ -16,9 +17,9 @@ pub struct SelfAttention {
     key: Linear,
     value: Linear,
     pub output: Linear,
-    /// RMS norms of each head's query and key.
-    query_norm: Option<RmsNorm>,
-    key_norm: Option<RmsNorm>,
+    /// Norms of each head's query and key.
+    query_norm: Option<Norm>,
+    key_norm: Option<Norm>,
     pub attention: CompressedAttention,
     heads: usize,
     kv_heads: usize,
@@ -35,7 +36,7 @@ impl SelfAttention {
         let hidden = config.hidden_size;
         let (query_rows, kv_rows) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let mut head_norm = |name: &str| match config.layer.qk_norm {
-            true => norm(weights, &format!("{path}.{name}"), config.head_dim, config).map(Some),
+            true => Norm::load(weights, &format!("{path}.{name}"), config.head_dim, config).map(Some),
             false => Ok(None),
         };
         let (query_norm, key_norm) = (head_norm("q_norm")?, head_norm("k_norm")?);
@@ -104,7 +105,7 @@ impl SelfAttention {
     pub fn project(&self, xs: &Tensor, pass: Pass) -> Result<[Tensor; 3]> {
         let (batch, n, _) = xs.dims3()?;
         // (B, N, heads·D) -> (B, heads, N, D), a view.
-        let split = |xs: Tensor, heads, norm: Option<&RmsNorm>| -> Result<Tensor> {
+        let split = |xs: Tensor, heads, norm: Option<&Norm>| -> Result<Tensor> {
             let xs = xs.reshape((batch, n, heads, self.head_dim))?;
             let xs = match norm {
                 Some(norm) => norm.forward(&xs)?,
@@ -161,12 +162,14 @@ impl Mlp {
 
 /// One layer. A norm stands before each of its two parts, and after it too where the model has sandwich norms.
 pub struct Layer {
-    attention_norm: RmsNorm,
+    attention_norm: Norm,
     pub attention: SelfAttention,
-    attention_output_norm: Option<RmsNorm>,
-    mlp_norm: RmsNorm,
+    attention_output_norm: Option<Norm>,
+    mlp_norm: Norm,
     mlp: Mlp,
-    mlp_output_norm: Option<RmsNorm>,
+    mlp_output_norm: Option<Norm>,
+    /// Factor on what each part adds.
+    residual_scale: Option<f64>,
 }
 
 impl Layer {
@@ -176,7 +179,7 @@ impl Layer {
         config: &LlamaConfig,
         attention: CompressedAttention,
     ) -> Result<Self> {
-        let mut of_stream = |name: &str| norm(weights, &format!("{path}.{name}"), config.hidden_size, config);
+        let mut of_stream = |name: &str| Norm::load(weights, &format!("{path}.{name}"), config.hidden_size, config);
         let attention_norm = of_stream("input_layernorm")?;
         // A Llama's norm before its feed-forward part has the name of Gemma's norm after attention.
         let (attention_output_norm, mlp_norm, mlp_output_norm) = match config.layer.sandwich_norms {
@@ -194,6 +197,7 @@ impl Layer {
             mlp_norm,
             mlp: Mlp::load(weights, &format!("{path}.mlp"), config)?,
             mlp_output_norm,
+            residual_scale: config.layer.residual_scale,
         })
     }
 
@@ -205,32 +209,36 @@ impl Layer {
         attend: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let attended = attend(&self.attention_norm.forward(stream)?)?;
-        let stream = (stream + after(self.attention_output_norm.as_ref(), attended)?)?;
+        let stream = (stream + self.added(self.attention_output_norm.as_ref(), attended)?)?;
         let mixed = self.mlp.forward(&self.mlp_norm.forward(&stream)?, pass)?;
-        Ok((stream + after(self.mlp_output_norm.as_ref(), mixed)?)?)
+        Ok((stream + self.added(self.mlp_output_norm.as_ref(), mixed)?)?)
+    }
+
+    /// What a part that gave `xs` adds to the stream; `norm` stands after it.
+    fn added(&self, norm: Option<&Norm>, xs: Tensor) -> Result<Tensor> {
+        let xs = norm.map_or(Ok(xs.clone()), |norm| norm.forward(&xs))?;
+        Ok(match self.residual_scale {
+            Some(scale) => (xs * scale)?,
+            None => xs,
+        })
     }
 
     /// The norms before the two parts, which every model has.
-    pub fn norms(&self) -> [&RmsNorm; 2] {
+    pub fn norms(&self) -> [&Norm; 2] {
         [&self.attention_norm, &self.mlp_norm]
     }
 }
 
-fn after(norm: Option<&RmsNorm>, xs: Tensor) -> Result<Tensor> {
-    match norm {
-        Some(norm) => Ok(norm.forward(&xs)?),
-        None => Ok(xs),
-    }
+/// Logits z under a softcap c: `c tanh(z / c)`.
+pub fn capped(logits: &Tensor, cap: f64) -> Result<Tensor> {
+    Ok(((logits / cap)?.tanh()? * cap)?)
 }
 
-fn norm(weights: &mut dyn Weights, path: &str, len: usize, config: &LlamaConfig) -> Result<RmsNorm> {
-    Ok(RmsNorm::new(weights.vector(path, len)?, config.rms_norm_eps))
-}
-
-/// The attention of a layer with the scale and the window that its model needs.
+/// The attention of a layer with the scale, the softcap and the window that its model needs.
 pub fn fitted(attention: &CompressedAttention, layer: usize, options: &LayerOptions) -> Result<CompressedAttention> {
     let options = AttentionOptions {
         softmax_scale: options.softmax_scale,
+        softcap: options.softcap,
         sliding_window: options.window(layer),
         ..attention.options().clone()
     };

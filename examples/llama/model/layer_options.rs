@@ -7,17 +7,36 @@ use anyhow::{ensure, Result};
 pub struct LayerOptions {
     /// The gate's function in the feed-forward part.
     pub activation: Activation,
-    /// Whether the biases of q, k and v come without one of o: Qwen2.
+    pub norm: NormKind,
+    /// Whether the biases of q, k and v come without one of o: Qwen2, StableLM.
     pub output_without_bias: bool,
     /// An RMS norm of each head's query and key before rotation: Qwen3, Gemma 3.
     pub qk_norm: bool,
-    /// Norms also of what attention and the feed-forward part add to the stream: Gemma 3.
+    /// Norms also of what attention and the feed-forward part add to the stream: Gemma 2 and 3.
     pub sandwich_norms: bool,
-    /// Factor on the rows of the embedding: Gemma's `sqrt(hidden size)`.
+    /// Factor on the rows of the embedding: Gemma's `sqrt(hidden size)`, Granite's own.
     pub embedding_scale: Option<f64>,
+    /// Factor on what attention and the feed-forward part add to the stream: Granite.
+    pub residual_scale: Option<f64>,
     /// Factor on `query . key`; None: `1 / sqrt(head_dim)`.
     pub softmax_scale: Option<f64>,
+    /// The cap c of attention's logits z, which become `c tanh(z / c)`: Gemma 2.
+    pub softcap: Option<f64>,
+    /// The cap of the tokens' logits: Gemma 2.
+    pub final_softcap: Option<f64>,
+    /// Divisor of the tokens' logits: Granite.
+    pub logit_divisor: Option<f64>,
+    /// How many numbers of a head are rotated, the first ones; None: all. StableLM rotates a part.
+    pub rotated: Option<usize>,
     pub sliding: Option<Sliding>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NormKind {
+    #[default]
+    Rms,
+    /// LayerNorm with a bias: StableLM.
+    Layer,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,7 +80,11 @@ impl LayerOptions {
     pub fn check(&self, layers: usize) -> Result<()> {
         for (name, number) in [
             ("embedding scale", self.embedding_scale),
+            ("residual scale", self.residual_scale),
             ("softmax scale", self.softmax_scale),
+            ("softcap of attention", self.softcap),
+            ("softcap of the logits", self.final_softcap),
+            ("divisor of the logits", self.logit_divisor),
             (
                 "rope theta of sliding layers",
                 self.sliding.as_ref().and_then(|sliding| sliding.rope_theta),

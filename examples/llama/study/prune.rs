@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor, D};
 use candle_nn::ops::softmax_last_dim;
 use candle_sfattention::{attend, AttentionOptions, CompressionConfig, MergePlan};
 
-use crate::model::LayerCall;
+use crate::model::{capped, LayerCall};
 
 /// How the tokens of a context are ranked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,7 +85,10 @@ fn last_rows(call: &LayerCall, context: usize) -> Result<Tensor> {
     // (KV heads, heads a KV head · rows, D).
     let last = q.narrow(2, context - rows, rows)?.to_dtype(DType::F32)?.contiguous()?;
     let last = last.reshape((kv_heads, heads / kv_heads * rows, head_dim))?;
-    let logits = (last.matmul(&keys.t()?)? * call.options.scale(head_dim))?.reshape((heads, rows, context))?;
+    let mut logits = (last.matmul(&keys.t()?)? * call.options.scale(head_dim))?.reshape((heads, rows, context))?;
+    if let Some(cap) = call.options.softcap {
+        logits = capped(&logits, cap)?;
+    }
     let seen = |row: usize| {
         (0..context).map(move |t| {
             if t <= context - rows + row {

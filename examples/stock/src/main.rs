@@ -198,7 +198,8 @@ fn session(args: &Args, config: &LlamaConfig) -> Result<Option<Session>> {
 
 /// The config in candle-transformers' terms.
 fn stock_config(config: &LlamaConfig, flash: bool) -> Result<Config> {
-    let plain = config.head_dim * config.heads == config.hidden_size
+    let plain = config.layer.is_llama()
+        && config.head_dim * config.heads == config.hidden_size
         && !(config.attention_bias || config.mlp_bias)
         && matches!(config.rope_scaling, RopeScaling::None);
     ensure!(
@@ -214,7 +215,7 @@ fn stock_config(config: &LlamaConfig, flash: bool) -> Result<Config> {
         num_attention_heads: config.heads,
         num_key_value_heads: config.kv_heads,
         use_flash_attn: flash,
-        rms_norm_eps: config.rms_norm_eps,
+        rms_norm_eps: config.norm_eps,
         rope_theta: config.rope_theta as f32,
         bos_token_id: None,
         eos_token_id: None,

@@ -6,7 +6,7 @@ use crate::kinds::{Kind, KINDS};
 use crate::load::{Checkpoint, LoadOptions};
 use crate::model::{HiddenCounts, Llama};
 use crate::runs::{self, entries, flat, options, steps};
-use crate::zoo::{load, OwnCache};
+use crate::zoo::{load, OwnCache, NAMES};
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
@@ -29,7 +29,12 @@ fn stock(kind: Kind) -> Option<&'static str> {
         Kind::Mistral => Some("mistral"),
         Kind::Qwen2 => None,
         Kind::Qwen3 => Some("qwen3"),
+        Kind::Gemma => Some("gemma"),
+        Kind::Gemma2 => Some("gemma2"),
         Kind::Gemma3 => Some("gemma3"),
+        Kind::Granite => Some("granite"),
+        Kind::Helium => Some("helium"),
+        Kind::StableLm => Some("stable_lm"),
     }
 }
 
@@ -144,18 +149,20 @@ impl Case {
     fn run(&self, policy: &Policy, counts: &[usize]) -> Result<usize> {
         let ours = ours(&self.folder, policy)?;
         let mut caches = ours.caches(&Default::default())?;
+        let config = self.kind.config(SLIDING);
         let rules = ours.windows().into_iter().map(|sliding_window| LayerRules {
             sliding_window,
-            softcap: None,
+            softcap: config["attn_logit_softcapping"].as_f64(),
         });
         let options = SessionOptions {
             rules: rules.collect(),
             ..options(ModelCache::Cleared)
         };
         let mut session = Session::new(policy, options)?;
-        let mut config = self.kind.config(SLIDING);
+        let mut config = config.clone();
         config["use_flash_attn"] = true.into();
-        let vb = VarBuilder::from_tensors(self.weights.clone(), DType::F32, &Device::Cpu);
+        config["use_cache"] = false.into();
+        let vb = VarBuilder::from_tensors(self.kind.folded(&self.weights), DType::F32, &Device::Cpu);
         let mut theirs = load(self.name, config, true, OwnCache::Cleared, vb)?;
         steps(&[0], counts, |tokens, position| {
             let what = format!("{} tokens at {position}", tokens.dim(1)?);
@@ -183,6 +190,11 @@ impl Case {
 
 #[test]
 fn compressed_stock_models_are_our_own_decoder() -> Result<()> {
+    let mut names: Vec<&str> = KINDS.into_iter().filter_map(stock).collect();
+    let mut all = NAMES;
+    names.sort_unstable();
+    all.sort_unstable();
+    assert_eq!(names, all, "every stock model");
     for kind in KINDS {
         let Some(name) = stock(kind) else { continue };
         let case = Case::new(kind, name);
