@@ -207,9 +207,11 @@ struct CacheParams {
   unsigned slide;
   // The score of number i of the new tokens in list l: `scores_first` + l * `scores_stride` + i.
   unsigned scores_first, scores_stride;
+  // The size of a value, and of the rows of a first chunk's columns.
+  unsigned value_dim, column_dim;
 };
 
-static_assert(sizeof(CacheParams) == 208, "as in src/cuda/params.rs");
+static_assert(sizeof(CacheParams) == 216, "as in src/cuda/params.rs");
 
 // For cache_attend: the row of token `last` over all that the cache holds.
 struct CacheAttendParams {
@@ -228,9 +230,20 @@ struct CacheAttendParams {
   float softcap;
   // L of the sliding window, or NO_SLIDE.
   unsigned slide;
+  // The size of a value.
+  unsigned value_dim;
+  unsigned reserved;
 };
 
-static_assert(sizeof(CacheAttendParams) == 96, "as in src/cuda/params.rs");
+static_assert(sizeof(CacheAttendParams) == 104, "as in src/cuda/params.rs");
+
+// For cache_pad: `rows` have `dim` numbers and become rows of `padded` numbers, (batch, heads, tokens, padded).
+struct PadParams {
+  Rows rows;
+  unsigned heads, tokens, dim, padded;
+};
+
+static_assert(sizeof(PadParams) == 48, "as in src/cuda/params.rs");
 
 // For cache_copy, in elements.
 struct CopyParams {

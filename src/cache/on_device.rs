@@ -238,7 +238,7 @@ impl CompressedKvCache {
             )
         }
         self.storage_for(problem.dtype, problem.dtype)?;
-        refuse_in_cache(problem, options)?;
+        refuse_in_cache(options)?;
         if let Some(state) = &self.on_gpu {
             if state.sizes != CacheSizes::of(problem) {
                 bail!(
@@ -283,6 +283,7 @@ fn step(
         device: &device,
         tensors: [&q, &k, &v],
         count: problem.tokens,
+        output: (problem.batch, problem.heads, problem.tokens, problem.value_dim),
         options,
         bias: bias.as_ref(),
         sinks: sinks.as_ref(),
@@ -303,6 +304,8 @@ struct DeviceCall<'a> {
     device: &'a Device,
     tensors: [&'a Tensor; 3],
     count: usize,
+    /// The shape of the output.
+    output: (usize, usize, usize, usize),
     /// None to append the tokens without attending.
     options: Option<&'a AttentionOptions>,
     /// The bias in f32, as a (B, H, count, all tokens) view.
@@ -352,10 +355,6 @@ impl DeviceCall<'_> {
         let output = lists.within(gpu, count, self.limit, |lists| {
             lists.append_and_attend(gpu, sources, count, options, extras)
         })?;
-        Ok(Some(tensor(
-            output,
-            self.tensors[0].dims(),
-            self.device.as_cuda_device()?,
-        )))
+        Ok(Some(tensor(output, self.output, self.device.as_cuda_device()?)))
     }
 }

@@ -113,7 +113,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         self.bound += tokens;
     }
 
-    /// Appends `count` tokens and returns their output rows (B, H, count, D). The bias is that of `options`, as a view
+    /// Appends `count` tokens and returns their output rows (B, H, count, Dv). The bias is that of `options`, as a view
     /// of (B, H, count, all tokens). The first call fixes the sliding window.
     ///
     /// # Errors
@@ -168,9 +168,9 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         if count == 1 {
             return self.one(gpu, qkv, options, extras);
         }
-        let Problem { heads, head_dim, .. } = self.settings.problem;
+        let Problem { heads, value_dim, .. } = self.settings.problem;
         let rows = self.batch * heads;
-        let mut output = gpu.zeros::<T>(rows * count * head_dim)?;
+        let mut output = gpu.zeros::<T>(rows * count * value_dim)?;
         for token in 0..count {
             let at = |(slice, layout): Source<'a, G, T>| {
                 let offset = layout.offset + token * layout.strides[2];
@@ -184,10 +184,10 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             let extras = ExtraBuffers { bias, scores, ..extras };
             let row = self.one(gpu, qkv.map(at), options, extras)?;
             let params = CopyParams {
-                from_stride: head_dim as u32,
-                to_stride: (count * head_dim) as u32,
-                to_offset: (token * head_dim) as u32,
-                count: head_dim as u32,
+                from_stride: value_dim as u32,
+                to_stride: (count * value_dim) as u32,
+                to_offset: (token * value_dim) as u32,
+                count: value_dim as u32,
                 unit: 0,
             };
             copy(gpu, T::SUFFIX, &row, [None; 3], &mut output, rows, &params)?;
@@ -302,7 +302,10 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
 
     /// Moves closed chains to buffers of another capacity, without those that have left the sliding window.
     fn resize(&mut self, gpu: &G, capacity: usize) -> Result<()> {
-        let (all, dim, old) = (self.all(), self.settings.problem.head_dim, self.capacity);
+        let (all, old) = (self.all(), self.capacity);
+        let Problem {
+            head_dim, value_dim, ..
+        } = self.settings.problem;
         let slides = self.slide() != NO_SLIDE;
         let copier = Copier {
             gpu,
@@ -311,8 +314,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             starts: slides.then_some(&self.state.starts),
         };
         let lengths = Some(&self.state.lengths);
-        self.state.far_k = copier.rows(T::SUFFIX, &self.state.far_k, lengths, [old, capacity], dim)?;
-        self.state.far_v = copier.rows(T::SUFFIX, &self.state.far_v, lengths, [old, capacity], dim)?;
+        self.state.far_k = copier.rows(T::SUFFIX, &self.state.far_k, lengths, [old, capacity], head_dim)?;
+        self.state.far_v = copier.rows(T::SUFFIX, &self.state.far_v, lengths, [old, capacity], value_dim)?;
         if let Some(ln) = &self.state.far_ln {
             self.state.far_ln = Some(copier.rows("f32", ln, lengths, [old, capacity], 1)?);
         }

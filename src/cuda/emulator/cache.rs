@@ -8,7 +8,6 @@ use crate::cpu::number::element::Element;
 use crate::cuda::cache::DeviceLists;
 use crate::cuda::extras::{ExtraBuffers, ScoreBuffer};
 use crate::cuda::on_gpu::{Gpu, GpuElement};
-use crate::cuda::refused::refuse_in_cache;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Device, Result, Tensor};
 
@@ -49,7 +48,6 @@ impl EmulatedCache {
         options: &CacheOptions,
     ) -> Result<Self> {
         let problem = Problem::new(&qkv[0], &qkv[1], &qkv[2])?;
-        refuse_in_cache(&problem, None)?;
         let lists = match options.storage.unwrap_or(problem.dtype) {
             DType::F32 => EmulatedLists::F32(DeviceLists::new(&Emulator, &problem, strategies, config)?),
             DType::F16 => EmulatedLists::F16(DeviceLists::new(&Emulator, &problem, strategies, config)?),
@@ -228,6 +226,8 @@ fn append<T: GpuElement + Element>(
     let output = lists.within(&Emulator, count, limit, |lists| {
         lists.append_and_attend(&Emulator, sources, count, options, extras)
     })?;
-    let output = Tensor::from_vec(output.download()?, qkv[0].dims(), &Device::Cpu)?;
+    let (batch, heads, _, _) = qkv[0].dims4()?;
+    let shape = (batch, heads, count, qkv[2].dim(3)?);
+    let output = Tensor::from_vec(output.download()?, shape, &Device::Cpu)?;
     output.to_dtype(qkv[0].dtype()).map(Some)
 }
