@@ -329,7 +329,7 @@ fn scores_and_values_go_with_their_segments() -> Result<()> {
                 fold: Fold::Drop,
                 window: 4,
                 sinks: 1,
-                ..Default::default()
+                ..CompressionConfig::calibrated()
             };
             let mut cache = EmulatedCache::new(&qkv, &given, &config, &Default::default())?;
             let mut plain = CompressedKvCache::new(given.clone(), config, Default::default())?;

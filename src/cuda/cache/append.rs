@@ -154,7 +154,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     }
 
     /// Puts the lists under a sliding window that the calls before did not have.
-    fn slide_lists(&mut self, gpu: &G) -> Result<()> {
+    pub(super) fn slide_lists(&mut self, gpu: &G) -> Result<()> {
         let params = self.bare_params(self.seq_len, 0)?;
         let launch = Launch {
             grid: [self.all(), 1, 1],

@@ -191,6 +191,10 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let recent_k = upload.rows(rows, dim, |list, to| upload.ring(&list.recent_k, to, dim))?;
         let recent_v = upload.rows(rows, value_dim, |list, to| upload.ring(&list.recent_v, to, value_dim))?;
         new.restore(gpu, [&recent_k, &recent_v], &sizes)?;
+        // On the CPU a list without a token in a call leaves nothing behind until its next token.
+        if new.slide() != NO_SLIDE {
+            new.slide_lists(gpu)?;
+        }
         Ok(new)
     }
 
