@@ -142,8 +142,8 @@ fn rows_keep_their_tests() -> Result<()> {
         let mut plain = CompressedKvCache::new(strategies, config.clone(), Default::default())?;
         let (order, mut start) = ([2usize, 0, 3, 1], 0);
         for (count, numbers) in [
-            (20, vec![vec![0; 5], vec![1; 15]].concat()),
-            (30, vec![vec![1; 9], vec![0; 2], vec![2; 19]].concat()),
+            (20, [vec![0; 5], vec![1; 15]].concat()),
+            (30, [vec![1; 9], vec![0; 2], vec![2; 19]].concat()),
             (3, vec![3; 3]),
         ] {
             let rows = (0..4).map(|row| match row {
@@ -384,7 +384,8 @@ fn appended_tokens_go_on_in_their_segments() -> Result<()> {
                     )?;
                 }
             }
-            Ok(assert_eq!(cache.lens()?, plain.lens(), "{config:?} at {start}"))
+            assert_eq!(cache.lens()?, plain.lens(), "{config:?} at {start}");
+            Ok(())
         };
         both(0, 20, None)?;
         // Without attending no segment begins, and no sliding window is known.
@@ -395,6 +396,39 @@ fn appended_tokens_go_on_in_their_segments() -> Result<()> {
         both(41, 1, None)?;
         both(42, 5, Some(options.clone()))?;
         both(47, 1, Some(options))?;
+    }
+    Ok(())
+}
+
+/// A batch row of padding alone in the first call that attends slides all the same: its next row sees its window only,
+/// here, on the CPU, and after a move.
+#[test]
+fn a_row_of_padding_slides_too() -> Result<()> {
+    let qkv = SHAPE.qkv(8, DType::F32)?;
+    for (config, options) in configs()
+        .into_iter()
+        .filter(|(_, options)| options.sliding_window.is_some())
+    {
+        let (mut cache, mut plain) = (emulated(&qkv, &config)?, on_cpu(&config)?);
+        let [q, k, v] = part(&qkv, 0, 40)?;
+        plain.append(&q, &k, &v)?;
+        cache.append(&[q, k, v], None)?;
+        let new = part(&qkv, 40, 2)?;
+        let numbers = with(Tensor::new(&[[0u32, 0], [1, 1], [1, 1], [1, 1]], &CPU)?, &options);
+        plain.append_and_attend(&new[0], &new[1], &new[2], &numbers)?;
+        append(&mut cache, &new, &numbers)?;
+        let mut moved = EmulatedCache::from_cpu(&plain, &Default::default(), DType::F32)?;
+        let mut back = cache.to_cpu()?;
+        for token in 42..60 {
+            let new = part(&qkv, token, 1)?;
+            let expected = plain.append_and_attend(&new[0], &new[1], &new[2], &options)?;
+            let what = format!("{config:?} at {token}");
+            assert_close(&what, &append(&mut cache, &new, &options)?, &expected, 3e-5, 3e-5)?;
+            assert_close(&what, &append(&mut moved, &new, &options)?, &expected, 3e-5, 3e-5)?;
+            let got = back.append_and_attend(&new[0], &new[1], &new[2], &options)?;
+            assert_close(&what, &got, &expected, 3e-5, 3e-5)?;
+        }
+        assert_eq!((cache.lens()?, moved.lens()?), (plain.lens(), plain.lens()));
     }
     Ok(())
 }
