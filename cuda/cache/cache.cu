@@ -67,9 +67,9 @@ __device__ void adopt_state(Global<const T> q, const Chunk<T>& chunk, const Cach
   CacheList<T> to(p, state);
   const List& list = to.list;
   unsigned tokens = p.sizes.tokens, last = tokens - 1;
-  auto row = [&](Global<const T> x, const Rows& rows, unsigned t) {
+  auto row = [&](Global<const T> x, const Rows& rows, unsigned t, unsigned dim) {
     WarpRow found;
-    found.load(x, rows.at(list.batch, list.kv_head, t), to.dim);
+    found.load(x, rows.at(list.batch, list.kv_head, t), dim);
     return found;
   };
   if (tokens > p.window) {
@@ -85,15 +85,15 @@ __device__ void adopt_state(Global<const T> q, const Chunk<T>& chunk, const Cach
       if (p.fold == PAIR_SUM) break;
     }
     for (unsigned t = start; t <= edge; t++) {
-      WarpRow key = row(chunk.k, p.k, t), value = row(chunk.v, p.v, t);
+      WarpRow key = row(chunk.k, p.k, t, to.dim), value = row(chunk.v, p.v, t, to.value_dim());
       WarpRow::quarantine<T>(key, value);
       to.step(t > start, key, value);
     }
   }
   to.run_start = NO_RUN;
   for (unsigned t = last; t > 0 && chunk.hidden(p, list, t - 1); t--) to.run_start = t - 1;
-  if (to.run_start != NO_RUN) row(chunk.k, p.k, to.run_start).store(state.run_keys, to.row, to.dim);
-  row(chunk.k, p.k, last).store(state.last_keys, to.row, to.dim);
+  if (to.run_start != NO_RUN) row(chunk.k, p.k, to.run_start, to.dim).store(state.run_keys, to.row, to.dim);
+  row(chunk.k, p.k, last, to.dim).store(state.last_keys, to.row, to.dim);
   to.finish(state.lengths);
   to.write_starts(state.starts);
   to.queries(q, Global<T>{}, false);
@@ -103,7 +103,7 @@ __device__ void adopt_state(Global<const T> q, const Chunk<T>& chunk, const Cach
 template <class T>
 __device__ void adopt_rows(const Chunk<T>& chunk, const CacheState<T>& state, const CacheParams& p) {
   unsigned t = blockIdx.x * 4 + threadIdx.x / 32, tokens = p.sizes.tokens, lane = threadIdx.x % 32,
-           dim = p.sizes.head_dim;
+           dim = p.sizes.head_dim, value_dim = p.value_dim;
   if (t >= tokens) return;
   List list(p.sizes, blockIdx.y);
   size_t index = blockIdx.y, ring = index * (p.window + 1);
@@ -112,17 +112,17 @@ __device__ void adopt_rows(const Chunk<T>& chunk, const CacheState<T>& state, co
     size_t before = index * (tokens + 1);
     unsigned column = chunk.far_before[before + t], skipped = chunk.far_before[before + chunk.first(p)];
     size_t from = index * tokens + column, to = index * p.capacity + column - skipped;
-    key.load(chunk.far_k, from * dim, dim), value.load(chunk.far_v, from * dim, dim);
-    key.store(state.far_k, to * dim, dim), value.store(state.far_v, to * dim, dim);
+    key.load(chunk.far_k, from * p.column_dim, dim), value.load(chunk.far_v, from * p.column_dim, value_dim);
+    key.store(state.far_k, to * dim, dim), value.store(state.far_v, to * value_dim, value_dim);
     if (lane == 0) state.far_tokens.set(to, t);
     if (p.fold == MEAN && lane == 0) state.far_ln.set(to, chunk.far_ln[from]);
   }
   if (t + p.window >= tokens) {
     size_t slot = ring + t % p.window;
     key.load(chunk.k, p.k.at(list.batch, list.kv_head, t), dim);
-    value.load(chunk.v, p.v.at(list.batch, list.kv_head, t), dim);
+    value.load(chunk.v, p.v.at(list.batch, list.kv_head, t), value_dim);
     WarpRow::quarantine<T>(key, value);
-    key.store(state.local_k, slot * dim, dim), value.store(state.local_v, slot * dim, dim);
+    key.store(state.local_k, slot * dim, dim), value.store(state.local_v, slot * value_dim, value_dim);
     if (p.fold == MEAN && lane == 0) state.local_ln.set(slot, 0.0f);
   }
   if (lane == 0 && t + p.window + 2 >= tokens && t + 1 < tokens)
@@ -143,7 +143,7 @@ __device__ void adopt_observed(Global<const T> q, const Chunk<T>& chunk, Global<
   for (unsigned t = 0; t < tokens; t++) {
     if (t >= p.sinks && t + window < tokens) t = tokens - window;
     WarpRow key, value;
-    key.load(chunk.k, key_of(t), dim), value.load(chunk.v, value_of(t), dim);
+    key.load(chunk.k, key_of(t), dim), value.load(chunk.v, value_of(t), to.value_dim());
     to.remember(mine, t, key, value);
   }
   // The oldest token to be decided has just left the last row's window.
@@ -161,7 +161,7 @@ __device__ void adopt_observed(Global<const T> q, const Chunk<T>& chunk, Global<
     if (row + 2 < tokens || row + 1 < window) continue;
     unsigned t = row + 1 - window;
     WarpRow value;
-    value.load(chunk.v, value_of(t), dim);
+    value.load(chunk.v, value_of(t), to.value_dim());
     to.settle(mine, tests, t, value.norm());
   }
 }
@@ -214,13 +214,13 @@ __device__ void restore(Global<const T> recent_k, Global<const T> recent_v, Glob
     }
   }
   if (slot < p.window && slot < p.first) {
-    size_t from = (to.index * p.window + slot) * dim;
+    size_t from = to.index * p.window + slot;
     WarpRow key, value;
-    key.load(recent_k, from, dim), value.load(recent_v, from, dim);
+    key.load(recent_k, from * dim, dim), value.load(recent_v, from * to.value_dim(), to.value_dim());
     float norm = value.norm();
     if (p.observes && lane == 0) to.observed().norms.set(slot, norm);
     WarpRow::quarantine<T>(key, value);
-    key.store(state.local_k, local * dim, dim), value.store(state.local_v, local * dim, dim);
+    key.store(state.local_k, local * dim, dim), value.store(state.local_v, local * to.value_dim(), to.value_dim());
     if (p.fold == MEAN && lane == 0) state.local_ln.set(local, 0.0f);
   }
   if (slot == p.window && p.first > p.window) to.write(state.local_k, state.local_v, state.local_ln, local);
@@ -231,7 +231,7 @@ __device__ void restore(Global<const T> recent_k, Global<const T> recent_v, Glob
 template <class T>
 __device__ void truncate(const CacheState<T>& state, const CacheParams& p) {
   CacheList<T> list(p, state);
-  unsigned seen = p.first, kept = p.sizes.tokens, window = p.window, dim = list.dim,
+  unsigned seen = p.first, kept = p.sizes.tokens, window = p.window, dim = list.dim, value_dim = list.value_dim(),
            local = seen < window ? seen : window;
   size_t ring = list.index * (window + 1);
   // Token t: a closed chain, or the open one, which follows them.
@@ -240,14 +240,14 @@ __device__ void truncate(const CacheState<T>& state, const CacheParams& p) {
     unsigned at = t - list.kept_from + list.start;
     if (t < list.kept_from || at >= list.length) return;
     size_t column = list.index * p.capacity + at;
-    key.load(state.far_k, column * dim, dim), value.load(state.far_v, column * dim, dim);
+    key.load(state.far_k, column * dim, dim), value.load(state.far_v, column * value_dim, value_dim);
   };
   WarpRow key, value;
   // Tokens that come back into the window. Their slots hold tokens that are cut off.
   for (unsigned t = kept > window ? kept - window : 0; t < kept && t + local < seen; t++) {
-    size_t slot = (ring + t % window) * dim;
+    size_t slot = ring + t % window;
     read(key, value, t);
-    key.store(state.local_k, slot, dim), value.store(state.local_v, slot, dim);
+    key.store(state.local_k, slot * dim, dim), value.store(state.local_v, slot * value_dim, value_dim);
   }
   unsigned length = list.start;
   if (kept > window) {
@@ -256,8 +256,11 @@ __device__ void truncate(const CacheState<T>& state, const CacheParams& p) {
     read(key, value, edge);
     list.chain_key = key, list.chain_value = value, list.size = 1;
     list.write(state.local_k, state.local_v, state.local_ln, ring + window);
-    key.store(state.chain_k, list.row, dim), value.store(state.chain_v, list.row, dim);
-    if (p.fold == PAIR_SUM) key.store(state.previous_k, list.row, dim), value.store(state.previous_v, list.row, dim);
+    key.store(state.chain_k, list.row, dim), value.store(state.chain_v, list.value_row(), value_dim);
+    if (p.fold == PAIR_SUM) {
+      key.store(state.previous_k, list.row, dim);
+      value.store(state.previous_v, list.value_row(), value_dim);
+    }
   }
   __syncwarp();
   if (threadIdx.x != 0) return;
@@ -273,6 +276,20 @@ __device__ void truncate(const CacheState<T>& state, const CacheParams& p) {
   }                                                                                                               \
   KERNEL cache_truncate_##suffix(CACHE_STATE(T), CacheParams p) { truncate(STATE(T), p); }
 FOR_EACH_DTYPE(CACHE_MOVE)
+
+// Rows of other strides and sizes: numbers past `dim` become 0, or are left out. A warp per row: grid (tokens / 4,
+// batch * heads).
+template <class T> __device__ void pad(Global<const T> from, Global<T> to, const PadParams& p) {
+  unsigned t = blockIdx.x * 4 + threadIdx.x / 32, head = blockIdx.y;
+  if (t >= p.tokens) return;
+  WarpRow row;
+  row.load(from, p.rows.at(head / p.heads, head % p.heads, t), p.dim < p.padded ? p.dim : p.padded);
+  row.store(to, ((size_t)head * p.tokens + t) * p.padded, p.padded);
+}
+
+#define CACHE_PAD(suffix, T) \
+  KERNEL cache_pad_##suffix(Global<const T> from, Global<T> to, PadParams p) { pad(from, to, p); }
+FOR_EACH_DTYPE(CACHE_PAD)
 
 // Copies `count` numbers of each list, or `unit` times its length if `lengths` is given, from list sources[i] (or i) to
 // list i; without the entries before `starts`, if given. The strides of the buffers may differ. Grid (count / 256,
@@ -296,5 +313,5 @@ CACHE_COPY(u32, uint32_t)
 
 MODULE(cache, ENTRIES(cache_append) ENTRIES(cache_slide) ENTRIES(cache_adopt_state) ENTRIES(cache_adopt_rows)
                   ENTRIES(cache_adopt_observed) ENTRIES(cache_adopt_given) ENTRIES(cache_restore)
-                  ENTRIES(cache_truncate) ENTRIES(cache_copy)
+                  ENTRIES(cache_truncate) ENTRIES(cache_pad) ENTRIES(cache_copy)
                   ENTRY(cache_copy_u32))

@@ -55,13 +55,16 @@ template <class T> struct Attend {
   __device__ void column(Global<const T> keys, Global<const T> values, Global<const float> ln, size_t at,
                          unsigned token, Global<const float> bias) {
     WarpRow key, value;
-    key.load(keys, at * p.head_dim, p.head_dim), value.load(values, at * p.head_dim, p.head_dim);
+    key.load(keys, at * p.head_dim, p.head_dim), value.load(values, at * p.value_dim, p.value_dim);
     float dot = 0.0f, factor = 1.0f, added = ln ? LOG2_E * ln[at] : 0.0f;
 #pragma unroll
     for (unsigned i = 0; i < PER_LANE; i++) dot += query.x[i] * key.x[i];
     if (bias) added += bias_in_base_2(bias[p.bias.at(batch, head, 0, token)]);
     if (p.dropout_cut != 0)
-      factor = philox_word(p.dropout_key, row, p.last, token) >= p.dropout_cut ? p.dropout_scale : 0.0f;
+      factor = philox_word(p.dropout_key, p.drawn_from[0] + row, p.drawn_from[1] + p.last, p.drawn_from[2] + token) >=
+                       p.dropout_cut
+                   ? p.dropout_scale
+                   : 0.0f;
     value.scale(factor);
     softmax.merge(capped(p.softcap, p.scale * warp_sum(dot)) + added, 1.0f, value);
   }
@@ -86,7 +89,7 @@ template <class T> struct Attend {
 
   // Joins the warps' parts in their order.
   __device__ void finish(Global<T> out, Global<const float> sinks) {
-    unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, dim = p.head_dim, first = lane * PER_LANE;
+    unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, dim = p.value_dim, first = lane * PER_LANE;
     Shared<float> sums = shared_memory<float>(0, 2 * WARPS);
     Shared<float> outputs = shared_memory<float>(2 * WARPS * sizeof(float), WARPS * dim);
     if (lane == 0) sums.set(2 * warp, softmax.maximum), sums.set(2 * warp + 1, softmax.sum);

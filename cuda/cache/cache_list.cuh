@@ -29,7 +29,7 @@
 
 constexpr unsigned NO_RUN = 0xffffffffu;
 
-// The buffers of all lists; (lists, D) where no shape is given.
+// The buffers of all lists; (lists, D) where no shape is given. Rows of values, in buffers `*_v`, have Dv numbers.
 template <class T> struct CacheState {
   // Closed chains, (lists, capacity, D).
   Global<T> far_k, far_v;
@@ -59,8 +59,8 @@ template <class T> struct CacheState {
   Observed<T> observed;
 };
 
-// A list, as its warp holds it during an append.
-template <class T> struct CacheList {
+// A list, as its warp holds it during an append. OWN_VALUES: whether values may have another size than keys.
+template <class T, bool OWN_VALUES = true> struct CacheList {
   const CacheParams& p;
   const CacheState<T>& state;
   List list;
@@ -75,11 +75,16 @@ template <class T> struct CacheList {
     if (p.slide != NO_SLIDE) start = state.starts[index], kept_from = state.starts[lists() + index];
     chain_key.fill(0.0f), chain_value.fill(0.0f), previous_key.fill(0.0f), previous_value.fill(0.0f);
     if (p.first > p.window) {
-      chain_key.load(state.chain_k, row, dim), chain_value.load(state.chain_v, row, dim);
-      if (p.fold == PAIR_SUM)
-        previous_key.load(state.previous_k, row, dim), previous_value.load(state.previous_v, row, dim);
+      chain_key.load(state.chain_k, row, dim), chain_value.load(state.chain_v, value_row(), value_dim());
+      if (p.fold == PAIR_SUM) {
+        previous_key.load(state.previous_k, row, dim);
+        previous_value.load(state.previous_v, value_row(), value_dim());
+      }
     }
   }
+
+  __device__ unsigned value_dim() const { return OWN_VALUES ? p.value_dim : dim; }
+  __device__ size_t value_row() const { return OWN_VALUES ? index * p.value_dim : row; }
 
   // The number of lists.
   __device__ unsigned lists() const { return p.sizes.batch * p.sizes.lists; }
@@ -171,7 +176,7 @@ template <class T> struct CacheList {
     WarpRow key = chain_key, value = chain_value;
     WarpRow::quarantine<T>(key, value);
     key.store(keys, column * dim, dim);
-    value.store(values, column * dim, dim);
+    value.store(values, column * value_dim(), value_dim());
     if (p.fold == MEAN && threadIdx.x % 32 == 0) ln.set(column, logf((float)size));
   }
 
@@ -181,7 +186,7 @@ template <class T> struct CacheList {
     unsigned token = p.first + i, window = p.window;
     WarpRow key, value;
     key.load(k, p.k.at(list.batch, list.kv_head, i), dim);
-    value.load(v, p.v.at(list.batch, list.kv_head, i), dim);
+    value.load(v, p.v.at(list.batch, list.kv_head, i), value_dim());
     bool given = bool(scores), merges = token > 0 && !p.observes && !given && decide(q, k, tests, bias, token, i);
     // Every lane reads this word after the next __syncwarp, or with the next token.
     size_t slot_before = index * (window + 1) + (token + window) % (window + 1);
@@ -197,11 +202,11 @@ template <class T> struct CacheList {
       if (token >= window) {
         WarpRow leaving_key, leaving_value;
         leaving_key.load(state.local_k, slot * dim, dim);
-        leaving_value.load(state.local_v, slot * dim, dim);
+        leaving_value.load(state.local_v, slot * value_dim(), value_dim());
         fold_in(token - window, leaving_key, leaving_value);
       }
       key.store(state.local_k, slot * dim, dim);
-      value.store(state.local_v, slot * dim, dim);
+      value.store(state.local_v, slot * value_dim(), value_dim());
       if (p.fold == MEAN && threadIdx.x == 0) state.local_ln.set(slot, 0.0f);
     }
     __syncwarp();
@@ -266,9 +271,10 @@ template <class T> struct CacheList {
     unsigned seen = p.first + p.sizes.tokens, near = seen < p.window ? seen : p.window;
     if (seen > p.window) {
       write(state.local_k, state.local_v, state.local_ln, index * (p.window + 1) + p.window);
-      chain_key.store(state.chain_k, row, dim), chain_value.store(state.chain_v, row, dim);
+      chain_key.store(state.chain_k, row, dim), chain_value.store(state.chain_v, value_row(), value_dim());
       if (p.fold == PAIR_SUM) {
-        previous_key.store(state.previous_k, row, dim), previous_value.store(state.previous_v, row, dim);
+        previous_key.store(state.previous_k, row, dim);
+        previous_value.store(state.previous_v, value_row(), value_dim());
       }
     }
     if (threadIdx.x != 0) return;

@@ -167,8 +167,8 @@ struct SpreadParams {
 
 static_assert(sizeof(SpreadParams) == 16, "as in src/cuda/params.rs");
 
-// For decode.cu, besides CacheParams. `rows`: query heads over all batch rows; `parts`: splits of the far columns, and
-// one more for local ones.
+// For decode_step.cuh, besides CacheParams. `rows`: query heads over all batch rows; `parts`: splits of the far
+// columns, and one more for local ones.
 struct DecodeParams {
   unsigned rows, parts, splits;
   // 1: a new token is appended first.
@@ -207,9 +207,11 @@ struct CacheParams {
   unsigned slide;
   // The score of number i of the new tokens in list l: `scores_first` + l * `scores_stride` + i.
   unsigned scores_first, scores_stride;
+  // The size of a value, and of the rows of a first chunk's columns.
+  unsigned value_dim, column_dim;
 };
 
-static_assert(sizeof(CacheParams) == 208, "as in src/cuda/params.rs");
+static_assert(sizeof(CacheParams) == 216, "as in src/cuda/params.rs");
 
 // For cache_attend: the row of token `last` over all that the cache holds.
 struct CacheAttendParams {
@@ -228,14 +230,27 @@ struct CacheAttendParams {
   float softcap;
   // L of the sliding window, or NO_SLIDE.
   unsigned slide;
+  // The size of a value.
+  unsigned value_dim;
+  // Dropout counts heads over all batch rows, rows and tokens from these on.
+  unsigned drawn_from[3];
 };
 
-static_assert(sizeof(CacheAttendParams) == 96, "as in src/cuda/params.rs");
+static_assert(sizeof(CacheAttendParams) == 112, "as in src/cuda/params.rs");
+
+// For cache_pad: `rows` have `dim` numbers and become rows of `padded` numbers, (batch, heads, tokens, padded).
+struct PadParams {
+  Rows rows;
+  unsigned heads, tokens, dim, padded;
+};
+
+static_assert(sizeof(PadParams) == 48, "as in src/cuda/params.rs");
 
 // For cache_copy, in elements.
 struct CopyParams {
-  unsigned from_stride, to_stride, to_offset;
+  uint64_t to_offset;
+  unsigned from_stride, to_stride;
   unsigned count, unit;
 };
 
-static_assert(sizeof(CopyParams) == 20, "as in src/cuda/params.rs");
+static_assert(sizeof(CopyParams) == 24, "as in src/cuda/params.rs");

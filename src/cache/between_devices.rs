@@ -1,6 +1,7 @@
 //! Lists between the CPU and a CUDA device, for [`CompressedKvCache::save`], `load` and `to_device`. A list that never
 //! merges has no window on the CPU: each token is a closed chain at once. On a device it has the other lists' window.
 
+use super::device_rows::HostRows;
 use super::{CacheOptions, CacheSizes, CompressedKvCache, Lists, ListsOf, State};
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest};
 use crate::cpu::cache::list::{widened, List, Run};
@@ -13,7 +14,6 @@ use crate::cpu::number::finite::{all_finite, quarantine};
 use crate::cuda::attention;
 use crate::cuda::cache::{HostList, HostLists};
 use crate::cuda::on_gpu::GpuElement;
-use crate::cuda::refused::refuse_in_cache;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Result};
 use std::ops::Range;
@@ -65,7 +65,7 @@ impl CompressedKvCache {
     pub(crate) fn from_device<T: Both>(
         settings: (&HeadStrategies, &CompressionConfig, &CacheOptions),
         problem: &Problem,
-        held: &HostLists<T>,
+        held: &HostRows<T>,
     ) -> Result<Self> {
         let (strategies, config, options) = settings;
         let mut cache = Self::new(strategies.clone(), config.clone(), options.clone())?;
@@ -78,15 +78,9 @@ impl CompressedKvCache {
     /// The lists for a device of a cache on the CPU that has tokens, and the shapes; None of an empty cache.
     ///
     /// # Errors
-    /// Another dtype than T, or values of another size than keys.
-    pub(crate) fn for_device<T: Both>(&self) -> Result<Option<(Problem, HostLists<T>)>> {
+    /// Another dtype than T.
+    pub(crate) fn for_device<T: Both>(&self) -> Result<Option<(Problem, HostRows<T>)>> {
         let Some(state) = &self.state else { return Ok(None) };
-        if state.places.is_some() {
-            bail!(
-                "segments: expected none in a cache on CUDA, got a cache that was given some; its kernels do not \
-                 compute them yet, keep the cache on the CPU"
-            )
-        }
         let dtype = state.lists.dtype();
         let Some(lists) = T::unwrap(&state.lists) else {
             bail!(
@@ -95,21 +89,44 @@ impl CompressedKvCache {
             )
         };
         let problem = state.sizes.problem(dtype);
-        refuse_in_cache(&problem, None)?;
         let agree = self.config.group_rule.heads_agree();
         let per_row = attention::lists(&problem, self.strategies.all_off(), agree);
-        Ok(Some((problem, held_of(state, lists, &self.config, per_row))))
+        Ok(Some((problem, rows_of(state, lists, &self.config, per_row))))
     }
 }
 
 /// The state of a cache on the CPU from the lists of a device.
-pub(super) fn state_of<T: Both>(sizes: CacheSizes, config: &CompressionConfig, held: &HostLists<T>) -> State {
+pub(super) fn state_of<T: Both>(sizes: CacheSizes, config: &CompressionConfig, held: &HostRows<T>) -> State {
+    let (rows, mut lists) = (sizes.batch / held.parts.len(), Vec::new());
+    for (part, held) in held.parts.iter().enumerate() {
+        let sizes = CacheSizes { batch: rows, ..sizes };
+        lists.extend(lists_of(sizes, config, held).map(|(at, list)| {
+            let batch = part * rows + at.batch;
+            (ListHeads { batch, ..at }, list)
+        }));
+    }
+    State {
+        sizes,
+        seq_len: held.seq_len,
+        sliding_window: held.parts.first().and_then(|part| part.sliding_window),
+        places: held.places.clone(),
+        lists: T::wrap(lists),
+    }
+}
+
+/// The lists on the CPU of a part of the batch rows.
+fn lists_of<'a, T: Both>(
+    sizes: CacheSizes,
+    config: &'a CompressionConfig,
+    held: &'a HostLists<T>,
+) -> impl Iterator<Item = (ListHeads, List<T>)> + 'a {
     let CacheSizes {
         batch, heads, kv_heads, ..
     } = sizes;
+    let dims = [sizes.head_dim, sizes.values()];
     let per_row = held.lists.len() / batch;
     let width = heads / per_row;
-    let lists = held.lists.iter().enumerate().map(|(index, list)| {
+    held.lists.iter().enumerate().map(move |(index, list)| {
         let (row, first) = (index / per_row, index % per_row * width);
         let at = ListHeads {
             batch: row,
@@ -124,32 +141,21 @@ pub(super) fn state_of<T: Both>(sizes: CacheSizes, config: &CompressionConfig, h
             ..ListSettings::new(tests, config)
         };
         let list = match settings.merges() {
-            true => merging_list(
-                settings,
-                list,
-                queries.unwrap_or_default(),
-                (held.seq_len, sizes.head_dim),
-            ),
-            false => plain_list(settings, list, (held.seq_len, sizes.head_dim)),
+            _ if held.seq_len == 0 => List::new(settings, dims),
+            true => merging_list(settings, list, queries.unwrap_or_default(), (held.seq_len, dims)),
+            false => plain_list(settings, list, (held.seq_len, dims)),
         };
         (at, list)
-    });
-    State {
-        sizes,
-        seq_len: held.seq_len,
-        sliding_window: held.sliding_window,
-        places: None,
-        lists: T::wrap(lists.collect()),
-    }
+    })
 }
 
 fn merging_list<T: Both>(
     settings: ListSettings,
     held: &HostList<T>,
     last_queries: &[T],
-    (seq_len, dim): (usize, usize),
+    (seq_len, [dim, value_dim]): (usize, [usize; 2]),
 ) -> List<T> {
-    let mut list = List::<T>::new(settings, [dim; 2]);
+    let mut list = List::<T>::new(settings, [dim, value_dim]);
     let fold = list.settings.fold;
     list.seq_len = seq_len;
     if list.settings.folds() {
@@ -168,8 +174,9 @@ fn merging_list<T: Both>(
         list.open = chain.map(|rows| ChainFold::from_rows(fold, held.chain_size as usize, rows));
     }
     // Raw tokens of a window that is longer than the sliding one are seen by no later row.
-    let unseen = held.recent_k.len() - list.settings.kept_raw().min(seq_len) * dim;
-    (list.recent_keys, list.recent_values) = (held.recent_k[unseen..].to_vec(), held.recent_v[unseen..].to_vec());
+    let unseen = held.recent_k.len() / dim - list.settings.kept_raw().min(seq_len);
+    list.recent_keys = held.recent_k[unseen * dim..].to_vec();
+    list.recent_values = held.recent_v[unseen * value_dim..].to_vec();
     list.bits = match list.settings.decides() {
         true => held.bits.clone(),
         false => vec![0; held.bits.len()],
@@ -193,7 +200,7 @@ fn merging_list<T: Both>(
     let rows = list
         .recent_keys
         .chunks_exact(dim)
-        .zip(list.recent_values.chunks_exact(dim));
+        .zip(list.recent_values.chunks_exact(value_dim));
     let bad = rows
         .rev()
         .position(|(key, value)| !(all_finite(&widened(key)) && all_finite(&widened(value))));
@@ -201,48 +208,69 @@ fn merging_list<T: Both>(
     list
 }
 
-fn plain_list<T: Both>(settings: ListSettings, held: &HostList<T>, (seq_len, dim): (usize, usize)) -> List<T> {
-    let mut list = List::<T>::new(settings, [dim; 2]);
+fn plain_list<T: Both>(settings: ListSettings, held: &HostList<T>, (seq_len, dims): (usize, [usize; 2])) -> List<T> {
+    let mut list = List::<T>::new(settings, dims);
     list.seq_len = seq_len;
     (list.keys, list.values) = (held.far_k.clone().into(), held.far_v.clone().into());
     let mut close = |key: &[f32], value: &[f32]| {
-        let (mut key, mut value, mut stored) = (key.to_vec(), value.to_vec(), vec![T::zero(); dim]);
+        let (mut key, mut value) = (key.to_vec(), value.to_vec());
         quarantine(&mut key, &mut value);
-        T::narrow(&key, &mut stored);
-        list.keys.extend_from_slice(&stored);
-        T::narrow(&value, &mut stored);
-        list.values.extend_from_slice(&stored);
+        list.keys.extend_from_slice(&narrowed(&key));
+        list.values.extend_from_slice(&narrowed(&value));
     };
     if let Some([key, value, ..]) = &held.chain {
         close(key, value);
     }
-    for (key, value) in held.recent_k.chunks_exact(dim).zip(held.recent_v.chunks_exact(dim)) {
-        close(&widened(key), &widened(value));
-    }
+    let rows = held
+        .recent_k
+        .chunks_exact(dims[0])
+        .zip(held.recent_v.chunks_exact(dims[1]));
+    rows.for_each(|(key, value)| close(&widened(key), &widened(value)));
     // The first of these tokens, and the first that a later row sees.
     let oldest = held.kept_from.min(seq_len - 1);
     list.kept_from = oldest.max(list.settings.first_seen(seq_len)).min(seq_len - 1);
-    for rows in [&mut list.keys, &mut list.values] {
-        rows.leave((list.kept_from - oldest) * dim);
-    }
+    list.keys.leave((list.kept_from - oldest) * dims[0]);
+    list.values.leave((list.kept_from - oldest) * dims[1]);
     // The newest token is the open chain.
-    let closed = (seq_len - 1 - list.kept_from) * dim;
-    let mut chain = ChainFold::new(list.settings.fold, [dim; 2]);
-    chain.step(false, &list.keys[closed..], &list.values[closed..]);
-    list.keys.truncate(closed);
-    list.values.truncate(closed);
+    let closed = seq_len - 1 - list.kept_from;
+    let mut chain = ChainFold::new(list.settings.fold, dims);
+    chain.step(false, &list.keys[closed * dims[0]..], &list.values[closed * dims[1]..]);
+    list.keys.truncate(closed * dims[0]);
+    list.values.truncate(closed * dims[1]);
     list.open = Some(chain);
     list.tokens = (list.kept_from as u32..seq_len as u32 - 1).collect::<Vec<_>>().into();
     list
 }
 
-/// The lists for a device, `per_row` of them a batch row, from the state of a cache on the CPU.
-fn held_of<T: Both>(state: &State, lists: &ListsOf<T>, config: &CompressionConfig, per_row: usize) -> HostLists<T> {
-    let CacheSizes {
-        batch, heads, head_dim, ..
-    } = state.sizes;
+/// The lists for a device, `per_row` of them a batch row, from the state of a cache on the CPU. Batch rows stay
+/// together where all hold all tokens.
+fn rows_of<T: Both>(state: &State, lists: &ListsOf<T>, config: &CompressionConfig, per_row: usize) -> HostRows<T> {
+    let batch = state.sizes.batch;
+    let parts = match lists.iter().all(|(_, list)| list.seq_len == state.seq_len) {
+        true => vec![held_of(state, 0..batch, lists, config, per_row)],
+        false => (0..batch)
+            .map(|row| held_of(state, row..row + 1, lists, config, per_row))
+            .collect(),
+    };
+    HostRows {
+        seq_len: state.seq_len,
+        places: state.places.clone(),
+        parts,
+    }
+}
+
+/// The lists of some batch rows, which hold equal numbers of tokens.
+fn held_of<T: Both>(
+    state: &State,
+    rows: Range<usize>,
+    lists: &ListsOf<T>,
+    config: &CompressionConfig,
+    per_row: usize,
+) -> HostLists<T> {
+    let CacheSizes { heads, head_dim, .. } = state.sizes;
+    let batch = rows.len();
     let of = |row: usize, head: usize| {
-        let mine = |(at, _): &&(ListHeads, List<T>)| at.batch == row && at.heads.contains(&head);
+        let mine = |(at, _): &&(ListHeads, List<T>)| at.batch == rows.start + row && at.heads.contains(&head);
         // The loader and every call ensure that each head has its list.
         let (at, list) = lists.iter().find(mine).expect("a list of every head");
         (list, head - at.heads.start)
@@ -263,12 +291,13 @@ fn held_of<T: Both>(state: &State, lists: &ListsOf<T>, config: &CompressionConfi
     let held = (0..batch * per_row).map(|index| {
         let (list, _) = of(index / per_row, index % per_row * width);
         match list.settings.merges() {
+            _ if list.seq_len == 0 => HostList::default(),
             true => held_merging(list),
             false => held_plain(list, config),
         }
     });
     HostLists {
-        seq_len: state.seq_len,
+        seq_len: of(0, 0).0.seq_len,
         sliding_window: state.sliding_window,
         lists: held.collect(),
         last_queries,
@@ -283,12 +312,12 @@ fn narrowed<T: Both>(row: &[f32]) -> Vec<T> {
 }
 
 fn held_merging<T: Both>(list: &List<T>) -> HostList<T> {
-    let (settings, dim) = (&list.settings, list.dim);
+    let (settings, dims) = (&list.settings, [list.dim, list.value_dim]);
     // A list may still hold raw tokens that have left the window, and lacks those that have left a sliding window
     // inside it.
     let (kept, slots) = (list.seq_len.min(settings.kept_raw()), list.seq_len.min(settings.window));
-    let stale = list.recent_keys.len() - kept * dim;
-    let recent = |rows: &[T]| [&vec![T::zero(); (slots - kept) * dim][..], &rows[stale..]].concat();
+    let stale = list.recent_keys.len() / list.dim - kept;
+    let recent = |rows: &[T], dim: usize| [&vec![T::zero(); (slots - kept) * dim][..], &rows[stale * dim..]].concat();
     let edge = list.seq_len.checked_sub(settings.window + 1);
     HostList {
         kept_from: if settings.folds() {
@@ -301,11 +330,11 @@ fn held_merging<T: Both>(list: &List<T>) -> HostList<T> {
         tokens: list.tokens.to_vec(),
         chain: match &list.open {
             Some(chain) => Some(chain.rows().map(<[f32]>::to_vec)),
-            None => edge.map(|_| std::array::from_fn(|_| vec![0.0; dim])),
+            None => edge.map(|_| std::array::from_fn(|row| vec![0.0; dims[row % 2]])),
         },
         chain_size: list.open.as_ref().map_or(0, |chain| chain.size as u32),
-        recent_k: recent(&list.recent_keys),
-        recent_v: recent(&list.recent_values),
+        recent_k: recent(&list.recent_keys, dims[0]),
+        recent_v: recent(&list.recent_values, dims[1]),
         bits: list.bits.clone(),
         run: list.run.start.as_ref().map(|(token, key)| (*token, narrowed(key))),
         last_key: narrowed(&list.run.last_key),
@@ -316,10 +345,11 @@ fn held_merging<T: Both>(list: &List<T>) -> HostList<T> {
 }
 
 fn held_plain<T: Both>(list: &List<T>, config: &CompressionConfig) -> HostList<T> {
-    let (dim, seq_len, window) = (list.dim, list.seq_len, config.window);
+    let (seq_len, window) = (list.seq_len, config.window);
     let open = list.open.as_ref().map(ChainFold::rows);
     // The rows of these tokens; zeros for those that have left the sliding window.
     let rows = |closed: &[T], index: usize, tokens: Range<usize>| -> Vec<T> {
+        let dim = [list.dim, list.value_dim][index];
         let last = open.map_or_else(Vec::new, |rows| narrowed(rows[index]));
         let row = |token: usize| match token.checked_sub(list.kept_from) {
             None => vec![T::zero(); dim],

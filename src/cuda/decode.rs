@@ -1,6 +1,8 @@
-//! Launches of `cuda/cache/decode.cu`: one new token per list of a ragged cache whose lengths only the device knows.
+//! Launches of `cuda/cache/decode.cu` and `decode_values.cu`: one new token per list of a ragged cache whose lengths
+//! only the device knows.
 
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch};
+use super::operands::padded;
 use super::params::{CacheParams, DecodeParams};
 use candle_core::{bail, Result};
 
@@ -62,7 +64,7 @@ const LONG: usize = 16_000;
 /// The most parts of a row; one warp joins them.
 const MOST_SPLITS: usize = 128;
 
-/// Resident blocks of a multiprocessor: `DECODE_BLOCKS` in cuda/cache/decode.cu.
+/// Resident blocks of a multiprocessor: `DECODE_BLOCKS` in cuda/cache/decode_step.cuh.
 fn resident<T: GpuElement>(together: usize) -> usize {
     match (T::HALF, together) {
         (true, 1) => 4,
@@ -71,7 +73,7 @@ fn resident<T: GpuElement>(together: usize) -> usize {
     }
 }
 
-/// The output rows (batch * heads, D). Does not wait for the device.
+/// The output rows (batch * heads, Dv). Does not wait for the device.
 ///
 /// # Errors
 /// A head size that the kernels do not accept, or an error of a launch.
@@ -84,10 +86,11 @@ pub(crate) fn decode<G: Gpu, T: GpuElement>(
     let sizes = call.params.sizes;
     let [batch, heads, lists, head_dim] =
         [sizes.batch, sizes.heads, sizes.lists, sizes.head_dim].map(|size| size as usize);
-    if head_dim % 8 != 0 || head_dim > 256 {
+    let value_dim = call.params.value_dim as usize;
+    if [head_dim, value_dim].iter().any(|dim| dim % 8 != 0 || *dim > 256) {
         bail!(
-            "query: expected a head_dim that is a multiple of 8 and at most 256 on CUDA, got {head_dim}; \
-             pad the head or move the tensors with to_device(&Device::Cpu)"
+            "query: expected head sizes that are multiples of 8 and at most 256 on CUDA, got {head_dim} for keys and \
+             {value_dim} for values; pad the heads or move the tensors with to_device(&Device::Cpu)"
         )
     }
     let (group, lists, rows) = (heads / lists, batch * lists, batch * heads);
@@ -106,14 +109,10 @@ pub(crate) fn decode<G: Gpu, T: GpuElement>(
         appends: u32::from(call.appended.is_some()),
         scale: (call.scale * std::f64::consts::LOG2_E) as f32,
     };
-    let dim = match head_dim {
-        0..=64 => 64,
-        65..=128 => 128,
-        _ => 256,
-    };
-    let room = rows * (splits + 1) * (head_dim + 2);
+    let dim = padded(head_dim.max(value_dim));
+    let room = rows * (splits + 1) * (value_dim + 2);
     let mut kept = Scratch::fitting(gpu, scratch.take(), room, lists)?;
-    let mut output = gpu.alloc::<T>(rows * head_dim)?;
+    let mut output = gpu.alloc::<T>(rows * value_dim)?;
     let appended = call.appended.as_ref();
     let mut args = vec![
         gpu.read(call.queries),
@@ -133,7 +132,13 @@ pub(crate) fn decode<G: Gpu, T: GpuElement>(
         threads: 128,
         shared_bytes: 0,
     };
-    gpu.launch(&Kernel::of::<T>(&format!("decode_{dim}_{together}")), launch, &args)?;
+    let name = if value_dim == head_dim {
+        "decode"
+    } else {
+        "decode_values"
+    };
+    let kernel = Kernel::of::<T>(&format!("{name}_{dim}_{together}"));
+    gpu.launch(&kernel, launch, &args)?;
     drop(args);
     // A launch that failed drops its counters.
     *scratch = Some(kept);

@@ -250,7 +250,7 @@ pub(crate) struct SpreadParams {
 
 params!(DecodeParams: 20);
 
-/// The parameters of `cuda/cache/decode.cu`, besides [`CacheParams`].
+/// The parameters of `cuda/cache/decode_step.cuh`, besides [`CacheParams`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct DecodeParams {
@@ -270,7 +270,7 @@ pub(crate) struct DecodeParams {
 /// As in cuda/lib/params.cuh: no sliding window.
 pub(crate) const NO_SLIDE: u32 = u32::MAX;
 
-params!(CacheParams: 208, CacheAttendParams: 96, CopyParams: 20);
+params!(CacheParams: 216, CacheAttendParams: 112, PadParams: 48, CopyParams: 24);
 
 /// The parameters of `cache_append`: `sizes.tokens` new tokens, after `first` earlier ones.
 #[repr(C)]
@@ -298,6 +298,9 @@ pub(crate) struct CacheParams {
     /// The score of the first new token of the first list, and the number of scores from list to list.
     pub scores_first: u32,
     pub scores_stride: u32,
+    pub value_dim: u32,
+    /// The size of the rows of a first chunk's columns.
+    pub column_dim: u32,
 }
 
 /// The parameters of `cache_attend`: a row that sees the whole cache.
@@ -321,15 +324,29 @@ pub(crate) struct CacheAttendParams {
     pub softcap: f32,
     /// L of the sliding window; [`NO_SLIDE`] for none.
     pub slide: u32,
+    pub value_dim: u32,
+    /// Dropout counts heads over all batch rows, rows and tokens from these on.
+    pub drawn_from: [u32; 3],
+}
+
+/// The parameters of `cache_pad`: rows of `dim` numbers become rows of `padded` numbers.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PadParams {
+    pub rows: Rows,
+    pub heads: u32,
+    pub tokens: u32,
+    pub dim: u32,
+    pub padded: u32,
 }
 
 /// The parameters of `cache_copy`, counted in numbers.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CopyParams {
+    pub to_offset: u64,
     pub from_stride: u32,
     pub to_stride: u32,
-    pub to_offset: u32,
     pub count: u32,
     /// Numbers for each of a list's `lengths`.
     pub unit: u32,

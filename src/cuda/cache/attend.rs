@@ -5,13 +5,14 @@ use crate::config::AttentionOptions;
 use crate::cuda::extras::{softcap_in_base_2, ExtraBuffers};
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch};
 use crate::cuda::params::{BiasEntries, CacheAttendParams, DropoutParams};
+use crate::problem::Problem;
 use candle_core::Result;
 
 /// `WARPS` in cuda/cache/cache_attend.cu.
 const WARPS: usize = 8;
 
 impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
-    /// The output rows (B * H, D) of the last token; the bias is a view whose row axis starts at that token.
+    /// The output rows (B * H, Dv) of the last token; the bias is a view whose row axis starts at that token.
     pub(super) fn attend(
         &self,
         gpu: &G,
@@ -19,7 +20,12 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         options: &AttentionOptions,
         extras: ExtraBuffers<'_, G>,
     ) -> Result<G::Slice<T>> {
-        let (heads, head_dim) = (self.settings.problem.heads, self.settings.problem.head_dim);
+        let Problem {
+            heads,
+            head_dim,
+            value_dim,
+            ..
+        } = self.settings.problem;
         let rows = self.batch * heads;
         let dropout = DropoutParams::new(options);
         let params = CacheAttendParams {
@@ -36,8 +42,10 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             dropout_scale: dropout.scale,
             softcap: softcap_in_base_2(options),
             slide: self.slide(),
+            value_dim: value_dim as u32,
+            drawn_from: extras.drawn_from,
         };
-        let mut output = gpu.alloc::<T>(rows * head_dim)?;
+        let mut output = gpu.alloc::<T>(rows * value_dim)?;
         let state = &self.state;
         let args = [
             gpu.read(queries),
@@ -60,7 +68,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             grid: [rows, 1, 1],
             threads: 32 * WARPS,
             // A warp's maximum and sum, and its part of the output.
-            shared_bytes: WARPS * (2 + head_dim) * size_of::<f32>(),
+            shared_bytes: WARPS * (2 + value_dim) * size_of::<f32>(),
         };
         gpu.launch(&Kernel::of::<T>("cache_attend"), launch, &args)?;
         drop(args);

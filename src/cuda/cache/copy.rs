@@ -14,6 +14,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     pub fn select(&self, gpu: &G, rows: &[usize]) -> Result<Self> {
         let (lists, heads) = (self.settings.lists, self.settings.problem.heads);
         let (dim, window) = (self.settings.problem.head_dim, self.settings.config.window);
+        let value_dim = self.settings.problem.value_dim;
         let of = |per_row: usize| -> Result<G::Slice<u32>> {
             let all = rows.iter().flat_map(|row| row * per_row..(row + 1) * per_row);
             gpu.upload(&all.map(|index| index as u32).collect::<Vec<_>>())
@@ -27,11 +28,11 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         };
         let (by_list, by_head) = (copier(lists, &list_sources), copier(heads, &head_sources));
         let (suffix, capacity) = (T::SUFFIX, [self.capacity; 2]);
-        let far = |x| by_list.rows(suffix, x, Some(&self.state.lengths), capacity, dim);
-        let local = |x| by_list.all(suffix, x, (window + 1) * dim);
+        let far = |x, dim| by_list.rows(suffix, x, Some(&self.state.lengths), capacity, dim);
+        let local = |x, dim| by_list.all(suffix, x, (window + 1) * dim);
         let row = |x: &G::Slice<T>| by_list.all(suffix, x, dim);
         let words = |x| by_list.all("u32", x, 1);
-        let some = |x: &Option<G::Slice<T>>| x.as_ref().map(row).transpose();
+        let some = |x: &Option<G::Slice<T>>, dim| x.as_ref().map(|x| by_list.all(suffix, x, dim)).transpose();
         Ok(Self {
             settings: self.settings.clone(),
             batch: rows.len(),
@@ -45,8 +46,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 .collect(),
             tests: by_head.all("f32", &self.tests, 2)?,
             state: ListBuffers {
-                far_k: far(&self.state.far_k)?,
-                far_v: far(&self.state.far_v)?,
+                far_k: far(&self.state.far_k, dim)?,
+                far_v: far(&self.state.far_v, value_dim)?,
                 far_ln: match &self.state.far_ln {
                     Some(ln) => Some(by_list.rows("f32", ln, Some(&self.state.lengths), capacity, 1)?),
                     None => None,
@@ -54,18 +55,18 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 far_tokens: by_list.rows("u32", &self.state.far_tokens, Some(&self.state.lengths), capacity, 1)?,
                 lengths: words(&self.state.lengths)?,
                 starts: self.starts_of(gpu, rows)?,
-                local_k: local(&self.state.local_k)?,
-                local_v: local(&self.state.local_v)?,
+                local_k: local(&self.state.local_k, dim)?,
+                local_v: local(&self.state.local_v, value_dim)?,
                 local_ln: match &self.state.local_ln {
                     Some(ln) => Some(by_list.all("f32", ln, window + 1)?),
                     None => None,
                 },
                 local_lengths: words(&self.state.local_lengths)?,
                 chain_k: by_list.all("f32", &self.state.chain_k, dim)?,
-                chain_v: by_list.all("f32", &self.state.chain_v, dim)?,
+                chain_v: by_list.all("f32", &self.state.chain_v, value_dim)?,
                 chain_sizes: words(&self.state.chain_sizes)?,
-                previous_k: some(&self.state.previous_k)?,
-                previous_v: some(&self.state.previous_v)?,
+                previous_k: some(&self.state.previous_k, dim)?,
+                previous_v: some(&self.state.previous_v, value_dim)?,
                 bits: by_list.all("u32", &self.state.bits, window + 1)?,
                 run_starts: words(&self.state.run_starts)?,
                 run_keys: row(&self.state.run_keys)?,
@@ -103,6 +104,34 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         gpu.upload(&[of(starts), of(kept_from)].concat())
     }
 
+    /// Lists of one batch row alone.
+    ///
+    /// # Errors
+    /// An error of the device.
+    pub fn row(&self, gpu: &G, row: usize) -> Result<Self> {
+        if self.seq_len > 0 {
+            return self.select(gpu, &[row]);
+        }
+        let heads = self.settings.problem.heads;
+        let mut lists = Self::empty(
+            gpu,
+            self.settings.clone(),
+            self.head_tests[row * heads..][..heads].to_vec(),
+        )?;
+        lists.sliding_window = self.sliding_window;
+        Ok(lists)
+    }
+
+    /// The same lists without a token.
+    ///
+    /// # Errors
+    /// An error of the device.
+    pub fn anew(&self, gpu: &G) -> Result<Self> {
+        let mut lists = Self::empty(gpu, self.settings.clone(), self.head_tests.clone())?;
+        lists.sliding_window = self.sliding_window;
+        Ok(lists)
+    }
+
     /// A copy of all lists.
     ///
     /// # Errors
@@ -128,9 +157,9 @@ impl<G: Gpu> Copier<'_, G> {
     pub fn all<T: Number>(&self, suffix: &str, from: &G::Slice<T>, count: usize) -> Result<G::Slice<T>> {
         let mut to = self.gpu.alloc::<T>(self.lists * count)?;
         let params = CopyParams {
+            to_offset: 0,
             from_stride: count as u32,
             to_stride: count as u32,
-            to_offset: 0,
             count: count as u32,
             unit: 0,
         };
@@ -161,9 +190,9 @@ impl<G: Gpu> Copier<'_, G> {
         };
         let mut to = self.gpu.zeros::<T>(self.lists * new * unit)?;
         let params = CopyParams {
+            to_offset: 0,
             from_stride: (old * unit) as u32,
             to_stride: (new * unit) as u32,
-            to_offset: 0,
             count: largest.min((old.min(new) * unit) as u32),
             unit: unit as u32,
         };
@@ -178,6 +207,27 @@ impl<G: Gpu> Copier<'_, G> {
         )?;
         Ok(to)
     }
+}
+
+/// Copies `heads` blocks of `count` numbers to places `stride` apart, from `first` on.
+///
+/// # Errors
+/// An error of the device.
+pub(crate) fn paste<G: Gpu, T: GpuElement>(
+    gpu: &G,
+    (from, count): (&G::Slice<T>, usize),
+    (to, stride): (&mut G::Slice<T>, usize),
+    heads: usize,
+    first: usize,
+) -> Result<()> {
+    let params = CopyParams {
+        to_offset: first as u64,
+        from_stride: count as u32,
+        to_stride: stride as u32,
+        count: count as u32,
+        unit: 0,
+    };
+    copy(gpu, T::SUFFIX, from, [None; 3], to, heads, &params)
 }
 
 /// Launches `cache_copy`. `lengths` and `starts`, if given, hold the entries of each old list to copy: its first ones,

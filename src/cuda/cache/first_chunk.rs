@@ -1,18 +1,20 @@
 //! A cache's first chunk: decisions and folds of attention over a whole sequence, whose columns become the cache's
-//! lists.
+//! lists. Keys and values of two sizes are padded to one for it, as in `src/cuda/sizes.rs`; the lists are not.
 
+use super::copy::copy;
 use super::{room, DeviceLists};
-use crate::config::{AttentionOptions, Criterion};
+use crate::config::{AttentionOptions, Criterion, HeadStrategies};
 use crate::cuda::attention::Attention;
 use crate::cuda::decide::{self, DecideCall, ScoreCall};
 use crate::cuda::decode::StateArgs;
-use crate::cuda::extras::ExtraBuffers;
+use crate::cuda::extras::{ExtraBuffers, ScoreBuffer};
 use crate::cuda::fold::FoldCall;
 use crate::cuda::forward::forward;
 use crate::cuda::observe;
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use crate::cuda::operands::{ColumnBuffers, Part};
-use crate::problem::Problem;
+use crate::cuda::params::{CopyParams, PadParams, Rows};
+use crate::problem::{Problem, RowLayout};
 use candle_core::Result;
 
 impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
@@ -26,15 +28,38 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         options: Option<&AttentionOptions>,
         extras: ExtraBuffers<'_, G>,
     ) -> Result<Option<G::Slice<T>>> {
-        let [q, k, v] = qkv;
         let settings = self.settings.clone();
+        let (raw, dim) = (qkv, settings.column_dim());
+        let Problem {
+            heads,
+            kv_heads,
+            head_dim,
+            value_dim,
+            ..
+        } = settings.problem;
         let problem = Problem {
             tokens: count,
             queries: count,
             batch: self.batch,
+            head_dim: dim,
+            value_dim: dim,
             ..settings.problem
         };
-        let (config, strategies) = (&settings.config, &settings.strategies);
+        let pad = |source: Source<'_, G, T>, heads, from| match from == dim {
+            true => Ok(None),
+            false => resized(gpu, source, [self.batch, heads, count], [from, dim]).map(Some),
+        };
+        let padded = [
+            pad(raw[0], heads, head_dim)?,
+            pad(raw[1], kv_heads, head_dim)?,
+            pad(raw[2], kv_heads, value_dim)?,
+        ];
+        let source = |which: usize, heads| match &padded[which] {
+            Some(padded) => (padded, contiguous(heads, count, dim)),
+            None => raw[which],
+        };
+        let (q, k, v) = (source(0, heads), source(1, kv_heads), source(2, kv_heads));
+        let (config, strategies) = (&settings.config, &HeadStrategies::of_tests(&self.head_tests, heads));
         let call = DecideCall {
             problem,
             q,
@@ -45,7 +70,11 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         };
         let (plain, default) = (options.is_none(), AttentionOptions::default());
         let options = options.unwrap_or(&default);
-        let scale = options.scale(problem.head_dim);
+        let scale = options.scale(head_dim);
+        let scaled = AttentionOptions {
+            softmax_scale: Some(scale),
+            ..options.clone()
+        };
         let bits = match config.criterion {
             Criterion::ObservedMass => observe::indicators(gpu, &call, v, scale)?,
             Criterion::QueryKey | Criterion::KeyKey => decide::indicators(gpu, &call)?,
@@ -55,7 +84,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                     strategies,
                     config,
                 }
-                .indicators(gpu, scores.data)?,
+                .indicators(gpu, &own_scores(gpu, scores, problem.batch * kv_heads, count)?)?,
                 None => decide::indicators(gpu, &call)?,
             },
         };
@@ -74,21 +103,31 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             bias: extras.bias,
             sinks: extras.sinks,
             column_bias: None,
-            options,
-            part: Part::default(),
+            options: &scaled,
+            part: Part {
+                first_row: 0,
+                drawn_from: extras.drawn_from,
+            },
         };
         let (output, columns) = if plain {
             (None, None)
         } else {
             let folded = attention.folded(gpu, false)?;
             let output = forward(gpu, &attention.call(&folded), false)?.output;
+            let output = match value_dim == dim {
+                true => output,
+                false => {
+                    let output = (&output, contiguous(heads, count, dim));
+                    resized(gpu, output, [self.batch, heads, count], [dim, value_dim])?
+                }
+            };
             (Some(output), folded.columns)
         };
         let columns = match columns {
             Some(columns) => columns,
             None => attention.fold.columns(gpu, false)?,
         };
-        self.adopt(gpu, qkv, (count, scale), (&bits, &columns), extras)?;
+        self.adopt(gpu, raw, (count, scale), (&bits, &columns), extras)?;
         Ok(output)
     }
 
@@ -116,8 +155,9 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         self.live(gpu)?;
         // The old buffers hold nothing yet.
         self.capacity = room(self.bound);
-        let (rows, dim) = (all * self.capacity, self.settings.problem.head_dim);
-        (self.state.far_k, self.state.far_v) = (gpu.zeros(rows * dim)?, gpu.zeros(rows * dim)?);
+        let (rows, sizes) = (all * self.capacity, self.settings.problem);
+        self.state.far_k = gpu.zeros(rows * sizes.head_dim)?;
+        self.state.far_v = gpu.zeros(rows * sizes.value_dim)?;
         if self.state.far_ln.is_some() {
             self.state.far_ln = Some(gpu.zeros(rows)?);
         }
@@ -148,6 +188,59 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         }
         self.seq_len = count;
         Ok(())
+    }
+}
+
+/// Rows of `from` numbers, padded with zeros to or cut off after `to` numbers: contiguous (B, heads, tokens, to).
+fn resized<G: Gpu, T: GpuElement>(
+    gpu: &G,
+    (data, layout): Source<'_, G, T>,
+    [batch, heads, tokens]: [usize; 3],
+    [from, to]: [usize; 2],
+) -> Result<G::Slice<T>> {
+    let mut out = gpu.alloc::<T>(batch * heads * tokens * to)?;
+    let params = PadParams {
+        rows: Rows::new(&layout),
+        heads: heads as u32,
+        tokens: tokens as u32,
+        dim: from as u32,
+        padded: to as u32,
+    };
+    let args = [gpu.read(data), gpu.write(&mut out), gpu.value(&params)];
+    let launch = Launch::warps(tokens, batch * heads);
+    gpu.launch(&Kernel::of::<T>("cache_pad"), launch, &args)?;
+    drop(args);
+    Ok(out)
+}
+
+/// The scores (lists, count) of these tokens alone.
+fn own_scores<G: Gpu>(gpu: &G, scores: ScoreBuffer<'_, G>, lists: usize, count: usize) -> Result<G::Slice<f32>> {
+    let mut own = gpu.alloc::<f32>(lists * count)?;
+    let params = CopyParams {
+        to_offset: 0,
+        from_stride: scores.stride as u32,
+        to_stride: count as u32,
+        count: count as u32,
+        unit: 1,
+    };
+    let first = gpu.upload(&vec![scores.first as u32; lists])?;
+    copy(
+        gpu,
+        "f32",
+        scores.data,
+        [None, Some(&first), None],
+        &mut own,
+        lists,
+        &params,
+    )?;
+    Ok(own)
+}
+
+fn contiguous(heads: usize, tokens: usize, dim: usize) -> RowLayout {
+    RowLayout {
+        offset: 0,
+        strides: [heads * tokens * dim, tokens * dim, dim],
+        dim,
     }
 }
 

@@ -14,6 +14,7 @@ use crate::cuda::on_gpu::{Gpu, GpuElement, Source};
 use crate::cuda::params::{BiasEntries, CacheParams, Rows, Sizes, NO_SLIDE};
 use crate::problem::Problem;
 use candle_core::{bail, Result};
+pub(crate) use copy::paste;
 use state::ListBuffers;
 pub(crate) use transfer::{HostList, HostLists};
 
@@ -41,13 +42,17 @@ struct CacheSettings {
     /// Whether nothing can ever be hidden.
     dense: bool,
     config: CompressionConfig,
-    strategies: HeadStrategies,
 }
 
 impl CacheSettings {
     /// Raw keys that a list with observed mass keeps: the keys of the sinks and of the window.
     fn seen_keys(&self) -> usize {
         self.config.sinks + self.config.window
+    }
+
+    /// The size of keys and values in a first chunk's columns, which are padded to one.
+    fn column_dim(&self) -> usize {
+        self.problem.head_dim.max(self.problem.value_dim)
     }
 }
 
@@ -91,7 +96,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         config: &CompressionConfig,
         head_tests: Vec<HeadTest>,
     ) -> Result<Self> {
-        let (dim, window) = (problem.head_dim, config.window);
+        let window = config.window;
         if config.criterion.observes() && config.sinks > WIDEST {
             bail!(
                 "sinks: expected at most {WIDEST} for a KV cache on CUDA that decides by ObservedMass, got {}; use \
@@ -105,11 +110,13 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                  MergeStrategy::Off where nothing shall merge"
             )
         }
-        if dim % 8 != 0 || dim > 256 {
-            bail!(
-                "query: expected a head_dim that is a multiple of 8 and at most 256 on CUDA, got {dim}; pad the head \
-                 or move the tensors with to_device(&Device::Cpu)"
-            )
+        for (name, dim) in [("query", problem.head_dim), ("value", problem.value_dim)] {
+            if dim % 8 != 0 || dim > 256 {
+                bail!(
+                    "{name}: expected a head_dim that is a multiple of 8 and at most 256 on CUDA, got {dim}; pad the \
+                     head or move the tensors with to_device(&Device::Cpu)"
+                )
+            }
         }
         let dense = strategies.all_off();
         let settings = CacheSettings {
@@ -117,25 +124,37 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             lists: lists(problem, dense, config.group_rule.heads_agree()),
             dense,
             config: config.clone(),
-            strategies: strategies.clone(),
         };
+        Self::empty(gpu, settings, head_tests)
+    }
+
+    /// Lists without a token; `head_tests` are those of all batch rows.
+    fn empty(gpu: &G, settings: CacheSettings, head_tests: Vec<HeadTest>) -> Result<Self> {
+        let batch = head_tests.len() / settings.problem.heads;
         Ok(Self {
-            batch: problem.batch,
+            batch,
             seq_len: 0,
             capacity: GROWTH,
             bound: 0,
             sliding_window: None,
             tests: gpu.upload(&decide::table(&head_tests))?,
             head_tests,
-            state: ListBuffers::new(gpu, &settings, problem.batch)?,
+            state: ListBuffers::new(gpu, &settings, batch)?,
             settings,
             scratch: None,
         })
     }
 
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
     pub fn seq_len(&self) -> usize {
         self.seq_len
+    }
+
+    pub fn sliding_window(&self) -> Option<Option<usize>> {
+        self.sliding_window
     }
 
     /// The number of lists over all batch rows.
@@ -182,19 +201,25 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
 
     /// Bytes of `entries` closed chains over all lists, and of all buffers of fixed size.
     fn bytes_of(&self, entries: usize) -> usize {
-        let (dim, all, window) = (self.settings.problem.head_dim, self.all(), self.settings.config.window);
+        let Problem {
+            heads,
+            head_dim: dim,
+            value_dim,
+            ..
+        } = self.settings.problem;
+        let (both, all, window) = (dim + value_dim, self.all(), self.settings.config.window);
         let ln = if self.state.far_ln.is_some() { 4 } else { 0 };
-        let (row, local) = (2 * dim * size_of::<T>() + ln + 4, all * (window + 1));
+        let (row, local) = (both * size_of::<T>() + ln + 4, all * (window + 1));
         let pair_sums = match &self.state.last_queries {
-            Some(_) => (2 * all + self.batch * self.settings.problem.heads) * dim * size_of::<T>(),
+            Some(_) => (all * both + self.batch * heads * dim) * size_of::<T>(),
             None => 0,
         };
         let observed = match &self.state.observed {
             Some(_) => all * (self.settings.seen_keys() * (dim * size_of::<T>() + 4) + 8 * window),
             None => 0,
         };
-        // Two rows of f32, two of T, and six words per list. A local row's fifth word is its bit.
-        (entries + local) * row + all * (2 * dim * (4 + size_of::<T>()) + 24) + pair_sums + observed
+        // A key and a value in f32, two keys in T, and six words per list. A local row's fifth word is its bit.
+        (entries + local) * row + all * (both * 4 + 2 * dim * size_of::<T>() + 24) + pair_sums + observed
     }
 
     /// Bytes in use. Waits for the device.
@@ -273,6 +298,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             slide: self.slide(),
             scores_first: extras.scores.map_or(0, |scores| limited(scores.first)),
             scores_stride: extras.scores.map_or(0, |scores| limited(scores.stride)),
+            value_dim: self.settings.problem.value_dim as u32,
+            column_dim: self.settings.column_dim() as u32,
         })
     }
 }

@@ -6,7 +6,7 @@ use crate::cuda::decode::StateArgs;
 use crate::cuda::on_gpu::{Gpu, GpuElement};
 use candle_core::Result;
 
-/// The lists' buffers.
+/// The lists' buffers. Rows of values, in buffers `*_v`, have Dv numbers, other rows D.
 pub(super) struct ListBuffers<G: Gpu, T: GpuElement> {
     pub far_k: G::Slice<T>,
     pub far_v: G::Slice<T>,
@@ -46,7 +46,8 @@ pub(super) struct ObservedBuffers<G: Gpu, T: GpuElement> {
 impl<G: Gpu, T: GpuElement> ListBuffers<G, T> {
     /// Empty lists of `batch` rows, with room for [`GROWTH`] entries each.
     pub fn new(gpu: &G, settings: &CacheSettings, batch: usize) -> Result<Self> {
-        let (all, dim, config) = (batch * settings.lists, settings.problem.head_dim, &settings.config);
+        let (all, config) = (batch * settings.lists, &settings.config);
+        let (dim, value_dim) = (settings.problem.head_dim, settings.problem.value_dim);
         let local = all * (config.window + 1);
         let rows = |wanted: bool, len: usize| -> Result<Option<G::Slice<T>>> {
             match wanted {
@@ -64,20 +65,20 @@ impl<G: Gpu, T: GpuElement> ListBuffers<G, T> {
         };
         Ok(Self {
             far_k: gpu.zeros(all * GROWTH * dim)?,
-            far_v: gpu.zeros(all * GROWTH * dim)?,
+            far_v: gpu.zeros(all * GROWTH * value_dim)?,
             far_ln: ln(all * GROWTH)?,
             far_tokens: gpu.zeros(all * GROWTH)?,
             lengths: gpu.zeros(all)?,
             starts: gpu.zeros(2 * all)?,
             local_k: gpu.zeros(local * dim)?,
-            local_v: gpu.zeros(local * dim)?,
+            local_v: gpu.zeros(local * value_dim)?,
             local_ln: ln(local)?,
             local_lengths: gpu.zeros(all)?,
             chain_k: gpu.zeros(all * dim)?,
-            chain_v: gpu.zeros(all * dim)?,
+            chain_v: gpu.zeros(all * value_dim)?,
             chain_sizes: gpu.zeros(all)?,
             previous_k: rows(config.fold.sums_pairs(), all * dim)?,
-            previous_v: rows(config.fold.sums_pairs(), all * dim)?,
+            previous_v: rows(config.fold.sums_pairs(), all * value_dim)?,
             bits: gpu.zeros(local)?,
             run_starts: gpu.upload(&vec![NO_RUN; all])?,
             run_keys: gpu.zeros(all * dim)?,

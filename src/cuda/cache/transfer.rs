@@ -9,7 +9,7 @@ use crate::cuda::params::NO_SLIDE;
 use crate::problem::Problem;
 use candle_core::Result;
 
-/// One list; a row has D numbers.
+/// One list; a key has D numbers, and a value Dv.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct HostList<T> {
     /// Closed chains, and the last token of each; the first token of these chains, 0 until one left the sliding window.
@@ -62,7 +62,17 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// # Errors
     /// An error of the device.
     pub fn to_host(&self, gpu: &G) -> Result<HostLists<T>> {
-        let (state, dim, window) = (&self.state, self.settings.problem.head_dim, self.settings.config.window);
+        if self.seq_len == 0 {
+            return Ok(HostLists {
+                seq_len: 0,
+                sliding_window: self.sliding_window,
+                lists: vec![HostList::default(); self.all()],
+                last_queries: None,
+                tests: self.head_tests.clone(),
+            });
+        }
+        let (state, window) = (&self.state, self.settings.config.window);
+        let (dim, value_dim) = (self.settings.problem.head_dim, self.settings.problem.value_dim);
         let (far_k, far_v) = (gpu.download(&state.far_k)?, gpu.download(&state.far_v)?);
         let (far_tokens, lengths) = (gpu.download(&state.far_tokens)?, gpu.download(&state.lengths)?);
         let (local_k, local_v) = (gpu.download(&state.local_k)?, gpu.download(&state.local_v)?);
@@ -87,15 +97,14 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let list = |index: usize| -> HostList<T> {
             let (start, ring) = (starts[index] as usize, index * (window + 1));
             let (length, first) = (lengths[index] as usize - start, index * self.capacity + start);
-            let far = |x: &[T]| x[first * dim..(first + length) * dim].to_vec();
-            let wide = |x: &[T]| -> Vec<f32> { x[index * dim..][..dim].iter().map(|x| x.to_f64() as f32).collect() };
+            let far = |x: &[T], dim| x[first * dim..(first + length) * dim].to_vec();
             let recent = || (oldest..seen).map(|t| ring + t % window.max(1));
-            let (mut recent_k, mut recent_v) = (pick(&local_k, recent(), dim), pick(&local_v, recent(), dim));
+            let (mut recent_k, mut recent_v) = (pick(&local_k, recent(), dim), pick(&local_v, recent(), value_dim));
             let (mut masses, mut sink_keys) = (Vec::new(), Vec::new());
             if let Some((keys, all_masses)) = &observed {
                 let (sinks, all) = (self.settings.config.sinks, index * self.settings.seen_keys());
                 let raw = pick(keys, (oldest..seen).map(|t| all + sinks + t % window), dim);
-                unquarantine(&mut recent_k, &mut recent_v, &raw, dim);
+                unquarantine(&mut recent_k, &mut recent_v, &raw, [dim, value_dim]);
                 masses = (oldest..seen)
                     .map(|t| all_masses[index * window + t % window])
                     .collect();
@@ -103,14 +112,22 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             }
             HostList {
                 kept_from: starts[self.all() + index] as usize,
-                far_k: far(&far_k),
-                far_v: far(&far_v),
+                far_k: far(&far_k, dim),
+                far_v: far(&far_v, value_dim),
                 tokens: far_tokens[first..first + length].to_vec(),
                 chain: (seen > window).then(|| {
-                    let sum = |x: &[f32]| x[index * dim..][..dim].to_vec();
-                    let raw = |x: Option<&Vec<T>>| x.map_or_else(|| vec![0.0; dim], |x| wide(x));
+                    let sum = |x: &[f32], dim: usize| x[index * dim..][..dim].to_vec();
+                    let raw = |x: Option<&Vec<T>>, dim: usize| match x {
+                        Some(x) => x[index * dim..][..dim].iter().map(|x| x.to_f64() as f32).collect(),
+                        None => vec![0.0; dim],
+                    };
                     let (k, v) = (previous.as_ref().map(|x| &x.0), previous.as_ref().map(|x| &x.1));
-                    [sum(&chain_k), sum(&chain_v), raw(k), raw(v)]
+                    [
+                        sum(&chain_k, dim),
+                        sum(&chain_v, value_dim),
+                        raw(k, dim),
+                        raw(v, value_dim),
+                    ]
                 }),
                 chain_size: chain_sizes[index],
                 recent_k,
@@ -133,8 +150,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         })
     }
 
-    /// Uploads the lists of [`Self::to_host`] or of a cache on the CPU: one list for each of this device's, with at
-    /// least one token.
+    /// Uploads the lists of [`Self::to_host`] or of a cache on the CPU: one list for each of this device's.
     ///
     /// # Errors
     /// As [`Self::new`].
@@ -146,10 +162,13 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         host: &HostLists<T>,
     ) -> Result<Self> {
         let mut new = Self::with_tests(gpu, problem, strategies, config, host.tests.clone())?;
+        new.sliding_window = host.sliding_window;
+        if host.seq_len == 0 {
+            return Ok(new);
+        }
         new.bound = host.lists.iter().map(|list| list.tokens.len()).max().unwrap_or(0);
         new.capacity = room(new.bound);
         new.seq_len = host.seq_len;
-        new.sliding_window = host.sliding_window;
         let kept_from = host.lists.iter().map(|list| list.kept_from as u32);
         let starts: Vec<u32> = vec![0; host.lists.len()].into_iter().chain(kept_from).collect();
         new.state.starts = gpu.upload(&starts)?;
@@ -157,6 +176,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             gpu,
             host,
             dim: problem.head_dim,
+            value_dim: problem.value_dim,
             window: config.window,
         };
         let sizes = upload.closed(&mut new.state, new.capacity)?;
@@ -167,9 +187,14 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         }
         // A buffer is never empty.
         let rows = config.window.max(1);
-        let recent_k = upload.rows(rows, |list, to| upload.ring(&list.recent_k, to))?;
-        let recent_v = upload.rows(rows, |list, to| upload.ring(&list.recent_v, to))?;
+        let (dim, value_dim) = (problem.head_dim, problem.value_dim);
+        let recent_k = upload.rows(rows, dim, |list, to| upload.ring(&list.recent_k, to, dim))?;
+        let recent_v = upload.rows(rows, value_dim, |list, to| upload.ring(&list.recent_v, to, value_dim))?;
         new.restore(gpu, [&recent_k, &recent_v], &sizes)?;
+        // On the CPU a list without a token in a call leaves nothing behind until its next token.
+        if new.slide() != NO_SLIDE {
+            new.slide_lists(gpu)?;
+        }
         Ok(new)
     }
 
@@ -249,14 +274,15 @@ struct Upload<'a, G: Gpu, T: GpuElement> {
     gpu: &'a G,
     host: &'a HostLists<T>,
     dim: usize,
+    value_dim: usize,
     window: usize,
 }
 
 impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
-    /// Uploads `room` rows for each list; `put` fills some of them.
-    fn rows(&self, room: usize, put: impl Fn(&HostList<T>, &mut [T])) -> Result<G::Slice<T>> {
-        let mut data = vec![T::zero(); self.host.lists.len() * room * self.dim];
-        for (list, data) in self.host.lists.iter().zip(data.chunks_exact_mut(room * self.dim)) {
+    /// Uploads `room` rows of `dim` numbers for each list; `put` fills some of them.
+    fn rows(&self, room: usize, dim: usize, put: impl Fn(&HostList<T>, &mut [T])) -> Result<G::Slice<T>> {
+        let mut data = vec![T::zero(); self.host.lists.len() * room * dim];
+        for (list, data) in self.host.lists.iter().zip(data.chunks_exact_mut(room * dim)) {
             put(list, data);
         }
         self.gpu.upload(&data)
@@ -273,17 +299,17 @@ impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
     }
 
     /// Writes raw rows to their tokens' places in the ring.
-    fn ring(&self, rows: &[T], to: &mut [T]) {
-        for (row, t) in rows.chunks_exact(self.dim).zip(self.oldest()..) {
-            to[t % self.window * self.dim..][..self.dim].copy_from_slice(row);
+    fn ring(&self, rows: &[T], to: &mut [T], dim: usize) {
+        for (row, t) in rows.chunks_exact(dim).zip(self.oldest()..) {
+            to[t % self.window * dim..][..dim].copy_from_slice(row);
         }
     }
 
     /// Uploads closed chains, without the logarithms of their sizes; returns the sizes.
     fn closed(&self, state: &mut ListBuffers<G, T>, capacity: usize) -> Result<G::Slice<u32>> {
         let front = |rows: &[T], to: &mut [T]| to[..rows.len()].copy_from_slice(rows);
-        state.far_k = self.rows(capacity, |list, to| front(&list.far_k, to))?;
-        state.far_v = self.rows(capacity, |list, to| front(&list.far_v, to))?;
+        state.far_k = self.rows(capacity, self.dim, |list, to| front(&list.far_k, to))?;
+        state.far_v = self.rows(capacity, self.value_dim, |list, to| front(&list.far_v, to))?;
         let all = self.host.lists.len() * capacity;
         let (mut tokens, mut sizes) = (vec![0u32; all], vec![1u32; all]);
         for (index, list) in self.host.lists.iter().enumerate() {
@@ -304,13 +330,13 @@ impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
 
     /// Uploads open chains and the number of local columns.
     fn chains(&self, state: &mut ListBuffers<G, T>) -> Result<()> {
-        let (seen, window, dim) = (self.host.seq_len, self.window, self.dim);
+        let (seen, window, dims) = (self.host.seq_len, self.window, [self.dim, self.value_dim]);
         state.local_lengths = self.words(|_| (seen.min(window) + usize::from(seen > window)) as u32)?;
         state.chain_sizes = self.words(|list| list.chain_size)?;
         let sums = |which: usize| -> Vec<f32> {
             let row = |list: &HostList<T>| {
                 let rows = list.chain.as_ref();
-                rows.map_or_else(|| vec![0.0; dim], |rows| rows[which].clone())
+                rows.map_or_else(|| vec![0.0; dims[which % 2]], |rows| rows[which].clone())
             };
             self.host.lists.iter().flat_map(row).collect()
         };
@@ -326,12 +352,13 @@ impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
     /// Uploads the state of decisions and folds.
     fn decisions(&self, state: &mut ListBuffers<G, T>) -> Result<()> {
         state.run_starts = self.words(|list| list.run.as_ref().map_or(NO_RUN, |run| run.0 as u32))?;
-        state.run_keys = self.rows(1, |list, to| {
+        state.run_keys = self.rows(1, self.dim, |list, to| {
             if let Some((_, key)) = &list.run {
                 to.copy_from_slice(key);
             }
         })?;
-        state.last_keys = self.rows(1, |list, to| to[..list.last_key.len()].copy_from_slice(&list.last_key))?;
+        let last_key = |list: &HostList<T>, to: &mut [T]| to[..list.last_key.len()].copy_from_slice(&list.last_key);
+        state.last_keys = self.rows(1, self.dim, last_key)?;
         let slots = self.window + 1;
         let mut bits = vec![0u32; self.host.lists.len() * slots];
         for (list, ring) in self.host.lists.iter().zip(bits.chunks_exact_mut(slots)) {
@@ -350,9 +377,9 @@ impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
 
     /// Uploads the state of observed mass, without the norms of values.
     fn observed(&self, observed: &mut ObservedBuffers<G, T>, sinks: usize) -> Result<()> {
-        observed.keys = self.rows(sinks + self.window, |list, to| {
+        observed.keys = self.rows(sinks + self.window, self.dim, |list, to| {
             to[..list.sink_keys.len()].copy_from_slice(&list.sink_keys);
-            self.ring(&list.recent_k, &mut to[sinks * self.dim..]);
+            self.ring(&list.recent_k, &mut to[sinks * self.dim..], self.dim);
         })?;
         let mut masses = vec![0f32; self.host.lists.len() * self.window];
         for (list, to) in self.host.lists.iter().zip(masses.chunks_exact_mut(self.window)) {
@@ -368,8 +395,8 @@ impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
 /// Undoes the replacement of keys and values that are not finite. Attention reads a NaN key and a zero value in their
 /// place, and decisions read the raw key. Both are kept: a finite key gets a value of NaN, which makes the column NaN
 /// again.
-fn unquarantine<T: GpuElement>(keys: &mut [T], values: &mut [T], raw: &[T], dim: usize) {
-    let rows = keys.chunks_exact_mut(dim).zip(values.chunks_exact_mut(dim));
+fn unquarantine<T: GpuElement>(keys: &mut [T], values: &mut [T], raw: &[T], [dim, value_dim]: [usize; 2]) {
+    let rows = keys.chunks_exact_mut(dim).zip(values.chunks_exact_mut(value_dim));
     for ((key, value), raw) in rows.zip(raw.chunks_exact(dim)) {
         let (bad, finite) = (key[0].to_f64().is_nan(), raw.iter().all(|x| x.to_f64().is_finite()));
         key.copy_from_slice(raw);

@@ -7,7 +7,8 @@ use crate::cuda::params::{BiasEntries, CacheParams, Rows, Sizes, NO_SLIDE};
 use crate::problem::{Problem, RowLayout};
 use candle_core::{DType, Device, Result, Tensor};
 
-/// Columns of one kind: keys and values (lists, capacity, D), ln n (lists, capacity) in f32, and each list's length.
+/// Columns of one kind: keys (lists, capacity, D), values (lists, capacity, Dv), ln n (lists, capacity) in f32, and
+/// each list's length.
 pub struct DecodeStore {
     /// The keys.
     pub keys: Tensor,
@@ -45,7 +46,7 @@ fn decode_as<T: GpuElement>(
     local: Option<&DecodeStore>,
     scale: f64,
 ) -> Result<Tensor> {
-    let (rows, head_dim) = queries.dims2()?;
+    let ((rows, head_dim), value_dim) = (queries.dims2()?, far.values.dim(2)?);
     let lists = far.lengths.len();
     let (gpu, most) = (Emulator, far.lengths.iter().max().map_or(0, |most| *most as usize));
     let far = held::<T>(far)?;
@@ -63,7 +64,7 @@ fn decode_as<T: GpuElement>(
         tokens: 1,
         queries: 1,
         head_dim,
-        value_dim: head_dim,
+        value_dim,
         dtype: T::DTYPE,
     };
     let params = CacheParams {
@@ -84,6 +85,8 @@ fn decode_as<T: GpuElement>(
         slide: NO_SLIDE,
         scores_first: 0,
         scores_stride: 0,
+        value_dim: value_dim as u32,
+        column_dim: 0,
     };
     let call = DecodeCall {
         queries: &queries,
@@ -93,7 +96,7 @@ fn decode_as<T: GpuElement>(
         scale,
     };
     let output = launch(&gpu, &call, &mut DecodeArgs { far, local }, &mut None)?.download()?;
-    Tensor::from_vec(output, (rows, head_dim), &Device::Cpu)
+    Tensor::from_vec(output, (rows, value_dim), &Device::Cpu)
 }
 
 /// The cache's arguments without the buffers that only appending needs.
