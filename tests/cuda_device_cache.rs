@@ -10,12 +10,13 @@ use candle_sfattention::{
     AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, HeadStrategies, MergeRule, MergeStrategy,
 };
 use common::budget::Side;
-use common::caches::{part, part_options};
+use common::caches::{part, part_options, strategies};
 use common::device::gpu;
 use common::files::{Contents, TempFile};
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
 use common::judge::{largest, largest_error, Expected, Shares};
 use common::layers::{on_both, Placed};
+use common::segments::{configs, numbers, segments, with, SHAPE};
 use common::settings::{settings, Setting};
 
 const SHAPES: [Shape; 5] = [
@@ -382,6 +383,43 @@ fn truncated_caches_go_on() -> Result<()> {
             let (got, expected) = (chunked(&mut cache, &rest, &[1])?, chunked(&mut fresh, &rest, &[1])?);
             ensure!(values(&got)? == values(&expected)?, "{}: {kept}", setting.name);
         }
+    }
+    Ok(())
+}
+
+/// Segments, and values of another size than keys: the CPU's rows and entries, in chunks, and after a way through rows
+/// apart and together.
+#[test]
+fn segments_and_values_of_another_size() -> Result<()> {
+    let Some(device) = gpu()? else { return Ok(()) };
+    let numbers = numbers();
+    for (index, (config, options)) in configs().into_iter().enumerate() {
+        let (shape, heads) = (SHAPE, strategies(3, &SHAPE, &config)?);
+        let Shape(batch, _, kv_heads, tokens, _) = shape;
+        let [q, k, _] = shape.qkv(1, DType::F32)?;
+        let [_, _, v] = Shape(batch, shape.1, kv_heads, tokens, [16, 40, 8][index % 3]).qkv(2, DType::F32)?;
+        let (cpu, new) = ([q, k, v], || {
+            CompressedKvCache::new(heads.clone(), config.clone(), Default::default())
+        });
+        let (mut cache, mut plain, mut start) = (new()?, new()?, 0);
+        for count in [35, 1, 20, 1, 33] {
+            let rows = part(&cpu, start, count)?;
+            let given = segments(&numbers, start, count)?;
+            let on_gpu = with(given.to_device(&device)?, &options);
+            let [q, k, v] = on(&device, &rows)?;
+            let got = cache.append_and_attend(&q, &k, &v, &on_gpu)?.to_device(&Device::Cpu)?;
+            let expected = plain.append_and_attend(&rows[0], &rows[1], &rows[2], &with(given, &options))?;
+            let what = format!("{config:?} at {start}");
+            assert_close(&what, &got, &expected, 2e-4, 2e-4)?;
+            assert_eq!(cache.lens(), plain.lens(), "{what}");
+            assert!(cache.bytes() <= cache.bytes_allocated(), "{what}");
+            if start % 2 == 1 {
+                cache = CompressedKvCache::cat(&cache.split()?)?;
+            }
+            start += count;
+        }
+        let message = cache.truncate(40).expect_err("truncated").to_string();
+        assert!(message.contains("with segments"), "{message}");
     }
     Ok(())
 }

@@ -7,7 +7,6 @@ mod common;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_sfattention::emulation::EmulatedCache;
-use candle_sfattention::reference::{self, Array4};
 use candle_sfattention::{
     AttentionOptions, CompressedKvCache, CompressionConfig, Criterion, Dropout, Fold, GroupRule, MergeStrategy,
 };
@@ -15,7 +14,7 @@ use common::caches::{chunked as chunked_on_cpu, part, strategies};
 use common::files::TempFile;
 use common::inputs::{assert_close, values, Shape};
 use common::kernels::chunked;
-use common::settings::reference_bits;
+use common::settings::reference_rows;
 
 const CPU: Device = Device::Cpu;
 const SHAPE: Shape = Shape(2, 4, 2, 150, 16);
@@ -72,10 +71,7 @@ fn configs() -> Vec<CompressionConfig> {
 
 /// The reference's rows of the whole sequence.
 fn exact(qkv: &[Tensor; 3], kind: u8, config: &CompressionConfig, options: &AttentionOptions) -> Result<Tensor> {
-    let [q, k, v] = [&qkv[0], &qkv[1], &qkv[2]].map(Array4::from_tensor);
-    let (q, k, v, strategies) = (q?, k?, v?, strategies(kind, &SHAPE, config)?);
-    let bits = reference_bits([&q, &k, &v], &strategies, config, options)?;
-    Ok(reference::attention(&q, &k, &v, &bits, config, options)?.to_tensor(DType::F64, &CPU)?)
+    reference_rows(qkv, &strategies(kind, &SHAPE, config)?, config, options)
 }
 
 fn on_cpu(kind: u8, config: &CompressionConfig) -> Result<CompressedKvCache> {

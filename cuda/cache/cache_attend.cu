@@ -61,7 +61,10 @@ template <class T> struct Attend {
     for (unsigned i = 0; i < PER_LANE; i++) dot += query.x[i] * key.x[i];
     if (bias) added += bias_in_base_2(bias[p.bias.at(batch, head, 0, token)]);
     if (p.dropout_cut != 0)
-      factor = philox_word(p.dropout_key, row, p.last, token) >= p.dropout_cut ? p.dropout_scale : 0.0f;
+      factor = philox_word(p.dropout_key, p.drawn_from[0] + row, p.drawn_from[1] + p.last, p.drawn_from[2] + token) >=
+                       p.dropout_cut
+                   ? p.dropout_scale
+                   : 0.0f;
     value.scale(factor);
     softmax.merge(capped(p.softcap, p.scale * warp_sum(dot)) + added, 1.0f, value);
   }

@@ -4,4 +4,5 @@
 #define EACH_DECODE(dtype, T) DECODE_DTYPE(decode, false, dtype, T)
 FOR_EACH_DTYPE(EACH_DECODE)
 
-MODULE(decode, DTYPE_ENTRIES(decode, f32) DTYPE_ENTRIES(decode, f16) DTYPE_ENTRIES(decode, bf16))
+#define DECODE_ENTRIES(dtype, T) DTYPE_ENTRIES(decode, dtype)
+MODULE(decode, FOR_EACH_DTYPE(DECODE_ENTRIES))

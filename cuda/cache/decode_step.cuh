@@ -10,8 +10,8 @@
 // columns of a list are split over enough blocks to keep memory busy. The host does not know how long a list is; each
 // block reads the length and divides it by `splits`.
 //
-// 1. A row of up to D elements is read by D / 8 lanes, 16 bytes a lane in f16 and bf16, so a warp reads 256 / D rows at once.
-//    DECODE_UNROLL such reads are in flight while those before are weighed (`columns`).
+// 1. A row of up to D elements is read by D / 8 lanes, 16 bytes a lane in f16 and bf16, so a warp reads 256 / D rows at
+//    once. DECODE_UNROLL such reads are in flight while those before are weighed (`columns`).
 // 2. Each group of lanes has a softmax of its own; they are merged only at the end (`finish`), first in the warp by
 //    shuffles, then through shared memory, always in the same order: the same bits on every run.
 // 3. The running maximum follows a logit only if it is larger by more than 8, so that most columns rescale nothing.
@@ -21,10 +21,10 @@
 //    are those after its border: where the sliding window is the shorter one, one or two parts of the ring.
 // 6. `join` has one warp per row and reads eight parts at a time; the first eight are in flight while their weights are
 //    computed.
+// 7. OWN_VALUES: values have another size than keys, and D holds the larger one. Kernels of one size save registers.
 //
 // Shared memory: G rows of 4 warps, D + 4 floats each (output, maximum, sum, padding): 16 * G * (D + 4) bytes, for
 // example 8 448 at G = 4, D = 128. `comes_last` uses its first word again.
-// OWN_VALUES: values have another size than keys, and D holds the larger one. Kernels of one size save registers.
 #pragma once
 
 #include "cache/cache_list.cuh"

@@ -4,4 +4,5 @@
 #define EACH_DECODE(dtype, T) DECODE_DTYPE(decode_values, true, dtype, T)
 FOR_EACH_DTYPE(EACH_DECODE)
 
-MODULE(decode_values, DTYPE_ENTRIES(decode_values, f32) DTYPE_ENTRIES(decode_values, f16) DTYPE_ENTRIES(decode_values, bf16))
+#define DECODE_ENTRIES(dtype, T) DTYPE_ENTRIES(decode_values, dtype)
+MODULE(decode_values, FOR_EACH_DTYPE(DECODE_ENTRIES))

@@ -167,8 +167,8 @@ struct SpreadParams {
 
 static_assert(sizeof(SpreadParams) == 16, "as in src/cuda/params.rs");
 
-// For decode.cu, besides CacheParams. `rows`: query heads over all batch rows; `parts`: splits of the far columns, and
-// one more for local ones.
+// For decode_step.cuh, besides CacheParams. `rows`: query heads over all batch rows; `parts`: splits of the far
+// columns, and one more for local ones.
 struct DecodeParams {
   unsigned rows, parts, splits;
   // 1: a new token is appended first.
@@ -232,10 +232,11 @@ struct CacheAttendParams {
   unsigned slide;
   // The size of a value.
   unsigned value_dim;
-  unsigned reserved;
+  // Dropout counts heads over all batch rows, rows and tokens from these on.
+  unsigned drawn_from[3];
 };
 
-static_assert(sizeof(CacheAttendParams) == 104, "as in src/cuda/params.rs");
+static_assert(sizeof(CacheAttendParams) == 112, "as in src/cuda/params.rs");
 
 // For cache_pad: `rows` have `dim` numbers and become rows of `padded` numbers, (batch, heads, tokens, padded).
 struct PadParams {
@@ -247,8 +248,9 @@ static_assert(sizeof(PadParams) == 48, "as in src/cuda/params.rs");
 
 // For cache_copy, in elements.
 struct CopyParams {
-  unsigned from_stride, to_stride, to_offset;
+  uint64_t to_offset;
+  unsigned from_stride, to_stride;
   unsigned count, unit;
 };
 
-static_assert(sizeof(CopyParams) == 20, "as in src/cuda/params.rs");
+static_assert(sizeof(CopyParams) == 24, "as in src/cuda/params.rs");

@@ -1,6 +1,7 @@
 //! Lists between the CPU and a CUDA device, for [`CompressedKvCache::save`], `load` and `to_device`. A list that never
 //! merges has no window on the CPU: each token is a closed chain at once. On a device it has the other lists' window.
 
+use super::device_rows::HostRows;
 use super::{CacheOptions, CacheSizes, CompressedKvCache, Lists, ListsOf, State};
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest};
 use crate::cpu::cache::list::{widened, List, Run};
@@ -64,7 +65,7 @@ impl CompressedKvCache {
     pub(crate) fn from_device<T: Both>(
         settings: (&HeadStrategies, &CompressionConfig, &CacheOptions),
         problem: &Problem,
-        held: &HostLists<T>,
+        held: &HostRows<T>,
     ) -> Result<Self> {
         let (strategies, config, options) = settings;
         let mut cache = Self::new(strategies.clone(), config.clone(), options.clone())?;
@@ -78,14 +79,8 @@ impl CompressedKvCache {
     ///
     /// # Errors
     /// Another dtype than T.
-    pub(crate) fn for_device<T: Both>(&self) -> Result<Option<(Problem, HostLists<T>)>> {
+    pub(crate) fn for_device<T: Both>(&self) -> Result<Option<(Problem, HostRows<T>)>> {
         let Some(state) = &self.state else { return Ok(None) };
-        if state.places.is_some() {
-            bail!(
-                "segments: expected none in a cache on CUDA, got a cache that was given some; its kernels do not \
-                 compute them yet, keep the cache on the CPU"
-            )
-        }
         let dtype = state.lists.dtype();
         let Some(lists) = T::unwrap(&state.lists) else {
             bail!(
@@ -96,19 +91,42 @@ impl CompressedKvCache {
         let problem = state.sizes.problem(dtype);
         let agree = self.config.group_rule.heads_agree();
         let per_row = attention::lists(&problem, self.strategies.all_off(), agree);
-        Ok(Some((problem, held_of(state, lists, &self.config, per_row))))
+        Ok(Some((problem, rows_of(state, lists, &self.config, per_row))))
     }
 }
 
 /// The state of a cache on the CPU from the lists of a device.
-pub(super) fn state_of<T: Both>(sizes: CacheSizes, config: &CompressionConfig, held: &HostLists<T>) -> State {
+pub(super) fn state_of<T: Both>(sizes: CacheSizes, config: &CompressionConfig, held: &HostRows<T>) -> State {
+    let (rows, mut lists) = (sizes.batch / held.parts.len(), Vec::new());
+    for (part, held) in held.parts.iter().enumerate() {
+        let sizes = CacheSizes { batch: rows, ..sizes };
+        lists.extend(lists_of(sizes, config, held).map(|(at, list)| {
+            let batch = part * rows + at.batch;
+            (ListHeads { batch, ..at }, list)
+        }));
+    }
+    State {
+        sizes,
+        seq_len: held.seq_len,
+        sliding_window: held.parts.first().and_then(|part| part.sliding_window),
+        places: held.places.clone(),
+        lists: T::wrap(lists),
+    }
+}
+
+/// The lists on the CPU of a part of the batch rows.
+fn lists_of<'a, T: Both>(
+    sizes: CacheSizes,
+    config: &'a CompressionConfig,
+    held: &'a HostLists<T>,
+) -> impl Iterator<Item = (ListHeads, List<T>)> + 'a {
     let CacheSizes {
         batch, heads, kv_heads, ..
     } = sizes;
     let dims = [sizes.head_dim, sizes.values()];
     let per_row = held.lists.len() / batch;
     let width = heads / per_row;
-    let lists = held.lists.iter().enumerate().map(|(index, list)| {
+    held.lists.iter().enumerate().map(move |(index, list)| {
         let (row, first) = (index / per_row, index % per_row * width);
         let at = ListHeads {
             batch: row,
@@ -123,18 +141,12 @@ pub(super) fn state_of<T: Both>(sizes: CacheSizes, config: &CompressionConfig, h
             ..ListSettings::new(tests, config)
         };
         let list = match settings.merges() {
+            _ if held.seq_len == 0 => List::new(settings, dims),
             true => merging_list(settings, list, queries.unwrap_or_default(), (held.seq_len, dims)),
             false => plain_list(settings, list, (held.seq_len, dims)),
         };
         (at, list)
-    });
-    State {
-        sizes,
-        seq_len: held.seq_len,
-        sliding_window: held.sliding_window,
-        places: None,
-        lists: T::wrap(lists.collect()),
-    }
+    })
 }
 
 fn merging_list<T: Both>(
@@ -230,13 +242,35 @@ fn plain_list<T: Both>(settings: ListSettings, held: &HostList<T>, (seq_len, dim
     list
 }
 
-/// The lists for a device, `per_row` of them a batch row, from the state of a cache on the CPU.
-fn held_of<T: Both>(state: &State, lists: &ListsOf<T>, config: &CompressionConfig, per_row: usize) -> HostLists<T> {
-    let CacheSizes {
-        batch, heads, head_dim, ..
-    } = state.sizes;
+/// The lists for a device, `per_row` of them a batch row, from the state of a cache on the CPU. Batch rows stay
+/// together where all hold all tokens.
+fn rows_of<T: Both>(state: &State, lists: &ListsOf<T>, config: &CompressionConfig, per_row: usize) -> HostRows<T> {
+    let batch = state.sizes.batch;
+    let parts = match lists.iter().all(|(_, list)| list.seq_len == state.seq_len) {
+        true => vec![held_of(state, 0..batch, lists, config, per_row)],
+        false => (0..batch)
+            .map(|row| held_of(state, row..row + 1, lists, config, per_row))
+            .collect(),
+    };
+    HostRows {
+        seq_len: state.seq_len,
+        places: state.places.clone(),
+        parts,
+    }
+}
+
+/// The lists of some batch rows, which hold equal numbers of tokens.
+fn held_of<T: Both>(
+    state: &State,
+    rows: Range<usize>,
+    lists: &ListsOf<T>,
+    config: &CompressionConfig,
+    per_row: usize,
+) -> HostLists<T> {
+    let CacheSizes { heads, head_dim, .. } = state.sizes;
+    let batch = rows.len();
     let of = |row: usize, head: usize| {
-        let mine = |(at, _): &&(ListHeads, List<T>)| at.batch == row && at.heads.contains(&head);
+        let mine = |(at, _): &&(ListHeads, List<T>)| at.batch == rows.start + row && at.heads.contains(&head);
         // The loader and every call ensure that each head has its list.
         let (at, list) = lists.iter().find(mine).expect("a list of every head");
         (list, head - at.heads.start)
@@ -257,12 +291,13 @@ fn held_of<T: Both>(state: &State, lists: &ListsOf<T>, config: &CompressionConfi
     let held = (0..batch * per_row).map(|index| {
         let (list, _) = of(index / per_row, index % per_row * width);
         match list.settings.merges() {
+            _ if list.seq_len == 0 => HostList::default(),
             true => held_merging(list),
             false => held_plain(list, config),
         }
     });
     HostLists {
-        seq_len: state.seq_len,
+        seq_len: of(0, 0).0.seq_len,
         sliding_window: state.sliding_window,
         lists: held.collect(),
         last_queries,

@@ -43,7 +43,8 @@ pub struct CacheOptions {
 /// dtype; queries and results are rounded to it too. Only the device knows the lengths of its lists, so memory is
 /// rectangular: every list has as much room as the longest one. The host waits for the device only when that room is
 /// full, and after a first chunk or a chunk of 64 tokens or more. A first chunk is attended to at once, a later one row
-/// by row.
+/// by row. Batch rows that hold different numbers of tokens have lists and launches of their own from then on, and
+/// their memory is not rectangular.
 ///
 /// [`Self::save`] writes the cache to a file. [`Self::load`] reads it, to continue bit for bit, or on another kind of
 /// device as if it had always been there. [`Self::to_device`] does the same without a file.
@@ -89,6 +90,8 @@ mod append;
 #[cfg(any(feature = "cuda", feature = "cuda-emu"))]
 mod between_devices;
 mod checksum;
+#[cfg(any(feature = "cuda", feature = "cuda-emu"))]
+mod device_rows;
 mod load;
 #[cfg(feature = "cuda")]
 mod on_device;
@@ -100,6 +103,8 @@ mod step;
 
 #[cfg(feature = "cuda-emu")]
 pub(crate) use between_devices::Both;
+#[cfg(feature = "cuda-emu")]
+pub(crate) use device_rows::{DeviceRows, RowsCall};
 
 impl std::fmt::Debug for CompressedKvCache {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
@@ -157,7 +162,7 @@ impl CompressedKvCache {
     /// are zeros; padding between two calls does not end a segment. A call without segments goes on with each row's
     /// current one, which is number 1 at first. So rows of a batch may hold different numbers of tokens: pad a batch of
     /// prompts on the left or on the right, with a mask of zeros and ones as segments, and decode without. Beside a
-    /// bias or dropout padding stands only before a segment. Segments are for the CPU.
+    /// bias or dropout padding stands only before a segment. On CUDA such rows are launched one after another.
     ///
     /// # Errors
     /// Shapes or dtypes that do not fit together or the first call's, options that have no meaning or are not causal, a
@@ -384,7 +389,7 @@ impl CompressedKvCache {
         if tokens == 0 || tokens == seq_len {
             return Ok(());
         }
-        if self.state.as_ref().is_some_and(|state| state.places.is_some()) {
+        if self.has_segments() {
             bail!(
                 "truncate: expected 0 or all {seq_len} tokens for a cache with segments, got {tokens}; reset() and \
                  append again, or keep a clone() from before"
@@ -403,6 +408,14 @@ impl CompressedKvCache {
             )
         }
         Ok(())
+    }
+
+    fn has_segments(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        if let Some(state) = &self.on_gpu {
+            return state.has_segments();
+        }
+        self.state.as_ref().is_some_and(|state| state.places.is_some())
     }
 
     /// Whether the columns of the row after the first `tokens` tokens are kept: a sliding window may have passed them.

@@ -1,14 +1,13 @@
 //! A cache on a CUDA device: the calls of [`CompressedKvCache`] that reach it.
 
 use super::between_devices::{state_of, Both};
+use super::device_rows::{DeviceRows, RowsCall};
 use super::step::bias_view;
 use super::{CacheSizes, CompressedKvCache, State};
 use crate::config::{AttentionOptions, CompressionConfig};
-use crate::cuda::cache::DeviceLists;
 use crate::cuda::device::Cuda;
 use crate::cuda::extras::{ExtraBuffers, ScoreBuffer};
 use crate::cuda::on_gpu::GpuElement;
-use crate::cuda::refused::refuse_in_cache;
 use crate::cuda::tensors::{self, source, stored, tensor};
 use crate::problem::Problem;
 use crate::storage::not_on_cpu;
@@ -17,9 +16,9 @@ use std::sync::Arc;
 
 /// All lists, by dtype.
 enum ListsByDtype {
-    F32(DeviceLists<Cuda, f32>),
-    F16(DeviceLists<Cuda, half::f16>),
-    BF16(DeviceLists<Cuda, half::bf16>),
+    F32(DeviceRows<Cuda, f32>),
+    F16(DeviceRows<Cuda, half::f16>),
+    BF16(DeviceRows<Cuda, half::bf16>),
 }
 
 /// Runs one expression on the lists of any dtype.
@@ -43,11 +42,11 @@ pub(super) struct GpuState {
     lists: Arc<ListsByDtype>,
 }
 
-fn brought<T: Both>(gpu: &Cuda, cache: &CompressedKvCache) -> Result<Option<DeviceLists<Cuda, T>>> {
+fn brought<T: Both>(gpu: &Cuda, cache: &CompressedKvCache) -> Result<Option<DeviceRows<Cuda, T>>> {
     let Some((problem, held)) = cache.for_device::<T>()? else {
         return Ok(None);
     };
-    DeviceLists::from_host(gpu, &problem, &cache.strategies, &cache.config, &held).map(Some)
+    DeviceRows::from_host(gpu, &problem, (&cache.strategies, &cache.config), &held).map(Some)
 }
 
 fn cuda(device: &Device) -> Result<Cuda> {
@@ -78,9 +77,9 @@ impl GpuState {
         strategies.check(problem.batch, problem.heads)?;
         let dtype = cache.options.storage.unwrap_or(problem.dtype);
         let lists = match dtype {
-            DType::F32 => ListsByDtype::F32(DeviceLists::new(&gpu, problem, strategies, config)?),
-            DType::F16 => ListsByDtype::F16(DeviceLists::new(&gpu, problem, strategies, config)?),
-            DType::BF16 => ListsByDtype::BF16(DeviceLists::new(&gpu, problem, strategies, config)?),
+            DType::F32 => ListsByDtype::F32(DeviceRows::new(&gpu, problem, strategies, config)?),
+            DType::F16 => ListsByDtype::F16(DeviceRows::new(&gpu, problem, strategies, config)?),
+            DType::BF16 => ListsByDtype::BF16(DeviceRows::new(&gpu, problem, strategies, config)?),
             other => bail!(
                 "query: expected dtype f32, f16 or bf16 on CUDA, got {other:?}; convert it with to_dtype or move it \
                  with to_device(&Device::Cpu)"
@@ -114,6 +113,10 @@ impl GpuState {
 
     pub fn bytes_allocated(&self) -> usize {
         each!(&*self.lists, lists => lists.bytes_allocated())
+    }
+
+    pub fn has_segments(&self) -> bool {
+        each!(&*self.lists, lists => lists.has_segments())
     }
 
     pub fn never_merges(&self) -> bool {
@@ -238,7 +241,6 @@ impl CompressedKvCache {
             )
         }
         self.storage_for(problem.dtype, problem.dtype)?;
-        refuse_in_cache(options)?;
         if let Some(state) = &self.on_gpu {
             if state.sizes != CacheSizes::of(problem) {
                 bail!(
@@ -281,9 +283,8 @@ fn step(
     let call = DeviceCall {
         gpu: &gpu,
         device: &device,
+        problem,
         tensors: [&q, &k, &v],
-        count: problem.tokens,
-        output: (problem.batch, problem.heads, problem.tokens, problem.value_dim),
         options,
         bias: bias.as_ref(),
         sinks: sinks.as_ref(),
@@ -302,44 +303,38 @@ fn step(
 struct DeviceCall<'a> {
     gpu: &'a Cuda,
     device: &'a Device,
+    problem: &'a Problem,
     tensors: [&'a Tensor; 3],
-    count: usize,
-    /// The shape of the output.
-    output: (usize, usize, usize, usize),
     /// None to append the tokens without attending.
     options: Option<&'a AttentionOptions>,
-    /// The bias in f32, as a (B, H, count, all tokens) view.
+    /// The bias in f32, as a (B, H, new tokens, all tokens) view.
     bias: Option<&'a Tensor>,
     /// Sink logits (H) in f32, at the start of their buffer.
     sinks: Option<&'a Tensor>,
-    /// (B, Hk, count, 1), f32, contiguous, where the caller gives them.
+    /// (B, Hk, new tokens, 1), f32, contiguous, where the caller gives them.
     scores: Option<&'a Tensor>,
     limit: Option<usize>,
 }
 
 impl DeviceCall<'_> {
-    fn run<T: GpuElement>(&self, lists: &mut DeviceLists<Cuda, T>) -> Result<Option<Tensor>> {
-        let (gpu, count) = (self.gpu, self.count);
+    fn run<T: GpuElement>(&self, lists: &mut DeviceRows<Cuda, T>) -> Result<Option<Tensor>> {
+        let Problem {
+            batch,
+            heads,
+            tokens,
+            value_dim,
+            ..
+        } = *self.problem;
         let held = self.tensors.map(Tensor::storage_and_layout);
         let [q, k, v] = [&held[0], &held[1], &held[2]].map(|(storage, layout)| source::<T>(stored(storage, layout)?));
-        let sources = [q?, k?, v?];
         let held_scores = self.scores.map(Tensor::storage_and_layout);
         let scores = match &held_scores {
             Some((storage, layout)) => Some(ScoreBuffer {
                 data: stored(storage, layout)?.0.as_cuda_slice::<f32>()?,
                 first: layout.start_offset(),
-                stride: count,
+                stride: tokens,
             }),
             None => None,
-        };
-        let Some(options) = self.options else {
-            let extras = ExtraBuffers {
-                scores,
-                ..ExtraBuffers::none()
-            };
-            return lists.within(gpu, count, self.limit, |lists| {
-                lists.append(gpu, sources, count, extras).map(|()| None)
-            });
         };
         let held_bias = self.bias.map(Tensor::storage_and_layout);
         let bias = match &held_bias {
@@ -351,10 +346,22 @@ impl DeviceCall<'_> {
             Some((storage, layout)) => Some(stored(storage, layout)?.0.as_cuda_slice::<f32>()?),
             None => None,
         };
-        let extras = ExtraBuffers { bias, sinks, scores };
-        let output = lists.within(gpu, count, self.limit, |lists| {
-            lists.append_and_attend(gpu, sources, count, options, extras)
-        })?;
-        Ok(Some(tensor(output, self.output, self.device.as_cuda_device()?)))
+        let call = RowsCall {
+            problem: self.problem,
+            qkv: [q?, k?, v?],
+            options: self.options,
+            extras: ExtraBuffers {
+                bias,
+                sinks,
+                scores,
+                ..ExtraBuffers::none()
+            },
+            limit: self.limit,
+        };
+        let device = self.device.as_cuda_device()?;
+        let shape = (batch, heads, tokens, value_dim);
+        Ok(lists
+            .take_in(self.gpu, &call)?
+            .map(|output| tensor(output, shape, device)))
     }
 }

@@ -56,7 +56,7 @@ impl CompressedKvCache {
 
     /// One cache of all batch rows of `caches`, in order. Rows may hold different numbers of tokens, as rows of
     /// [`AttentionOptions::segments`] do; then [`Self::seq_len`] is the largest, and calls have no bias and no dropout.
-    /// Caches on a GPU go by way of the CPU, and must hold equal numbers of tokens.
+    /// Caches on a GPU go by way of the CPU.
     ///
     /// # Errors
     /// No cache, an empty one, or caches of other settings, shapes, dtypes or devices than the first one's.

@@ -52,12 +52,36 @@ impl CallRuns {
     }
 }
 
+/// What a cache holds before a call.
+pub(super) struct BeforeCall<'a> {
+    pub seq_len: usize,
+    /// Where each batch row stands, once segments were given.
+    pub places: Option<&'a [RowPlace]>,
+    /// The number of tokens that each batch row's lists hold.
+    pub tokens: Vec<usize>,
+}
+
 impl State {
+    /// As [`BeforeCall::runs`].
+    ///
+    /// # Errors
+    /// As [`BeforeCall::runs`].
+    pub(super) fn runs(&self, problem: &Problem, options: Option<&AttentionOptions>) -> Result<Option<CallRuns>> {
+        let before = BeforeCall {
+            seq_len: self.seq_len,
+            places: self.places.as_deref(),
+            tokens: each!(&self.lists, lists => held(lists, problem.batch)),
+        };
+        before.runs(problem, options)
+    }
+}
+
+impl BeforeCall<'_> {
     /// The runs of a call; None where segments were never given.
     ///
     /// # Errors
     /// Segments of another shape, or whose numbers come back; a bias beside a segment with padding in its midst.
-    pub(super) fn runs(&self, problem: &Problem, options: Option<&AttentionOptions>) -> Result<Option<CallRuns>> {
+    pub fn runs(self, problem: &Problem, options: Option<&AttentionOptions>) -> Result<Option<CallRuns>> {
         let given = options.map_or(Ok(None), |options| problem.segments(options))?;
         if given.is_none() && self.places.is_none() {
             return Ok(None);
@@ -69,8 +93,8 @@ impl State {
         };
         let segments = given.unwrap_or_else(|| (0..problem.batch).map(whole).collect());
         let first = vec![RowPlace::FIRST; problem.batch];
-        let mut places = self.places.clone().unwrap_or(first);
-        let mut held = each!(&self.lists, lists => held(lists, problem.batch));
+        let mut places = self.places.map_or(first, <[RowPlace]>::to_vec);
+        let mut held = self.tokens;
         let (biased, drops) = options.map_or((false, false), |o| (o.bias.is_some(), o.dropout.is_some()));
         let mut runs = vec![Vec::new(); problem.batch];
         for Segment { batch, number, tokens } in segments {

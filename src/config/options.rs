@@ -63,8 +63,7 @@ pub struct AttentionOptions {
     ///
     /// Each segment is a call of its own inside: many short ones take longer than one long row. On CUDA each is as many
     /// launches as a call, the numbers and the plan's bits are read, which waits for the device, and a gradient takes a
-    /// tensor of the whole call's size for each segment, one at a time. A cache takes segments on the CPU only. `None`
-    /// (default): one segment.
+    /// tensor of the whole call's size for each segment, one at a time. `None` (default): one segment.
     pub segments: Option<Tensor>,
     /// The order of the axes of query, key, value and output tensors, at every function that takes these options.
     /// Default [`TensorLayout::HeadsFirst`]: (B, H, N, D). The bias is (B, H, N, N) in either, and the arrays of

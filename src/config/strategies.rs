@@ -233,6 +233,21 @@ impl HeadStrategies {
         }
     }
 
+    /// Strategies and thresholds that give each head of each batch row its test: whole rows of `heads` tests.
+    #[cfg(any(feature = "cuda", feature = "cuda-emu"))]
+    pub(crate) fn of_tests(tests: &[HeadTest], heads: usize) -> Self {
+        Self {
+            strategies: Table::PerBatchHead {
+                heads,
+                values: tests.iter().map(|test| test.strategy).collect(),
+            },
+            thresholds: Some(Table::PerBatchHead {
+                heads,
+                values: tests.iter().map(|test| test.threshold).collect(),
+            }),
+        }
+    }
+
     /// The number of query heads, where one of the tables says it.
     pub(crate) fn heads(&self) -> Option<usize> {
         self.strategies

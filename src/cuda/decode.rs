@@ -1,4 +1,5 @@
-//! Launches of `cuda/cache/decode.cu` and `decode_values.cu`: one new token per list of a ragged cache whose lengths only the device knows.
+//! Launches of `cuda/cache/decode.cu` and `decode_values.cu`: one new token per list of a ragged cache whose lengths
+//! only the device knows.
 
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch};
 use super::operands::padded;
@@ -63,7 +64,7 @@ const LONG: usize = 16_000;
 /// The most parts of a row; one warp joins them.
 const MOST_SPLITS: usize = 128;
 
-/// Resident blocks of a multiprocessor: `DECODE_BLOCKS` in cuda/cache/decode.cu.
+/// Resident blocks of a multiprocessor: `DECODE_BLOCKS` in cuda/cache/decode_step.cuh.
 fn resident<T: GpuElement>(together: usize) -> usize {
     match (T::HALF, together) {
         (true, 1) => 4,

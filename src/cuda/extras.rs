@@ -15,7 +15,7 @@ pub(crate) fn softcap_in_base_2(options: &AttentionOptions) -> f32 {
     (c.unwrap_or(0.0) * std::f64::consts::LOG2_E) as f32
 }
 
-/// The numbers on the device of one call's options.
+/// The numbers of one call's options, most of them on the device.
 pub(crate) struct ExtraBuffers<'a, G: Gpu> {
     /// The bias as a view whose row axis starts at the call's first row.
     pub bias: Option<BiasBuffer<'a, G>>,
@@ -23,6 +23,8 @@ pub(crate) struct ExtraBuffers<'a, G: Gpu> {
     pub sinks: Option<&'a G::Slice<f32>>,
     /// The scores of a cache's new tokens, where the caller gives them.
     pub scores: Option<ScoreBuffer<'a, G>>,
+    /// Dropout counts heads over all batch rows, rows and tokens from these on.
+    pub drawn_from: [u32; 3],
 }
 
 /// Scores (lists, new tokens) in f32.
@@ -59,6 +61,7 @@ impl<G: Gpu> ExtraBuffers<'_, G> {
             bias: None,
             sinks: None,
             scores: None,
+            drawn_from: [0; 3],
         }
     }
 }

@@ -32,7 +32,6 @@ pub(crate) mod operands;
 mod params;
 #[cfg(feature = "cuda")]
 mod ptx;
-pub(crate) mod refused;
 pub(crate) mod sizes;
 #[cfg(feature = "cuda")]
 pub(crate) mod tensors;

@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use std::sync::LazyLock;
 
 /// An element of a buffer: every bit pattern is a value.
-pub(crate) trait Number: WithDType + DeviceNumber {}
+pub(crate) trait Number: WithDType + DeviceNumber + Default {}
 
 #[cfg(feature = "cuda")]
 pub(crate) trait DeviceNumber:

@@ -250,7 +250,7 @@ pub(crate) struct SpreadParams {
 
 params!(DecodeParams: 20);
 
-/// The parameters of `cuda/cache/decode.cu`, besides [`CacheParams`].
+/// The parameters of `cuda/cache/decode_step.cuh`, besides [`CacheParams`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct DecodeParams {
@@ -270,7 +270,7 @@ pub(crate) struct DecodeParams {
 /// As in cuda/lib/params.cuh: no sliding window.
 pub(crate) const NO_SLIDE: u32 = u32::MAX;
 
-params!(CacheParams: 216, CacheAttendParams: 104, PadParams: 48, CopyParams: 20);
+params!(CacheParams: 216, CacheAttendParams: 112, PadParams: 48, CopyParams: 24);
 
 /// The parameters of `cache_append`: `sizes.tokens` new tokens, after `first` earlier ones.
 #[repr(C)]
@@ -325,7 +325,8 @@ pub(crate) struct CacheAttendParams {
     /// L of the sliding window; [`NO_SLIDE`] for none.
     pub slide: u32,
     pub value_dim: u32,
-    pub reserved: u32,
+    /// Dropout counts heads over all batch rows, rows and tokens from these on.
+    pub drawn_from: [u32; 3],
 }
 
 /// The parameters of `cache_pad`: rows of `dim` numbers become rows of `padded` numbers.
@@ -343,9 +344,9 @@ pub(crate) struct PadParams {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CopyParams {
+    pub to_offset: u64,
     pub from_stride: u32,
     pub to_stride: u32,
-    pub to_offset: u32,
     pub count: u32,
     /// Numbers for each of a list's `lengths`.
     pub unit: u32,

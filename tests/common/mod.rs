@@ -16,4 +16,5 @@ pub mod kernels;
 pub mod layers;
 pub mod runs;
 pub mod saved;
+pub mod segments;
 pub mod settings;

@@ -3,7 +3,7 @@
 use super::caches::with_thresholds;
 use super::inputs::Shape;
 use anyhow::Result;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_sfattention::reference::{self, Array4, Indicators};
 use candle_sfattention::{
     AttentionOptions, CompressionConfig, Criterion, Dropout, Fold, GroupRule, HeadStrategies, MergeRule, MergeStrategy,
@@ -43,6 +43,19 @@ pub fn reference_bits(
         }
         Criterion::Given => anyhow::bail!("settings: expected a criterion that needs no scores"),
     })
+}
+
+/// The reference's output rows, by its own decisions.
+pub fn reference_rows(
+    qkv: &[Tensor; 3],
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+) -> Result<Tensor> {
+    let [q, k, v] = [&qkv[0], &qkv[1], &qkv[2]].map(Array4::from_tensor);
+    let (q, k, v) = (q?, k?, v?);
+    let bits = reference_bits([&q, &k, &v], strategies, config, options)?;
+    Ok(reference::attention(&q, &k, &v, &bits, config, options)?.to_tensor(DType::F64, &Device::Cpu)?)
 }
 
 fn plain(_: &Shape) -> AttentionOptions {

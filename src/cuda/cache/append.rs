@@ -1,6 +1,6 @@
 //! Tokens appended one after another, and the growth of the lists' buffers.
 
-use super::copy::{copy, Copier};
+use super::copy::{paste, Copier};
 use super::{room, DeviceLists, GROWTH};
 use crate::config::AttentionOptions;
 use crate::cuda::decide::reads_bias;
@@ -8,7 +8,7 @@ use crate::cuda::decode::{decode, Appended, DecodeCall, StateArgs};
 use crate::cuda::extras::{has_extras, ExtraBuffers, ScoreBuffer};
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use crate::cuda::operands::BiasBuffer;
-use crate::cuda::params::{CopyParams, NO_SLIDE};
+use crate::cuda::params::NO_SLIDE;
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};
 
@@ -26,14 +26,13 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         limit: Option<usize>,
         step: impl FnOnce(&mut Self) -> Result<R>,
     ) -> Result<R> {
-        let most = |lists: &Self| lists.bound + count + lists.settings.config.window + 1;
-        let Some(limit) = limit.filter(|limit| most(self) > *limit) else {
+        let Some(limit) = limit.filter(|limit| self.nears(*limit, count)) else {
             return step(self);
         };
         // The bound counts entries that have left the sliding window.
         if self.slide() != NO_SLIDE && self.live(gpu)? < self.bound {
             self.resize(gpu, self.capacity)?;
-            if most(self) <= limit {
+            if !self.nears(limit, count) {
                 return step(self);
             }
         }
@@ -48,6 +47,11 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         }
         *self = next;
         Ok(result)
+    }
+
+    /// Whether a list may have more than `limit` entries after `count` more tokens.
+    pub fn nears(&self, limit: usize, count: usize) -> bool {
+        self.bound + count + self.settings.config.window + 1 > limit
     }
 
     /// Appends `count` tokens without computing their output rows.
@@ -127,11 +131,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         options: &AttentionOptions,
         extras: ExtraBuffers<'a, G>,
     ) -> Result<G::Slice<T>> {
-        let (length, before) = (options.sliding_window_after(self.sliding_window)?, self.sliding_window);
-        self.sliding_window = Some(length);
-        if before.is_none() && length.is_some() && self.seq_len > 0 {
-            self.slide_lists(gpu)?;
-        }
+        let before = self.sliding_window;
+        self.attend_under(gpu, options)?;
         let result = self.rows(gpu, qkv, count, options, extras);
         if result.is_err() {
             self.sliding_window = before;
@@ -139,8 +140,21 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         result
     }
 
+    /// Puts the lists under the sliding window of the first call that attends.
+    ///
+    /// # Errors
+    /// Another one than in the calls before, or an error of the device.
+    pub fn attend_under(&mut self, gpu: &G, options: &AttentionOptions) -> Result<()> {
+        let (length, before) = (options.sliding_window_after(self.sliding_window)?, self.sliding_window);
+        self.sliding_window = Some(length);
+        match before.is_none() && length.is_some() && self.seq_len > 0 {
+            true => self.slide_lists(gpu),
+            false => Ok(()),
+        }
+    }
+
     /// Puts the lists under a sliding window that the calls before did not have.
-    fn slide_lists(&mut self, gpu: &G) -> Result<()> {
+    pub(super) fn slide_lists(&mut self, gpu: &G) -> Result<()> {
         let params = self.bare_params(self.seq_len, 0)?;
         let launch = Launch {
             grid: [self.all(), 1, 1],
@@ -183,14 +197,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             let scores = extras.scores.map(|scores| scores.from(token));
             let extras = ExtraBuffers { bias, scores, ..extras };
             let row = self.one(gpu, qkv.map(at), options, extras)?;
-            let params = CopyParams {
-                from_stride: value_dim as u32,
-                to_stride: (count * value_dim) as u32,
-                to_offset: (token * value_dim) as u32,
-                count: value_dim as u32,
-                unit: 0,
-            };
-            copy(gpu, T::SUFFIX, &row, [None; 3], &mut output, rows, &params)?;
+            let first = token * value_dim;
+            paste(gpu, (&row, value_dim), (&mut output, count * value_dim), rows, first)?;
         }
         Ok(output)
     }

@@ -43,7 +43,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             softcap: softcap_in_base_2(options),
             slide: self.slide(),
             value_dim: value_dim as u32,
-            reserved: 0,
+            drawn_from: extras.drawn_from,
         };
         let mut output = gpu.alloc::<T>(rows * value_dim)?;
         let state = &self.state;

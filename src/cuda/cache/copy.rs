@@ -104,6 +104,34 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         gpu.upload(&[of(starts), of(kept_from)].concat())
     }
 
+    /// Lists of one batch row alone.
+    ///
+    /// # Errors
+    /// An error of the device.
+    pub fn row(&self, gpu: &G, row: usize) -> Result<Self> {
+        if self.seq_len > 0 {
+            return self.select(gpu, &[row]);
+        }
+        let heads = self.settings.problem.heads;
+        let mut lists = Self::empty(
+            gpu,
+            self.settings.clone(),
+            self.head_tests[row * heads..][..heads].to_vec(),
+        )?;
+        lists.sliding_window = self.sliding_window;
+        Ok(lists)
+    }
+
+    /// The same lists without a token.
+    ///
+    /// # Errors
+    /// An error of the device.
+    pub fn anew(&self, gpu: &G) -> Result<Self> {
+        let mut lists = Self::empty(gpu, self.settings.clone(), self.head_tests.clone())?;
+        lists.sliding_window = self.sliding_window;
+        Ok(lists)
+    }
+
     /// A copy of all lists.
     ///
     /// # Errors
@@ -129,9 +157,9 @@ impl<G: Gpu> Copier<'_, G> {
     pub fn all<T: Number>(&self, suffix: &str, from: &G::Slice<T>, count: usize) -> Result<G::Slice<T>> {
         let mut to = self.gpu.alloc::<T>(self.lists * count)?;
         let params = CopyParams {
+            to_offset: 0,
             from_stride: count as u32,
             to_stride: count as u32,
-            to_offset: 0,
             count: count as u32,
             unit: 0,
         };
@@ -162,9 +190,9 @@ impl<G: Gpu> Copier<'_, G> {
         };
         let mut to = self.gpu.zeros::<T>(self.lists * new * unit)?;
         let params = CopyParams {
+            to_offset: 0,
             from_stride: (old * unit) as u32,
             to_stride: (new * unit) as u32,
-            to_offset: 0,
             count: largest.min((old.min(new) * unit) as u32),
             unit: unit as u32,
         };
@@ -179,6 +207,27 @@ impl<G: Gpu> Copier<'_, G> {
         )?;
         Ok(to)
     }
+}
+
+/// Copies `heads` blocks of `count` numbers to places `stride` apart, from `first` on.
+///
+/// # Errors
+/// An error of the device.
+pub(crate) fn paste<G: Gpu, T: GpuElement>(
+    gpu: &G,
+    (from, count): (&G::Slice<T>, usize),
+    (to, stride): (&mut G::Slice<T>, usize),
+    heads: usize,
+    first: usize,
+) -> Result<()> {
+    let params = CopyParams {
+        to_offset: first as u64,
+        from_stride: count as u32,
+        to_stride: stride as u32,
+        count: count as u32,
+        unit: 0,
+    };
+    copy(gpu, T::SUFFIX, from, [None; 3], to, heads, &params)
 }
 
 /// Launches `cache_copy`. `lengths` and `starts`, if given, hold the entries of each old list to copy: its first ones,

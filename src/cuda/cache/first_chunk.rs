@@ -1,18 +1,19 @@
 //! A cache's first chunk: decisions and folds of attention over a whole sequence, whose columns become the cache's
 //! lists. Keys and values of two sizes are padded to one for it, as in `src/cuda/sizes.rs`; the lists are not.
 
+use super::copy::copy;
 use super::{room, DeviceLists};
-use crate::config::{AttentionOptions, Criterion};
+use crate::config::{AttentionOptions, Criterion, HeadStrategies};
 use crate::cuda::attention::Attention;
 use crate::cuda::decide::{self, DecideCall, ScoreCall};
 use crate::cuda::decode::StateArgs;
-use crate::cuda::extras::ExtraBuffers;
+use crate::cuda::extras::{ExtraBuffers, ScoreBuffer};
 use crate::cuda::fold::FoldCall;
 use crate::cuda::forward::forward;
 use crate::cuda::observe;
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use crate::cuda::operands::{ColumnBuffers, Part};
-use crate::cuda::params::{PadParams, Rows};
+use crate::cuda::params::{CopyParams, PadParams, Rows};
 use crate::problem::{Problem, RowLayout};
 use candle_core::Result;
 
@@ -58,7 +59,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             None => raw[which],
         };
         let (q, k, v) = (source(0, heads), source(1, kv_heads), source(2, kv_heads));
-        let (config, strategies) = (&settings.config, &settings.strategies);
+        let (config, strategies) = (&settings.config, &HeadStrategies::of_tests(&self.head_tests, heads));
         let call = DecideCall {
             problem,
             q,
@@ -83,7 +84,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                     strategies,
                     config,
                 }
-                .indicators(gpu, scores.data)?,
+                .indicators(gpu, &own_scores(gpu, scores, problem.batch * kv_heads, count)?)?,
                 None => decide::indicators(gpu, &call)?,
             },
         };
@@ -103,7 +104,10 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             sinks: extras.sinks,
             column_bias: None,
             options: &scaled,
-            part: Part::default(),
+            part: Part {
+                first_row: 0,
+                drawn_from: extras.drawn_from,
+            },
         };
         let (output, columns) = if plain {
             (None, None)
@@ -207,6 +211,29 @@ fn resized<G: Gpu, T: GpuElement>(
     gpu.launch(&Kernel::of::<T>("cache_pad"), launch, &args)?;
     drop(args);
     Ok(out)
+}
+
+/// The scores (lists, count) of these tokens alone.
+fn own_scores<G: Gpu>(gpu: &G, scores: ScoreBuffer<'_, G>, lists: usize, count: usize) -> Result<G::Slice<f32>> {
+    let mut own = gpu.alloc::<f32>(lists * count)?;
+    let params = CopyParams {
+        to_offset: 0,
+        from_stride: scores.stride as u32,
+        to_stride: count as u32,
+        count: count as u32,
+        unit: 1,
+    };
+    let first = gpu.upload(&vec![scores.first as u32; lists])?;
+    copy(
+        gpu,
+        "f32",
+        scores.data,
+        [None, Some(&first), None],
+        &mut own,
+        lists,
+        &params,
+    )?;
+    Ok(own)
 }
 
 fn contiguous(heads: usize, tokens: usize, dim: usize) -> RowLayout {

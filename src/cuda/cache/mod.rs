@@ -14,6 +14,7 @@ use crate::cuda::on_gpu::{Gpu, GpuElement, Source};
 use crate::cuda::params::{BiasEntries, CacheParams, Rows, Sizes, NO_SLIDE};
 use crate::problem::Problem;
 use candle_core::{bail, Result};
+pub(crate) use copy::paste;
 use state::ListBuffers;
 pub(crate) use transfer::{HostList, HostLists};
 
@@ -41,7 +42,6 @@ struct CacheSettings {
     /// Whether nothing can ever be hidden.
     dense: bool,
     config: CompressionConfig,
-    strategies: HeadStrategies,
 }
 
 impl CacheSettings {
@@ -124,25 +124,37 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             lists: lists(problem, dense, config.group_rule.heads_agree()),
             dense,
             config: config.clone(),
-            strategies: strategies.clone(),
         };
+        Self::empty(gpu, settings, head_tests)
+    }
+
+    /// Lists without a token; `head_tests` are those of all batch rows.
+    fn empty(gpu: &G, settings: CacheSettings, head_tests: Vec<HeadTest>) -> Result<Self> {
+        let batch = head_tests.len() / settings.problem.heads;
         Ok(Self {
-            batch: problem.batch,
+            batch,
             seq_len: 0,
             capacity: GROWTH,
             bound: 0,
             sliding_window: None,
             tests: gpu.upload(&decide::table(&head_tests))?,
             head_tests,
-            state: ListBuffers::new(gpu, &settings, problem.batch)?,
+            state: ListBuffers::new(gpu, &settings, batch)?,
             settings,
             scratch: None,
         })
     }
 
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
     pub fn seq_len(&self) -> usize {
         self.seq_len
+    }
+
+    pub fn sliding_window(&self) -> Option<Option<usize>> {
+        self.sliding_window
     }
 
     /// The number of lists over all batch rows.

@@ -62,6 +62,15 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// # Errors
     /// An error of the device.
     pub fn to_host(&self, gpu: &G) -> Result<HostLists<T>> {
+        if self.seq_len == 0 {
+            return Ok(HostLists {
+                seq_len: 0,
+                sliding_window: self.sliding_window,
+                lists: vec![HostList::default(); self.all()],
+                last_queries: None,
+                tests: self.head_tests.clone(),
+            });
+        }
         let (state, window) = (&self.state, self.settings.config.window);
         let (dim, value_dim) = (self.settings.problem.head_dim, self.settings.problem.value_dim);
         let (far_k, far_v) = (gpu.download(&state.far_k)?, gpu.download(&state.far_v)?);
@@ -141,8 +150,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         })
     }
 
-    /// Uploads the lists of [`Self::to_host`] or of a cache on the CPU: one list for each of this device's, with at
-    /// least one token.
+    /// Uploads the lists of [`Self::to_host`] or of a cache on the CPU: one list for each of this device's.
     ///
     /// # Errors
     /// As [`Self::new`].
@@ -154,10 +162,13 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         host: &HostLists<T>,
     ) -> Result<Self> {
         let mut new = Self::with_tests(gpu, problem, strategies, config, host.tests.clone())?;
+        new.sliding_window = host.sliding_window;
+        if host.seq_len == 0 {
+            return Ok(new);
+        }
         new.bound = host.lists.iter().map(|list| list.tokens.len()).max().unwrap_or(0);
         new.capacity = room(new.bound);
         new.seq_len = host.seq_len;
-        new.sliding_window = host.sliding_window;
         let kept_from = host.lists.iter().map(|list| list.kept_from as u32);
         let starts: Vec<u32> = vec![0; host.lists.len()].into_iter().chain(kept_from).collect();
         new.state.starts = gpu.upload(&starts)?;
@@ -180,6 +191,10 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let recent_k = upload.rows(rows, dim, |list, to| upload.ring(&list.recent_k, to, dim))?;
         let recent_v = upload.rows(rows, value_dim, |list, to| upload.ring(&list.recent_v, to, value_dim))?;
         new.restore(gpu, [&recent_k, &recent_v], &sizes)?;
+        // On the CPU a list without a token in a call leaves nothing behind until its next token.
+        if new.slide() != NO_SLIDE {
+            new.slide_lists(gpu)?;
+        }
         Ok(new)
     }
 

@@ -2,19 +2,18 @@
 
 use super::device::Emulator;
 use super::{borrow, held, held_sinks, HeldBias};
-use crate::cache::{Both, CacheOptions, CompressedKvCache};
+use crate::cache::{Both, CacheOptions, CompressedKvCache, DeviceRows, RowsCall};
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 use crate::cpu::number::element::Element;
-use crate::cuda::cache::DeviceLists;
 use crate::cuda::extras::{ExtraBuffers, ScoreBuffer};
 use crate::cuda::on_gpu::{Gpu, GpuElement};
 use crate::problem::Problem;
 use candle_core::{bail, DType, Device, Result, Tensor};
 
 enum EmulatedLists {
-    F32(DeviceLists<Emulator, f32>),
-    F16(DeviceLists<Emulator, half::f16>),
-    BF16(DeviceLists<Emulator, half::bf16>),
+    F32(DeviceRows<Emulator, f32>),
+    F16(DeviceRows<Emulator, half::f16>),
+    BF16(DeviceRows<Emulator, half::bf16>),
 }
 
 /// The lists that [`crate::CompressedKvCache`] keeps on a CUDA device.
@@ -49,9 +48,9 @@ impl EmulatedCache {
     ) -> Result<Self> {
         let problem = Problem::new(&qkv[0], &qkv[1], &qkv[2])?;
         let lists = match options.storage.unwrap_or(problem.dtype) {
-            DType::F32 => EmulatedLists::F32(DeviceLists::new(&Emulator, &problem, strategies, config)?),
-            DType::F16 => EmulatedLists::F16(DeviceLists::new(&Emulator, &problem, strategies, config)?),
-            DType::BF16 => EmulatedLists::BF16(DeviceLists::new(&Emulator, &problem, strategies, config)?),
+            DType::F32 => EmulatedLists::F32(DeviceRows::new(&Emulator, &problem, strategies, config)?),
+            DType::F16 => EmulatedLists::F16(DeviceRows::new(&Emulator, &problem, strategies, config)?),
+            DType::BF16 => EmulatedLists::BF16(DeviceRows::new(&Emulator, &problem, strategies, config)?),
             other => return no_kernels(other),
         };
         Ok(Self::of(lists, problem, (strategies, config, options)))
@@ -178,56 +177,58 @@ fn no_kernels<R>(dtype: DType) -> Result<R> {
     bail!("dtype: expected f32, f16 or bf16 on CUDA, got {dtype:?}; convert with to_dtype")
 }
 
-fn brought<T: Both>(cache: &CompressedKvCache) -> Result<(Problem, DeviceLists<Emulator, T>)> {
+fn brought<T: Both>(cache: &CompressedKvCache) -> Result<(Problem, DeviceRows<Emulator, T>)> {
     let Some((problem, held)) = cache.for_device::<T>()? else {
         bail!("cache: expected one that holds tokens, got an empty one; append first")
     };
-    let lists = DeviceLists::from_host(&Emulator, &problem, cache.strategies(), cache.config(), &held)?;
+    let lists = DeviceRows::from_host(&Emulator, &problem, (cache.strategies(), cache.config()), &held)?;
     Ok((problem, lists))
 }
 
 fn append<T: GpuElement + Element>(
-    lists: &mut DeviceLists<Emulator, T>,
+    lists: &mut DeviceRows<Emulator, T>,
     (qkv, scores): (&[Tensor; 3], Option<&Tensor>),
     options: Option<&AttentionOptions>,
     limit: Option<usize>,
 ) -> Result<Option<Tensor>> {
+    let problem = Problem::new(&qkv[0], &qkv[1], &qkv[2])?;
+    let Problem {
+        batch, heads, tokens, ..
+    } = problem;
     let held = |x: &Tensor| held::<T>(&x.to_dtype(T::DTYPE)?);
     let (q, k, v) = (held(&qkv[0])?, held(&qkv[1])?, held(&qkv[2])?);
-    let (sources, count) = ([borrow(&q), borrow(&k), borrow(&v)], qkv[0].dim(2)?);
     let scores = scores.map(|scores| Emulator.upload(&scores.flatten_all()?.to_vec1::<f32>()?));
     let scores = scores.transpose()?;
-    let scores = scores.as_ref().map(|data| ScoreBuffer {
-        data,
-        first: 0,
-        stride: count,
-    });
-    let Some(options) = options else {
-        let extras = ExtraBuffers {
-            scores,
+    let full = (batch, heads, tokens, lists.seq_len() + tokens);
+    let bias = options.and_then(|options| options.bias.as_ref());
+    let bias = bias.map(|bias| HeldBias::new(bias, full)).transpose()?;
+    let sinks = match options {
+        Some(options) => held_sinks(options)?,
+        None => None,
+    };
+    let call = RowsCall {
+        problem: &problem,
+        qkv: [borrow(&q), borrow(&k), borrow(&v)],
+        options,
+        extras: ExtraBuffers {
+            bias: bias.as_ref().map(HeldBias::view),
+            sinks: sinks.as_ref(),
+            scores: scores.as_ref().map(|data| ScoreBuffer {
+                data,
+                first: 0,
+                stride: tokens,
+            }),
             ..ExtraBuffers::none()
-        };
-        return lists.within(&Emulator, count, limit, |lists| {
-            lists.append(&Emulator, sources, count, extras).map(|()| None)
-        });
+        },
+        limit,
     };
-    let full = (qkv[0].dim(0)?, qkv[0].dim(1)?, count, lists.seq_len() + count);
-    let bias = options
-        .bias
-        .as_ref()
-        .map(|bias| HeldBias::new(bias, full))
-        .transpose()?;
-    let sinks = held_sinks(options)?;
-    let extras = ExtraBuffers {
-        bias: bias.as_ref().map(HeldBias::view),
-        sinks: sinks.as_ref(),
-        scores,
+    let Some(output) = lists.take_in(&Emulator, &call)? else {
+        return Ok(None);
     };
-    let output = lists.within(&Emulator, count, limit, |lists| {
-        lists.append_and_attend(&Emulator, sources, count, options, extras)
-    })?;
-    let (batch, heads, _, _) = qkv[0].dims4()?;
-    let shape = (batch, heads, count, qkv[2].dim(3)?);
-    let output = Tensor::from_vec(output.download()?, shape, &Device::Cpu)?;
+    let output = Tensor::from_vec(
+        output.download()?,
+        (batch, heads, tokens, problem.value_dim),
+        &Device::Cpu,
+    )?;
     output.to_dtype(qkv[0].dtype()).map(Some)
 }

@@ -7,7 +7,8 @@ use crate::cuda::params::{BiasEntries, CacheParams, Rows, Sizes, NO_SLIDE};
 use crate::problem::{Problem, RowLayout};
 use candle_core::{DType, Device, Result, Tensor};
 
-/// Columns of one kind: keys (lists, capacity, D), values (lists, capacity, Dv), ln n (lists, capacity) in f32, and each list's length.
+/// Columns of one kind: keys (lists, capacity, D), values (lists, capacity, Dv), ln n (lists, capacity) in f32, and
+/// each list's length.
 pub struct DecodeStore {
     /// The keys.
     pub keys: Tensor,
