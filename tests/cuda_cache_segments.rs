@@ -320,42 +320,38 @@ fn scores_and_values_go_with_their_segments() -> Result<()> {
     let scores = Tensor::from_iter(scores, &CPU)?.reshape((batch, kv_heads, tokens))?;
     let thresholds = Tensor::from_vec(vec![2.2f64; heads], heads, &CPU)?;
     let given = HeadStrategies::uniform(MergeStrategy::Similarity).with_thresholds(&thresholds)?;
-    for value_dim in [16, 48, 8] {
+    for (value_dim, chunks) in [(16, &[1usize][..]), (48, &[90]), (8, &[35, 1, 20])] {
         let [_, _, v] = Shape(batch, heads, kv_heads, tokens, value_dim).qkv(8, DType::F32)?;
         let qkv = [q.clone(), k.clone(), v];
-        for chunks in [&[1usize][..], &[90], &[35, 1, 20]] {
-            let config = CompressionConfig {
-                criterion: Criterion::Given,
-                fold: Fold::Drop,
-                window: 4,
-                sinks: 1,
-                ..CompressionConfig::calibrated()
-            };
-            let mut cache = EmulatedCache::new(&qkv, &given, &config, &Default::default())?;
-            let mut plain = CompressedKvCache::new(given.clone(), config, Default::default())?;
-            let mut start = 0;
-            for count in chunks.iter().cycle() {
-                let count = (*count).min(tokens - start);
-                if count == 0 {
-                    break;
-                }
-                let (new, scores) = (part(&qkv, start, count)?, scores.narrow(2, start, count)?);
-                let options = with(segments(&numbers, start, count)?, &AttentionOptions::default());
-                let got = cache
-                    .append_scored(&new, Some(&scores), Some(&options))?
-                    .context("rows")?;
-                let expected = plain.append_and_attend_scored(&new[0], &new[1], &new[2], &scores, &options)?;
-                let what = format!("{value_dim} {chunks:?} at {start}");
-                assert_close(&what, &got, &expected, 3e-5, 3e-5)?;
-                assert_eq!(cache.lens()?, plain.lens(), "{what}");
-                start += count;
+        let config = CompressionConfig {
+            criterion: Criterion::Given,
+            fold: Fold::Drop,
+            window: 4,
+            sinks: 1,
+            ..CompressionConfig::calibrated()
+        };
+        let mut cache = EmulatedCache::new(&qkv, &given, &config, &Default::default())?;
+        let mut plain = CompressedKvCache::new(given.clone(), config, Default::default())?;
+        let mut start = 0;
+        for count in chunks.iter().cycle() {
+            let count = (*count).min(tokens - start);
+            if count == 0 {
+                break;
             }
-            for (config, options) in configs().into_iter().step_by(4) {
-                let whole = with(segments(&numbers, 0, 90)?, &options);
-                let expected = reference_rows(&qkv, &strategies(3, &SHAPE, &config)?, &config, &whole)?;
-                let got = chunked(&mut emulated(&qkv, &config)?, &qkv, &whole, chunks)?;
-                assert_close(&format!("{value_dim} {config:?}"), &got, &expected, 3e-5, 3e-5)?;
-            }
+            let (new, scores) = (part(&qkv, start, count)?, scores.narrow(2, start, count)?);
+            let options = with(segments(&numbers, start, count)?, &AttentionOptions::default());
+            let got = cache.append_scored(&new, Some(&scores), Some(&options))?;
+            let expected = plain.append_and_attend_scored(&new[0], &new[1], &new[2], &scores, &options)?;
+            let what = format!("{value_dim} {chunks:?} at {start}");
+            assert_close(&what, &got.context("rows")?, &expected, 3e-5, 3e-5)?;
+            assert_eq!(cache.lens()?, plain.lens(), "{what}");
+            start += count;
+        }
+        for (config, options) in configs().into_iter().step_by(4) {
+            let whole = with(segments(&numbers, 0, 90)?, &options);
+            let expected = reference_rows(&qkv, &strategies(3, &SHAPE, &config)?, &config, &whole)?;
+            let got = chunked(&mut emulated(&qkv, &config)?, &qkv, &whole, chunks)?;
+            assert_close(&format!("{value_dim} {config:?}"), &got, &expected, 3e-5, 3e-5)?;
         }
     }
     Ok(())

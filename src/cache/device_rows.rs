@@ -1,7 +1,7 @@
 //! A cache's lists on a device, batch row by batch row. Rows that hold equal numbers of tokens have one set of buffers
 //! and one launch. Once segments or padding make them differ, each row has lists of its own.
 
-use super::segments::{Held, RowPlace, RowRun};
+use super::segments::{BeforeCall, RowPlace, RowRun};
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
 use crate::cuda::cache::{paste, DeviceLists, HostLists};
 use crate::cuda::extras::{ExtraBuffers, ScoreBuffer};
@@ -181,12 +181,12 @@ impl<G: Gpu, T: GpuElement> DeviceRows<G, T> {
     /// of the device leaves the lists half changed.
     pub fn take_in(&mut self, gpu: &G, call: &RowsCall<'_, G, T>) -> Result<Option<G::Slice<T>>> {
         let tokens = |part: &DeviceLists<G, T>| vec![part.seq_len(); part.batch()];
-        let held = Held {
+        let before = BeforeCall {
             seq_len: self.seq_len,
             places: self.places.as_deref(),
             tokens: self.parts.iter().flat_map(tokens).collect(),
         };
-        let runs = held.runs(call.problem, call.options)?;
+        let runs = before.runs(call.problem, call.options)?;
         debug_assert!(self.parts.len() == 1 || runs.is_some());
         let output = match runs.as_ref().filter(|runs| self.parts.len() > 1 || !runs.alike) {
             None => take(gpu, &mut self.parts[0], call, call.problem.tokens)?,

@@ -53,7 +53,7 @@ impl CallRuns {
 }
 
 /// What a cache holds before a call.
-pub(super) struct Held<'a> {
+pub(super) struct BeforeCall<'a> {
     pub seq_len: usize,
     /// Where each batch row stands, once segments were given.
     pub places: Option<&'a [RowPlace]>,
@@ -62,21 +62,21 @@ pub(super) struct Held<'a> {
 }
 
 impl State {
-    /// As [`Held::runs`].
+    /// As [`BeforeCall::runs`].
     ///
     /// # Errors
-    /// As [`Held::runs`].
+    /// As [`BeforeCall::runs`].
     pub(super) fn runs(&self, problem: &Problem, options: Option<&AttentionOptions>) -> Result<Option<CallRuns>> {
-        let held = Held {
+        let before = BeforeCall {
             seq_len: self.seq_len,
             places: self.places.as_deref(),
             tokens: each!(&self.lists, lists => held(lists, problem.batch)),
         };
-        held.runs(problem, options)
+        before.runs(problem, options)
     }
 }
 
-impl Held<'_> {
+impl BeforeCall<'_> {
     /// The runs of a call; None where segments were never given.
     ///
     /// # Errors
