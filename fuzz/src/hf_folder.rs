@@ -4,7 +4,7 @@ use crate::checkpoint::{tokenizer, tokens, try_out, weights, CONTEXT, HEADS, HID
 use crate::edits::edit;
 use crate::scratch::Scratch;
 use arbitrary::{Result, Unstructured};
-use serde_json::json;
+use serde_json::{json, Value};
 use std::sync::OnceLock;
 
 const NAMES: [&str; 4] = [
@@ -14,13 +14,17 @@ const NAMES: [&str; 4] = [
     "tokenizer.json",
 ];
 
+/// Models of the same tensors; a Gemma's embedding is its output matrix, as this folder's is.
+const MODELS: [&str; 4] = ["llama", "gemma", "granite", "helium"];
+
 thread_local! {
     static SCRATCH: Scratch = Scratch::new("hf");
 }
 
 pub fn run(data: &[u8]) {
-    static VALID: OnceLock<[Vec<u8>; 4]> = OnceLock::new();
-    let mut files = VALID.get_or_init(valid).clone();
+    static VALID: OnceLock<[[Vec<u8>; 4]; 4]> = OnceLock::new();
+    let model = usize::from(data.first().copied().unwrap_or(0) >> 4) % MODELS.len();
+    let mut files = VALID.get_or_init(|| MODELS.map(valid))[model].clone();
     let _ = edit_some(&mut files, &mut Unstructured::new(data));
     SCRATCH.with(|scratch| {
         for (name, file) in NAMES.iter().zip(&files) {
@@ -30,7 +34,7 @@ pub fn run(data: &[u8]) {
     });
 }
 
-/// The input's first bits choose files; each chosen file gets an equal part of the rest.
+/// The input's first bits choose files, the next ones the model; each chosen file gets an equal part of the rest.
 fn edit_some(files: &mut [Vec<u8>; 4], input: &mut Unstructured) -> Result<()> {
     let chosen: u8 = input.arbitrary()?;
     let count = (chosen & 0xf).count_ones().max(1) as usize;
@@ -43,11 +47,21 @@ fn edit_some(files: &mut [Vec<u8>; 4], input: &mut Unstructured) -> Result<()> {
     Ok(())
 }
 
-fn valid() -> [Vec<u8>; 4] {
-    let config = json!({
+/// The settings that only this model has.
+fn own(model: &str) -> Value {
+    match model {
+        "gemma" => json!({"hidden_act": "gelu", "head_dim": HIDDEN / HEADS}),
+        "granite" => json!({"hidden_act": "silu", "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
+            "attention_multiplier": 0.0625, "logits_scaling": 8.0}),
+        "helium" => json!({"hidden_act": "silu", "head_dim": HIDDEN / HEADS}),
+        _ => json!({"hidden_act": "silu"}),
+    }
+}
+
+fn valid(model: &str) -> [Vec<u8>; 4] {
+    let mut config = json!({
         "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
+        "model_type": model,
         "hidden_size": HIDDEN,
         "intermediate_size": INNER,
         "max_position_embeddings": CONTEXT,
@@ -62,6 +76,9 @@ fn valid() -> [Vec<u8>; 4] {
         "eos_token_id": tokens().len() - 1,
         "torch_dtype": "float32"
     });
+    for (key, value) in own(model).as_object().into_iter().flatten() {
+        config[key] = value.clone();
+    }
     let tokenizer_config = json!({
         "bos_token": SPECIAL[0],
         "eos_token": SPECIAL[1],
@@ -80,9 +97,11 @@ fn valid() -> [Vec<u8>; 4] {
 #[test]
 fn the_folder_that_is_edited_is_valid() {
     SCRATCH.with(|scratch| {
-        for (name, file) in NAMES.iter().zip(valid()) {
-            scratch.write(name, &file);
+        for model in MODELS {
+            for (name, file) in NAMES.iter().zip(valid(model)) {
+                scratch.write(name, &file);
+            }
+            assert!(try_out(scratch.folder()), "{model}");
         }
-        assert!(try_out(scratch.folder()));
     });
 }
