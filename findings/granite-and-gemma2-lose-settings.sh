@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# candle-transformers 0.11.1: settings that checkpoints' config.json give and its models do not compute, on random models
-# of two layers. No error says so.
+# candle-transformers 0.11.1: settings that checkpoints' config.json give and its models do not compute, on random
+# models of two layers. No error says so.
 #   1. granite: embedding_multiplier, attention_multiplier, residual_multiplier and logits_scaling (12, 0.0156, 0.22 and
 #      16, as in IBM's granite-3 files) change no logit. The reader of config.json has no such fields.
 #   2. gemma2: query_pre_attn_scalar is read and changes no logit; logits are scaled by head_dim. In the 27B checkpoint
@@ -89,7 +89,7 @@ fn main() -> Result<()> {
         Ok(logits(1)? != logits(2)?)
     };
     let (whole, sliding) = (reaches(None)?, reaches(Some(2))?);
-    println!("gemma2: the first of 9 tokens reaches the last logits: without a window {whole}, with one of 2 {sliding}");
+    println!("gemma2: the first of 9 tokens reaches the last: without a window {whole}, with one of 2 {sliding}");
     assert!(same && scaled && whole && !sliding);
     Ok(())
 }

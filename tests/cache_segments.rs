@@ -238,6 +238,32 @@ fn a_refused_call_changes_nothing() -> Result<()> {
     Ok(())
 }
 
+/// A row of padding alone in the first call that attends slides with the others: a file holds what it keeps.
+#[test]
+fn a_row_of_padding_is_saved_before_it_slides() -> Result<()> {
+    let qkv = SHAPE.qkv(8, DType::F32)?;
+    for (config, options) in configs() {
+        if options.sliding_window.is_none() {
+            continue;
+        }
+        let mut original = cache(&config)?;
+        let [q, k, v] = part(&qkv, 0, 40)?;
+        original.append(&q, &k, &v)?;
+        let [q, k, v] = part(&qkv, 40, 2)?;
+        let numbers = Tensor::new(&[[0u32, 0], [1, 1], [1, 1], [1, 1]], &Device::Cpu)?;
+        original.append_and_attend(&q, &k, &v, &with(numbers, &options))?;
+        let mut loaded = through_a_file(&original)?;
+        for token in 42..60 {
+            let [q, k, v] = part(&qkv, token, 1)?;
+            let expected = original.append_and_attend(&q, &k, &v, &options)?;
+            let got = loaded.append_and_attend(&q, &k, &v, &options)?;
+            assert_eq!(bits(&got)?, bits(&expected)?, "{config:?} at {token}");
+        }
+        assert_eq!(loaded.lens(), original.lens());
+    }
+    Ok(())
+}
+
 /// Files hold the places of rows, and are refused where they do not fit; without segments they hold none.
 #[test]
 fn files_hold_the_places() -> Result<()> {

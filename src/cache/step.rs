@@ -83,6 +83,13 @@ pub(super) fn step(
     state.seq_len = total;
     if options.is_some() {
         state.sliding_window = Some(sliding_window);
+        // Lists of batch rows that were padding alone.
+        let sliding_window = sliding_window.unwrap_or(usize::MAX);
+        each!(&mut state.lists, lists => for (_, list) in lists {
+            if list.settings.sliding_window != sliding_window {
+                list.slide_now(sliding_window);
+            }
+        });
     }
     if let Some(runs) = runs.filter(|runs| state.places.is_some() || !runs.one_segment()) {
         state.places = Some(runs.places);

@@ -32,7 +32,7 @@ use crate::cpu::number::element::{Accumulator, Element};
 use crate::cpu::number::finite::{quarantine, Check};
 use crate::cpu::number::rows::HeadRows;
 use crate::cpu::number::vectorized::vectorized;
-use std::mem::take;
+use std::mem::{replace, take};
 use std::ops::Range;
 
 /// A list grows by an eighth of its length, and at least by this many entries: little is copied, little is unused.
@@ -169,6 +169,21 @@ impl<S: Element> List<S> {
             (decided.run, decided.observed) = (Run::default(), Observed::new());
             decided.last_hidden = false;
         }
+    }
+
+    /// [`Self::slide`] between chunks: for a list that got no token of the chunk that brought the sliding window.
+    pub fn slide_now(&mut self, sliding_window: usize) {
+        let mut decided = Decided {
+            bits: take(&mut self.bits),
+            run: take(&mut self.run),
+            observed: replace(&mut self.observed, Observed::new()),
+            last_hidden: self.last_hidden,
+            closes: 0,
+        };
+        self.slide(sliding_window, &mut decided);
+        (self.bits, self.run, self.observed) = (decided.bits, decided.run, decided.observed);
+        self.last_hidden = decided.last_hidden;
+        self.trim(0);
     }
 
     /// Drops the closed chains whose last token is before `first`, which no later row sees.
