@@ -16,7 +16,7 @@ use common::files::TempFile;
 use common::inputs::{assert_close, laid_out, values, Memory, Shape};
 use common::kernels::chunked;
 use common::saved::bits;
-use common::settings::reference_rows;
+use common::settings::{config, reference_rows};
 
 const CPU: Device = Device::Cpu;
 const FOLDS: [Fold; 3] = [Fold::PairSum, Fold::Mean, Fold::Drop];
@@ -35,18 +35,6 @@ fn inputs((shape, value_dim): (Shape, usize), seed: u64, dtype: DType) -> Result
     let [q, k, _] = shape.qkv(seed, dtype)?;
     let [_, _, v] = Shape(batch, heads, kv_heads, tokens, value_dim).qkv(seed + 1, dtype)?;
     Ok([q, k, v])
-}
-
-fn config(fold: Fold, window: usize, criterion: Criterion) -> CompressionConfig {
-    CompressionConfig {
-        fold,
-        window,
-        criterion,
-        sinks: 2,
-        similarity_threshold: 0.35,
-        group_rule: GroupRule::Unanimous,
-        ..Default::default()
-    }
 }
 
 /// Every fold under every criterion that takes it, with windows of 0 to more than all tokens.

@@ -14,7 +14,7 @@ use common::caches::{chunked as chunked_on_cpu, part, strategies};
 use common::files::TempFile;
 use common::inputs::{assert_close, values, Shape};
 use common::kernels::chunked;
-use common::settings::reference_rows;
+use common::settings::{config, reference_rows};
 
 const CPU: Device = Device::Cpu;
 const SHAPE: Shape = Shape(2, 4, 2, 150, 16);
@@ -39,18 +39,6 @@ fn slides_beside(length: usize) -> Result<AttentionOptions> {
         sink_logits: Some(Tensor::from_iter((0..heads).map(|head| head as f32 - 1.0), &CPU)?),
         ..slides(length)
     })
-}
-
-fn config(fold: Fold, window: usize, criterion: Criterion) -> CompressionConfig {
-    CompressionConfig {
-        fold,
-        window,
-        criterion,
-        sinks: 2,
-        similarity_threshold: 0.35,
-        group_rule: GroupRule::Unanimous,
-        ..Default::default()
-    }
 }
 
 /// Windows on both sides of each sliding one; every fold and criterion meets some of them.

@@ -12,6 +12,7 @@ use common::caches::{chunked, part, part_options, strategies};
 use common::files::{Contents, TempFile};
 use common::inputs::{assert_close, Shape};
 use common::saved::{bits, saved, through_a_file};
+use common::settings::config;
 
 const SHAPE: Shape = Shape(2, 4, 2, 150, 16);
 const FOLDS: [Fold; 3] = [Fold::PairSum, Fold::Mean, Fold::Drop];
@@ -20,18 +21,6 @@ const CHUNKS: [&[usize]; 4] = [&[1], &[7], &[3, 70], &[150]];
 fn slides(length: usize) -> AttentionOptions {
     AttentionOptions {
         sliding_window: Some(length),
-        ..Default::default()
-    }
-}
-
-fn config(fold: Fold, window: usize, criterion: Criterion) -> CompressionConfig {
-    CompressionConfig {
-        fold,
-        window,
-        criterion,
-        sinks: 2,
-        similarity_threshold: 0.35,
-        group_rule: GroupRule::Unanimous,
         ..Default::default()
     }
 }

@@ -8,7 +8,8 @@ use candle_core::{bail, CpuStorage, CudaStorage, CustomOp2, Layout, Result, Shap
 /// The gradients of two arguments from that of a result.
 type Backward = dyn Fn(&Tensor) -> Result<[Option<Tensor>; 2]> + Send + Sync;
 
-/// A tensor that is computed already, as an operation on two others whose derivative is given.
+/// A tensor that is computed already, as an operation on two others whose derivative is given. It is copied once:
+/// candle has no way to hand a tensor's storage over.
 struct Known {
     name: &'static str,
     /// Gone once the operation has run: the graph keeps this operation, and must not keep the tensor twice.

@@ -25,6 +25,19 @@ impl Setting {
     }
 }
 
+/// Settings by which the query heads of a KV head decide as one, with two sinks.
+pub fn config(fold: Fold, window: usize, criterion: Criterion) -> CompressionConfig {
+    CompressionConfig {
+        fold,
+        window,
+        criterion,
+        sinks: 2,
+        similarity_threshold: 0.35,
+        group_rule: GroupRule::Unanimous,
+        ..Default::default()
+    }
+}
+
 /// The reference's decisions, by the setting's criterion.
 pub fn reference_bits(
     [q, k, v]: [&Array4; 3],
