@@ -1,7 +1,7 @@
 //! Forward attention on the CPU against candle's own and PyTorch's, in one run:
 //! `cargo bench -p peers --bench forward`; with SFATTENTION_PYTHON=python3 (one that has torch) PyTorch's rows too.
-//! Rows that are compared with our own run in turns with them. Leaves plots of time against tokens and against the
-//! hidden ratio next to criterion's results.
+//! `-- sliding` runs the row of a sliding window alone. Rows that are compared with our own run in turns with them.
+//! Leaves plots of time against tokens and against the hidden ratio next to criterion's results.
 //!
 //! Rejected, with the time relative to the code that stayed, or the speed relative to the gemm crate alone:
 //!
@@ -331,6 +331,9 @@ fn plots(folder: &Path) -> Result<()> {
 }
 
 fn main() -> Result<()> {
+    if std::env::args().any(|argument| argument == "sliding") {
+        return sliding();
+    }
     let (criterion, folder) = common::criterion("forward");
     let mut bench = Bench {
         criterion,
