@@ -3,15 +3,14 @@
 # they read, and cuda/tools/run-report.sh. Needs the real nvcc (cuda/tools/toolkit.sh sets one up) and CUDA_COMPUTE_CAP
 # of that GPU.
 #
-#   cuda/tools/pack.sh PACK.tar.xz [NAME...]     NAME: a test or an example; by default those below
+#   cuda/tools/pack.sh PACK.tar.xz [NAME...]     NAME: `device` (the tests) or an example; by default those below
 #
 # There: mkdir pack && tar -xJf PACK.tar.xz -C pack && pack/run-report.sh REPORT-FOLDER
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 out=$(realpath "$1")
 shift
-[ $# -gt 0 ] ||
-  set -- cuda_device cuda_device_cache cuda_device_fades cuda_layer cuda_streams llama_cuda bench_gpu llama
+[ $# -gt 0 ] || set -- device bench_gpu llama
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -20,7 +19,7 @@ export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target}
 build() { cargo "$@" --locked --features cuda --message-format=json-render-diagnostics; }
 for name in "$@"; do
   case $name in
-    *cuda*) build test --no-run --test "$name" ;;
+    device) build test --no-run --test "$name" ;;
     *) build build --example "$name" ;;
   esac
 done | python3 -c '

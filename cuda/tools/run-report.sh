@@ -47,16 +47,16 @@ done
 for part in "$@"; do
   case $part in
     tests)
-      for binary in bin/*cuda*; do
-        limited 240 "$(basename "$binary")" "$binary" --nocapture
+      for module in attention cache fades layer llama streams; do
+        limited 240 "tests of $module" bin/device "$module::" --nocapture
       done
       ;;
     memcheck | racecheck | synccheck | initcheck)
       # A handful of settings and short sequences: the sanitizer is some hundred times slower. SFA_CASE and SFA_TOKENS
       # choose others.
-      for binary in bin/cuda_device*; do
-        SFA_CASE=${SFA_CASE:-window} SFA_TOKENS=${SFA_TOKENS:-140} limited 120 "$part of $(basename "$binary")" \
-          compute-sanitizer --tool "$part" --error-exitcode 9 --print-limit 20 "$binary" table --nocapture
+      for module in attention cache; do
+        SFA_CASE=${SFA_CASE:-window} SFA_TOKENS=${SFA_TOKENS:-140} limited 120 "$part of $module" \
+          compute-sanitizer --tool "$part" --error-exitcode 9 --print-limit 20 bin/device "$module::table" --nocapture
       done
       ;;
     llama)

@@ -3,6 +3,7 @@
 //! `matches!` and no `if let`. A name of a type has one meaning in all of src/.
 
 mod code;
+mod layers;
 mod pattern;
 mod text;
 

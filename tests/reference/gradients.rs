@@ -1,4 +1,4 @@
-//! Gradients of the loss against finite differences; those of attention: peers/tests/gradients.rs.
+//! Gradients of the loss against finite differences; those of attention: peers/tests/properties/gradients.rs.
 
 use anyhow::Result;
 use candle_sfattention::reference::{attention, compression_loss, compression_loss_gradients, Array4, LossTerms};

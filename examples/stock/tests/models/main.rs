@@ -2,10 +2,10 @@
 
 mod batches;
 #[allow(dead_code)]
-#[path = "../../../../tests/llama_example/fixture.rs"]
+#[path = "../../../../tests/llama/fixture.rs"]
 mod fixture;
 #[allow(dead_code)]
-#[path = "../../../../tests/llama_example/kinds.rs"]
+#[path = "../../../../tests/llama/kinds.rs"]
 mod kinds;
 mod ours;
 mod rules;

@@ -1,0 +1,15 @@
+//! The kernels, the cache, the layer and the llama example's model on a GPU, against the reference and the CPU. Without
+//! a GPU each test prints that it is skipped.
+#![cfg(feature = "cuda")]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+include!("../../examples/llama/decoder.rs");
+
+mod attention;
+mod cache;
+mod fades;
+mod layer;
+mod llama;
+mod streams;

@@ -1,0 +1,18 @@
+//! The CUDA kernels under the emulator against the reference and the CPU. It needs neither a GPU nor CUDA.
+#![cfg(feature = "cuda-emu")]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod attention;
+mod cache;
+mod cache_rules;
+mod cache_saved;
+mod cache_segments;
+mod column_bias;
+mod decode;
+mod edges;
+mod emulator;
+mod logits;
+mod sliding_cache;
+mod visibility;
