@@ -48,7 +48,7 @@ pub struct ModelArgs {
     /// Default: the small model that comes with the example.
     #[arg(long, value_name = "PATH_OR_ID", default_value = DEFAULT_MODEL, hide_default_value = true)]
     pub model: String,
-    /// Where to compute: cpu, or cuda or cuda:N in a build with --features cuda. Calibration runs on the CPU.
+    /// Where to compute: cpu, or cuda or cuda:N in a build with --features cuda.
     #[arg(long, default_value_t = Place::Cpu, value_name = "DEVICE")]
     device: Place,
     /// Number type of weights and activations. Default: f32 on the CPU, where a GGUF file stays quantized and takes no
