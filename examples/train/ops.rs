@@ -78,7 +78,10 @@ pub fn embed(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     }
     let (vocabulary, ids) = (table.dim(0)?, ids.clone());
     // Read now, while nothing waits on the device.
-    let on_host = ids.to_vec1::<u32>()?;
+    let on_host = match table.device().is_cpu() {
+        true => Vec::new(),
+        false => ids.to_vec1::<u32>()?,
+    };
     known("embed", [table, table], result, move |gradient| {
         let of_table = match gradient.device().is_cpu() {
             true => Tensor::zeros((vocabulary, gradient.dim(1)?), gradient.dtype(), gradient.device())?

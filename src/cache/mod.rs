@@ -95,11 +95,14 @@ mod device_rows;
 mod load;
 #[cfg(feature = "cuda")]
 mod on_device;
+mod reader;
 mod rows;
 mod save;
 mod segments;
 mod state;
 mod step;
+mod truncate;
+mod usage;
 
 #[cfg(feature = "cuda-emu")]
 pub(crate) use between_devices::Both;
@@ -293,59 +296,6 @@ impl CompressedKvCache {
         self.state.as_ref().map_or(0, |state| state.seq_len)
     }
 
-    /// Entries kept, per batch row and list: closed chains, the open one, and raw tokens of the window; those of the
-    /// current segment, where there are segments. On a GPU this waits for the device, and is empty if that fails.
-    pub fn lens(&self) -> Vec<Vec<usize>> {
-        #[cfg(feature = "cuda")]
-        if let Some(state) = &self.on_gpu {
-            return state.lens().unwrap_or_default();
-        }
-        let Some(state) = &self.state else { return Vec::new() };
-        let mut lens = vec![Vec::new(); state.sizes.batch];
-        each!(&state.lists, lists => {
-            lists.iter().for_each(|(at, list)| lens[at.batch].push(list.entries()))
-        });
-        lens
-    }
-
-    /// Bytes in use: keys, values, token indices, sizes, open chains, raw tokens and run state of all lists. On a GPU
-    /// this waits for the device; [`Self::bytes_allocated`] does not.
-    pub fn bytes(&self) -> usize {
-        #[cfg(feature = "cuda")]
-        if let Some(state) = &self.on_gpu {
-            return state.bytes().unwrap_or_else(|_| state.bytes_allocated());
-        }
-        let Some(state) = &self.state else { return 0 };
-        each!(&state.lists, lists => lists.iter().map(|(_, list)| list.bytes()).sum())
-    }
-
-    /// Bytes allocated: [`Self::bytes`] and the reserve for growth. Folded entries have room for an eighth of a list or
-    /// 64 entries more at most. Raw tokens of the window are moved to the front once per window of tokens, so their
-    /// buffers have room for up to four windows of rows. On a GPU every list has as much room as the longest one.
-    pub fn bytes_allocated(&self) -> usize {
-        #[cfg(feature = "cuda")]
-        if let Some(state) = &self.on_gpu {
-            return state.bytes_allocated();
-        }
-        let Some(state) = &self.state else { return 0 };
-        each!(&state.lists, lists => lists.iter().map(|(_, list)| list.bytes_allocated()).sum())
-    }
-
-    /// Bytes that keys and values of all tokens would take in the same dtype, once per KV head.
-    pub fn bytes_dense(&self) -> usize {
-        let Some((sizes, dtype)) = self.sizes() else { return 0 };
-        let numbers = sizes.head_dim + sizes.values();
-        sizes.batch * sizes.kv_heads * self.seq_len() * numbers * dtype.size_in_bytes()
-    }
-
-    /// The sizes that the first call fixed, and the storage.
-    fn sizes(&self) -> Option<(CacheSizes, DType)> {
-        let sizes = self.state.as_ref().map(|state| (state.sizes, state.lists.dtype()));
-        #[cfg(feature = "cuda")]
-        let sizes = sizes.or_else(|| self.on_gpu.as_ref().map(on_device::GpuState::sizes));
-        sizes
-    }
-
     /// The batch rows of the first call; `None` of an empty cache.
     pub(crate) fn batch(&self) -> Option<usize> {
         self.sizes().map(|(sizes, _)| sizes.batch)
@@ -358,83 +308,6 @@ impl CompressedKvCache {
         {
             self.on_gpu = None;
         }
-    }
-
-    /// Cuts the cache back to its first `tokens` tokens, exactly. Possible for all tokens, for none, and where every
-    /// list has a head that is [`MergeStrategy::Off`](crate::MergeStrategy).
-    ///
-    /// # Errors
-    /// More tokens than the cache has, or a cache that merges: folded tokens cannot be taken apart.
-    pub fn truncate(&mut self, tokens: usize) -> Result<()> {
-        self.check_truncate(tokens)?;
-        if tokens == 0 {
-            self.reset();
-        }
-        #[cfg(feature = "cuda")]
-        if let Some(state) = &mut self.on_gpu {
-            return state.truncate(tokens);
-        }
-        let Some(state) = &mut self.state else { return Ok(()) };
-        each!(&mut state.lists, lists => lists.iter_mut().for_each(|(_, list)| list.truncate(tokens)));
-        state.seq_len = tokens;
-        Ok(())
-    }
-
-    /// Whether [`Self::truncate`] would succeed.
-    pub(crate) fn check_truncate(&self, tokens: usize) -> Result<()> {
-        let seq_len = self.seq_len();
-        if tokens > seq_len {
-            bail!("truncate: expected at most the {seq_len} tokens seen, got {tokens}; append the missing ones")
-        }
-        if tokens == 0 || tokens == seq_len {
-            return Ok(());
-        }
-        if self.has_segments() {
-            bail!(
-                "truncate: expected 0 or all {seq_len} tokens for a cache with segments, got {tokens}; reset() and \
-                 append again, or keep a clone() from before"
-            )
-        }
-        if !self.never_merges() {
-            bail!(
-                "truncate: expected 0 or all {seq_len} tokens for a cache that merges, got {tokens}; folded tokens \
-                 cannot be taken apart, reset() and append again, or keep a clone() from before"
-            )
-        }
-        if !self.keeps_columns_at(tokens)? {
-            bail!(
-                "truncate: expected all {seq_len} tokens, got {tokens}; tokens that the next row would see have left \
-                 the sliding window, reset() and append again, or keep a clone() from before"
-            )
-        }
-        Ok(())
-    }
-
-    fn has_segments(&self) -> bool {
-        #[cfg(feature = "cuda")]
-        if let Some(state) = &self.on_gpu {
-            return state.has_segments();
-        }
-        self.state.as_ref().is_some_and(|state| state.places.is_some())
-    }
-
-    /// Whether the columns of the row after the first `tokens` tokens are kept: a sliding window may have passed them.
-    fn keeps_columns_at(&self, tokens: usize) -> Result<bool> {
-        #[cfg(feature = "cuda")]
-        if let Some(state) = &self.on_gpu {
-            return state.can_truncate(tokens);
-        }
-        let Some(state) = &self.state else { return Ok(true) };
-        Ok(each!(&state.lists, lists => lists.iter().all(|(_, list)| list.can_truncate(tokens))))
-    }
-
-    fn never_merges(&self) -> bool {
-        #[cfg(feature = "cuda")]
-        if let Some(state) = &self.on_gpu {
-            return state.never_merges();
-        }
-        let Some(state) = &self.state else { return true };
-        each!(&state.lists, lists => lists.iter().all(|(_, list)| !list.settings.merges()))
     }
 
     /// Keeps, repeats or reorders batch rows: row i becomes the old row `rows[i]`. For beam search. `rows` is a u32, u8

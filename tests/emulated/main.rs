@@ -13,6 +13,8 @@ mod column_bias;
 mod decode;
 mod edges;
 mod emulator;
+mod exact;
 mod logits;
 mod sliding_cache;
+mod sliding_window;
 mod visibility;
