@@ -1,4 +1,4 @@
-//! Attention on the CPU against the reference: values, gradients, and whatever bounds what a row sees.
+//! Attention on the CPU against the reference: values, gradients, and the options that bound a row's view.
 
 #[path = "../common/mod.rs"]
 mod common;
