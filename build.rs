@@ -45,13 +45,47 @@ mod sources {
 mod emulation {
     use super::sources::{files, stem, ROOMS};
     use anyhow::Result;
+    use std::path::PathBuf;
 
     pub fn build() -> Result<()> {
         let mut kernels = files(&ROOMS, "cu")?;
         kernels.extend(files(&["cuda/emu"], "cu")?);
         let modules = kernels.iter().map(|path| Ok(format!("M({})", stem(path)?)));
         let modules = modules.collect::<Result<Vec<_>>>()?.join(" ");
+        kernels.push(PathBuf::from("cuda/emu/emu.cpp"));
+        let objects = objects(&kernels, &modules)?;
         cc::Build::new()
+            .cpp(true)
+            .objects(objects)
+            .try_compile("sfattention_emulation")?;
+        Ok(())
+    }
+
+    /// Compiles files side by side. The feature of cc that does so would change cc for every other crate that is built
+    /// with it, and these would be built anew.
+    fn objects(kernels: &[PathBuf], modules: &str) -> Result<Vec<PathBuf>> {
+        let jobs = std::env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok());
+        let jobs = jobs.unwrap_or(1).clamp(1, kernels.len());
+        std::thread::scope(|scope| {
+            let parts = (0..jobs).map(|job| {
+                let part: Vec<&PathBuf> = kernels.iter().skip(job).step_by(jobs).collect();
+                scope.spawn(move || compiler(modules).files(part).try_compile_intermediates())
+            });
+            let parts: Vec<_> = parts.collect();
+            let mut objects = Vec::new();
+            for part in parts {
+                objects.extend(
+                    part.join()
+                        .map_err(|_| anyhow::anyhow!("a thread that compiles kernels"))??,
+                );
+            }
+            Ok(objects)
+        })
+    }
+
+    fn compiler(modules: &str) -> cc::Build {
+        let mut build = cc::Build::new();
+        build
             .cpp(true)
             .std("c++17")
             .opt_level(2)
@@ -68,11 +102,8 @@ mod emulation {
             .flags(["-x", "c++"])
             .include("cuda")
             .define("SFA_EMULATION", None)
-            .define("EMU_MODULES(M)", modules.as_str())
-            .files(kernels)
-            .file("cuda/emu/emu.cpp")
-            .try_compile("sfattention_emulation")?;
-        Ok(())
+            .define("EMU_MODULES(M)", modules);
+        build
     }
 }
 
