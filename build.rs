@@ -74,10 +74,10 @@ mod emulation {
             let parts: Vec<_> = parts.collect();
             let mut objects = Vec::new();
             for part in parts {
-                objects.extend(
-                    part.join()
-                        .map_err(|_| anyhow::anyhow!("a thread that compiles kernels"))??,
-                );
+                let part = part
+                    .join()
+                    .map_err(|_| anyhow::anyhow!("expected objects of each thread, got a panic"))?;
+                objects.extend(part?);
             }
             Ok(objects)
         })
