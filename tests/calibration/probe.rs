@@ -1,7 +1,5 @@
 //! Probes of keys: their scores, the harm that they are fitted to, and the fit.
 
-#![cfg(feature = "fit")]
-
 use crate::common::inputs::{assert_close, values, Normal, Shape};
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};

@@ -1,4 +1,4 @@
-//! Reruns tests in a child process that uses other instructions.
+//! Reruns tests in a child process that has another environment variable.
 
 use anyhow::Result;
 use std::process::Command;
@@ -12,7 +12,7 @@ pub fn full_name(module: &str, test: &str) -> String {
 }
 
 /// Runs tests of a module again with an environment variable set; false if this CPU has no such instructions.
-fn again(variable: &str, value: &str, module: &str, tests: &[&str]) -> Result<bool> {
+pub fn again(variable: &str, value: &str, module: &str, tests: &[&str]) -> Result<bool> {
     let output = Command::new(std::env::current_exe()?)
         .env(variable, value)
         .arg("--exact")

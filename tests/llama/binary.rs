@@ -14,19 +14,7 @@ pub fn llama(args: &[&str]) -> Output {
 
 /// [`llama`] with variables of the environment.
 pub fn llama_with(args: &[&str], variables: &[(&str, &str)]) -> Output {
-    let deps = std::env::current_exe().unwrap();
-    let binary = deps
-        .ancestors()
-        .nth(2)
-        .unwrap()
-        .join("examples/llama")
-        .with_extension(std::env::consts::EXE_EXTENSION);
-    assert!(
-        binary.exists(),
-        "{} is missing: run `cargo build --example llama` first",
-        binary.display()
-    );
-    let mut command = Command::new(binary);
+    let mut command = Command::new(crate::example::path("llama"));
     // One line without a backtrace is promised even if RUST_BACKTRACE is set.
     command
         .args(args)

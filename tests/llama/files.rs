@@ -1,6 +1,6 @@
 //! Files that the examples write replace the old ones, or leave them unchanged if the disk is full.
-#![cfg(unix)]
 
+use crate::example::path;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,19 +8,8 @@ use std::process::{Command, Output};
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/llama/assets");
 
-fn binary(name: &str) -> PathBuf {
-    let deps = std::env::current_exe().unwrap();
-    let binary = deps.ancestors().nth(2).unwrap().join("examples").join(name);
-    assert!(
-        binary.exists(),
-        "{} is missing: run `cargo build --example {name}` first",
-        binary.display()
-    );
-    binary
-}
-
 fn run(name: &str, folder: &Path, args: &str) -> Output {
-    let mut command = Command::new(binary(name));
+    let mut command = Command::new(path(name));
     command
         .current_dir(folder)
         .args(args.split_whitespace())
@@ -40,7 +29,7 @@ fn run_with_files_up_to(blocks: usize, name: &str, folder: &Path, args: &str) ->
     let mut command = Command::new("sh");
     command
         .args(["-c", &limit])
-        .arg(binary(name))
+        .arg(path(name))
         .args(args.split_whitespace())
         .current_dir(folder);
     command.output().unwrap()

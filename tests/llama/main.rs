@@ -25,6 +25,8 @@ mod tasks;
 mod words;
 
 mod binary;
+#[path = "../common/example.rs"]
+mod example;
 mod fixture;
 mod hub;
 #[allow(dead_code)]

@@ -15,17 +15,8 @@ use serde_json::{json, Value};
 const CONTEXT: &str = "32";
 
 fn example(name: &str, args: &[&str]) -> Output {
-    let deps = std::env::current_exe().unwrap();
-    let folder = deps.ancestors().nth(2).unwrap().join("examples");
-    let binary = folder.join(name).with_extension(std::env::consts::EXE_EXTENSION);
-    assert!(
-        binary.exists(),
-        "{} is missing: run `cargo build --example {name}` first",
-        binary.display()
-    );
-    let mut command = Command::new(binary);
-    command.args(args).env("RUST_BACKTRACE", "1");
-    command.output().unwrap()
+    let mut command = Command::new(crate::example::path(name));
+    command.args(args).env("RUST_BACKTRACE", "1").output().unwrap()
 }
 
 fn succeed(name: &str, args: &[&str]) -> Output {

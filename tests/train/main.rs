@@ -28,6 +28,8 @@ mod trainable;
 #[path = "../../examples/llama/weights.rs"]
 mod weights;
 
+#[path = "../common/example.rs"]
+mod example;
 #[allow(dead_code)]
 #[path = "../llama/fixture.rs"]
 mod fixture;

@@ -19,15 +19,7 @@ const SIZES: &str =
 const COMPRESSION: &str = "--preset paper --strategy difference --difference-threshold 0.3";
 
 fn example(name: &str) -> Command {
-    let deps = std::env::current_exe().unwrap();
-    let folder = deps.ancestors().nth(2).unwrap().join("examples");
-    let binary = folder.join(name).with_extension(std::env::consts::EXE_EXTENSION);
-    assert!(
-        binary.exists(),
-        "{} is missing: run `cargo build --example {name}` first",
-        binary.display()
-    );
-    let mut command = Command::new(binary);
+    let mut command = Command::new(crate::example::path(name));
     command.env("RUST_BACKTRACE", "1");
     command
 }

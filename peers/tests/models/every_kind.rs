@@ -4,8 +4,8 @@
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
+use crate::again::again;
 use crate::kinds::{Kind, CONTEXT, KINDS};
 use crate::load::{Checkpoint, LoadOptions};
 use crate::model::{Activation, HiddenCounts, Llama};
@@ -287,17 +287,13 @@ fn gemma_270m_is_candles_quantized_gemma3_beyond_its_window() {
         return;
     }
     if std::env::var_os(DEQUANTIZE).is_none() {
-        let mut again = Command::new(std::env::current_exe().unwrap());
-        let output = again
-            .args([
-                "--exact",
-                "every_kind::gemma_270m_is_candles_quantized_gemma3_beyond_its_window",
-            ])
-            .env(DEQUANTIZE, "1")
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success() && said.contains("1 passed"), "{said}");
+        assert!(again(
+            DEQUANTIZE,
+            "1",
+            module_path!(),
+            &["gemma_270m_is_candles_quantized_gemma3_beyond_its_window"]
+        )
+        .unwrap());
         return;
     }
     let text: String = fs::read_to_string(text).unwrap().chars().take(6000).collect();

@@ -2,8 +2,8 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
+use crate::again::again;
 use crate::fixture::{Fixture, CONTEXT};
 use crate::load::{Checkpoint, LoadOptions};
 use crate::model::{HiddenCounts, Llama};
@@ -174,14 +174,7 @@ fn dense_logits_of_a_real_checkpoint() {
     if std::env::var_os(DEQUANTIZE).is_some() {
         return assert_same_as_quantized_llama(&model, ISHMAEL, &[1, 17, 60]);
     }
-    let mut again = Command::new(std::env::current_exe().unwrap());
-    let output = again
-        .args(["--exact", "llama::dense_logits_of_a_real_checkpoint"])
-        .env(DEQUANTIZE, "1")
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && said.contains("1 passed"), "{said}");
+    assert!(again(DEQUANTIZE, "1", module_path!(), &["dense_logits_of_a_real_checkpoint"]).unwrap());
 }
 
 /// With quantized products: activations are rounded to 8 bits, so that a difference in the last bit before one can

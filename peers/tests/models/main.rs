@@ -3,6 +3,9 @@
 include!("../../../examples/llama/decoder.rs");
 
 #[allow(dead_code)]
+#[path = "../../../tests/common/again.rs"]
+mod again;
+#[allow(dead_code)]
 #[path = "../../../tests/llama/fixture.rs"]
 mod fixture;
 #[allow(dead_code)]
