@@ -37,7 +37,7 @@ impl CacheArgs {
     pub fn options(&self) -> CacheOptions {
         CacheOptions {
             storage: self.kv_dtype.map(DType::from),
-            max_entries: None,
+            ..Default::default()
         }
     }
 }

@@ -78,7 +78,7 @@ fn filled(shape: &Shape, (chain, storage): (usize, DType), k: &Tensor, v: &Tenso
     let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
     let options = CacheOptions {
         storage: Some(storage),
-        max_entries: None,
+        ..Default::default()
     };
     let mut cache = CompressedKvCache::new(strategies, config(chain), options)?;
     let q = shape.random(shape.heads, 1)?;

@@ -4,7 +4,8 @@
 use super::device_rows::HostRows;
 use super::{CacheOptions, CacheSizes, CompressedKvCache, Lists, ListsOf, State};
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest};
-use crate::cpu::cache::list::{widened, List, Run};
+use crate::cpu::cache::entries::Piece;
+use crate::cpu::cache::list::{narrowed, widened, List, Run};
 use crate::cpu::cache::settings::ListSettings;
 use crate::cpu::columns::chain::ChainFold;
 use crate::cpu::decide::heads::ListHeads;
@@ -17,6 +18,7 @@ use crate::cuda::on_gpu::GpuElement;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Result};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// A dtype in which caches store on the CPU and on a device.
 pub(crate) trait Both: GpuElement + Element<Acc = f32> {
@@ -70,7 +72,7 @@ impl CompressedKvCache {
         let (strategies, config, options) = settings;
         let mut cache = Self::new(strategies.clone(), config.clone(), options.clone())?;
         if held.seq_len > 0 {
-            cache.state = Some(state_of(CacheSizes::of(problem), config, held));
+            cache.state = Some(Arc::new(state_of(CacheSizes::of(problem), config, held)));
         }
         Ok(cache)
     }
@@ -159,16 +161,13 @@ fn merging_list<T: Both>(
     let fold = list.settings.fold;
     list.seq_len = seq_len;
     if list.settings.folds() {
-        (list.keys, list.values) = (held.far_k.clone().into(), held.far_v.clone().into());
-        list.tokens = held.tokens.clone().into();
         list.kept_from = held.kept_from;
-        if fold.has_sizes() {
-            let before = std::iter::once(held.kept_from as u32).chain(held.tokens.iter().map(|token| token + 1));
-            let sizes = held.tokens.iter().zip(before).map(|(token, before)| token + 1 - before);
-            list.log2_sizes = sizes
-                .map(|size| f64::from(size).log2() as f32)
-                .collect::<Vec<_>>()
-                .into();
+        let mut next = held.kept_from;
+        let rows = held.far_k.chunks_exact(dim).zip(held.far_v.chunks_exact(value_dim));
+        for ((key, value), token) in rows.zip(&held.tokens) {
+            let token = *token as usize;
+            list.entries.push(key, value, token, token + 1 - next);
+            next = token + 1;
         }
         let chain = held.chain.clone();
         list.open = chain.map(|rows| ChainFold::from_rows(fold, held.chain_size as usize, rows));
@@ -211,12 +210,12 @@ fn merging_list<T: Both>(
 fn plain_list<T: Both>(settings: ListSettings, held: &HostList<T>, (seq_len, dims): (usize, [usize; 2])) -> List<T> {
     let mut list = List::<T>::new(settings, dims);
     list.seq_len = seq_len;
-    (list.keys, list.values) = (held.far_k.clone().into(), held.far_v.clone().into());
+    let (mut keys, mut values) = (held.far_k.clone(), held.far_v.clone());
     let mut close = |key: &[f32], value: &[f32]| {
         let (mut key, mut value) = (key.to_vec(), value.to_vec());
         quarantine(&mut key, &mut value);
-        list.keys.extend_from_slice(&narrowed(&key));
-        list.values.extend_from_slice(&narrowed(&value));
+        keys.extend_from_slice(&narrowed::<T>(&key));
+        values.extend_from_slice(&narrowed::<T>(&value));
     };
     if let Some([key, value, ..]) = &held.chain {
         close(key, value);
@@ -229,16 +228,17 @@ fn plain_list<T: Both>(settings: ListSettings, held: &HostList<T>, (seq_len, dim
     // The first of these tokens, and the first that a later row sees.
     let oldest = held.kept_from.min(seq_len - 1);
     list.kept_from = oldest.max(list.settings.first_seen(seq_len)).min(seq_len - 1);
-    list.keys.leave((list.kept_from - oldest) * dims[0]);
-    list.values.leave((list.kept_from - oldest) * dims[1]);
-    // The newest token is the open chain.
-    let closed = seq_len - 1 - list.kept_from;
-    let mut chain = ChainFold::new(list.settings.fold, dims);
-    chain.step(false, &list.keys[closed * dims[0]..], &list.values[closed * dims[1]..]);
-    list.keys.truncate(closed * dims[0]);
-    list.values.truncate(closed * dims[1]);
-    list.open = Some(chain);
-    list.tokens = (list.kept_from as u32..seq_len as u32 - 1).collect::<Vec<_>>().into();
+    let rows = keys.chunks_exact(dims[0]).zip(values.chunks_exact(dims[1]));
+    for (token, (key, value)) in (list.kept_from..seq_len).zip(rows.skip(list.kept_from - oldest)) {
+        if token < seq_len - 1 {
+            list.entries.push(key, value, token, 1);
+        } else {
+            // The newest token is the open chain.
+            let mut chain = ChainFold::new(list.settings.fold, dims);
+            chain.step(false, key, value);
+            list.open = Some(chain);
+        }
+    }
     list
 }
 
@@ -305,12 +305,6 @@ fn held_of<T: Both>(
     }
 }
 
-fn narrowed<T: Both>(row: &[f32]) -> Vec<T> {
-    let mut narrow = vec![T::zero(); row.len()];
-    T::narrow(row, &mut narrow);
-    narrow
-}
-
 fn held_merging<T: Both>(list: &List<T>) -> HostList<T> {
     let (settings, dims) = (&list.settings, [list.dim, list.value_dim]);
     // A list may still hold raw tokens that have left the window, and lacks those that have left a sliding window
@@ -319,15 +313,21 @@ fn held_merging<T: Both>(list: &List<T>) -> HostList<T> {
     let stale = list.recent_keys.len() / list.dim - kept;
     let recent = |rows: &[T], dim: usize| [&vec![T::zero(); (slots - kept) * dim][..], &rows[stale * dim..]].concat();
     let edge = list.seq_len.checked_sub(settings.window + 1);
+    let Piece {
+        keys: far_k,
+        values: far_v,
+        tokens,
+        ..
+    } = list.entries.copied();
     HostList {
         kept_from: if settings.folds() {
             list.kept_from
         } else {
             edge.unwrap_or(0)
         },
-        far_k: list.keys.to_vec(),
-        far_v: list.values.to_vec(),
-        tokens: list.tokens.to_vec(),
+        far_k,
+        far_v,
+        tokens,
         chain: match &list.open {
             Some(chain) => Some(chain.rows().map(<[f32]>::to_vec)),
             None => edge.map(|_| std::array::from_fn(|row| vec![0.0; dims[row % 2]])),
@@ -346,7 +346,7 @@ fn held_merging<T: Both>(list: &List<T>) -> HostList<T> {
 
 fn held_plain<T: Both>(list: &List<T>, config: &CompressionConfig) -> HostList<T> {
     let (seq_len, window) = (list.seq_len, config.window);
-    let open = list.open.as_ref().map(ChainFold::rows);
+    let (open, stored) = (list.open.as_ref().map(ChainFold::rows), list.entries.copied());
     // The rows of these tokens; zeros for those that have left the sliding window.
     let rows = |closed: &[T], index: usize, tokens: Range<usize>| -> Vec<T> {
         let dim = [list.dim, list.value_dim][index];
@@ -358,8 +358,8 @@ fn held_plain<T: Both>(list: &List<T>, config: &CompressionConfig) -> HostList<T
         tokens.flat_map(row).collect()
     };
     let (keys, values) = (
-        |tokens| rows(&list.keys, 0, tokens),
-        |tokens| rows(&list.values, 1, tokens),
+        |tokens| rows(&stored.keys, 0, tokens),
+        |tokens| rows(&stored.values, 1, tokens),
     );
     let (edge, oldest) = (seq_len.saturating_sub(window + 1), seq_len.saturating_sub(window));
     let far = list.kept_from.min(edge)..edge;

@@ -10,6 +10,7 @@ use crate::storage::not_on_cpu;
 use candle_core::{bail, DType, Device, Error, Result};
 use safetensors::SafeTensors;
 use std::path::Path;
+use std::sync::Arc;
 
 impl CompressedKvCache {
     /// Reads a file of [`Self::save`]: a cache with the same settings, options and tokens. On the same kind of device
@@ -81,10 +82,11 @@ fn read(bytes: &[u8]) -> Result<CompressedKvCache> {
     let options = CacheOptions {
         storage: header.storage.as_deref().map(dtype_of).transpose()?,
         max_entries: header.max_entries,
+        rollback: header.rollback,
     };
     let mut cache = CompressedKvCache::new(header.strategies, header.config, options)?;
     if let Some(saved) = &header.state {
-        cache.state = Some(restore_state(&cache, saved, &file)?);
+        cache.state = Some(Arc::new(restore_state(&cache, saved, &file)?));
     }
     Ok(cache)
 }

@@ -6,7 +6,9 @@ use crate::config::{Fold, MergeRule};
 use crate::problem::Problem;
 use crate::storage::not_on_cpu;
 use candle_core::{bail, DType, Result, Tensor};
+use journal::{Call, Journal};
 use state::{select, CacheSizes, Lists, ListsOf, State};
+use std::sync::Arc;
 use step::{step, WithoutGradient};
 
 /// The storage of a cache.
@@ -24,6 +26,14 @@ pub struct CacheOptions {
     /// The most entries that one list may keep; a call that would exceed it is refused and changes nothing. On a GPU a
     /// call that comes near the limit works on a copy of the cache first, and waits for the device.
     pub max_entries: Option<usize>,
+    /// How many of the last tokens [`CompressedKvCache::truncate`] can take back, whatever the criterion and the fold:
+    /// for speculative decoding. 0 keeps no journal. With n, the cache holds the last n tokens once more, up to twice
+    /// n, with their queries, and up to six copies of each list's window and open chain; on CUDA, under a sliding
+    /// window or segments, up to six copies of all. A call of more than n tokens is made as two.
+    ///
+    /// The journal is no part of a saved cache, and it begins anew after [`CompressedKvCache::load`], `to_device`,
+    /// `index_select`, `split` and `cat`.
+    pub rollback: usize,
 }
 
 /// The KV cache of one layer. Each (batch row, KV head) keeps a list of its own length: closed chains as one key, one
@@ -68,10 +78,12 @@ pub struct CompressedKvCache {
     strategies: HeadStrategies,
     config: CompressionConfig,
     options: CacheOptions,
-    state: Option<State>,
+    /// A clone shares it until one of the two changes.
+    state: Option<Arc<State>>,
     /// In place of `state` once CUDA tensors were appended.
     #[cfg(feature = "cuda")]
     on_gpu: Option<on_device::GpuState>,
+    journal: Journal,
 }
 
 /// Runs one expression on the lists of any dtype.
@@ -92,6 +104,8 @@ mod between_devices;
 mod checksum;
 #[cfg(any(feature = "cuda", feature = "cuda-emu"))]
 mod device_rows;
+mod fork;
+mod journal;
 mod load;
 #[cfg(feature = "cuda")]
 mod on_device;
@@ -150,6 +164,7 @@ impl CompressedKvCache {
             state: None,
             #[cfg(feature = "cuda")]
             on_gpu: None,
+            journal: Journal::default(),
         })
     }
 
@@ -241,21 +256,37 @@ impl CompressedKvCache {
         keys: DType,
         options: Option<&AttentionOptions>,
     ) -> Result<Option<Tensor>> {
-        let scores = self.checked_scores(problem, scores, k)?;
+        let call = Call {
+            start: self.seq_len(),
+            qkv: [q.clone(), k.clone(), v.clone()],
+            scores: self.checked_scores(problem, scores, k)?,
+            keys,
+            options: options.cloned(),
+        };
+        match self.options.rollback {
+            0 => self.take_in_now(&call, true),
+            _ => self.take_in_recorded(&call),
+        }
+    }
+
+    /// Appends the tokens of a call; returns their output rows if it has options and `attend` is set.
+    fn take_in_now(&mut self, call: &Call, attend: bool) -> Result<Option<Tensor>> {
+        let problem = &call.problem()?;
+        let device = call.qkv[0].device();
         #[cfg(feature = "cuda")]
-        if q.device().is_cuda() || self.on_gpu.is_some() {
-            return self.take_in_on_gpu(problem, [q, k, v], scores.as_ref(), options);
+        if device.is_cuda() || self.on_gpu.is_some() {
+            return self.take_in_on_gpu(problem, call, attend);
         }
-        if !q.device().is_cpu() {
-            return not_on_cpu(q.device());
+        if !device.is_cpu() {
+            return not_on_cpu(device);
         }
-        let storage = self.storage_for(problem.dtype, keys)?;
+        let storage = self.storage_for(problem.dtype, call.keys)?;
         let mut state = match self.state.take() {
             Some(state) => state,
-            None => self.first_state(problem, storage)?,
+            None => Arc::new(self.first_state(problem, storage)?),
         };
         let limit = self.options.max_entries;
-        let result = step(&mut state, problem, [q, k, v], scores.as_ref(), options, limit);
+        let result = step(Arc::make_mut(&mut state), problem, call, attend, limit);
         if state.seq_len > 0 {
             self.state = Some(state);
         }
@@ -303,6 +334,11 @@ impl CompressedKvCache {
 
     /// Forgets all tokens and the shapes, and frees the memory.
     pub fn reset(&mut self) {
+        self.forget_tokens();
+        self.journal.clear();
+    }
+
+    fn forget_tokens(&mut self) {
         self.state = None;
         #[cfg(feature = "cuda")]
         {
@@ -331,7 +367,9 @@ impl CompressedKvCache {
         if let Some(bad) = rows.iter().find(|row| !(0..batch as i64).contains(*row)) {
             bail!("index_select: expected rows below the batch size {batch}, got {bad}; rows count from 0")
         }
+        self.journal.clear();
         if let Some(state) = &mut self.state {
+            let state = Arc::make_mut(state);
             each!(&mut state.lists, lists => *lists = select(lists, &rows));
             state.sizes.batch = rows.len();
             if let Some(places) = &mut state.places {

@@ -3,6 +3,7 @@
 use super::save::{open_width, SavedList, SavedState, SavedTest, Storable};
 use super::ListsOf;
 use crate::config::{CompressionConfig, HeadTest};
+use crate::cpu::cache::entries::{Entries, Piece};
 use crate::cpu::cache::list::{List, Run};
 use crate::cpu::cache::settings::ListSettings;
 use crate::cpu::columns::chain::ChainFold;
@@ -86,10 +87,16 @@ impl Reader<'_> {
             dim,
             value_dim,
             seq_len,
-            keys: rows("keys", entries)?.into(),
-            values: values("values", entries)?.into(),
-            tokens: tokens.into(),
-            log2_sizes: log2_sizes.into(),
+            entries: Entries::from_piece(
+                Piece {
+                    keys: rows("keys", entries)?,
+                    values: values("values", entries)?,
+                    tokens,
+                    log2_sizes,
+                },
+                [dim, value_dim],
+                sized,
+            ),
             kept_from: saved.kept_from,
             open: full.then(|| {
                 let mut rest = &open[..];

@@ -1,5 +1,6 @@
 //! Batch rows of caches: taken apart, put together; and the last token's row once more.
 
+use super::journal::Journal;
 use super::segments::RowPlace;
 use super::state::{CacheSizes, Lists, ListsOf, State};
 use super::step::attend_again;
@@ -10,6 +11,7 @@ use crate::cpu::number::element::Element;
 use crate::problem::Problem;
 use crate::storage::not_on_cpu;
 use candle_core::{bail, Result, Tensor};
+use std::sync::Arc;
 
 impl CompressedKvCache {
     /// One cache for each batch row, without a copy of what is stored on the CPU. An empty cache has no rows.
@@ -27,7 +29,9 @@ impl CompressedKvCache {
             };
             return (0..batch).map(row).collect();
         }
-        let Some(state) = self.state else { return Ok(Vec::new()) };
+        let Some(state) = self.state.map(Arc::unwrap_or_clone) else {
+            return Ok(Vec::new());
+        };
         let (batch, places) = (state.sizes.batch, state.places);
         let rows: Vec<Lists> = match state.lists {
             Lists::F64(lists) => apart(lists, batch).into_iter().map(Lists::F64).collect(),
@@ -39,7 +43,7 @@ impl CompressedKvCache {
             strategies: self.strategies.clone(),
             config: self.config.clone(),
             options: self.options.clone(),
-            state: Some(State {
+            state: Some(Arc::new(State {
                 sizes: CacheSizes {
                     batch: 1,
                     ..state.sizes
@@ -47,9 +51,10 @@ impl CompressedKvCache {
                 places: places.as_ref().map(|places: &Vec<RowPlace>| vec![places[row]]),
                 lists,
                 ..state
-            }),
+            })),
             #[cfg(feature = "cuda")]
             on_gpu: None,
+            journal: Journal::default(),
         };
         Ok(rows.into_iter().enumerate().map(part).collect())
     }
@@ -83,7 +88,7 @@ impl CompressedKvCache {
                      make all with the same settings"
                 )
             }
-            states.push(state);
+            states.push(&**state);
         }
         let shape = |state: &State| {
             (
@@ -134,7 +139,7 @@ impl CompressedKvCache {
             strategies: first.strategies.clone(),
             config: first.config.clone(),
             options: first.options.clone(),
-            state: Some(State {
+            state: Some(Arc::new(State {
                 sizes: CacheSizes {
                     batch,
                     ..states[0].sizes
@@ -143,9 +148,10 @@ impl CompressedKvCache {
                 sliding_window: states[0].sliding_window,
                 places: ragged.then(|| states.iter().flat_map(places).collect()),
                 lists,
-            }),
+            })),
             #[cfg(feature = "cuda")]
             on_gpu: None,
+            journal: Journal::default(),
         })
     }
 

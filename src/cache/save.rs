@@ -54,6 +54,9 @@ pub(super) struct Header {
     pub storage: Option<String>,
     #[serde(deserialize_with = "present")]
     pub max_entries: Option<usize>,
+    /// See [`CacheOptions::rollback`](super::CacheOptions::rollback).
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub rollback: usize,
     /// None for an empty cache.
     #[serde(deserialize_with = "present")]
     pub state: Option<SavedState>,
@@ -160,10 +163,15 @@ struct Piece<'a> {
 impl<'a> Piece<'a> {
     fn new<T: Storable>(data: impl Into<Cow<'a, [T]>>, shape: Vec<usize>) -> Self {
         let data = data.into();
+        Self::later::<T>(shape, move || T::to_bytes(&data))
+    }
+
+    /// Numbers of type T, whose bytes a function makes.
+    fn later<T: Storable>(shape: Vec<usize>, bytes: impl Fn() -> Vec<u8> + 'a) -> Self {
         Self {
             dtype: T::DTYPE.into(),
             shape,
-            bytes: Box::new(move || T::to_bytes(&data)),
+            bytes: Box::new(bytes),
         }
     }
 
@@ -221,11 +229,12 @@ where
     let stale = list.recent_keys.len() / dim - list.seq_len.min(list.settings.kept_raw());
     let open = list.open.as_ref().map_or(Vec::new(), |chain| chain.rows().concat());
     let run_key = list.run.start.as_ref().map_or(&[][..], |(_, key)| key);
+    let [keys, values, tokens, log2_sizes] = entry_pieces(list);
     let mut pieces = vec![
-        ("keys", Piece::rows(&list.keys[..], dim)),
-        ("values", Piece::rows(&list.values[..], value_dim)),
-        ("tokens", Piece::flat(&list.tokens)),
-        ("log2_sizes", Piece::flat(&list.log2_sizes)),
+        ("keys", keys),
+        ("values", values),
+        ("tokens", tokens),
+        ("log2_sizes", log2_sizes),
         ("open", Piece::rows(open, open_width(dim, value_dim))),
         ("recent_keys", Piece::rows(&list.recent_keys[stale * dim..], dim)),
         (
@@ -242,6 +251,31 @@ where
         pieces.push(("sink_keys", Piece::rows(&list.observed.sink_keys, dim)));
     }
     pieces
+}
+
+/// Keys, values, tokens and sizes of the closed chains: where they are, if one piece holds them, else copied when they
+/// are written.
+fn entry_pieces<S: Element + Storable>(list: &List<S>) -> [Piece<'_>; 4]
+where
+    S::Acc: Storable,
+{
+    let (dim, value_dim, entries) = (list.dim, list.value_dim, &list.entries);
+    if let Some(columns) = entries.whole() {
+        return [
+            Piece::rows(columns.keys.data, dim),
+            Piece::rows(columns.values.data, value_dim),
+            Piece::flat(columns.tokens),
+            Piece::flat(columns.log2_sizes),
+        ];
+    }
+    let count = entries.len();
+    let sizes = if list.settings.fold.has_sizes() { count } else { 0 };
+    [
+        Piece::later::<S>(vec![count, dim], move || S::to_bytes(&entries.copied().keys)),
+        Piece::later::<S>(vec![count, value_dim], move || S::to_bytes(&entries.copied().values)),
+        Piece::later::<u32>(vec![count], move || u32::to_bytes(&entries.copied().tokens)),
+        Piece::later::<S::Acc>(vec![sizes], move || S::Acc::to_bytes(&entries.copied().log2_sizes)),
+    ]
 }
 
 /// The length of a row of `open`: one row holds all of the chain where keys and values have different sizes.
@@ -294,7 +328,7 @@ impl CompressedKvCache {
         if let Some(state) = &self.on_gpu {
             return self.save_state(Some(&state.to_cpu(&self.config)?), path.as_ref());
         }
-        self.save_state(self.state.as_ref(), path.as_ref())
+        self.save_state(self.state.as_deref(), path.as_ref())
     }
 
     fn save_state(&self, state: Option<&State>, path: &Path) -> Result<()> {
@@ -332,6 +366,7 @@ impl CompressedKvCache {
             strategies: self.strategies.clone(),
             storage: self.options.storage.map(|dtype| dtype.as_str().to_string()),
             max_entries: self.options.max_entries,
+            rollback: self.options.rollback,
             state: state.map(|state| SavedState {
                 sizes: state.sizes,
                 seq_len: state.seq_len,

@@ -1,5 +1,6 @@
 //! One call of the cache: matches the dtypes, and checks everything before anything changes.
 
+use super::journal::Call;
 use super::segments::{run_apart, RowRun};
 use super::{CacheSizes, Lists, ListsOf, State};
 use crate::config::AttentionOptions;
@@ -18,11 +19,11 @@ use candle_core::{bail, CpuStorage, CustomOp3, DType, Device, Layout, Result, Sh
 pub(super) fn step(
     state: &mut State,
     problem: &Problem,
-    [q, k, v]: [&Tensor; 3],
-    scores: Option<&Tensor>,
-    options: Option<&AttentionOptions>,
+    call: &Call,
+    attend: bool,
     max_entries: Option<usize>,
 ) -> Result<Option<Tensor>> {
+    let ([q, k, v], options) = (&call.qkv, call.options.as_ref());
     if state.sizes != CacheSizes::of(problem) {
         bail!(
             "query and key: expected the cache's batch, heads, KV heads and head_dim {:?}, got {:?}; reset() the cache \
@@ -64,8 +65,9 @@ pub(super) fn step(
         problem,
         given: [&k, &v],
         tensors: [&q, &stored[0], &stored[1]],
-        scores,
+        scores: call.scores.as_ref(),
         options,
+        attend: attend && options.is_some(),
         bias,
         sinks,
         max_entries,
@@ -188,8 +190,9 @@ struct CpuCall<'a> {
     tensors: [&'a Tensor; 3],
     /// (B, Hk, new tokens, 1), f32, where the caller gives them.
     scores: Option<&'a Tensor>,
-    /// None to append the tokens without attending.
     options: Option<&'a AttentionOptions>,
+    /// Whether rows are computed.
+    attend: bool,
     bias: Option<Tensor>,
     /// Sink logits (H).
     sinks: Option<Vec<f64>>,
@@ -249,14 +252,14 @@ impl CpuCall<'_> {
             None => {
                 let decided = step.decide(lists);
                 self.check(&step, lists, &decided)?;
-                step.run(lists, decided, self.options.is_some())
+                step.run(lists, decided, self.attend)
             }
             Some(runs) => run_apart(&step, lists, runs, |step, lists, decided| {
                 self.check(step, lists, decided)
             })?,
         };
-        let rows = |_| Tensor::from_vec(output, (batch, heads, tokens, value_dim), &Device::Cpu);
-        self.options.map(rows).transpose()
+        let rows = || Tensor::from_vec(output, (batch, heads, tokens, value_dim), &Device::Cpu);
+        self.attend.then(rows).transpose()
     }
 
     /// Refuses decisions about a step before it changes anything.
@@ -271,7 +274,7 @@ impl CpuCall<'_> {
         if let Some(limit) = self.max_entries {
             let needed = lists.iter().zip(decided);
             let needed = needed
-                .map(|((_, list), decided)| list.entries_after(tokens, decided, self.sliding_window))
+                .map(|((_, list), decided)| list.kept_after(tokens, decided, self.sliding_window))
                 .max();
             if needed.is_some_and(|needed| needed > limit) {
                 bail!(

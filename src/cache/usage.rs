@@ -2,6 +2,8 @@
 
 #[cfg(feature = "cuda")]
 use super::on_device;
+#[cfg(doc)]
+use super::CacheOptions;
 use super::{CacheSizes, CompressedKvCache, Lists};
 use candle_core::DType;
 
@@ -16,7 +18,7 @@ impl CompressedKvCache {
         let Some(state) = &self.state else { return Vec::new() };
         let mut lens = vec![Vec::new(); state.sizes.batch];
         each!(&state.lists, lists => {
-            lists.iter().for_each(|(at, list)| lens[at.batch].push(list.entries()))
+            lists.iter().for_each(|(at, list)| lens[at.batch].push(list.kept()))
         });
         lens
     }
@@ -34,14 +36,15 @@ impl CompressedKvCache {
 
     /// Bytes allocated: [`Self::bytes`] and the reserve for growth. Folded entries have room for an eighth of a list or
     /// 64 entries more at most. Raw tokens of the window are moved to the front once per window of tokens, so their
-    /// buffers have room for up to four windows of rows. On a GPU every list has as much room as the longest one.
+    /// buffers have room for up to four windows of rows. The journal of [`CacheOptions::rollback`] is counted. On a GPU every list has as much room as the longest one.
     pub fn bytes_allocated(&self) -> usize {
         #[cfg(feature = "cuda")]
         if let Some(state) = &self.on_gpu {
-            return state.bytes_allocated();
+            return state.bytes_allocated() + self.journal.bytes();
         }
-        let Some(state) = &self.state else { return 0 };
-        each!(&state.lists, lists => lists.iter().map(|(_, list)| list.bytes_allocated()).sum())
+        let journal = self.journal.bytes();
+        let Some(state) = &self.state else { return journal };
+        journal + each!(&state.lists, lists => lists.iter().map(|(_, list)| list.bytes_allocated()).sum::<usize>())
     }
 
     /// Bytes that keys and values of all tokens would take in the same dtype, once per KV head.

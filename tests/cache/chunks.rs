@@ -169,8 +169,8 @@ fn the_cap_refuses_and_changes_nothing() -> Result<()> {
     let shape = Shape(1, 2, 2, 50, 8);
     let qkv = shape.qkv(1, DType::F32)?;
     let options = CacheOptions {
-        storage: None,
         max_entries: Some(30),
+        ..Default::default()
     };
     let strategies = HeadStrategies::uniform(MergeStrategy::Off);
     let mut cache = CompressedKvCache::new(strategies, CompressionConfig::default(), options)?;

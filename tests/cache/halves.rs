@@ -35,7 +35,7 @@ fn stored_halves_decode_as_their_numbers() -> Result<()> {
             let run = |storage| -> Result<Tensor> {
                 let options = CacheOptions {
                     storage: Some(storage),
-                    max_entries: None,
+                    ..Default::default()
                 };
                 let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
                 let mut cache = CompressedKvCache::new(strategies, config.clone(), options)?;

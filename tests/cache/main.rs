@@ -5,7 +5,9 @@ mod common;
 
 mod chunks;
 mod files;
+mod forks;
 mod halves;
+mod rollback;
 mod rows;
 mod save;
 mod segments;

@@ -269,8 +269,8 @@ fn refusals_say_what_to_do() -> Result<()> {
     add(&mut cache, &cpu, &plain)?;
     refused(add(&mut cache, &qkv, &plain), "device: expected the cache's");
     let few = CacheOptions {
-        storage: None,
         max_entries: Some(20),
+        ..Default::default()
     };
     refused(add(&mut new(few)?, &qkv, &plain), "max_entries");
     refused(

@@ -161,7 +161,7 @@ fn storage_in_another_dtype() -> Result<()> {
                 setting.strategies(&shape)?,
                 CacheOptions {
                     storage: Some(storage),
-                    max_entries: None,
+                    ..Default::default()
                 },
             );
             let mut on_cpu = CompressedKvCache::new(strategies.clone(), setting.config.clone(), stored.clone())?;
@@ -190,8 +190,8 @@ fn a_limit_is_reached_where_the_cpu_reaches_it() -> Result<()> {
         let (qkv, options) = (shape.qkv(8, DType::F32)?, (setting.options)(&shape));
         let strategies = setting.strategies(&shape)?;
         let limit = CacheOptions {
-            storage: None,
             max_entries: Some(70),
+            ..Default::default()
         };
         let mut on_cpu = CompressedKvCache::new(strategies.clone(), setting.config.clone(), limit.clone())?;
         let mut cache = EmulatedCache::new(&qkv, &strategies, &setting.config, &limit)?;

@@ -244,7 +244,7 @@ impl<T: Element> FarSource<T::Acc> for Gathered<'_, T> {
         self.columns.token(column)
     }
 
-    fn log2_sizes(&self, columns: Range<usize>) -> Option<&[T::Acc]> {
+    fn log2_sizes<'s>(&'s self, columns: Range<usize>, _: &'s mut Vec<T::Acc>) -> Option<&'s [T::Acc]> {
         self.columns.log2_sizes().map(|sizes| &sizes[columns])
     }
 

@@ -1,6 +1,7 @@
 //! A list's closed chains as the far columns of blocks of rows: widened tile by tile, or gathered once for many blocks.
 
 use crate::config::Fold;
+use crate::cpu::cache::entries::Columns;
 use crate::cpu::cache::list::List;
 use crate::cpu::columns::far::{FarColumns, Layout};
 use crate::cpu::columns::source::{FarSource, KeysValues, RowScratch};
@@ -12,7 +13,7 @@ use std::sync::Arc;
 
 impl<S: Element> FarSource<S::Acc> for List<S> {
     fn columns(&self) -> usize {
-        self.tokens.len()
+        self.entries.len()
     }
 
     fn holds_until(&self) -> usize {
@@ -20,27 +21,27 @@ impl<S: Element> FarSource<S::Acc> for List<S> {
     }
 
     fn before(&self, token: usize) -> usize {
-        self.entries_before(token)
+        self.entries.before(token)
     }
 
     fn token(&self, column: usize) -> usize {
-        self.tokens[column] as usize
+        self.entries.token(column)
     }
 
-    fn log2_sizes(&self, columns: Range<usize>) -> Option<&[S::Acc]> {
-        self.log2_sizes.get(columns)
+    fn log2_sizes<'s>(&'s self, columns: Range<usize>, room: &'s mut Vec<S::Acc>) -> Option<&'s [S::Acc]> {
+        self.entries.log2_sizes(columns, room)
     }
 
     fn rows<'s>(&'s self, columns: Range<usize>, scratch: &'s mut RowScratch<S::Acc>) -> KeysValues<'s, S::Acc> {
         let (keys, values) = scratch;
-        for (stored, dim, rows) in [
-            (&self.keys, self.dim, &mut *keys),
-            (&self.values, self.value_dim, &mut *values),
-        ] {
-            rows.make_room(columns.len(), dim);
-            let stored = &stored[columns.start * dim..columns.end * dim];
-            for (row, source) in stored.chunks_exact(dim).enumerate() {
-                rows.widen(row, source);
+        keys.make_room(columns.len(), self.dim);
+        values.make_room(columns.len(), self.value_dim);
+        let mut row = 0;
+        for part in self.entries.parts(columns) {
+            for at in 0..part.tokens.len() {
+                keys.widen(row, part.keys.row(at));
+                values.widen(row, part.values.row(at));
+                row += 1;
             }
         }
         (keys.rows(0), values.rows(0))
@@ -50,13 +51,15 @@ impl<S: Element> FarSource<S::Acc> for List<S> {
 /// A list whose columns were gathered, as bf16 pairs if products are made so.
 pub(crate) struct GatheredList<'a, S: Element> {
     list: &'a List<S>,
+    stored: Columns<'a, S>,
     columns: Arc<FarColumns<S::Acc>>,
 }
 
 impl<'a, S: Element> GatheredList<'a, S> {
-    /// Gathers the columns unless another task has; reuses buffers of `pool` if it holds any.
+    /// Gathers the columns unless another task has; reuses buffers of `pool` if it holds any. `stored` are all entries
+    /// of the list.
     pub fn borrow(
-        list: &'a List<S>,
+        (list, stored): (&'a List<S>, Columns<'a, S>),
         columns: &Lease<FarColumns<S::Acc>>,
         pairs: Option<Pairs>,
         pool: &Pool<FarColumns<S::Acc>>,
@@ -64,9 +67,9 @@ impl<'a, S: Element> GatheredList<'a, S> {
         // Stored columns are folded: nothing is hidden.
         let gather = || {
             FarColumns::gather(
-                (&list.key_rows(), &list.value_rows()),
+                (&stored.keys, &stored.values),
                 &[],
-                list.tokens.len(),
+                list.entries.len(),
                 Fold::Drop,
                 pairs.map_or(Layout::ValueRows, Layout::Pairs),
                 pool.take(),
@@ -74,6 +77,7 @@ impl<'a, S: Element> GatheredList<'a, S> {
         };
         Self {
             list,
+            stored,
             columns: columns.borrow(gather),
         }
     }
@@ -96,12 +100,12 @@ impl<S: Element> FarSource<S::Acc> for GatheredList<'_, S> {
         self.list.token(column)
     }
 
-    fn log2_sizes(&self, columns: Range<usize>) -> Option<&[S::Acc]> {
-        self.list.log2_sizes(columns)
+    fn log2_sizes<'s>(&'s self, columns: Range<usize>, _: &'s mut Vec<S::Acc>) -> Option<&'s [S::Acc]> {
+        self.stored.log2_sizes.get(columns)
     }
 
     fn rows<'s>(&'s self, columns: Range<usize>, _: &'s mut RowScratch<S::Acc>) -> KeysValues<'s, S::Acc> {
-        self.columns.rows(columns.start, &self.list.key_rows())
+        self.columns.rows(columns.start, &self.stored.keys)
     }
 
     fn packed(&self) -> Option<&Packed> {

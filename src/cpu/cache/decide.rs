@@ -12,7 +12,7 @@ use crate::cpu::number::vectorized::dot;
 impl<S: Element> List<S> {
     /// Whether tokens are hidden, now or by `decided`, even if all of them are still in the window.
     pub fn hides(&self, decided: &Decided<S>) -> bool {
-        let folded = self.settings.folds() && self.bits_base() > self.kept_from + self.tokens.len();
+        let folded = self.settings.folds() && self.bits_base() > self.kept_from + self.entries.len();
         folded || decided.bits.contains(&1)
     }
 

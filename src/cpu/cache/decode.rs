@@ -23,6 +23,7 @@
 //! 9. A closed chain is finite or already replaced when it is stored, so that far columns need no check. The window is
 //!    checked only where the list's last token that was not finite is in its stored rows.
 
+use crate::cpu::cache::entries::Piece;
 use crate::cpu::cache::list::List;
 use crate::cpu::columns::chain::log2_size;
 use crate::cpu::number::element::{Accumulator, Element, Lanes};
@@ -65,10 +66,9 @@ pub(crate) struct Decoder<A> {
 
 /// Whether a list's rows can be read by lanes, without a copy.
 pub(crate) fn reads_lanes<S: Element>(list: &List<S>) -> bool {
-    let keys = [&list.keys[..], &list.recent_keys].map(|rows| (rows, list.dim));
-    let values = [&list.values[..], &list.recent_values].map(|rows| (rows, list.value_dim));
-    let mut stored = keys.into_iter().chain(values);
-    stored.all(|(rows, dim)| S::lanes(rows, dim).is_some())
+    let recent = [&list.recent_keys[..], &list.recent_values];
+    let mut stored = list.entries.stored().chain([recent]);
+    stored.all(|[keys, values]| S::lanes(keys, list.dim).is_some() && S::lanes(values, list.value_dim).is_some())
 }
 
 impl<A: Accumulator> Partial<A> {
@@ -390,20 +390,21 @@ impl<A: Accumulator, S: Element<Acc = A>> WithSimd for ListSplit<'_, A, S> {
     #[inline(always)]
     fn with_simd<I: Simd>(mut self, simd: I) -> Partial<A> {
         let Self { decoder, list, .. } = self;
-        let far = ListPart {
-            keys: HeadRows::compact(&list.keys[..], decoder.dim),
-            values: HeadRows::compact(&list.values[..], decoder.value_dim),
-            log2_sizes: &list.log2_sizes,
-            check: false,
-            range: self.range,
-        };
-        let first = far.range.start == 0;
-        if first {
+        if self.range.start == 0 {
             decoder.edge(simd, list, &mut self.partial);
+            decoder.part(simd, decoder.near(list), &mut self.partial);
         }
-        let near = first.then(|| decoder.near(list));
-        for part in near.into_iter().chain([far]) {
-            decoder.part(simd, part, &mut self.partial);
+        let mut room = Piece::empty();
+        for run in list.entries.runs(self.range, TILE) {
+            let columns = list.entries.columns(run.clone(), &mut room);
+            let far = ListPart {
+                keys: columns.keys,
+                values: columns.values,
+                log2_sizes: columns.log2_sizes,
+                check: false,
+                range: 0..run.len(),
+            };
+            decoder.part(simd, far, &mut self.partial);
         }
         self.partial
     }

@@ -15,17 +15,17 @@
 //!    and rounded once, when it closes.
 //! 3. A list that never merges has window 0: each token is one entry, and nothing is kept raw.
 //! 4. Raw rows are moved to the front once per window of tokens, not at every token.
-//! 5. Capacity grows by an eighth, so that little is copied and little is unused.
-//! 6. Under a sliding window the entries that no later row sees leave ([`Queue`]). Where the sliding window is no
+//! 5. Closed chains lie in pieces that clones share ([`Entries`]).
+//! 6. Under a sliding window the entries that no later row sees leave ([`Entries::leave`]). Where the sliding window is no
 //!    longer than the window, tokens are never folded, and only the sliding window is kept raw.
 //! 7. A chain that is not finite is replaced when it closes, so that stored columns need no check. Raw rows of the
 //!    window are checked only where [`List::last_bad`] says that one of them is not finite.
 
 #[cfg(doc)]
 use crate::config::Fold;
-use crate::cpu::cache::queue::Queue;
+use crate::cpu::cache::entries::{Entries, Piece};
 use crate::cpu::cache::settings::ListSettings;
-use crate::cpu::columns::chain::{log2_size, ChainFold};
+use crate::cpu::columns::chain::ChainFold;
 use crate::cpu::columns::source::{Bits, RawRows};
 use crate::cpu::decide::observe::Observed;
 use crate::cpu::number::element::{Accumulator, Element};
@@ -34,9 +34,6 @@ use crate::cpu::number::rows::HeadRows;
 use crate::cpu::number::vectorized::vectorized;
 use std::mem::{replace, take};
 use std::ops::Range;
-
-/// A list grows by an eighth of its length, and at least by this many entries: little is copied, little is unused.
-const GROWTH: usize = 64;
 
 /// Columns in the storage dtype S.
 #[derive(Clone)]
@@ -48,12 +45,9 @@ pub(crate) struct List<S: Element> {
     pub value_dim: usize,
     /// Tokens seen so far.
     pub seq_len: usize,
-    /// Closed chains: keys (entries, D), values (entries, Dv), and each chain's last token.
-    pub keys: Queue<S>,
-    pub values: Queue<S>,
-    pub tokens: Queue<u32>,
-    /// log2 n of each entry under [`Fold::Mean`]; else empty.
-    pub log2_sizes: Queue<S::Acc>,
+    /// Closed chains: keys (entries, D), values (entries, Dv), each chain's last token, and log2 n under
+    /// [`Fold::Mean`].
+    pub entries: Entries<S>,
     /// The first token of the chains that are kept: 0 until an entry leaves the sliding window.
     pub kept_from: usize,
     /// The chain on token `seq_len - 1 - window`; None while the window is not full, and where nothing is folded.
@@ -100,14 +94,11 @@ impl<S: Element> List<S> {
     /// For keys and values of these sizes.
     pub fn new(settings: ListSettings, [dim, value_dim]: [usize; 2]) -> Self {
         Self {
+            entries: Entries::new([dim, value_dim], settings.fold.has_sizes()),
             settings,
             dim,
             value_dim,
             seq_len: 0,
-            keys: Queue::default(),
-            values: Queue::default(),
-            tokens: Queue::default(),
-            log2_sizes: Queue::default(),
             kept_from: 0,
             open: None,
             recent_keys: Vec::new(),
@@ -122,12 +113,12 @@ impl<S: Element> List<S> {
     }
 
     /// The number of columns that the next row would see besides itself: closed chains, the open one, raw tokens.
-    pub fn entries(&self) -> usize {
-        self.tokens.len() + usize::from(self.open.is_some()) + self.seq_len.min(self.settings.kept_raw())
+    pub fn kept(&self) -> usize {
+        self.entries.len() + usize::from(self.open.is_some()) + self.seq_len.min(self.settings.kept_raw())
     }
 
-    /// [`Self::entries`] after a chunk of `count` tokens, under a sliding window.
-    pub fn entries_after(&self, count: usize, decided: &Decided<S>, sliding_window: usize) -> usize {
+    /// [`Self::kept`] after a chunk of `count` tokens, under a sliding window.
+    pub fn kept_after(&self, count: usize, decided: &Decided<S>, sliding_window: usize) -> usize {
         let (seq_len, before) = (self.seq_len + count, self.bits_base());
         let settings = ListSettings {
             sliding_window,
@@ -140,13 +131,8 @@ impl<S: Element> List<S> {
         let edge = seq_len.saturating_sub(settings.window + 1);
         let first = settings.first_seen(seq_len);
         let closes = (before.max(first)..edge.max(before)).filter(|token| decided.bits[token - before] == 0);
-        let closed = self.tokens.len() - self.entries_before(first);
+        let closed = self.entries.len() - self.entries.before(first);
         closed + closes.count() + usize::from(seq_len > settings.window) + raw
-    }
-
-    /// The number of closed chains whose last token is before `token`.
-    pub fn entries_before(&self, token: usize) -> usize {
-        self.tokens.partition_point(|last| (*last as usize) < token)
     }
 
     /// Whether [`Self::truncate`] to this many tokens is exact: nothing is folded, and the next row's columns are kept.
@@ -188,17 +174,12 @@ impl<S: Element> List<S> {
 
     /// Drops the closed chains whose last token is before `first`, which no later row sees.
     fn leave(&mut self, first: usize) {
-        let count = match self.tokens.first() {
-            Some(oldest) if (*oldest as usize) < first => self.entries_before(first),
-            _ => return,
-        };
-        self.kept_from = self.tokens[count - 1] as usize + 1;
-        self.keys.leave(count * self.dim);
-        self.values.leave(count * self.value_dim);
-        self.tokens.leave(count);
-        if self.settings.fold.has_sizes() {
-            self.log2_sizes.leave(count);
+        if self.entries.len() == 0 || self.entries.token(0) >= first {
+            return;
         }
+        let count = self.entries.before(first);
+        self.kept_from = self.entries.token(count - 1) + 1;
+        self.entries.leave(count);
     }
 
     /// Cuts a list that never merges back to its first `tokens` tokens (at least 1): each entry is one token.
@@ -208,11 +189,11 @@ impl<S: Element> List<S> {
         }
         let entries = tokens - 1 - self.kept_from;
         let mut chain = ChainFold::new(self.settings.fold, [self.dim, self.value_dim]);
-        chain.step(false, self.key_rows().row(entries), self.value_rows().row(entries));
+        let mut room = Piece::empty();
+        let last = self.entries.columns(entries..entries + 1, &mut room);
+        chain.step(false, last.keys.row(0), last.values.row(0));
         self.open = Some(chain);
-        self.keys.truncate(entries * self.dim);
-        self.values.truncate(entries * self.value_dim);
-        self.tokens.truncate(entries);
+        self.entries.truncate(entries);
         self.bits.clear();
         self.last_bad = self.last_bad.filter(|bad| *bad < tokens);
         self.seq_len = tokens;
@@ -221,20 +202,17 @@ impl<S: Element> List<S> {
     /// Bytes in use: entries with their token indices and sizes, the open chain, raw tokens, run state.
     pub fn bytes(&self) -> usize {
         let recent = self.seq_len.min(self.settings.kept_raw()) * (self.dim + self.value_dim);
-        let rows = self.keys.len() + self.values.len() + recent;
-        rows * size_of::<S>() + self.tokens.len() * size_of::<u32>() + self.state_bytes()
+        self.entries.bytes() + recent * size_of::<S>() + self.state_bytes()
     }
 
     /// Bytes allocated: [`Self::bytes`] and the reserve for growth.
     pub fn bytes_allocated(&self) -> usize {
         let recent = self.recent_keys.capacity() + self.recent_values.capacity();
-        let rows = self.keys.capacity() + self.values.capacity() + recent;
-        rows * size_of::<S>() + self.tokens.capacity() * size_of::<u32>() + self.state_bytes()
+        self.entries.bytes_allocated() + recent * size_of::<S>() + self.state_bytes()
     }
 
     fn state_bytes(&self) -> usize {
-        let numbers = self.log2_sizes.len()
-            + self.open.as_ref().map_or(0, ChainFold::len)
+        let numbers = self.open.as_ref().map_or(0, ChainFold::len)
             + self.run.last_key.len()
             + self.run.start.as_ref().map_or(0, |(_, key)| key.len())
             + self.last_queries.len();
@@ -271,7 +249,9 @@ impl<S: Element> List<S> {
         self.observed = decided.observed;
         self.last_hidden = decided.last_hidden;
         self.seq_len += count;
-        self.reserve(decided.closes);
+        if decided.closes > 0 {
+            self.entries.reserve(decided.closes);
+        }
         let edge = self.seq_len.checked_sub(self.settings.window + 1);
         if let Some(edge) = edge.filter(|_| self.settings.folds()) {
             let next = if self.open.is_some() { base + 1 } else { 0 };
@@ -287,16 +267,6 @@ impl<S: Element> List<S> {
         self.bits = bits;
         self.leave(self.settings.first_seen(first));
         before
-    }
-
-    fn reserve(&mut self, entries: usize) {
-        let dim = self.dim;
-        if self.keys.room() < entries * dim {
-            let extra = entries + GROWTH.max(self.tokens.len() / 8);
-            self.keys.reserve_exact(extra * dim);
-            self.values.reserve_exact(extra * self.value_dim);
-            self.tokens.reserve_exact(extra);
-        }
     }
 
     /// Folds the tokens that leave the window; the chain of the last one stays open.
@@ -315,9 +285,7 @@ impl<S: Element> List<S> {
             if open {
                 chain.step(merged, raw.key(token), raw.value(token));
             } else {
-                self.keys.extend_from_slice(raw.key(token));
-                self.values.extend_from_slice(raw.value(token));
-                self.push_token(token, 1);
+                self.entries.push(raw.key(token), raw.value(token), token, 1);
             }
         }
         self.open = open.then_some(chain);
@@ -325,32 +293,10 @@ impl<S: Element> List<S> {
 
     #[inline(always)]
     fn close(&mut self, chain: &ChainFold<S::Acc>, token: usize) {
-        let (start, value_start) = (self.keys.len(), self.values.len());
-        self.keys.fill(self.dim, S::zero());
-        self.values.fill(self.value_dim, S::zero());
         let (mut key, mut value) = (chain.key.clone(), chain.value.clone());
         quarantine(&mut key, &mut value);
-        S::narrow(&key, &mut self.keys[start..]);
-        S::narrow(&value, &mut self.values[value_start..]);
-        self.push_token(token, chain.size);
-    }
-
-    /// Stores the last token of a closed chain, and its number of tokens.
-    fn push_token(&mut self, token: usize, size: usize) {
-        self.tokens.push(token as u32);
-        if self.settings.fold.has_sizes() {
-            self.log2_sizes.push(log2_size(size));
-        }
-    }
-
-    /// The keys of closed chains.
-    pub fn key_rows(&self) -> HeadRows<'_, S> {
-        HeadRows::compact(&self.keys, self.dim)
-    }
-
-    /// The values of closed chains.
-    pub fn value_rows(&self) -> HeadRows<'_, S> {
-        HeadRows::compact(&self.values, self.value_dim)
+        let (key, value): (Vec<S>, Vec<S>) = (narrowed(&key), narrowed(&value));
+        self.entries.push(&key, &value, token, chain.size);
     }
 
     /// The raw rows that a chunk's blocks read: the chunk's own where nothing is kept raw, else the window's and the
@@ -427,6 +373,13 @@ fn last_not_finite<T: Element>(keys: &HeadRows<T>, values: &HeadRows<T>, count: 
         true => None,
         false => (0..count).rev().find(|row| !finite(*row..row + 1)),
     }
+}
+
+/// A row of accumulators, rounded.
+pub(crate) fn narrowed<T: Element>(row: &[T::Acc]) -> Vec<T> {
+    let mut out = vec![T::zero(); row.len()];
+    T::narrow(row, &mut out);
+    out
 }
 
 pub(crate) fn widened<T: Element>(row: &[T]) -> Vec<T::Acc> {

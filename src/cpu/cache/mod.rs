@@ -3,8 +3,8 @@
 pub(crate) mod columns;
 pub(crate) mod decide;
 pub(crate) mod decode;
+pub(crate) mod entries;
 pub(crate) mod list;
-pub(crate) mod queue;
 pub(crate) mod range;
 pub(crate) mod settings;
 pub(crate) mod step;

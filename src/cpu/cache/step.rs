@@ -4,6 +4,7 @@ use crate::config::Dropout;
 use crate::cpu::attend::worker::Worker;
 use crate::cpu::cache::columns::GatheredList;
 use crate::cpu::cache::decode::{load_query, reads_lanes, Decoder, SPLIT};
+use crate::cpu::cache::entries::Piece;
 use crate::cpu::cache::list::{widened, Decided, List};
 use crate::cpu::columns::chain::ChainFold;
 use crate::cpu::columns::source::FarSource;
@@ -21,6 +22,7 @@ use crate::cpu::work::tasks::{for_each_list_task, row_tasks, Lease, Pool, RowTas
 use candle_core::Result;
 use rayon::prelude::*;
 use std::ops::Range;
+use std::sync::OnceLock;
 
 /// The new tokens of one step, and its options.
 #[derive(Clone, Copy)]
@@ -162,17 +164,25 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
     fn attend(&self, lists: &[(ListHeads, List<S>)], chains: &[Option<ChainFold<S::Acc>>], output: Blank<Q>) {
         let pairs = self.pairs();
         let block_rows = block_rows(self.count, pairs);
-        let longest = lists.iter().map(|(_, list)| list.tokens.len()).max().unwrap_or(0);
+        let longest = lists.iter().map(|(_, list)| list.entries.len()).max().unwrap_or(0);
         let blocks = self.count.div_ceil(block_rows);
         let leases: Vec<_> = lists
             .iter()
             .map(|(at, _)| Lease::new(at.heads.len() * blocks))
             .collect();
         let pool = Pool::new();
+        // Entries that lie in several pieces are gathered from a copy.
+        let copies: Vec<OnceLock<Piece<S>>> = lists.iter().map(|_| OnceLock::new()).collect();
         let gather = |index: usize| {
             let (at, list) = &lists[index];
             let gathers = pairs.is_some() || self.count * at.heads.len() >= GATHERED_ROWS;
-            gathers.then(|| GatheredList::borrow(list, &leases[index], pairs, &pool))
+            gathers.then(|| {
+                let stored = list.entries.whole().unwrap_or_else(|| {
+                    let copy = copies[index].get_or_init(|| list.entries.copied());
+                    list.entries.in_copy(copy)
+                });
+                GatheredList::borrow((list, stored), &leases[index], pairs, &pool)
+            })
         };
         let heads = lists.iter().map(|(at, _)| at.heads.clone());
         let tasks = row_tasks(heads, (self.count, self.value_dim, block_rows), output, None);
@@ -263,13 +273,13 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             .iter()
             .enumerate()
             .flat_map(|(index, (_, list))| {
-                let entries = list.tokens.len();
+                let entries = list.entries.len();
                 let starts = (0..entries.max(1)).step_by(SPLIT);
                 starts.map(move |start| (index, start..entries.min(start + SPLIT)))
             })
             .collect();
         let run = |(index, range): &(usize, Range<usize>)| decoders[*index].split(&lists[*index].1, range.clone());
-        let work: usize = lists.iter().map(|(at, list)| list.tokens.len() * at.heads.len()).sum();
+        let work: usize = lists.iter().map(|(at, list)| list.entries.len() * at.heads.len()).sum();
         let partials: Vec<_> = if work * self.head_dim < SEQUENTIAL {
             splits.iter().map(run).collect()
         } else {

@@ -337,6 +337,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
                 false => far.rows(start..end, &mut scratch),
             };
             let apart = !packed && far.keys_apart(start..end, &mut keys_apart);
+            let mut sizes = Vec::new();
             let columns = Columns {
                 keys,
                 keys_apart: apart.then(|| &keys_apart[..end - start]),
@@ -344,7 +345,7 @@ impl<'a, Q: Element> BlockReader<'a, Q> {
                 kind,
                 first: start,
                 count: end - start,
-                log2_sizes: far.log2_sizes(start..end),
+                log2_sizes: far.log2_sizes(start..end, &mut sizes),
                 rows: first_row..last_row,
             };
             visit(self, columns);

@@ -22,8 +22,8 @@ pub(crate) trait FarSource<A>: Sync {
     fn before(&self, token: usize) -> usize;
     /// The token index of a column.
     fn token(&self, column: usize) -> usize;
-    /// log2 n of some columns; None where all are 0.
-    fn log2_sizes(&self, columns: Range<usize>) -> Option<&[A]>;
+    /// log2 n of some columns, through `room` where they lie apart; None where all are 0.
+    fn log2_sizes<'s>(&'s self, columns: Range<usize>, room: &'s mut Vec<A>) -> Option<&'s [A]>;
     /// Keys and values of some columns as padded rows, through `scratch` where they are stored otherwise.
     fn rows<'s>(&'s self, columns: Range<usize>, scratch: &'s mut RowScratch<A>) -> KeysValues<'s, A>;
     /// Whether keys are not in `rows` but apart, each at its own address; `keys` then holds the keys of these columns.
