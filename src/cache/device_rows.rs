@@ -33,6 +33,8 @@ pub(crate) struct RowsCall<'a, G: Gpu, T: GpuElement> {
     pub qkv: [Source<'a, G, T>; 3],
     /// None to append the tokens without attending.
     pub options: Option<&'a AttentionOptions>,
+    /// Whether rows are computed, where there are options.
+    pub attend: bool,
     /// The bias is a view of (B, H, new tokens, all tokens), scores are (B, Hk, new tokens).
     pub extras: ExtraBuffers<'a, G>,
     /// The most entries of a list.
@@ -55,6 +57,12 @@ impl<G: Gpu, T: GpuElement> DeviceRows<G, T> {
     /// The number of tokens of each batch row, padding and earlier segments among them.
     pub fn seq_len(&self) -> usize {
         self.seq_len
+    }
+
+    /// Whether a sliding window is in force.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub fn slides(&self) -> bool {
+        self.parts.iter().any(|part| part.sliding_window().flatten().is_some())
     }
 
     /// Whether segments were given.
@@ -138,6 +146,36 @@ impl<G: Gpu, T: GpuElement> DeviceRows<G, T> {
     /// An error of the device.
     pub fn copy(&self, gpu: &G) -> Result<Self> {
         self.select(gpu, &(0..self.batch()).collect::<Vec<_>>())
+    }
+
+    /// A mark of the present: a copy of all but the closed chains, which are only added to until a sliding window or
+    /// segments take some away.
+    ///
+    /// # Errors
+    /// An error of the device.
+    pub fn mark(&self, gpu: &G) -> Result<Self> {
+        self.with_parts(self.parts.iter().map(|part| part.without_chains(gpu)))
+    }
+
+    /// The rows as they were when they gave a mark.
+    ///
+    /// # Errors
+    /// An error of the device.
+    pub fn at_mark(self, gpu: &G, mark: &Self) -> Result<Self> {
+        let parts = mark.parts.iter().zip(self.parts).map(|(marked, later)| {
+            let mut part = marked.without_chains(gpu)?;
+            part.take_chains(later);
+            Ok(part)
+        });
+        mark.with_parts(parts)
+    }
+
+    fn with_parts(&self, parts: impl Iterator<Item = Result<DeviceLists<G, T>>>) -> Result<Self> {
+        Ok(Self {
+            parts: parts.collect::<Result<_>>()?,
+            seq_len: self.seq_len,
+            places: self.places.clone(),
+        })
     }
 
     /// Downloads all lists. Waits for the device.
@@ -243,7 +281,7 @@ fn rows_apart<G: Gpu, T: GpuElement>(
         ..
     } = *call.problem;
     let rows = |_| gpu.zeros::<T>(batch * heads * tokens * value_dim);
-    let mut output = call.options.map(rows).transpose()?;
+    let mut output = call.options.filter(|_| call.attend).map(rows).transpose()?;
     for (row, (lists, runs)) in parts.iter_mut().zip(runs).enumerate() {
         for run in runs {
             if run.fresh {
@@ -277,8 +315,8 @@ fn take<G: Gpu, T: GpuElement>(
 ) -> Result<Option<G::Slice<T>>> {
     let (qkv, extras) = (call.qkv, call.extras);
     lists.within(gpu, count, call.limit, |lists| match call.options {
-        Some(options) => lists.append_and_attend(gpu, qkv, count, options, extras).map(Some),
-        None => lists.append(gpu, qkv, count, extras).map(|()| None),
+        Some(options) if call.attend => lists.append_and_attend(gpu, qkv, count, options, extras).map(Some),
+        options => lists.append(gpu, qkv, count, options, extras).map(|()| None),
     })
 }
 

@@ -13,7 +13,7 @@
 //! 4. Segments put new lists in the place of old ones. Beside them marks hold the entries too; clones share these.
 
 #[cfg(feature = "cuda")]
-use super::on_device::GpuState;
+use super::on_device::{GpuMark, GpuState};
 use super::state::State;
 use super::{CompressedKvCache, Lists, ListsOf};
 use crate::config::AttentionOptions;
@@ -42,7 +42,7 @@ enum MarkedState {
     Empty,
     Cpu(Arc<MarkedLists>),
     #[cfg(feature = "cuda")]
-    Gpu(GpuState),
+    Gpu(GpuMark),
 }
 
 /// The state of a cache on the CPU.
@@ -189,7 +189,7 @@ impl Journal {
             MarkedState::Empty => 0,
             MarkedState::Cpu(marked) => marked.bytes(),
             #[cfg(feature = "cuda")]
-            MarkedState::Gpu(state) => state.bytes_allocated(),
+            MarkedState::Gpu(mark) => mark.bytes(),
         });
         marks.sum::<usize>() + self.calls.iter().map(Call::bytes).sum::<usize>()
     }
@@ -243,12 +243,12 @@ impl CompressedKvCache {
     pub(super) fn take_in_recorded(&mut self, call: &Call) -> Result<Option<Tensor>> {
         let rollback = self.options.rollback;
         let (count, marks) = (call.count(), self.journal.marks.len());
-        let segments = call.has_segments() || self.has_segments();
+        let whole = self.needs_whole_marks(call);
         if count <= rollback {
             let last = self.journal.marks.last().map(|mark| mark.tokens);
             if last.is_none_or(|last| call.start - last >= rollback.div_ceil(4)) {
-                self.mark(segments)?;
-            } else if segments {
+                self.mark(whole)?;
+            } else if whole {
                 self.make_marks_whole()?;
             }
             let output = match self.take_in_now(call, true) {
@@ -264,11 +264,11 @@ impl CompressedKvCache {
             return Ok(output);
         }
         // For the case that the second part is refused, as well.
-        self.mark(segments)?;
+        self.mark(whole)?;
         let first = count - rollback;
         let in_two = |cache: &mut Self| {
             let before = cache.take_in_now(&call.part(0..first)?, true)?;
-            cache.mark(segments)?;
+            cache.mark(whole)?;
             let call = call.part(first..count)?;
             let after = cache.take_in_now(&call, true)?;
             cache.journal.calls.push(call.owned()?);
@@ -289,6 +289,21 @@ impl CompressedKvCache {
                 Err(error)
             }
         }
+    }
+
+    /// Whether a call may take entries away that marks count on.
+    fn needs_whole_marks(&self, call: &Call) -> bool {
+        #[cfg(feature = "cuda")]
+        if call.qkv[0].device().is_cuda() {
+            let slides = call
+                .options
+                .as_ref()
+                .is_some_and(|options| options.sliding_window.is_some());
+            if slides || self.on_gpu.as_ref().is_some_and(GpuState::slides) {
+                return true;
+            }
+        }
+        call.has_segments() || self.has_segments()
     }
 
     /// Marks the present state.

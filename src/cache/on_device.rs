@@ -2,6 +2,7 @@
 
 use super::between_devices::{state_of, Both};
 use super::device_rows::{DeviceRows, RowsCall};
+use super::journal::Call;
 use super::step::bias_view;
 use super::{CacheSizes, CompressedKvCache, State};
 use crate::config::{AttentionOptions, CompressionConfig};
@@ -42,6 +43,33 @@ pub(super) struct GpuState {
     lists: Arc<ListsByDtype>,
 }
 
+/// The state of a cache on a device at a length.
+#[derive(Clone)]
+pub(super) struct GpuMark {
+    state: GpuState,
+    /// Whether it holds the closed chains too, and not only how many there were.
+    whole: bool,
+}
+
+impl GpuMark {
+    /// Takes hold of the closed chains, which `live` still has.
+    ///
+    /// # Errors
+    /// An error of the device.
+    pub fn make_whole(&mut self, live: &GpuState) -> Result<()> {
+        if !self.whole {
+            let gpu = cuda(&live.device)?;
+            let lists = live.lists.copy(&gpu)?.at_mark(&gpu, &self.state.lists)?;
+            (self.state.lists, self.whole) = (Arc::new(lists), true);
+        }
+        Ok(())
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.state.bytes_allocated()
+    }
+}
+
 fn brought<T: Both>(gpu: &Cuda, cache: &CompressedKvCache) -> Result<Option<DeviceRows<Cuda, T>>> {
     let Some((problem, held)) = cache.for_device::<T>()? else {
         return Ok(None);
@@ -59,6 +87,23 @@ impl ListsByDtype {
             Self::F32(lists) => Self::F32(lists.copy(gpu)?),
             Self::F16(lists) => Self::F16(lists.copy(gpu)?),
             Self::BF16(lists) => Self::BF16(lists.copy(gpu)?),
+        })
+    }
+
+    fn mark(&self, gpu: &Cuda) -> Result<Self> {
+        Ok(match self {
+            Self::F32(lists) => Self::F32(lists.mark(gpu)?),
+            Self::F16(lists) => Self::F16(lists.mark(gpu)?),
+            Self::BF16(lists) => Self::BF16(lists.mark(gpu)?),
+        })
+    }
+
+    fn at_mark(self, gpu: &Cuda, mark: &Self) -> Result<Self> {
+        Ok(match (self, mark) {
+            (Self::F32(lists), Self::F32(mark)) => Self::F32(lists.at_mark(gpu, mark)?),
+            (Self::F16(lists), Self::F16(mark)) => Self::F16(lists.at_mark(gpu, mark)?),
+            (Self::BF16(lists), Self::BF16(mark)) => Self::BF16(lists.at_mark(gpu, mark)?),
+            _ => bail!("cache: expected a mark of its own dtype; this is a defect of the crate, please report it"),
         })
     }
 
@@ -113,6 +158,51 @@ impl GpuState {
 
     pub fn bytes_allocated(&self) -> usize {
         each!(&*self.lists, lists => lists.bytes_allocated())
+    }
+
+    /// [`Self::bytes_allocated`] if a fork shares the lists, else 0.
+    pub fn bytes_shared(&self) -> usize {
+        match Arc::strong_count(&self.lists) {
+            1 => 0,
+            _ => self.bytes_allocated(),
+        }
+    }
+
+    /// A mark of the present; a whole one shares the closed chains too, until the lists change.
+    ///
+    /// # Errors
+    /// An error of the device.
+    pub fn mark(&self, whole: bool) -> Result<GpuMark> {
+        let mut state = self.clone();
+        if !whole {
+            state.lists = Arc::new(self.lists.mark(&cuda(&self.device)?)?);
+        }
+        Ok(GpuMark { state, whole })
+    }
+
+    /// Goes back to a mark.
+    ///
+    /// # Errors
+    /// An error of the device.
+    pub fn go_back(&mut self, mark: &GpuMark) -> Result<()> {
+        if mark.whole {
+            *self = mark.state.clone();
+            return Ok(());
+        }
+        let gpu = cuda(&self.device)?;
+        self.lists_mut(&gpu)?;
+        // The lists are this cache's own now: nothing is copied.
+        let lists = std::mem::replace(&mut self.lists, mark.state.lists.clone());
+        let Some(lists) = Arc::into_inner(lists) else {
+            bail!("cache: expected lists of its own; this is a defect of the crate, please report it")
+        };
+        self.lists = Arc::new(lists.at_mark(&gpu, &mark.state.lists)?);
+        Ok(())
+    }
+
+    /// Whether a sliding window is in force, so that closed chains may leave.
+    pub fn slides(&self) -> bool {
+        each!(&*self.lists, lists => lists.slides())
     }
 
     pub fn has_segments(&self) -> bool {
@@ -195,7 +285,7 @@ impl CompressedKvCache {
             .as_ref()
             .filter(|state| state.device.location() != device.location())
         {
-            (moved.state, moved.on_gpu) = (Some(state.to_cpu(&self.config)?), None);
+            (moved.state, moved.on_gpu) = (Some(Arc::new(state.to_cpu(&self.config)?)), None);
         }
         if device.is_cuda() && moved.state.is_some() {
             (moved.on_gpu, moved.state) = (GpuState::from_cpu(&moved, device)?, None);
@@ -203,24 +293,20 @@ impl CompressedKvCache {
         if !(device.is_cpu() || device.is_cuda()) {
             return not_on_cpu(device);
         }
+        moved.journal.clear();
         Ok(moved)
     }
 
     /// [`Self::take_in`] for tensors on a CUDA device, or a cache that is on one.
-    pub(super) fn take_in_on_gpu(
-        &mut self,
-        problem: &Problem,
-        qkv: [&Tensor; 3],
-        scores: Option<&Tensor>,
-        options: Option<&AttentionOptions>,
-    ) -> Result<Option<Tensor>> {
-        self.check_for_gpu(problem, qkv[0], options)?;
+    pub(super) fn take_in_on_gpu(&mut self, problem: &Problem, call: &Call, attend: bool) -> Result<Option<Tensor>> {
+        let q = &call.qkv[0];
+        self.check_for_gpu(problem, q, call.options.as_ref())?;
         let mut state = match self.on_gpu.take() {
             Some(state) => state,
-            None => GpuState::new(self, problem, qkv[0].device())?,
+            None => GpuState::new(self, problem, q.device())?,
         };
         let limit = self.options.max_entries;
-        let result = step(&mut state, problem, qkv, scores, options, limit);
+        let result = step(&mut state, problem, call, attend, limit);
         if state.seq_len() > 0 {
             self.on_gpu = Some(state);
         }
@@ -262,11 +348,11 @@ impl CompressedKvCache {
 fn step(
     state: &mut GpuState,
     problem: &Problem,
-    [q, k, v]: [&Tensor; 3],
-    scores: Option<&Tensor>,
-    options: Option<&AttentionOptions>,
+    call: &Call,
+    attend: bool,
     limit: Option<usize>,
 ) -> Result<Option<Tensor>> {
+    let ([q, k, v], options) = (&call.qkv, call.options.as_ref());
     let (device, gpu, storage) = (state.device.clone(), cuda(&state.device)?, state.dtype);
     let full = [
         problem.batch,
@@ -286,9 +372,10 @@ fn step(
         problem,
         tensors: [&q, &k, &v],
         options,
+        attend,
         bias: bias.as_ref(),
         sinks: sinks.as_ref(),
-        scores,
+        scores: call.scores.as_ref(),
         limit,
     };
     let output = match state.lists_mut(&gpu)? {
@@ -307,6 +394,7 @@ struct DeviceCall<'a> {
     tensors: [&'a Tensor; 3],
     /// None to append the tokens without attending.
     options: Option<&'a AttentionOptions>,
+    attend: bool,
     /// The bias in f32, as a (B, H, new tokens, all tokens) view.
     bias: Option<&'a Tensor>,
     /// Sink logits (H) in f32, at the start of their buffer.
@@ -350,6 +438,7 @@ impl DeviceCall<'_> {
             problem: self.problem,
             qkv: [q?, k?, v?],
             options: self.options,
+            attend: self.attend,
             extras: ExtraBuffers {
                 bias,
                 sinks,

@@ -6,6 +6,7 @@ mod common;
 
 mod attention;
 mod cache;
+mod cache_rollback;
 mod cache_rules;
 mod cache_saved;
 mod cache_segments;

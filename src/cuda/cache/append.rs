@@ -54,21 +54,27 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         self.bound + count + self.settings.config.window + 1 > limit
     }
 
-    /// Appends `count` tokens without computing their output rows.
+    /// Appends `count` tokens without computing their output rows. With options, as a call that attends by them does.
     ///
     /// # Errors
-    /// An error of the device.
+    /// As [`Self::append_and_attend`] with options, else an error of the device.
     pub fn append<'a>(
         &mut self,
         gpu: &G,
         qkv: [Source<'a, G, T>; 3],
         count: usize,
+        options: Option<&AttentionOptions>,
         extras: ExtraBuffers<'a, G>,
     ) -> Result<()> {
-        if self.seq_len == 0 && count > 1 {
-            return self.first_chunk(gpu, qkv, count, None, extras).map(|_| ());
+        if let Some(options) = options {
+            self.attend_under(gpu, options)?;
         }
-        let scale = AttentionOptions::default().scale(self.settings.problem.head_dim);
+        let default = AttentionOptions::default();
+        let options = options.unwrap_or(&default);
+        if self.seq_len == 0 && count > 1 {
+            return self.first_chunk(gpu, qkv, count, (options, false), extras).map(|_| ());
+        }
+        let scale = options.scale(self.settings.problem.head_dim);
         self.append_in_turn(gpu, qkv, count, scale, (extras, None))
     }
 
@@ -175,7 +181,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         extras: ExtraBuffers<'a, G>,
     ) -> Result<G::Slice<T>> {
         if self.seq_len == 0 && count > 1 {
-            if let Some(output) = self.first_chunk(gpu, qkv, count, Some(options), extras)? {
+            if let Some(output) = self.first_chunk(gpu, qkv, count, (options, true), extras)? {
                 return Ok(output);
             }
         }

@@ -12,6 +12,11 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// # Errors
     /// An error of the device.
     pub fn select(&self, gpu: &G, rows: &[usize]) -> Result<Self> {
+        self.selected(gpu, rows, true)
+    }
+
+    /// [`Self::select`], with the closed chains or without.
+    fn selected(&self, gpu: &G, rows: &[usize], chains: bool) -> Result<Self> {
         let (lists, heads) = (self.settings.lists, self.settings.problem.heads);
         let (dim, window) = (self.settings.problem.head_dim, self.settings.config.window);
         let value_dim = self.settings.problem.value_dim;
@@ -28,7 +33,10 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         };
         let (by_list, by_head) = (copier(lists, &list_sources), copier(heads, &head_sources));
         let (suffix, capacity) = (T::SUFFIX, [self.capacity; 2]);
-        let far = |x, dim| by_list.rows(suffix, x, Some(&self.state.lengths), capacity, dim);
+        let far = |x, dim| match chains {
+            true => by_list.rows(suffix, x, Some(&self.state.lengths), capacity, dim),
+            false => gpu.zeros(1),
+        };
         let local = |x, dim| by_list.all(suffix, x, (window + 1) * dim);
         let row = |x: &G::Slice<T>| by_list.all(suffix, x, dim);
         let words = |x| by_list.all("u32", x, 1);
@@ -49,10 +57,14 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 far_k: far(&self.state.far_k, dim)?,
                 far_v: far(&self.state.far_v, value_dim)?,
                 far_ln: match &self.state.far_ln {
-                    Some(ln) => Some(by_list.rows("f32", ln, Some(&self.state.lengths), capacity, 1)?),
+                    Some(ln) if chains => Some(by_list.rows("f32", ln, Some(&self.state.lengths), capacity, 1)?),
+                    Some(_) => Some(gpu.zeros(1)?),
                     None => None,
                 },
-                far_tokens: by_list.rows("u32", &self.state.far_tokens, Some(&self.state.lengths), capacity, 1)?,
+                far_tokens: match chains {
+                    true => by_list.rows("u32", &self.state.far_tokens, Some(&self.state.lengths), capacity, 1)?,
+                    false => gpu.zeros(1)?,
+                },
                 lengths: words(&self.state.lengths)?,
                 starts: self.starts_of(gpu, rows)?,
                 local_k: local(&self.state.local_k, dim)?,
@@ -137,7 +149,23 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// # Errors
     /// An error of the device.
     pub fn copy(&self, gpu: &G) -> Result<Self> {
-        self.select(gpu, &(0..self.batch).collect::<Vec<_>>())
+        self.selected(gpu, &(0..self.batch).collect::<Vec<_>>(), true)
+    }
+
+    /// A copy of all but the closed chains: these are only added to, so that the lengths are enough to find them again.
+    ///
+    /// # Errors
+    /// An error of the device.
+    pub fn without_chains(&self, gpu: &G) -> Result<Self> {
+        self.selected(gpu, &(0..self.batch).collect::<Vec<_>>(), false)
+    }
+
+    /// Takes the closed chains, and scratch buffers, of lists that hold these chains and later ones.
+    pub fn take_chains(&mut self, later: Self) {
+        let state = &mut self.state;
+        (state.far_k, state.far_v) = (later.state.far_k, later.state.far_v);
+        (state.far_ln, state.far_tokens) = (later.state.far_ln, later.state.far_tokens);
+        (self.capacity, self.scratch) = (later.capacity, later.scratch);
     }
 }
 

@@ -19,13 +19,13 @@ use candle_core::Result;
 
 impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// Appends the first `count` tokens, at least 2, with the decisions and folds of attention over a whole sequence.
-    /// Returns their output rows if `options` are given. Waits for the device, to learn how much room is needed.
+    /// Returns their output rows if `attend` is set. Waits for the device, to learn how much room is needed.
     pub(super) fn first_chunk(
         &mut self,
         gpu: &G,
         qkv: [Source<'_, G, T>; 3],
         count: usize,
-        options: Option<&AttentionOptions>,
+        (options, attend): (&AttentionOptions, bool),
         extras: ExtraBuffers<'_, G>,
     ) -> Result<Option<G::Slice<T>>> {
         let settings = self.settings.clone();
@@ -68,8 +68,6 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             config,
             bias: extras.bias,
         };
-        let (plain, default) = (options.is_none(), AttentionOptions::default());
-        let options = options.unwrap_or(&default);
         let scale = options.scale(head_dim);
         let scaled = AttentionOptions {
             softmax_scale: Some(scale),
@@ -109,7 +107,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 drawn_from: extras.drawn_from,
             },
         };
-        let (output, columns) = if plain {
+        let (output, columns) = if !attend {
             (None, None)
         } else {
             let folded = attention.folded(gpu, false)?;

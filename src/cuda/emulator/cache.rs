@@ -127,12 +127,75 @@ impl EmulatedCache {
         scores: Option<&Tensor>,
         options: Option<&AttentionOptions>,
     ) -> Result<Option<Tensor>> {
+        self.take_in((qkv, scores), options, true)
+    }
+
+    fn take_in(
+        &mut self,
+        tokens: (&[Tensor; 3], Option<&Tensor>),
+        options: Option<&AttentionOptions>,
+        attend: bool,
+    ) -> Result<Option<Tensor>> {
         let limit = self.options.max_entries;
         match &mut self.lists {
-            EmulatedLists::F32(lists) => append(lists, (qkv, scores), options, limit),
-            EmulatedLists::F16(lists) => append(lists, (qkv, scores), options, limit),
-            EmulatedLists::BF16(lists) => append(lists, (qkv, scores), options, limit),
+            EmulatedLists::F32(lists) => append(lists, tokens, (options, attend), limit),
+            EmulatedLists::F16(lists) => append(lists, tokens, (options, attend), limit),
+            EmulatedLists::BF16(lists) => append(lists, tokens, (options, attend), limit),
         }
+    }
+
+    /// [`Self::append_scored`] without computing rows.
+    ///
+    /// # Errors
+    /// As [`Self::append`].
+    pub fn append_again(
+        &mut self,
+        qkv: &[Tensor; 3],
+        scores: Option<&Tensor>,
+        options: &AttentionOptions,
+    ) -> Result<()> {
+        self.take_in((qkv, scores), Some(options), false).map(|_| ())
+    }
+
+    /// A mark of the present, for [`Self::at_mark`].
+    ///
+    /// # Errors
+    /// An error that the emulator detects.
+    pub fn mark(&self) -> Result<Self> {
+        let lists = match &self.lists {
+            EmulatedLists::F32(lists) => EmulatedLists::F32(lists.mark(&Emulator)?),
+            EmulatedLists::F16(lists) => EmulatedLists::F16(lists.mark(&Emulator)?),
+            EmulatedLists::BF16(lists) => EmulatedLists::BF16(lists.mark(&Emulator)?),
+        };
+        Ok(Self::of(
+            lists,
+            self.problem,
+            (&self.strategies, &self.config, &self.options),
+        ))
+    }
+
+    /// The cache as it was when it gave a mark.
+    ///
+    /// # Errors
+    /// An error that the emulator detects, or a mark of another dtype.
+    pub fn at_mark(self, mark: &Self) -> Result<Self> {
+        let lists = match (self.lists, &mark.lists) {
+            (EmulatedLists::F32(lists), EmulatedLists::F32(mark)) => {
+                EmulatedLists::F32(lists.at_mark(&Emulator, mark)?)
+            }
+            (EmulatedLists::F16(lists), EmulatedLists::F16(mark)) => {
+                EmulatedLists::F16(lists.at_mark(&Emulator, mark)?)
+            }
+            (EmulatedLists::BF16(lists), EmulatedLists::BF16(mark)) => {
+                EmulatedLists::BF16(lists.at_mark(&Emulator, mark)?)
+            }
+            _ => bail!("mark: expected one of this cache, got one of another dtype; use its own"),
+        };
+        Ok(Self::of(
+            lists,
+            self.problem,
+            (&self.strategies, &self.config, &self.options),
+        ))
     }
 
     /// Entries per batch row and list.
@@ -188,7 +251,7 @@ fn brought<T: Both>(cache: &CompressedKvCache) -> Result<(Problem, DeviceRows<Em
 fn append<T: GpuElement + Element>(
     lists: &mut DeviceRows<Emulator, T>,
     (qkv, scores): (&[Tensor; 3], Option<&Tensor>),
-    options: Option<&AttentionOptions>,
+    (options, attend): (Option<&AttentionOptions>, bool),
     limit: Option<usize>,
 ) -> Result<Option<Tensor>> {
     let problem = Problem::new(&qkv[0], &qkv[1], &qkv[2])?;
@@ -210,6 +273,7 @@ fn append<T: GpuElement + Element>(
         problem: &problem,
         qkv: [borrow(&q), borrow(&k), borrow(&v)],
         options,
+        attend,
         extras: ExtraBuffers {
             bias: bias.as_ref().map(HeldBias::view),
             sinks: sinks.as_ref(),
