@@ -61,7 +61,7 @@ pub use attention::{
     CompressedAttention, CompressedSelfAttention, CompressionLossSink, KeyGate, QkNorm, RelaxedGate, RotaryConfig,
     RotaryLayout, RotaryScaling, SelfAttentionConfig,
 };
-pub use cache::{CacheOptions, CompressedKvCache};
+pub use cache::{CacheOptions, CompressedKvCache, PrefixKey};
 pub use calibrate::{Calibrator, KeyProbe, Measurement, ModelShape, Policy};
 #[cfg(feature = "fit")]
 pub use calibrate::{ProbeFitter, ProbeRegression, ProbeSample};

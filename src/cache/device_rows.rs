@@ -65,6 +65,12 @@ impl<G: Gpu, T: GpuElement> DeviceRows<G, T> {
         self.parts.iter().any(|part| part.sliding_window().flatten().is_some())
     }
 
+    /// Where each batch row stands, once segments were given.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub fn places(&self) -> Option<&[RowPlace]> {
+        self.places.as_deref()
+    }
+
     /// Whether segments were given.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub fn has_segments(&self) -> bool {

@@ -1,6 +1,7 @@
 //! [`CompressedKvCache::load`]: the reader of `save`'s files, which checks every number that later code indexes by.
 
 use super::checksum::{checksum, FORMAT, VERSION};
+use super::prefix::PrefixKey;
 use super::reader::{Reader, DAMAGED};
 use super::save::{Header, SavedState};
 use super::{CacheOptions, CacheSizes, CompressedKvCache, Lists, State};
@@ -21,14 +22,18 @@ impl CompressedKvCache {
     /// cut short or otherwise damaged (its checksum shows that), or whose parts do not fit together. On a GPU also a
     /// dtype, head size or window that it does not support.
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
+        Self::load_as(path.as_ref(), None, device)
+    }
+
+    /// [`Self::load`], of a file that was saved under `prefix` if there is one.
+    pub(super) fn load_as(path: &Path, prefix: Option<&PrefixKey>, device: &Device) -> Result<Self> {
         if !(device.is_cpu() || cfg!(feature = "cuda") && device.is_cuda()) {
             return not_on_cpu(device);
         }
-        let path = path.as_ref();
         let at_path = |error: &dyn std::fmt::Display| Error::msg(format!("load {}: {error}", path.display()));
         let bytes = std::fs::read(path)
             .map_err(|error| at_path(&format!("expected a readable file, got {error}; check the path")))?;
-        let cache = read(&bytes).map_err(|error| at_path(&error))?;
+        let cache = read(&bytes, prefix).map_err(|error| at_path(&error))?;
         if device.is_cpu() {
             return Ok(cache);
         }
@@ -50,7 +55,7 @@ impl CompressedKvCache {
     }
 }
 
-fn read(bytes: &[u8]) -> Result<CompressedKvCache> {
+fn read(bytes: &[u8], prefix: Option<&PrefixKey>) -> Result<CompressedKvCache> {
     let (file, header) = match (SafeTensors::deserialize(bytes), SafeTensors::read_metadata(bytes)) {
         (Ok(file), Ok((_, header))) => (file, header),
         (Err(error), _) | (_, Err(error)) => bail!(
@@ -79,6 +84,9 @@ fn read(bytes: &[u8]) -> Result<CompressedKvCache> {
         Ok(header) => header,
         Err(error) => bail!("header: expected what version {VERSION} writes, got {error}; {DAMAGED}"),
     };
+    if let Some(prefix) = prefix {
+        prefix.check_saved(header.prefix.as_ref())?;
+    }
     let options = CacheOptions {
         storage: header.storage.as_deref().map(dtype_of).transpose()?,
         max_entries: header.max_entries,

@@ -109,6 +109,8 @@ mod journal;
 mod load;
 #[cfg(feature = "cuda")]
 mod on_device;
+mod prefix;
+mod ragged;
 mod reader;
 mod rows;
 mod save;
@@ -117,6 +119,8 @@ mod state;
 mod step;
 mod truncate;
 mod usage;
+
+pub use prefix::PrefixKey;
 
 #[cfg(feature = "cuda-emu")]
 pub(crate) use between_devices::Both;

@@ -3,6 +3,7 @@
 use super::between_devices::{state_of, Both};
 use super::device_rows::{DeviceRows, RowsCall};
 use super::journal::Call;
+use super::segments::RowPlace;
 use super::step::bias_view;
 use super::{CacheSizes, CompressedKvCache, State};
 use crate::config::{AttentionOptions, CompressionConfig};
@@ -203,6 +204,11 @@ impl GpuState {
     /// Whether a sliding window is in force, so that closed chains may leave.
     pub fn slides(&self) -> bool {
         each!(&*self.lists, lists => lists.slides())
+    }
+
+    /// Where each batch row stands, once segments were given.
+    pub fn places(&self) -> Option<Vec<RowPlace>> {
+        each!(&*self.lists, lists => lists.places().map(<[RowPlace]>::to_vec))
     }
 
     pub fn has_segments(&self) -> bool {

@@ -26,6 +26,7 @@
 //! | `sink_keys` | (min(sinks, seq_len), D) | S | the keys of the first tokens |
 
 use super::checksum::{checksum, FORMAT, VERSION};
+use super::prefix::PrefixKey;
 use super::segments::RowPlace;
 use super::{CacheSizes, CompressedKvCache, Lists, ListsOf, State};
 use crate::config::whole::{present, WholeConfig, WholeStrategies};
@@ -57,6 +58,9 @@ pub(super) struct Header {
     /// See [`CacheOptions::rollback`](super::CacheOptions::rollback).
     #[serde(default, skip_serializing_if = "is_zero")]
     pub rollback: usize,
+    /// The key of a saved prefix.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefix: Option<PrefixKey>,
     /// None for an empty cache.
     #[serde(deserialize_with = "present")]
     pub state: Option<SavedState>,
@@ -324,15 +328,33 @@ impl CompressedKvCache {
     /// # Errors
     /// A file that cannot be written, or an error of a GPU, which is waited for.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        #[cfg(feature = "cuda")]
-        if let Some(state) = &self.on_gpu {
-            return self.save_state(Some(&state.to_cpu(&self.config)?), path.as_ref());
-        }
-        self.save_state(self.state.as_deref(), path.as_ref())
+        self.save_as(path.as_ref(), None)
     }
 
-    fn save_state(&self, state: Option<&State>, path: &Path) -> Result<()> {
-        let header = serde_json::to_string(&self.header(state)).map_err(Error::wrap)?;
+    pub(super) fn save_as(&self, path: &Path, prefix: Option<&PrefixKey>) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(state) = &self.on_gpu {
+            return self.save_state(Some(&state.to_cpu(&self.config)?), path, prefix);
+        }
+        self.save_state(self.state.as_deref(), path, prefix)
+    }
+
+    /// The settings that decide what the cache holds, as text.
+    pub(super) fn settings_text(&self) -> Result<String> {
+        let settings = Header {
+            max_entries: None,
+            rollback: 0,
+            ..self.header(None)
+        };
+        serde_json::to_string(&settings).map_err(Error::wrap)
+    }
+
+    fn save_state(&self, state: Option<&State>, path: &Path, prefix: Option<&PrefixKey>) -> Result<()> {
+        let header = Header {
+            prefix: prefix.cloned(),
+            ..self.header(state)
+        };
+        let header = serde_json::to_string(&header).map_err(Error::wrap)?;
         let mut tensors = match state {
             Some(state) => each!(&state.lists, lists => pieces(lists)),
             None => Vec::new(),
@@ -367,6 +389,7 @@ impl CompressedKvCache {
             storage: self.options.storage.map(|dtype| dtype.as_str().to_string()),
             max_entries: self.options.max_entries,
             rollback: self.options.rollback,
+            prefix: None,
             state: state.map(|state| SavedState {
                 sizes: state.sizes,
                 seq_len: state.seq_len,

@@ -1,6 +1,6 @@
 //! Segments in a cache: where each batch row stands, and the runs that one call adds to it.
 
-use super::{Lists, ListsOf, State};
+use super::{CompressedKvCache, Lists, ListsOf, State};
 use crate::config::{AttentionOptions, Segment};
 use crate::cpu::cache::list::{Decided, List};
 use crate::cpu::cache::step::Step;
@@ -59,6 +59,17 @@ pub(super) struct BeforeCall<'a> {
     pub places: Option<&'a [RowPlace]>,
     /// The number of tokens that each batch row's lists hold.
     pub tokens: Vec<usize>,
+}
+
+impl CompressedKvCache {
+    /// Where each batch row stands, once segments were given.
+    pub(super) fn places(&self) -> Option<Vec<RowPlace>> {
+        #[cfg(feature = "cuda")]
+        if let Some(state) = &self.on_gpu {
+            return state.places();
+        }
+        self.state.as_ref().and_then(|state| state.places.clone())
+    }
 }
 
 impl State {

@@ -180,7 +180,7 @@ impl Session {
         if self.broken {
             bail!(
                 "session: expected layers that hold the same tokens, got a session whose last forward pass failed \
-                 between two layers; reset() it and start the sequence again, or keep a clone() from before"
+                 between two layers; reset() it and start the sequence again, or keep a fork() from before"
             )
         }
         Ok(())
@@ -211,6 +211,11 @@ impl Session {
         self.layers.iter().map(CompressedKvCache::bytes_dense).sum()
     }
 
+    /// Another session of the same tokens, which shares what is stored: see [`CompressedKvCache::fork`].
+    pub fn fork(&self) -> Self {
+        self.clone()
+    }
+
     /// Forgets all tokens: for a new sequence.
     pub fn reset(&mut self) {
         self.layers.iter_mut().for_each(CompressedKvCache::reset);
@@ -220,7 +225,7 @@ impl Session {
     /// Cuts all layers back to the first `tokens` tokens, exactly: to none, which is [`Self::reset`]; to all; and to
     /// any number where every head of every layer is [`MergeStrategy::Off`](crate::MergeStrategy) and no sliding window
     /// has let go of a token that the next row sees. Folded tokens cannot be taken apart: a session that hides tokens
-    /// goes back to a [`Clone`] from before, as a draft of several tokens needs.
+    /// goes back by [`CacheOptions::rollback`] tokens, as a draft of several tokens needs, or to a [`Self::fork`].
     ///
     /// Under [`ModelCache::Kept`] the model's own cache must be cut back too; else the next call is an error.
     ///

@@ -1,7 +1,7 @@
 //! A session as a folder: a file for each layer's cache, and `session.json`, which names them.
 
 use super::{check_rules, LayerRules, ModelCache, Session};
-use crate::cache::CompressedKvCache;
+use crate::cache::{CompressedKvCache, PrefixKey};
 use crate::calibrate::ModelShape;
 use crate::files::replace;
 use candle_core::{bail, Device, Error, Result};
@@ -22,6 +22,9 @@ struct Index {
     rules: Vec<LayerRules>,
     /// Files of one save share it.
     generation: u64,
+    /// The key of a saved prefix.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    prefix: Option<PrefixKey>,
 }
 
 impl Index {
@@ -52,8 +55,29 @@ impl Session {
     /// # Errors
     /// A session whose last pass failed between two layers, or as [`CompressedKvCache::save`].
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
+        self.save_as(folder.as_ref(), None)
+    }
+
+    /// The key under which [`Self::save_prefix`] writes a session of these settings and tokens. `model` names all else
+    /// that decides keys and values: the checkpoint and the dtype.
+    ///
+    /// # Errors
+    /// No token.
+    pub fn prefix_key(&self, model: &str, tokens: &[u32]) -> Result<PrefixKey> {
+        PrefixKey::new(model, &self.layers, tokens)
+    }
+
+    /// [`Self::save`] under a key.
+    ///
+    /// # Errors
+    /// A session that holds another number of tokens than the key names, or as [`Self::save`].
+    pub fn save_prefix(&self, folder: impl AsRef<Path>, key: &PrefixKey) -> Result<()> {
+        key.check_tokens(self.seq_len())?;
+        self.save_as(folder.as_ref(), Some(key))
+    }
+
+    fn save_as(&self, folder: &Path, prefix: Option<&PrefixKey>) -> Result<()> {
         self.check_whole()?;
-        let folder = folder.as_ref();
         std::fs::create_dir_all(folder).map_err(|error| not_saved(folder, &error))?;
         let old = Index::read(folder).ok();
         let index = Index {
@@ -62,6 +86,7 @@ impl Session {
             model_cache: self.model_cache,
             rules: self.rules.clone(),
             generation: old.as_ref().map_or(0, |old| old.generation.wrapping_add(1)),
+            prefix: prefix.cloned(),
         };
         for (layer, cache) in self.layers.iter().enumerate() {
             cache.save(folder.join(index.file(layer)))?;
@@ -82,13 +107,28 @@ impl Session {
     /// A folder without a session, layers that are of another model or hold different numbers of tokens, or as
     /// [`CompressedKvCache::load`].
     pub fn load(folder: impl AsRef<Path>, device: &Device) -> Result<Self> {
-        let folder = folder.as_ref();
+        Self::load_as(folder.as_ref(), None, device)
+    }
+
+    /// [`Self::load`] of a folder that [`Self::save_prefix`] wrote under the same key.
+    ///
+    /// # Errors
+    /// A session of another key or of none, or as [`Self::load`].
+    pub fn load_prefix(folder: impl AsRef<Path>, key: &PrefixKey, device: &Device) -> Result<Self> {
+        Self::load_as(folder.as_ref(), Some(key), device)
+    }
+
+    fn load_as(folder: &Path, prefix: Option<&PrefixKey>, device: &Device) -> Result<Self> {
         let index = Index::read(folder).map_err(|error| {
             Error::msg(format!(
                 "load {}: expected a folder that Session::save wrote, got {error}; save the session again",
                 folder.display()
             ))
         })?;
+        if let Some(prefix) = prefix {
+            let refused = |error| Error::msg(format!("load {}: {error}", folder.display()));
+            prefix.check_saved(index.prefix.as_ref()).map_err(refused)?;
+        }
         let mut layers = Vec::new();
         for file in index.files() {
             let cache = CompressedKvCache::load(folder.join(file), device)?;

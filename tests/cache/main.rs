@@ -7,6 +7,8 @@ mod chunks;
 mod files;
 mod forks;
 mod halves;
+mod prefix;
+mod ragged;
 mod rollback;
 mod rows;
 mod save;
