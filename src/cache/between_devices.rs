@@ -166,7 +166,7 @@ fn merging_list<T: Both>(
         let rows = held.far_k.chunks_exact(dim).zip(held.far_v.chunks_exact(value_dim));
         for ((key, value), token) in rows.zip(&held.tokens) {
             let token = *token as usize;
-            list.entries.push(key, value, token, token + 1 - next);
+            list.entries.push(key, value, token, token + 1 - next, 0.0);
             next = token + 1;
         }
         let chain = held.chain.clone();
@@ -231,7 +231,7 @@ fn plain_list<T: Both>(settings: ListSettings, held: &HostList<T>, (seq_len, dim
     let rows = keys.chunks_exact(dims[0]).zip(values.chunks_exact(dims[1]));
     for (token, (key, value)) in (list.kept_from..seq_len).zip(rows.skip(list.kept_from - oldest)) {
         if token < seq_len - 1 {
-            list.entries.push(key, value, token, 1);
+            list.entries.push(key, value, token, 1, 0.0);
         } else {
             // The newest token is the open chain.
             let mut chain = ChainFold::new(list.settings.fold, dims);

@@ -10,7 +10,8 @@
 //! 1. Marks are a quarter of the rollback apart, and not one a token: each holds the raw tokens of every window.
 //! 2. A call of more tokens than the rollback is made as two, so that a mark stands before the last ones.
 //! 3. Entries that leave a sliding window stay in memory until no mark needs them.
-//! 4. Segments put new lists in the place of old ones. Beside them marks hold the entries too; clones share these.
+//! 4. Segments put new lists in the place of old ones, and a budget takes entries out of the midst. Beside them marks
+//!    hold the entries too; clones share these.
 
 #[cfg(feature = "cuda")]
 use super::on_device::{GpuMark, GpuState};
@@ -79,7 +80,7 @@ impl Call {
     }
 
     /// The call on some of its tokens, after those before them.
-    fn part(&self, tokens: Range<usize>) -> Result<Self> {
+    pub fn part(&self, tokens: Range<usize>) -> Result<Self> {
         let (count, total) = (self.count(), self.start + self.count());
         let of = |x: &Tensor| x.narrow(2, tokens.start, tokens.len());
         let [q, k, v] = &self.qkv;
@@ -303,7 +304,7 @@ impl CompressedKvCache {
                 return true;
             }
         }
-        call.has_segments() || self.has_segments()
+        call.has_segments() || self.has_segments() || self.options.budget.is_some()
     }
 
     /// Marks the present state.

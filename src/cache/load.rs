@@ -91,6 +91,7 @@ fn read(bytes: &[u8], prefix: Option<&PrefixKey>) -> Result<CompressedKvCache> {
         storage: header.storage.as_deref().map(dtype_of).transpose()?,
         max_entries: header.max_entries,
         rollback: header.rollback,
+        budget: header.budget,
     };
     let mut cache = CompressedKvCache::new(header.strategies, header.config, options)?;
     if let Some(saved) = &header.state {
@@ -140,6 +141,7 @@ fn restore_state(cache: &CompressedKvCache, saved: &SavedState, file: &SafeTenso
         dim: saved.sizes.head_dim,
         value_dim: saved.sizes.values(),
         sliding_window: saved.sliding_window.unwrap_or(usize::MAX),
+        budget: cache.options.budget,
     };
     if saved.sliding_window == Some(0) {
         bail!(

@@ -1,6 +1,6 @@
 //! [`CompressedKvCache`]: decoding with a KV cache that really shrinks, per head.
 
-use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
+use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies, ListBudget};
 #[cfg(doc)]
 use crate::config::{Fold, MergeRule};
 use crate::problem::Problem;
@@ -9,7 +9,7 @@ use candle_core::{bail, DType, Result, Tensor};
 use journal::{Call, Journal};
 use state::{select, CacheSizes, Lists, ListsOf, State};
 use std::sync::Arc;
-use step::{step, WithoutGradient};
+use step::{step, step_in_parts, WithoutGradient};
 
 /// The storage of a cache.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -26,6 +26,16 @@ pub struct CacheOptions {
     /// The most entries that one list may keep; a call that would exceed it is refused and changes nothing. On a GPU a
     /// call that comes near the limit works on a copy of the cache first, and waits for the device.
     pub max_entries: Option<usize>,
+    /// The most entries of a list, for ever: a stream of any length runs in constant memory. When a list is full, the
+    /// closed chains with the lowest scores are dropped: under [`Criterion::ObservedMass`](crate::Criterion) and
+    /// `Given` the scores that decided, else how far the pair was from merging, by its threshold. Lists that never merge
+    /// drop their oldest tokens. The first [`CompressionConfig::sinks`] tokens and the window stay.
+    ///
+    /// A list drops entries at fixed numbers of its tokens: with b the budget, every
+    /// `clamp((b - window - sinks - 1) / 8, 1, 64)` tokens, so that it has no more than b until the next time. So any
+    /// chunking gives the same rows, and those of [`crate::reference::attention_under_budget`]. A chunk is attended to in
+    /// parts of that length. Not on CUDA.
+    pub budget: Option<usize>,
     /// How many of the last tokens [`CompressedKvCache::truncate`] can take back, whatever the criterion and the fold:
     /// for speculative decoding. 0 keeps no journal. With n, the cache holds the last n tokens once more, up to twice
     /// n, with their queries, and up to six copies of each list's window and open chain; on CUDA, under a sliding
@@ -141,7 +151,8 @@ impl CompressedKvCache {
     /// An empty cache; the first call of [`Self::append_and_attend`] fixes its shapes.
     ///
     /// # Errors
-    /// [`MergeRule::Reference`], whose rows see the future, a storage dtype that is no float, `max_entries` of 0, and
+    /// [`MergeRule::Reference`], whose rows see the future, a storage dtype that is no float, `max_entries` of 0, a
+    /// budget that leaves nothing to drop, and
     /// settings that have no meaning.
     pub fn new(strategies: HeadStrategies, config: CompressionConfig, options: CacheOptions) -> Result<Self> {
         config.check(true)?;
@@ -160,6 +171,9 @@ impl CompressedKvCache {
         }
         if options.max_entries == Some(0) {
             bail!("max_entries: expected at least 1, got 0; None sets no limit")
+        }
+        if let Some(budget) = options.budget {
+            ListBudget::check(budget, config.sinks, config.window)?;
         }
         Ok(Self {
             strategies,
@@ -290,7 +304,10 @@ impl CompressedKvCache {
             None => Arc::new(self.first_state(problem, storage)?),
         };
         let limit = self.options.max_entries;
-        let result = step(Arc::make_mut(&mut state), problem, call, attend, limit);
+        let result = match self.options.budget {
+            None => step(Arc::make_mut(&mut state), problem, call, attend, limit),
+            Some(_) => step_in_parts(&mut state, problem, call, attend, limit),
+        };
         if state.seq_len > 0 {
             self.state = Some(state);
         }

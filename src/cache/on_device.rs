@@ -294,6 +294,7 @@ impl CompressedKvCache {
             (moved.state, moved.on_gpu) = (Some(Arc::new(state.to_cpu(&self.config)?)), None);
         }
         if device.is_cuda() && moved.state.is_some() {
+            self.check_budget_for_gpu()?;
             (moved.on_gpu, moved.state) = (GpuState::from_cpu(&moved, device)?, None);
         }
         if !(device.is_cpu() || device.is_cuda()) {
@@ -319,6 +320,16 @@ impl CompressedKvCache {
         result
     }
 
+    fn check_budget_for_gpu(&self) -> Result<()> {
+        match self.options.budget {
+            Some(budget) => bail!(
+                "budget: expected None for a cache on CUDA, got {budget}; keep the cache on Device::Cpu, or bound it by a \
+                 sliding window"
+            ),
+            None => Ok(()),
+        }
+    }
+
     fn check_for_gpu(&self, problem: &Problem, q: &Tensor, options: Option<&AttentionOptions>) -> Result<()> {
         let held = match (&self.state, &self.on_gpu) {
             (Some(_), _) => Some(&Device::Cpu),
@@ -332,6 +343,7 @@ impl CompressedKvCache {
                 q.device().location()
             )
         }
+        self.check_budget_for_gpu()?;
         self.storage_for(problem.dtype, problem.dtype)?;
         if let Some(state) = &self.on_gpu {
             if state.sizes != CacheSizes::of(problem) {

@@ -33,6 +33,7 @@ pub(super) struct Reader<'a> {
     pub(super) dim: usize,
     pub(super) value_dim: usize,
     pub(super) sliding_window: usize,
+    pub(super) budget: Option<usize>,
 }
 
 impl Reader<'_> {
@@ -57,8 +58,12 @@ impl Reader<'_> {
         let tests = saved.tests.iter().map(head_test).collect::<Result<_>>()?;
         let settings = ListSettings {
             sliding_window: self.sliding_window,
-            ..ListSettings::new(tests, self.config)
+            ..ListSettings::new(tests, self.config).within(self.budget)
         };
+        let (scored, kept) = (
+            settings.budget.is_some(),
+            settings.budget.is_some() && settings.decides(),
+        );
         let window = settings.window;
         let name = |name: &str| format!("{index}.{name}");
         let rows = |tensor: &str, count: usize| self.tensor::<S>(&name(tensor), &[count, dim]);
@@ -70,7 +75,7 @@ impl Reader<'_> {
         let sizes = self.chain_sizes(&name("tokens"), &tokens, (saved.kept_from, seq_len), &settings)?;
         let sized = settings.fold.has_sizes();
         let log2_sizes: Vec<S::Acc> = self.tensor(&name("log2_sizes"), &[if sized { entries } else { 0 }])?;
-        check_log2_sizes::<S::Acc>(&name("log2_sizes"), &log2_sizes, &sizes)?;
+        check_log2_sizes::<S::Acc>(&name("log2_sizes"), &log2_sizes, &sizes, scored)?;
         let size = *sizes.last().filter(|_| sized).unwrap_or(&1);
         let (recent, full) = (seq_len.min(settings.kept_raw()), seq_len > window && settings.folds());
         let bits = self.tensor::<u8>(&name("bits"), &[window.min(seq_len.saturating_sub(1))])?;
@@ -93,9 +98,10 @@ impl Reader<'_> {
                     values: values("values", entries)?,
                     tokens,
                     log2_sizes,
+                    scores: self.scores(scored, &name("scores"), entries)?,
                 },
                 [dim, value_dim],
-                sized,
+                [sized, scored],
             ),
             kept_from: saved.kept_from,
             open: full.then(|| {
@@ -109,6 +115,7 @@ impl Reader<'_> {
             }),
             recent_keys: rows("recent_keys", recent)?,
             recent_values: values("recent_values", recent)?,
+            scores: self.scores(kept, &name("bit_scores"), bits.len())?,
             bits,
             run: Run {
                 start: saved.run_start.zip(Some(sums("run_key", runs)?)),
@@ -116,6 +123,10 @@ impl Reader<'_> {
             },
             observed: self.observed(&name, &settings, seq_len)?,
             last_hidden: saved.last_hidden,
+            last_score: self
+                .scores(scored, &name("last_score"), 1)?
+                .pop()
+                .unwrap_or(f32::INFINITY),
             last_queries,
             last_bad: saved.last_bad,
             settings,
@@ -141,6 +152,14 @@ impl Reader<'_> {
             masses: self.tensor(&name("masses"), &[seq_len.min(settings.window)])?,
             sink_keys: self.tensor(&name("sink_keys"), &[seq_len.min(settings.sinks), dim])?,
         })
+    }
+
+    /// Scores, where a budget keeps them.
+    fn scores(&self, kept: bool, name: &str, count: usize) -> Result<Vec<f32>> {
+        match kept {
+            true => self.tensor(name, &[count]),
+            false => Ok(Vec::new()),
+        }
     }
 
     fn view(&self, name: &str) -> Result<(Dtype, Vec<usize>, &[u8])> {
@@ -192,7 +211,9 @@ impl Reader<'_> {
         let ends = tokens.iter().map(|token| *token as usize).chain(edge);
         ends.map(|end| {
             let size = (end + 1).saturating_sub(next);
-            if !(1..=longest).contains(&size) {
+            // A budget may have dropped the chains before; only the last one's end says where the open one begins.
+            let most = if settings.budget.is_some() { usize::MAX } else { longest };
+            if !(1..=most).contains(&size) {
                 bail!(
                     "{name}: expected increasing tokens before {edge:?} with at most {longest} to a chain, got {end} \
                      as the end of one that begins at {next}; {DAMAGED}"
@@ -230,11 +251,13 @@ impl Reader<'_> {
     }
 }
 
-/// Compares to rounding: another machine's logarithm may differ in the last bit.
-fn check_log2_sizes<A: Accumulator>(name: &str, log2_sizes: &[A], sizes: &[usize]) -> Result<()> {
+/// Compares to rounding: another machine's logarithm may differ in the last bit. With `at_most`, `sizes` are upper
+/// bounds.
+fn check_log2_sizes<A: Accumulator>(name: &str, log2_sizes: &[A], sizes: &[usize], at_most: bool) -> Result<()> {
     for (got, size) in log2_sizes.iter().zip(sizes) {
         let (got, expected) = (got.double(), (*size as f64).log2());
-        let close = (got - expected).abs() <= 1e-6 * (1.0 + expected);
+        let rounding = 1e-6 * (1.0 + expected);
+        let close = (got - expected).abs() <= rounding || at_most && (0.0..=expected + rounding).contains(&got);
         if !close {
             bail!("{name}: expected {expected} for a chain of {size} tokens, got {got}; {DAMAGED}")
         }

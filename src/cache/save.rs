@@ -24,6 +24,14 @@
 //! |---|---|---|---|
 //! | `masses` | (min(window, seq_len)) | A | the mass of each raw token so far |
 //! | `sink_keys` | (min(sinks, seq_len), D) | S | the keys of the first tokens |
+//!
+//! Three more under [`CacheOptions::budget`](super::CacheOptions::budget); then `tokens` may have gaps:
+//!
+//! | NAME | shape | dtype | |
+//! |---|---|---|---|
+//! | `scores` | (entries) | f32 | what the budget goes by |
+//! | `bit_scores` | as `bits`, or 0 where no decision counts | f32 | the same of the raw tokens |
+//! | `last_score` | (1) | f32 | the last token's, where the caller gives scores |
 
 use super::checksum::{checksum, FORMAT, VERSION};
 use super::prefix::PrefixKey;
@@ -58,6 +66,9 @@ pub(super) struct Header {
     /// See [`CacheOptions::rollback`](super::CacheOptions::rollback).
     #[serde(default, skip_serializing_if = "is_zero")]
     pub rollback: usize,
+    /// See [`CacheOptions::budget`](super::CacheOptions::budget).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<usize>,
     /// The key of a saved prefix.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prefix: Option<PrefixKey>,
@@ -233,7 +244,7 @@ where
     let stale = list.recent_keys.len() / dim - list.seq_len.min(list.settings.kept_raw());
     let open = list.open.as_ref().map_or(Vec::new(), |chain| chain.rows().concat());
     let run_key = list.run.start.as_ref().map_or(&[][..], |(_, key)| key);
-    let [keys, values, tokens, log2_sizes] = entry_pieces(list);
+    let [keys, values, tokens, log2_sizes, scores] = entry_pieces(list);
     let mut pieces = vec![
         ("keys", keys),
         ("values", values),
@@ -250,6 +261,11 @@ where
         ("last_key", Piece::rows(&list.run.last_key, dim)),
         ("last_queries", Piece::rows(&list.last_queries, dim)),
     ];
+    if list.settings.budget.is_some() {
+        pieces.push(("scores", scores));
+        pieces.push(("bit_scores", Piece::flat(&list.scores)));
+        pieces.push(("last_score", Piece::flat(std::slice::from_ref(&list.last_score))));
+    }
     if list.settings.observes() {
         pieces.push(("masses", Piece::flat(&list.observed.masses)));
         pieces.push(("sink_keys", Piece::rows(&list.observed.sink_keys, dim)));
@@ -257,9 +273,9 @@ where
     pieces
 }
 
-/// Keys, values, tokens and sizes of the closed chains: where they are, if one piece holds them, else copied when they
+/// Keys, values, tokens, sizes and scores of the closed chains: where they are, if one piece holds them, else copied when they
 /// are written.
-fn entry_pieces<S: Element + Storable>(list: &List<S>) -> [Piece<'_>; 4]
+fn entry_pieces<S: Element + Storable>(list: &List<S>) -> [Piece<'_>; 5]
 where
     S::Acc: Storable,
 {
@@ -270,6 +286,7 @@ where
             Piece::rows(columns.values.data, value_dim),
             Piece::flat(columns.tokens),
             Piece::flat(columns.log2_sizes),
+            Piece::flat(columns.scores),
         ];
     }
     let count = entries.len();
@@ -279,6 +296,7 @@ where
         Piece::later::<S>(vec![count, value_dim], move || S::to_bytes(&entries.copied().values)),
         Piece::later::<u32>(vec![count], move || u32::to_bytes(&entries.copied().tokens)),
         Piece::later::<S::Acc>(vec![sizes], move || S::Acc::to_bytes(&entries.copied().log2_sizes)),
+        Piece::later::<f32>(vec![count], move || f32::to_bytes(&entries.copied().scores)),
     ]
 }
 
@@ -389,6 +407,7 @@ impl CompressedKvCache {
             storage: self.options.storage.map(|dtype| dtype.as_str().to_string()),
             max_entries: self.options.max_entries,
             rollback: self.options.rollback,
+            budget: self.options.budget,
             prefix: None,
             state: state.map(|state| SavedState {
                 sizes: state.sizes,

@@ -9,6 +9,7 @@ use crate::cpu::number::element::Element;
 use crate::problem::Problem;
 use candle_core::{bail, Result};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 /// The segment that a batch row's lists hold.
@@ -84,6 +85,39 @@ impl State {
             tokens: each!(&self.lists, lists => held(lists, problem.batch)),
         };
         before.runs(problem, options)
+    }
+}
+
+impl State {
+    /// The ends of a call's parts, in its tokens: each part ends where some list drops entries by its budget, or with the
+    /// call.
+    ///
+    /// # Errors
+    /// As [`BeforeCall::runs`].
+    pub(super) fn turns(&self, problem: &Problem, options: Option<&AttentionOptions>) -> Result<BTreeSet<usize>> {
+        let mut ends = BTreeSet::from([problem.tokens]);
+        if problem.tokens == 1 {
+            return Ok(ends);
+        }
+        let runs = self.runs(problem, options)?;
+        let whole = RowRun {
+            tokens: 0..problem.tokens,
+            fresh: false,
+            start: 0,
+        };
+        each!(&self.lists, lists => for (at, list) in lists {
+            let Some(budget) = list.settings.budget else { continue };
+            let own = match &runs {
+                Some(runs) => &runs.runs[at.batch][..],
+                None => std::slice::from_ref(&whole),
+            };
+            for run in own {
+                let held = if run.fresh { 0 } else { list.seq_len };
+                let due = |end: &usize| budget.is_due(held + end - run.tokens.start);
+                ends.extend((run.tokens.start + 1..=run.tokens.end).filter(due));
+            }
+        });
+        Ok(ends)
     }
 }
 

@@ -14,6 +14,8 @@ use crate::cpu::number::rows::RowGrid;
 use crate::problem::{bias_as, Problem, RowLayout};
 use crate::storage::{self, cpu_slice, not_on_cpu};
 use candle_core::{bail, CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor};
+use rayon::prelude::*;
+use std::sync::Arc;
 
 /// Runs one call on checked tensors; an error leaves `state` as it was.
 pub(super) fn step(
@@ -97,6 +99,38 @@ pub(super) fn step(
         state.places = Some(runs.places);
     }
     output.map(|output| output.to_dtype(problem.dtype)).transpose()
+}
+
+/// [`step`] of lists that keep to a budget: in parts, after which some list drops entries.
+pub(super) fn step_in_parts(
+    state: &mut Arc<State>,
+    problem: &Problem,
+    call: &Call,
+    attend: bool,
+    max_entries: Option<usize>,
+) -> Result<Option<Tensor>> {
+    let cuts = state.turns(problem, call.options.as_ref())?;
+    let before = (cuts.len() > 1).then(|| state.clone());
+    let (mut rows, mut start) = (Vec::new(), 0);
+    for end in cuts {
+        let part = call.part(start..end)?;
+        match step(Arc::make_mut(state), &part.problem()?, &part, attend, max_entries) {
+            Ok(output) => rows.extend(output),
+            Err(error) => {
+                if let Some(before) = before {
+                    *state = before;
+                }
+                return Err(error);
+            }
+        }
+        each!(&mut Arc::make_mut(state).lists, lists => lists.par_iter_mut().for_each(|(_, list)| list.keep_budget()));
+        start = end;
+    }
+    match rows.len() {
+        0 => Ok(None),
+        1 => Ok(rows.pop()),
+        _ => Tensor::cat(&rows, 2).map(Some),
+    }
 }
 
 /// The rows (B, H, 1, Dv) of checked queries (B, H, 1, D) at the place of the last token.

@@ -7,6 +7,7 @@
 //! as [`Fold::has_sizes`] or [`Criterion::reads_queries`]. So a new variant stops the compiler at every place that
 //! decides.
 
+mod budget;
 mod choices;
 mod compression;
 mod layout;
@@ -15,6 +16,7 @@ mod segments;
 mod strategies;
 pub(crate) mod whole;
 
+pub(crate) use budget::ListBudget;
 pub use choices::{Criterion, Fold, GroupRule, LossNormalizer, MergeRule, MergeStrategy};
 pub use compression::CompressionConfig;
 pub use layout::TensorLayout;

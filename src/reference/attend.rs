@@ -86,6 +86,24 @@ pub(super) fn output_dims(q: &Array4, v: &Array4) -> [usize; 4] {
     [batch, heads, queries, value_dim]
 }
 
+/// For each batch row, head and token, the first row that does not see it any more.
+pub(super) type Dropped = Vec<Vec<Vec<usize>>>;
+
+/// [`attention`] of a call without segments, whose rows do not see tokens that were dropped before.
+pub(super) fn attention_without(
+    qkv: (&Array4, &Array4, &Array4),
+    indicators: &Indicators,
+    dropped: &Dropped,
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+) -> Result<Array4> {
+    let call = Call::new(qkv, indicators, config, options, None)?;
+    Ok(output_of(&Call {
+        dropped: Some(dropped),
+        ..call
+    }))
+}
+
 fn output_of(call: &Call) -> Array4 {
     let mut output = Array4::zeros(output_dims(call.inputs.0, call.inputs.2));
     for (batch, head) in call.sizes.batch_heads() {
@@ -116,6 +134,8 @@ pub(super) struct Call<'a> {
     pub(super) sinks: Option<Vec<f64>>,
     /// (B, Hk, N) of the whole call, and these sizes.
     pub(super) column_bias: Option<(Vec<f64>, [usize; 3])>,
+    /// What rows do not see beside their own rules.
+    dropped: Option<&'a Dropped>,
     /// The batch row and the token that the arrays begin with: bias and dropout go by the indices of the whole call.
     pub(super) first: [usize; 2],
 }
@@ -210,6 +230,7 @@ impl<'a> Call<'a> {
             bias,
             sinks: options.sink_logits.as_ref().map(|s| read_sinks(s, sizes)).transpose()?,
             column_bias: options.column_bias.as_ref().map(read_column_bias).transpose()?,
+            dropped: None,
             first: segment.map_or([0, 0], |segment| [segment.batch, segment.tokens.start]),
         })
     }
@@ -245,7 +266,10 @@ impl<'a> Call<'a> {
 
     pub(super) fn row(&self, head: &Head, row: usize) -> Row {
         let (window, sliding) = (self.config.window, self.options.sliding_window);
-        let columns = visible_columns(head.bits, row, window, self.options.causal, sliding);
+        let mut columns = visible_columns(head.bits, row, window, self.options.causal, sliding);
+        if let Some(dropped) = self.dropped {
+            columns.retain(|column| row < dropped[head.batch][head.head][column.token()]);
+        }
         let finite = |vector: &[f64]| vector.iter().all(|x| x.is_finite());
         let poisoned = !finite(head.query(row))
             || columns

@@ -19,6 +19,7 @@
 
 mod attend;
 mod bias;
+mod budget;
 mod dropout;
 mod fold;
 mod gradients;
@@ -29,6 +30,7 @@ mod observe;
 mod segments;
 
 pub use attend::attention;
+pub use budget::{attention_under_budget, evictions, pair_scores};
 pub use dropout::{dropout_keeps, philox4x32_10};
 pub use fold::{fold, unfold, visible_columns, Column};
 pub use gradients::{attention_gradients, column_bias_gradients, sink_gradients};

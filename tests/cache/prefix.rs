@@ -66,7 +66,10 @@ fn keys_name_model_settings_and_tokens() -> Result<()> {
     same.append_and_attend(&q, &k, &v, &Default::default())?;
     assert_eq!(same.prefix_key("model", &TOKENS)?.as_str(), own.as_str());
     // The key of this release, so that a later one cannot change its meaning unseen.
-    assert_eq!(own.as_str(), "3e2e78777b7f90560217d73e22586e8af812a372c9497937f141e4bebc3ed3cb");
+    assert_eq!(
+        own.as_str(),
+        "3e2e78777b7f90560217d73e22586e8af812a372c9497937f141e4bebc3ed3cb"
+    );
     assert!(same.prefix_key("model", &[]).is_err());
     let read: PrefixKey = serde_json::from_str(&serde_json::to_string(&own)?)?;
     assert_eq!(read.as_str(), own.as_str());

@@ -7,7 +7,7 @@ use crate::common::saved::bits;
 use crate::common::settings::config;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_sfattention::emulator::EmulatedCache;
+use candle_sfattention::emulation::EmulatedCache;
 use candle_sfattention::{AttentionOptions, Criterion, Fold, HeadStrategies, MergeStrategy};
 
 fn content(cache: &EmulatedCache) -> Result<Contents> {

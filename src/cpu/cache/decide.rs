@@ -2,7 +2,7 @@
 
 use crate::config::HeadTest;
 use crate::cpu::cache::list::{widened, Decided, List, Run};
-use crate::cpu::decide::cosine::{cosine_of, qualifies};
+use crate::cpu::decide::cosine::{cosine_of, distance, qualifies};
 use crate::cpu::decide::observe::{Chunk, Local, Observed, Recent};
 use crate::cpu::decide::score::ScoreTest;
 use crate::cpu::number::element::{Accumulator, Element};
@@ -24,11 +24,15 @@ impl<S: Element> List<S> {
             run: Run::default(),
             observed: Observed::new(),
             last_hidden: false,
+            last_score: f32::INFINITY,
+            scores: self.scores.clone(),
             closes: 0,
         };
-        decided
-            .bits
-            .resize(self.bits.len() + count - usize::from(first == 0), 0);
+        let pairs = self.bits.len() + count - usize::from(first == 0);
+        decided.bits.resize(pairs, 0);
+        if self.settings.budget.is_some() && self.settings.decides() {
+            decided.scores.resize(pairs, f32::INFINITY);
+        }
         if self.settings.compares() {
             self.scan(chunk, &mut decided);
             decided.run.last_key = widened(chunk.keys.row(count - 1));
@@ -63,11 +67,14 @@ impl<S: Element> List<S> {
             return;
         };
         let base = self.bits_base();
-        let bits = &mut decided.bits;
+        let (bits, scores) = (&mut decided.bits, &mut decided.scores);
         decided.observed = self
             .observed
             .after(local, (self.seq_len, recent), chunk, |token, score| {
                 bits[token - base] = u8::from(test.hides(token, score));
+                if let Some(kept) = scores.get_mut(token - base) {
+                    *kept = score.double() as f32;
+                }
             });
     }
 
@@ -79,17 +86,23 @@ impl<S: Element> List<S> {
             return;
         };
         let first = self.seq_len;
-        let mut hidden = self.last_hidden;
-        let mut bits = decided.bits[self.bits.len()..].iter_mut();
+        let (mut hidden, mut score) = (self.last_hidden, self.last_score);
+        let known = self.bits.len();
+        let mut bits = decided.bits[known..].iter_mut();
+        let mut kept = decided.scores.iter_mut().skip(known);
         for row in 0..chunk.count {
             if first + row > 0 {
                 if let Some(bit) = bits.next() {
                     *bit = u8::from(hidden);
                 }
+                if let Some(kept) = kept.next() {
+                    *kept = score;
+                }
             }
-            hidden = test.hides(first + row, scores.row(row)[0]);
+            score = scores.row(row)[0];
+            hidden = test.hides(first + row, score);
         }
-        decided.last_hidden = hidden;
+        (decided.last_hidden, decided.last_score) = (hidden, score);
     }
 
     fn scan<Q: Element<Acc = S::Acc>>(&self, chunk: &Chunk<Q, S>, decided: &mut Decided<S>) {
@@ -134,7 +147,24 @@ impl<S: Element> List<S> {
                         }
                     }
                 }
-                decided.bits[known + row - usize::from(first == 0)] = u8::from(merges);
+                let pair = known + row - usize::from(first == 0);
+                decided.bits[pair] = u8::from(merges);
+                if let Some(kept) = decided.scores.get_mut(pair) {
+                    let beside = |a: &[S::Acc], a_norm: S::Acc, test: &HeadTest| {
+                        distance(*test, cosine_of(a, a_norm, &left, left_norm))
+                    };
+                    let mut score = f64::NEG_INFINITY;
+                    if settings.criterion.pairs_keys() {
+                        let tests = settings.tests.iter();
+                        score = tests.map(|test| beside(&key, key_norm, test)).fold(score, f64::max);
+                    } else {
+                        for (head, test) in queries.iter().zip(&settings.tests) {
+                            Q::widen(head.row(row), &mut query);
+                            score = score.max(beside(&query, norm(&query), test));
+                        }
+                    }
+                    *kept = score as f32;
+                }
                 if !merges {
                     (start, start_norm) = (None, None);
                 } else if start.is_none() {

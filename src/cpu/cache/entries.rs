@@ -35,6 +35,8 @@ pub(crate) struct Entries<S: Element> {
     dims: [usize; 2],
     /// Whether rows have sizes.
     sized: bool,
+    /// Whether rows have scores.
+    scored: bool,
     parts: Vec<Part<S>>,
     /// The numbers of the rows: those before have left.
     rows: Range<usize>,
@@ -58,6 +60,8 @@ pub(crate) struct Piece<S: Element> {
     pub tokens: Vec<u32>,
     /// Empty unless rows have sizes.
     pub log2_sizes: Vec<S::Acc>,
+    /// What a budget goes by; empty unless rows have scores.
+    pub scores: Vec<f32>,
 }
 
 /// Some rows as columns to read.
@@ -68,6 +72,25 @@ pub(crate) struct Columns<'e, S: Element> {
     pub tokens: &'e [u32],
     /// Empty unless rows have sizes.
     pub log2_sizes: &'e [S::Acc],
+    /// Empty unless rows have scores.
+    pub scores: &'e [f32],
+}
+
+impl<'e, S: Element> Columns<'e, S> {
+    /// Some of the rows.
+    fn part(&self, rows: Range<usize>) -> Self {
+        let of = |data: HeadRows<'e, S>| HeadRows {
+            data: &data.data[rows.start * data.dim..rows.end * data.dim],
+            ..data
+        };
+        Self {
+            keys: of(self.keys),
+            values: of(self.values),
+            tokens: &self.tokens[rows.clone()],
+            log2_sizes: self.log2_sizes.get(rows.clone()).unwrap_or(&[]),
+            scores: self.scores.get(rows.clone()).unwrap_or(&[]),
+        }
+    }
 }
 
 impl<S: Element> Piece<S> {
@@ -77,6 +100,7 @@ impl<S: Element> Piece<S> {
             values: Vec::new(),
             tokens: Vec::new(),
             log2_sizes: Vec::new(),
+            scores: Vec::new(),
         }
     }
 
@@ -90,6 +114,7 @@ impl<S: Element> Piece<S> {
             values: of(&self.values, value_dim),
             tokens: &self.tokens[rows.clone()],
             log2_sizes: self.log2_sizes.get(rows.clone()).unwrap_or(&[]),
+            scores: self.scores.get(rows.clone()).unwrap_or(&[]),
         }
     }
 
@@ -98,6 +123,7 @@ impl<S: Element> Piece<S> {
         self.values.extend_from_slice(columns.values.data);
         self.tokens.extend_from_slice(columns.tokens);
         self.log2_sizes.extend_from_slice(columns.log2_sizes);
+        self.scores.extend_from_slice(columns.scores);
     }
 
     fn truncate(&mut self, rows: usize, [dim, value_dim]: [usize; 2]) {
@@ -105,6 +131,7 @@ impl<S: Element> Piece<S> {
         self.values.truncate(rows * value_dim);
         self.tokens.truncate(rows);
         self.log2_sizes.truncate(rows);
+        self.scores.truncate(rows);
     }
 
     fn clear(&mut self) {
@@ -126,6 +153,9 @@ impl<S: Element> Piece<S> {
         if !self.log2_sizes.is_empty() {
             drain(&mut self.log2_sizes, rows);
         }
+        if !self.scores.is_empty() {
+            drain(&mut self.scores, rows);
+        }
     }
 
     fn reserve(&mut self, rows: usize, [dim, value_dim]: [usize; 2], sized: bool) {
@@ -141,15 +171,17 @@ impl<S: Element> Piece<S> {
         (self.keys.capacity() + self.values.capacity()) * size_of::<S>()
             + self.tokens.capacity() * size_of::<u32>()
             + self.log2_sizes.capacity() * size_of::<S::Acc>()
+            + self.scores.capacity() * size_of::<f32>()
     }
 }
 
 impl<S: Element> Entries<S> {
-    /// For keys and values of these sizes; `sized` where chains have sizes.
-    pub fn new(dims: [usize; 2], sized: bool) -> Self {
+    /// For keys and values of these sizes; `sized` where chains have sizes, `scored` where they have scores.
+    pub fn new(dims: [usize; 2], [sized, scored]: [bool; 2]) -> Self {
         Self {
             dims,
             sized,
+            scored,
             parts: Vec::new(),
             rows: 0..0,
             held: usize::MAX,
@@ -157,7 +189,7 @@ impl<S: Element> Entries<S> {
     }
 
     /// The rows of one piece, all of the same number in each of its vectors.
-    pub fn from_piece(piece: Piece<S>, dims: [usize; 2], sized: bool) -> Self {
+    pub fn from_piece(piece: Piece<S>, dims: [usize; 2], [sized, scored]: [bool; 2]) -> Self {
         let rows = 0..piece.tokens.len();
         Self {
             parts: vec![Part {
@@ -165,7 +197,7 @@ impl<S: Element> Entries<S> {
                 piece: Arc::new(piece),
             }],
             rows,
-            ..Self::new(dims, sized)
+            ..Self::new(dims, [sized, scored])
         }
     }
 
@@ -278,6 +310,7 @@ impl<S: Element> Entries<S> {
                 values: HeadRows::compact(&[], self.dims[1]),
                 tokens: &[],
                 log2_sizes: &[],
+                scores: &[],
             }),
             (count, [.., last]) if last.rows.start <= self.rows.start => {
                 let at = self.rows.start - last.rows.start;
@@ -351,10 +384,10 @@ impl<S: Element> Entries<S> {
         &mut self.parts[last]
     }
 
-    /// Adds a row: a chain of `size` tokens that ends at `token`.
+    /// Adds a row: a chain of `size` tokens that ends at `token`. Its score is kept where rows have scores.
     #[inline(always)]
-    pub fn push(&mut self, key: &[S], value: &[S], token: usize, size: usize) {
-        let sized = self.sized;
+    pub fn push(&mut self, key: &[S], value: &[S], token: usize, size: usize, score: f32) {
+        let (sized, scored) = (self.sized, self.scored);
         let part = self.writable(GROWTH);
         part.rows.end += 1;
         let piece = Arc::make_mut(&mut part.piece);
@@ -363,6 +396,9 @@ impl<S: Element> Entries<S> {
         piece.tokens.push(token as u32);
         if sized {
             piece.log2_sizes.push(log2_size(size));
+        }
+        if scored {
+            piece.scores.push(score);
         }
         self.rows.end += 1;
     }
@@ -381,6 +417,28 @@ impl<S: Element> Entries<S> {
             last.rows.end = last.rows.end.min(end);
         }
         self.rows.end = end;
+    }
+
+    /// Keeps the rows that `keep` accepts, which is asked for each in turn: a row's number is then its place among these.
+    pub fn retain(&mut self, mut keep: impl FnMut(usize) -> bool) {
+        let mut kept = Piece::empty();
+        kept.reserve(self.len(), self.dims, self.sized);
+        let mut row = 0;
+        for part in self.parts(0..self.len()) {
+            let mut start = 0;
+            for at in 0..=part.tokens.len() {
+                let ends = at == part.tokens.len();
+                if ends || !keep(row + at) {
+                    kept.add(part.part(start..at));
+                    start = at + 1;
+                }
+            }
+            row += part.tokens.len();
+        }
+        *self = Self {
+            held: self.held,
+            ..Self::from_piece(kept, self.dims, [self.sized, self.scored])
+        };
     }
 
     /// Drops the oldest `count` rows.
@@ -431,7 +489,8 @@ impl<S: Element> Entries<S> {
     /// Bytes of all rows.
     pub fn bytes(&self) -> usize {
         let sizes = if self.sized { size_of::<S::Acc>() } else { 0 };
-        self.len() * ((self.dims[0] + self.dims[1]) * size_of::<S>() + size_of::<u32>() + sizes)
+        let scores = if self.scored { size_of::<f32>() } else { 0 };
+        self.len() * ((self.dims[0] + self.dims[1]) * size_of::<S>() + size_of::<u32>() + sizes + scores)
     }
 
     /// Bytes of the pieces, with their reserve.

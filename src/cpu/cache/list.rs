@@ -58,11 +58,15 @@ pub(crate) struct List<S: Element> {
     pub recent_values: Vec<S>,
     /// Bits from the open chain's token (or token 0) to `seq_len - 2`; 0 where they are not decided yet.
     pub bits: Vec<u8>,
+    /// The scores by which `bits` were decided, where a budget keeps them; else empty.
+    pub scores: Vec<f32>,
     pub run: Run<S::Acc>,
     /// The observed masses, where they decide; else empty.
     pub observed: Observed<S>,
     /// Whether the last token is hidden once it has left the window, where scores that the caller gives decide.
     pub last_hidden: bool,
+    /// The last token's score, beside `last_hidden`.
+    pub last_score: f32,
     /// The last raw query (heads, D) of each query head, under [`Fold::PairSum`].
     pub last_queries: Vec<S::Acc>,
     /// The newest token whose key or value was not finite.
@@ -84,8 +88,11 @@ pub(crate) struct Decided<S: Element> {
     pub bits: Vec<u8>,
     pub run: Run<S::Acc>,
     pub observed: Observed<S>,
-    /// [`List::last_hidden`] after the chunk.
+    /// [`List::last_hidden`] and [`List::last_score`] after the chunk.
     pub last_hidden: bool,
+    pub last_score: f32,
+    /// As `bits`: see [`List::scores`].
+    pub scores: Vec<f32>,
     /// The number of entries that the chunk will close.
     pub closes: usize,
 }
@@ -94,7 +101,7 @@ impl<S: Element> List<S> {
     /// For keys and values of these sizes.
     pub fn new(settings: ListSettings, [dim, value_dim]: [usize; 2]) -> Self {
         Self {
-            entries: Entries::new([dim, value_dim], settings.fold.has_sizes()),
+            entries: Entries::new([dim, value_dim], [settings.fold.has_sizes(), settings.budget.is_some()]),
             settings,
             dim,
             value_dim,
@@ -104,9 +111,11 @@ impl<S: Element> List<S> {
             recent_keys: Vec::new(),
             recent_values: Vec::new(),
             bits: Vec::new(),
+            scores: Vec::new(),
             run: Run::default(),
             observed: Observed::new(),
             last_hidden: false,
+            last_score: f32::INFINITY,
             last_queries: Vec::new(),
             last_bad: None,
         }
@@ -164,11 +173,14 @@ impl<S: Element> List<S> {
             run: take(&mut self.run),
             observed: replace(&mut self.observed, Observed::new()),
             last_hidden: self.last_hidden,
+            last_score: self.last_score,
+            scores: take(&mut self.scores),
             closes: 0,
         };
         self.slide(sliding_window, &mut decided);
         (self.bits, self.run, self.observed) = (decided.bits, decided.run, decided.observed);
-        self.last_hidden = decided.last_hidden;
+        (self.last_hidden, self.last_score) = (decided.last_hidden, decided.last_score);
+        self.scores = decided.scores;
         self.trim(0);
     }
 
@@ -195,6 +207,7 @@ impl<S: Element> List<S> {
         self.open = Some(chain);
         self.entries.truncate(entries);
         self.bits.clear();
+        self.scores.clear();
         self.last_bad = self.last_bad.filter(|bad| *bad < tokens);
         self.seq_len = tokens;
     }
@@ -216,7 +229,7 @@ impl<S: Element> List<S> {
             + self.run.last_key.len()
             + self.run.start.as_ref().map_or(0, |(_, key)| key.len())
             + self.last_queries.len();
-        numbers * size_of::<S::Acc>() + self.bits.len() + self.observed.bytes()
+        numbers * size_of::<S::Acc>() + self.bits.len() + self.scores.len() * size_of::<f32>() + self.observed.bytes()
     }
 
     /// The token of `bits[0]`.
@@ -244,10 +257,10 @@ impl<S: Element> List<S> {
         if let Some(bad) = last_not_finite(keys, values, count) {
             self.last_bad = Some(first + bad);
         }
-        let (base, bits) = (self.bits_base(), decided.bits);
+        let (base, bits, scores) = (self.bits_base(), decided.bits, decided.scores);
         self.run = decided.run;
         self.observed = decided.observed;
-        self.last_hidden = decided.last_hidden;
+        (self.last_hidden, self.last_score) = (decided.last_hidden, decided.last_score);
         self.seq_len += count;
         if decided.closes > 0 {
             self.entries.reserve(decided.closes);
@@ -260,43 +273,44 @@ impl<S: Element> List<S> {
             let bits = Bits { bits: &bits, base };
             vectorized(
                 #[inline(always)]
-                || self.fold_in(next..edge + 1, bits, &raw),
+                || self.fold_in(next..edge + 1, (bits, &scores), &raw),
             );
             (self.recent_keys, self.recent_values) = recent;
         }
-        self.bits = bits;
+        (self.bits, self.scores) = (bits, scores);
         self.leave(self.settings.first_seen(first));
         before
     }
 
     /// Folds the tokens that leave the window; the chain of the last one stays open.
     #[inline(always)]
-    fn fold_in(&mut self, tokens: Range<usize>, bits: Bits, raw: &RawRows<S>) {
+    fn fold_in(&mut self, tokens: Range<usize>, (bits, scores): (Bits, &[f32]), raw: &RawRows<S>) {
         let opened = self.open.take();
         let mut open = opened.is_some();
         let mut chain = opened.unwrap_or_else(|| ChainFold::new(self.settings.fold, [self.dim, self.value_dim]));
         for token in tokens.clone() {
             let merged = token > 0 && bits.hidden(token - 1);
             if open && !merged {
-                self.close(&chain, token - 1);
+                self.close(&chain, token - 1, self.score_of(token - 1, scores, bits.base));
             }
             // A chain of one is its token.
             open = merged || bits.hidden(token) || token + 1 == tokens.end || !raw.clean;
             if open {
                 chain.step(merged, raw.key(token), raw.value(token));
             } else {
-                self.entries.push(raw.key(token), raw.value(token), token, 1);
+                let score = self.score_of(token, scores, bits.base);
+                self.entries.push(raw.key(token), raw.value(token), token, 1, score);
             }
         }
         self.open = open.then_some(chain);
     }
 
     #[inline(always)]
-    fn close(&mut self, chain: &ChainFold<S::Acc>, token: usize) {
+    fn close(&mut self, chain: &ChainFold<S::Acc>, token: usize, score: f32) {
         let (mut key, mut value) = (chain.key.clone(), chain.value.clone());
         quarantine(&mut key, &mut value);
         let (key, value): (Vec<S>, Vec<S>) = (narrowed(&key), narrowed(&value));
-        self.entries.push(&key, &value, token, chain.size);
+        self.entries.push(&key, &value, token, chain.size, score);
     }
 
     /// The raw rows that a chunk's blocks read: the chunk's own where nothing is kept raw, else the window's and the
@@ -339,6 +353,7 @@ impl<S: Element> List<S> {
     pub fn trim(&mut self, count: usize) {
         let (old, new) = (self.chunk_bits(count).base, self.bits_base());
         self.bits.drain(..(new - old).min(self.bits.len()));
+        self.scores.drain(..(new - old).min(self.scores.len()));
         self.leave(self.settings.first_seen(self.seq_len));
         let keep = self.settings.kept_raw().min(self.seq_len);
         let rows = self.recent_keys.len() / self.dim;

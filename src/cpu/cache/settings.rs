@@ -1,6 +1,6 @@
 //! The settings of one list of a KV cache, and what they imply.
 
-use crate::config::{CompressionConfig, Criterion, Fold, HeadTest};
+use crate::config::{CompressionConfig, Criterion, Fold, HeadTest, ListBudget};
 
 /// The settings of one list.
 #[derive(Clone, Debug)]
@@ -14,6 +14,7 @@ pub(crate) struct ListSettings {
     pub window: usize,
     /// L of the model's sliding window; [`usize::MAX`] for none.
     pub sliding_window: usize,
+    pub budget: Option<ListBudget>,
 }
 
 impl ListSettings {
@@ -28,6 +29,20 @@ impl ListSettings {
             max_merge_level: config.max_merge_level,
             window: if merges { config.window } else { 0 },
             sliding_window: usize::MAX,
+            budget: None,
+        }
+    }
+
+    /// The same settings under a budget of entries.
+    pub fn within(self, budget: Option<usize>) -> Self {
+        let of = |entries| ListBudget {
+            entries,
+            sinks: self.sinks,
+            window: self.window,
+        };
+        Self {
+            budget: budget.map(of),
+            ..self
         }
     }
 

@@ -75,6 +75,20 @@ pub(crate) fn qualifies<A: Accumulator>(test: HeadTest, cosine: A) -> bool {
     }
 }
 
+/// How far a pair is from passing a head's test, 1 at its threshold: what a budget goes by. Infinity for NaN.
+pub(crate) fn distance<A: Accumulator>(test: HeadTest, cosine: A) -> f64 {
+    let distance = match test.strategy {
+        MergeStrategy::Similarity => (A::ONE - cosine).double(),
+        MergeStrategy::Difference => cosine.absolute().double(),
+        MergeStrategy::Off => 0.0,
+    } / test.threshold;
+    if distance.is_nan() {
+        f64::INFINITY
+    } else {
+        distance
+    }
+}
+
 /// The inputs of one call's decisions.
 #[derive(Clone, Copy)]
 pub(crate) struct DecideInput<'a, T: Element> {
