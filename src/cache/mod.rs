@@ -28,13 +28,13 @@ pub struct CacheOptions {
     pub max_entries: Option<usize>,
     /// The most entries of a list, for ever: a stream of any length runs in constant memory. When a list is full, the
     /// closed chains with the lowest scores are dropped: under [`Criterion::ObservedMass`](crate::Criterion) and
-    /// `Given` the scores that decided, else how far the pair was from merging, by its threshold. Lists that never merge
-    /// drop their oldest tokens. The first [`CompressionConfig::sinks`] tokens and the window stay.
+    /// `Given` the scores that decided, else how far the pair was from merging, by its threshold. Lists that never
+    /// merge drop their oldest tokens. The first [`CompressionConfig::sinks`] tokens and the window stay.
     ///
-    /// A list drops entries at fixed numbers of its tokens: with b the budget, every
-    /// `clamp((b - window - sinks - 1) / 8, 1, 64)` tokens, so that it has no more than b until the next time. So any
-    /// chunking gives the same rows, and those of [`crate::reference::attention_under_budget`]. A chunk is attended to in
-    /// parts of that length. Not on CUDA.
+    /// A list drops entries at fixed numbers of its tokens: with b the budget, every `clamp((b - window - sinks - 1) /
+    /// 8, 1, 64)` tokens, so that it has no more than b until the next time. So any chunking gives the same rows, and
+    /// those of [`crate::reference::attention_under_budget`]. A chunk is attended to in parts of that length. Not on
+    /// CUDA.
     pub budget: Option<usize>,
     /// How many of the last tokens [`CompressedKvCache::truncate`] can take back, whatever the criterion and the fold:
     /// for speculative decoding. 0 keeps no journal. With n, the cache holds the last n tokens once more, up to twice

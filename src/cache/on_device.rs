@@ -323,8 +323,8 @@ impl CompressedKvCache {
     fn check_budget_for_gpu(&self) -> Result<()> {
         match self.options.budget {
             Some(budget) => bail!(
-                "budget: expected None for a cache on CUDA, got {budget}; keep the cache on Device::Cpu, or bound it by a \
-                 sliding window"
+                "budget: expected None for a cache on CUDA, got {budget}; keep the cache on Device::Cpu, or bound it \
+                 by a sliding window"
             ),
             None => Ok(()),
         }

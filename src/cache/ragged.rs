@@ -5,10 +5,10 @@ use crate::config::AttentionOptions;
 use candle_core::{bail, Device, Result, Tensor};
 
 impl CompressedKvCache {
-    /// [`Self::append_and_attend`] with `lens[b]` new tokens in batch row b, the first ones of its n; the others are not
-    /// read. Output rows beyond a row's own are zeros. A row of 0 tokens stays as it is. So sequences of any length step
-    /// together: see [`Self::cat`] and [`Self::split`] for rows that come and go. Each row equals that row alone, to
-    /// rounding; its segment goes on.
+    /// [`Self::append_and_attend`] with `lens[b]` new tokens in batch row b, the first ones of its n; the others are
+    /// not read. Output rows beyond a row's own are zeros. A row of 0 tokens stays as it is. So sequences of any length
+    /// step together: see [`Self::cat`] and [`Self::split`] for rows that come and go. Each row equals that row alone,
+    /// to rounding; its segment goes on.
     ///
     /// On CUDA rows of unequal numbers of tokens are launched one after another.
     ///
@@ -27,8 +27,8 @@ impl CompressedKvCache {
         self.append_and_attend(q, k, v, &options)
     }
 
-    /// [`Self::append_and_attend_scored`], ragged as [`Self::append_and_attend_ragged`]; scores of tokens beyond a row's
-    /// own are not read.
+    /// [`Self::append_and_attend_scored`], ragged as [`Self::append_and_attend_ragged`]; scores of tokens beyond a
+    /// row's own are not read.
     ///
     /// # Errors
     /// As the two.

@@ -273,8 +273,8 @@ where
     pieces
 }
 
-/// Keys, values, tokens, sizes and scores of the closed chains: where they are, if one piece holds them, else copied when they
-/// are written.
+/// Keys, values, tokens, sizes and scores of the closed chains: where they are, if one piece holds them, else copied
+/// when they are written.
 fn entry_pieces<S: Element + Storable>(list: &List<S>) -> [Piece<'_>; 5]
 where
     S::Acc: Storable,

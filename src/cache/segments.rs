@@ -89,8 +89,8 @@ impl State {
 }
 
 impl State {
-    /// The ends of a call's parts, in its tokens: each part ends where some list drops entries by its budget, or with the
-    /// call.
+    /// The ends of a call's parts, in its tokens: each part ends where some list drops entries by its budget, or with
+    /// the call.
     ///
     /// # Errors
     /// As [`BeforeCall::runs`].

@@ -36,7 +36,8 @@ impl CompressedKvCache {
 
     /// Bytes allocated: [`Self::bytes`] and the reserve for growth. Folded entries have room for an eighth of a list or
     /// 64 entries more at most. Raw tokens of the window are moved to the front once per window of tokens, so their
-    /// buffers have room for up to four windows of rows. The journal of [`CacheOptions::rollback`] is counted. On a GPU every list has as much room as the longest one.
+    /// buffers have room for up to four windows of rows. The journal of [`CacheOptions::rollback`] is counted. On a GPU
+    /// every list has as much room as the longest one.
     pub fn bytes_allocated(&self) -> usize {
         #[cfg(feature = "cuda")]
         if let Some(state) = &self.on_gpu {

@@ -40,8 +40,8 @@ impl ListBudget {
         self.entries - self.window - 1 - self.period()
     }
 
-    /// Whether a list drops entries when it has this many tokens. Only the number of tokens decides, so that it does not
-    /// matter how they came.
+    /// Whether a list drops entries when it has this many tokens. Only the number of tokens decides, so that it does
+    /// not matter how they came.
     pub fn is_due(&self, tokens: usize) -> bool {
         tokens.is_multiple_of(self.period())
     }

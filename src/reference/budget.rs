@@ -57,9 +57,9 @@ pub fn pair_scores(
 /// For each token of one list, the number of tokens from which on no row sees it as a closed chain; `usize::MAX` for
 /// ever. `scores` are those of the tokens, `bits` the list's, `window` its own: 0 where a head is off.
 ///
-/// With n tokens, the closed chains end at the tokens t < n - 1 - window whose bit is 0. Every
-/// `period = clamp((budget - window - sinks - 1) / 8, 1, 64)` tokens, all but `budget - window - 1 - period` of them are
-/// dropped: the lowest scores, compared in f32, of equal ones the oldest; never the first `sinks` tokens, never the newest chain.
+/// With n tokens, the closed chains end at the tokens t < n - 1 - window whose bit is 0. Every `period = clamp((budget
+/// - window - sinks - 1) / 8, 1, 64)` tokens, all but `budget - window - 1 - period` of them are dropped: the lowest
+/// scores, compared in f32, of equal ones the oldest; never the first `sinks` tokens, never the newest chain.
 pub fn evictions(bits: &[bool], scores: &[f64], budget: usize, sinks: usize, window: usize) -> Vec<usize> {
     let budget = ListBudget {
         entries: budget,

@@ -1,8 +1,8 @@
 //! The entries of a list: closed chains, in token order, in pieces that clones share.
 //!
-//! An [`Entries`] owns rows: a key, a value, the chain's last token and, where chains have sizes, log2 of its size. Rows
-//! are numbered from the first that ever came, so that a number stays when older rows leave. Rows lie in pieces. A piece
-//! behind one owner grows; a piece that a clone shares is never changed again.
+//! An [`Entries`] owns rows: a key, a value, the chain's last token and, where chains have sizes, log2 of its size.
+//! Rows are numbered from the first that ever came, so that a number stays when older rows leave. Rows lie in pieces. A
+//! piece behind one owner grows; a piece that a clone shares is never changed again.
 //!
 //! The idea: clones are forks of one prompt. A fork that appends begins a piece of its own after the shared ones, so
 //! that a thousand forks hold the prompt once. Without forks there is one piece, and its rows are contiguous.
@@ -419,7 +419,8 @@ impl<S: Element> Entries<S> {
         self.rows.end = end;
     }
 
-    /// Keeps the rows that `keep` accepts, which is asked for each in turn: a row's number is then its place among these.
+    /// Keeps the rows that `keep` accepts, which is asked for each in turn: a row's number is then its place among
+    /// these.
     pub fn retain(&mut self, mut keep: impl FnMut(usize) -> bool) {
         let mut kept = Piece::empty();
         kept.reserve(self.len(), self.dims, self.sized);

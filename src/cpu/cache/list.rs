@@ -16,8 +16,8 @@
 //! 3. A list that never merges has window 0: each token is one entry, and nothing is kept raw.
 //! 4. Raw rows are moved to the front once per window of tokens, not at every token.
 //! 5. Closed chains lie in pieces that clones share ([`Entries`]).
-//! 6. Under a sliding window the entries that no later row sees leave ([`Entries::leave`]). Where the sliding window is no
-//!    longer than the window, tokens are never folded, and only the sliding window is kept raw.
+//! 6. Under a sliding window the entries that no later row sees leave ([`Entries::leave`]). Where the sliding window is
+//!    no longer than the window, tokens are never folded, and only the sliding window is kept raw.
 //! 7. A chain that is not finite is replaced when it closes, so that stored columns need no check. Raw rows of the
 //!    window are checked only where [`List::last_bad`] says that one of them is not finite.
 
