@@ -67,7 +67,7 @@ pub use calibrate::{Calibrator, KeyProbe, Measurement, ModelShape, Policy};
 pub use calibrate::{ProbeFitter, ProbeRegression, ProbeSample};
 pub use config::{
     segments_from_lengths, AttentionOptions, CompressionConfig, Criterion, Dropout, Fold, GroupRule, HeadStrategies,
-    HeadTest, LossNormalizer, MergeRule, MergeStrategy, Segment, TensorLayout,
+    HeadTest, LossNormalizer, MergeRule, MergeStrategy, Segment, Storage, TensorLayout,
 };
 pub use decide::observed_mass;
 pub use loss::{

@@ -2,8 +2,7 @@
 
 use std::path::PathBuf;
 
-use candle_core::DType;
-use candle_sfattention::CacheOptions;
+use candle_sfattention::{CacheOptions, Storage};
 use clap::{Args, ValueEnum};
 
 use crate::args::DEFAULT_MODEL;
@@ -18,9 +17,10 @@ pub struct CacheArgs {
     /// the whole prompt at once.
     #[arg(long, default_value_t = 512, value_name = "N")]
     pub prefill_chunk: usize,
-    /// Number type of the keys and values kept. Default: that of the activations.
-    #[arg(long, value_enum)]
-    pub kv_dtype: Option<Dtype>,
+    /// What kept keys and values are stored in: f32, f16, bf16, or on the CPU i8 or f8e4m3 with a scale for each.
+    /// Default: the number type of the activations.
+    #[arg(long, value_name = "TYPE")]
+    pub kv_dtype: Option<Storage>,
 }
 
 impl CacheArgs {
@@ -36,7 +36,7 @@ impl CacheArgs {
     /// The options of the caches.
     pub fn options(&self) -> CacheOptions {
         CacheOptions {
-            storage: self.kv_dtype.map(DType::from),
+            storage: self.kv_dtype,
             ..Default::default()
         }
     }

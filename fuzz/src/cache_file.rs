@@ -4,7 +4,9 @@ use crate::edits::edit;
 use crate::scratch::Scratch;
 use arbitrary::Unstructured;
 use candle_core::{DType, Device, Result, Tensor};
-use candle_sfattention::{CacheOptions, CompressedKvCache, CompressionConfig, Fold, HeadStrategies, MergeStrategy};
+use candle_sfattention::{
+    CacheOptions, CompressedKvCache, CompressionConfig, Fold, HeadStrategies, MergeStrategy, Storage,
+};
 use safetensors::tensor::TensorView;
 use safetensors::SafeTensors;
 use std::cell::OnceCell;
@@ -92,8 +94,8 @@ fn seeds_of_every_kind() -> Result<Vec<Vec<u8>>> {
     let seeds = [
         (base(Fold::PairSum, 0), similar.clone(), None, 7),
         (base(Fold::Mean, 2), similar.clone(), None, 9),
-        (base(Fold::Drop, 1), mixed, Some(DType::BF16), 6),
-        (pretrained, similar.clone(), Some(DType::F16), 9),
+        (base(Fold::Drop, 1), mixed, Some(Storage::BF16), 6),
+        (pretrained, similar.clone(), Some(Storage::F16), 9),
         (observed, thresholds, None, 9),
         (base(Fold::Mean, 2), similar, None, 0),
     ];
@@ -106,7 +108,7 @@ fn seeds_of_every_kind() -> Result<Vec<Vec<u8>>> {
 fn saved(
     config: CompressionConfig,
     strategies: HeadStrategies,
-    storage: Option<DType>,
+    storage: Option<Storage>,
     tokens: usize,
 ) -> Result<Vec<u8>> {
     let options = CacheOptions {

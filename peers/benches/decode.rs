@@ -77,7 +77,7 @@ fn config(chain: usize) -> CompressionConfig {
 fn filled(shape: &Shape, (chain, storage): (usize, DType), k: &Tensor, v: &Tensor) -> Result<CompressedKvCache> {
     let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
     let options = CacheOptions {
-        storage: Some(storage),
+        storage: Some(storage.try_into()?),
         ..Default::default()
     };
     let mut cache = CompressedKvCache::new(strategies, config(chain), options)?;

@@ -5,7 +5,7 @@ use super::prefix::PrefixKey;
 use super::reader::{Reader, DAMAGED};
 use super::save::{Header, SavedState};
 use super::{CacheOptions, CacheSizes, CompressedKvCache, Lists, State};
-use crate::config::CompressionConfig;
+use crate::config::{CompressionConfig, Storage};
 use crate::cpu::decide::heads::ListHeads;
 use crate::storage::not_on_cpu;
 use candle_core::{bail, DType, Device, Error, Result};
@@ -88,7 +88,7 @@ fn read(bytes: &[u8], prefix: Option<&PrefixKey>) -> Result<CompressedKvCache> {
         prefix.check_saved(header.prefix.as_ref())?;
     }
     let options = CacheOptions {
-        storage: header.storage.as_deref().map(dtype_of).transpose()?,
+        storage: header.storage,
         max_entries: header.max_entries,
         rollback: header.rollback,
         budget: header.budget,
@@ -122,7 +122,8 @@ fn dtype_of(name: &str) -> Result<DType> {
 
 fn restore_state(cache: &CompressedKvCache, saved: &SavedState, file: &SafeTensors) -> Result<State> {
     let dtype = dtype_of(&saved.dtype)?;
-    if cache.options.storage.is_some_and(|storage| storage != dtype) {
+    let stored = cache.options.storage.and_then(Storage::dtype);
+    if stored.is_some_and(|storage| storage != dtype) {
         bail!(
             "dtype: expected the storage {:?}, got {dtype:?}; {DAMAGED}",
             cache.options.storage
@@ -142,6 +143,7 @@ fn restore_state(cache: &CompressedKvCache, saved: &SavedState, file: &SafeTenso
         value_dim: saved.sizes.values(),
         sliding_window: saved.sliding_window.unwrap_or(usize::MAX),
         budget: cache.options.budget,
+        storage: cache.options.storage,
     };
     if saved.sliding_window == Some(0) {
         bail!(

@@ -1,6 +1,6 @@
 //! [`CompressedKvCache`]: decoding with a KV cache that really shrinks, per head.
 
-use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies, ListBudget};
+use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies, ListBudget, Storage};
 #[cfg(doc)]
 use crate::config::{Fold, MergeRule};
 use crate::problem::Problem;
@@ -14,7 +14,7 @@ use step::{step, step_in_parts, WithoutGradient};
 /// The storage of a cache.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct CacheOptions {
-    /// The dtype of stored keys and values: f32, f16 or bf16, or f64 for f64 inputs. Keys and values are rounded to it
+    /// What keys and values are stored in: 32 or 16 bits, or f64 for f64 inputs. Keys and values are rounded to it
     /// when they are appended, and folded ones once more when their chain is closed; sums stay in f32. `None` is the
     /// dtype of the first keys.
     ///
@@ -22,7 +22,11 @@ pub struct CacheOptions {
     /// [`Fold::PairSum`] folds, is an error that names the largest one, and the cache is unchanged: store it in bf16 or
     /// f32. On CUDA detecting it would mean waiting for the device: there it is stored as infinite, and the rows that
     /// see it are NaN. Choose bf16 or f32 there where numbers may be large.
-    pub storage: Option<DType>,
+    ///
+    /// [`Storage::I8`] and [`Storage::F8E4M3`] store closed chains in 8 bits a number, and a scale for each key and value
+    /// in bf16. The window and the open chain keep the dtype of the keys, and decisions and folds read them: a number is
+    /// rounded once, when its chain closes. Not on CUDA.
+    pub storage: Option<Storage>,
     /// The most entries that one list may keep; a call that would exceed it is refused and changes nothing. On a GPU a
     /// call that comes near the limit works on a copy of the cache first, and waits for the device.
     pub max_entries: Option<usize>,
@@ -151,8 +155,7 @@ impl CompressedKvCache {
     /// An empty cache; the first call of [`Self::append_and_attend`] fixes its shapes.
     ///
     /// # Errors
-    /// [`MergeRule::Reference`], whose rows see the future, a storage dtype that is no float, `max_entries` of 0, a
-    /// budget that leaves nothing to drop, and
+    /// [`MergeRule::Reference`], whose rows see the future, `max_entries` of 0, a budget that leaves nothing to drop, and
     /// settings that have no meaning.
     pub fn new(strategies: HeadStrategies, config: CompressionConfig, options: CacheOptions) -> Result<Self> {
         config.check(true)?;
@@ -163,11 +166,6 @@ impl CompressedKvCache {
                  ahead, so what a row saw would change as tokens come in, use Causal",
                 config.rule
             )
-        }
-        if let Some(storage) = options.storage {
-            if !matches!(storage, DType::F64 | DType::F32 | DType::F16 | DType::BF16) {
-                bail!("storage: expected f64, f32, f16 or bf16, got {storage:?}; None keeps the dtype of the keys")
-            }
         }
         if options.max_entries == Some(0) {
             bail!("max_entries: expected at least 1, got 0; None sets no limit")
@@ -319,7 +317,7 @@ impl CompressedKvCache {
         let held = self.state.as_ref().map(|state| state.lists.dtype());
         #[cfg(feature = "cuda")]
         let held = held.or_else(|| self.on_gpu.as_ref().map(|state| state.sizes().1));
-        let storage = held.or(self.options.storage).unwrap_or(keys);
+        let storage = held.or(self.options.storage.and_then(Storage::dtype)).unwrap_or(keys);
         if (storage == DType::F64) != (dtype == DType::F64) {
             bail!(
                 "storage: expected f64 for f64 inputs and f32, f16 or bf16 for others, got {storage:?} for {dtype:?}; \

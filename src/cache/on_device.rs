@@ -6,7 +6,7 @@ use super::journal::Call;
 use super::segments::RowPlace;
 use super::step::bias_view;
 use super::{CacheSizes, CompressedKvCache, State};
-use crate::config::{AttentionOptions, CompressionConfig};
+use crate::config::{AttentionOptions, CompressionConfig, Storage};
 use crate::cuda::device::Cuda;
 use crate::cuda::extras::{ExtraBuffers, ScoreBuffer};
 use crate::cuda::on_gpu::GpuElement;
@@ -121,7 +121,7 @@ impl GpuState {
     fn new(cache: &CompressedKvCache, problem: &Problem, device: &Device) -> Result<Self> {
         let (gpu, strategies, config) = (cuda(device)?, &cache.strategies, &cache.config);
         strategies.check(problem.batch, problem.heads)?;
-        let dtype = cache.options.storage.unwrap_or(problem.dtype);
+        let dtype = cache.options.storage.and_then(Storage::dtype).unwrap_or(problem.dtype);
         let lists = match dtype {
             DType::F32 => ListsByDtype::F32(DeviceRows::new(&gpu, problem, strategies, config)?),
             DType::F16 => ListsByDtype::F16(DeviceRows::new(&gpu, problem, strategies, config)?),
@@ -294,7 +294,7 @@ impl CompressedKvCache {
             (moved.state, moved.on_gpu) = (Some(Arc::new(state.to_cpu(&self.config)?)), None);
         }
         if device.is_cuda() && moved.state.is_some() {
-            self.check_budget_for_gpu()?;
+            self.check_options_for_gpu()?;
             (moved.on_gpu, moved.state) = (GpuState::from_cpu(&moved, device)?, None);
         }
         if !(device.is_cpu() || device.is_cuda()) {
@@ -320,7 +320,13 @@ impl CompressedKvCache {
         result
     }
 
-    fn check_budget_for_gpu(&self) -> Result<()> {
+    fn check_options_for_gpu(&self) -> Result<()> {
+        if let Some(storage) = self.options.storage.filter(|storage| storage.dtype().is_none()) {
+            bail!(
+                "storage: expected f32, f16 or bf16 for a cache on CUDA, got {storage}; keep the cache on Device::Cpu, or \
+                 store bf16"
+            )
+        }
         match self.options.budget {
             Some(budget) => bail!(
                 "budget: expected None for a cache on CUDA, got {budget}; keep the cache on Device::Cpu, or bound it \
@@ -343,7 +349,7 @@ impl CompressedKvCache {
                 q.device().location()
             )
         }
-        self.check_budget_for_gpu()?;
+        self.check_options_for_gpu()?;
         self.storage_for(problem.dtype, problem.dtype)?;
         if let Some(state) = &self.on_gpu {
             if state.sizes != CacheSizes::of(problem) {

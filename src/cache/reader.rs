@@ -2,7 +2,7 @@
 
 use super::save::{open_width, SavedList, SavedState, SavedTest, Storable};
 use super::ListsOf;
-use crate::config::{CompressionConfig, HeadTest};
+use crate::config::{CompressionConfig, HeadTest, Storage};
 use crate::cpu::cache::entries::{Entries, Piece};
 use crate::cpu::cache::list::{List, Run};
 use crate::cpu::cache::settings::ListSettings;
@@ -34,6 +34,7 @@ pub(super) struct Reader<'a> {
     pub(super) value_dim: usize,
     pub(super) sliding_window: usize,
     pub(super) budget: Option<usize>,
+    pub(super) storage: Option<Storage>,
 }
 
 impl Reader<'_> {
@@ -58,7 +59,7 @@ impl Reader<'_> {
         let tests = saved.tests.iter().map(head_test).collect::<Result<_>>()?;
         let settings = ListSettings {
             sliding_window: self.sliding_window,
-            ..ListSettings::new(tests, self.config).within(self.budget)
+            ..ListSettings::new(tests, self.config).under(self.budget, self.storage)
         };
         let (scored, kept) = (
             settings.budget.is_some(),
@@ -69,6 +70,7 @@ impl Reader<'_> {
         let rows = |tensor: &str, count: usize| self.tensor::<S>(&name(tensor), &[count, dim]);
         let values = |tensor: &str, count: usize| self.tensor::<S>(&name(tensor), &[count, value_dim]);
         let sums = |tensor: &str, count: usize| self.tensor::<S::Acc>(&name(tensor), &[count, dim]);
+        let coded = settings.code.is_some();
         // This tensor alone gives the number of entries.
         let entries = self.view(&name("tokens"))?.1.first().copied().unwrap_or(0);
         let tokens = self.tensor::<u32>(&name("tokens"), &[entries])?;
@@ -76,6 +78,14 @@ impl Reader<'_> {
         let sized = settings.fold.has_sizes();
         let log2_sizes: Vec<S::Acc> = self.tensor(&name("log2_sizes"), &[if sized { entries } else { 0 }])?;
         check_log2_sizes::<S::Acc>(&name("log2_sizes"), &log2_sizes, &sizes, scored)?;
+        let codes = |tensor: &str, dim: usize| match coded {
+            true => self.tensor::<u8>(&name(tensor), &[entries, dim]),
+            false => Ok(Vec::new()),
+        };
+        let scales = |tensor: &str| match coded {
+            true => self.tensor::<half::bf16>(&name(tensor), &[entries]),
+            false => Ok(Vec::new()),
+        };
         let size = *sizes.last().filter(|_| sized).unwrap_or(&1);
         let (recent, full) = (seq_len.min(settings.kept_raw()), seq_len > window && settings.folds());
         let bits = self.tensor::<u8>(&name("bits"), &[window.min(seq_len.saturating_sub(1))])?;
@@ -94,14 +104,17 @@ impl Reader<'_> {
             seq_len,
             entries: Entries::from_piece(
                 Piece {
-                    keys: rows("keys", entries)?,
-                    values: values("values", entries)?,
+                    keys: rows("keys", if coded { 0 } else { entries })?,
+                    values: values("values", if coded { 0 } else { entries })?,
+                    codes: [codes("key_codes", dim)?, codes("value_codes", value_dim)?],
+                    scales: [scales("key_scales")?, scales("value_scales")?],
                     tokens,
                     log2_sizes,
                     scores: self.scores(scored, &name("scores"), entries)?,
                 },
                 [dim, value_dim],
                 [sized, scored],
+                settings.code,
             ),
             kept_from: saved.kept_from,
             open: full.then(|| {

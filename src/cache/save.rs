@@ -25,6 +25,13 @@
 //! | `masses` | (min(window, seq_len)) | A | the mass of each raw token so far |
 //! | `sink_keys` | (min(sinks, seq_len), D) | S | the keys of the first tokens |
 //!
+//! Four more in 8 bits; then `keys` and `values` have 0 rows:
+//!
+//! | NAME | shape | dtype | |
+//! |---|---|---|---|
+//! | `key_codes`, `value_codes` | (entries, D), (entries, Dv) | u8 | the bytes of the codes |
+//! | `key_scales`, `value_scales` | (entries) | bf16 | the factor on each row |
+//!
 //! Three more under [`CacheOptions::budget`](super::CacheOptions::budget); then `tokens` may have gaps:
 //!
 //! | NAME | shape | dtype | |
@@ -38,12 +45,13 @@ use super::prefix::PrefixKey;
 use super::segments::RowPlace;
 use super::{CacheSizes, CompressedKvCache, Lists, ListsOf, State};
 use crate::config::whole::{present, WholeConfig, WholeStrategies};
-use crate::config::{CompressionConfig, HeadStrategies, HeadTest, MergeStrategy};
+use crate::config::{CompressionConfig, HeadStrategies, HeadTest, MergeStrategy, Storage};
 use crate::cpu::cache::list::List;
 use crate::cpu::decide::heads::ListHeads;
 use crate::cpu::number::element::Element;
 use crate::files::replace;
 use candle_core::{Error, Result, WithDType};
+use half::bf16;
 use safetensors::{Dtype, SafeTensorError, View};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
@@ -58,9 +66,9 @@ pub(super) struct Header {
     pub config: CompressionConfig,
     #[serde(deserialize_with = "WholeStrategies::read")]
     pub strategies: HeadStrategies,
-    /// The options' storage dtype.
+    /// The options' storage.
     #[serde(deserialize_with = "present")]
-    pub storage: Option<String>,
+    pub storage: Option<Storage>,
     #[serde(deserialize_with = "present")]
     pub max_entries: Option<usize>,
     /// See [`CacheOptions::rollback`](super::CacheOptions::rollback).
@@ -261,6 +269,19 @@ where
         ("last_key", Piece::rows(&list.run.last_key, dim)),
         ("last_queries", Piece::rows(&list.last_queries, dim)),
     ];
+    if list.entries.code().is_some() {
+        let names = [
+            ("key_codes", "key_scales", dim),
+            ("value_codes", "value_scales", value_dim),
+        ];
+        for (which, (codes, scales, dim)) in names.into_iter().enumerate() {
+            let (entries, count) = (&list.entries, list.entries.len());
+            let bytes = move || u8::to_bytes(&entries.copied().codes[which]);
+            pieces.push((codes, Piece::later::<u8>(vec![count, dim], bytes)));
+            let bytes = move || bf16::to_bytes(&entries.copied().scales[which]);
+            pieces.push((scales, Piece::later::<bf16>(vec![count], bytes)));
+        }
+    }
     if list.settings.budget.is_some() {
         pieces.push(("scores", scores));
         pieces.push(("bit_scores", Piece::flat(&list.scores)));
@@ -289,11 +310,11 @@ where
             Piece::flat(columns.scores),
         ];
     }
-    let count = entries.len();
+    let (count, raw) = (entries.len(), if entries.code().is_some() { 0 } else { entries.len() });
     let sizes = if list.settings.fold.has_sizes() { count } else { 0 };
     [
-        Piece::later::<S>(vec![count, dim], move || S::to_bytes(&entries.copied().keys)),
-        Piece::later::<S>(vec![count, value_dim], move || S::to_bytes(&entries.copied().values)),
+        Piece::later::<S>(vec![raw, dim], move || S::to_bytes(&entries.copied().keys)),
+        Piece::later::<S>(vec![raw, value_dim], move || S::to_bytes(&entries.copied().values)),
         Piece::later::<u32>(vec![count], move || u32::to_bytes(&entries.copied().tokens)),
         Piece::later::<S::Acc>(vec![sizes], move || S::Acc::to_bytes(&entries.copied().log2_sizes)),
         Piece::later::<f32>(vec![count], move || f32::to_bytes(&entries.copied().scores)),
@@ -404,7 +425,7 @@ impl CompressedKvCache {
         Header {
             config: self.config.clone(),
             strategies: self.strategies.clone(),
-            storage: self.options.storage.map(|dtype| dtype.as_str().to_string()),
+            storage: self.options.storage,
             max_entries: self.options.max_entries,
             rollback: self.options.rollback,
             budget: self.options.budget,

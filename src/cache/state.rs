@@ -123,7 +123,8 @@ impl CompressedKvCache {
                     heads.map(|head| head..head + 1).collect()
                 };
                 for heads in parts {
-                    let settings = ListSettings::new(tests(heads.clone()), &self.config).within(self.options.budget);
+                    let settings = ListSettings::new(tests(heads.clone()), &self.config)
+                        .under(self.options.budget, self.options.storage);
                     let at = ListHeads { batch, kv_head, heads };
                     lists.push((at, List::new(settings, [problem.head_dim, problem.value_dim])));
                 }

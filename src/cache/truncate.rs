@@ -58,6 +58,12 @@ impl CompressedKvCache {
                  cannot be taken apart, keep a fork() from before, or raise CacheOptions::rollback"
             )
         }
+        if let Some(storage) = self.options.storage.filter(|storage| storage.dtype().is_none()) {
+            bail!(
+                "truncate: expected {recorded} tokens for a cache that stores {storage}, got {tokens}; the newest token's \
+                 own numbers are gone, keep a fork() from before, or raise CacheOptions::rollback"
+            )
+        }
         if !self.keeps_columns_at(tokens)? {
             bail!(
                 "truncate: expected all {seq_len} tokens, got {tokens}; tokens that the next row would see have left \

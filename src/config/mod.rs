@@ -13,6 +13,7 @@ mod compression;
 mod layout;
 mod options;
 mod segments;
+mod storage;
 mod strategies;
 pub(crate) mod whole;
 
@@ -22,4 +23,6 @@ pub use compression::CompressionConfig;
 pub use layout::TensorLayout;
 pub use options::{AttentionOptions, Dropout};
 pub use segments::{segments_from_lengths, Segment};
+pub(crate) use storage::ByteCode;
+pub use storage::Storage;
 pub use strategies::{HeadStrategies, HeadTest};

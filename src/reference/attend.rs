@@ -86,6 +86,21 @@ pub(super) fn output_dims(q: &Array4, v: &Array4) -> [usize; 4] {
     [batch, heads, queries, value_dim]
 }
 
+/// [`attention`] of a call without segments, with far columns' keys and values changed by `change`.
+pub(super) fn attention_with_far(
+    qkv: (&Array4, &Array4, &Array4),
+    indicators: &Indicators,
+    change: &dyn Fn(&mut HeadTokens),
+    config: &CompressionConfig,
+    options: &AttentionOptions,
+) -> Result<Array4> {
+    let call = Call::new(qkv, indicators, config, options, None)?;
+    Ok(output_of(&Call {
+        change: Some(change),
+        ..call
+    }))
+}
+
 /// For each batch row, head and token, the first row that does not see it any more.
 pub(super) type Dropped = Vec<Vec<Vec<usize>>>;
 
@@ -136,6 +151,8 @@ pub(super) struct Call<'a> {
     pub(super) column_bias: Option<(Vec<f64>, [usize; 3])>,
     /// What rows do not see beside their own rules.
     dropped: Option<&'a Dropped>,
+    /// What far columns are stored as.
+    change: Option<&'a dyn Fn(&mut HeadTokens)>,
     /// The batch row and the token that the arrays begin with: bias and dropout go by the indices of the whole call.
     pub(super) first: [usize; 2],
 }
@@ -154,6 +171,8 @@ pub(super) struct Head<'a> {
     pub(super) raw_values: HeadTokens,
     pub(super) folded_keys: HeadTokens,
     pub(super) folded_values: HeadTokens,
+    /// Folded keys and values as far columns have them, where that differs.
+    far: Option<[HeadTokens; 2]>,
     pub(super) sizes: Vec<f64>,
 }
 
@@ -231,6 +250,7 @@ impl<'a> Call<'a> {
             sinks: options.sink_logits.as_ref().map(|s| read_sinks(s, sizes)).transpose()?,
             column_bias: options.column_bias.as_ref().map(read_column_bias).transpose()?,
             dropped: None,
+            change: None,
             first: segment.map_or([0, 0], |segment| [segment.batch, segment.tokens.start]),
         })
     }
@@ -258,6 +278,11 @@ impl<'a> Call<'a> {
             queries,
             raw_keys,
             raw_values,
+            far: self.change.map(|change| {
+                let mut far = [folded_keys.clone(), folded_values.clone()];
+                far.iter_mut().for_each(change);
+                far
+            }),
             folded_keys,
             folded_values,
             sizes,
@@ -345,14 +370,16 @@ impl Head<'_> {
 
     pub(super) fn key(&self, column: Column) -> &[f64] {
         match column {
-            Column::Far(s) | Column::Edge(s) => &self.folded_keys[s],
+            Column::Far(s) => self.far.as_ref().map_or(&self.folded_keys[s], |far| &far[0][s]),
+            Column::Edge(s) => &self.folded_keys[s],
             Column::Near(t) => &self.raw_keys[t],
         }
     }
 
     pub(super) fn value(&self, column: Column) -> &[f64] {
         match column {
-            Column::Far(s) | Column::Edge(s) => &self.folded_values[s],
+            Column::Far(s) => self.far.as_ref().map_or(&self.folded_values[s], |far| &far[1][s]),
+            Column::Edge(s) => &self.folded_values[s],
             Column::Near(t) => &self.raw_values[t],
         }
     }

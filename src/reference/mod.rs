@@ -20,6 +20,7 @@
 mod attend;
 mod bias;
 mod budget;
+mod bytes;
 mod dropout;
 mod fold;
 mod gradients;
@@ -31,6 +32,7 @@ mod segments;
 
 pub use attend::attention;
 pub use budget::{attention_under_budget, evictions, pair_scores};
+pub use bytes::{attention_in_bytes, in_bytes};
 pub use dropout::{dropout_keeps, philox4x32_10};
 pub use fold::{fold, unfold, visible_columns, Column};
 pub use gradients::{attention_gradients, column_bias_gradients, sink_gradients};

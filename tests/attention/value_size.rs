@@ -178,7 +178,7 @@ fn caches_agree_with_the_whole_call() -> Result<()> {
                     for chunks in [&[1][..], &[40, 1, 1, 90], &[1000]] {
                         let what = format!("{strategy:?} {:?} {case:?} {dtype:?} {chunks:?}", config.fold);
                         let options_of = CacheOptions {
-                            storage,
+                            storage: storage.map(TryInto::try_into).transpose()?,
                             ..Default::default()
                         };
                         let mut cache = CompressedKvCache::new(strategies.clone(), config.clone(), options_of)?;

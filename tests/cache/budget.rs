@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_sfattention::reference::{self, Array4};
 use candle_sfattention::{
     AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, Criterion, Fold, GroupRule, HeadStrategies,
-    MergeStrategy,
+    MergeStrategy, Storage,
 };
 
 const SHAPE: Shape = Shape(2, 4, 2, 150, 16);
@@ -218,7 +218,7 @@ fn a_long_stream_runs_in_constant_memory() -> Result<()> {
 fn files_forks_and_journals_keep_the_scores() -> Result<()> {
     for (index, (config, budgets)) in cases().into_iter().enumerate() {
         let qkv = SHAPE.qkv(index as u64, DType::F32)?;
-        for storage in [DType::F32, DType::BF16] {
+        for storage in [Storage::F32, Storage::BF16, Storage::I8] {
             let options = CacheOptions {
                 budget: Some(budgets[budgets.len() - 1]),
                 rollback: 9,
@@ -307,7 +307,7 @@ fn refusals_change_nothing() -> Result<()> {
     assert!(message.contains("budget: expected at least 9"), "{message}");
     let options = CacheOptions {
         budget: Some(20),
-        storage: Some(DType::F16),
+        storage: Some(Storage::F16),
         ..Default::default()
     };
     let mut cache = CompressedKvCache::new(strategies, config, options)?;

@@ -32,9 +32,9 @@ fn stored_halves_decode_as_their_numbers() -> Result<()> {
                 fold: Fold::Drop,
                 ..CompressionConfig::pretrained()
             };
-            let run = |storage| -> Result<Tensor> {
+            let run = |storage: DType| -> Result<Tensor> {
                 let options = CacheOptions {
-                    storage: Some(storage),
+                    storage: Some(storage.try_into()?),
                     ..Default::default()
                 };
                 let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);

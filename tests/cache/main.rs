@@ -4,6 +4,7 @@
 mod common;
 
 mod budget;
+mod bytes;
 mod chunks;
 mod files;
 mod forks;

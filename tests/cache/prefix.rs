@@ -15,7 +15,7 @@ const TOKENS: [u32; 9] = [5, 1, 70_000, 3, 3, 3, 12, 0, 9];
 
 fn cache(config: CompressionConfig, storage: Option<DType>) -> Result<CompressedKvCache> {
     let options = CacheOptions {
-        storage,
+        storage: storage.map(TryInto::try_into).transpose()?,
         ..Default::default()
     };
     Ok(CompressedKvCache::new(

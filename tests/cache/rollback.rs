@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_sfattention::{
     AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, Criterion, Fold, HeadStrategies,
-    MergeStrategy,
+    MergeStrategy, Storage,
 };
 use rand::{rngs::StdRng, Rng, SeedableRng};
 
@@ -24,7 +24,7 @@ struct Sequence {
     strategies: HeadStrategies,
     config: CompressionConfig,
     options: AttentionOptions,
-    storage: Option<DType>,
+    storage: Option<Storage>,
 }
 
 impl Sequence {
@@ -128,7 +128,12 @@ fn any_setting_goes_back_exactly() -> Result<()> {
         if refused.is_err() || !options.causal || masks {
             continue;
         }
-        for (dtype, storage) in [(DType::F32, None), (DType::F32, Some(DType::BF16)), (DType::F64, None)] {
+        for (dtype, storage) in [
+            (DType::F32, None),
+            (DType::F32, Some(Storage::BF16)),
+            (DType::F32, Some(Storage::I8)),
+            (DType::F64, None),
+        ] {
             Sequence {
                 name: format!("{} {dtype:?} {storage:?}", setting.name),
                 qkv: shape.qkv(index as u64, dtype)?,

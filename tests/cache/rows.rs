@@ -228,7 +228,7 @@ fn queries_and_keys_of_different_dtypes() -> Result<()> {
         let new = || cache(MergeStrategy::Similarity, &config(Fold::Mean, 6));
         let (mut mixed, mut taken) = (new()?, new()?);
         let options = CacheOptions {
-            storage: Some(keys),
+            storage: Some(keys.try_into()?),
             ..Default::default()
         };
         let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);

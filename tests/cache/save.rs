@@ -290,7 +290,7 @@ fn tampered_headers_are_refused() -> Result<()> {
         }),
         (&["storage", "f7"], |c| c.set("/storage", "f7")),
         (&["storage", "BF16"], |c| c.set("/storage", "bf16")),
-        (&["storage", "U8"], |c| c.set("/storage", "u8")),
+        (&["storage", "\"u8\""], |c| c.set("/storage", "u8")),
         (&["max_entries"], |c| c.set("/max_entries", 0)),
         (&["expected f64, f32", "U32"], |c| c.set("/state/dtype", "u32")),
         (&["0.log2_sizes", "F64"], |c| c.set("/state/dtype", "f64")),

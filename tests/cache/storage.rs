@@ -14,7 +14,7 @@ const SHAPE: Shape = Shape(2, 4, 2, 40, 8);
 
 fn cache(strategy: MergeStrategy, config: &CompressionConfig, storage: DType) -> Result<CompressedKvCache> {
     let options = CacheOptions {
-        storage: Some(storage),
+        storage: Some(storage.try_into()?),
         ..Default::default()
     };
     Ok(CompressedKvCache::new(

@@ -160,7 +160,7 @@ fn storage_in_another_dtype() -> Result<()> {
             let (strategies, stored) = (
                 setting.strategies(&shape)?,
                 CacheOptions {
-                    storage: Some(storage),
+                    storage: Some(storage.try_into()?),
                     ..Default::default()
                 },
             );

@@ -6,13 +6,13 @@ use super::inputs::part_of_bias;
 use anyhow::{ensure, Result};
 use candle_core::Tensor;
 use candle_sfattention::reference::{Array4, Indicators};
-use candle_sfattention::{AttentionOptions, CacheOptions, CompressedKvCache, HeadStrategies};
+use candle_sfattention::{AttentionOptions, CacheOptions, CompressedKvCache, HeadStrategies, Storage};
 
 /// The tensors' dtypes may differ from each other and from the case's.
 pub fn check(exact: &Exact, qkv: &[Tensor; 3], strategies: &HeadStrategies, bits: &Indicators) -> Result<(), Failure> {
     let case = exact.case;
     let options = CacheOptions {
-        storage: case.storage,
+        storage: case.storage.and_then(|storage| Storage::try_from(storage).ok()),
         ..Default::default()
     };
     let new = CompressedKvCache::new(strategies.clone(), case.config.clone(), options);

@@ -17,7 +17,11 @@ impl<S: Element> FarSource<S::Acc> for List<S> {
     }
 
     fn holds_until(&self) -> usize {
-        self.bits_base()
+        match self.entries.code() {
+            None => self.bits_base(),
+            // A row reads its edge as it was before its chain was closed, in more bits.
+            Some(_) => 0,
+        }
     }
 
     fn before(&self, token: usize) -> usize {
@@ -36,30 +40,28 @@ impl<S: Element> FarSource<S::Acc> for List<S> {
         let (keys, values) = scratch;
         keys.make_room(columns.len(), self.dim);
         values.make_room(columns.len(), self.value_dim);
-        let mut row = 0;
+        let count = columns.len();
+        let mut rows = keys.rows_mut(count).zip(values.rows_mut(count));
         for part in self.entries.parts(columns) {
-            for at in 0..part.tokens.len() {
-                keys.widen(row, part.keys.row(at));
-                values.widen(row, part.values.row(at));
-                row += 1;
-            }
+            self.entries.widen(part, rows.by_ref());
         }
+        drop(rows);
         (keys.rows(0), values.rows(0))
     }
 }
 
 /// A list whose columns were gathered, as bf16 pairs if products are made so.
-pub(crate) struct GatheredList<'a, S: Element> {
+pub(crate) struct GatheredList<'a, S: Element, T: Element<Acc = S::Acc>> {
     list: &'a List<S>,
-    stored: Columns<'a, S>,
+    stored: Columns<'a, T>,
     columns: Arc<FarColumns<S::Acc>>,
 }
 
-impl<'a, S: Element> GatheredList<'a, S> {
+impl<'a, S: Element, T: Element<Acc = S::Acc>> GatheredList<'a, S, T> {
     /// Gathers the columns unless another task has; reuses buffers of `pool` if it holds any. `stored` are all entries
-    /// of the list.
+    /// of the list, as stored or as accumulators.
     pub fn borrow(
-        (list, stored): (&'a List<S>, Columns<'a, S>),
+        (list, stored): (&'a List<S>, Columns<'a, T>),
         columns: &Lease<FarColumns<S::Acc>>,
         pairs: Option<Pairs>,
         pool: &Pool<FarColumns<S::Acc>>,
@@ -83,7 +85,7 @@ impl<'a, S: Element> GatheredList<'a, S> {
     }
 }
 
-impl<S: Element> FarSource<S::Acc> for GatheredList<'_, S> {
+impl<S: Element, T: Element<Acc = S::Acc>> FarSource<S::Acc> for GatheredList<'_, S, T> {
     fn columns(&self) -> usize {
         self.list.columns()
     }

@@ -67,6 +67,10 @@ pub(crate) struct Decoder<A> {
 /// Whether a list's rows can be read by lanes, without a copy.
 pub(crate) fn reads_lanes<S: Element>(list: &List<S>) -> bool {
     let recent = [&list.recent_keys[..], &list.recent_values];
+    // Rows in 8 bits are widened, so that queries stay in their order.
+    if list.entries.code().is_some() {
+        return false;
+    }
     let mut stored = list.entries.stored().chain([recent]);
     stored.all(|[keys, values]| S::lanes(keys, list.dim).is_some() && S::lanes(values, list.value_dim).is_some())
 }
@@ -211,6 +215,34 @@ impl<A: Accumulator> Decoder<A> {
             }
             let keys = HeadRows::compact(&buffers.0[..], self.dim);
             let values = HeadRows::compact(&buffers.1[..], self.value_dim);
+            self.columns::<I, A>(simd, (&keys, &values), count, sizes, partial);
+        }
+    }
+
+    /// Adds far columns in 8 bits: each tile is widened once for all rows of the group, and stays in the L1 cache.
+    #[inline(always)]
+    fn coded<I: Simd, S: Element<Acc = A>>(
+        &self,
+        simd: I,
+        list: &List<S>,
+        range: Range<usize>,
+        partial: &mut Partial<A>,
+    ) {
+        let mut keys = vec![A::ZERO; TILE * self.dim];
+        let mut values = vec![A::ZERO; TILE * self.value_dim];
+        let (mut room, mut sizes) = (Piece::empty(), Vec::new());
+        let end = range.end;
+        for start in range.step_by(TILE) {
+            let tile = start..end.min(start + TILE);
+            let count = tile.len();
+            let columns = list.entries.columns(tile.clone(), &mut room);
+            let rows = keys
+                .chunks_exact_mut(self.dim)
+                .zip(values.chunks_exact_mut(self.value_dim));
+            list.entries.widen(columns, rows.take(count));
+            let sizes = list.entries.log2_sizes(tile, &mut sizes);
+            let keys = HeadRows::compact(&keys[..], self.dim);
+            let values = HeadRows::compact(&values[..], self.value_dim);
             self.columns::<I, A>(simd, (&keys, &values), count, sizes, partial);
         }
     }
@@ -395,6 +427,10 @@ impl<A: Accumulator, S: Element<Acc = A>> WithSimd for ListSplit<'_, A, S> {
             decoder.part(simd, decoder.near(list), &mut self.partial);
         }
         let mut room = Piece::empty();
+        if list.entries.code().is_some() {
+            decoder.coded(simd, list, self.range, &mut self.partial);
+            return self.partial;
+        }
         for run in list.entries.runs(self.range, TILE) {
             let columns = list.entries.columns(run.clone(), &mut room);
             let far = ListPart {

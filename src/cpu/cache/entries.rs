@@ -15,9 +15,13 @@
 //! 3. The oldest rows leave in amortised O(1): they stay in memory until they are an eighth of the rest.
 //! 4. [`Entries::hold`] keeps rows that have left, for a mark of the past ([`Entries::at`]).
 
+use crate::config::ByteCode;
+use crate::cpu::cache::list::{narrowed, widened};
 use crate::cpu::columns::chain::log2_size;
-use crate::cpu::number::element::Element;
+use crate::cpu::number::element::{Accumulator, Element};
 use crate::cpu::number::rows::HeadRows;
+use crate::cpu::number::vectorized::vectorized;
+use half::bf16;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -37,6 +41,8 @@ pub(crate) struct Entries<S: Element> {
     sized: bool,
     /// Whether rows have scores.
     scored: bool,
+    /// The code of keys and values in 8 bits.
+    code: Option<ByteCode>,
     parts: Vec<Part<S>>,
     /// The numbers of the rows: those before have left.
     rows: Range<usize>,
@@ -52,11 +58,14 @@ struct Part<S: Element> {
     piece: Arc<Piece<S>>,
 }
 
-/// Contiguous rows: keys (rows, D), values (rows, Dv).
+/// Contiguous rows: keys (rows, D), values (rows, Dv). In 8 bits they are in `codes`, and `keys` and `values` empty.
 #[derive(Clone)]
 pub(crate) struct Piece<S: Element> {
     pub keys: Vec<S>,
     pub values: Vec<S>,
+    /// Of keys, then of values.
+    pub codes: [Vec<u8>; 2],
+    pub scales: [Vec<bf16>; 2],
     pub tokens: Vec<u32>,
     /// Empty unless rows have sizes.
     pub log2_sizes: Vec<S::Acc>,
@@ -69,6 +78,9 @@ pub(crate) struct Piece<S: Element> {
 pub(crate) struct Columns<'e, S: Element> {
     pub keys: HeadRows<'e, S>,
     pub values: HeadRows<'e, S>,
+    /// Codes (rows, D) and (rows, Dv), and their scales, where rows are in 8 bits; else empty.
+    pub codes: [&'e [u8]; 2],
+    pub scales: [&'e [bf16]; 2],
     pub tokens: &'e [u32],
     /// Empty unless rows have sizes.
     pub log2_sizes: &'e [S::Acc],
@@ -80,12 +92,16 @@ impl<'e, S: Element> Columns<'e, S> {
     /// Some of the rows.
     fn part(&self, rows: Range<usize>) -> Self {
         let of = |data: HeadRows<'e, S>| HeadRows {
-            data: &data.data[rows.start * data.dim..rows.end * data.dim],
+            data: data.data.get(rows.start * data.dim..rows.end * data.dim).unwrap_or(&[]),
             ..data
         };
+        let dims = [self.keys.dim, self.values.dim];
+        let some = |which: usize| self.codes[which].get(rows.start * dims[which]..rows.end * dims[which]);
         Self {
             keys: of(self.keys),
             values: of(self.values),
+            codes: [0, 1].map(|which| some(which).unwrap_or(&[])),
+            scales: self.scales.map(|scales| scales.get(rows.clone()).unwrap_or(&[])),
             tokens: &self.tokens[rows.clone()],
             log2_sizes: self.log2_sizes.get(rows.clone()).unwrap_or(&[]),
             scores: self.scores.get(rows.clone()).unwrap_or(&[]),
@@ -98,6 +114,8 @@ impl<S: Element> Piece<S> {
         Self {
             keys: Vec::new(),
             values: Vec::new(),
+            codes: Default::default(),
+            scales: Default::default(),
             tokens: Vec::new(),
             log2_sizes: Vec::new(),
             scores: Vec::new(),
@@ -105,13 +123,19 @@ impl<S: Element> Piece<S> {
     }
 
     fn columns(&self, rows: Range<usize>, [dim, value_dim]: [usize; 2]) -> Columns<'_, S> {
+        // Empty where the rows are in 8 bits.
         let of = |data, dim: usize| -> HeadRows<S> {
             let data: &[S] = data;
-            HeadRows::compact(&data[rows.start * dim..rows.end * dim], dim)
+            HeadRows::compact(data.get(rows.start * dim..rows.end * dim).unwrap_or(&[]), dim)
+        };
+        let codes = |which: usize, dim: usize| -> &[u8] {
+            self.codes[which].get(rows.start * dim..rows.end * dim).unwrap_or(&[])
         };
         Columns {
             keys: of(&self.keys, dim),
             values: of(&self.values, value_dim),
+            codes: [codes(0, dim), codes(1, value_dim)],
+            scales: [0, 1].map(|which| self.scales[which].get(rows.clone()).unwrap_or(&[])),
             tokens: &self.tokens[rows.clone()],
             log2_sizes: self.log2_sizes.get(rows.clone()).unwrap_or(&[]),
             scores: self.scores.get(rows.clone()).unwrap_or(&[]),
@@ -121,6 +145,10 @@ impl<S: Element> Piece<S> {
     fn add(&mut self, columns: Columns<S>) {
         self.keys.extend_from_slice(columns.keys.data);
         self.values.extend_from_slice(columns.values.data);
+        for which in 0..2 {
+            self.codes[which].extend_from_slice(columns.codes[which]);
+            self.scales[which].extend_from_slice(columns.scales[which]);
+        }
         self.tokens.extend_from_slice(columns.tokens);
         self.log2_sizes.extend_from_slice(columns.log2_sizes);
         self.scores.extend_from_slice(columns.scores);
@@ -129,6 +157,9 @@ impl<S: Element> Piece<S> {
     fn truncate(&mut self, rows: usize, [dim, value_dim]: [usize; 2]) {
         self.keys.truncate(rows * dim);
         self.values.truncate(rows * value_dim);
+        self.codes[0].truncate(rows * dim);
+        self.codes[1].truncate(rows * value_dim);
+        self.scales.iter_mut().for_each(|scales| scales.truncate(rows));
         self.tokens.truncate(rows);
         self.log2_sizes.truncate(rows);
         self.scores.truncate(rows);
@@ -147,8 +178,17 @@ impl<S: Element> Piece<S> {
                 data.shrink_to(wanted);
             }
         }
-        drain(&mut self.keys, rows * dim);
-        drain(&mut self.values, rows * value_dim);
+        match self.scales[0].is_empty() {
+            true => {
+                drain(&mut self.keys, rows * dim);
+                drain(&mut self.values, rows * value_dim);
+            }
+            false => {
+                drain(&mut self.codes[0], rows * dim);
+                drain(&mut self.codes[1], rows * value_dim);
+                self.scales.iter_mut().for_each(|scales| drain(scales, rows));
+            }
+        }
         drain(&mut self.tokens, rows);
         if !self.log2_sizes.is_empty() {
             drain(&mut self.log2_sizes, rows);
@@ -158,9 +198,18 @@ impl<S: Element> Piece<S> {
         }
     }
 
-    fn reserve(&mut self, rows: usize, [dim, value_dim]: [usize; 2], sized: bool) {
-        self.keys.reserve_exact(rows * dim);
-        self.values.reserve_exact(rows * value_dim);
+    fn reserve(&mut self, rows: usize, [dim, value_dim]: [usize; 2], [sized, coded]: [bool; 2]) {
+        match coded {
+            false => {
+                self.keys.reserve_exact(rows * dim);
+                self.values.reserve_exact(rows * value_dim);
+            }
+            true => {
+                self.codes[0].reserve_exact(rows * dim);
+                self.codes[1].reserve_exact(rows * value_dim);
+                self.scales.iter_mut().for_each(|scales| scales.reserve_exact(rows));
+            }
+        }
         self.tokens.reserve_exact(rows);
         if sized {
             self.log2_sizes.reserve_exact(rows);
@@ -169,6 +218,8 @@ impl<S: Element> Piece<S> {
 
     fn bytes_allocated(&self) -> usize {
         (self.keys.capacity() + self.values.capacity()) * size_of::<S>()
+            + self.codes.iter().map(Vec::capacity).sum::<usize>()
+            + self.scales.iter().map(Vec::capacity).sum::<usize>() * size_of::<bf16>()
             + self.tokens.capacity() * size_of::<u32>()
             + self.log2_sizes.capacity() * size_of::<S::Acc>()
             + self.scores.capacity() * size_of::<f32>()
@@ -176,12 +227,14 @@ impl<S: Element> Piece<S> {
 }
 
 impl<S: Element> Entries<S> {
-    /// For keys and values of these sizes; `sized` where chains have sizes, `scored` where they have scores.
-    pub fn new(dims: [usize; 2], [sized, scored]: [bool; 2]) -> Self {
+    /// For keys and values of these sizes; `sized` where chains have sizes, `scored` where they have scores, in 8 bits
+    /// by a `code`.
+    pub fn new(dims: [usize; 2], [sized, scored]: [bool; 2], code: Option<ByteCode>) -> Self {
         Self {
             dims,
             sized,
             scored,
+            code,
             parts: Vec::new(),
             rows: 0..0,
             held: usize::MAX,
@@ -189,7 +242,7 @@ impl<S: Element> Entries<S> {
     }
 
     /// The rows of one piece, all of the same number in each of its vectors.
-    pub fn from_piece(piece: Piece<S>, dims: [usize; 2], [sized, scored]: [bool; 2]) -> Self {
+    pub fn from_piece(piece: Piece<S>, dims: [usize; 2], flags: [bool; 2], code: Option<ByteCode>) -> Self {
         let rows = 0..piece.tokens.len();
         Self {
             parts: vec![Part {
@@ -197,7 +250,7 @@ impl<S: Element> Entries<S> {
                 piece: Arc::new(piece),
             }],
             rows,
-            ..Self::new(dims, [sized, scored])
+            ..Self::new(dims, flags, code)
         }
     }
 
@@ -308,6 +361,8 @@ impl<S: Element> Entries<S> {
             (0, _) => Some(Columns {
                 keys: HeadRows::compact(&[], self.dims[0]),
                 values: HeadRows::compact(&[], self.dims[1]),
+                codes: [&[]; 2],
+                scales: [&[]; 2],
                 tokens: &[],
                 log2_sizes: &[],
                 scores: &[],
@@ -327,9 +382,64 @@ impl<S: Element> Entries<S> {
         piece
     }
 
+    /// A copy of all rows as accumulators, in one piece.
+    pub fn copied_wide(&self) -> Piece<S::Acc> {
+        let mut piece = Piece::empty();
+        let [dim, value_dim] = self.dims;
+        piece.keys.resize(self.len() * dim, S::Acc::ZERO);
+        piece.values.resize(self.len() * value_dim, S::Acc::ZERO);
+        let mut row = 0;
+        for part in self.parts(0..self.len()) {
+            let end = row + part.tokens.len();
+            let keys = piece.keys[row * dim..end * dim].chunks_exact_mut(dim);
+            let values = piece.values[row * value_dim..end * value_dim].chunks_exact_mut(value_dim);
+            self.widen(part, keys.zip(values));
+            piece.tokens.extend_from_slice(part.tokens);
+            piece.log2_sizes.extend_from_slice(part.log2_sizes);
+            row = end;
+        }
+        piece
+    }
+
+    /// Writes rows as accumulators.
+    pub fn widen<'r>(&self, columns: Columns<S>, rows: impl Iterator<Item = (&'r mut [S::Acc], &'r mut [S::Acc])>) {
+        let (code, mut rows) = (self.code, rows);
+        vectorized(
+            #[inline(always)]
+            || {
+                for at in 0..columns.tokens.len() {
+                    let Some((key, value)) = rows.next() else { return };
+                    match code {
+                        None => {
+                            S::widen(columns.keys.row(at), key);
+                            S::widen(columns.values.row(at), value);
+                        }
+                        Some(code) => {
+                            for (which, row) in [key, value].into_iter().enumerate() {
+                                let dim = row.len();
+                                let codes = &columns.codes[which][at * dim..][..dim];
+                                code.decode(codes, columns.scales[which][at], row);
+                            }
+                        }
+                    }
+                }
+            },
+        );
+    }
+
+    /// All rows in a copy of [`Self::copied_wide`].
+    pub fn in_wide<'c>(&self, copy: &'c Piece<S::Acc>) -> Columns<'c, S::Acc> {
+        copy.columns(0..self.len(), self.dims)
+    }
+
     /// All rows in a copy of [`Self::copied`].
     pub fn in_copy<'c>(&self, copy: &'c Piece<S>) -> Columns<'c, S> {
         copy.columns(0..self.len(), self.dims)
+    }
+
+    /// The code of keys and values in 8 bits.
+    pub fn code(&self) -> Option<ByteCode> {
+        self.code
     }
 
     /// The keys and values of each piece, rows that have left among them.
@@ -339,18 +449,18 @@ impl<S: Element> Entries<S> {
 
     /// Makes room for more rows, in a piece of this list alone.
     pub fn reserve(&mut self, more: usize) {
-        let (dims, sized) = (self.dims, self.sized);
+        let (dims, flags) = (self.dims, [self.sized, self.code.is_some()]);
         let growth = GROWTH.max(self.len() / 8);
         self.release();
         let part = self.writable(more + growth);
         if part.piece.tokens.capacity() - part.rows.len() < more {
-            Arc::make_mut(&mut part.piece).reserve(more + growth, dims, sized);
+            Arc::make_mut(&mut part.piece).reserve(more + growth, dims, flags);
         }
     }
 
     /// The last part, which this list alone owns; a new one has room for `room` rows.
     fn writable(&mut self, room: usize) -> &mut Part<S> {
-        let (dims, end) = (self.dims, self.rows.end);
+        let (dims, end, flags) = (self.dims, self.rows.end, [self.sized, self.code.is_some()]);
         let alone = match self.parts.last_mut() {
             Some(last) => {
                 let rows = last.rows.len();
@@ -362,7 +472,7 @@ impl<S: Element> Entries<S> {
                     }
                     None if rows < SHORT => {
                         let mut piece = Piece::empty();
-                        piece.reserve(rows + room, dims, self.sized);
+                        piece.reserve(rows + room, dims, flags);
                         piece.add(last.piece.columns(0..rows, dims));
                         last.piece = Arc::new(piece);
                         true
@@ -374,7 +484,7 @@ impl<S: Element> Entries<S> {
         };
         if !alone {
             let mut piece = Piece::empty();
-            piece.reserve(room, dims, self.sized);
+            piece.reserve(room, dims, flags);
             self.parts.push(Part {
                 rows: end..end,
                 piece: Arc::new(piece),
@@ -387,12 +497,39 @@ impl<S: Element> Entries<S> {
     /// Adds a row: a chain of `size` tokens that ends at `token`. Its score is kept where rows have scores.
     #[inline(always)]
     pub fn push(&mut self, key: &[S], value: &[S], token: usize, size: usize, score: f32) {
+        if self.code.is_some() {
+            return self.push_folded(&widened(key), &widened(value), token, size, score);
+        }
+        self.push_with(token, size, score, |piece| {
+            piece.keys.extend_from_slice(key);
+            piece.values.extend_from_slice(value);
+        });
+    }
+
+    /// [`Self::push`] of a row that is rounded here.
+    pub fn push_folded(&mut self, key: &[S::Acc], value: &[S::Acc], token: usize, size: usize, score: f32) {
+        let code = self.code;
+        self.push_with(token, size, score, |piece| match code {
+            None => {
+                piece.keys.extend_from_slice(&narrowed::<S>(key));
+                piece.values.extend_from_slice(&narrowed::<S>(value));
+            }
+            Some(code) => {
+                for (which, row) in [key, value].into_iter().enumerate() {
+                    let scale = code.encode(row, &mut piece.codes[which]);
+                    piece.scales[which].push(scale);
+                }
+            }
+        });
+    }
+
+    #[inline(always)]
+    fn push_with(&mut self, token: usize, size: usize, score: f32, add: impl FnOnce(&mut Piece<S>)) {
         let (sized, scored) = (self.sized, self.scored);
         let part = self.writable(GROWTH);
         part.rows.end += 1;
         let piece = Arc::make_mut(&mut part.piece);
-        piece.keys.extend_from_slice(key);
-        piece.values.extend_from_slice(value);
+        add(piece);
         piece.tokens.push(token as u32);
         if sized {
             piece.log2_sizes.push(log2_size(size));
@@ -423,7 +560,7 @@ impl<S: Element> Entries<S> {
     /// these.
     pub fn retain(&mut self, mut keep: impl FnMut(usize) -> bool) {
         let mut kept = Piece::empty();
-        kept.reserve(self.len(), self.dims, self.sized);
+        kept.reserve(self.len(), self.dims, [self.sized, self.code.is_some()]);
         let mut row = 0;
         for part in self.parts(0..self.len()) {
             let mut start = 0;
@@ -438,7 +575,7 @@ impl<S: Element> Entries<S> {
         }
         *self = Self {
             held: self.held,
-            ..Self::from_piece(kept, self.dims, [self.sized, self.scored])
+            ..Self::from_piece(kept, self.dims, [self.sized, self.scored], self.code)
         };
     }
 
@@ -491,7 +628,12 @@ impl<S: Element> Entries<S> {
     pub fn bytes(&self) -> usize {
         let sizes = if self.sized { size_of::<S::Acc>() } else { 0 };
         let scores = if self.scored { size_of::<f32>() } else { 0 };
-        self.len() * ((self.dims[0] + self.dims[1]) * size_of::<S>() + size_of::<u32>() + sizes + scores)
+        let numbers = self.dims[0] + self.dims[1];
+        let rows = match self.code {
+            None => numbers * size_of::<S>(),
+            Some(_) => numbers + 2 * size_of::<bf16>(),
+        };
+        self.len() * (rows + size_of::<u32>() + sizes + scores)
     }
 
     /// Bytes of the pieces, with their reserve.

@@ -101,7 +101,11 @@ impl<S: Element> List<S> {
     /// For keys and values of these sizes.
     pub fn new(settings: ListSettings, [dim, value_dim]: [usize; 2]) -> Self {
         Self {
-            entries: Entries::new([dim, value_dim], [settings.fold.has_sizes(), settings.budget.is_some()]),
+            entries: Entries::new(
+                [dim, value_dim],
+                [settings.fold.has_sizes(), settings.budget.is_some()],
+                settings.code,
+            ),
             settings,
             dim,
             value_dim,
@@ -146,7 +150,8 @@ impl<S: Element> List<S> {
 
     /// Whether [`Self::truncate`] to this many tokens is exact: nothing is folded, and the next row's columns are kept.
     pub fn can_truncate(&self, tokens: usize) -> bool {
-        let kept = self.kept_from <= self.settings.first_seen(tokens);
+        // The newest token is raw again, which 8 bits do not give back.
+        let kept = self.kept_from <= self.settings.first_seen(tokens) && self.settings.code.is_none();
         tokens == self.seq_len || !self.settings.merges() && kept
     }
 
@@ -309,8 +314,7 @@ impl<S: Element> List<S> {
     fn close(&mut self, chain: &ChainFold<S::Acc>, token: usize, score: f32) {
         let (mut key, mut value) = (chain.key.clone(), chain.value.clone());
         quarantine(&mut key, &mut value);
-        let (key, value): (Vec<S>, Vec<S>) = (narrowed(&key), narrowed(&value));
-        self.entries.push(&key, &value, token, chain.size, score);
+        self.entries.push_folded(&key, &value, token, chain.size, score);
     }
 
     /// The raw rows that a chunk's blocks read: the chunk's own where nothing is kept raw, else the window's and the

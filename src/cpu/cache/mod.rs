@@ -1,6 +1,7 @@
 //! One step of a KV cache: what a list keeps, decides, and shows to rows.
 
 pub(crate) mod budget;
+pub(crate) mod bytes;
 pub(crate) mod columns;
 pub(crate) mod decide;
 pub(crate) mod decode;

@@ -1,6 +1,6 @@
 //! The settings of one list of a KV cache, and what they imply.
 
-use crate::config::{CompressionConfig, Criterion, Fold, HeadTest, ListBudget};
+use crate::config::{ByteCode, CompressionConfig, Criterion, Fold, HeadTest, ListBudget, Storage};
 
 /// The settings of one list.
 #[derive(Clone, Debug)]
@@ -15,6 +15,8 @@ pub(crate) struct ListSettings {
     /// L of the model's sliding window; [`usize::MAX`] for none.
     pub sliding_window: usize,
     pub budget: Option<ListBudget>,
+    /// The code of closed chains in 8 bits.
+    pub code: Option<ByteCode>,
 }
 
 impl ListSettings {
@@ -30,11 +32,12 @@ impl ListSettings {
             window: if merges { config.window } else { 0 },
             sliding_window: usize::MAX,
             budget: None,
+            code: None,
         }
     }
 
-    /// The same settings under a budget of entries.
-    pub fn within(self, budget: Option<usize>) -> Self {
+    /// The same settings under the options of a cache: a budget of entries, and their storage.
+    pub fn under(self, budget: Option<usize>, storage: Option<Storage>) -> Self {
         let of = |entries| ListBudget {
             entries,
             sinks: self.sinks,
@@ -42,6 +45,7 @@ impl ListSettings {
         };
         Self {
             budget: budget.map(of),
+            code: storage.and_then(Storage::code),
             ..self
         }
     }

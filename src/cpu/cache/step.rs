@@ -12,7 +12,7 @@ use crate::cpu::columns::tiles::{block_rows, Block, BlockSettings, PAIR_ROWS};
 use crate::cpu::decide::heads::ListHeads;
 use crate::cpu::decide::observe::Chunk;
 use crate::cpu::number::bias::{Apart, BiasView};
-use crate::cpu::number::element::{Accumulator, Element};
+use crate::cpu::number::element::{Accumulator, Element, Split};
 use crate::cpu::number::philox::DropoutMask;
 use crate::cpu::number::rows::{HeadRows, RowGrid};
 use crate::cpu::tile::bf16::Pairs;
@@ -162,7 +162,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
     }
 
     fn attend(&self, lists: &[(ListHeads, List<S>)], chains: &[Option<ChainFold<S::Acc>>], output: Blank<Q>) {
-        let pairs = self.pairs();
+        let pairs = self.pairs(lists.iter().any(|(_, list)| list.entries.code().is_some()));
         let block_rows = block_rows(self.count, pairs);
         let longest = lists.iter().map(|(_, list)| list.entries.len()).max().unwrap_or(0);
         let blocks = self.count.div_ceil(block_rows);
@@ -171,17 +171,23 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             .map(|(at, _)| Lease::new(at.heads.len() * blocks))
             .collect();
         let pool = Pool::new();
-        // Entries that lie in several pieces are gathered from a copy.
+        // Entries that lie in several pieces, or in 8 bits, are gathered from a copy.
         let copies: Vec<OnceLock<Piece<S>>> = lists.iter().map(|_| OnceLock::new()).collect();
+        let wide: Vec<OnceLock<Piece<S::Acc>>> = lists.iter().map(|_| OnceLock::new()).collect();
         let gather = |index: usize| {
             let (at, list) = &lists[index];
             let gathers = pairs.is_some() || self.count * at.heads.len() >= GATHERED_ROWS;
-            gathers.then(|| {
+            gathers.then(|| -> Box<dyn FarSource<S::Acc> + '_> {
+                if list.entries.code().is_some() {
+                    let copy = wide[index].get_or_init(|| list.entries.copied_wide());
+                    let stored = list.entries.in_wide(copy);
+                    return Box::new(GatheredList::borrow((list, stored), &leases[index], pairs, &pool));
+                }
                 let stored = list.entries.whole().unwrap_or_else(|| {
                     let copy = copies[index].get_or_init(|| list.entries.copied());
                     list.entries.in_copy(copy)
                 });
-                GatheredList::borrow((list, stored), &leases[index], pairs, &pool)
+                Box::new(GatheredList::borrow((list, stored), &leases[index], pairs, &pool))
             })
         };
         let heads = lists.iter().map(|(at, _)| at.heads.clone());
@@ -196,7 +202,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
                 let (at, list) = &lists[index];
                 let gathered = gather(index);
                 let far: &dyn FarSource<_> = match &gathered {
-                    Some(gathered) => gathered,
+                    Some(gathered) => &**gathered,
                     None => list,
                 };
                 if worker.as_ref().is_none_or(|(last, _)| *last != index) {
@@ -213,10 +219,14 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
 
     /// Products in bf16 pairs, where they apply. Dropout needs single weights, so it excludes them, and so do values of
     /// another size than keys. Packing a list's columns pays from a whole block of rows on.
-    fn pairs(&self) -> Option<Pairs> {
+    fn pairs(&self, coded: bool) -> Option<Pairs> {
         match self.dropout.is_some() || self.value_dim != self.head_dim || self.count < PAIR_ROWS {
             true => None,
-            false => Pairs::new(Q::SPLIT?.max(S::SPLIT?), self.scale, self.softcap),
+            false => {
+                // A code times its scale has no more bits than two parts.
+                let stored = if coded { Split::Two } else { S::SPLIT? };
+                Pairs::new(Q::SPLIT?.max(stored), self.scale, self.softcap)
+            }
         }
     }
 
@@ -235,7 +245,7 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             bias: self.bias,
             sinks: self.sinks,
             pairs,
-            edges_apart: false,
+            edges_apart: list.entries.code().is_some(),
             gradients: false,
         }
     }

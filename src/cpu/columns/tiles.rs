@@ -64,7 +64,8 @@ pub(crate) struct BlockSettings<'a, A> {
     pub sinks: Option<&'a [A]>,
     /// Set where products are made in bf16 pairs.
     pub pairs: Option<Pairs>,
-    /// Whether the edge is no far column even where it is not hidden: far columns have a bias, and the edge has none.
+    /// Whether the edge is no far column even where it is not hidden: far columns have a bias and the edge has none, or
+    /// they have fewer bits.
     pub edges_apart: bool,
     /// Whether tiles are for gradients.
     pub gradients: bool,

@@ -152,6 +152,14 @@ impl<A: Copy + Default> PaddedRows<A> {
         &mut self.data[row * padded(dim)..][..dim]
     }
 
+    /// Some rows to write to.
+    pub fn rows_mut(&mut self, count: usize) -> impl Iterator<Item = &mut [A]> {
+        let (dim, width) = (self.dim, padded(self.dim).max(1));
+        self.data[..count * width]
+            .chunks_exact_mut(width)
+            .map(move |row| &mut row[..dim])
+    }
+
     /// Stores a row, widened.
     pub fn widen<T: Element<Acc = A>>(&mut self, row: usize, source: &[T]) {
         T::widen(source, self.row_mut(row));

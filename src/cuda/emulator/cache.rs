@@ -3,7 +3,7 @@
 use super::device::Emulator;
 use super::{borrow, held, held_sinks, HeldBias};
 use crate::cache::{Both, CacheOptions, CompressedKvCache, DeviceRows, RowsCall};
-use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
+use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies, Storage};
 use crate::cpu::number::element::Element;
 use crate::cuda::extras::{ExtraBuffers, ScoreBuffer};
 use crate::cuda::on_gpu::{Gpu, GpuElement};
@@ -47,7 +47,7 @@ impl EmulatedCache {
         options: &CacheOptions,
     ) -> Result<Self> {
         let problem = Problem::new(&qkv[0], &qkv[1], &qkv[2])?;
-        let lists = match options.storage.unwrap_or(problem.dtype) {
+        let lists = match options.storage.and_then(Storage::dtype).unwrap_or(problem.dtype) {
             DType::F32 => EmulatedLists::F32(DeviceRows::new(&Emulator, &problem, strategies, config)?),
             DType::F16 => EmulatedLists::F16(DeviceRows::new(&Emulator, &problem, strategies, config)?),
             DType::BF16 => EmulatedLists::BF16(DeviceRows::new(&Emulator, &problem, strategies, config)?),
