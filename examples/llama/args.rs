@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use candle_sfattention::Storage;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::compression::CompressionArgs;
@@ -133,6 +134,10 @@ pub struct EvalArgs {
     /// windows, through the weights for prompts.
     #[arg(long, value_name = "N")]
     pub step: Option<usize>,
+    /// What these caches store keys and values in: f32, f16, bf16, or on the CPU i8 or f8e4m3 with a scale for each.
+    /// Default: the number type of the activations.
+    #[arg(long, value_name = "TYPE", requires = "step")]
+    pub kv_dtype: Option<Storage>,
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]

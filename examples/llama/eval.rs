@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{ensure, Context, Result};
 use candle_core::Tensor;
-use candle_sfattention::CacheOptions;
+use candle_sfattention::{CacheOptions, Storage};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
@@ -58,7 +58,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     compression.check_weights(&model.fingerprint()?);
 
     let start = Instant::now();
-    let (nll, hidden) = score(&model, &windows, args.step)?;
+    let (nll, hidden) = score(&model, &windows, (args.step, args.kv_dtype))?;
     let seconds = start.elapsed().as_secs_f64();
     let predicted: usize = windows.iter().map(Window::predicted).sum();
     let nll = nll / predicted as f64;
@@ -115,7 +115,11 @@ fn windows<'t>(tokens: &'t [u32], args: &EvalArgs) -> Result<Vec<&'t [u32]>> {
 
 /// The summed negative log likelihood of the tokens that count in each window, whole or `step` tokens at a time, and
 /// the tokens hidden; with steps, those of the last window.
-fn score(model: &Llama, windows: &[Window], step: Option<usize>) -> Result<(f64, Hidden)> {
+fn score(
+    model: &Llama,
+    windows: &[Window],
+    (step, storage): (Option<usize>, Option<Storage>),
+) -> Result<(f64, Hidden)> {
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} windows  {msg}  {eta} left")?;
     let bar = ProgressBar::new(windows.len() as u64).with_style(style);
     let (mut sum, mut predicted) = (0.0, 0);
@@ -128,7 +132,10 @@ fn score(model: &Llama, windows: &[Window], step: Option<usize>) -> Result<(f64,
                 window.nll(model, &hidden)
             }
             Some(step) => {
-                let mut caches = model.caches(&CacheOptions::default())?;
+                let mut caches = model.caches(&CacheOptions {
+                    storage,
+                    ..Default::default()
+                })?;
                 let rows = window.tokens.chunks(step);
                 let rows = rows.map(|tokens| model.forward_as(tokens, &mut caches, Pass::Step));
                 let hidden = Tensor::cat(&rows.collect::<Result<Vec<_>>>()?, 1)?;

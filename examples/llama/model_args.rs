@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use candle_core::DType;
 use candle_sfattention::{CacheOptions, Storage};
 use clap::{Args, ValueEnum};
 

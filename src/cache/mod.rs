@@ -23,9 +23,9 @@ pub struct CacheOptions {
     /// f32. On CUDA detecting it would mean waiting for the device: there it is stored as infinite, and the rows that
     /// see it are NaN. Choose bf16 or f32 there where numbers may be large.
     ///
-    /// [`Storage::I8`] and [`Storage::F8E4M3`] store closed chains in 8 bits a number, and a scale for each key and value
-    /// in bf16. The window and the open chain keep the dtype of the keys, and decisions and folds read them: a number is
-    /// rounded once, when its chain closes. Not on CUDA.
+    /// [`Storage::I8`] and [`Storage::F8E4M3`] store closed chains in 8 bits a number, and a scale for each key and
+    /// value in bf16. The window and the open chain keep the dtype of the keys, and decisions and folds read them: a
+    /// number is rounded once, when its chain closes. Not on CUDA.
     pub storage: Option<Storage>,
     /// The most entries that one list may keep; a call that would exceed it is refused and changes nothing. On a GPU a
     /// call that comes near the limit works on a copy of the cache first, and waits for the device.
@@ -155,8 +155,8 @@ impl CompressedKvCache {
     /// An empty cache; the first call of [`Self::append_and_attend`] fixes its shapes.
     ///
     /// # Errors
-    /// [`MergeRule::Reference`], whose rows see the future, `max_entries` of 0, a budget that leaves nothing to drop, and
-    /// settings that have no meaning.
+    /// [`MergeRule::Reference`], whose rows see the future, `max_entries` of 0, a budget that leaves nothing to drop,
+    /// and settings that have no meaning.
     pub fn new(strategies: HeadStrategies, config: CompressionConfig, options: CacheOptions) -> Result<Self> {
         config.check(true)?;
         config.check_strategies(&strategies)?;

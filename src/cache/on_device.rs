@@ -323,8 +323,8 @@ impl CompressedKvCache {
     fn check_options_for_gpu(&self) -> Result<()> {
         if let Some(storage) = self.options.storage.filter(|storage| storage.dtype().is_none()) {
             bail!(
-                "storage: expected f32, f16 or bf16 for a cache on CUDA, got {storage}; keep the cache on Device::Cpu, or \
-                 store bf16"
+                "storage: expected f32, f16 or bf16 for a cache on CUDA, got {storage}; keep the cache on Device::Cpu, \
+                 or store bf16"
             )
         }
         match self.options.budget {

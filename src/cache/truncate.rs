@@ -60,8 +60,8 @@ impl CompressedKvCache {
         }
         if let Some(storage) = self.options.storage.filter(|storage| storage.dtype().is_none()) {
             bail!(
-                "truncate: expected {recorded} tokens for a cache that stores {storage}, got {tokens}; the newest token's \
-                 own numbers are gone, keep a fork() from before, or raise CacheOptions::rollback"
+                "truncate: expected {recorded} tokens for a cache that stores {storage}, got {tokens}; the newest \
+                 token's own numbers are gone, keep a fork() from before, or raise CacheOptions::rollback"
             )
         }
         if !self.keeps_columns_at(tokens)? {

@@ -48,15 +48,16 @@ impl ListBudget {
 
     /// The rows of `scores`, one number for each closed chain with its last token, that an eviction drops: the lowest
     /// scores, of equal ones the oldest. Sinks stay, and the newest chain, whose end says where the open one begins.
-    pub fn dropped<A: Copy + PartialOrd>(&self, chains: &[(usize, A)]) -> Vec<usize> {
+    pub fn dropped(&self, chains: &[(usize, f32)]) -> Vec<usize> {
         let excess = chains.len().saturating_sub(self.closed());
         let older = &chains[..chains.len().saturating_sub(1)];
         let mut rows: Vec<usize> = (0..older.len()).filter(|row| older[*row].0 >= self.sinks).collect();
         // NaN stays: a row that sees a broken token says so.
-        rows.sort_by(|a, b| {
-            let (a, b) = (older[*a].1, older[*b].1);
-            a.partial_cmp(&b).unwrap_or_else(|| (a != a).cmp(&(b != b)))
-        });
+        let score = |row: &usize| match older[*row].1 {
+            score if score.is_nan() => f32::INFINITY,
+            score => score,
+        };
+        rows.sort_by(|a, b| score(a).total_cmp(&score(b)));
         rows.truncate(excess);
         rows.sort_unstable();
         rows
@@ -94,7 +95,7 @@ mod tests {
             (0, -9.0),
             (1, -9.0),
             (4, 0.5),
-            (5, f64::NAN),
+            (5, f32::NAN),
             (7, 0.2),
             (9, 0.5),
             (10, -9.0),

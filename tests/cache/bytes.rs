@@ -48,8 +48,8 @@ fn expected(
     Ok(output.to_tensor(DType::F64, &Device::Cpu)?)
 }
 
-/// One call, chunks and single tokens equal the reference: far columns are rounded once, all else not at all. Head sizes
-/// that fill registers and that do not, groups of one, three and five heads.
+/// One call, chunks and single tokens equal the reference: far columns are rounded once, all else not at all. Head
+/// sizes that fill registers and that do not, groups of one, three and five heads.
 #[test]
 fn any_chunking_equals_the_reference() -> Result<()> {
     let plain = |_, _| Ok(AttentionOptions::default());
