@@ -15,7 +15,7 @@ impl CompressedKvCache {
     }
 
     /// The bytes of [`Self::bytes_allocated`] that forks hold too: those of a thousand forks of a prompt are in memory
-    /// once. On CUDA all or none, without the journal of [`CacheOptions::rollback`](super::CacheOptions::rollback).
+    /// once. Without the journal of [`CacheOptions::rollback`](super::CacheOptions::rollback). On CUDA all or none.
     pub fn bytes_shared(&self) -> usize {
         #[cfg(feature = "cuda")]
         if let Some(state) = &self.on_gpu {
