@@ -8,12 +8,12 @@
 
 mod common;
 
-use candle_core::{DType, Device, Result, Tensor, D};
+use candle_core::{Device, Result, Tensor, D};
 use candle_nn::attention::{flash_attn, AttnMask};
 use candle_nn::kv_cache::KvCache;
 use candle_sfattention::{
     AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, Criterion, Fold, GroupRule, HeadStrategies,
-    MergeStrategy,
+    MergeStrategy, Storage,
 };
 use common::{median, verify, verify_within};
 use criterion::{BenchmarkGroup, Criterion as Bench, SamplingMode};
@@ -22,14 +22,16 @@ use rayon::prelude::*;
 const FLASH: &str = "candle-nn CPU flash, q_len 1";
 const PLAIN: &str = "candle KvCache + matmul softmax";
 const COPY: &str = "copy of 256 MiB";
-/// How many tokens resemble their left neighbour for each one that does not, the dtype of stored keys and values, and
-/// the row's name.
-const ROWS: [(usize, DType, &str); 5] = [
-    (0, DType::F32, "ours, r = 0"),
-    (1, DType::F32, "ours, r = 0.5"),
-    (4, DType::F32, "ours, r = 0.8"),
-    (0, DType::BF16, "ours, r = 0, bf16"),
-    (0, DType::F16, "ours, r = 0, f16"),
+/// How many tokens resemble their left neighbour for each one that does not, what keys and values are stored in, and the
+/// row's name.
+const ROWS: [(usize, Storage, &str); 7] = [
+    (0, Storage::F32, "ours, r = 0"),
+    (1, Storage::F32, "ours, r = 0.5"),
+    (4, Storage::F32, "ours, r = 0.8"),
+    (0, Storage::BF16, "ours, r = 0, bf16"),
+    (0, Storage::F16, "ours, r = 0, f16"),
+    (0, Storage::I8, "ours, r = 0, i8"),
+    (0, Storage::F8E4M3, "ours, r = 0, f8"),
 ];
 
 #[derive(Clone, Copy)]
@@ -58,8 +60,12 @@ impl Shape {
         repeated.narrow(2, 0, self.context)?.contiguous()
     }
 
-    fn kept_bytes(&self, cache: &CompressedKvCache, storage: DType) -> usize {
-        cache.lens().iter().flatten().sum::<usize>() * 2 * self.dim * storage.size_in_bytes()
+    fn kept_bytes(&self, cache: &CompressedKvCache, storage: Storage) -> usize {
+        // 8 bits have a scale of 16 for each row.
+        let row = storage
+            .dtype()
+            .map_or(self.dim + 2, |dtype| self.dim * dtype.size_in_bytes());
+        cache.lens().iter().flatten().sum::<usize>() * 2 * row
     }
 }
 
@@ -74,10 +80,10 @@ fn config(chain: usize) -> CompressionConfig {
     }
 }
 
-fn filled(shape: &Shape, (chain, storage): (usize, DType), k: &Tensor, v: &Tensor) -> Result<CompressedKvCache> {
+fn filled(shape: &Shape, (chain, storage): (usize, Storage), k: &Tensor, v: &Tensor) -> Result<CompressedKvCache> {
     let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
     let options = CacheOptions {
-        storage: Some(storage.try_into()?),
+        storage: Some(storage),
         ..Default::default()
     };
     let mut cache = CompressedKvCache::new(strategies, config(chain), options)?;
@@ -122,7 +128,7 @@ fn bench_ours(
         let mut running = cache.clone();
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
-                // A clone copies the store, so the cache is cloned only after it has grown by 1 %.
+                // The cache begins anew after it has grown by 1 %. A clone shares what is stored.
                 if running.seq_len() > shape.context + shape.context / 100 {
                     running = cache.clone();
                 }
@@ -139,7 +145,14 @@ fn bench_shape(bench: &mut Bench, shape: Shape) -> Result<Vec<(String, usize)>> 
     let (q, new) = (shape.random(shape.heads, 1)?, shape.random(shape.kv_heads, 1)?);
     let (all_k, all_v) = (Tensor::cat(&[&k, &new], 2)?, Tensor::cat(&[&v, &new], 2)?);
     let expected = plain(&shape, &q, &all_k, &all_v)?;
-    for (storage, bound) in [(DType::F32, 1e-4), (DType::F16, 2e-3), (DType::BF16, 0.02)] {
+    let bounds = [
+        (Storage::F32, 1e-4),
+        (Storage::F16, 2e-3),
+        (Storage::BF16, 0.02),
+        (Storage::I8, 0.02),
+        (Storage::F8E4M3, 0.05),
+    ];
+    for (storage, bound) in bounds {
         let mut cache = filled(&shape, (0, storage), &k, &v)?;
         let output = cache.append_and_attend(&q, &new, &new, &Default::default())?;
         verify_within("ours", &output, &expected, bound)?;
