@@ -22,8 +22,8 @@ use rayon::prelude::*;
 const FLASH: &str = "candle-nn CPU flash, q_len 1";
 const PLAIN: &str = "candle KvCache + matmul softmax";
 const COPY: &str = "copy of 256 MiB";
-/// How many tokens resemble their left neighbour for each one that does not, what keys and values are stored in, and the
-/// row's name.
+/// How many tokens resemble their left neighbour for each one that does not, what keys and values are stored in, and
+/// the row's name.
 const ROWS: [(usize, Storage, &str); 7] = [
     (0, Storage::F32, "ours, r = 0"),
     (1, Storage::F32, "ours, r = 0.5"),

@@ -4,14 +4,15 @@
 use super::device_rows::HostRows;
 use super::{CacheOptions, CacheSizes, CompressedKvCache, Lists, ListsOf, State};
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest};
-use crate::cpu::cache::entries::Piece;
-use crate::cpu::cache::list::{narrowed, widened, List, Run};
+use crate::cpu::cache::list::{List, Run};
+use crate::cpu::cache::piece::EntryPiece;
 use crate::cpu::cache::settings::ListSettings;
 use crate::cpu::columns::chain::ChainFold;
 use crate::cpu::decide::heads::ListHeads;
 use crate::cpu::decide::observe::Observed;
 use crate::cpu::number::element::Element;
 use crate::cpu::number::finite::{all_finite, quarantine};
+use crate::cpu::number::rows::{narrowed, widened};
 use crate::cuda::attention;
 use crate::cuda::cache::{HostList, HostLists};
 use crate::cuda::on_gpu::GpuElement;
@@ -313,7 +314,7 @@ fn held_merging<T: Both>(list: &List<T>) -> HostList<T> {
     let stale = list.recent_keys.len() / list.dim - kept;
     let recent = |rows: &[T], dim: usize| [&vec![T::zero(); (slots - kept) * dim][..], &rows[stale * dim..]].concat();
     let edge = list.seq_len.checked_sub(settings.window + 1);
-    let Piece {
+    let EntryPiece {
         keys: far_k,
         values: far_v,
         tokens,

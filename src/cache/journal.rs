@@ -13,22 +13,20 @@
 //! 4. Segments put new lists in the place of old ones, and a budget takes entries out of the midst. Beside them marks
 //!    hold the entries too; clones share these.
 
+use super::call::TokenCall;
 #[cfg(feature = "cuda")]
 use super::on_device::{GpuMark, GpuState};
 use super::state::State;
 use super::{CompressedKvCache, Lists, ListsOf};
-use crate::config::AttentionOptions;
 use crate::cpu::number::element::Element;
-use crate::problem::Problem;
-use candle_core::{bail, DType, Result, Tensor};
-use std::ops::Range;
+use candle_core::{bail, Result, Tensor};
 use std::sync::Arc;
 
 /// Marks and calls, oldest first. Calls cover all tokens from the first mark on.
 #[derive(Clone, Default)]
 pub(super) struct Journal {
     marks: Vec<Mark>,
-    calls: Vec<Call>,
+    calls: Vec<TokenCall>,
 }
 
 /// A cache's state at a length.
@@ -52,103 +50,6 @@ struct MarkedLists {
     state: State,
     /// Whether lists hold their entries, and not only the numbers.
     whole: bool,
-}
-
-/// The tokens of one call of [`CompressedKvCache::take_in`], and its arguments.
-#[derive(Clone)]
-pub(super) struct Call {
-    /// The number of tokens before it.
-    pub start: usize,
-    /// Query (B, H, n, D), key and value (B, Hk, n, D).
-    pub qkv: [Tensor; 3],
-    /// (B, Hk, n, 1)
-    pub scores: Option<Tensor>,
-    /// The dtype in which the keys came.
-    pub keys: DType,
-    /// None of a call that did not attend.
-    pub options: Option<AttentionOptions>,
-}
-
-impl Call {
-    pub fn count(&self) -> usize {
-        self.qkv[0].dims()[2]
-    }
-
-    pub fn problem(&self) -> Result<Problem> {
-        let [q, k, v] = &self.qkv;
-        Problem::new(q, k, v)
-    }
-
-    /// The call on some of its tokens, after those before them.
-    pub fn part(&self, tokens: Range<usize>) -> Result<Self> {
-        let (count, total) = (self.count(), self.start + self.count());
-        let of = |x: &Tensor| x.narrow(2, tokens.start, tokens.len());
-        let [q, k, v] = &self.qkv;
-        let bias = |bias: &Tensor| {
-            // Axes of size 1 are broadcast.
-            let rows = bias
-                .rank()
-                .checked_sub(2)
-                .filter(|axis| bias.dims()[*axis] == count && count > 1);
-            let columns = bias
-                .rank()
-                .checked_sub(1)
-                .filter(|axis| bias.dims()[*axis] == total && total > 1);
-            let bias = match rows {
-                Some(axis) => bias.narrow(axis, tokens.start, tokens.len())?,
-                None => bias.clone(),
-            };
-            match columns {
-                Some(axis) => bias.narrow(axis, 0, self.start + tokens.end),
-                None => Ok(bias),
-            }
-        };
-        let options = |options: &AttentionOptions| -> Result<AttentionOptions> {
-            Ok(AttentionOptions {
-                bias: options.bias.as_ref().map(bias).transpose()?,
-                segments: match &options.segments {
-                    Some(segments) => Some(segments.narrow(1, tokens.start, tokens.len())?),
-                    None => None,
-                },
-                ..options.clone()
-            })
-        };
-        Ok(Self {
-            start: self.start + tokens.start,
-            qkv: [of(q)?, of(k)?, of(v)?],
-            scores: self.scores.as_ref().map(of).transpose()?,
-            keys: self.keys,
-            options: self.options.as_ref().map(options).transpose()?,
-        })
-    }
-
-    /// The call with tensors of its own: a view would keep all of a longer call in memory.
-    fn owned(&self) -> Result<Self> {
-        let own = |x: &Tensor| x.detach().force_contiguous();
-        let [q, k, v] = &self.qkv;
-        let options = |options: &AttentionOptions| -> Result<AttentionOptions> {
-            Ok(AttentionOptions {
-                bias: options.bias.as_ref().map(own).transpose()?,
-                segments: options.segments.as_ref().map(own).transpose()?,
-                ..options.clone()
-            })
-        };
-        Ok(Self {
-            qkv: [own(q)?, own(k)?, own(v)?],
-            scores: self.scores.as_ref().map(own).transpose()?,
-            options: self.options.as_ref().map(options).transpose()?,
-            ..self.clone()
-        })
-    }
-
-    fn has_segments(&self) -> bool {
-        self.options.as_ref().is_some_and(|options| options.segments.is_some())
-    }
-
-    fn bytes(&self) -> usize {
-        let numbers = self.qkv.iter().chain(&self.scores);
-        numbers.map(|x| x.elem_count() * x.dtype().size_in_bytes()).sum()
-    }
 }
 
 impl Journal {
@@ -192,7 +93,7 @@ impl Journal {
             #[cfg(feature = "cuda")]
             MarkedState::Gpu(mark) => mark.bytes(),
         });
-        marks.sum::<usize>() + self.calls.iter().map(Call::bytes).sum::<usize>()
+        marks.sum::<usize>() + self.calls.iter().map(TokenCall::bytes).sum::<usize>()
     }
 }
 
@@ -241,7 +142,7 @@ impl MarkedLists {
 
 impl CompressedKvCache {
     /// Appends the tokens of one call, and records it.
-    pub(super) fn take_in_recorded(&mut self, call: &Call) -> Result<Option<Tensor>> {
+    pub(super) fn take_in_recorded(&mut self, call: &TokenCall) -> Result<Option<Tensor>> {
         let rollback = self.options.rollback;
         let (count, marks) = (call.count(), self.journal.marks.len());
         let whole = self.needs_whole_marks(call);
@@ -293,7 +194,7 @@ impl CompressedKvCache {
     }
 
     /// Whether a call may take entries away that marks count on.
-    fn needs_whole_marks(&self, call: &Call) -> bool {
+    fn needs_whole_marks(&self, call: &TokenCall) -> bool {
         #[cfg(feature = "cuda")]
         if call.qkv[0].device().is_cuda() {
             let slides = call

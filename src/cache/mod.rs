@@ -5,8 +5,9 @@ use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies, ListBud
 use crate::config::{Fold, MergeRule};
 use crate::problem::Problem;
 use crate::storage::not_on_cpu;
+use call::TokenCall;
 use candle_core::{bail, DType, Result, Tensor};
-use journal::{Call, Journal};
+use journal::Journal;
 use state::{select, CacheSizes, Lists, ListsOf, State};
 use std::sync::Arc;
 use step::{step, step_in_parts, WithoutGradient};
@@ -115,6 +116,7 @@ macro_rules! each {
 mod append;
 #[cfg(any(feature = "cuda", feature = "cuda-emu"))]
 mod between_devices;
+mod call;
 mod checksum;
 #[cfg(any(feature = "cuda", feature = "cuda-emu"))]
 mod device_rows;
@@ -272,7 +274,7 @@ impl CompressedKvCache {
         keys: DType,
         options: Option<&AttentionOptions>,
     ) -> Result<Option<Tensor>> {
-        let call = Call {
+        let call = TokenCall {
             start: self.seq_len(),
             qkv: [q.clone(), k.clone(), v.clone()],
             scores: self.checked_scores(problem, scores, k)?,
@@ -286,7 +288,7 @@ impl CompressedKvCache {
     }
 
     /// Appends the tokens of a call; returns their output rows if it has options and `attend` is set.
-    fn take_in_now(&mut self, call: &Call, attend: bool) -> Result<Option<Tensor>> {
+    fn take_in_now(&mut self, call: &TokenCall, attend: bool) -> Result<Option<Tensor>> {
         let problem = &call.problem()?;
         let device = call.qkv[0].device();
         #[cfg(feature = "cuda")]

@@ -1,8 +1,8 @@
 //! A cache on a CUDA device: the calls of [`CompressedKvCache`] that reach it.
 
 use super::between_devices::{state_of, Both};
+use super::call::TokenCall;
 use super::device_rows::{DeviceRows, RowsCall};
-use super::journal::Call;
 use super::segments::RowPlace;
 use super::step::bias_view;
 use super::{CacheSizes, CompressedKvCache, State};
@@ -305,7 +305,12 @@ impl CompressedKvCache {
     }
 
     /// [`Self::take_in`] for tensors on a CUDA device, or a cache that is on one.
-    pub(super) fn take_in_on_gpu(&mut self, problem: &Problem, call: &Call, attend: bool) -> Result<Option<Tensor>> {
+    pub(super) fn take_in_on_gpu(
+        &mut self,
+        problem: &Problem,
+        call: &TokenCall,
+        attend: bool,
+    ) -> Result<Option<Tensor>> {
         let q = &call.qkv[0];
         self.check_for_gpu(problem, q, call.options.as_ref())?;
         let mut state = match self.on_gpu.take() {
@@ -372,7 +377,7 @@ impl CompressedKvCache {
 fn step(
     state: &mut GpuState,
     problem: &Problem,
-    call: &Call,
+    call: &TokenCall,
     attend: bool,
     limit: Option<usize>,
 ) -> Result<Option<Tensor>> {

@@ -3,8 +3,9 @@
 use super::save::{open_width, SavedList, SavedState, SavedTest, Storable};
 use super::ListsOf;
 use crate::config::{CompressionConfig, HeadTest, Storage};
-use crate::cpu::cache::entries::{Entries, Piece};
+use crate::cpu::cache::entries::Entries;
 use crate::cpu::cache::list::{List, Run};
+use crate::cpu::cache::piece::EntryPiece;
 use crate::cpu::cache::settings::ListSettings;
 use crate::cpu::columns::chain::ChainFold;
 use crate::cpu::decide::observe::Observed;
@@ -103,7 +104,7 @@ impl Reader<'_> {
             value_dim,
             seq_len,
             entries: Entries::from_piece(
-                Piece {
+                EntryPiece {
                     keys: rows("keys", if coded { 0 } else { entries })?,
                     values: values("values", if coded { 0 } else { entries })?,
                     codes: [codes("key_codes", dim)?, codes("value_codes", value_dim)?],

@@ -1,6 +1,6 @@
 //! One call of the cache: matches the dtypes, and checks everything before anything changes.
 
-use super::journal::Call;
+use super::call::TokenCall;
 use super::segments::{run_apart, RowRun};
 use super::{CacheSizes, Lists, ListsOf, State};
 use crate::config::AttentionOptions;
@@ -21,7 +21,7 @@ use std::sync::Arc;
 pub(super) fn step(
     state: &mut State,
     problem: &Problem,
-    call: &Call,
+    call: &TokenCall,
     attend: bool,
     max_entries: Option<usize>,
 ) -> Result<Option<Tensor>> {
@@ -105,7 +105,7 @@ pub(super) fn step(
 pub(super) fn step_in_parts(
     state: &mut Arc<State>,
     problem: &Problem,
-    call: &Call,
+    call: &TokenCall,
     attend: bool,
     max_entries: Option<usize>,
 ) -> Result<Option<Tensor>> {

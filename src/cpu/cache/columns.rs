@@ -1,8 +1,8 @@
 //! A list's closed chains as the far columns of blocks of rows: widened tile by tile, or gathered once for many blocks.
 
 use crate::config::Fold;
-use crate::cpu::cache::entries::Columns;
 use crate::cpu::cache::list::List;
+use crate::cpu::cache::piece::EntryColumns;
 use crate::cpu::columns::far::{FarColumns, Layout};
 use crate::cpu::columns::source::{FarSource, KeysValues, RowScratch};
 use crate::cpu::number::element::Element;
@@ -53,7 +53,7 @@ impl<S: Element> FarSource<S::Acc> for List<S> {
 /// A list whose columns were gathered, as bf16 pairs if products are made so.
 pub(crate) struct GatheredList<'a, S: Element, T: Element<Acc = S::Acc>> {
     list: &'a List<S>,
-    stored: Columns<'a, T>,
+    stored: EntryColumns<'a, T>,
     columns: Arc<FarColumns<S::Acc>>,
 }
 
@@ -61,7 +61,7 @@ impl<'a, S: Element, T: Element<Acc = S::Acc>> GatheredList<'a, S, T> {
     /// Gathers the columns unless another task has; reuses buffers of `pool` if it holds any. `stored` are all entries
     /// of the list, as stored or as accumulators.
     pub fn borrow(
-        (list, stored): (&'a List<S>, Columns<'a, T>),
+        (list, stored): (&'a List<S>, EntryColumns<'a, T>),
         columns: &Lease<FarColumns<S::Acc>>,
         pairs: Option<Pairs>,
         pool: &Pool<FarColumns<S::Acc>>,

@@ -1,12 +1,12 @@
 //! A list's decisions about a chunk of tokens, before anything changes.
 
 use crate::config::HeadTest;
-use crate::cpu::cache::list::{widened, Decided, List, Run};
+use crate::cpu::cache::list::{Decided, List, Run};
 use crate::cpu::decide::cosine::{cosine_of, distance, qualifies};
 use crate::cpu::decide::observe::{Chunk, Local, Observed, Recent};
 use crate::cpu::decide::score::ScoreTest;
 use crate::cpu::number::element::{Accumulator, Element};
-use crate::cpu::number::rows::HeadRows;
+use crate::cpu::number::rows::{widened, HeadRows};
 use crate::cpu::number::vectorized::dot;
 
 impl<S: Element> List<S> {

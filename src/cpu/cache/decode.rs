@@ -23,8 +23,8 @@
 //! 9. A closed chain is finite or already replaced when it is stored, so that far columns need no check. The window is
 //!    checked only where the list's last token that was not finite is in its stored rows.
 
-use crate::cpu::cache::entries::Piece;
 use crate::cpu::cache::list::List;
+use crate::cpu::cache::piece::EntryPiece;
 use crate::cpu::columns::chain::log2_size;
 use crate::cpu::number::element::{Accumulator, Element, Lanes};
 use crate::cpu::number::finite::{all_finite, quarantine};
@@ -230,7 +230,7 @@ impl<A: Accumulator> Decoder<A> {
     ) {
         let mut keys = vec![A::ZERO; TILE * self.dim];
         let mut values = vec![A::ZERO; TILE * self.value_dim];
-        let (mut room, mut sizes) = (Piece::empty(), Vec::new());
+        let (mut room, mut sizes) = (EntryPiece::empty(), Vec::new());
         let end = range.end;
         for start in range.step_by(TILE) {
             let tile = start..end.min(start + TILE);
@@ -426,7 +426,7 @@ impl<A: Accumulator, S: Element<Acc = A>> WithSimd for ListSplit<'_, A, S> {
             decoder.edge(simd, list, &mut self.partial);
             decoder.part(simd, decoder.near(list), &mut self.partial);
         }
-        let mut room = Piece::empty();
+        let mut room = EntryPiece::empty();
         if list.entries.code().is_some() {
             decoder.coded(simd, list, self.range, &mut self.partial);
             return self.partial;

@@ -16,10 +16,10 @@
 //! 4. [`Entries::hold`] keeps rows that have left, for a mark of the past ([`Entries::at`]).
 
 use crate::config::ByteCode;
-use crate::cpu::cache::list::{narrowed, widened};
+use crate::cpu::cache::piece::{EntryColumns, EntryPiece, SHARE};
 use crate::cpu::columns::chain::log2_size;
 use crate::cpu::number::element::{Accumulator, Element};
-use crate::cpu::number::rows::HeadRows;
+use crate::cpu::number::rows::{narrowed, widened, HeadRows};
 use crate::cpu::number::vectorized::vectorized;
 use half::bf16;
 use std::ops::Range;
@@ -27,8 +27,6 @@ use std::sync::Arc;
 
 /// Rows of a shared piece below which a writer copies it: 64 KiB at D = 64 in f16.
 const SHORT: usize = 256;
-/// The share of the rest that has left before it moves: one part of this many.
-const SHARE: usize = 8;
 /// A piece grows by an eighth of the list, and at least by this many rows: little is copied, little is unused.
 const GROWTH: usize = 64;
 
@@ -43,7 +41,7 @@ pub(crate) struct Entries<S: Element> {
     scored: bool,
     /// The code of keys and values in 8 bits.
     code: Option<ByteCode>,
-    parts: Vec<Part<S>>,
+    parts: Vec<SharedPart<S>>,
     /// The numbers of the rows: those before have left.
     rows: Range<usize>,
     /// Rows from this number on stay in memory.
@@ -52,178 +50,10 @@ pub(crate) struct Entries<S: Element> {
 
 /// The first rows of a piece.
 #[derive(Clone)]
-struct Part<S: Element> {
+struct SharedPart<S: Element> {
     /// The numbers of the rows.
     rows: Range<usize>,
-    piece: Arc<Piece<S>>,
-}
-
-/// Contiguous rows: keys (rows, D), values (rows, Dv). In 8 bits they are in `codes`, and `keys` and `values` empty.
-#[derive(Clone)]
-pub(crate) struct Piece<S: Element> {
-    pub keys: Vec<S>,
-    pub values: Vec<S>,
-    /// Of keys, then of values.
-    pub codes: [Vec<u8>; 2],
-    pub scales: [Vec<bf16>; 2],
-    pub tokens: Vec<u32>,
-    /// Empty unless rows have sizes.
-    pub log2_sizes: Vec<S::Acc>,
-    /// What a budget goes by; empty unless rows have scores.
-    pub scores: Vec<f32>,
-}
-
-/// Some rows as columns to read.
-#[derive(Clone, Copy)]
-pub(crate) struct Columns<'e, S: Element> {
-    pub keys: HeadRows<'e, S>,
-    pub values: HeadRows<'e, S>,
-    /// Codes (rows, D) and (rows, Dv), and their scales, where rows are in 8 bits; else empty.
-    pub codes: [&'e [u8]; 2],
-    pub scales: [&'e [bf16]; 2],
-    pub tokens: &'e [u32],
-    /// Empty unless rows have sizes.
-    pub log2_sizes: &'e [S::Acc],
-    /// Empty unless rows have scores.
-    pub scores: &'e [f32],
-}
-
-impl<'e, S: Element> Columns<'e, S> {
-    /// Some of the rows.
-    fn part(&self, rows: Range<usize>) -> Self {
-        let of = |data: HeadRows<'e, S>| HeadRows {
-            data: data.data.get(rows.start * data.dim..rows.end * data.dim).unwrap_or(&[]),
-            ..data
-        };
-        let dims = [self.keys.dim, self.values.dim];
-        let some = |which: usize| self.codes[which].get(rows.start * dims[which]..rows.end * dims[which]);
-        Self {
-            keys: of(self.keys),
-            values: of(self.values),
-            codes: [0, 1].map(|which| some(which).unwrap_or(&[])),
-            scales: self.scales.map(|scales| scales.get(rows.clone()).unwrap_or(&[])),
-            tokens: &self.tokens[rows.clone()],
-            log2_sizes: self.log2_sizes.get(rows.clone()).unwrap_or(&[]),
-            scores: self.scores.get(rows.clone()).unwrap_or(&[]),
-        }
-    }
-}
-
-impl<S: Element> Piece<S> {
-    pub fn empty() -> Self {
-        Self {
-            keys: Vec::new(),
-            values: Vec::new(),
-            codes: Default::default(),
-            scales: Default::default(),
-            tokens: Vec::new(),
-            log2_sizes: Vec::new(),
-            scores: Vec::new(),
-        }
-    }
-
-    fn columns(&self, rows: Range<usize>, [dim, value_dim]: [usize; 2]) -> Columns<'_, S> {
-        // Empty where the rows are in 8 bits.
-        let of = |data, dim: usize| -> HeadRows<S> {
-            let data: &[S] = data;
-            HeadRows::compact(data.get(rows.start * dim..rows.end * dim).unwrap_or(&[]), dim)
-        };
-        let codes = |which: usize, dim: usize| -> &[u8] {
-            self.codes[which].get(rows.start * dim..rows.end * dim).unwrap_or(&[])
-        };
-        Columns {
-            keys: of(&self.keys, dim),
-            values: of(&self.values, value_dim),
-            codes: [codes(0, dim), codes(1, value_dim)],
-            scales: [0, 1].map(|which| self.scales[which].get(rows.clone()).unwrap_or(&[])),
-            tokens: &self.tokens[rows.clone()],
-            log2_sizes: self.log2_sizes.get(rows.clone()).unwrap_or(&[]),
-            scores: self.scores.get(rows.clone()).unwrap_or(&[]),
-        }
-    }
-
-    fn add(&mut self, columns: Columns<S>) {
-        self.keys.extend_from_slice(columns.keys.data);
-        self.values.extend_from_slice(columns.values.data);
-        for which in 0..2 {
-            self.codes[which].extend_from_slice(columns.codes[which]);
-            self.scales[which].extend_from_slice(columns.scales[which]);
-        }
-        self.tokens.extend_from_slice(columns.tokens);
-        self.log2_sizes.extend_from_slice(columns.log2_sizes);
-        self.scores.extend_from_slice(columns.scores);
-    }
-
-    fn truncate(&mut self, rows: usize, [dim, value_dim]: [usize; 2]) {
-        self.keys.truncate(rows * dim);
-        self.values.truncate(rows * value_dim);
-        self.codes[0].truncate(rows * dim);
-        self.codes[1].truncate(rows * value_dim);
-        self.scales.iter_mut().for_each(|scales| scales.truncate(rows));
-        self.tokens.truncate(rows);
-        self.log2_sizes.truncate(rows);
-        self.scores.truncate(rows);
-    }
-
-    fn clear(&mut self) {
-        self.truncate(0, [0, 0]);
-    }
-
-    /// Drops the oldest rows; releases the memory that a long chunk took.
-    fn drain(&mut self, rows: usize, [dim, value_dim]: [usize; 2]) {
-        fn drain<T>(data: &mut Vec<T>, count: usize) {
-            data.drain(..count);
-            let wanted = data.len() + data.len() / SHARE;
-            if data.capacity() > 2 * wanted {
-                data.shrink_to(wanted);
-            }
-        }
-        match self.scales[0].is_empty() {
-            true => {
-                drain(&mut self.keys, rows * dim);
-                drain(&mut self.values, rows * value_dim);
-            }
-            false => {
-                drain(&mut self.codes[0], rows * dim);
-                drain(&mut self.codes[1], rows * value_dim);
-                self.scales.iter_mut().for_each(|scales| drain(scales, rows));
-            }
-        }
-        drain(&mut self.tokens, rows);
-        if !self.log2_sizes.is_empty() {
-            drain(&mut self.log2_sizes, rows);
-        }
-        if !self.scores.is_empty() {
-            drain(&mut self.scores, rows);
-        }
-    }
-
-    fn reserve(&mut self, rows: usize, [dim, value_dim]: [usize; 2], [sized, coded]: [bool; 2]) {
-        match coded {
-            false => {
-                self.keys.reserve_exact(rows * dim);
-                self.values.reserve_exact(rows * value_dim);
-            }
-            true => {
-                self.codes[0].reserve_exact(rows * dim);
-                self.codes[1].reserve_exact(rows * value_dim);
-                self.scales.iter_mut().for_each(|scales| scales.reserve_exact(rows));
-            }
-        }
-        self.tokens.reserve_exact(rows);
-        if sized {
-            self.log2_sizes.reserve_exact(rows);
-        }
-    }
-
-    fn bytes_allocated(&self) -> usize {
-        (self.keys.capacity() + self.values.capacity()) * size_of::<S>()
-            + self.codes.iter().map(Vec::capacity).sum::<usize>()
-            + self.scales.iter().map(Vec::capacity).sum::<usize>() * size_of::<bf16>()
-            + self.tokens.capacity() * size_of::<u32>()
-            + self.log2_sizes.capacity() * size_of::<S::Acc>()
-            + self.scores.capacity() * size_of::<f32>()
-    }
+    piece: Arc<EntryPiece<S>>,
 }
 
 impl<S: Element> Entries<S> {
@@ -242,10 +72,10 @@ impl<S: Element> Entries<S> {
     }
 
     /// The rows of one piece, all of the same number in each of its vectors.
-    pub fn from_piece(piece: Piece<S>, dims: [usize; 2], flags: [bool; 2], code: Option<ByteCode>) -> Self {
+    pub fn from_piece(piece: EntryPiece<S>, dims: [usize; 2], flags: [bool; 2], code: Option<ByteCode>) -> Self {
         let rows = 0..piece.tokens.len();
         Self {
-            parts: vec![Part {
+            parts: vec![SharedPart {
                 rows: rows.clone(),
                 piece: Arc::new(piece),
             }],
@@ -259,7 +89,7 @@ impl<S: Element> Entries<S> {
     }
 
     /// The part that holds a row, and its place there.
-    fn find(&self, row: usize) -> (&Part<S>, usize) {
+    fn find(&self, row: usize) -> (&SharedPart<S>, usize) {
         let number = self.rows.start + row;
         let index = match &self.parts[..] {
             [_] => 0,
@@ -313,7 +143,7 @@ impl<S: Element> Entries<S> {
     }
 
     /// Some rows as columns: where they are, or copied to `room` where they cross a border of pieces.
-    pub fn columns<'e>(&'e self, rows: Range<usize>, room: &'e mut Piece<S>) -> Columns<'e, S> {
+    pub fn columns<'e>(&'e self, rows: Range<usize>, room: &'e mut EntryPiece<S>) -> EntryColumns<'e, S> {
         if rows.is_empty() {
             room.clear();
             return room.columns(0..0, self.dims);
@@ -328,7 +158,7 @@ impl<S: Element> Entries<S> {
     }
 
     /// Some rows where they are, piece by piece.
-    pub fn parts(&self, rows: Range<usize>) -> impl Iterator<Item = Columns<'_, S>> {
+    pub fn parts(&self, rows: Range<usize>) -> impl Iterator<Item = EntryColumns<'_, S>> {
         let numbers = self.rows.start + rows.start..self.rows.start + rows.end;
         self.parts.iter().filter_map(move |part| {
             let both = part.rows.start.max(numbers.start)..part.rows.end.min(numbers.end);
@@ -356,9 +186,9 @@ impl<S: Element> Entries<S> {
     }
 
     /// All rows where they are, if one piece holds them.
-    pub fn whole(&self) -> Option<Columns<'_, S>> {
+    pub fn whole(&self) -> Option<EntryColumns<'_, S>> {
         match (self.len(), &self.parts[..]) {
-            (0, _) => Some(Columns {
+            (0, _) => Some(EntryColumns {
                 keys: HeadRows::compact(&[], self.dims[0]),
                 values: HeadRows::compact(&[], self.dims[1]),
                 codes: [&[]; 2],
@@ -376,15 +206,15 @@ impl<S: Element> Entries<S> {
     }
 
     /// A copy of all rows, in one piece.
-    pub fn copied(&self) -> Piece<S> {
-        let mut piece = Piece::empty();
+    pub fn copied(&self) -> EntryPiece<S> {
+        let mut piece = EntryPiece::empty();
         self.parts(0..self.len()).for_each(|part| piece.add(part));
         piece
     }
 
     /// A copy of all rows as accumulators, in one piece.
-    pub fn copied_wide(&self) -> Piece<S::Acc> {
-        let mut piece = Piece::empty();
+    pub fn copied_wide(&self) -> EntryPiece<S::Acc> {
+        let mut piece = EntryPiece::empty();
         let [dim, value_dim] = self.dims;
         piece.keys.resize(self.len() * dim, S::Acc::ZERO);
         piece.values.resize(self.len() * value_dim, S::Acc::ZERO);
@@ -402,7 +232,11 @@ impl<S: Element> Entries<S> {
     }
 
     /// Writes rows as accumulators.
-    pub fn widen<'r>(&self, columns: Columns<S>, rows: impl Iterator<Item = (&'r mut [S::Acc], &'r mut [S::Acc])>) {
+    pub fn widen<'r>(
+        &self,
+        columns: EntryColumns<S>,
+        rows: impl Iterator<Item = (&'r mut [S::Acc], &'r mut [S::Acc])>,
+    ) {
         let (code, mut rows) = (self.code, rows);
         vectorized(
             #[inline(always)]
@@ -428,12 +262,12 @@ impl<S: Element> Entries<S> {
     }
 
     /// All rows in a copy of [`Self::copied_wide`].
-    pub fn in_wide<'c>(&self, copy: &'c Piece<S::Acc>) -> Columns<'c, S::Acc> {
+    pub fn in_wide<'c>(&self, copy: &'c EntryPiece<S::Acc>) -> EntryColumns<'c, S::Acc> {
         copy.columns(0..self.len(), self.dims)
     }
 
     /// All rows in a copy of [`Self::copied`].
-    pub fn in_copy<'c>(&self, copy: &'c Piece<S>) -> Columns<'c, S> {
+    pub fn in_copy<'c>(&self, copy: &'c EntryPiece<S>) -> EntryColumns<'c, S> {
         copy.columns(0..self.len(), self.dims)
     }
 
@@ -459,7 +293,7 @@ impl<S: Element> Entries<S> {
     }
 
     /// The last part, which this list alone owns; a new one has room for `room` rows.
-    fn writable(&mut self, room: usize) -> &mut Part<S> {
+    fn writable(&mut self, room: usize) -> &mut SharedPart<S> {
         let (dims, end, flags) = (self.dims, self.rows.end, [self.sized, self.code.is_some()]);
         let alone = match self.parts.last_mut() {
             Some(last) => {
@@ -471,7 +305,7 @@ impl<S: Element> Entries<S> {
                         true
                     }
                     None if rows < SHORT => {
-                        let mut piece = Piece::empty();
+                        let mut piece = EntryPiece::empty();
                         piece.reserve(rows + room, dims, flags);
                         piece.add(last.piece.columns(0..rows, dims));
                         last.piece = Arc::new(piece);
@@ -483,9 +317,9 @@ impl<S: Element> Entries<S> {
             None => false,
         };
         if !alone {
-            let mut piece = Piece::empty();
+            let mut piece = EntryPiece::empty();
             piece.reserve(room, dims, flags);
-            self.parts.push(Part {
+            self.parts.push(SharedPart {
                 rows: end..end,
                 piece: Arc::new(piece),
             });
@@ -524,7 +358,7 @@ impl<S: Element> Entries<S> {
     }
 
     #[inline(always)]
-    fn push_with(&mut self, token: usize, size: usize, score: f32, add: impl FnOnce(&mut Piece<S>)) {
+    fn push_with(&mut self, token: usize, size: usize, score: f32, add: impl FnOnce(&mut EntryPiece<S>)) {
         let (sized, scored) = (self.sized, self.scored);
         let part = self.writable(GROWTH);
         part.rows.end += 1;
@@ -559,7 +393,7 @@ impl<S: Element> Entries<S> {
     /// Keeps the rows that `keep` accepts, which is asked for each in turn: a row's number is then its place among
     /// these.
     pub fn retain(&mut self, mut keep: impl FnMut(usize) -> bool) {
-        let mut kept = Piece::empty();
+        let mut kept = EntryPiece::empty();
         kept.reserve(self.len(), self.dims, [self.sized, self.code.is_some()]);
         let mut row = 0;
         for part in self.parts(0..self.len()) {

@@ -23,7 +23,8 @@
 
 #[cfg(doc)]
 use crate::config::Fold;
-use crate::cpu::cache::entries::{Entries, Piece};
+use crate::cpu::cache::entries::Entries;
+use crate::cpu::cache::piece::EntryPiece;
 use crate::cpu::cache::settings::ListSettings;
 use crate::cpu::columns::chain::ChainFold;
 use crate::cpu::columns::source::{Bits, RawRows};
@@ -206,7 +207,7 @@ impl<S: Element> List<S> {
         }
         let entries = tokens - 1 - self.kept_from;
         let mut chain = ChainFold::new(self.settings.fold, [self.dim, self.value_dim]);
-        let mut room = Piece::empty();
+        let mut room = EntryPiece::empty();
         let last = self.entries.columns(entries..entries + 1, &mut room);
         chain.step(false, last.keys.row(0), last.values.row(0));
         self.open = Some(chain);
@@ -392,17 +393,4 @@ fn last_not_finite<T: Element>(keys: &HeadRows<T>, values: &HeadRows<T>, count: 
         true => None,
         false => (0..count).rev().find(|row| !finite(*row..row + 1)),
     }
-}
-
-/// A row of accumulators, rounded.
-pub(crate) fn narrowed<T: Element>(row: &[T::Acc]) -> Vec<T> {
-    let mut out = vec![T::zero(); row.len()];
-    T::narrow(row, &mut out);
-    out
-}
-
-pub(crate) fn widened<T: Element>(row: &[T]) -> Vec<T::Acc> {
-    let mut out = vec![T::Acc::ZERO; row.len()];
-    T::widen(row, &mut out);
-    out
 }

@@ -7,6 +7,7 @@ pub(crate) mod decide;
 pub(crate) mod decode;
 pub(crate) mod entries;
 pub(crate) mod list;
+pub(crate) mod piece;
 pub(crate) mod range;
 pub(crate) mod settings;
 pub(crate) mod step;

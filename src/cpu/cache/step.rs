@@ -4,8 +4,8 @@ use crate::config::Dropout;
 use crate::cpu::attend::worker::Worker;
 use crate::cpu::cache::columns::GatheredList;
 use crate::cpu::cache::decode::{load_query, reads_lanes, Decoder, SPLIT};
-use crate::cpu::cache::entries::Piece;
-use crate::cpu::cache::list::{widened, Decided, List};
+use crate::cpu::cache::list::{Decided, List};
+use crate::cpu::cache::piece::EntryPiece;
 use crate::cpu::columns::chain::ChainFold;
 use crate::cpu::columns::source::FarSource;
 use crate::cpu::columns::tiles::{block_rows, Block, BlockSettings, PAIR_ROWS};
@@ -14,7 +14,7 @@ use crate::cpu::decide::observe::Chunk;
 use crate::cpu::number::bias::{Apart, BiasView};
 use crate::cpu::number::element::{Accumulator, Element, Split};
 use crate::cpu::number::philox::DropoutMask;
-use crate::cpu::number::rows::{HeadRows, RowGrid};
+use crate::cpu::number::rows::{widened, HeadRows, RowGrid};
 use crate::cpu::tile::bf16::Pairs;
 use crate::cpu::tile::softcap::Softcap;
 use crate::cpu::work::output::{Blank, Output};
@@ -172,8 +172,8 @@ impl<'a, Q: Element<Acc = S::Acc>, S: Element> Step<'a, Q, S> {
             .collect();
         let pool = Pool::new();
         // Entries that lie in several pieces, or in 8 bits, are gathered from a copy.
-        let copies: Vec<OnceLock<Piece<S>>> = lists.iter().map(|_| OnceLock::new()).collect();
-        let wide: Vec<OnceLock<Piece<S::Acc>>> = lists.iter().map(|_| OnceLock::new()).collect();
+        let copies: Vec<OnceLock<EntryPiece<S>>> = lists.iter().map(|_| OnceLock::new()).collect();
+        let wide: Vec<OnceLock<EntryPiece<S::Acc>>> = lists.iter().map(|_| OnceLock::new()).collect();
         let gather = |index: usize| {
             let (at, list) = &lists[index];
             let gathers = pairs.is_some() || self.count * at.heads.len() >= GATHERED_ROWS;

@@ -1,7 +1,7 @@
 //! Rows of heads in a borrowed buffer, and rows padded to whole registers.
 
 use crate::cpu::number::aligned::{padded, Aligned};
-use crate::cpu::number::element::Element;
+use crate::cpu::number::element::{Accumulator, Element};
 use crate::problem::RowLayout;
 
 /// A (batch, head, token) grid of contiguous rows in a borrowed buffer, with any strides but the last.
@@ -174,4 +174,18 @@ impl<A: Copy + Default> PaddedRows<A> {
             dim: self.dim,
         }
     }
+}
+
+/// A row of accumulators, rounded.
+pub(crate) fn narrowed<T: Element>(row: &[T::Acc]) -> Vec<T> {
+    let mut out = vec![T::zero(); row.len()];
+    T::narrow(row, &mut out);
+    out
+}
+
+/// A row as accumulators.
+pub(crate) fn widened<T: Element>(row: &[T]) -> Vec<T::Acc> {
+    let mut out = vec![T::Acc::ZERO; row.len()];
+    T::widen(row, &mut out);
+    out
 }
