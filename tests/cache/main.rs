@@ -13,3 +13,4 @@ mod save;
 mod segments;
 mod sliding;
 mod storage;
+mod threads;
