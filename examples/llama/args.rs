@@ -80,6 +80,13 @@ pub struct GenerateArgs {
     /// see the future, always does.
     #[arg(long, conflicts_with_all = ["prefill_chunk", "kv_dtype"])]
     pub no_cache: bool,
+    /// Decode speculatively: where the last tokens stood before, in the prompt or in the text so far, up to N tokens
+    /// that followed there are a draft, and one pass checks all of them. The text is the one without drafts, unless
+    /// rounding decides: a token's row is rounded otherwise alone than among others, and two tokens may be equally
+    /// likely but for the last bits. Gains time where a text quotes its prompt, as code, a summary or an answer does;
+    /// elsewhere it loses that of refused tokens. Not beside --batch or --no-cache.
+    #[arg(long, value_name = "N")]
+    pub draft: Option<usize>,
     /// Write speed, cache size and peak memory to this file as JSON.
     #[arg(long, value_name = "FILE")]
     pub stats: Option<PathBuf>,

@@ -11,7 +11,7 @@ use std::io::{stderr, stdout, Write};
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use candle_sfattention::CompressedKvCache;
 use serde::Serialize;
 
@@ -62,6 +62,12 @@ struct Sequence {
 pub fn run(args: &GenerateArgs) -> Result<()> {
     check_path("json", args.model.json.as_deref())?;
     args.cache.check()?;
+    if let Some(count) = args.draft {
+        bail!(
+            "draft: expected one prompt, got --draft {count} beside --batch, whose sequences take one token a step; \
+             give each prompt with --prompt, or leave --draft out"
+        )
+    }
     let compression = Compression::from_args(&args.compression)?;
     ensure!(
         compression.config.rule.is_causal(),

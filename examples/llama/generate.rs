@@ -4,10 +4,12 @@ use std::io::{stderr, stdout, Write};
 use std::time::Instant;
 
 use anyhow::{ensure, Context, Result};
+use candle_sfattention::CacheOptions;
 use serde::Serialize;
 
 use crate::args::{GenerateArgs, DEFAULT_MODEL};
 use crate::compression::Compression;
+use crate::draft;
 use crate::load::Checkpoint;
 use crate::report::{check_path, write_json, RunReport};
 use crate::sampling::Sampler;
@@ -40,7 +42,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let model = checkpoint.load_formed(attention, &|linear| format.with_step(linear))?;
     compression.check_weights(&model.fingerprint()?);
     let mut session = match cached {
-        true => Session::cached(&model, &args.cache.options(), args.cache.prefill_chunk)?,
+        true => Session::cached(&model, &cache_options(args), args.cache.prefill_chunk)?,
         false => Session::recomputed(&model),
     };
 
@@ -74,7 +76,23 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
 
 /// Whether keys and values are kept. The rule reference cannot keep them; a note says so.
 fn keeps_cache(args: &GenerateArgs, compression: &Compression) -> Result<bool> {
-    if args.no_cache || compression.config.rule.is_causal() {
+    let causal = compression.config.rule.is_causal();
+    if let Some(count) = args.draft {
+        ensure!(
+            count > 0,
+            "draft: expected at least 1 token, got 0; leave --draft out for none"
+        );
+        ensure!(
+            causal && !args.no_cache,
+            "draft: expected KV caches, which take refused tokens back, got {}; leave --draft out",
+            if args.no_cache {
+                "--no-cache"
+            } else {
+                "the rule reference, which keeps none"
+            }
+        );
+    }
+    if args.no_cache || causal {
         return Ok(!args.no_cache);
     }
     ensure!(
@@ -86,6 +104,14 @@ fn keeps_cache(args: &GenerateArgs, compression: &Compression) -> Result<bool> {
         "note: the rule reference keeps no cache, as its rows see the future: every step runs the whole sequence again"
     )?;
     Ok(false)
+}
+
+/// The options of the caches, which can take back a draft.
+fn cache_options(args: &GenerateArgs) -> CacheOptions {
+    CacheOptions {
+        rollback: args.draft.map_or(0, draft::rollback),
+        ..args.cache.options()
+    }
 }
 
 /// The prompt's tokens, which must leave room for one more in the model's context.
@@ -125,31 +151,48 @@ fn generate(
     // An answer is a text of its own; other text continues the prompt.
     let before = if args.chat { &[] } else { prompt };
     let mut stream = TextStream::new(&checkpoint.text.tokenizer, before)?;
-    let (mut text, mut generated, mut last) = (String::new(), 0, None);
+    let (mut text, mut tokens) = (String::new(), prompt.to_vec());
     let mut show = |piece: String| -> Result<()> {
         write!(out, "{piece}")?;
         text.push_str(&piece);
         Ok(out.flush()?)
     };
-    while generated < args.max_tokens {
-        let tokens = prompt.len() + generated;
-        if tokens >= checkpoint.config.context_length {
-            writeln!(stderr(), "\nnote: stopped at the model's context of {tokens} tokens")?;
+    let (most, context) = (
+        prompt.len().saturating_add(args.max_tokens),
+        checkpoint.config.context_length,
+    );
+    'text: while tokens.len() < most {
+        if tokens.len() >= context {
+            writeln!(stderr(), "\nnote: stopped at the model's context of {context} tokens")?;
             break;
         }
-        let logits = match last {
-            None => session.prefill(prompt, |_| ())?,
-            Some(token) => session.step(token)?,
+        let chosen = match tokens[prompt.len()..].last() {
+            None => vec![sampler.sample(&session.prefill(prompt, |_| ())?)?],
+            Some(last) => match args.draft {
+                None => vec![sampler.sample(&session.step(*last)?)?],
+                Some(count) => {
+                    // One more token than the draft's comes of it.
+                    let room = most.min(context) - tokens.len() - 1;
+                    let draft = draft_before_end(&tokens, count.min(room), &checkpoint.text.ends);
+                    session.step_drafted(*last, &draft, |logits| sampler.sample(logits))?
+                }
+            },
         };
-        let token = sampler.sample(&logits)?;
-        if checkpoint.text.ends.contains(&token) {
-            break;
+        for token in chosen {
+            if checkpoint.text.ends.contains(&token) {
+                break 'text;
+            }
+            tokens.push(token);
+            show(stream.step(token)?)?;
         }
-        last = Some(token);
-        generated += 1;
-        show(stream.step(token)?)?;
     }
     show(stream.finish()? + "\n")?;
     text.pop();
-    Ok((text, generated))
+    Ok((text, tokens.len() - prompt.len()))
+}
+
+/// A draft of up to `count` tokens, without one that ends the text: nothing follows it.
+fn draft_before_end(tokens: &[u32], count: usize, ends: &[u32]) -> Vec<u32> {
+    let draft = draft::look_up(tokens, count);
+    draft.into_iter().take_while(|token| !ends.contains(token)).collect()
 }

@@ -7,6 +7,7 @@ mod calibrate;
 mod chat;
 mod compression;
 mod corpus;
+mod draft;
 mod error;
 mod eval;
 #[path = "../../src/files.rs"]

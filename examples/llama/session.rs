@@ -2,13 +2,13 @@
 
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{bail, Result};
 use candle_core::Tensor;
 use candle_sfattention::{CacheOptions, CompressedKvCache};
 
 use crate::finite;
 use crate::model::{HiddenCounts, Llama};
-use crate::stats::{Hidden, KvUse, Stats};
+use crate::stats::{DraftUse, Hidden, KvUse, Stats};
 use crate::weights::Pass;
 
 /// One sequence that a model reads and continues, with timings.
@@ -19,6 +19,7 @@ pub struct Session<'a> {
     steps: usize,
     prefill_seconds: f64,
     decode_seconds: f64,
+    drafts: Option<DraftUse>,
 }
 
 #[derive(Clone)]
@@ -60,6 +61,7 @@ impl<'a> Session<'a> {
             steps: 0,
             prefill_seconds: 0.0,
             decode_seconds: 0.0,
+            drafts: None,
         }
     }
 
@@ -106,6 +108,52 @@ impl<'a> Session<'a> {
         output.check(self.prompt_tokens + self.steps)
     }
 
+    /// Runs one more token and the draft of those after it, in one pass. `choose` takes a token from the logits
+    /// `(vocabulary)` after each of them, which are finite or an error, until it takes another one than the draft has.
+    /// Returns the chosen tokens: one more than the draft's that it took. The caches go back to the last token before
+    /// these that the model has read, as if each had run alone; so they need a
+    /// [`CacheOptions::rollback`](candle_sfattention::CacheOptions::rollback) of the draft's length.
+    pub fn step_drafted(
+        &mut self,
+        token: u32,
+        draft: &[u32],
+        mut choose: impl FnMut(&Tensor) -> Result<u32>,
+    ) -> Result<Vec<u32>> {
+        let start = Instant::now();
+        let Sequence::Cached { caches, .. } = &mut self.sequence else {
+            bail!("draft: expected a sequence with caches, got one that recomputes; leave the draft out")
+        };
+        let before = self.prompt_tokens + self.steps;
+        let tokens = [&[token], draft].concat();
+        let hidden = self.model.forward_as(&tokens, caches, Pass::Step)?;
+        let logits = self.model.logits_as(&hidden, 0, tokens.len(), Pass::Step)?;
+        self.decode_seconds += start.elapsed().as_secs_f64();
+        let mut chosen = Vec::with_capacity(tokens.len());
+        for row in 0..tokens.len() {
+            let logits = logits.narrow(0, row, 1)?;
+            finite::check("hidden state", &hidden.narrow(1, row, 1)?.squeeze(0)?, before + row)?;
+            finite::check("logits", &logits, before + row)?;
+            let token = choose(&logits.squeeze(0)?)?;
+            chosen.push(token);
+            if draft.get(row) != Some(&token) {
+                break;
+            }
+        }
+        let start = Instant::now();
+        if chosen.len() < tokens.len() {
+            for cache in caches {
+                cache.truncate(before + chosen.len())?;
+            }
+        }
+        self.decode_seconds += start.elapsed().as_secs_f64();
+        self.steps += chosen.len();
+        let drafts = self.drafts.get_or_insert_default();
+        drafts.passes += 1;
+        drafts.drafted += draft.len();
+        drafts.accepted += chosen.len() - 1;
+        Ok(chosen)
+    }
+
     /// Its caches, one per layer; None if it recomputes.
     pub fn into_caches(self) -> Option<Vec<CompressedKvCache>> {
         match self.sequence {
@@ -130,6 +178,7 @@ impl<'a> Session<'a> {
             generated_tokens: generated,
             prefill_tokens_per_second: speed(self.prompt_tokens, self.prefill_seconds),
             decode_tokens_per_second: speed(self.steps, self.decode_seconds),
+            draft: self.drafts,
             kv,
             hidden,
             peak_rss_bytes: crate::stats::memory("VmHWM"),

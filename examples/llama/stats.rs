@@ -16,8 +16,11 @@ pub struct Stats {
     pub generated_tokens: usize,
     /// None if nothing ran.
     pub prefill_tokens_per_second: Option<f64>,
-    /// The speed of the steps after the prompt, one token each; None if there was no step.
+    /// The speed after the prompt, in tokens that the caches keep; None if there was no step.
     pub decode_tokens_per_second: Option<f64>,
+    /// None without drafts.
+    #[serde(default)]
+    pub draft: Option<DraftUse>,
     /// None without a cache.
     #[serde(flatten)]
     pub kv: Option<KvUse>,
@@ -25,6 +28,15 @@ pub struct Stats {
     pub hidden: Hidden,
     /// Of the whole process, weights included; None if the system does not tell.
     pub peak_rss_bytes: Option<u64>,
+}
+
+/// Drafts of tokens, and how many of them the model chose too.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct DraftUse {
+    /// Passes through the model after the prompt.
+    pub passes: usize,
+    pub drafted: usize,
+    pub accepted: usize,
 }
 
 /// The size of all layers' caches.
@@ -167,6 +179,15 @@ impl Stats {
         writeln!(out, "generated tokens  {}", self.generated_tokens)?;
         writeln!(out, "prefill           {}", speed(self.prefill_tokens_per_second))?;
         writeln!(out, "decode            {}", speed(self.decode_tokens_per_second))?;
+        if let Some(draft) = &self.draft {
+            writeln!(
+                out,
+                "drafts            {} of {} tokens accepted, {:.2} tokens a pass",
+                draft.accepted,
+                draft.drafted,
+                (draft.passes + draft.accepted) as f64 / draft.passes.max(1) as f64
+            )?;
+        }
         if let Some(kv) = &self.kv {
             writeln!(
                 out,

@@ -122,6 +122,7 @@ fn measure(model: &str, tokens: &[u32], prompt: usize) -> Result<Run> {
         generated_tokens: rest,
         prefill_tokens_per_second: Some(prompt as f64 / prefill),
         decode_tokens_per_second: Some(rest as f64 / decode),
+        draft: None,
         kv: None,
         hidden: Hidden {
             hidden_ratio: 0.0,

@@ -60,8 +60,10 @@ fn a_folder_in_the_place_of_the_file_is_kept() -> Result<()> {
 #[cfg(unix)]
 mod unix {
     use super::*;
-    use std::os::unix::fs::{symlink, PermissionsExt};
-    use std::process::Command;
+    use candle_core::Tensor;
+    use std::os::unix::fs::{symlink, MetadataExt, PermissionsExt};
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Command, Stdio};
 
     fn mode(path: &Path) -> Result<u32> {
         Ok(fs::metadata(path)?.permissions().mode() & 0o777)
@@ -144,5 +146,64 @@ mod unix {
         assert_eq!(fs::read(&file)?, old);
         assert_eq!(folder.names()?, ["cache"], "no temporary file");
         Ok(())
+    }
+
+    /// The process that the test below starts, and kills: 64 MiB are long enough to be met while they are written.
+    #[test]
+    #[ignore]
+    fn saves_much_where_it_is_told() {
+        let path = std::env::var("SFATTENTION_TEST_SAVE_TO").expect("a path");
+        much().unwrap().save(path).unwrap();
+    }
+
+    const MANY: usize = 16384;
+
+    fn much() -> Result<CompressedKvCache> {
+        let off = HeadStrategies::uniform(MergeStrategy::Off);
+        let mut cache = CompressedKvCache::new(off, Default::default(), Default::default())?;
+        let zeros = Tensor::zeros((1, 8, MANY, 64), DType::F32, &Device::Cpu)?;
+        cache.append_without_queries(&zeros, &zeros, 8)?;
+        Ok(cache)
+    }
+
+    /// A process that is killed while it writes leaves the old file, and what it had written under hidden names. A
+    /// process may be faster than the signal: it has saved the whole new file then, and another one is started.
+    #[test]
+    fn a_process_that_is_killed_while_it_saves_leaves_the_old_file() -> Result<()> {
+        for _ in 0..20 {
+            let folder = Folder::new("killed")?;
+            let file = folder.0.join("cache");
+            cache(3)?.save(&file)?;
+            let old = fs::read(&file)?;
+            let mut child = Command::new(std::env::current_exe()?)
+                .args(["--ignored", "--exact", "files::unix::saves_much_where_it_is_told"])
+                .env("SFATTENTION_TEST_SAVE_TO", &file)
+                .stdout(Stdio::null())
+                .spawn()?;
+            while child.try_wait()?.is_none() && written(&folder)? == 0 {
+                std::thread::yield_now();
+            }
+            child.kill()?;
+            let status = child.wait()?;
+            let now = fs::read(&file)?;
+            if now != old {
+                assert_eq!(tokens_in(&file)?, MANY, "{status:?}");
+                continue;
+            }
+            assert_eq!(status.signal(), Some(9), "{status:?}");
+            assert!(written(&folder)? > 0, "{:?}", folder.names()?);
+            // The names are no hindrance.
+            cache(4)?.save(&file)?;
+            assert_eq!(tokens_in(&file)?, 4);
+            return Ok(());
+        }
+        anyhow::bail!("no process was killed while it wrote")
+    }
+
+    /// Bytes on the disk of the files with hidden names; they may come and go meanwhile.
+    fn written(folder: &Folder) -> Result<u64> {
+        let names = folder.names()?.into_iter().filter(|name| name.starts_with('.'));
+        let sizes = names.map(|name| fs::metadata(folder.0.join(name)).map_or(0, |file| 512 * file.blocks()));
+        Ok(sizes.sum())
     }
 }

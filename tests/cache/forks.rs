@@ -70,6 +70,26 @@ fn forks_equal_fresh_caches_bit_for_bit() -> Result<()> {
     Ok(())
 }
 
+/// Where every token is kept, a fork's own memory is that of its own tokens: it does not grow with the prompt.
+#[test]
+fn a_forks_own_memory_does_not_grow_with_the_prompt() -> Result<()> {
+    let own = |prompt: usize| -> Result<usize> {
+        let shape = Shape(1, 2, 1, prompt + 100, 32);
+        let qkv = shape.qkv(1, DType::F32)?;
+        let strategies = HeadStrategies::uniform(MergeStrategy::Off);
+        let config = config(Fold::Mean, 32, Criterion::KeyKey);
+        let mut cache = CompressedKvCache::new(strategies, config, CacheOptions::default())?;
+        append(&mut cache, &qkv, 0, prompt)?;
+        let mut fork = cache.fork();
+        for token in prompt..prompt + 100 {
+            append(&mut fork, &qkv, token, 1)?;
+        }
+        Ok(fork.bytes_allocated() - fork.bytes_shared())
+    };
+    assert_eq!(own(8192)?, own(1024)?);
+    Ok(())
+}
+
 /// A thousand forks of a prompt hold its entries once, and their own tokens beside them.
 #[test]
 fn a_thousand_forks_hold_the_prompt_once() -> Result<()> {

@@ -17,3 +17,4 @@ mod save;
 mod segments;
 mod sliding;
 mod storage;
+mod threads;

@@ -3,14 +3,26 @@
 include!("../../examples/llama/decoder.rs");
 
 #[allow(dead_code)]
+#[path = "../../examples/llama/draft.rs"]
+mod draft;
+#[allow(dead_code)]
 #[path = "../../examples/llama/finite.rs"]
 mod finite;
 #[allow(dead_code)]
 #[path = "../../examples/llama/study/prune.rs"]
 mod prune;
 #[allow(dead_code)]
+#[path = "../../examples/llama/sampling.rs"]
+mod sampling;
+#[allow(dead_code)]
 #[path = "../../examples/llama/study/score.rs"]
 mod score;
+#[allow(dead_code)]
+#[path = "../../examples/llama/session.rs"]
+mod session;
+#[allow(dead_code)]
+#[path = "../../examples/llama/stats.rs"]
+mod stats;
 #[allow(dead_code)]
 #[path = "../../examples/llama/steps.rs"]
 mod steps;
@@ -39,6 +51,7 @@ mod cached;
 mod checkpoints;
 mod commands;
 mod demo;
+mod drafts;
 mod every_kind;
 #[cfg(unix)]
 mod files;

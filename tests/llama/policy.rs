@@ -25,7 +25,7 @@ fn on<'a>(command: &'a str, model: &'a str, file: &'a str) -> Vec<&'a str> {
 }
 
 /// A policy that hides half, made once.
-fn policy() -> &'static str {
+pub fn policy() -> &'static str {
     static POLICY: OnceLock<String> = OnceLock::new();
     POLICY.get_or_init(|| {
         let fixture = Fixture::get();

@@ -33,7 +33,7 @@ fn folder(kind: Kind) -> String {
 }
 
 /// A Gemma 3 of two layers that slide and one that sees all tokens.
-fn gemma() -> &'static str {
+pub fn gemma() -> &'static str {
     static FOLDER: OnceLock<String> = OnceLock::new();
     FOLDER.get_or_init(|| folder(Kind::Gemma3))
 }
@@ -42,7 +42,7 @@ fn on<'a>(command: &'a str, model: &'a str, file: &'a str) -> Vec<&'a str> {
     vec![command, "--model", model, "--text", file]
 }
 
-fn calibrated() -> &'static (String, String) {
+pub fn calibrated() -> &'static (String, String) {
     static POLICY: OnceLock<(String, String)> = OnceLock::new();
     POLICY.get_or_init(|| {
         let fixture = Fixture::get();

@@ -27,7 +27,7 @@ use std::sync::Arc;
 
 /// Rows of a shared piece below which a writer copies it: 64 KiB at D = 64 in f16.
 const SHORT: usize = 256;
-/// A piece grows by an eighth of the list, and at least by this many rows: little is copied, little is unused.
+/// A piece grows by an eighth, and at least by this many rows: little is copied, little is unused.
 const GROWTH: usize = 64;
 
 /// Rows in the storage dtype S. A clone shares them.
@@ -284,8 +284,11 @@ impl<S: Element> Entries<S> {
     /// Makes room for more rows, in a piece of this list alone.
     pub fn reserve(&mut self, more: usize) {
         let (dims, flags) = (self.dims, [self.sized, self.code.is_some()]);
-        let growth = GROWTH.max(self.len() / 8);
         self.release();
+        // A fork's own piece is short, however long the list is.
+        let alone = self.parts.last().filter(|part| Arc::strong_count(&part.piece) == 1);
+        let rows = alone.map_or(0, |part| part.rows.len().min(self.len()));
+        let growth = GROWTH.max(rows / 8);
         let part = self.writable(more + growth);
         if part.piece.tokens.capacity() - part.rows.len() < more {
             Arc::make_mut(&mut part.piece).reserve(more + growth, dims, flags);
