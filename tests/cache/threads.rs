@@ -12,7 +12,7 @@ use crate::common::saved::bits;
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_sfattention::{
-    AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, HeadStrategies, MergeStrategy,
+    AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, HeadStrategies, MergeStrategy, Storage,
 };
 use rand::{rngs::StdRng, Rng, SeedableRng};
 use std::process::Command;
@@ -36,7 +36,7 @@ struct Shared {
     pool: [Tensor; 3],
     strategies: HeadStrategies,
     config: CompressionConfig,
-    storage: DType,
+    storage: Storage,
     options: AttentionOptions,
     prompt: Option<CompressedKvCache>,
 }
@@ -46,7 +46,7 @@ impl Shared {
         pool: &[Tensor; 3],
         strategy: MergeStrategy,
         config: CompressionConfig,
-        storage: DType,
+        storage: Storage,
         sliding_window: Option<usize>,
     ) -> Result<Self> {
         let config = CompressionConfig {
@@ -76,10 +76,11 @@ impl Shared {
         let (pretrained, calibrated) = (CompressionConfig::pretrained, CompressionConfig::calibrated);
         let pool = &POOL.qkv(1, DType::F32)?;
         Ok(vec![
-            Self::new(pool, similar, pretrained(), DType::F32, None)?,
-            Self::new(pool, similar, calibrated(), DType::F32, None)?,
-            Self::new(pool, similar, pretrained(), DType::F16, Some(200))?,
-            Self::new(pool, off, pretrained(), DType::BF16, None)?,
+            Self::new(pool, similar, pretrained(), Storage::F32, None)?,
+            Self::new(pool, similar, calibrated(), Storage::F32, None)?,
+            Self::new(pool, similar, pretrained(), Storage::F16, Some(200))?,
+            Self::new(pool, off, pretrained(), Storage::BF16, None)?,
+            Self::new(pool, similar, pretrained(), Storage::I8, None)?,
         ])
     }
 
