@@ -3,6 +3,7 @@
 use crate::common::caches::{chunked, part, strategies};
 use crate::common::files::{Contents, TempFile};
 use crate::common::inputs::{assert_close, values, Shape};
+use crate::common::settings::settings;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_sfattention::{
@@ -350,5 +351,41 @@ fn a_window_has_room_for_four() -> Result<()> {
             "at most {most} bytes reserved: the window has none"
         );
     }
+    Ok(())
+}
+
+/// A draft's few tokens in one call are single tokens, bit for bit.
+#[test]
+fn few_tokens_are_single_tokens() -> Result<()> {
+    let shape = Shape(2, 6, 2, 90, 16);
+    let mut ran = 0;
+    for (index, setting) in settings().into_iter().enumerate() {
+        let options = (setting.options)(&shape);
+        let strategies = setting.strategies(&shape)?;
+        let new = || CompressedKvCache::new(strategies.clone(), setting.config.clone(), Default::default());
+        if new().is_err() || options.bias.is_some() || options.dropout.is_some() || !options.causal {
+            continue;
+        }
+        let qkv = shape.qkv(index as u64, DType::F32)?;
+        let (mut together, mut alone) = (new()?, new()?);
+        let mut start = 0;
+        for count in [3, 60, 2, 6, 5, 4] {
+            let [q, k, v] = part(&qkv, start, count)?;
+            let got = together.append_and_attend(&q, &k, &v, &options)?;
+            let expected = match count {
+                60 => alone.append_and_attend(&q, &k, &v, &options)?,
+                _ => chunked(&mut alone, &part(&qkv, start, count)?, &[1], |_, _| Ok(options.clone()))?,
+            };
+            assert_eq!(
+                values(&got)?,
+                values(&expected)?,
+                "{}: {count} at {start}",
+                setting.name
+            );
+            start += count;
+        }
+        ran += 1;
+    }
+    assert!(ran > 8, "{ran} settings");
     Ok(())
 }
