@@ -3,6 +3,9 @@
 include!("../../examples/llama/decoder.rs");
 
 #[allow(dead_code)]
+#[path = "../../examples/llama/corpus.rs"]
+mod corpus;
+#[allow(dead_code)]
 #[path = "../../examples/llama/finite.rs"]
 mod finite;
 #[allow(dead_code)]
@@ -48,4 +51,5 @@ mod packed;
 mod policy;
 mod report;
 mod sliding;
+mod start;
 mod text;
