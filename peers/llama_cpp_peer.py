@@ -57,7 +57,7 @@ def main():
                   logits_all=args.nll, verbose=False)
     # A token has far fewer than 16 bytes of text.
     text = Path(args.text).read_bytes()[: 16 * longest]
-    tokens = llama.tokenize(text, add_bos=False)[:longest]
+    tokens = llama.tokenize(text)[:longest]  # with BOS where the file says so, as there
     if len(tokens) < longest:
         sys.exit(f"error: text: expected at least {longest} tokens, got {len(tokens)}; give a longer one with --text")
     print("prompt  attention   prefill tok/s  decode tok/s" + ("  nll of the decoded tokens" if args.nll else ""))

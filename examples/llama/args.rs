@@ -122,7 +122,7 @@ impl GenerateArgs {
 
 #[derive(Debug, Args)]
 pub struct EvalArgs {
-    /// The text file to score. No BOS token is added.
+    /// The text file to score. Where the checkpoint adds BOS, it stands in place of each window's first token.
     #[arg(long)]
     pub text: PathBuf,
     /// Tokens per window; context - 1 of them are predicted.
@@ -281,7 +281,7 @@ pub struct ReportArgs {
 
 #[derive(Debug, Args)]
 pub struct BenchArgs {
-    /// The text whose beginning is the prompt. No BOS token is added.
+    /// The text whose beginning is the prompt, after BOS where the checkpoint adds it.
     #[arg(long, default_value = "data/moby-dick.txt")]
     pub text: PathBuf,
     /// Prompt lengths in tokens. One that leaves no room for --decode in the model's context is shortened.

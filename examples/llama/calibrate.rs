@@ -13,6 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::args::{CalibrateArgs, ErrorScale, WeightArgs};
 use crate::corpus::{self, Window};
+use crate::load::text::Start;
 use crate::load::Checkpoint;
 use crate::model::{HiddenCounts, LayerCall, Llama, LlamaConfig};
 use crate::probe;
@@ -25,9 +26,11 @@ pub fn run(args: &CalibrateArgs) -> Result<()> {
     config.check(true)?;
     let text = corpus::read(&args.text)?;
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
-    corpus::check_context(args.context, &checkpoint)?;
+    let start = checkpoint.start()?;
+    corpus::check_context(args.context, &checkpoint, &start)?;
     let windows = windows(
         &checkpoint.encode(&text, false)?,
+        &start,
         args.context,
         args.windows,
         args.repeats,
@@ -60,12 +63,12 @@ fn outs(args: &CalibrateArgs) -> Result<Vec<PathBuf>> {
 }
 
 /// Windows of prose, and windows of repeated passages.
-pub fn windows(tokens: &[u32], context: usize, count: usize, repeats: usize) -> Result<Vec<Window>> {
+pub fn windows(tokens: &[u32], start: &Start, context: usize, count: usize, repeats: usize) -> Result<Vec<Window>> {
     let prose = windows::spread(tokens, context, count, Purpose::Calibrate)?;
-    let mut windows: Vec<Window> = prose.into_iter().map(Window::prose).collect();
+    let mut windows: Vec<Window> = prose.into_iter().map(|window| Window::prose(window, start)).collect();
     if repeats > 0 {
         let repeats = windows::spread(tokens, context, repeats, Purpose::Calibrate)?;
-        windows.extend(repeats.into_iter().map(Window::copy));
+        windows.extend(repeats.into_iter().map(|window| Window::copy(window, start)));
     }
     Ok(windows)
 }

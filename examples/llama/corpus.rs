@@ -7,6 +7,7 @@ use anyhow::{ensure, Context, Result};
 use candle_core::{Device, Tensor, D};
 
 use crate::finite;
+use crate::load::text::Start;
 use crate::load::Checkpoint;
 use crate::model::Llama;
 use crate::weights::Pass;
@@ -15,34 +16,40 @@ use crate::weights::Pass;
 const LOGIT_ROWS: usize = 64;
 
 /// The tokens that a model reads; predictions from `first` on count.
-#[derive(Clone, Debug)]
+///
+/// A checkpoint's BOS stands in place of the first token of a text's window. So a window is as long as without BOS, and
+/// the same tokens are predicted; BOS itself never is.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Window {
     pub tokens: Vec<u32>,
     /// The first token that is predicted, at least 1.
     first: usize,
+    copy: bool,
 }
 
 impl Window {
-    /// The tokens as they are; all but the first count.
-    pub fn prose(tokens: &[u32]) -> Self {
+    /// The tokens; all but the first count.
+    pub fn prose(tokens: &[u32], start: &Start) -> Self {
         Self {
-            tokens: tokens.to_vec(),
-            first: 1,
+            tokens: start.over(tokens),
+            first: start.count().max(1),
+            copy: false,
         }
     }
 
-    /// Its first half twice: `[A][A again]`. The second half counts.
-    pub fn copy(tokens: &[u32]) -> Self {
-        let half = &tokens[..tokens.len() / 2];
+    /// Its first half twice: `[A][A again]`, with one BOS before both. The second half counts.
+    pub fn copy(tokens: &[u32], start: &Start) -> Self {
+        let half = (tokens.len() - start.count()) / 2;
         Self {
-            tokens: half.repeat(2),
-            first: half.len().max(1),
+            tokens: start.over_twice(tokens),
+            first: (start.count() + half).max(1),
+            copy: true,
         }
     }
 
     /// Whether it is a passage twice.
     pub fn is_copy(&self) -> bool {
-        self.first > 1
+        self.copy
     }
 
     /// How many predictions count.
@@ -106,12 +113,12 @@ pub fn read(file: &Path) -> Result<String> {
     Ok(text)
 }
 
-/// Refuses windows that the model was not made for.
-pub fn check_context(context: usize, checkpoint: &Checkpoint) -> Result<()> {
-    let limit = checkpoint.config.context_length;
+/// Refuses windows that the model was not made for, or that have no place for two tokens after `start`.
+pub fn check_context(context: usize, checkpoint: &Checkpoint, start: &Start) -> Result<()> {
+    let (least, limit) = (2 + start.count(), checkpoint.config.context_length);
     ensure!(
-        (2..=limit).contains(&context),
-        "context: expected 2 to {limit}, the model's context length, got {context}; change --context"
+        (least..=limit).contains(&context),
+        "context: expected {least} to {limit}, the model's context length, got {context}; change --context"
     );
     Ok(())
 }

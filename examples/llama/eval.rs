@@ -39,12 +39,16 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let compression = Compression::from_args(&args.compression)?;
     let text = corpus::read(&args.text)?;
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
-    corpus::check_context(args.context, &checkpoint)?;
+    let start = checkpoint.start()?;
+    corpus::check_context(args.context, &checkpoint, &start)?;
     let attention = compression.attention(&checkpoint.config)?;
     let tokens = checkpoint.encode(&text, false)?;
     let windows: Vec<Window> = windows(&tokens, args)?
         .into_iter()
-        .map(if args.copy { Window::copy } else { Window::prose })
+        .map(|window| match args.copy {
+            true => Window::copy(window, &start),
+            false => Window::prose(window, &start),
+        })
         .collect();
     ensure!(
         args.step != Some(0),
@@ -57,9 +61,9 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let model = checkpoint.load_formed(attention, &|linear| format.with_step(linear))?;
     compression.check_weights(&model.fingerprint()?);
 
-    let start = Instant::now();
+    let begun = Instant::now();
     let (nll, hidden) = score(&model, &windows, (args.step, args.kv_dtype))?;
-    let seconds = start.elapsed().as_secs_f64();
+    let seconds = begun.elapsed().as_secs_f64();
     let predicted: usize = windows.iter().map(Window::predicted).sum();
     let nll = nll / predicted as f64;
     let report = EvalReport {

@@ -122,12 +122,19 @@ impl<'a> Run<'a> {
             Ok(ids)
         };
         let tokens = texts.iter().map(encoded).collect::<Result<Vec<_>>>()?;
-        let mix = Mix::new(tokens, source.tokenizer.clone(), args.context)?;
+        let mix = Mix::new(
+            tokens,
+            source.tokenizer.clone(),
+            source.framing.start.clone(),
+            args.context,
+        )?;
         let mut held_out = Vec::new();
         if let Some(text) = &held_out_text {
             let tokens = encoded(text)?;
             for windows in &args.held_out_windows {
-                held_out.push(HeldOut::new(&tokens, windows.tokens, windows.count).context("held-out")?);
+                held_out.push(
+                    HeldOut::new(&tokens, &source.framing.start, windows.tokens, windows.count).context("held-out")?,
+                );
             }
         }
         let start = match (&resumed, &args.policy) {

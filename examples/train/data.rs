@@ -11,6 +11,8 @@ use tokenizers::models::TrainerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer};
 
+use crate::load::text::Start;
+
 /// The token that ends a text. A training text is one piece, so the model never sees this token.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
 
@@ -93,14 +95,21 @@ pub fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
 }
 
 /// The batch of step `step`: inputs and targets (batch, context), from places that depend only on the seed and the
-/// step.
-pub fn batch(tokens: &[u32], batch: usize, context: usize, seed: u64, step: usize) -> Result<(Tensor, Tensor)> {
+/// step. The start stands in place of the first tokens of an input.
+pub fn batch(
+    (tokens, start): (&[u32], &Start),
+    batch: usize,
+    context: usize,
+    seed: u64,
+    step: usize,
+) -> Result<(Tensor, Tensor)> {
     let mut rng = StdRng::seed_from_u64(seed ^ (step as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     let (mut inputs, mut targets) = (Vec::new(), Vec::new());
     for _ in 0..batch {
         let first = rng.random_range(0..(tokens.len() - context) as u64) as usize;
-        inputs.extend_from_slice(&tokens[first..first + context]);
-        targets.extend_from_slice(&tokens[first + 1..=first + context]);
+        let sequence = start.over(&tokens[first..=first + context]);
+        inputs.extend_from_slice(&sequence[..context]);
+        targets.extend_from_slice(&sequence[1..]);
     }
     let tensor = |ids| Tensor::from_vec(ids, (batch, context), &Device::Cpu);
     Ok((tensor(inputs)?, tensor(targets)?))

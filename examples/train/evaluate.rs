@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor, Var, D};
 use candle_sfattention::CompressedAttention;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::load::text::Start;
 use crate::model::{HiddenCounts, Llama, LlamaConfig};
 use crate::trainable::Trainable;
 use crate::weights::{Linear, Weights};
@@ -27,11 +28,14 @@ pub fn number_or_nan<'de, D: Deserializer<'de>>(deserializer: D) -> std::result:
 /// Windows of the held-out text that do not overlap.
 pub struct Evaluator {
     windows: Vec<Vec<u32>>,
+    /// The first token that is predicted.
+    first: usize,
 }
 
 impl Evaluator {
     /// `wanted` windows of `context` tokens, as in `llama eval --spread`, or all windows, as in `llama eval`.
-    pub fn new(tokens: &[u32], context: usize, wanted: Option<usize>) -> Result<Self> {
+    pub fn new(tokens: &[u32], start: &Start, context: usize, wanted: Option<usize>) -> Result<Self> {
+        start.check_room(context)?;
         let available = tokens.len() / context;
         ensure!(
             available > 0,
@@ -44,7 +48,8 @@ impl Evaluator {
             None => tokens.chunks_exact(context).collect(),
         };
         Ok(Self {
-            windows: windows.into_iter().map(<[u32]>::to_vec).collect(),
+            windows: windows.into_iter().map(|window| start.over(window)).collect(),
+            first: start.count().max(1),
         })
     }
 
@@ -59,8 +64,8 @@ impl Evaluator {
         let (mut sum, mut predicted) = (0.0, 0);
         for window in &self.windows {
             let hidden = model.forward(window, &mut counts)?;
-            let rows = window.len() - 1;
-            sum += nll(&model.logits(&hidden, 0, rows)?, &window[1..])?;
+            let rows = window.len() - self.first;
+            sum += nll(&model.logits(&hidden, self.first - 1, rows)?, &window[self.first..])?;
             predicted += rows;
         }
         Ok(HeldOut {

@@ -9,7 +9,7 @@ use tokenizers::Tokenizer;
 
 use crate::data::{vocabulary_size, END_OF_TEXT};
 use crate::floats::all_weights;
-use crate::load::text::{Edge, Text};
+use crate::load::text::{Edge, Start, Text};
 use crate::load::{Checkpoint, LoadOptions};
 use crate::model::LlamaConfig;
 use crate::rope::{Llama3Scaling, Pairing, RopeScaling};
@@ -19,6 +19,8 @@ use crate::rope::{Llama3Scaling, Pairing, RopeScaling};
 pub struct Framing {
     /// Ids that end a text.
     pub ends: Vec<u32>,
+    /// What the llama example puts before every sequence, and so training too.
+    pub start: Start,
     /// Names and contents of further files, such as tokenizer_config.json.
     pub files: Vec<(String, Vec<u8>)>,
 }
@@ -29,6 +31,7 @@ impl Framing {
         let end = tokenizer.token_to_id(END_OF_TEXT).into_iter().collect();
         let text = Text::new(tokenizer.clone(), Edge::default(), Edge::default(), end, None)?;
         Ok(Self {
+            start: text.start()?,
             ends: text.ends,
             files: Vec::new(),
         })
@@ -57,6 +60,7 @@ impl Source {
         );
         let weights = checkpoint.read(all_weights)?;
         let mut config = checkpoint.config.clone();
+        let start = checkpoint.text.start()?;
         let pairing = config.rope_pairing;
         config.rope_pairing = Pairing::Halves;
         config.rope_scaling = named(&config).with_context(|| model.to_string())?;
@@ -67,6 +71,7 @@ impl Source {
             config,
             framing: Framing {
                 ends: checkpoint.text.ends,
+                start,
                 files: checkpoint.companions,
             },
             tokenizer: checkpoint.text.tokenizer,

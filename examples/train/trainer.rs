@@ -106,7 +106,12 @@ impl<'a> Run<'a> {
             tokens.len()
         );
         let held_out_tokens = encode(&text.held_out, &tokenizer, &config)?;
-        let evaluator = Evaluator::new(&held_out_tokens, training.context, training.eval_windows)?;
+        let evaluator = Evaluator::new(
+            &held_out_tokens,
+            &framing.start,
+            training.context,
+            training.eval_windows,
+        )?;
         let settings = settings(args, &compression, &config, &tokenizer, &text.hash)?;
         let attention = compression.attention(&config)?;
         let model = Trainable::new(&config, attention.clone(), training.seed)?;
@@ -192,7 +197,13 @@ impl<'a> Run<'a> {
     /// that is not finite, and changes nothing. Also returns the batch's hidden ratio.
     fn train_step(&mut self) -> Result<(StepLosses, f64)> {
         let (args, training, start) = (self.args, &self.args.training, Instant::now());
-        let (inputs, targets) = data::batch(&self.tokens, training.batch, training.context, training.seed, self.step)?;
+        let (inputs, targets) = data::batch(
+            (&self.tokens, &self.framing.start),
+            training.batch,
+            training.context,
+            training.seed,
+            self.step,
+        )?;
         let losses = self.model.losses(&inputs, &targets)?;
         let lambda = args.lambda * args.lambda_schedule.factor(self.step, training.steps);
         let total = match &losses.compression {

@@ -3,6 +3,9 @@
 include!("../../examples/llama/decoder.rs");
 
 #[allow(dead_code)]
+#[path = "../../examples/llama/corpus.rs"]
+mod corpus;
+#[allow(dead_code)]
 #[path = "../../examples/llama/draft.rs"]
 mod draft;
 #[allow(dead_code)]
@@ -61,4 +64,5 @@ mod packed;
 mod policy;
 mod report;
 mod sliding;
+mod start;
 mod text;

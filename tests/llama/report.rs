@@ -50,6 +50,7 @@ fn samples(checkpoint: &Checkpoint, kind: TaskKind, seed: u64) -> Result<[Sample
     let prose = prose(checkpoint)?;
     let maker = TaskMaker {
         encode: &encode,
+        start: &checkpoint.start()?,
         prose: &prose,
         length: 220,
         seed,
@@ -108,6 +109,7 @@ fn a_task_needs_room() -> Result<()> {
     for kind in TaskKind::value_variants() {
         let maker = TaskMaker {
             encode: &encode,
+            start: &checkpoint.start()?,
             prose: &prose,
             length: 20,
             seed: 1,

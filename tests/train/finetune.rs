@@ -202,6 +202,24 @@ fn a_folder_keeps_its_biases_scaling_ends_and_templates() {
     }
 }
 
+/// The held-out windows begin with BOS here and in `llama eval` alike, before training and after it.
+#[test]
+fn a_folder_that_adds_bos_is_trained_with_it() {
+    let (plain, model) = (Fixture::get().path("hf"), Fixture::get().path("with_bos"));
+    fs::create_dir_all(&model).unwrap();
+    for file in ["config.json", "tokenizer.json", "model.safetensors"] {
+        fs::copy(format!("{plain}/{file}"), format!("{model}/{file}")).unwrap();
+    }
+    let mut config = json(format!("{plain}/tokenizer_config.json"));
+    config["add_bos_token"] = true.into();
+    fs::write(format!("{model}/tokenizer_config.json"), config.to_string()).unwrap();
+    finetune(&model, "from_bos");
+    let with = first_perplexity(&Fixture::get().path("from_bos"));
+    finetune(&plain, "from_no_bos");
+    let without = first_perplexity(&Fixture::get().path("from_no_bos"));
+    assert!((with - without).abs() > 1e-3 * without, "{with}, {without}");
+}
+
 #[test]
 fn shards_and_llama3_scaling_are_read() {
     let fixture = Fixture::get();

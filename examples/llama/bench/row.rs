@@ -13,7 +13,7 @@ use crate::stats::{mib, KvUse, Stats};
 /// Bytes of text that surely hold a token: the text beyond them need not be tokenized.
 const BYTES_PER_TOKEN: usize = 16;
 
-/// The first `count` tokens of a text.
+/// The first `count` tokens of a text, among them the checkpoint's BOS.
 pub fn first_tokens(text: &Path, checkpoint: &Checkpoint, count: usize) -> Result<Vec<u32>> {
     let whole = fs::read_to_string(text).with_context(|| format!("text {}: give one with --text", text.display()))?;
     let mut end = whole.len().min(count * BYTES_PER_TOKEN);
@@ -24,6 +24,7 @@ pub fn first_tokens(text: &Path, checkpoint: &Checkpoint, count: usize) -> Resul
     if tokens.len() < count && end < whole.len() {
         tokens = checkpoint.encode(&whole, false)?;
     }
+    tokens = checkpoint.start()?.before(&tokens);
     ensure!(
         tokens.len() >= count,
         "text: expected at least {count} tokens, the longest prompt and those to decode, got {}; give a longer text or \

@@ -30,7 +30,7 @@ use crate::model::{Llama, LlamaConfig};
 use crate::weights::{Linear, Weights};
 
 use self::formed::Formed;
-use self::text::Text;
+use self::text::{Start, Text};
 
 /// How weights are held.
 #[derive(Clone, Debug)]
@@ -125,6 +125,18 @@ impl Checkpoint {
     /// Token ids of `text`; `special` adds the tokens around a text, such as BOS.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let ids = self.text.encode(text, special)?;
+        self.check_ids(&ids)?;
+        Ok(ids)
+    }
+
+    /// What [`Self::encode`] adds before a text, for sequences that are made of pieces of texts.
+    pub fn start(&self) -> Result<Start> {
+        let start = self.text.start()?;
+        self.check_ids(start.tokens())?;
+        Ok(start)
+    }
+
+    fn check_ids(&self, ids: &[u32]) -> Result<()> {
         let vocabulary = self.config.vocab_size;
         if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary) {
             let token = self.text.tokenizer.id_to_token(*id).unwrap_or_default();
@@ -133,7 +145,7 @@ impl Checkpoint {
                  the tokenizer belongs to another checkpoint, or the embedding was not enlarged for its added tokens"
             );
         }
-        Ok(ids)
+        Ok(())
     }
 }
 

@@ -40,6 +40,54 @@ pub struct Text {
     pub chat_template: Option<ChatTemplate>,
 }
 
+/// The tokens that a checkpoint puts before every sequence that its model reads: BOS, or none. Windows and questions
+/// are made with it, so that no command can leave it out.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Start(Vec<u32>);
+
+impl Start {
+    /// How many tokens it has. They are read, and never scored.
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    pub fn tokens(&self) -> &[u32] {
+        &self.0
+    }
+
+    /// Refuses sequences of `context` tokens that have no place for two after the start.
+    #[allow(dead_code)] // the train example does so
+    pub fn check_room(&self, context: usize) -> Result<()> {
+        let least = 2 + self.count();
+        ensure!(
+            context >= least,
+            "context: expected at least {least} tokens, {} of them before the text, got {context}; change --context",
+            self.count()
+        );
+        Ok(())
+    }
+
+    /// The start, then `tokens`. Tokens that have it already get no second one.
+    pub fn before(&self, tokens: &[u32]) -> Vec<u32> {
+        match tokens.starts_with(&self.0) {
+            true => tokens.to_vec(),
+            false => [&self.0, tokens].concat(),
+        }
+    }
+
+    /// `tokens`, at least as many as the start has, with the start in place of the first.
+    pub fn over(&self, tokens: &[u32]) -> Vec<u32> {
+        [&self.0, &tokens[self.count()..]].concat()
+    }
+
+    /// As [`Self::over`], with the first half of the other tokens twice.
+    pub fn over_twice(&self, tokens: &[u32]) -> Vec<u32> {
+        let text = &tokens[self.count()..];
+        let half = &text[..text.len() / 2];
+        [&self.0, half, half].concat()
+    }
+}
+
 /// A token at an edge of texts.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Edge {
@@ -101,6 +149,16 @@ impl Text {
             ids.splice(..there, repeat_n(bos, self.bos.wanted(leading(&own, bos), there)));
         }
         Ok(ids)
+    }
+
+    /// What [`Self::encode`] adds before a text.
+    pub fn start(&self) -> Result<Start> {
+        const TEXT: &str = "a";
+        let own = self.encode(TEXT, false)?;
+        let mut ids = self.encode(TEXT, true)?;
+        let place = ids.windows(own.len().max(1)).position(|part| part == own);
+        ids.truncate(place.unwrap_or(0));
+        Ok(Start(ids))
     }
 }
 

@@ -40,10 +40,11 @@ pub fn run(args: &ReportArgs) -> Result<()> {
     let text = corpus::read(&args.text)?;
     let options = args.model.load_options()?;
     let mut checkpoint = Checkpoint::open(&args.model.model, options.clone())?;
-    corpus::check_context(args.context, &checkpoint)?;
+    let start = checkpoint.start()?;
+    corpus::check_context(args.context, &checkpoint, &start)?;
     let asked = !args.tasks.is_empty();
     for length in args.passkey.iter().chain(args.lengths.iter().filter(|_| asked)) {
-        corpus::check_context(*length, &checkpoint)?;
+        corpus::check_context(*length, &checkpoint, &start)?;
     }
     let tokens = checkpoint.encode(&text, false)?;
     let work = Workload::new(&tokens, &checkpoint, args)?;
@@ -64,8 +65,12 @@ pub fn run(args: &ReportArgs) -> Result<()> {
         true => Vec::new(),
         false => policies.iter().map(Named::figures).collect(),
     };
+    let begins = match start.count() {
+        0 => String::new(),
+        _ => format!(" {start:?}"),
+    };
     let settings = format!(
-        "{} {} {} {} {:?} {QUESTION:?} {} {:?} {given:?} {}",
+        "{} {} {} {} {:?} {QUESTION:?} {} {:?} {given:?} {}{begins}",
         model.fingerprint()?,
         args.text.display(),
         args.context,

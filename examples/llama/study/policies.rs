@@ -8,6 +8,7 @@ use candle_sfattention::{Criterion, Policy};
 
 use crate::args::{CalibrateArgs, ReportArgs};
 use crate::calibrate::{self, Found, Measured};
+use crate::load::text::Start;
 use crate::load::Checkpoint;
 use crate::model::Llama;
 use crate::report::write_file;
@@ -88,7 +89,7 @@ fn calibrated(model: &Llama, checkpoint: &Checkpoint, tokens: &[u32], args: &Rep
             Policy::from_json(&fs::read_to_string(file(ratio))?)?
         } else {
             if found.is_none() {
-                found = Some(measure(&measured, model, tokens, args)?);
+                found = Some(measure(&measured, model, (tokens, &checkpoint.start()?), args)?);
             }
             let found = found.as_ref().context("calibration")?;
             let policy = measured.policy(found, *ratio, &model.fingerprint()?)?;
@@ -105,8 +106,8 @@ fn calibrated(model: &Llama, checkpoint: &Checkpoint, tokens: &[u32], args: &Rep
     Ok(policies)
 }
 
-fn measure(measured: &Measured, model: &Llama, tokens: &[u32], args: &ReportArgs) -> Result<Found> {
-    let windows = calibrate::windows(tokens, args.context, args.calibration, args.calibration)?;
+fn measure(measured: &Measured, model: &Llama, (tokens, start): (&[u32], &Start), args: &ReportArgs) -> Result<Found> {
+    let windows = calibrate::windows(tokens, start, args.context, args.calibration, args.calibration)?;
     let calibrator = measured.calibrator(args.compression.calibrated_config(), &CalibrateArgs::RATIOS)?;
     measured.measure(model, calibrator, &windows, args.weights)
 }

@@ -7,21 +7,23 @@ use rand::seq::SliceRandom;
 use rand::{rngs::StdRng, Rng, SeedableRng};
 
 use super::words::{COMMON, FIRST, SECOND};
+use crate::load::text::Start;
 
 /// A text, a question after it, and the answer at its end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sample {
     pub tokens: Vec<u32>,
-    /// Tokens before the question.
+    /// Tokens before the question, the start among them.
     pub context: usize,
     /// Tokens of the answer.
     pub answer: usize,
 }
 
 impl Sample {
-    pub fn new(context: &[u32], question: &[u32], answer: &[u32]) -> Self {
+    pub fn new(start: &Start, context: &[u32], question: &[u32], answer: &[u32]) -> Self {
+        let context = start.before(context);
         Self {
-            tokens: [context, question, answer].concat(),
+            tokens: [&context, question, answer].concat(),
             context: context.len(),
             answer: answer.len(),
         }
@@ -60,8 +62,9 @@ pub type Encode<'a> = &'a dyn Fn(&str) -> Result<Vec<u32>>;
 /// Makes samples of one length from the prose of a text.
 pub struct TaskMaker<'a> {
     pub encode: Encode<'a>,
+    pub start: &'a Start,
     pub prose: &'a [u32],
-    /// Tokens of a sample, its question and answer included.
+    /// Tokens of a sample, its start, question and answer included.
     pub length: usize,
     pub seed: u64,
 }
@@ -104,12 +107,12 @@ impl TaskMaker<'_> {
             from = place;
         }
         context.extend_from_slice(&filler[from..]);
-        Ok(Sample::new(&context, &question, &answer))
+        Ok(Sample::new(self.start, &context, &question, &answer))
     }
 
     /// Prose that fills the text up.
     fn filler(&self, kind: TaskKind, taken: usize, rng: &mut StdRng) -> Result<&[u32]> {
-        let count = self.length.saturating_sub(taken);
+        let count = self.length.saturating_sub(self.start.count() + taken);
         ensure!(
             count > 0 && count <= self.prose.len(),
             "lengths: expected more than the {taken} tokens of the facts, the question and the answer of {}, and a \
@@ -127,7 +130,8 @@ impl TaskMaker<'_> {
         let words: Vec<&str> = sample(rng, COMMON.len(), 23).iter().map(|word| COMMON[word]).collect();
         let question = (self.encode)("\n\nThe three most frequent words of the list are:")?;
         let answer = (self.encode)(&format!(" {}, {}, {}", words[0], words[1], words[2]))?;
-        let budget = self.length.saturating_sub(question.len() + answer.len() + 1);
+        let ends = question.len() + answer.len();
+        let budget = self.length.saturating_sub(self.start.count() + ends + 1);
         let seed = rng.random();
         let mut count = budget;
         let list = loop {
@@ -138,8 +142,8 @@ impl TaskMaker<'_> {
             }
             count = (count * budget / list.len()).min(count - 1);
         };
-        let filler = self.filler(kind, list.len() + question.len() + answer.len(), rng)?;
-        Ok(Sample::new(&[filler, &list].concat(), &question, &answer))
+        let filler = self.filler(kind, list.len() + ends, rng)?;
+        Ok(Sample::new(self.start, &[filler, &list].concat(), &question, &answer))
     }
 }
 

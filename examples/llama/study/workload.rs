@@ -23,19 +23,20 @@ impl Workload {
     /// from seeds.
     pub fn new(tokens: &[u32], checkpoint: &Checkpoint, args: &ReportArgs) -> Result<Self> {
         let mut work = Self::default();
+        let start = &checkpoint.start()?;
         for (index, window) in windows::spread(tokens, args.context, args.windows, Purpose::Score)?
             .into_iter()
             .enumerate()
         {
-            work.add(format!("prose {index}"), Task::Text(Window::prose(window)));
-            work.add(format!("copy {index}"), Task::Text(Window::copy(window)));
+            work.add(format!("prose {index}"), Task::Text(Window::prose(window, start)));
+            work.add(format!("copy {index}"), Task::Text(Window::copy(window, start)));
         }
         for length in &args.passkey {
             work.ask("passkey", *length);
             for (index, depth) in args.depths.iter().enumerate() {
                 for key in 0..args.keys {
                     let number = index + key * args.depths.len();
-                    let sample = passkey(checkpoint, tokens, *length, *depth, number)?;
+                    let sample = passkey(checkpoint, (tokens, start), *length, *depth, number)?;
                     let again = if key == 0 { String::new() } else { format!(" {key}") };
                     work.add(format!("passkey {length} {depth}{again}"), Task::Asked(sample));
                 }
@@ -47,6 +48,7 @@ impl Workload {
                 work.ask(kind.name(), *length);
                 let maker = TaskMaker {
                     encode: &encode,
+                    start,
                     prose: tokens,
                     length: *length,
                     seed: args.seed,

@@ -7,6 +7,7 @@ use rand::{rngs::StdRng, seq::SliceRandom, Rng, SeedableRng};
 use tokenizers::Tokenizer;
 
 use crate::data::encode;
+use crate::load::text::Start;
 
 const SYLLABLES: [&str; 24] = [
     "ba", "cor", "da", "el", "fin", "gar", "hol", "is", "jo", "kan", "lin", "mar", "nor", "or", "pel", "quin", "ro",
@@ -37,6 +38,8 @@ const MOST_FACTS: usize = 8;
 pub struct Mix {
     texts: Vec<Vec<u32>>,
     tokenizer: Tokenizer,
+    start: Start,
+    /// Tokens of a sequence after its start.
     context: usize,
 }
 
@@ -47,8 +50,9 @@ struct Fact {
 }
 
 impl Mix {
-    /// Encoded texts; each must be longer than `context`.
-    pub fn new(texts: Vec<Vec<u32>>, tokenizer: Tokenizer, context: usize) -> Result<Self> {
+    /// Encoded texts; each must be longer than `context`, the tokens of a sequence.
+    pub fn new(texts: Vec<Vec<u32>>, tokenizer: Tokenizer, start: Start, context: usize) -> Result<Self> {
+        start.check_room(context)?;
         for (index, text) in texts.iter().enumerate() {
             ensure!(
                 text.len() > context,
@@ -60,7 +64,8 @@ impl Mix {
         Ok(Self {
             texts,
             tokenizer,
-            context,
+            context: context - start.count(),
+            start,
         })
     }
 
@@ -68,15 +73,18 @@ impl Mix {
     /// twice, a quarter has facts. They depend only on the seed and the step.
     pub fn batch(&self, batch: usize, seed: u64, step: usize, device: &Device) -> Result<Tensor> {
         let mut rng = generator(seed, step);
-        let mut tokens = Vec::with_capacity(batch * self.context);
+        let context = self.start.count() + self.context;
+        let mut tokens = Vec::with_capacity(batch * context);
         for _ in 0..batch {
-            match rng.random_range(0..4) {
-                0 => tokens.extend(self.repeated(&mut rng)),
-                1 => tokens.extend(self.facts(&mut rng)?),
-                _ => tokens.extend(self.prose(&mut rng, self.context)),
-            }
+            let text = match rng.random_range(0..4) {
+                0 => self.repeated(&mut rng),
+                1 => self.facts(&mut rng)?,
+                _ => self.prose(&mut rng, self.context).to_vec(),
+            };
+            tokens.extend_from_slice(self.start.tokens());
+            tokens.extend(text);
         }
-        Ok(Tensor::from_vec(tokens, (batch, self.context), device)?)
+        Ok(Tensor::from_vec(tokens, (batch, context), device)?)
     }
 
     /// `count` windows for a fit, each (1, context): every other one is a passage twice.
@@ -85,10 +93,11 @@ impl Mix {
         let mut rng = generator(seed, usize::MAX);
         let window = |index: usize| {
             let half = self.context / 2;
-            let tokens = match index % 2 {
+            let text = match index % 2 {
                 0 => self.prose(&mut rng, self.context).to_vec(),
                 _ => self.prose(&mut rng, half).repeat(2),
             };
+            let tokens = [self.start.tokens(), &text].concat();
             let shape = (1, tokens.len());
             Ok(Tensor::from_vec(tokens, shape, device)?)
         };

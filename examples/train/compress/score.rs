@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::distill::nll;
 use super::student::{Student, Teacher};
+use crate::load::text::Start;
 use crate::windows::{spread, Purpose};
 
 /// Windows scored at once.
@@ -15,6 +16,8 @@ const BATCH: usize = 8;
 pub struct HeldOut {
     prose: Vec<Vec<u32>>,
     copies: Vec<Vec<u32>>,
+    /// Tokens of each window that are no text.
+    start: usize,
 }
 
 /// Mean nats per token.
@@ -38,21 +41,25 @@ pub struct Scores {
 }
 
 impl HeldOut {
-    pub fn new(tokens: &[u32], context: usize, count: usize) -> Result<Self> {
+    /// Windows as those of `llama report`: the start stands in place of the first tokens.
+    pub fn new(tokens: &[u32], start: &Start, context: usize, count: usize) -> Result<Self> {
+        start.check_room(context)?;
         let windows = spread(tokens, context, count, Purpose::Score)?;
         Ok(Self {
-            copies: windows.iter().map(|window| window[..context / 2].repeat(2)).collect(),
-            prose: windows.into_iter().map(<[u32]>::to_vec).collect(),
+            copies: windows.iter().map(|window| start.over_twice(window)).collect(),
+            prose: windows.into_iter().map(|window| start.over(window)).collect(),
+            start: start.count(),
         })
     }
 
     pub fn score(&self, teacher: &Teacher, student: &Student, shift: f64, device: &Device) -> Result<Scores> {
-        let (prose, hidden_share) = score(&self.prose, 1, (teacher, student), shift, device)?;
-        let half = self.copies.first().map_or(1, |window| window.len() / 2);
+        let (prose, hidden_share) = score(&self.prose, self.start.max(1), (teacher, student), shift, device)?;
+        let halves = self.copies.first().map_or(1, |window| window.len() - self.start);
+        let again = (self.start + halves / 2).max(1);
         Ok(Scores {
             context: self.prose.first().map_or(0, Vec::len),
             prose,
-            copies: score(&self.copies, half.max(1), (teacher, student), shift, device)?.0,
+            copies: score(&self.copies, again, (teacher, student), shift, device)?.0,
             hidden_share,
         })
     }
