@@ -167,7 +167,10 @@ impl Student {
         );
         logits.sort_unstable_by(f32::total_cmp);
         let kept = ((logits.len() as f64 * (1.0 - target)).round() as usize).clamp(1, logits.len());
-        Ok(f64::from(logits[kept - 1]))
+        // Between two logits: a score that equals the threshold but for its last bit would be hidden by one kernel and
+        // kept by another.
+        let (last_kept, first_hidden) = (logits[kept - 1], logits.get(kept).copied());
+        Ok(f64::from(last_kept.midpoint(first_hidden.unwrap_or(last_kept))))
     }
 
     /// Decisions that hide the tokens whose logit is above `shift`.
