@@ -74,7 +74,7 @@ fn a_session_that_hides_tokens_is_not_cut_back() -> Result<()> {
     refused(
         &mut session,
         PROMPT,
-        &["layer 0", "expected 0 or all 101 tokens", "got 90", "clone()"],
+        &["layer 0", "expected 0 or all 101 tokens", "got 90", "fork()"],
     )?;
     session.truncate(TOKENS)?;
     assert_eq!(bits(&go_on(&mut before, model.as_mut())?), bits(&logits));
