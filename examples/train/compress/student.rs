@@ -167,10 +167,13 @@ impl Student {
         );
         logits.sort_unstable_by(f32::total_cmp);
         let kept = ((logits.len() as f64 * (1.0 - target)).round() as usize).clamp(1, logits.len());
-        // Between two logits: a score that equals the threshold but for its last bit would be hidden by one kernel and
-        // kept by another.
-        let (last_kept, first_hidden) = (logits[kept - 1], logits.get(kept).copied());
-        Ok(f64::from(last_kept.midpoint(first_hidden.unwrap_or(last_kept))))
+        // In a gap between logits: a score that equals the threshold but for its last bits would be hidden by one kernel
+        // and kept by another. A token that comes again has the same logit, but for such bits.
+        let last_kept = logits[kept - 1];
+        let alike = |logit: &&f32| **logit <= last_kept + 1e-4 * (1.0 + last_kept.abs());
+        let next = kept + logits[kept..].iter().take_while(alike).count();
+        let below = logits[next - 1];
+        Ok(f64::from(below.midpoint(logits.get(next).copied().unwrap_or(below))))
     }
 
     /// Decisions that hide the tokens whose logit is above `shift`.
