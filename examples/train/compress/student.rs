@@ -167,8 +167,8 @@ impl Student {
         );
         logits.sort_unstable_by(f32::total_cmp);
         let kept = ((logits.len() as f64 * (1.0 - target)).round() as usize).clamp(1, logits.len());
-        // In a gap between logits: a score that equals the threshold but for its last bits would be hidden by one kernel
-        // and kept by another. A token that comes again has the same logit, but for such bits.
+        // In a gap between logits: a score that equals the threshold but for its last bits would be hidden by one
+        // kernel and kept by another. A token that comes again has the same logit, but for such bits.
         let last_kept = logits[kept - 1];
         let alike = |logit: &&f32| **logit <= last_kept + 1e-4 * (1.0 + last_kept.abs());
         let next = kept + logits[kept..].iter().take_while(alike).count();
