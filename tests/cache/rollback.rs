@@ -1,6 +1,6 @@
 //! Going back: a cache with a journal equals, bit for bit, one that never saw the tokens that were taken back.
 
-use crate::common::caches::{part, part_options, strategies, with_thresholds};
+use crate::common::caches::{part, part_options, recorded, strategies, with_thresholds};
 use crate::common::files::{Contents, TempFile};
 use crate::common::inputs::{Normal, Shape};
 use crate::common::saved::bits;
@@ -29,16 +29,7 @@ struct Sequence {
 
 impl Sequence {
     fn cache(&self) -> Result<CompressedKvCache> {
-        let options = CacheOptions {
-            storage: self.storage,
-            rollback: ROLLBACK,
-            ..Default::default()
-        };
-        Ok(CompressedKvCache::new(
-            self.strategies.clone(),
-            self.config.clone(),
-            options,
-        )?)
+        recorded(&self.strategies, &self.config, self.storage, ROLLBACK)
     }
 
     fn append(&self, cache: &mut CompressedKvCache, start: usize, count: usize) -> Result<Tensor> {
@@ -48,6 +39,15 @@ impl Sequence {
             None => cache.append_and_attend(q, k, v, &options)?,
             Some(scores) => cache.append_and_attend_scored(q, k, v, &scores.narrow(2, start, count)?, &options)?,
         })
+    }
+
+    /// A cache that saw these calls alone, each a start and a count, and the rows of the last.
+    fn fresh(&self, calls: &[(usize, usize)]) -> Result<(CompressedKvCache, Tensor)> {
+        let (mut fresh, mut last) = (self.cache()?, None);
+        for (start, count) in calls {
+            last = Some(self.append(&mut fresh, *start, *count)?);
+        }
+        Ok((fresh, last.context("a call")?))
     }
 
     /// Appends calls of these lengths and takes back up to [`ROLLBACK`] tokens after some of them, twice over.
@@ -63,15 +63,8 @@ impl Sequence {
             let got = self.append(&mut cache, start, count)?;
             calls.push((start, count));
             longest = longest.max(start + count);
-            let fresh = || -> Result<(CompressedKvCache, Tensor)> {
-                let (mut fresh, mut last) = (self.cache()?, None);
-                for (start, count) in &calls {
-                    last = Some(self.append(&mut fresh, *start, *count)?);
-                }
-                Ok((fresh, last.context("a call")?))
-            };
             if below(3) == 0 {
-                let (_, expected) = fresh()?;
+                let (_, expected) = self.fresh(&calls)?;
                 assert_eq!(bits(&got)?, bits(&expected)?, "{}: rows from {start} on", self.name);
             }
             let shortest = longest.saturating_sub(ROLLBACK).max(1);
@@ -83,13 +76,7 @@ impl Sequence {
                 if let Some((start, count)) = calls.last_mut() {
                     *count = (*count).min(to - *start);
                 }
-                let fresh = {
-                    let mut fresh = self.cache()?;
-                    for (start, count) in &calls {
-                        self.append(&mut fresh, *start, *count)?;
-                    }
-                    fresh
-                };
+                let (fresh, _) = self.fresh(&calls)?;
                 assert_eq!(cache.seq_len(), to, "{}", self.name);
                 assert_eq!(cache.lens(), fresh.lens(), "{}", self.name);
                 assert_eq!(cache.bytes(), fresh.bytes(), "{}", self.name);

@@ -5,14 +5,14 @@
 //! `SFA_THREADS_MINUTES` says for how long.
 
 use crate::common::again::full_name;
-use crate::common::caches::{part, with_thresholds};
+use crate::common::caches::{part, recorded, with_thresholds};
 use crate::common::files::{Contents, TempFile};
 use crate::common::inputs::Shape;
 use crate::common::saved::bits;
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_sfattention::{
-    AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, HeadStrategies, MergeStrategy, Storage,
+    AttentionOptions, CompressedKvCache, CompressionConfig, HeadStrategies, MergeStrategy, Storage,
 };
 use rand::{rngs::StdRng, Rng, SeedableRng};
 use std::process::Command;
@@ -85,16 +85,7 @@ impl Shared {
     }
 
     fn cache(&self) -> Result<CompressedKvCache> {
-        let options = CacheOptions {
-            storage: Some(self.storage),
-            rollback: ROLLBACK,
-            ..Default::default()
-        };
-        Ok(CompressedKvCache::new(
-            self.strategies.clone(),
-            self.config.clone(),
-            options,
-        )?)
+        recorded(&self.strategies, &self.config, Some(self.storage), ROLLBACK)
     }
 
     fn append(&self, cache: &mut CompressedKvCache, call: Call) -> Result<Tensor> {

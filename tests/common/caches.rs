@@ -2,7 +2,9 @@
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_sfattention::{AttentionOptions, CompressedKvCache, CompressionConfig, HeadStrategies, MergeStrategy};
+use candle_sfattention::{
+    AttentionOptions, CacheOptions, CompressedKvCache, CompressionConfig, HeadStrategies, MergeStrategy, Storage,
+};
 
 use super::inputs::Shape;
 
@@ -34,6 +36,21 @@ pub fn with_thresholds(
     let middle = 0.5 * group * (shape.4 as f64 / 3.0).sqrt();
     let thresholds = (Tensor::arange(0u32, shape.1 as u32, &Device::Cpu)?.to_dtype(DType::F64)? * (0.1 * middle))?;
     Ok(strategies.with_thresholds(&(thresholds + middle)?)?)
+}
+
+/// An empty cache that can take back its last `rollback` tokens.
+pub fn recorded(
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    storage: Option<Storage>,
+    rollback: usize,
+) -> Result<CompressedKvCache> {
+    let options = CacheOptions {
+        storage,
+        rollback,
+        ..Default::default()
+    };
+    Ok(CompressedKvCache::new(strategies.clone(), config.clone(), options)?)
 }
 
 /// Tokens `start..start + count` of q, k and v.
