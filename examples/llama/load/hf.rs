@@ -8,13 +8,16 @@ use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
 use serde::de::DeserializeOwned;
 use serde::Deserialize;
+use serde_json::Value;
 
+use super::fp8::Quantization;
 use super::hf_config;
 use super::hf_tensors::Tensors;
 use super::hf_text_part;
 use super::hf_tokenizer::{text, TextFiles};
 use super::hub::Hub;
 use super::Checkpoint;
+use crate::model::LlamaConfig;
 use crate::weights::{Linear, Weights};
 
 /// The files of one checkpoint on this machine.
@@ -119,21 +122,11 @@ fn companions(origin: &dyn Origin) -> Result<Vec<(String, Vec<u8>)>> {
 }
 
 pub fn open(files: &Files, dtype: DType, device: &Device) -> Result<Checkpoint> {
-    let raw: serde_json::Value = read_json(&files.config)?;
-    let read = || -> Result<_> {
-        let part = hf_text_part::config(&raw)?;
-        let raw = part.as_ref().unwrap_or(&raw);
-        let (config, quantization) = (hf_config::read(raw)?, hf_config::quantization(raw)?);
-        Ok((
-            config,
-            quantization,
-            hf_config::kind(raw)?.norm_offset(),
-            part.is_some(),
-        ))
-    };
-    let (config, quantization, norm_offset, is_part) = read().with_context(|| format!("{}", files.config.display()))?;
-    let mut tensors = Tensors::open(&files.weights, quantization)?;
-    if is_part {
+    let raw: Value = read_json(&files.config)?;
+    let settings = Settings::read(&raw).with_context(|| format!("{}", files.config.display()))?;
+    let config = settings.config;
+    let mut tensors = Tensors::open(&files.weights, settings.quantization)?;
+    if settings.is_part {
         tensors.take_text_part();
     }
     Ok(Checkpoint {
@@ -141,11 +134,8 @@ pub fn open(files: &Files, dtype: DType, device: &Device) -> Result<Checkpoint> 
         companions: files.companions.clone(),
         weights: Box::new(HfWeights {
             tensors,
-            attention_bias: config.attention_bias,
-            output_bias: config.attention_bias && !config.layer.output_without_bias,
-            mlp_bias: config.mlp_bias,
-            norm_offset,
-            tied: config.tied,
+            config: config.clone(),
+            norm_offset: settings.norm_offset,
             dtype,
             device: device.clone(),
         }),
@@ -153,15 +143,45 @@ pub fn open(files: &Files, dtype: DType, device: &Device) -> Result<Checkpoint> 
     })
 }
 
-struct HfWeights {
-    tensors: Tensors,
-    /// Whether q, k and v have biases, and o.
-    attention_bias: bool,
-    output_bias: bool,
-    mlp_bias: bool,
+/// The contents of config.json.
+struct Settings {
+    config: LlamaConfig,
+    quantization: Option<Quantization>,
     /// Added to the weights of norms.
     norm_offset: f64,
-    tied: bool,
+    /// Whether the model is the text part of another one.
+    is_part: bool,
+}
+
+impl Settings {
+    fn read(raw: &Value) -> Result<Self> {
+        let part = hf_text_part::config(raw)?;
+        let raw = part.as_ref().unwrap_or(raw);
+        Ok(Self {
+            config: hf_config::read(raw)?,
+            quantization: hf_config::quantization(raw)?,
+            norm_offset: hf_config::kind(raw)?.norm_offset(),
+            is_part: part.is_some(),
+        })
+    }
+}
+
+/// The shape that a config.json names, for weights that come from elsewhere as floats.
+pub fn shape(raw: &Value) -> Result<LlamaConfig> {
+    let settings = Settings::read(raw)?;
+    ensure!(
+        settings.quantization.is_none(),
+        "quantization_config: expected none for weights that are made as floats, got one; remove the key"
+    );
+    settings.config.check()?;
+    Ok(settings.config)
+}
+
+struct HfWeights {
+    tensors: Tensors,
+    config: LlamaConfig,
+    /// Added to the weights of norms.
+    norm_offset: f64,
     dtype: DType,
     device: Device,
 }
@@ -197,14 +217,7 @@ impl Weights for HfWeights {
 
     fn linear(&mut self, path: &str, rows: usize, columns: usize) -> Result<Linear> {
         let weight = self.get(&format!("{path}.weight"), &[rows, columns])?;
-        let has_bias = if path.contains(".mlp.") {
-            self.mlp_bias
-        } else if path.ends_with(".o_proj") {
-            self.output_bias
-        } else {
-            self.attention_bias
-        };
-        let bias = match has_bias {
+        let bias = match self.config.has_bias(path) {
             true => Some(self.get(&format!("{path}.bias"), &[rows])?),
             false => None,
         };
@@ -225,7 +238,7 @@ impl Weights for HfWeights {
     }
 
     fn check_all_read(&mut self) -> Result<()> {
-        if self.tied {
+        if self.config.tied {
             self.tensors.pass_copy("lm_head.weight", "model.embed_tokens.weight")?;
         }
         self.tensors.check_all_read()

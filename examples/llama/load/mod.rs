@@ -29,7 +29,9 @@ use candle_sfattention::CompressedAttention;
 use crate::model::{Llama, LlamaConfig};
 use crate::weights::{Linear, Weights};
 
-use self::formed::Formed;
+pub use self::formed::Formed;
+#[allow(unused_imports)] // not every program makes weights
+pub use self::hf::shape;
 use self::text::{Start, Text};
 
 /// How weights are held.

@@ -52,6 +52,17 @@ impl LlamaConfig {
         self.layer.rotated.unwrap_or(self.head_dim)
     }
 
+    /// Whether the matrix at `path`, a Hugging Face name without `.weight`, has a bias.
+    pub fn has_bias(&self, path: &str) -> bool {
+        if path.contains(".mlp.") {
+            self.mlp_bias
+        } else if path.ends_with(".o_proj") {
+            self.attention_bias && !self.layer.output_without_bias
+        } else {
+            self.attention_bias
+        }
+    }
+
     /// Refuses shapes that no Llama has, before anything is allocated for them.
     pub fn check(&self) -> Result<()> {
         // Far larger than any Llama, and small enough that a product of two sizes does not overflow.
