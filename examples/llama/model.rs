@@ -25,7 +25,7 @@ pub use layer_options::LayerOptions;
 pub use layer_options::{Activation, NormKind, Sliding};
 
 use anyhow::{ensure, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, D};
 use candle_sfattention::{attend, AttentionOptions, CacheOptions, CompressedAttention, CompressedKvCache, MergePlan};
 
 use self::layer::{fitted, rotated, Layer};
@@ -206,6 +206,30 @@ impl Llama {
         })
     }
 
+    /// Hidden states `(rows, 1, hidden)` of the next token of each batch row of `caches`, which append it. All rows are
+    /// at the same position.
+    #[allow(dead_code)] // not read by every program
+    pub fn forward_rows(&self, tokens: &[u32], caches: &mut [CompressedKvCache], pass: Pass) -> Result<Tensor> {
+        let position = caches.first().map_or(0, CompressedKvCache::seq_len);
+        let rotations = self.rotations(position, 1)?;
+        self.run_rows((tokens, tokens.len()), pass, |index, layer, xs, _| {
+            let rotation = self.rotation(index, &rotations);
+            layer.attention.forward_cached(xs, rotation, &mut caches[index], pass)
+        })
+    }
+
+    /// As [`Self::forward_rows`] at `position`, with attention and its caches left out: the rotated queries take the
+    /// place of its output. For the time of all else.
+    #[allow(dead_code)] // not read by every program
+    pub fn forward_rows_unattended(&self, tokens: &[u32], position: usize, pass: Pass) -> Result<Tensor> {
+        let rotations = self.rotations(position, 1)?;
+        self.run_rows((tokens, tokens.len()), pass, |index, layer, xs, _| {
+            let projected = layer.attention.project(xs, pass)?;
+            let [q, _, _] = rotated(&projected, self.rotation(index, &rotations))?;
+            layer.attention.merge_heads(&q, pass)
+        })
+    }
+
     /// Hidden states `(1, N, hidden)` of a whole sequence, with plans that the caller makes. Each layer's hidden tokens
     /// are added to `counts`.
     pub fn forward_planned(
@@ -262,16 +286,27 @@ impl Llama {
         Ok(format!("norms-{hash:016x}"))
     }
 
-    /// Runs all layers; `attend` gets each layer's index, normed input, and input.
+    /// Runs all layers on one sequence; `attend` gets each layer's index, normed input, and input.
     fn run(
         &self,
         tokens: &[u32],
+        pass: Pass,
+        attend: impl FnMut(usize, &Layer, &Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        self.run_rows((tokens, 1), pass, attend)
+    }
+
+    /// As [`Self::run`], with the tokens of `rows` sequences, one after another.
+    fn run_rows(
+        &self,
+        (tokens, rows): (&[u32], usize),
         pass: Pass,
         mut attend: impl FnMut(usize, &Layer, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         check_ids(tokens, self.vocab_size)?;
         let ids = Tensor::new(tokens, &self.device)?;
-        let mut xs = self.embedding.rows(&ids)?.unsqueeze(0)?;
+        let xs = self.embedding.rows(&ids)?;
+        let mut xs = xs.reshape((rows, tokens.len() / rows, xs.dim(1)?))?;
         if let Some(scale) = self.options.embedding_scale {
             xs = (xs * scale)?;
         }
@@ -311,6 +346,14 @@ impl Llama {
     #[allow(dead_code)] // a report reads it
     pub fn logits_in_place(&self, hidden: &Tensor, first: usize, n: usize) -> Result<Tensor> {
         self.logits_on_device(hidden, first, n, Pass::Prompt)
+    }
+
+    /// The likeliest next token of each row of hidden states `(rows, 1, hidden)`, found on the model's device.
+    #[allow(dead_code)] // not read by every program
+    pub fn likeliest(&self, hidden: &Tensor, pass: Pass) -> Result<Vec<u32>> {
+        let rows = hidden.dim(0)?;
+        let logits = self.logits_on_device(&hidden.transpose(0, 1)?, 0, rows, pass)?;
+        Ok(logits.argmax(D::Minus1)?.to_vec1()?)
     }
 
     fn logits_on_device(&self, hidden: &Tensor, first: usize, n: usize, pass: Pass) -> Result<Tensor> {
