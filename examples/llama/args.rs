@@ -7,6 +7,7 @@ use std::str::FromStr;
 use candle_sfattention::Storage;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::bench::serving::args::ServingArgs;
 use crate::compression::CompressionArgs;
 use crate::model_args::{CacheArgs, ModelArgs};
 use crate::study::tasks::TaskKind;
@@ -35,7 +36,8 @@ pub enum Command {
     /// Measure perplexity on windows of a text.
     #[command(after_long_help = STRATEGY_FILE)]
     Eval(EvalArgs),
-    /// Measure speed and memory of prompts of several lengths, dense and compressed.
+    /// Measure speed and memory of prompts of several lengths, dense and compressed; with --shape and --random-weights
+    /// those of serving, without a model file.
     #[command(after_long_help = STRATEGY_FILE)]
     Bench(BenchArgs),
     /// Choose every head's threshold for a share of hidden tokens, and write them as a policy for --strategy.
@@ -287,7 +289,7 @@ pub struct BenchArgs {
     /// Prompt lengths in tokens. One that leaves no room for --decode in the model's context is shortened.
     #[arg(long, value_delimiter = ',', value_name = "N,N..", default_values_t = [512, 2048, 8192])]
     pub prompts: Vec<usize>,
-    /// Tokens to decode one at a time after each prompt: those that follow in the text.
+    /// Tokens to decode one at a time after each prompt: those that follow in the text, or with --shape random ones.
     #[arg(long, default_value_t = 32)]
     pub decode: usize,
     /// Draw cache bytes against tokens of the longest prompt into this file.
@@ -296,12 +298,35 @@ pub struct BenchArgs {
     /// How this program runs itself: one configuration per process, since a process has one peak of memory.
     #[arg(long, hide = true, value_name = "TOKENS:NAME")]
     pub child: Option<Child>,
-    #[command(flatten)]
-    pub cache: CacheArgs,
+    /// Tokens of the prompt to run at once. Fewer take less memory for activations; the result is the same. A GPU runs
+    /// the whole prompt at once.
+    #[arg(long, default_value_t = 512, value_name = "N", help_heading = "KV cache")]
+    prefill_chunk: usize,
+    /// What kept keys and values are stored in: f32, f16, bf16, or on the CPU i8 or f8e4m3 with a scale for each. Only
+    /// --shape takes several. Default: the number type of the activations.
+    #[arg(long, value_delimiter = ',', value_name = "TYPE,TYPE..", help_heading = "KV cache")]
+    pub kv_dtype: Vec<Storage>,
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]
+    pub serving: ServingArgs,
+    #[command(flatten)]
     pub compression: CompressionArgs,
+}
+
+impl BenchArgs {
+    /// The flags of a cache that stores `storage`.
+    ///
+    /// # Errors
+    /// A chunk size of 0.
+    pub fn cache(&self, storage: Option<Storage>) -> anyhow::Result<CacheArgs> {
+        let cache = CacheArgs {
+            prefill_chunk: self.prefill_chunk,
+            kv_dtype: storage,
+        };
+        cache.check()?;
+        Ok(cache)
+    }
 }
 
 /// One configuration of `bench`, as its parent writes it on the command line.

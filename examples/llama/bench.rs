@@ -1,22 +1,25 @@
 //! `llama bench`: speed, cache and memory by prompt length, dense and compressed.
 
+#[path = "bench/child.rs"]
+mod child;
 #[path = "bench/row.rs"]
 mod row;
+#[path = "bench/serving.rs"]
+pub mod serving;
 
-use std::env;
 use std::io::{stderr, stdout, Write};
 use std::path::Path;
-use std::process::{Command, Stdio};
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{ensure, Context, Result};
 use candle_sfattention::CompressionConfig;
-use indicatif::{ProgressBar, ProgressStyle};
+use child::Children;
 use row::{first_tokens, Run};
 use serde::Serialize;
 
 use crate::args::{BenchArgs, Child, Contender};
 use crate::compression::Compression;
 use crate::load::Checkpoint;
+use crate::model_args::CacheArgs;
 use crate::plot;
 use crate::report::{check_path, write_json};
 use crate::session::Session;
@@ -44,8 +47,16 @@ struct Row {
 
 pub fn run(args: &BenchArgs) -> Result<()> {
     check_path("json", args.model.json.as_deref())?;
+    if let Some(shape) = args.serving.shape()? {
+        return serving::run(args, shape);
+    }
     check_path("svg", args.svg.as_deref())?;
-    args.cache.check()?;
+    ensure!(
+        args.kv_dtype.len() <= 1,
+        "kv-dtype: expected one type without --shape, got {}; run bench once for each",
+        args.kv_dtype.len()
+    );
+    let cache = args.cache(args.kv_dtype.first().copied())?;
     let compression = Compression::from_args(&args.compression)?;
     ensure!(
         compression.config.rule.is_causal(),
@@ -53,7 +64,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
          use --rule causal"
     );
     if let Some(child) = args.child {
-        serde_json::to_writer(stdout().lock(), &measure(args, compression, child)?)?;
+        serde_json::to_writer(stdout().lock(), &measure(args, &cache, compression, child)?)?;
         return Ok(());
     }
     let configurations = configurations(args)?;
@@ -117,7 +128,7 @@ fn configurations(args: &BenchArgs) -> Result<Vec<Child>> {
 }
 
 /// Runs one configuration in this process.
-fn measure(args: &BenchArgs, compression: Compression, child: Child) -> Result<Run> {
+fn measure(args: &BenchArgs, cache: &CacheArgs, compression: Compression, child: Child) -> Result<Run> {
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
     let tokens = first_tokens(&args.text, &checkpoint, child.prompt + args.decode)?;
     let compression = match child.attention {
@@ -130,7 +141,7 @@ fn measure(args: &BenchArgs, compression: Compression, child: Child) -> Result<R
     compression.check_weights(&model.fingerprint()?);
     let loaded_rss_bytes = memory("VmRSS");
     let (prompt, rest) = tokens.split_at(child.prompt);
-    let new_session = || Session::cached(&model, &args.cache.options(), args.cache.prefill_chunk);
+    let new_session = || Session::cached(&model, &cache.options(), cache.prefill_chunk);
     if !model.device().is_cpu() {
         // Kernels load on first use.
         let mut warm_up = new_session()?;
@@ -159,42 +170,17 @@ fn measure(args: &BenchArgs, compression: Compression, child: Child) -> Result<R
 
 /// Runs each configuration in a process of its own, with this process's arguments.
 fn measure_all(configurations: &[Child], label: &str) -> Result<Vec<Row>> {
-    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} runs  {msg}  {elapsed}")?;
-    let bar = ProgressBar::new(configurations.len() as u64).with_style(style);
+    let mut children = Children::new(configurations.len())?;
     let mut rows = Vec::new();
     for child in configurations {
-        bar.set_message(child.to_string());
-        bar.tick();
-        let program = env::current_exe().context("bench: this program cannot find itself")?;
-        let mut command = Command::new(program);
-        command
-            .args(env::args_os().skip(1))
-            .arg("--child")
-            .arg(child.to_string());
-        let output = command.stdin(Stdio::null()).output()?;
-        if !output.status.success() {
-            bar.finish_and_clear();
-            let said = String::from_utf8_lossy(&output.stderr);
-            let said = said.trim().trim_start_matches("error: ");
-            bail!(
-                "{child}: {}",
-                if said.is_empty() {
-                    "the process was killed"
-                } else {
-                    said
-                }
-            )
-        }
-        let run = serde_json::from_slice(&output.stdout).with_context(|| format!("{child}: its report"))?;
+        let run = children.run(&child.to_string(), &["--child", &child.to_string()])?;
         let strategy = match child.attention {
             Contender::Dense => "off",
             Contender::Compressed => label,
         };
         let strategy = strategy.into();
         rows.push(Row { strategy, run });
-        bar.inc(1);
     }
-    bar.finish_and_clear();
     Ok(rows)
 }
 

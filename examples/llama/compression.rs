@@ -174,11 +174,7 @@ impl Compression {
                         "strategy {file}: expected no preset and no parameters beside a policy, whose thresholds are \
                          for its own, got some; leave them out or calibrate with them"
                     );
-                    return Ok(Self {
-                        config: policy.parts().config.clone(),
-                        label: label.into(),
-                        strategies: Strategies::Policy(policy),
-                    });
+                    return Ok(Self::of_policy(*policy, label));
                 }
             },
         };
@@ -187,6 +183,15 @@ impl Compression {
             label: label.into(),
             strategies,
         })
+    }
+
+    /// A policy with its own parameters; `label`: its name.
+    pub fn of_policy(policy: Policy, label: &str) -> Self {
+        Self {
+            config: policy.parts().config.clone(),
+            label: label.into(),
+            strategies: Strategies::Policy(Box::new(policy)),
+        }
     }
 
     /// The same with every head off.

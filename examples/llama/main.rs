@@ -20,6 +20,7 @@ mod model_args;
 mod place;
 mod plot;
 mod probe;
+mod random;
 mod report;
 mod rope;
 mod sampling;

@@ -137,15 +137,25 @@ impl ModelArgs {
         self.device.to_string()
     }
 
+    /// The number type of weights and activations.
+    pub fn dtype(&self) -> DType {
+        let default = match self.device {
+            Place::Cpu => Dtype::F32,
+            Place::Cuda(_) => Dtype::Bf16,
+        };
+        self.dtype.unwrap_or(default).into()
+    }
+
+    /// Whether to compute on the CPU.
+    pub fn is_on_cpu(&self) -> bool {
+        self.device == Place::Cpu
+    }
+
     /// How the weights are to be held.
     ///
     /// # Errors
     /// A device that is not there.
     pub fn load_options(&self) -> anyhow::Result<LoadOptions> {
-        let default = match self.device {
-            Place::Cpu => Dtype::F32,
-            Place::Cuda(_) => Dtype::Bf16,
-        };
         let quantized = matches!(self.decode_weights, DecodeWeights::Q8_0 | DecodeWeights::Q4k);
         anyhow::ensure!(
             self.device == Place::Cpu || !quantized,
@@ -154,7 +164,7 @@ impl ModelArgs {
             self.device
         );
         Ok(LoadOptions {
-            dtype: self.dtype.unwrap_or(default).into(),
+            dtype: self.dtype(),
             dequantize: self.dequantize,
             device: self.device.open()?,
         })

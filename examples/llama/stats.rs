@@ -234,10 +234,23 @@ pub fn mib(bytes: u64) -> f64 {
     bytes as f64 / (1 << 20) as f64
 }
 
+pub fn gib(bytes: f64) -> f64 {
+    bytes / f64::from(1 << 30)
+}
+
 /// A line of /proc/self/status in bytes: `VmHWM`, the most memory held so far, or `VmRSS`, that held now.
 pub fn memory(name: &str) -> Option<u64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status
+    line_of("/proc/self/status", name)
+}
+
+/// The memory of the machine that a process can still take; None if the system does not tell.
+pub fn memory_available() -> Option<u64> {
+    line_of("/proc/meminfo", "MemAvailable")
+}
+
+fn line_of(file: &str, name: &str) -> Option<u64> {
+    let text = fs::read_to_string(file).ok()?;
+    let line = text
         .lines()
         .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;

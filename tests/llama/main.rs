@@ -21,6 +21,9 @@ mod sampling;
 #[path = "../../examples/llama/study/score.rs"]
 mod score;
 #[allow(dead_code)]
+#[path = "../../examples/llama/bench/serving/search.rs"]
+mod search;
+#[allow(dead_code)]
 #[path = "../../examples/llama/session.rs"]
 mod session;
 #[allow(dead_code)]
@@ -63,6 +66,7 @@ mod nan;
 mod packed;
 mod policy;
 mod report;
+mod serving;
 mod sliding;
 mod start;
 mod text;

@@ -23,7 +23,7 @@ const IDS: [u32; 24] = [
 type Tensors = HashMap<String, Tensor>;
 
 /// The dense model of a checkpoint, in f32.
-fn load_dense(model: &str) -> Result<Llama> {
+pub fn load_dense(model: &str) -> Result<Llama> {
     let mut checkpoint = Checkpoint::open(model, LoadOptions::default())?;
     let off = HeadStrategies::uniform(MergeStrategy::Off);
     let off = CompressedAttention::new(off, CompressionConfig::pretrained(), AttentionOptions::default())?;
