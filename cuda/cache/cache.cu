@@ -1,4 +1,5 @@
 // A KV cache's lists on the device: appending tokens, adopting a first chunk, restoring, truncating and copying lists.
+// Closed chains lie in pages (pages.cuh).
 // One warp per list appends tokens one after another (cache_list.cuh) and decides as decide.cu does, up to the rounding
 // of a cosine.
 #include "cache/cache_list.cuh"
@@ -8,10 +9,11 @@ __device__ void append(Global<const T> q, Global<const T> k, Global<const T> v, 
                        Global<const float> bias, Global<const float> scores, Global<T> queries,
                        const CacheState<T>& state, const CacheParams& p) {
   CacheList<T> list(p, state);
+  if (list.first == SITS_OUT) return;
   bool merged = false;
   for (unsigned i = 0; i < p.sizes.tokens; i++) merged = list.take(q, k, v, tests, bias, scores, i);
   list.finish(state.lengths);
-  list.slide(p.first + p.sizes.tokens);
+  list.slide(list.first + p.sizes.tokens);
   list.write_starts(state.starts);
   // With several tokens the query before the last is not at hand, and the caller asks for no folded queries.
   list.queries(q, queries, merged && p.sizes.tokens == 1);
@@ -31,7 +33,7 @@ FOR_EACH_DTYPE(CACHE_APPEND)
   KERNEL cache_slide_##suffix(CACHE_STATE(T), CacheParams p) {       \
     CacheState<T> state = STATE(T);                                  \
     CacheList<T> list(p, state);                                     \
-    list.slide(p.first);                                             \
+    list.slide(list.first);                                           \
     list.write_starts(state.starts);                                 \
   }
 FOR_EACH_DTYPE(CACHE_SLIDE)
@@ -111,11 +113,10 @@ __device__ void adopt_rows(const Chunk<T>& chunk, const CacheState<T>& state, co
   if (t + p.window < tokens - 1 && !chunk.hidden(p, list, t) && t >= chunk.first(p)) {
     size_t before = index * (tokens + 1);
     unsigned column = chunk.far_before[before + t], skipped = chunk.far_before[before + chunk.first(p)];
-    size_t from = index * tokens + column, to = index * p.capacity + column - skipped;
+    size_t from = index * tokens + column;
     key.load(chunk.far_k, from * p.column_dim, dim), value.load(chunk.far_v, from * p.column_dim, value_dim);
-    key.store(state.far_k, to * dim, dim), value.store(state.far_v, to * value_dim, value_dim);
-    if (lane == 0) state.far_tokens.set(to, t);
-    if (p.fold == MEAN && lane == 0) state.far_ln.set(to, chunk.far_ln[from]);
+    Pages<T> pages{state.table + index * p.pages, dim, value_dim, p.fold == MEAN};
+    pages.put(column - skipped, key, value, t, p.fold == MEAN ? chunk.far_ln[from] : 0.0f);
   }
   if (t + p.window >= tokens) {
     size_t slot = ring + t % p.window;
@@ -198,20 +199,78 @@ FOR_EACH_DTYPE(CACHE_ADOPT)
 
 // --- A cache that comes from the host, and one that goes back --------------------------------------------------------
 
-// Recomputes what a saved cache leaves out: local columns and their norms from raw rows, (lists, window, D) by slot,
-// and the logarithms of chain sizes. A warp per local slot: grid (lists, (window + 1) / 4).
+// Closed chains of all lists, list after list: keys (entries, D), values (entries, Dv) and tokens. Those of list l
+// start with entry firsts[l].
+template <class T, class U> struct Entries {
+  Global<T> keys, values;
+  Global<U> tokens;
+  Global<const uint32_t> firsts;
+};
+
+// Writes the closed chains that a list's rows see to `to`. A warp per entry in turn: grid (lists, any), 128 threads.
 template <class T>
-__device__ void restore(Global<const T> recent_k, Global<const T> recent_v, Global<const uint32_t> sizes,
-                        const CacheState<T>& state, const CacheParams& p) {
+__device__ void gather(const Entries<T, uint32_t>& to, Global<const uint64_t> table, Global<const uint32_t> lengths,
+                       Global<const uint32_t> starts, const CacheParams& p) {
+  size_t list = blockIdx.x;
+  unsigned warp = blockIdx.y * 4 + threadIdx.x / 32, dim = p.sizes.head_dim, value_dim = p.value_dim,
+           start = p.slide != NO_SLIDE ? starts[list] : 0, length = lengths[list];
+  Pages<T> pages{table + list * p.pages, dim, value_dim, p.fold == MEAN};
+  for (unsigned entry = start + warp; entry < length; entry += gridDim.y * 4) {
+    Page<T> page = pages[entry / PAGE];
+    unsigned from = entry % PAGE;
+    size_t at = to.firsts[list] + entry - start;
+    WarpRow key, value;
+    key.load(page.keys, from * dim, dim), value.load(page.values, from * value_dim, value_dim);
+    key.store(to.keys, at * dim, dim), value.store(to.values, at * value_dim, value_dim);
+    if (threadIdx.x % 32 == 0) to.tokens.set(at, page.tokens[from]);
+  }
+}
+
+// Copies the first `used[i]` entries of the page at address from[i] to the page at to[i]. A warp per entry: grid
+// (pages, PAGE / 4), 128 threads.
+template <class T>
+__device__ void copy_page(Global<const uint64_t> from, Global<const uint64_t> to, Global<const uint32_t> used,
+                          const CacheParams& p) {
+  unsigned entry = blockIdx.y * 4 + threadIdx.x / 32, dim = p.sizes.head_dim;
+  if (entry >= used[blockIdx.x]) return;
+  bool sized = p.fold == MEAN;
+  Page<T> old = Pages<T>{from, dim, p.value_dim, sized}[blockIdx.x];
+  WarpRow key, value;
+  key.load(old.keys, entry * dim, dim), value.load(old.values, entry * p.value_dim, p.value_dim);
+  Pages<T> pages{to + blockIdx.x, dim, p.value_dim, sized};
+  pages.put(entry, key, value, old.tokens[entry], sized ? old.ln[entry] : 0.0f);
+}
+
+#define CACHE_PAGES(suffix, T)                                                                                    \
+  KERNEL cache_gather_##suffix(Global<T> keys, Global<T> values, Global<uint32_t> tokens,                         \
+                               Global<const uint32_t> firsts, Global<const uint64_t> table,                       \
+                               Global<const uint32_t> lengths, Global<const uint32_t> starts, CacheParams p) {    \
+    gather(Entries<T, uint32_t>{keys, values, tokens, firsts}, table, lengths, starts, p);                        \
+  }                                                                                                               \
+  KERNEL cache_copy_page_##suffix(Global<const uint64_t> from, Global<const uint64_t> to,                         \
+                                  Global<const uint32_t> used, CacheParams p) {                                   \
+    copy_page<T>(from, to, used, p);                                                                              \
+  }
+FOR_EACH_DTYPE(CACHE_PAGES)
+
+// Writes closed chains into the lists' pages, and recomputes what a saved cache leaves out: local columns and their
+// norms from raw rows, (lists, window, D) by slot, and the logarithms of chain sizes. A warp per local slot: grid
+// (lists, (window + 1) / 4).
+template <class T>
+__device__ void restore(Global<const T> recent_k, Global<const T> recent_v,
+                        const Entries<const T, const uint32_t>& closed, const CacheState<T>& state,
+                        const CacheParams& p) {
   CacheList<T> to(p, state);
   unsigned slot = blockIdx.y * 4 + threadIdx.x / 32, lane = threadIdx.x % 32, dim = to.dim;
   if (slot > p.window) return;
-  size_t local = to.index * (p.window + 1) + slot;
-  if (p.fold == MEAN) {
-    for (unsigned column = slot * 32 + lane; column < to.length; column += (p.window + 1) * 32) {
-      size_t at = to.index * p.capacity + column;
-      state.far_ln.set(at, logf((float)sizes[at]));
-    }
+  size_t local = to.index * (p.window + 1) + slot, first = closed.firsts[to.index];
+  for (unsigned entry = slot; entry < to.length; entry += p.window + 1) {
+    WarpRow key, value;
+    key.load(closed.keys, (first + entry) * dim, dim);
+    value.load(closed.values, (first + entry) * to.value_dim(), to.value_dim());
+    unsigned token = closed.tokens[first + entry], before = state.starts[to.lists() + to.index];
+    if (entry > 0) before = closed.tokens[first + entry - 1] + 1;
+    to.pages().put(entry, key, value, token, logf((float)(token + 1 - before)));
   }
   if (slot < p.window && slot < p.first) {
     size_t from = to.index * p.window + slot;
@@ -223,7 +282,7 @@ __device__ void restore(Global<const T> recent_k, Global<const T> recent_v, Glob
     key.store(state.local_k, local * dim, dim), value.store(state.local_v, local * to.value_dim(), to.value_dim());
     if (p.fold == MEAN && lane == 0) state.local_ln.set(local, 0.0f);
   }
-  if (slot == p.window && p.first > p.window) to.write(state.local_k, state.local_v, state.local_ln, local);
+  if (slot == p.window && p.first > p.window) to.write();
 }
 
 // Truncates a list from `first` tokens to `sizes.tokens`; its chains are single tokens. Tokens that have left the
@@ -239,8 +298,8 @@ __device__ void truncate(const CacheState<T>& state, const CacheParams& p) {
     key = list.chain_key, value = list.chain_value;
     unsigned at = t - list.kept_from + list.start;
     if (t < list.kept_from || at >= list.length) return;
-    size_t column = list.index * p.capacity + at;
-    key.load(state.far_k, column * dim, dim), value.load(state.far_v, column * value_dim, value_dim);
+    Page<T> page = list.pages()[at / PAGE];
+    key.load(page.keys, at % PAGE * dim, dim), value.load(page.values, at % PAGE * value_dim, value_dim);
   };
   WarpRow key, value;
   // Tokens that come back into the window. Their slots hold tokens that are cut off.
@@ -255,7 +314,7 @@ __device__ void truncate(const CacheState<T>& state, const CacheParams& p) {
     if (edge > list.kept_from) length += edge - list.kept_from;
     read(key, value, edge);
     list.chain_key = key, list.chain_value = value, list.size = 1;
-    list.write(state.local_k, state.local_v, state.local_ln, ring + window);
+    list.write();
     key.store(state.chain_k, list.row, dim), value.store(state.chain_v, list.value_row(), value_dim);
     if (p.fold == PAIR_SUM) {
       key.store(state.previous_k, list.row, dim);
@@ -270,9 +329,11 @@ __device__ void truncate(const CacheState<T>& state, const CacheParams& p) {
 }
 
 #define CACHE_MOVE(suffix, T)                                                                                     \
-  KERNEL cache_restore_##suffix(Global<const T> recent_k, Global<const T> recent_v, Global<const uint32_t> sizes, \
-                                CACHE_STATE(T), CacheParams p) {                                                  \
-    restore(recent_k, recent_v, sizes, STATE(T), p);                                                              \
+  KERNEL cache_restore_##suffix(Global<const T> recent_k, Global<const T> recent_v, Global<const T> closed_k,     \
+                                Global<const T> closed_v, Global<const uint32_t> tokens,                          \
+                                Global<const uint32_t> firsts, CACHE_STATE(T), CacheParams p) {                   \
+    Entries<const T, const uint32_t> closed{closed_k, closed_v, tokens, firsts};                                  \
+    restore(recent_k, recent_v, closed, STATE(T), p);                                                             \
   }                                                                                                               \
   KERNEL cache_truncate_##suffix(CACHE_STATE(T), CacheParams p) { truncate(STATE(T), p); }
 FOR_EACH_DTYPE(CACHE_MOVE)
@@ -291,27 +352,25 @@ template <class T> __device__ void pad(Global<const T> from, Global<T> to, const
   KERNEL cache_pad_##suffix(Global<const T> from, Global<T> to, PadParams p) { pad(from, to, p); }
 FOR_EACH_DTYPE(CACHE_PAD)
 
-// Copies `count` numbers of each list, or `unit` times its length if `lengths` is given, from list sources[i] (or i) to
-// list i; without the entries before `starts`, if given. The strides of the buffers may differ. Grid (count / 256,
-// lists), 256 threads.
+// Copies `count` numbers of each list, from list sources[i] (or i) to list i. The strides of the buffers may differ.
+// Grid (count / 256, lists), 256 threads.
 template <class T>
-__device__ void copy(Global<const T> from, Global<const uint32_t> lengths, Global<const uint32_t> starts,
-                     Global<const uint32_t> sources, Global<T> to, const CopyParams& p) {
+__device__ void copy(Global<const T> from, Global<const uint32_t> sources, Global<T> to, const CopyParams& p) {
   unsigned i = blockIdx.x * 256 + threadIdx.x, source = sources ? sources[blockIdx.y] : blockIdx.y;
-  unsigned first = starts ? starts[source] * p.unit : 0, count = lengths ? lengths[source] * p.unit - first : p.count;
-  if (i < count)
-    to.set((size_t)blockIdx.y * p.to_stride + p.to_offset + i, from[(size_t)source * p.from_stride + first + i]);
+  if (i >= p.count) return;
+  size_t first = p.from_offset + (size_t)source * p.from_stride;
+  to.set((size_t)blockIdx.y * p.to_stride + p.to_offset + i, from[first + i]);
 }
 
 #define CACHE_COPY(suffix, T)                                                                                         \
-  KERNEL cache_copy_##suffix(Global<const T> from, Global<const uint32_t> lengths, Global<const uint32_t> starts,     \
-                             Global<const uint32_t> sources, Global<T> to, CopyParams p) {                            \
-    copy(from, lengths, starts, sources, to, p);                                                                      \
+  KERNEL cache_copy_##suffix(Global<const T> from, Global<const uint32_t> sources, Global<T> to, CopyParams p) {      \
+    copy(from, sources, to, p);                                                                                       \
   }
 FOR_EACH_DTYPE(CACHE_COPY)
 CACHE_COPY(u32, uint32_t)
 
 MODULE(cache, ENTRIES(cache_append) ENTRIES(cache_slide) ENTRIES(cache_adopt_state) ENTRIES(cache_adopt_rows)
                   ENTRIES(cache_adopt_observed) ENTRIES(cache_adopt_given) ENTRIES(cache_restore)
+                  ENTRIES(cache_gather) ENTRIES(cache_copy_page)
                   ENTRIES(cache_truncate) ENTRIES(cache_pad) ENTRIES(cache_copy)
                   ENTRY(cache_copy_u32))

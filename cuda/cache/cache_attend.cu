@@ -1,5 +1,6 @@
 // Attends one row per query head over a cache's columns, with a bias, dropout, a softcap or sink logits. decode.cu is
 // faster and has none of them.
+#include "cache/pages.cuh"
 #include "lib/bias.cuh"
 #include "lib/cosine.cuh"
 #include "lib/philox.cuh"
@@ -28,9 +29,8 @@ struct Softmax {
 
 // As in cache.cu.
 template <class T> struct Columns {
-  Global<const T> far_k, far_v;
-  Global<const float> far_ln;
-  Global<const uint32_t> far_tokens, lengths, starts;
+  Global<const uint64_t> table;
+  Global<const uint32_t> lengths, starts;
   Global<const T> local_k, local_v;
   Global<const float> local_ln;
   Global<const uint32_t> local_lengths;
@@ -39,29 +39,32 @@ template <class T> struct Columns {
 template <class T> struct Attend {
   const CacheAttendParams& p;
   unsigned row, batch, head;
+  // The row's own token.
+  unsigned last;
   WarpRow query;
   Softmax softmax;
 
-  __device__ Attend(const CacheAttendParams& p, Global<const T> q)
-      : p(p), row(blockIdx.x), batch(row / p.heads), head(row % p.heads) {
+  __device__ Attend(const CacheAttendParams& p, Global<const T> q, Global<const uint32_t> seen)
+      : p(p), row(blockIdx.x), batch(row / p.heads), head(row % p.heads), last(seen ? seen[batch] - 1 : p.last) {
     query.load(q, (size_t)row * p.head_dim, p.head_dim);
   }
 
   // The token of a raw row, or of the open chain.
   __device__ unsigned local_token(unsigned slot) const {
-    return slot == p.window ? p.last - p.window : p.last - (p.last - slot) % p.window;
+    return slot == p.window ? last - p.window : last - (last - slot) % p.window;
   }
 
-  __device__ void column(Global<const T> keys, Global<const T> values, Global<const float> ln, size_t at,
-                         unsigned token, Global<const float> bias) {
+  // One column: rows `at` of keys and values, and ln n.
+  template <class View>
+  __device__ void column(View keys, View values, size_t at, float ln, unsigned token, Global<const float> bias) {
     WarpRow key, value;
     key.load(keys, at * p.head_dim, p.head_dim), value.load(values, at * p.value_dim, p.value_dim);
-    float dot = 0.0f, factor = 1.0f, added = ln ? LOG2_E * ln[at] : 0.0f;
+    float dot = 0.0f, factor = 1.0f, added = LOG2_E * ln;
 #pragma unroll
     for (unsigned i = 0; i < PER_LANE; i++) dot += query.x[i] * key.x[i];
     if (bias) added += bias_in_base_2(bias[p.bias.at(batch, head, 0, token)]);
     if (p.dropout_cut != 0)
-      factor = philox_word(p.dropout_key, p.drawn_from[0] + row, p.drawn_from[1] + p.last, p.drawn_from[2] + token) >=
+      factor = philox_word(p.dropout_key, p.drawn_from[0] + row, p.drawn_from[1] + last, p.drawn_from[2] + token) >=
                        p.dropout_cut
                    ? p.dropout_scale
                    : 0.0f;
@@ -71,20 +74,25 @@ template <class T> struct Attend {
 
   // This warp's share of the list's columns.
   __device__ void columns(const Columns<T>& from, Global<const float> bias) {
-    size_t list = batch * p.lists + head / (p.heads / p.lists), far = list * p.capacity, local = list * (p.window + 1);
+    size_t list = batch * p.lists + head / (p.heads / p.lists), local = list * (p.window + 1);
+    Pages<T> pages{from.table + list * p.pages, p.head_dim, p.value_dim, p.sized != 0};
     unsigned length = from.lengths[list], locals = from.local_lengths[list], warp = threadIdx.x / 32;
     unsigned start = 0, seen = 0;
     if (p.slide != NO_SLIDE) {
       // The row was appended: `starts` are those of the next one.
-      start = from.starts[list], seen = first_seen(p.slide, p.last);
-      if (start > 0 && from.far_tokens[far + start - 1] >= seen) start--;
+      start = from.starts[list], seen = first_seen(p.slide, last);
+      if (start > 0 && pages.token(start - 1) >= seen) start--;
     }
-    for (unsigned i = start + warp; i < length; i += WARPS)
-      if (from.far_tokens[far + i] >= seen)
-        column(from.far_k, from.far_v, from.far_ln, far + i, from.far_tokens[far + i], bias);
-    for (unsigned slot = warp; slot < locals; slot += WARPS)
+    for (unsigned i = start + warp; i < length; i += WARPS) {
+      Page<T> page = pages[i / PAGE];
+      unsigned at = i % PAGE, token = page.tokens[at];
+      if (token >= seen) column(page.keys, page.values, at, p.sized ? page.ln[at] : 0.0f, token, bias);
+    }
+    for (unsigned slot = warp; slot < locals; slot += WARPS) {
+      size_t at = local + slot;
       if (local_token(slot) >= seen)
-        column(from.local_k, from.local_v, from.local_ln, local + slot, local_token(slot), bias);
+        column(from.local_k, from.local_v, at, p.sized ? from.local_ln[at] : 0.0f, local_token(slot), bias);
+    }
   }
 
   // Joins the warps' parts in their order.
@@ -120,16 +128,16 @@ template <class T> struct Attend {
 
 // Grid (batch * heads), 256 threads.
 #define CACHE_ATTEND(suffix, T)                                                                                        \
-  KERNEL cache_attend_##suffix(Global<const T> q, Global<const T> far_k, Global<const T> far_v,                        \
-                               Global<const float> far_ln, Global<const uint32_t> far_tokens,                          \
-                               Global<const uint32_t> lengths, Global<const uint32_t> starts,                          \
+  KERNEL cache_attend_##suffix(Global<const T> q, Global<const uint64_t> table,                                        \
+                               Global<const uint32_t> lengths, Global<const uint32_t> seen,                            \
+                               Global<const uint32_t> starts,                                                          \
                                Global<const T> local_k, Global<const T> local_v, Global<const float> local_ln,         \
                                Global<const uint32_t> local_lengths,                                                   \
                                Global<const float> bias, Global<const float> sinks, Global<T> out,                     \
                                CacheAttendParams p) {                                                                  \
-    Attend<T> attend(p, q);                                                                                            \
-    attend.columns(Columns<T>{far_k, far_v, far_ln, far_tokens, lengths, starts, local_k, local_v, local_ln,           \
-                              local_lengths},                                                                          \
+    if (seen && seen[blockIdx.x / p.heads] == SITS_OUT) return;                                                        \
+    Attend<T> attend(p, q, seen);                                                                                      \
+    attend.columns(Columns<T>{table, lengths, starts, local_k, local_v, local_ln, local_lengths},                      \
                    bias);                                                                                              \
     attend.finish(out, sinks);                                                                                         \
   }

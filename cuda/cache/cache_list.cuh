@@ -17,12 +17,13 @@
 //    (`observe`). A given score decides a token as it comes; the bit of the newest token takes the slot of the bit that
 //    has just been read.
 // 6. Under a sliding window the closed chains that no later row sees are left behind: `starts` counts them, rows read
-//    from there on, and the host moves the rest to the front when a list is full. Raw tokens of a window that is longer
-//    than the sliding one stay in their ring, and rows pass over them.
+//    from there on, and the host takes whole pages of them back when a list is full. Raw tokens of a window that is
+//    longer than the sliding one stay in their ring, and rows pass over them.
 //
 // No shared memory. The buffers of a list are those of `CacheState`.
 #pragma once
 
+#include "cache/pages.cuh"
 #include "lib/cosine.cuh"
 #include "decide/observe_row.cuh"
 #include "lib/warp_row.cuh"
@@ -31,12 +32,11 @@ constexpr unsigned NO_RUN = 0xffffffffu;
 
 // The buffers of all lists; (lists, D) where no shape is given. Rows of values, in buffers `*_v`, have Dv numbers.
 template <class T> struct CacheState {
-  // Closed chains, (lists, capacity, D).
-  Global<T> far_k, far_v;
-  Global<float> far_ln;
-  // The last token of each closed chain, (lists, capacity); how many there are, (lists).
-  Global<uint32_t> far_tokens;
+  // The pages of closed chains (pages.cuh); how many chains there are, (lists).
+  Global<const uint64_t> table;
   Global<uint32_t> lengths;
+  // Tokens of each batch row before this launch, or SITS_OUT, (batch); absent where all rows have p.first.
+  Global<const uint32_t> seen;
   // (2, lists): how many closed chains, from the front, the next row does not see; the first token of the others.
   Global<uint32_t> starts;
   // (lists, window + 1, D): raw token t at t % window, the open chain at `window`. `local_lengths`: how many of these
@@ -65,16 +65,19 @@ template <class T, bool OWN_VALUES = true> struct CacheList {
   const CacheState<T>& state;
   List list;
   size_t index, row;
+  // Tokens before this launch.
+  unsigned first;
   unsigned dim, length, size, run_start, start, kept_from;
   WarpRow chain_key, chain_value, previous_key, previous_value;
 
   __device__ CacheList(const CacheParams& p, const CacheState<T>& state)
       : p(p), state(state), list(p.sizes, blockIdx.x), index(blockIdx.x), row(index * p.sizes.head_dim),
-        dim(p.sizes.head_dim), length(state.lengths[index]), size(state.chain_sizes[index]),
+        first(state.seen ? state.seen[list.batch] : p.first), dim(p.sizes.head_dim), length(state.lengths[index]),
+        size(state.chain_sizes[index]),
         run_start(state.run_starts[index]), start(0), kept_from(0) {
     if (p.slide != NO_SLIDE) start = state.starts[index], kept_from = state.starts[lists() + index];
     chain_key.fill(0.0f), chain_value.fill(0.0f), previous_key.fill(0.0f), previous_value.fill(0.0f);
-    if (p.first > p.window) {
+    if (first > p.window) {
       chain_key.load(state.chain_k, row, dim), chain_value.load(state.chain_v, value_row(), value_dim());
       if (p.fold == PAIR_SUM) {
         previous_key.load(state.previous_k, row, dim);
@@ -86,16 +89,20 @@ template <class T, bool OWN_VALUES = true> struct CacheList {
   __device__ unsigned value_dim() const { return OWN_VALUES ? p.value_dim : dim; }
   __device__ size_t value_row() const { return OWN_VALUES ? index * p.value_dim : row; }
 
+  __device__ Pages<T> pages() const {
+    return {state.table + index * p.pages, dim, value_dim(), p.fold == MEAN};
+  }
+
   // The number of lists.
   __device__ unsigned lists() const { return p.sizes.batch * p.sizes.lists; }
 
   // Leaves closed chains behind that row `row` does not see.
   __device__ void slide(unsigned row) {
     if (p.slide == NO_SLIDE) return;
-    unsigned first = first_seen(p.slide, row);
+    unsigned oldest = first_seen(p.slide, row);
     while (start < length) {
-      unsigned token = state.far_tokens[index * p.capacity + start];
-      if (token >= first) break;
+      unsigned token = pages().token(start);
+      if (token >= oldest) break;
       kept_from = token + 1, start++;
     }
   }
@@ -150,10 +157,9 @@ template <class T, bool OWN_VALUES = true> struct CacheList {
   __device__ void fold_in(unsigned t, const WarpRow& key, const WarpRow& value) {
     bool merged = t > 0 && state.bits[index * (p.window + 1) + (t - 1) % (p.window + 1)];
     if (t > 0 && !merged) {
-      size_t column = index * p.capacity + length;
-      write(state.far_k, state.far_v, state.far_ln, column);
-      if (threadIdx.x == 0) state.far_tokens.set(column, t - 1);
-      length++;
+      WarpRow closed_key = chain_key, closed_value = chain_value;
+      WarpRow::quarantine<T>(closed_key, closed_value);
+      pages().put(length++, closed_key, closed_value, t - 1, logf((float)size));
     }
     step(merged, key, value);
   }
@@ -171,19 +177,20 @@ template <class T, bool OWN_VALUES = true> struct CacheList {
     previous_key = key, previous_value = value;
   }
 
-  // Writes the open chain as column `column`.
-  __device__ void write(Global<T> keys, Global<T> values, Global<float> ln, size_t column) const {
+  // Writes the open chain to its local slot.
+  __device__ void write() const {
+    size_t slot = index * (p.window + 1) + p.window;
     WarpRow key = chain_key, value = chain_value;
     WarpRow::quarantine<T>(key, value);
-    key.store(keys, column * dim, dim);
-    value.store(values, column * value_dim(), value_dim());
-    if (p.fold == MEAN && threadIdx.x % 32 == 0) ln.set(column, logf((float)size));
+    key.store(state.local_k, slot * dim, dim);
+    value.store(state.local_v, slot * value_dim(), value_dim());
+    if (p.fold == MEAN && threadIdx.x % 32 == 0) state.local_ln.set(slot, logf((float)size));
   }
 
   // Appends number i of the chunk; returns whether the token before is folded into it.
   __device__ bool take(Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests,
                        Global<const float> bias, Global<const float> scores, unsigned i) {
-    unsigned token = p.first + i, window = p.window;
+    unsigned token = first + i, window = p.window;
     WarpRow key, value;
     key.load(k, p.k.at(list.batch, list.kv_head, i), dim);
     value.load(v, p.v.at(list.batch, list.kv_head, i), value_dim());
@@ -237,7 +244,7 @@ template <class T, bool OWN_VALUES = true> struct CacheList {
   // window it completes.
   __device__ void observe(Global<const T> q, Global<const float> tests, unsigned i, const WarpRow& key,
                           const WarpRow& value) {
-    unsigned token = p.first + i, window = p.window;
+    unsigned token = first + i, window = p.window;
     Observed<T> mine = observed();
     remember(mine, token, key, value);
     __syncwarp();
@@ -268,9 +275,9 @@ template <class T, bool OWN_VALUES = true> struct CacheList {
 
   // Writes the list's state; its new length goes to `lengths`.
   __device__ void finish(Global<uint32_t> lengths) const {
-    unsigned seen = p.first + p.sizes.tokens, near = seen < p.window ? seen : p.window;
+    unsigned seen = first + p.sizes.tokens, near = seen < p.window ? seen : p.window;
     if (seen > p.window) {
-      write(state.local_k, state.local_v, state.local_ln, index * (p.window + 1) + p.window);
+      write();
       chain_key.store(state.chain_k, row, dim), chain_value.store(state.chain_v, value_row(), value_dim());
       if (p.fold == PAIR_SUM) {
         previous_key.store(state.previous_k, row, dim);
@@ -305,15 +312,15 @@ template <class T, bool OWN_VALUES = true> struct CacheList {
 };
 
 #define CACHE_STATE(T)                                                                                            \
-  Global<T> far_k, Global<T> far_v, Global<float> far_ln, Global<uint32_t> far_tokens, Global<uint32_t> lengths,  \
-      Global<uint32_t> starts, Global<T> local_k,                                                                 \
+  Global<const uint64_t> table, Global<uint32_t> lengths, Global<const uint32_t> seen, Global<uint32_t> starts,   \
+      Global<T> local_k,                                                                                          \
       Global<T> local_v, Global<float> local_ln, Global<uint32_t> local_lengths, Global<float> chain_k,           \
       Global<float> chain_v, Global<uint32_t> chain_sizes, Global<T> previous_k, Global<T> previous_v,            \
       Global<uint32_t> bits, Global<uint32_t> run_starts, Global<T> run_keys, Global<T> last_keys,                \
       Global<T> last_queries, Global<T> seen_keys, Global<float> masses, Global<float> norms, Global<float> logits
 #define STATE(T)                                                                                                  \
   CacheState<T> {                                                                                                 \
-    far_k, far_v, far_ln, far_tokens, lengths, starts, local_k, local_v, local_ln, local_lengths, chain_k,        \
+    table, lengths, seen, starts, local_k, local_v, local_ln, local_lengths, chain_k,                             \
         chain_v, chain_sizes, previous_k, previous_v, bits, run_starts, run_keys, last_keys, last_queries,        \
         {seen_keys, masses, norms, logits}                                                                        \
   }

@@ -17,8 +17,10 @@
 // 3. The running maximum follows a logit only if it is larger by more than 8, so that most columns rescale nothing.
 // 4. The new length is written last. Other blocks of the list split by the old length, so `next` holds the new one
 //    until the last block has arrived (`comes_last`).
-// 5. Under a sliding window the far columns start at `starts`, which is written last too, and the window's raw tokens
-//    are those after its border: where the sliding window is the shorter one, one or two parts of the ring.
+// 5. Far columns lie in pages (pages.cuh); a split has whole ones. Columns that are read together lie in one page,
+//    whose address was read a page ago. Under a sliding window the far columns start at `starts`, which is written last
+//    too, and the window's raw tokens are those after its border: where the sliding window is the shorter one, one or
+//    two parts of the ring.
 // 6. `join` has one warp per row and reads eight parts at a time; the first eight are in flight while their weights are
 //    computed.
 // 7. OWN_VALUES: values have another size than keys, and D holds the larger one. Kernels of one size save registers.
@@ -78,12 +80,26 @@ struct Stored<float> {
     }
 };
 
-// Columns of one kind of one list, from `first` on: keys, values, and ln n or null.
+// Columns of one kind of one list: keys, values, and ln n or null. The views of a page start where column 0 would lie,
+// so that a column has the same index in each.
 template <class T>
 struct Store {
     Global<T> keys, values;
     Global<float> ln;
-    int64_t first;
+};
+
+// A list's closed chains, page by page.
+template <class T>
+struct Closed {
+    Pages<T> pages;
+
+    SFA_DEVICE Store<T> store(uint64_t address, int page) const {
+        Page<T> found = pages.of(address);
+        int64_t before = -int64_t(page) * PAGE;
+        Global<float> ln = found.ln + before;
+        if (!pages.sized) ln = Global<float>{};
+        return {found.keys + before * int64_t(pages.dim), found.values + before * int64_t(pages.value_dim), ln};
+    }
 };
 
 // Unfinished softmaxes of G rows: this lane's eight elements of a value.
@@ -120,6 +136,8 @@ struct Parts {
 };
 
 constexpr int DECODE_WARPS = 4, DECODE_UNROLL = 4;
+// The fewest pages of a split; with fewer its start and its end cost more than its reading.
+constexpr int LEAST_PAGES = 2;
 
 // The state of a thread. D / 8 lanes read a row; a warp reads 256 / D rows at once.
 template <class T, int D, int G, bool OWN_VALUES>
@@ -160,42 +178,83 @@ struct Decoder {
         float added[DECODE_UNROLL];
     };
 
+    // Row u of the columns that are read together, column `at`.
+    SFA_DEVICE void read_row(Stage& stage, int u, const Store<T>& store, int at, int end) {
+        stage.keys[u] = stage.values[u] = Stored<T>::zero();
+        stage.added[u] = at < end ? 0.f : -hw::infinity();
+        if (at >= end) return;
+        if (store.ln) stage.added[u] = LOG2_E * store.ln[at];
+        if (!OWN_VALUES && !mine) return;
+        if (!OWN_VALUES || mine) stage.keys[u] = Stored<T>::raw(store.keys, int64_t(at) * dim + lane * 8);
+        if (!OWN_VALUES || mine_of_value())
+            stage.values[u] = Stored<T>::raw(store.values, int64_t(at) * value_dim() + lane * 8);
+    }
+
     SFA_DEVICE void read(Stage& stage, const Store<T>& store, int column, int end) {
 #pragma unroll
+        for (int u = 0; u < DECODE_UNROLL; u++) read_row(stage, u, store, column + u * STEP + sub, end);
+    }
+
+    SFA_DEVICE void scale_queries() {
+#pragma unroll
+        for (int i = 0; i < 8 * G; i++) queries[i / 8][i % 8] = raw[i / 8][i % 8] * scale;
+    }
+
+    SFA_DEVICE void weigh_all(const Stage& stage) {
+        float keys[DECODE_UNROLL][8], values[DECODE_UNROLL][8];
+#pragma unroll
         for (int u = 0; u < DECODE_UNROLL; u++) {
-            int at = column + u * STEP + sub;
-            stage.keys[u] = stage.values[u] = Stored<T>::zero();
-            stage.added[u] = at < end ? 0.f : -hw::infinity();
-            if (at >= end) continue;
-            if (store.ln) stage.added[u] = LOG2_E * store.ln[store.first + at];
-            if (!OWN_VALUES && !mine) continue;
-            if (!OWN_VALUES || mine)
-                stage.keys[u] = Stored<T>::raw(store.keys, (store.first + at) * dim + lane * 8);
-            if (!OWN_VALUES || mine_of_value())
-                stage.values[u] = Stored<T>::raw(store.values, (store.first + at) * value_dim() + lane * 8);
+            Stored<T>::widen(keys[u], stage.keys[u]);
+            Stored<T>::widen(values[u], stage.values[u]);
+        }
+#pragma unroll
+        for (int g = 0; g < G; g++) weigh(g, keys, values, stage.added);
+    }
+
+    // Attends columns [begin, end) of one list; the next ones are in flight while these are weighed. Closed chains if
+    // `far`, which begin where the columns of a page are read together, else those of `store`. A page's address is read
+    // one page ahead.
+    SFA_DEVICE void columns(Store<T> store, const Closed<T>& closed, bool far, int begin, int end) {
+        if (begin >= end) return;
+        constexpr int COLUMNS = STEP * DECODE_UNROLL;
+        static_assert(PAGE % COLUMNS == 0, "columns that are read together lie in one page");
+        uint64_t following = 0;
+        if (far) {
+            int page = begin / int(PAGE);
+            store = closed.store(closed.pages.table[page], page);
+            if ((page + 1) * int(PAGE) < end) following = closed.pages.table[page + 1];
+        }
+        Stage stage;
+        read(stage, store, begin, end);
+        scale_queries();
+        for (int column = begin; column < end; column += COLUMNS) {
+            int ahead = column + COLUMNS, page = ahead / int(PAGE);
+            if (far && ahead % int(PAGE) == 0 && ahead < end) {
+                store = closed.store(following, page);
+                if (ahead + int(PAGE) < end) following = closed.pages.table[page + 1];
+            }
+            Stage next;
+            read(next, store, ahead, end);
+            weigh_all(stage);
+            stage = next;
         }
     }
 
-    // Attends columns [begin, end) of one list; the next ones are in flight while these are weighed.
-    SFA_DEVICE void columns(const Store<T>& store, int begin, int end) {
+    // The same for closed chains that begin anywhere, as they do under a sliding window: columns that are read together
+    // lie across two pages, and each row finds its own.
+    SFA_DEVICE void columns_across(const Closed<T>& closed, int begin, int end) {
         if (begin >= end) return;
-        constexpr int COLUMNS = STEP * DECODE_UNROLL;
-        Stage stage;
-        read(stage, store, begin, end);
-#pragma unroll
-        for (int i = 0; i < 8 * G; i++) queries[i / 8][i % 8] = raw[i / 8][i % 8] * scale;
-        for (int column = begin; column < end; column += COLUMNS) {
-            Stage next;
-            read(next, store, column + COLUMNS, end);
-            float keys[DECODE_UNROLL][8], values[DECODE_UNROLL][8];
+        scale_queries();
+        for (int column = begin; column < end; column += STEP * DECODE_UNROLL) {
+            Stage stage;
 #pragma unroll
             for (int u = 0; u < DECODE_UNROLL; u++) {
-                Stored<T>::widen(keys[u], stage.keys[u]);
-                Stored<T>::widen(values[u], stage.values[u]);
+                int at = column + u * STEP + sub, page = at / int(PAGE);
+                Store<T> store{};
+                if (at < end) store = closed.store(closed.pages.table[page], page);
+                read_row(stage, u, store, at, end);
             }
-#pragma unroll
-            for (int g = 0; g < G; g++) weigh(g, keys, values, stage.added);
-            stage = next;
+            weigh_all(stage);
         }
     }
 
@@ -353,6 +412,8 @@ SFA_DEVICE void join(const Parts& parts, const Global<T>& output, const DecodePa
     }
 }
 
+// A batch row that sits out leaves its output alone.
+//
 // blockIdx.x: the list. blockIdx.y: 0 for the appending block, else 1 + share * splits + split. `counters` (4, lists):
 // the blocks that have arrived, 0 between launches; the list's next length, and its next `starts`.
 template <class T, int D, int G, bool OWN_VALUES>
@@ -367,18 +428,21 @@ SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const
     Global<uint32_t> next = counters + gridDim.x, next_starts = next + gridDim.x;
     bool slides = c.slide != NO_SLIDE;
     // The query's token, and the first token that it sees.
-    uint32_t token = p.appends ? c.first : c.first - 1, seen = slides ? first_seen(c.slide, token) : 0;
+    uint32_t before = state.seen ? state.seen[batch] : c.first;
+    if (before == SITS_OUT) return;
+    uint32_t token = p.appends ? before : before - 1, seen = slides ? first_seen(c.slide, token) : 0;
     if (slides && c.slide <= c.window) kinds = 3;
     Parts parts(memory, p, value_dim);
     if (blockIdx.y > 0) share = (blockIdx.y - 1) / p.splits, shares = share + 1, kinds = 1;
     Decoder<T, D, G, OWN_VALUES> decoder(c, p.scale);
     decoder.start(q, c, batch, head + share * G);
+    Closed<T> closed{{state.table + list * c.pages, c.sizes.head_dim, value_dim, c.fold == MEAN}};
     // Other blocks of the list read the old length until the last of them has arrived.
     int length = int(state.lengths[list]), begin = length, end = length, start = 0;
     if (slides) {
         start = int(state.starts[list]);
         // After an append `starts` are those of the next row.
-        if (!p.appends && start > 0 && state.far_tokens[list * c.capacity + start - 1] >= seen) start--;
+        if (!p.appends && start > 0 && closed.pages.token(start - 1) >= seen) start--;
     }
     if (blockIdx.y == 0) {
         if (p.appends && threadIdx.x < 32) {
@@ -392,19 +456,22 @@ SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const
         // The chain that was closed ends one token before the edge.
         if (p.appends && token >= seen + c.window + 1) end = int(next[list]);
     } else {
-        int all = length - start, splits = int(p.splits);
-        int split = (blockIdx.y - 1) % p.splits, columns = (all + splits - 1) / splits;
+        // Splits follow from the number of entries alone, so that equal lists give equal bits. They begin where pages
+        // do, unless a sliding window has left entries behind.
+        constexpr int WHOLE = int(PAGE);
+        int all = length - start, splits = int(p.splits), pages = (all + WHOLE - 1) / WHOLE;
+        int split = (blockIdx.y - 1) % p.splits, each = max(LEAST_PAGES, (pages + splits - 1) / splits) * WHOLE;
         part = 1 + split;
-        begin = start + min(all, split * columns), end = min(length, begin + columns);
+        begin = start + min(all, split * each), end = min(length, begin + each);
     }
     for (; share < shares; share++) {
         if (share > 0 && blockIdx.y == 0) decoder.start(q, c, batch, head + share * G);
-        // By value: a reference to one of two would keep the views in local memory.
 #pragma unroll 1
         for (int kind = 0; kind < kinds; kind++) {
             bool far = kind == 0;
-            Store<T> store = {far ? state.far_k : state.local_k, far ? state.far_v : state.local_v,
-                              far ? state.far_ln : state.local_ln, list * (far ? c.capacity : c.window + 1)};
+            int64_t local = list * (c.window + 1);
+            Store<T> store = {state.local_k + local * c.sizes.head_dim, state.local_v + local * value_dim,
+                              state.local_ln ? state.local_ln + local : state.local_ln};
             int from = far ? begin : 0, to = far ? end : state.local_lengths ? int(state.local_lengths[list]) : 0;
             if (kinds == 3 && !far) {
                 // The tokens from `seen` on: from its slot to the end of the ring, then from the ring's start.
@@ -412,7 +479,10 @@ SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const
                 bool second = kind == 2, wraps = oldest > newest;
                 from = second ? 0 : oldest, to = second && !wraps ? 0 : !second && wraps ? int(c.window) : newest + 1;
             }
-            decoder.columns(store, from, to);
+            if (far && from % int(PAGE) != 0)
+                decoder.columns_across(closed, from, to);
+            else
+                decoder.columns(store, closed, far, from, to);
         }
         decoder.finish(parts, p, list * group + share * G, part);
     }

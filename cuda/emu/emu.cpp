@@ -1,9 +1,13 @@
 // The scheduler: fibers, meeting points, and the C function that Rust launches with.
 #include "emu.h"
 
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
+#include <mutex>
+#include <shared_mutex>
 #include <string>
 #include <sys/mman.h>
 #include <unordered_map>
@@ -34,6 +38,39 @@ static std::unordered_map<std::string, size_t>& shared_bytes() {
 }
 
 SharedBytes::SharedBytes(const char* name, size_t bytes) { shared_bytes()[name] = bytes; }
+
+// --- Memory that kernels find by an address --------------------------------------------------------------------------
+
+// By the address of the first byte. Launches of several threads look here.
+struct Memories {
+  std::shared_mutex lock;
+  std::map<uint64_t, Span> all;
+  // Counts changes of `all`.
+  std::atomic<uint64_t> version{1};
+};
+
+static Memories& memories() {
+  static Memories* made = new Memories;
+  return *made;
+}
+
+Span span_at(uint64_t address) {
+  // The last one found is most often the next.
+  static thread_local Span last{};
+  static thread_local uint64_t version = 0;
+  auto holds = [&](const Span& span) { return address - (uint64_t)span.data < span.bytes; };
+  if (version == memories().version.load(std::memory_order_acquire) && holds(last)) return last;
+  {
+    std::shared_lock<std::shared_mutex> held(memories().lock);
+    auto after = memories().all.upper_bound(address);
+    if (after != memories().all.begin() && holds(std::prev(after)->second)) {
+      last = std::prev(after)->second;
+      version = memories().version.load(std::memory_order_relaxed);
+      return last;
+    }
+  }
+  fail("address %#llx: expected one in memory that lives, got none", (unsigned long long)address);
+}
 
 // --- Contexts -------------------------------------------------------------------------------------------------------
 
@@ -380,6 +417,19 @@ static const Registry& registry() {
 }
 
 }  // namespace emu
+
+// Lets kernels find memory by its address, until `emu_forget`.
+extern "C" void emu_register(unsigned char* data, unsigned char* written, size_t bytes) {
+  std::unique_lock<std::shared_mutex> held(emu::memories().lock);
+  emu::memories().all[(uint64_t)data] = emu::Span{data, written, bytes, true};
+  emu::memories().version++;
+}
+
+extern "C" void emu_forget(const unsigned char* data) {
+  std::unique_lock<std::shared_mutex> held(emu::memories().lock);
+  emu::memories().all.erase((uint64_t)data);
+  emu::memories().version++;
+}
 
 // Returns 0 if the kernel ran; otherwise `message` holds the error.
 extern "C" size_t emu_shared_bytes(const char* name) {

@@ -1,6 +1,7 @@
 // The checked views; ../memory.cuh says what they mean.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 #include <type_traits>
 
@@ -69,6 +70,9 @@ template <class T> using ViewOf = std::conditional_t<std::is_const<T>::value, Vi
 
 Span shared_span();
 
+// The memory that an address lies in, which the host has registered and not yet freed.
+Span span_at(uint64_t address);
+
 }  // namespace emu
 
 template <class T> struct Global : emu::ViewOf<T> {
@@ -94,6 +98,28 @@ template <class T> Shared<T> shared_memory(size_t byte_offset, size_t elements) 
   view.end = byte_offset + elements * sizeof(T);
   if ((size_t)view.end > view.span.bytes)
     emu::fail_access(view.span, "view larger than the launch asked for", byte_offset, elements * sizeof(T));
+  return view;
+}
+
+typedef Global<uint8_t> Memory;
+
+inline Memory memory_at(uint64_t address, size_t bytes) {
+  Memory view;
+  view.span = emu::span_at(address);
+  view.first = view.begin = (long long)(address - (uint64_t)view.span.data);
+  view.end = view.begin + bytes;
+  if ((size_t)view.end > view.span.bytes)
+    emu::fail_access(view.span, "memory larger than what was taken", view.begin, bytes);
+  return view;
+}
+
+template <class T> Global<T> part_of(const Memory& memory, size_t byte_offset, size_t elements) {
+  Global<T> view;
+  view.span = memory.span;
+  view.first = view.begin = memory.begin + byte_offset;
+  view.end = view.begin + elements * sizeof(T);
+  if (view.end > memory.end)
+    emu::fail_access(view.span, "part outside of its memory", view.begin, elements * sizeof(T));
   return view;
 }
 

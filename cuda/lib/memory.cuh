@@ -12,6 +12,8 @@
 //
 // Global<T> is a kernel parameter (one pointer wide under nvcc); Global<const T> cannot be written. Shared<T> is made
 // from the block's dynamic shared memory (SHARED_BYTES in kernel.cuh) with shared_memory<T>(byte offset, elements).
+// Memory is a piece that a kernel finds by its address in a table, with memory_at(address, bytes); part_of<T>(memory,
+// byte offset, elements) is the view of a part of it.
 #pragma once
 
 #ifdef SFA_EMULATION
@@ -47,6 +49,16 @@ template <class T> struct Shared : Pointer<T> {
 template <class T> __device__ __forceinline__ Shared<T> shared_memory(size_t byte_offset, size_t) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   return {{reinterpret_cast<T*>(shared_bytes + byte_offset)}};
+}
+
+typedef Global<uint8_t> Memory;
+
+__device__ __forceinline__ Memory memory_at(uint64_t address, size_t) {
+  return {{reinterpret_cast<uint8_t*>(address)}};
+}
+
+template <class T> __device__ __forceinline__ Global<T> part_of(const Memory& memory, size_t byte_offset, size_t) {
+  return {{reinterpret_cast<T*>(memory.data + byte_offset)}};
 }
 
 template <class V, class View> __device__ __forceinline__ V load_vector(View view, size_t i) {

@@ -197,8 +197,8 @@ struct CacheParams {
   unsigned window;
   // A FoldKind.
   unsigned fold;
-  // Room for closed chains in a list.
-  unsigned capacity;
+  // Pages that a list has room for in its row of the table: cache/pages.cuh.
+  unsigned pages;
   unsigned first;
   // 1: observed mass decides, with this softmax scale.
   unsigned observes;
@@ -220,7 +220,8 @@ struct CacheAttendParams {
   // A Philox word below this is dropped; 0 without dropout.
   uint64_t dropout_cut;
   unsigned heads, lists, head_dim;
-  unsigned capacity, window, last;
+  // `pages` as in CacheParams.
+  unsigned pages, window, last;
   unsigned dropout_key[2];
   // scale * log2(e)
   float scale;
@@ -234,9 +235,12 @@ struct CacheAttendParams {
   unsigned value_dim;
   // Dropout counts heads over all batch rows, rows and tokens from these on.
   unsigned drawn_from[3];
+  // 1: closed chains have sizes.
+  unsigned sized;
+  unsigned unused;
 };
 
-static_assert(sizeof(CacheAttendParams) == 112, "as in src/cuda/params.rs");
+static_assert(sizeof(CacheAttendParams) == 120, "as in src/cuda/params.rs");
 
 // For cache_pad: `rows` have `dim` numbers and become rows of `padded` numbers, (batch, heads, tokens, padded).
 struct PadParams {
@@ -248,9 +252,9 @@ static_assert(sizeof(PadParams) == 48, "as in src/cuda/params.rs");
 
 // For cache_copy, in elements.
 struct CopyParams {
-  uint64_t to_offset;
+  uint64_t to_offset, from_offset;
   unsigned from_stride, to_stride;
-  unsigned count, unit;
+  unsigned count, unused;
 };
 
-static_assert(sizeof(CopyParams) == 24, "as in src/cuda/params.rs");
+static_assert(sizeof(CopyParams) == 32, "as in src/cuda/params.rs");

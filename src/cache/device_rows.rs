@@ -1,18 +1,22 @@
-//! A cache's lists on a device, batch row by batch row. Rows that hold equal numbers of tokens have one set of buffers
-//! and one launch. Once segments or padding make them differ, each row has lists of its own.
+//! A cache's lists on a device, in groups of batch rows. A group has one set of buffers and one launch. All rows are
+//! one group until a call treats them unlike; then rows that take one token, or none, stay together, and a row that
+//! takes several has lists of its own until it steps with the others again.
 
+use super::device_groups::{groups_apart, groups_for, take};
 use super::segments::{BeforeCall, RowPlace, RowRun};
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
-use crate::cuda::cache::{paste, DeviceLists, HostLists};
-use crate::cuda::extras::{ExtraBuffers, ScoreBuffer};
+use crate::cuda::cache::{DeviceLists, HostLists};
+use crate::cuda::extras::ExtraBuffers;
 use crate::cuda::on_gpu::{Gpu, GpuElement, Source};
-use crate::cuda::operands::BiasBuffer;
-use crate::problem::{Problem, RowLayout};
-use candle_core::Result;
+use crate::problem::Problem;
+use candle_core::{bail, Result};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
 
 /// The lists of one layer, and where its batch rows stand.
 pub(crate) struct DeviceRows<G: Gpu, T: GpuElement> {
-    /// The lists of all batch rows, or of one each.
+    /// Groups of batch rows, in order.
     parts: Vec<DeviceLists<G, T>>,
     seq_len: usize,
     /// Where each batch row stands, once segments were given.
@@ -65,6 +69,12 @@ impl<G: Gpu, T: GpuElement> DeviceRows<G, T> {
         self.parts.iter().any(|part| part.sliding_window().flatten().is_some())
     }
 
+    /// The sliding window of the calls that attended; None before the first of them.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub fn sliding_window(&self) -> Option<Option<usize>> {
+        self.parts.first().and_then(DeviceLists::sliding_window)
+    }
+
     /// Where each batch row stands, once segments were given.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub fn places(&self) -> Option<&[RowPlace]> {
@@ -98,8 +108,28 @@ impl<G: Gpu, T: GpuElement> DeviceRows<G, T> {
         self.parts.iter().map(|part| part.bytes(gpu)).sum()
     }
 
+    /// Bytes of all groups, and of pages that wait for their next entries.
     pub fn bytes_allocated(&self) -> usize {
-        self.parts.iter().map(DeviceLists::bytes_allocated).sum()
+        let held: usize = self.parts.iter().map(DeviceLists::bytes_held).sum();
+        let pools = self
+            .parts
+            .iter()
+            .map(|part| (Arc::as_ptr(part.pool()), part.pool().free_bytes()));
+        held + pools.collect::<BTreeMap<_, _>>().into_values().sum::<usize>()
+    }
+
+    /// Bytes of pages that other rows hold, too.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub fn bytes_shared(&self) -> usize {
+        self.parts.iter().map(DeviceLists::bytes_shared).sum()
+    }
+
+    /// Copies the pages that other rows hold, too.
+    ///
+    /// # Errors
+    /// An error of the device.
+    pub fn unshare(&mut self, gpu: &G) -> Result<()> {
+        self.parts.iter_mut().try_for_each(|part| part.unshare(gpu))
     }
 
     pub fn never_merges(&self) -> bool {
@@ -139,7 +169,7 @@ impl<G: Gpu, T: GpuElement> DeviceRows<G, T> {
         Ok(Self {
             parts: match &self.parts[..] {
                 [all] => vec![all.select(gpu, rows)?],
-                each => rows.iter().map(|row| each[*row].copy(gpu)).collect::<Result<_>>()?,
+                _ => rows.iter().map(|row| self.row(gpu, *row)).collect::<Result<_>>()?,
             },
             seq_len: self.seq_len,
             places: (self.places.as_ref()).map(|places| rows.iter().map(|row| places[*row]).collect()),
@@ -151,7 +181,69 @@ impl<G: Gpu, T: GpuElement> DeviceRows<G, T> {
     /// # Errors
     /// An error of the device.
     pub fn copy(&self, gpu: &G) -> Result<Self> {
-        self.select(gpu, &(0..self.batch()).collect::<Vec<_>>())
+        self.with_parts(self.parts.iter().map(|part| part.copy(gpu)))
+    }
+
+    /// The lists of one batch row, as lists of their own.
+    fn row(&self, gpu: &G, row: usize) -> Result<DeviceLists<G, T>> {
+        let mut first = 0;
+        for part in &self.parts {
+            if row < first + part.batch() {
+                return part.row(gpu, row - first);
+            }
+            first += part.batch();
+        }
+        bail!("cache: expected a batch row below {first}, got {row}; this is a defect of the crate, please report it")
+    }
+
+    /// The batch rows of each group.
+    fn groups(&self) -> Vec<Range<usize>> {
+        let mut end = 0;
+        let group = |part: &DeviceLists<G, T>| {
+            end += part.batch();
+            end - part.batch()..end
+        };
+        self.parts.iter().map(group).collect()
+    }
+
+    /// Puts the rows in other groups.
+    ///
+    /// # Errors
+    /// An error of the device; the groups are then as before.
+    fn regroup(&mut self, gpu: &G, wanted: &[Range<usize>]) -> Result<()> {
+        let old = self.groups();
+        if old == wanted {
+            return Ok(());
+        }
+        let mut new = Vec::with_capacity(wanted.len());
+        for group in wanted {
+            // Old groups that overlap the new one, whole or in part.
+            let mut parts = Vec::new();
+            for (part, rows) in self.parts.iter().zip(&old) {
+                let common = rows.start.max(group.start)..rows.end.min(group.end);
+                if !common.is_empty() {
+                    let rows: Vec<usize> = common.map(|row| row - rows.start).collect();
+                    parts.push(part.select(gpu, &rows)?);
+                }
+            }
+            let parts: Vec<&DeviceLists<G, T>> = parts.iter().collect();
+            new.push(DeviceLists::cat(gpu, &parts)?);
+        }
+        self.parts = new;
+        Ok(())
+    }
+
+    /// One cache of all batch rows of `caches`, in order. All have lists of equal settings.
+    ///
+    /// # Errors
+    /// An error of the device.
+    pub fn cat(gpu: &G, caches: &[&Self], places: Option<Vec<RowPlace>>) -> Result<Self> {
+        let parts: Vec<&DeviceLists<G, T>> = caches.iter().flat_map(|cache| &cache.parts).collect();
+        Ok(Self {
+            parts: vec![DeviceLists::cat(gpu, &parts)?],
+            seq_len: caches.iter().map(|cache| cache.seq_len).max().unwrap_or(0),
+            places,
+        })
     }
 
     /// A mark of the present: a copy of all but the closed chains, which are only added to until a sliding window or
@@ -167,7 +259,8 @@ impl<G: Gpu, T: GpuElement> DeviceRows<G, T> {
     ///
     /// # Errors
     /// An error of the device.
-    pub fn at_mark(self, gpu: &G, mark: &Self) -> Result<Self> {
+    pub fn at_mark(mut self, gpu: &G, mark: &Self) -> Result<Self> {
+        self.regroup(gpu, &mark.groups())?;
         let parts = mark.parts.iter().zip(self.parts).map(|(marked, later)| {
             let mut part = marked.without_chains(gpu)?;
             part.take_chains(later);
@@ -189,10 +282,14 @@ impl<G: Gpu, T: GpuElement> DeviceRows<G, T> {
     /// # Errors
     /// An error of the device.
     pub fn to_host(&self, gpu: &G) -> Result<HostRows<T>> {
+        let apart = (0..self.batch()).map(|row| self.row(gpu, row)?.to_host(gpu));
         Ok(HostRows {
             seq_len: self.seq_len,
             places: self.places.clone(),
-            parts: self.parts.iter().map(|part| part.to_host(gpu)).collect::<Result<_>>()?,
+            parts: match &self.parts[..] {
+                [all] if !all.is_ragged() => vec![all.to_host(gpu)?],
+                _ => apart.collect::<Result<_>>()?,
+            },
         })
     }
 
@@ -224,15 +321,15 @@ impl<G: Gpu, T: GpuElement> DeviceRows<G, T> {
     /// Segments that do not fit, more entries than the limit, or as [`DeviceLists::append_and_attend`]. Only an error
     /// of the device leaves the lists half changed.
     pub fn take_in(&mut self, gpu: &G, call: &RowsCall<'_, G, T>) -> Result<Option<G::Slice<T>>> {
-        let tokens = |part: &DeviceLists<G, T>| vec![part.seq_len(); part.batch()];
         let before = BeforeCall {
             seq_len: self.seq_len,
             places: self.places.as_deref(),
-            tokens: self.parts.iter().flat_map(tokens).collect(),
+            tokens: self.parts.iter().flat_map(DeviceLists::row_lens).collect(),
         };
         let runs = before.runs(call.problem, call.options)?;
-        debug_assert!(self.parts.len() == 1 || runs.is_some());
-        let output = match runs.as_ref().filter(|runs| self.parts.len() > 1 || !runs.alike) {
+        let unlike = self.parts.len() > 1 || self.parts[0].is_ragged();
+        debug_assert!(!unlike || runs.is_some());
+        let output = match runs.as_ref().filter(|runs| unlike || !runs.alike) {
             None => take(gpu, &mut self.parts[0], call, call.problem.tokens)?,
             Some(runs) => self.take_in_apart(gpu, call, &runs.runs)?,
         };
@@ -243,7 +340,7 @@ impl<G: Gpu, T: GpuElement> DeviceRows<G, T> {
         Ok(output)
     }
 
-    /// [`Self::take_in`] row by row and run by run.
+    /// [`Self::take_in`] group by group, and in a group of one row run by run.
     fn take_in_apart(
         &mut self,
         gpu: &G,
@@ -253,106 +350,18 @@ impl<G: Gpu, T: GpuElement> DeviceRows<G, T> {
         if let Some(options) = call.options {
             options.sliding_window_after(self.parts[0].sliding_window())?;
         }
+        self.regroup(gpu, &groups_for(call, runs))?;
         let nears = |limit| {
             let near = |part: &DeviceLists<G, T>| part.nears(limit, call.problem.tokens);
             self.parts.iter().any(near)
         };
-        let mut apart = match &self.parts[..] {
-            [all] if all.batch() > 1 => {
-                let rows = 0..all.batch();
-                rows.map(|row| all.row(gpu, row)).collect::<Result<Vec<_>>>()?
-            }
-            // Where a later row may be refused, earlier rows change copies.
-            _ if call.limit.is_some_and(nears) => self.copy(gpu)?.parts,
-            _ => return rows_apart(gpu, &mut self.parts, call, runs),
-        };
-        let output = rows_apart(gpu, &mut apart, call, runs)?;
+        // Where a later group may be refused, earlier ones change copies.
+        if !call.limit.is_some_and(nears) {
+            return groups_apart(gpu, &mut self.parts, call, runs);
+        }
+        let mut apart = self.copy(gpu)?.parts;
+        let output = groups_apart(gpu, &mut apart, call, runs)?;
         self.parts = apart;
         Ok(output)
-    }
-}
-
-/// Runs a call row by row and run by run; `parts` are the lists of one batch row each.
-fn rows_apart<G: Gpu, T: GpuElement>(
-    gpu: &G,
-    parts: &mut [DeviceLists<G, T>],
-    call: &RowsCall<'_, G, T>,
-    runs: &[Vec<RowRun>],
-) -> Result<Option<G::Slice<T>>> {
-    let Problem {
-        batch,
-        heads,
-        tokens,
-        value_dim,
-        ..
-    } = *call.problem;
-    let rows = |_| gpu.zeros::<T>(batch * heads * tokens * value_dim);
-    let mut output = call.options.filter(|_| call.attend).map(rows).transpose()?;
-    for (row, (lists, runs)) in parts.iter_mut().zip(runs).enumerate() {
-        for run in runs {
-            if run.fresh {
-                *lists = lists.anew(gpu)?;
-            }
-            let found = take(gpu, lists, &call.part(row, run), run.tokens.len())?;
-            if let (Some(from), Some(to)) = (&found, &mut output) {
-                let first = (row * heads * tokens + run.tokens.start) * value_dim;
-                paste(
-                    gpu,
-                    (from, run.tokens.len() * value_dim),
-                    (to, tokens * value_dim),
-                    heads,
-                    first,
-                )?;
-            }
-        }
-        if let Some(options) = call.options {
-            lists.attend_under(gpu, options)?;
-        }
-    }
-    Ok(output)
-}
-
-/// Appends `count` tokens to some batch rows' lists.
-fn take<G: Gpu, T: GpuElement>(
-    gpu: &G,
-    lists: &mut DeviceLists<G, T>,
-    call: &RowsCall<'_, G, T>,
-    count: usize,
-) -> Result<Option<G::Slice<T>>> {
-    let (qkv, extras) = (call.qkv, call.extras);
-    lists.within(gpu, count, call.limit, |lists| match call.options {
-        Some(options) if call.attend => lists.append_and_attend(gpu, qkv, count, options, extras).map(Some),
-        options => lists.append(gpu, qkv, count, options, extras).map(|()| None),
-    })
-}
-
-impl<'a, G: Gpu, T: GpuElement> RowsCall<'a, G, T> {
-    /// The call on a run of one batch row.
-    fn part(&self, row: usize, run: &RowRun) -> RowsCall<'a, G, T> {
-        let Problem { heads, kv_heads, .. } = *self.problem;
-        let first = run.tokens.start;
-        let rows = |(data, layout): Source<'a, G, T>| {
-            let offset = layout.offset + row * layout.strides[0] + first * layout.strides[2];
-            (data, RowLayout { offset, ..layout })
-        };
-        // A bias and dropout count the tokens of all segments.
-        let bias = self.extras.bias.map(|bias| BiasBuffer {
-            offset: bias.offset + row * bias.strides[0] + first * bias.strides[2] + run.start * bias.strides[3],
-            ..bias
-        });
-        let scores = self.extras.scores.map(|scores| ScoreBuffer {
-            first: scores.first + row * kv_heads * scores.stride + first,
-            ..scores
-        });
-        RowsCall {
-            qkv: self.qkv.map(rows),
-            extras: ExtraBuffers {
-                bias,
-                scores,
-                drawn_from: [(row * heads) as u32, run.start as u32, run.start as u32],
-                ..self.extras
-            },
-            ..*self
-        }
     }
 }

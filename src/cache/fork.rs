@@ -1,6 +1,7 @@
 //! Forks: caches that share what they store.
 
 use super::{CompressedKvCache, Lists};
+use candle_core::Result;
 use std::sync::Arc;
 
 impl CompressedKvCache {
@@ -9,13 +10,30 @@ impl CompressedKvCache {
     /// from then on; the entries stay shared, but for those of a list with fewer than 256 of them. What a fork computes
     /// equals, bit for bit, what a cache computes that was given the same calls.
     ///
-    /// On CUDA forks share all until one of them changes, which then copies all.
+    /// On CUDA entries are shared page by page: a fork that appends copies the page that it writes to.
     pub fn fork(&self) -> Self {
         self.clone()
     }
 
+    /// Copies what forks, or other batch rows of this cache, hold too, so that [`Self::bytes_shared`] is 0. For
+    /// measurements, and before a cache goes to another thread's memory budget.
+    ///
+    /// # Errors
+    /// Too little memory on a GPU.
+    pub fn unshare(&mut self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(state) = &mut self.on_gpu {
+            return state.unshare();
+        }
+        if let Some(state) = &mut self.state {
+            let state = Arc::make_mut(state);
+            each!(&mut state.lists, lists => lists.iter_mut().for_each(|(_, list)| list.entries.unshare()));
+        }
+        Ok(())
+    }
+
     /// The bytes of [`Self::bytes_allocated`] that forks hold too: those of a thousand forks of a prompt are in memory
-    /// once. Without the journal of [`CacheOptions::rollback`](super::CacheOptions::rollback). On CUDA all or none.
+    /// once. Without the journal of [`CacheOptions::rollback`](super::CacheOptions::rollback).
     pub fn bytes_shared(&self) -> usize {
         #[cfg(feature = "cuda")]
         if let Some(state) = &self.on_gpu {

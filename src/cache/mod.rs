@@ -118,6 +118,10 @@ mod append;
 mod between_devices;
 mod call;
 mod checksum;
+#[cfg(feature = "cuda")]
+mod device_call;
+#[cfg(any(feature = "cuda", feature = "cuda-emu"))]
+mod device_groups;
 #[cfg(any(feature = "cuda", feature = "cuda-emu"))]
 mod device_rows;
 mod fork;
@@ -142,6 +146,8 @@ pub use prefix::PrefixKey;
 pub(crate) use between_devices::Both;
 #[cfg(feature = "cuda-emu")]
 pub(crate) use device_rows::{DeviceRows, RowsCall};
+#[cfg(feature = "cuda-emu")]
+pub(crate) use rows::joined_places;
 
 impl std::fmt::Debug for CompressedKvCache {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {

@@ -2,22 +2,20 @@
 
 use super::between_devices::{state_of, Both};
 use super::call::TokenCall;
-use super::device_rows::{DeviceRows, RowsCall};
+use super::device_call::step;
+use super::device_rows::DeviceRows;
+use super::rows::joined_places;
 use super::segments::RowPlace;
-use super::step::bias_view;
 use super::{CacheSizes, CompressedKvCache, State};
 use crate::config::{AttentionOptions, CompressionConfig, Storage};
 use crate::cuda::device::Cuda;
-use crate::cuda::extras::{ExtraBuffers, ScoreBuffer};
-use crate::cuda::on_gpu::GpuElement;
-use crate::cuda::tensors::{self, source, stored, tensor};
 use crate::problem::Problem;
 use crate::storage::not_on_cpu;
 use candle_core::{bail, DType, Device, Result, Tensor};
 use std::sync::Arc;
 
 /// All lists, by dtype.
-enum ListsByDtype {
+pub(super) enum ListsByDtype {
     F32(DeviceRows<Cuda, f32>),
     F16(DeviceRows<Cuda, half::f16>),
     BF16(DeviceRows<Cuda, half::bf16>),
@@ -37,10 +35,10 @@ macro_rules! each {
 /// The lists and shapes of a cache on a device. A clone shares them until one of the two changes.
 #[derive(Clone)]
 pub(super) struct GpuState {
-    device: Device,
+    pub device: Device,
     sizes: CacheSizes,
     /// The storage dtype.
-    dtype: DType,
+    pub dtype: DType,
     lists: Arc<ListsByDtype>,
 }
 
@@ -78,7 +76,7 @@ fn brought<T: Both>(gpu: &Cuda, cache: &CompressedKvCache) -> Result<Option<Devi
     DeviceRows::from_host(gpu, &problem, (&cache.strategies, &cache.config), &held).map(Some)
 }
 
-fn cuda(device: &Device) -> Result<Cuda> {
+pub(super) fn cuda(device: &Device) -> Result<Cuda> {
     Ok(Cuda::new(device.as_cuda_device()?))
 }
 
@@ -106,6 +104,24 @@ impl ListsByDtype {
             (Self::BF16(lists), Self::BF16(mark)) => Self::BF16(lists.at_mark(gpu, mark)?),
             _ => bail!("cache: expected a mark of its own dtype; this is a defect of the crate, please report it"),
         })
+    }
+
+    /// The rows of all of these, in order.
+    fn cat(gpu: &Cuda, lists: &[&Self], places: Option<Vec<RowPlace>>) -> Result<Self> {
+        macro_rules! of {
+            ($kind:path) => {{
+                let same = lists.iter().filter_map(|lists| match lists {
+                    $kind(lists) => Some(lists),
+                    _ => None,
+                });
+                DeviceRows::cat(gpu, &same.collect::<Vec<_>>(), places).map($kind)
+            }};
+        }
+        match lists.first() {
+            Some(Self::F16(_)) => of!(Self::F16),
+            Some(Self::BF16(_)) => of!(Self::BF16),
+            _ => of!(Self::F32),
+        }
     }
 
     fn select(&self, gpu: &Cuda, rows: &[usize]) -> Result<Self> {
@@ -139,10 +155,6 @@ impl GpuState {
         })
     }
 
-    pub fn device(&self) -> &Device {
-        &self.device
-    }
-
     pub fn seq_len(&self) -> usize {
         each!(&*self.lists, lists => lists.seq_len())
     }
@@ -161,12 +173,21 @@ impl GpuState {
         each!(&*self.lists, lists => lists.bytes_allocated())
     }
 
-    /// [`Self::bytes_allocated`] if a fork shares the lists, else 0.
+    /// Bytes that forks hold, too: all of them until one of the two changes, then those of common pages.
     pub fn bytes_shared(&self) -> usize {
         match Arc::strong_count(&self.lists) {
-            1 => 0,
+            1 => each!(&*self.lists, lists => lists.bytes_shared()),
             _ => self.bytes_allocated(),
         }
+    }
+
+    /// Copies what other caches, or other rows, hold too.
+    ///
+    /// # Errors
+    /// An error of the device.
+    pub fn unshare(&mut self) -> Result<()> {
+        let gpu = cuda(&self.device)?;
+        each!(self.lists_mut(&gpu)?, lists => lists.unshare(&gpu))
     }
 
     /// A mark of the present; a whole one shares the closed chains too, until the lists change.
@@ -271,7 +292,7 @@ impl GpuState {
     }
 
     /// The lists, to change them; shared lists are copied first.
-    fn lists_mut(&mut self, gpu: &Cuda) -> Result<&mut ListsByDtype> {
+    pub fn lists_mut(&mut self, gpu: &Cuda) -> Result<&mut ListsByDtype> {
         if Arc::get_mut(&mut self.lists).is_none() {
             self.lists = Arc::new(self.lists.copy(gpu)?);
         }
@@ -302,6 +323,48 @@ impl CompressedKvCache {
         }
         moved.journal.clear();
         Ok(moved)
+    }
+
+    /// [`Self::cat`] of caches of equal settings; the first one is on a GPU.
+    pub(super) fn cat_on_gpu(caches: &[Self]) -> Result<Self> {
+        let mut states = Vec::with_capacity(caches.len());
+        for (index, cache) in caches.iter().enumerate() {
+            let Some(state) = &cache.on_gpu else {
+                bail!("cat: expected caches that hold tokens on one GPU, got cache {index} without; leave it out")
+            };
+            states.push(state);
+        }
+        let first = states[0];
+        let shape = |state: &GpuState| {
+            let sizes = CacheSizes {
+                batch: 0,
+                ..state.sizes
+            };
+            let window = each!(&*state.lists, lists => lists.sliding_window());
+            (state.device.location(), sizes, state.dtype, window)
+        };
+        if let Some(other) = states.iter().find(|state| shape(state) != shape(first)) {
+            bail!(
+                "cat: expected caches of equal device, heads, sizes, storage and sliding window, got {:?} and {:?}; \
+                 they are of different models",
+                shape(first),
+                shape(other)
+            )
+        }
+        let rows = |state: &&GpuState| (state.seq_len(), state.sizes.batch, state.places());
+        let (_, places) = joined_places(states.iter().map(rows).collect());
+        let lists: Vec<&ListsByDtype> = states.iter().map(|state| &*state.lists).collect();
+        let mut joined = caches[0].clone();
+        joined.journal.clear();
+        joined.on_gpu = Some(GpuState {
+            lists: Arc::new(ListsByDtype::cat(&cuda(&first.device)?, &lists, places)?),
+            sizes: CacheSizes {
+                batch: states.iter().map(|state| state.sizes.batch).sum(),
+                ..first.sizes
+            },
+            ..first.clone()
+        });
+        Ok(joined)
     }
 
     /// [`Self::take_in`] for tensors on a CUDA device, or a cache that is on one.
@@ -370,116 +433,5 @@ impl CompressedKvCache {
             Some(options) => options.check().and_then(|()| problem.check_sinks(options)),
             None => Ok(()),
         }
-    }
-}
-
-/// Runs one call on checked tensors, in the storage dtype. Only an error of the device leaves `state` half changed.
-fn step(
-    state: &mut GpuState,
-    problem: &Problem,
-    call: &TokenCall,
-    attend: bool,
-    limit: Option<usize>,
-) -> Result<Option<Tensor>> {
-    let ([q, k, v], options) = (&call.qkv, call.options.as_ref());
-    let (device, gpu, storage) = (state.device.clone(), cuda(&state.device)?, state.dtype);
-    let full = [
-        problem.batch,
-        problem.heads,
-        problem.tokens,
-        state.seq_len() + problem.tokens,
-    ];
-    let bias = bias_view(options.and_then(|options| options.bias.as_ref()), full, DType::F32)?;
-    let sinks = match options {
-        Some(options) => problem.device_sinks(options, q)?,
-        None => None,
-    };
-    let (q, k, v) = (q.to_dtype(storage)?, k.to_dtype(storage)?, v.to_dtype(storage)?);
-    let call = DeviceCall {
-        gpu: &gpu,
-        device: &device,
-        problem,
-        tensors: [&q, &k, &v],
-        options,
-        attend,
-        bias: bias.as_ref(),
-        sinks: sinks.as_ref(),
-        scores: call.scores.as_ref(),
-        limit,
-    };
-    let output = match state.lists_mut(&gpu)? {
-        ListsByDtype::F32(lists) => call.run(lists),
-        ListsByDtype::F16(lists) => call.run(lists),
-        ListsByDtype::BF16(lists) => call.run(lists),
-    }?;
-    output.map(|output| output.to_dtype(problem.dtype)).transpose()
-}
-
-/// One checked call, its tensors in the storage dtype.
-struct DeviceCall<'a> {
-    gpu: &'a Cuda,
-    device: &'a Device,
-    problem: &'a Problem,
-    tensors: [&'a Tensor; 3],
-    /// None to append the tokens without attending.
-    options: Option<&'a AttentionOptions>,
-    attend: bool,
-    /// The bias in f32, as a (B, H, new tokens, all tokens) view.
-    bias: Option<&'a Tensor>,
-    /// Sink logits (H) in f32, at the start of their buffer.
-    sinks: Option<&'a Tensor>,
-    /// (B, Hk, new tokens, 1), f32, contiguous, where the caller gives them.
-    scores: Option<&'a Tensor>,
-    limit: Option<usize>,
-}
-
-impl DeviceCall<'_> {
-    fn run<T: GpuElement>(&self, lists: &mut DeviceRows<Cuda, T>) -> Result<Option<Tensor>> {
-        let Problem {
-            batch,
-            heads,
-            tokens,
-            value_dim,
-            ..
-        } = *self.problem;
-        let held = self.tensors.map(Tensor::storage_and_layout);
-        let [q, k, v] = [&held[0], &held[1], &held[2]].map(|(storage, layout)| source::<T>(stored(storage, layout)?));
-        let held_scores = self.scores.map(Tensor::storage_and_layout);
-        let scores = match &held_scores {
-            Some((storage, layout)) => Some(ScoreBuffer {
-                data: stored(storage, layout)?.0.as_cuda_slice::<f32>()?,
-                first: layout.start_offset(),
-                stride: tokens,
-            }),
-            None => None,
-        };
-        let held_bias = self.bias.map(Tensor::storage_and_layout);
-        let bias = match &held_bias {
-            Some((storage, layout)) => Some(tensors::bias_view(stored(storage, layout)?)?),
-            None => None,
-        };
-        let held_sinks = self.sinks.map(Tensor::storage_and_layout);
-        let sinks = match &held_sinks {
-            Some((storage, layout)) => Some(stored(storage, layout)?.0.as_cuda_slice::<f32>()?),
-            None => None,
-        };
-        let call = RowsCall {
-            problem: self.problem,
-            qkv: [q?, k?, v?],
-            options: self.options,
-            attend: self.attend,
-            extras: ExtraBuffers {
-                bias,
-                sinks,
-                scores,
-                ..ExtraBuffers::none()
-            },
-            limit: self.limit,
-        };
-        let device = self.device.as_cuda_device()?;
-        let shape = (batch, heads, tokens, value_dim);
-        Ok(lists
-            .take_in(self.gpu, &call)?
-            .map(|output| tensor(output, shape, device)))
     }
 }

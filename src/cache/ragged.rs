@@ -10,7 +10,8 @@ impl CompressedKvCache {
     /// step together: see [`Self::cat`] and [`Self::split`] for rows that come and go. Each row equals that row alone,
     /// to rounding; its segment goes on.
     ///
-    /// On CUDA rows of unequal numbers of tokens are launched one after another.
+    /// On CUDA rows that take one token, or none, share a launch, whatever their lengths; a row that takes more has
+    /// launches of its own.
     ///
     /// # Errors
     /// Another number of rows than the batch has, more tokens than the call brings, none at all, segments, or as

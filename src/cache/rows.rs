@@ -61,7 +61,7 @@ impl CompressedKvCache {
 
     /// One cache of all batch rows of `caches`, in order. Rows may hold different numbers of tokens, as rows of
     /// [`AttentionOptions::segments`] do; then [`Self::seq_len`] is the largest, and calls have no bias and no dropout.
-    /// Caches on a GPU go by way of the CPU.
+    /// Closed chains are not copied, on the CPU or on CUDA.
     ///
     /// # Errors
     /// No cache, an empty one, or caches of other settings, shapes, dtypes or devices than the first one's.
@@ -69,18 +69,7 @@ impl CompressedKvCache {
         let Some(first) = caches.first() else {
             bail!("cat: expected at least one cache, got none")
         };
-        #[cfg(feature = "cuda")]
-        if let Some(state) = &first.on_gpu {
-            let device = state.device().clone();
-            let on_cpu = |cache: &Self| cache.to_device(&candle_core::Device::Cpu);
-            let caches: Vec<Self> = caches.iter().map(on_cpu).collect::<Result<_>>()?;
-            return Self::cat(&caches)?.to_device(&device);
-        }
-        let mut states = Vec::with_capacity(caches.len());
         for (index, cache) in caches.iter().enumerate() {
-            let Some(state) = &cache.state else {
-                bail!("cat: expected caches that hold tokens on the CPU, got cache {index} without; leave it out")
-            };
             if (&cache.strategies, &cache.config, &cache.options) != (&first.strategies, &first.config, &first.options)
             {
                 bail!(
@@ -88,6 +77,16 @@ impl CompressedKvCache {
                      make all with the same settings"
                 )
             }
+        }
+        #[cfg(feature = "cuda")]
+        if first.on_gpu.is_some() {
+            return Self::cat_on_gpu(caches);
+        }
+        let mut states = Vec::with_capacity(caches.len());
+        for (index, cache) in caches.iter().enumerate() {
+            let Some(state) = &cache.state else {
+                bail!("cat: expected caches that hold tokens on the CPU, got cache {index} without; leave it out")
+            };
             states.push(&**state);
         }
         let shape = |state: &State| {
@@ -108,20 +107,8 @@ impl CompressedKvCache {
                 shape(other)
             )
         }
-        let seq_len = states.iter().map(|state| state.seq_len).max().unwrap_or(0);
-        let ragged = states
-            .iter()
-            .any(|state| state.places.is_some() || state.seq_len != seq_len);
-        let places = |state: &&State| {
-            let places = state.places.clone();
-            let places = places.unwrap_or_else(|| vec![RowPlace::FIRST; state.sizes.batch]);
-            // All rows end at the last token.
-            let later = seq_len - state.seq_len;
-            places.into_iter().map(move |place| RowPlace {
-                start: place.start + later,
-                ..place
-            })
-        };
+        let rows = |state: &&State| (state.seq_len, state.sizes.batch, state.places.clone());
+        let (seq_len, places) = joined_places(states.iter().map(rows).collect());
         let mut lists = states[0].lists.clone();
         let mut batch = states[0].sizes.batch;
         for state in &states[1..] {
@@ -146,7 +133,7 @@ impl CompressedKvCache {
                 },
                 seq_len,
                 sliding_window: states[0].sliding_window,
-                places: ragged.then(|| states.iter().flat_map(places).collect()),
+                places,
                 lists,
             })),
             #[cfg(feature = "cuda")]
@@ -206,6 +193,26 @@ impl CompressedKvCache {
         };
         layout.turned(&attend_again(state, &problem, &q, options)?)
     }
+}
+
+/// The number of tokens of caches put together, and where their batch rows then stand, if that has to be said. Of each
+/// cache: its tokens, batch rows, and places. All rows end at the last token.
+pub(crate) fn joined_places(caches: Vec<(usize, usize, Option<Vec<RowPlace>>)>) -> (usize, Option<Vec<RowPlace>>) {
+    let seq_len = caches.iter().map(|(tokens, ..)| *tokens).max().unwrap_or(0);
+    if caches
+        .iter()
+        .all(|(tokens, _, places)| *tokens == seq_len && places.is_none())
+    {
+        return (seq_len, None);
+    }
+    let places = caches.into_iter().flat_map(|(tokens, batch, places)| {
+        let places = places.unwrap_or_else(|| vec![RowPlace::FIRST; batch]);
+        places.into_iter().map(move |place| RowPlace {
+            start: place.start + seq_len - tokens,
+            ..place
+        })
+    });
+    (seq_len, Some(places.collect()))
 }
 
 fn apart<S: Element>(lists: ListsOf<S>, batch: usize) -> Vec<ListsOf<S>> {

@@ -1,6 +1,7 @@
 //! Launches of `cuda/cache/decode.cu` and `decode_values.cu`: one new token per list of a ragged cache whose lengths
 //! only the device knows.
 
+use super::cache::pages::PAGE;
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch};
 use super::operands::padded;
 use super::params::{CacheParams, DecodeParams};
@@ -27,8 +28,11 @@ pub(crate) struct DecodeCall<'a, G: Gpu, T: GpuElement> {
     /// The newest token, if the launch appends it.
     pub appended: Option<Appended<'a, G, T>>,
     pub params: CacheParams,
-    /// The most far columns that a list has.
+    /// The most far columns that a list may have. It follows from the number of tokens alone, so that equal caches
+    /// decode to equal bits.
     pub most: usize,
+    /// Whether some batch row takes no part; its output rows are zeros.
+    pub some_sit_out: bool,
     /// The softmax scale.
     pub scale: f64,
 }
@@ -57,8 +61,8 @@ impl<G: Gpu> Scratch<G> {
     }
 }
 
-/// The fewest columns that a block reads; with fewer its start and its end cost more than its reading.
-const LEAST_COLUMNS: usize = 128;
+/// The fewest columns that a block reads: `LEAST_PAGES` in cuda/cache/decode_step.cuh.
+const LEAST_COLUMNS: usize = 2 * PAGE;
 /// From this many columns on one wave of blocks leaves memory idle, if each query head reads keys of its own.
 const LONG: usize = 16_000;
 /// The most parts of a row; one warp joins them.
@@ -112,7 +116,10 @@ pub(crate) fn decode<G: Gpu, T: GpuElement>(
     let dim = padded(head_dim.max(value_dim));
     let room = rows * (splits + 1) * (value_dim + 2);
     let mut kept = Scratch::fitting(gpu, scratch.take(), room, lists)?;
-    let mut output = gpu.alloc::<T>(rows * value_dim)?;
+    let mut output = match call.some_sit_out {
+        true => gpu.zeros::<T>(rows * value_dim)?,
+        false => gpu.alloc(rows * value_dim)?,
+    };
     let appended = call.appended.as_ref();
     let mut args = vec![
         gpu.read(call.queries),

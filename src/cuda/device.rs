@@ -69,6 +69,7 @@ fn starts_early() -> CUlaunchAttribute {
 
 impl Gpu for Cuda {
     type Slice<T: Number> = CudaSlice<T>;
+    type Memory = CudaSlice<u8>;
     type Arg<'a> = CudaArg<'a>;
 
     fn alloc<T: Number>(&self, len: usize) -> Result<CudaSlice<T>> {
@@ -82,6 +83,14 @@ impl Gpu for Cuda {
 
     fn upload<T: Number>(&self, data: &[T]) -> Result<CudaSlice<T>> {
         self.device.clone_htod(data)
+    }
+
+    fn memory(&self, bytes: usize) -> Result<CudaSlice<u8>> {
+        self.alloc(bytes)
+    }
+
+    fn address(&self, memory: &CudaSlice<u8>) -> u64 {
+        memory.device_ptr(&self.stream).0
     }
 
     fn download<T: Number>(&self, slice: &CudaSlice<T>) -> Result<Vec<T>> {

@@ -29,7 +29,7 @@ macro_rules! number {
         )*
     };
 }
-number!(u8, u32, f32, f64, f16, bf16);
+number!(u8, u32, i64, f32, f64, f16, bf16);
 
 /// A dtype that q, k and v may have on a GPU.
 pub(crate) trait GpuElement: Number {
@@ -143,6 +143,9 @@ pub(crate) unsafe trait Params: Copy {}
 pub(crate) trait Gpu {
     /// An owned buffer.
     type Slice<T: Number>;
+    /// Owned memory that kernels find by its address, in a table, and that no argument names. Kernels run on one
+    /// stream, and it is freed on that stream.
+    type Memory: Send + Sync;
     /// One argument of a launch.
     type Arg<'a>
     where
@@ -154,6 +157,11 @@ pub(crate) trait Gpu {
     fn zeros<T: Number>(&self, len: usize) -> Result<Self::Slice<T>>;
     /// A copy of host data.
     fn upload<T: Number>(&self, data: &[T]) -> Result<Self::Slice<T>>;
+
+    /// `bytes` bytes of memory, undefined until kernels write it.
+    fn memory(&self, bytes: usize) -> Result<Self::Memory>;
+    /// The address of memory: `memory_at` in cuda/lib/memory.cuh.
+    fn address(&self, memory: &Self::Memory) -> u64;
 
     /// The numbers of a buffer; waits for the device.
     fn download<T: Number>(&self, slice: &Self::Slice<T>) -> Result<Vec<T>>;

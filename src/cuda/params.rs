@@ -270,7 +270,7 @@ pub(crate) struct DecodeParams {
 /// As in cuda/lib/params.cuh: no sliding window.
 pub(crate) const NO_SLIDE: u32 = u32::MAX;
 
-params!(CacheParams: 216, CacheAttendParams: 112, PadParams: 48, CopyParams: 24);
+params!(CacheParams: 216, CacheAttendParams: 120, PadParams: 48, CopyParams: 32);
 
 /// The parameters of `cache_append`: `sizes.tokens` new tokens, after `first` earlier ones.
 #[repr(C)]
@@ -287,8 +287,8 @@ pub(crate) struct CacheParams {
     pub window: u32,
     /// 0 pair sum, 1 mean, 2 drop.
     pub fold: u32,
-    /// Closed chains that a list has room for.
-    pub capacity: u32,
+    /// Pages that a list has room for in the table of pages.
+    pub pages: u32,
     pub first: u32,
     /// 1: observed mass decides, with this softmax scale.
     pub observes: u32,
@@ -313,7 +313,7 @@ pub(crate) struct CacheAttendParams {
     pub heads: u32,
     pub lists: u32,
     pub head_dim: u32,
-    pub capacity: u32,
+    pub pages: u32,
     pub window: u32,
     /// The row's own token.
     pub last: u32,
@@ -327,6 +327,9 @@ pub(crate) struct CacheAttendParams {
     pub value_dim: u32,
     /// Dropout counts heads over all batch rows, rows and tokens from these on.
     pub drawn_from: [u32; 3],
+    /// 1: closed chains have sizes.
+    pub sized: u32,
+    pub unused: u32,
 }
 
 /// The parameters of `cache_pad`: rows of `dim` numbers become rows of `padded` numbers.
@@ -345,11 +348,11 @@ pub(crate) struct PadParams {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CopyParams {
     pub to_offset: u64,
+    pub from_offset: u64,
     pub from_stride: u32,
     pub to_stride: u32,
     pub count: u32,
-    /// Numbers for each of a list's `lengths`.
-    pub unit: u32,
+    pub unused: u32,
 }
 
 /// The dropout parameters of every attention kernel, field by field.

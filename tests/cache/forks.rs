@@ -90,6 +90,32 @@ fn a_forks_own_memory_does_not_grow_with_the_prompt() -> Result<()> {
     Ok(())
 }
 
+/// A cache that was taken apart from its forks, or whose rows were, shares nothing and goes on as before.
+#[test]
+fn unshared_caches_go_on_alone() -> Result<()> {
+    let shape = Shape(1, 2, 1, 700, 16);
+    let qkv = shape.qkv(1, DType::F32)?;
+    let config = config(Fold::Mean, 32, Criterion::KeyKey);
+    let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
+    let mut cache = CompressedKvCache::new(strategies, config, CacheOptions::default())?;
+    cache.unshare()?;
+    append(&mut cache, &qkv, 0, 600)?;
+    let mut fork = cache.fork();
+    assert!(fork.bytes_shared() > 0);
+    fork.unshare()?;
+    assert_eq!((fork.bytes_shared(), cache.bytes_shared()), (0, 0));
+    let mut rows = cache.fork();
+    rows.index_select(&Tensor::new(&[0u32, 0], &candle_core::Device::Cpu)?)?;
+    rows.unshare()?;
+    assert_eq!((rows.bytes_shared(), cache.bytes_shared()), (0, 0));
+    let expected = bits(&append(&mut cache, &qkv, 600, 40)?)?;
+    assert_eq!(bits(&append(&mut fork, &qkv, 600, 40)?)?, expected);
+    for mut row in rows.split()? {
+        assert_eq!(bits(&append(&mut row, &qkv, 600, 40)?)?, expected);
+    }
+    Ok(())
+}
+
 /// A thousand forks of a prompt hold its entries once, and their own tokens beside them.
 #[test]
 fn a_thousand_forks_hold_the_prompt_once() -> Result<()> {

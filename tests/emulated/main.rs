@@ -6,6 +6,8 @@ mod common;
 
 mod attention;
 mod cache;
+mod cache_pages;
+mod cache_ragged;
 mod cache_rollback;
 mod cache_rules;
 mod cache_saved;

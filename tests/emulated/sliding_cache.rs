@@ -133,8 +133,9 @@ fn memory_is_bounded() -> Result<()> {
             chunked(&mut cache, &qkv, &slides(length), chunks)?;
             let what = format!("{strategy:?} window {window} chunks {chunks:?}");
             assert!(cache.lens()?[0][0] <= length, "{what}: {:?}", cache.lens()?);
-            // Rows of keys, values, token and size: the window's, those in use with room for 64 more; and the state.
-            let (row, most) = (2 * 8 * 4 + 8, length + 64 + window + 1);
+            // Rows of keys, values, token and size: the window's, those in use and left behind, and room for more, in
+            // pages of 64; and the state.
+            let (row, most) = (2 * 8 * 4 + 8, 4 * 64 + window + 1);
             let (_, allocated) = cache.bytes()?;
             assert!(allocated <= most * row + 8 * 64, "{what}: {allocated} bytes");
         }

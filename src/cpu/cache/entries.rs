@@ -478,6 +478,13 @@ impl<S: Element> Entries<S> {
         self.parts.iter().map(|part| part.piece.bytes_allocated()).sum()
     }
 
+    /// Copies the pieces that other lists hold too.
+    pub fn unshare(&mut self) {
+        for part in &mut self.parts {
+            Arc::make_mut(&mut part.piece);
+        }
+    }
+
     /// Bytes of the pieces that other lists hold too.
     pub fn bytes_shared(&self) -> usize {
         let shared = self.parts.iter().filter(|part| Arc::strong_count(&part.piece) > 1);

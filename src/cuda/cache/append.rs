@@ -1,7 +1,8 @@
 //! Tokens appended one after another, and the growth of the lists' buffers.
 
-use super::copy::{paste, Copier};
-use super::{room, DeviceLists, GROWTH};
+use super::copy::paste;
+use super::pages::{Refit, PAGE};
+use super::DeviceLists;
 use crate::config::AttentionOptions;
 use crate::cuda::decide::reads_bias;
 use crate::cuda::decode::{decode, Appended, DecodeCall, StateArgs};
@@ -30,13 +31,14 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             return step(self);
         };
         // The bound counts entries that have left the sliding window.
-        if self.slide() != NO_SLIDE && self.live(gpu)? < self.bound {
-            self.resize(gpu, self.capacity)?;
+        if self.slide() != NO_SLIDE {
+            self.learn(gpu)?;
             if !self.nears(limit, count) {
                 return step(self);
             }
         }
         let mut next = self.copy(gpu)?;
+        next.step_as(gpu, self)?;
         let result = step(&mut next)?;
         let needed = next.entries(gpu)?.into_iter().flatten().max().unwrap_or(0);
         if needed > limit {
@@ -51,7 +53,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
 
     /// Whether a list may have more than `limit` entries after `count` more tokens.
     pub fn nears(&self, limit: usize, count: usize) -> bool {
-        self.bound + count + self.settings.config.window + 1 > limit
+        self.state.pages.most_seen() + count + self.settings.config.window + 1 > limit
     }
 
     /// Appends `count` tokens without computing their output rows. With options, as a call that attends by them does.
@@ -110,17 +112,13 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         args.push(gpu.value(&params));
         gpu.launch(&Kernel::of::<T>("cache_append"), launch, &args)?;
         drop(args);
-        self.count(count);
+        self.count(gpu, count)?;
         // A long chunk that merged well leaves more room than needed.
-        if count >= GROWTH {
-            self.fit(gpu)?;
+        if count >= PAGE {
+            self.learn(gpu)?;
+            self.fit(gpu, 0)?;
         }
         Ok(())
-    }
-
-    fn count(&mut self, tokens: usize) {
-        self.seq_len += tokens;
-        self.bound += tokens;
     }
 
     /// Appends `count` tokens and returns their output rows (B, H, count, Dv). The bias is that of `options`, as a view
@@ -235,7 +233,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             queries: &queries,
             appended: None,
             params: self.params(&[(&queries, folded), qkv[1], qkv[2]], 1, scale)?,
-            most: self.most_seen(),
+            most: self.seq_len.min(self.slide() as usize),
+            some_sit_out: self.some_sit_out(),
             scale,
         };
         decode(gpu, &call, &mut self.state, &mut self.scratch)
@@ -264,11 +263,12 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 scores: scores.map(|scores| scores.data),
             }),
             params: self.params_under(&qkv, extras, 1, scale)?,
-            most: self.most_seen(),
+            most: self.seq_len.min(self.slide() as usize),
+            some_sit_out: self.some_sit_out(),
             scale,
         };
         let output = decode(gpu, &call, &mut self.state, &mut self.scratch)?;
-        self.count(1);
+        self.count(gpu, 1)?;
         Ok(output)
     }
 
@@ -278,70 +278,64 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         if u32::try_from(most).is_err() {
             bail!("cache: expected at most 2^32 - 1 tokens, got {most}; reset() it")
         }
-        if self.bound + count <= self.capacity {
+        if self.state.pages.has_room(count) {
             return Ok(());
         }
-        let live = self.live(gpu)?;
-        if self.bound + count > self.capacity {
-            self.resize(gpu, room(live + count))?;
-        }
-        Ok(())
+        self.learn(gpu)?;
+        self.fit(gpu, count)
     }
 
-    /// The most closed chains of a list that the next row sees. Reads the bound, too, and waits for the device.
-    pub(super) fn live(&mut self, gpu: &G) -> Result<usize> {
+    /// Reads the lengths of all lists. Waits for the device.
+    pub(super) fn learn(&mut self, gpu: &G) -> Result<()> {
         let lengths = gpu.download(&self.state.lengths)?;
-        self.bound = lengths.iter().max().map_or(0, |most| *most as usize);
-        if self.slide() == NO_SLIDE {
-            return Ok(self.bound);
-        }
-        let starts = gpu.download(&self.state.starts)?;
-        let live = lengths.iter().zip(starts).map(|(length, start)| length - start);
-        Ok(live.max().unwrap_or(0) as usize)
+        let starts = match self.slide() {
+            NO_SLIDE => None,
+            _ => Some(gpu.download(&self.state.starts)?),
+        };
+        self.state.pages.learn(&lengths, starts.as_deref());
+        Ok(())
     }
 
-    /// The most closed chains that a row sees.
-    fn most_seen(&self) -> usize {
-        self.bound.min(self.slide() as usize)
-    }
-
-    /// Frees the room that a chunk might have needed and did not use.
-    fn fit(&mut self, gpu: &G) -> Result<()> {
-        let live = self.live(gpu)?;
-        if self.capacity > room(live) {
-            self.resize(gpu, room(live))?;
+    /// Gives every list pages for `count` more entries, frees pages that it does not need, and those at its front that
+    /// no later row sees. The lengths were just learnt.
+    pub(super) fn fit(&mut self, gpu: &G, count: usize) -> Result<()> {
+        let refit = self.state.pages.fit(gpu, count)?;
+        self.copy_pages(gpu, &refit)?;
+        if refit.gone.iter().any(|gone| *gone > 0) {
+            let shifted = |words: &G::Slice<u32>| -> Result<G::Slice<u32>> {
+                let mut words = gpu.download(words)?;
+                for (word, gone) in words.iter_mut().zip(&refit.gone) {
+                    *word -= *gone as u32;
+                }
+                gpu.upload(&words)
+            };
+            (self.state.lengths, self.state.starts) = (shifted(&self.state.lengths)?, shifted(&self.state.starts)?);
         }
         Ok(())
     }
 
-    /// Moves closed chains to buffers of another capacity, without those that have left the sliding window.
-    fn resize(&mut self, gpu: &G, capacity: usize) -> Result<()> {
-        let (all, old) = (self.all(), self.capacity);
-        let Problem {
-            head_dim, value_dim, ..
-        } = self.settings.problem;
-        let slides = self.slide() != NO_SLIDE;
-        let copier = Copier {
-            gpu,
-            lists: all,
-            sources: None,
-            starts: slides.then_some(&self.state.starts),
-        };
-        let lengths = Some(&self.state.lengths);
-        self.state.far_k = copier.rows(T::SUFFIX, &self.state.far_k, lengths, [old, capacity], head_dim)?;
-        self.state.far_v = copier.rows(T::SUFFIX, &self.state.far_v, lengths, [old, capacity], value_dim)?;
-        if let Some(ln) = &self.state.far_ln {
-            self.state.far_ln = Some(copier.rows("f32", ln, lengths, [old, capacity], 1)?);
-        }
-        self.state.far_tokens = copier.rows("u32", &self.state.far_tokens, lengths, [old, capacity], 1)?;
-        self.capacity = capacity;
-        if slides {
-            let (mut lengths, mut starts) = (gpu.download(&self.state.lengths)?, gpu.download(&self.state.starts)?);
-            for (length, start) in lengths.iter_mut().zip(&mut starts) {
-                (*length, *start) = (*length - *start, 0);
-            }
-            self.bound = lengths.iter().max().map_or(0, |most| *most as usize);
-            (self.state.lengths, self.state.starts) = (gpu.upload(&lengths)?, gpu.upload(&starts)?);
+    /// Copies the pages that other lists hold, too.
+    ///
+    /// # Errors
+    /// An error of the device.
+    pub fn unshare(&mut self, gpu: &G) -> Result<()> {
+        self.learn(gpu)?;
+        let refit = self.state.pages.unshare(gpu)?;
+        self.copy_pages(gpu, &refit)
+    }
+
+    fn copy_pages(&self, gpu: &G, refit: &Refit<G>) -> Result<()> {
+        if !refit.copies.is_empty() {
+            let ([from, to], used) = refit.addresses();
+            let (from, to, used) = (gpu.upload(&from)?, gpu.upload(&to)?, gpu.upload(&used)?);
+            let launch = Launch {
+                grid: [refit.copies.len(), PAGE / 4, 1],
+                threads: 128,
+                shared_bytes: 0,
+            };
+            let params = self.bare_params(self.seq_len, 0)?;
+            let args = [gpu.read(&from), gpu.read(&to), gpu.read(&used), gpu.value(&params)];
+            gpu.launch(&Kernel::of::<T>("cache_copy_page"), launch, &args)?;
         }
         Ok(())
     }

@@ -34,7 +34,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             heads: heads as u32,
             lists: self.settings.lists as u32,
             head_dim: head_dim as u32,
-            capacity: self.capacity as u32,
+            pages: self.state.pages.stride() as u32,
             window: self.settings.config.window as u32,
             last: (self.seq_len - 1) as u32,
             dropout_key: dropout.key,
@@ -44,16 +44,19 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             slide: self.slide(),
             value_dim: value_dim as u32,
             drawn_from: extras.drawn_from,
+            sized: u32::from(self.settings.config.fold.has_sizes()),
+            unused: 0,
         };
-        let mut output = gpu.alloc::<T>(rows * value_dim)?;
+        let mut output = match self.some_sit_out() {
+            true => gpu.zeros::<T>(rows * value_dim)?,
+            false => gpu.alloc(rows * value_dim)?,
+        };
         let state = &self.state;
         let args = [
             gpu.read(queries),
-            gpu.read(&state.far_k),
-            gpu.read(&state.far_v),
-            gpu.read_some(state.far_ln.as_ref()),
-            gpu.read(&state.far_tokens),
+            gpu.read(state.pages.table()),
             gpu.read(&state.lengths),
+            gpu.read_some(state.seen.as_ref()),
             gpu.read(&state.starts),
             gpu.read(&state.local_k),
             gpu.read(&state.local_v),

@@ -1,10 +1,10 @@
-//! Lists copied into other buffers: when they outgrow a buffer, when batch rows are reordered, and for a clone.
+//! Lists copied into other buffers: when batch rows are reordered, and for a clone. Their pages are shared.
 
 use super::state::{ListBuffers, ObservedBuffers};
 use super::DeviceLists;
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Number};
 use crate::cuda::params::{CopyParams, NO_SLIDE};
-use candle_core::{bail, Result};
+use candle_core::Result;
 
 impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// Lists whose batch row i is the old row `rows[i]`.
@@ -29,24 +29,20 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             gpu,
             lists: rows.len() * per_row,
             sources: Some(sources),
-            starts: None,
         };
         let (by_list, by_head) = (copier(lists, &list_sources), copier(heads, &head_sources));
-        let (suffix, capacity) = (T::SUFFIX, [self.capacity; 2]);
-        let far = |x, dim| match chains {
-            true => by_list.rows(suffix, x, Some(&self.state.lengths), capacity, dim),
-            false => gpu.zeros(1),
-        };
+        let suffix = T::SUFFIX;
+        let pages = &self.state.pages;
         let local = |x, dim| by_list.all(suffix, x, (window + 1) * dim);
         let row = |x: &G::Slice<T>| by_list.all(suffix, x, dim);
         let words = |x| by_list.all("u32", x, 1);
         let some = |x: &Option<G::Slice<T>>, dim| x.as_ref().map(|x| by_list.all(suffix, x, dim)).transpose();
-        Ok(Self {
+        let all_tokens = self.row_lens();
+        let mut new = Self {
             settings: self.settings.clone(),
             batch: rows.len(),
-            seq_len: self.seq_len,
-            capacity: self.capacity,
-            bound: self.bound,
+            seq_len: 0,
+            ragged: None,
             sliding_window: self.sliding_window,
             head_tests: rows
                 .iter()
@@ -54,18 +50,12 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 .collect(),
             tests: by_head.all("f32", &self.tests, 2)?,
             state: ListBuffers {
-                far_k: far(&self.state.far_k, dim)?,
-                far_v: far(&self.state.far_v, value_dim)?,
-                far_ln: match &self.state.far_ln {
-                    Some(ln) if chains => Some(by_list.rows("f32", ln, Some(&self.state.lengths), capacity, 1)?),
-                    Some(_) => Some(gpu.zeros(1)?),
-                    None => None,
-                },
-                far_tokens: match chains {
-                    true => by_list.rows("u32", &self.state.far_tokens, Some(&self.state.lengths), capacity, 1)?,
-                    false => gpu.zeros(1)?,
+                pages: match chains {
+                    true => pages.select(gpu, rows.iter().flat_map(|row| row * lists..(row + 1) * lists))?,
+                    false => pages.lengths_alone(gpu)?,
                 },
                 lengths: words(&self.state.lengths)?,
+                seen: None,
                 starts: self.starts_of(gpu, rows)?,
                 local_k: local(&self.state.local_k, dim)?,
                 local_v: local(&self.state.local_v, value_dim)?,
@@ -98,7 +88,9 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 },
             },
             scratch: None,
-        })
+        };
+        new.set_row_lens(rows.iter().map(|row| all_tokens[*row]).collect());
+        Ok(new)
     }
 
     /// The `starts` of the lists of these old rows.
@@ -121,17 +113,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// # Errors
     /// An error of the device.
     pub fn row(&self, gpu: &G, row: usize) -> Result<Self> {
-        if self.seq_len > 0 {
-            return self.select(gpu, &[row]);
-        }
-        let heads = self.settings.problem.heads;
-        let mut lists = Self::empty(
-            gpu,
-            self.settings.clone(),
-            self.head_tests[row * heads..][..heads].to_vec(),
-        )?;
-        lists.sliding_window = self.sliding_window;
-        Ok(lists)
+        self.select(gpu, &[row])
     }
 
     /// The same lists without a token.
@@ -139,7 +121,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// # Errors
     /// An error of the device.
     pub fn anew(&self, gpu: &G) -> Result<Self> {
-        let mut lists = Self::empty(gpu, self.settings.clone(), self.head_tests.clone())?;
+        let pool = self.state.pages.pool().clone();
+        let mut lists = Self::empty(gpu, self.settings.clone(), self.head_tests.clone(), pool)?;
         lists.sliding_window = self.sliding_window;
         Ok(lists)
     }
@@ -162,10 +145,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
 
     /// Takes the closed chains, and scratch buffers, of lists that hold these chains and later ones.
     pub fn take_chains(&mut self, later: Self) {
-        let state = &mut self.state;
-        (state.far_k, state.far_v) = (later.state.far_k, later.state.far_v);
-        (state.far_ln, state.far_tokens) = (later.state.far_ln, later.state.far_tokens);
-        (self.capacity, self.scratch) = (later.capacity, later.scratch);
+        self.state.pages.take_pages(later.state.pages);
+        self.scratch = later.scratch;
     }
 }
 
@@ -176,8 +157,6 @@ pub(super) struct Copier<'a, G: Gpu> {
     pub lists: usize,
     /// The old list of each new list; None copies each list to its own place.
     pub sources: Option<&'a G::Slice<u32>>,
-    /// Entries of each old list that [`Self::rows`] leaves out, from the front; None for none.
-    pub starts: Option<&'a G::Slice<u32>>,
 }
 
 impl<G: Gpu> Copier<'_, G> {
@@ -186,53 +165,13 @@ impl<G: Gpu> Copier<'_, G> {
         let mut to = self.gpu.alloc::<T>(self.lists * count)?;
         let params = CopyParams {
             to_offset: 0,
+            from_offset: 0,
             from_stride: count as u32,
             to_stride: count as u32,
             count: count as u32,
-            unit: 0,
+            unused: 0,
         };
-        copy(
-            self.gpu,
-            suffix,
-            from,
-            [None, None, self.sources],
-            &mut to,
-            self.lists,
-            &params,
-        )?;
-        Ok(to)
-    }
-
-    /// Copies entries, of `unit` numbers, of each list into a buffer with another number of entries: the first
-    /// `lengths` of them, and not those before [`Self::starts`]. Numbers past the last entry are 0.
-    pub fn rows<T: Number>(
-        &self,
-        suffix: &str,
-        from: &G::Slice<T>,
-        lengths: Option<&G::Slice<u32>>,
-        [old, new]: [usize; 2],
-        unit: usize,
-    ) -> Result<G::Slice<T>> {
-        let Ok(largest) = u32::try_from(old.max(new) * unit) else {
-            bail!("cache: expected lists of less than 2^32 numbers, got {new} entries of {unit}; reset() it")
-        };
-        let mut to = self.gpu.zeros::<T>(self.lists * new * unit)?;
-        let params = CopyParams {
-            to_offset: 0,
-            from_stride: (old * unit) as u32,
-            to_stride: (new * unit) as u32,
-            count: largest.min((old.min(new) * unit) as u32),
-            unit: unit as u32,
-        };
-        copy(
-            self.gpu,
-            suffix,
-            from,
-            [lengths, self.starts, self.sources],
-            &mut to,
-            self.lists,
-            &params,
-        )?;
+        copy(self.gpu, suffix, (from, self.sources), &mut to, self.lists, &params)?;
         Ok(to)
     }
 }
@@ -250,21 +189,20 @@ pub(crate) fn paste<G: Gpu, T: GpuElement>(
 ) -> Result<()> {
     let params = CopyParams {
         to_offset: first as u64,
+        from_offset: 0,
         from_stride: count as u32,
         to_stride: stride as u32,
         count: count as u32,
-        unit: 0,
+        unused: 0,
     };
-    copy(gpu, T::SUFFIX, from, [None; 3], to, heads, &params)
+    copy(gpu, T::SUFFIX, (from, None), to, heads, &params)
 }
 
-/// Launches `cache_copy`. `lengths` and `starts`, if given, hold the entries of each old list to copy: its first ones,
-/// and how many of these to leave out.
+/// Launches `cache_copy`: list i becomes the old list `sources[i]`, or i.
 pub(super) fn copy<G: Gpu, T: Number>(
     gpu: &G,
     suffix: &str,
-    from: &G::Slice<T>,
-    [lengths, starts, sources]: [Option<&G::Slice<u32>>; 3],
+    (from, sources): (&G::Slice<T>, Option<&G::Slice<u32>>),
     to: &mut G::Slice<T>,
     lists: usize,
     params: &CopyParams,
@@ -274,13 +212,6 @@ pub(super) fn copy<G: Gpu, T: Number>(
         threads: 256,
         shared_bytes: 0,
     };
-    let args = [
-        gpu.read(from),
-        gpu.read_some(lengths),
-        gpu.read_some(starts),
-        gpu.read_some(sources),
-        gpu.write(to),
-        gpu.value(params),
-    ];
+    let args = [gpu.read(from), gpu.read_some(sources), gpu.write(to), gpu.value(params)];
     gpu.launch(&Kernel::plain(&format!("cache_copy_{suffix}")), launch, &args)
 }

@@ -2,7 +2,7 @@
 //! lists. Keys and values of two sizes are padded to one for it, as in `src/cuda/sizes.rs`; the lists are not.
 
 use super::copy::copy;
-use super::{room, DeviceLists};
+use super::DeviceLists;
 use crate::config::{AttentionOptions, Criterion, HeadStrategies};
 use crate::cuda::attention::Attention;
 use crate::cuda::decide::{self, DecideCall, ScoreCall};
@@ -150,16 +150,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         args.push(gpu.value(&params));
         gpu.launch(&Kernel::of::<T>("cache_adopt_state"), launch, &args)?;
         drop(args);
-        self.live(gpu)?;
-        // The old buffers hold nothing yet.
-        self.capacity = room(self.bound);
-        let (rows, sizes) = (all * self.capacity, self.settings.problem);
-        self.state.far_k = gpu.zeros(rows * sizes.head_dim)?;
-        self.state.far_v = gpu.zeros(rows * sizes.value_dim)?;
-        if self.state.far_ln.is_some() {
-            self.state.far_ln = Some(gpu.zeros(rows)?);
-        }
-        self.state.far_tokens = gpu.zeros(rows)?;
+        self.learn(gpu)?;
+        self.fit(gpu, 0)?;
         let params = self.params(&qkv, count, scale)?;
         let mut args = chunk_args(gpu, &qkv, bits, columns);
         args.extend(self.state.args(gpu));
@@ -216,21 +208,13 @@ fn own_scores<G: Gpu>(gpu: &G, scores: ScoreBuffer<'_, G>, lists: usize, count: 
     let mut own = gpu.alloc::<f32>(lists * count)?;
     let params = CopyParams {
         to_offset: 0,
+        from_offset: scores.first as u64,
         from_stride: scores.stride as u32,
         to_stride: count as u32,
         count: count as u32,
-        unit: 1,
+        unused: 0,
     };
-    let first = gpu.upload(&vec![scores.first as u32; lists])?;
-    copy(
-        gpu,
-        "f32",
-        scores.data,
-        [None, Some(&first), None],
-        &mut own,
-        lists,
-        &params,
-    )?;
+    copy(gpu, "f32", (scores.data, None), &mut own, lists, &params)?;
     Ok(own)
 }
 

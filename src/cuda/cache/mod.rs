@@ -1,7 +1,7 @@
 //! Launches of `cuda/cache/cache.cu`, and a KV cache's lists on the device.
 //!
 //! Only the device knows the length of a list; the host keeps a bound that every token raises by one. When the bound
-//! reaches the capacity, and after a long chunk, the host reads the lengths back, which waits for the device. No other
+//! passes a list's pages, and after a long chunk, the host reads the lengths back, which waits for the device. No other
 //! step of appending waits.
 
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest};
@@ -15,22 +15,29 @@ use crate::cuda::params::{BiasEntries, CacheParams, Rows, Sizes, NO_SLIDE};
 use crate::problem::Problem;
 use candle_core::{bail, Result};
 pub(crate) use copy::paste;
+use pages::{page_bytes, PagePool};
+use ragged::Ragged;
 use state::ListBuffers;
+use std::sync::Arc;
 pub(crate) use transfer::{HostList, HostLists};
 
 mod append;
 mod attend;
 mod copy;
 mod first_chunk;
+mod join;
+pub(crate) mod pages;
+mod ragged;
 mod state;
 mod transfer;
+mod upload;
 
 /// The widest window: a list holds this many raw tokens from the start.
 const WIDEST: usize = 1 << 16;
-/// The least spare room of a list, in entries; a long list has an eighth of its length to spare.
-const GROWTH: usize = 64;
-/// As `NO_RUN` in cuda/cache/cache.cu.
+/// As in cuda/cache/cache_list.cuh.
 const NO_RUN: u32 = u32::MAX;
+/// As in cuda/cache/pages.cuh.
+const SITS_OUT: u32 = u32::MAX;
 
 /// Settings that never change.
 #[derive(Clone)]
@@ -60,10 +67,10 @@ impl CacheSettings {
 pub(crate) struct DeviceLists<G: Gpu, T: GpuElement> {
     settings: CacheSettings,
     batch: usize,
+    /// Tokens of every batch row; the most of them, where rows differ.
     seq_len: usize,
-    /// Far columns that a list has room for (`capacity`), and the most that it may hold (`bound`).
-    capacity: usize,
-    bound: usize,
+    /// Where rows differ: see `ragged`.
+    ragged: Option<Ragged>,
     /// The sliding window of the calls that attended; None before the first of them.
     sliding_window: Option<Option<usize>>,
     /// The tests of every query head of every batch row, and their copy on the device.
@@ -72,10 +79,6 @@ pub(crate) struct DeviceLists<G: Gpu, T: GpuElement> {
     state: ListBuffers<G, T>,
     /// Scratch buffers of decoding; a copy of the lists has none.
     scratch: Option<Scratch<G>>,
-}
-
-fn room(entries: usize) -> usize {
-    entries + GROWTH.max(entries / 8)
 }
 
 impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
@@ -125,21 +128,21 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             dense,
             config: config.clone(),
         };
-        Self::empty(gpu, settings, head_tests)
+        let pool = PagePool::new(page_bytes::<T>(problem, config.fold.has_sizes()));
+        Self::empty(gpu, settings, head_tests, pool)
     }
 
     /// Lists without a token; `head_tests` are those of all batch rows.
-    fn empty(gpu: &G, settings: CacheSettings, head_tests: Vec<HeadTest>) -> Result<Self> {
+    fn empty(gpu: &G, settings: CacheSettings, head_tests: Vec<HeadTest>, pool: Arc<PagePool<G>>) -> Result<Self> {
         let batch = head_tests.len() / settings.problem.heads;
         Ok(Self {
             batch,
             seq_len: 0,
-            capacity: GROWTH,
-            bound: 0,
+            ragged: None,
             sliding_window: None,
             tests: gpu.upload(&decide::table(&head_tests))?,
             head_tests,
-            state: ListBuffers::new(gpu, &settings, batch)?,
+            state: ListBuffers::new(gpu, &settings, batch, pool)?,
             settings,
             scratch: None,
         })
@@ -147,10 +150,6 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
 
     pub fn batch(&self) -> usize {
         self.batch
-    }
-
-    pub fn seq_len(&self) -> usize {
-        self.seq_len
     }
 
     pub fn sliding_window(&self) -> Option<Option<usize>> {
@@ -183,16 +182,15 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// # Errors
     /// An error of the device.
     pub fn entries(&self, gpu: &G) -> Result<Vec<Vec<usize>>> {
-        let (window, slide) = (self.settings.config.window, self.slide());
-        let local = self.seq_len.min(window) + usize::from(self.seq_len > window);
+        let (window, slide, tokens) = (self.settings.config.window, self.slide(), self.row_lens());
         let entries = self.closed(gpu)?.into_iter().enumerate().map(|(list, closed)| {
-            let most = slide as usize - 1;
+            let (most, tokens) = (slide as usize - 1, tokens[list / self.settings.lists]);
             match (slide != NO_SLIDE && self.is_off(list), most < window) {
                 // As on the CPU, where a list that never merges has no window.
-                (true, _) => self.seq_len.min(most.max(1)),
+                (true, _) => tokens.min(most.max(1)),
                 // Rows see raw tokens only.
-                (false, true) => self.seq_len.min(most),
-                (false, false) => closed + local,
+                (false, true) => tokens.min(most),
+                (false, false) => closed + tokens.min(window) + usize::from(tokens > window),
             }
         });
         let entries: Vec<usize> = entries.collect();
@@ -208,7 +206,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             ..
         } = self.settings.problem;
         let (both, all, window) = (dim + value_dim, self.all(), self.settings.config.window);
-        let ln = if self.state.far_ln.is_some() { 4 } else { 0 };
+        let ln = if self.settings.config.fold.has_sizes() { 4 } else { 0 };
         let (row, local) = (both * size_of::<T>() + ln + 4, all * (window + 1));
         let pair_sums = match &self.state.last_queries {
             Some(_) => (all * both + self.batch * heads * dim) * size_of::<T>(),
@@ -230,8 +228,19 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         Ok(self.bytes_of(self.closed(gpu)?.into_iter().sum()))
     }
 
-    pub fn bytes_allocated(&self) -> usize {
-        self.bytes_of(self.all() * self.capacity)
+    /// Bytes of all buffers, and of the lists' pages.
+    pub fn bytes_held(&self) -> usize {
+        self.bytes_of(0) + self.state.pages.bytes()
+    }
+
+    pub fn pool(&self) -> &Arc<PagePool<G>> {
+        self.state.pages.pool()
+    }
+
+    /// Bytes of the pages that other lists hold, too.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub fn bytes_shared(&self) -> usize {
+        self.state.pages.bytes_shared()
     }
 
     /// The arguments of kernels that read no tokens: the cache has `seen` tokens, and `count` is the kernel's own.
@@ -291,7 +300,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             sinks: limited(config.sinks),
             window: config.window as u32,
             fold: fold_code(config.fold),
-            capacity: limited(self.capacity),
+            pages: limited(self.state.pages.stride()),
             first: limited(self.seq_len),
             observes: u32::from(self.state.observed.is_some()),
             scale: scale as f32,

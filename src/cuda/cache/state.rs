@@ -1,18 +1,20 @@
 //! The buffers of a cache on the device: `CacheState` in cuda/cache/cache_list.cuh.
 
-use super::{CacheSettings, GROWTH, NO_RUN};
+use super::pages::{ListPages, PagePool};
+use super::{CacheSettings, NO_RUN};
 use crate::config::Criterion;
 use crate::cuda::decode::StateArgs;
 use crate::cuda::on_gpu::{Gpu, GpuElement};
 use candle_core::Result;
+use std::sync::Arc;
 
 /// The lists' buffers. Rows of values, in buffers `*_v`, have Dv numbers, other rows D.
 pub(super) struct ListBuffers<G: Gpu, T: GpuElement> {
-    pub far_k: G::Slice<T>,
-    pub far_v: G::Slice<T>,
-    pub far_ln: Option<G::Slice<f32>>,
-    pub far_tokens: G::Slice<u32>,
+    /// Closed chains.
+    pub pages: ListPages<G>,
     pub lengths: G::Slice<u32>,
+    /// Tokens of each batch row before the next launch, or [`SITS_OUT`], where rows differ.
+    pub seen: Option<G::Slice<u32>>,
     /// (2, lists)
     pub starts: G::Slice<u32>,
     pub local_k: G::Slice<T>,
@@ -44,8 +46,8 @@ pub(super) struct ObservedBuffers<G: Gpu, T: GpuElement> {
 }
 
 impl<G: Gpu, T: GpuElement> ListBuffers<G, T> {
-    /// Empty lists of `batch` rows, with room for [`GROWTH`] entries each.
-    pub fn new(gpu: &G, settings: &CacheSettings, batch: usize) -> Result<Self> {
+    /// Empty lists of `batch` rows.
+    pub fn new(gpu: &G, settings: &CacheSettings, batch: usize, pool: Arc<PagePool<G>>) -> Result<Self> {
         let (all, config) = (batch * settings.lists, &settings.config);
         let (dim, value_dim) = (settings.problem.head_dim, settings.problem.value_dim);
         let local = all * (config.window + 1);
@@ -64,11 +66,9 @@ impl<G: Gpu, T: GpuElement> ListBuffers<G, T> {
             Criterion::QueryKey | Criterion::KeyKey | Criterion::Given => None,
         };
         Ok(Self {
-            far_k: gpu.zeros(all * GROWTH * dim)?,
-            far_v: gpu.zeros(all * GROWTH * value_dim)?,
-            far_ln: ln(all * GROWTH)?,
-            far_tokens: gpu.zeros(all * GROWTH)?,
+            pages: ListPages::new(gpu, pool, all)?,
             lengths: gpu.zeros(all)?,
+            seen: None,
             starts: gpu.zeros(2 * all)?,
             local_k: gpu.zeros(local * dim)?,
             local_v: gpu.zeros(local * value_dim)?,
@@ -92,11 +92,9 @@ impl<G: Gpu, T: GpuElement> ListBuffers<G, T> {
 impl<G: Gpu, T: GpuElement> StateArgs<G> for ListBuffers<G, T> {
     fn args<'a>(&'a mut self, gpu: &'a G) -> Vec<G::Arg<'a>> {
         let mut args = vec![
-            gpu.write(&mut self.far_k),
-            gpu.write(&mut self.far_v),
-            gpu.write_some(self.far_ln.as_mut()),
-            gpu.write(&mut self.far_tokens),
+            gpu.read(self.pages.table()),
             gpu.write(&mut self.lengths),
+            gpu.read_some(self.seen.as_ref()),
             gpu.write(&mut self.starts),
             gpu.write(&mut self.local_k),
             gpu.write(&mut self.local_v),

@@ -1,13 +1,23 @@
 //! Lists downloaded to the host and uploaded again, for a saved cache.
 
-use super::state::{ListBuffers, ObservedBuffers};
-use super::{room, DeviceLists, NO_RUN};
+use super::upload::Upload;
+use super::{DeviceLists, NO_RUN};
 use crate::config::{CompressionConfig, HeadStrategies, HeadTest};
 use crate::cuda::decode::StateArgs;
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch};
 use crate::cuda::params::NO_SLIDE;
 use crate::problem::Problem;
 use candle_core::Result;
+use std::ops::Range;
+
+/// The closed chains of all lists, list after list.
+struct ClosedChains<T> {
+    /// The entries of each list.
+    ranges: Vec<Range<usize>>,
+    keys: Vec<T>,
+    values: Vec<T>,
+    tokens: Vec<u32>,
+}
 
 /// One list; a key has D numbers, and a value Dv.
 #[derive(Clone, Debug, Default)]
@@ -73,8 +83,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         }
         let (state, window) = (&self.state, self.settings.config.window);
         let (dim, value_dim) = (self.settings.problem.head_dim, self.settings.problem.value_dim);
-        let (far_k, far_v) = (gpu.download(&state.far_k)?, gpu.download(&state.far_v)?);
-        let (far_tokens, lengths) = (gpu.download(&state.far_tokens)?, gpu.download(&state.lengths)?);
+        let closed = self.closed_chains(gpu)?;
         let (local_k, local_v) = (gpu.download(&state.local_k)?, gpu.download(&state.local_v)?);
         let (chain_k, chain_v) = (gpu.download(&state.chain_k)?, gpu.download(&state.chain_v)?);
         let previous = match (&state.previous_k, &state.previous_v) {
@@ -88,16 +97,15 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             Some(observed) => Some((gpu.download(&observed.keys)?, gpu.download(&observed.masses)?)),
             None => None,
         };
-        let starts = match self.slide() {
-            NO_SLIDE => vec![0; 2 * self.all()],
-            _ => gpu.download(&state.starts)?,
+        let kept_from = match self.slide() {
+            NO_SLIDE => vec![0; self.all()],
+            _ => gpu.download(&state.starts)?.split_off(self.all()),
         };
         let (seen, given) = (self.seq_len, self.settings.config.criterion.takes_scores());
         let (oldest, base) = (seen.saturating_sub(window), seen.saturating_sub(window + 1));
         let list = |index: usize| -> HostList<T> {
-            let (start, ring) = (starts[index] as usize, index * (window + 1));
-            let (length, first) = (lengths[index] as usize - start, index * self.capacity + start);
-            let far = |x: &[T], dim| x[first * dim..(first + length) * dim].to_vec();
+            let (ring, entries) = (index * (window + 1), closed.ranges[index].clone());
+            let far = |x: &[T], dim| x[entries.start * dim..entries.end * dim].to_vec();
             let recent = || (oldest..seen).map(|t| ring + t % window.max(1));
             let (mut recent_k, mut recent_v) = (pick(&local_k, recent(), dim), pick(&local_v, recent(), value_dim));
             let (mut masses, mut sink_keys) = (Vec::new(), Vec::new());
@@ -111,10 +119,10 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 sink_keys = pick(keys, all..all + sinks.min(seen), dim);
             }
             HostList {
-                kept_from: starts[self.all() + index] as usize,
-                far_k: far(&far_k, dim),
-                far_v: far(&far_v, value_dim),
-                tokens: far_tokens[first..first + length].to_vec(),
+                kept_from: kept_from[index] as usize,
+                far_k: far(&closed.keys, dim),
+                far_v: far(&closed.values, value_dim),
+                tokens: closed.tokens[entries.clone()].to_vec(),
                 chain: (seen > window).then(|| {
                     let sum = |x: &[f32], dim: usize| x[index * dim..][..dim].to_vec();
                     let raw = |x: Option<&Vec<T>>, dim: usize| match x {
@@ -150,6 +158,54 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         })
     }
 
+    /// Downloads the closed chains that a later row sees. Waits for the device.
+    fn closed_chains(&self, gpu: &G) -> Result<ClosedChains<T>> {
+        let mut end = 0;
+        let range = |count| {
+            end += count;
+            end - count..end
+        };
+        let ranges: Vec<Range<usize>> = self.closed(gpu)?.into_iter().map(range).collect();
+        let firsts: Vec<u32> = ranges.iter().map(|range| range.start as u32).collect();
+        let (dim, value_dim) = (self.settings.problem.head_dim, self.settings.problem.value_dim);
+        // A buffer is never empty.
+        if end == 0 {
+            return Ok(ClosedChains {
+                ranges,
+                keys: Vec::new(),
+                values: Vec::new(),
+                tokens: Vec::new(),
+            });
+        }
+        let (mut keys, mut values) = (gpu.alloc::<T>(end * dim)?, gpu.alloc::<T>(end * value_dim)?);
+        let (mut tokens, firsts) = (gpu.alloc::<u32>(end)?, gpu.upload(&firsts)?);
+        let params = self.bare_params(self.seq_len, 0)?;
+        let longest = ranges.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
+        let launch = Launch {
+            grid: [self.all(), longest.div_ceil(4).min(1024), 1],
+            threads: 128,
+            shared_bytes: 0,
+        };
+        let args = [
+            gpu.write(&mut keys),
+            gpu.write(&mut values),
+            gpu.write(&mut tokens),
+            gpu.read(&firsts),
+            gpu.read(self.state.pages.table()),
+            gpu.read(&self.state.lengths),
+            gpu.read(&self.state.starts),
+            gpu.value(&params),
+        ];
+        gpu.launch(&Kernel::of::<T>("cache_gather"), launch, &args)?;
+        drop(args);
+        Ok(ClosedChains {
+            ranges,
+            keys: gpu.download(&keys)?,
+            values: gpu.download(&values)?,
+            tokens: gpu.download(&tokens)?,
+        })
+    }
+
     /// Uploads the lists of [`Self::to_host`] or of a cache on the CPU: one list for each of this device's.
     ///
     /// # Errors
@@ -166,8 +222,6 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         if host.seq_len == 0 {
             return Ok(new);
         }
-        new.bound = host.lists.iter().map(|list| list.tokens.len()).max().unwrap_or(0);
-        new.capacity = room(new.bound);
         new.seq_len = host.seq_len;
         let kept_from = host.lists.iter().map(|list| list.kept_from as u32);
         let starts: Vec<u32> = vec![0; host.lists.len()].into_iter().chain(kept_from).collect();
@@ -179,7 +233,9 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             value_dim: problem.value_dim,
             window: config.window,
         };
-        let sizes = upload.closed(&mut new.state, new.capacity)?;
+        new.state.lengths = upload.words(|list| list.tokens.len() as u32)?;
+        new.learn(gpu)?;
+        new.fit(gpu, 0)?;
         upload.chains(&mut new.state)?;
         upload.decisions(&mut new.state)?;
         if let Some(observed) = &mut new.state.observed {
@@ -190,7 +246,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let (dim, value_dim) = (problem.head_dim, problem.value_dim);
         let recent_k = upload.rows(rows, dim, |list, to| upload.ring(&list.recent_k, to, dim))?;
         let recent_v = upload.rows(rows, value_dim, |list, to| upload.ring(&list.recent_v, to, value_dim))?;
-        new.restore(gpu, [&recent_k, &recent_v], &sizes)?;
+        new.restore(gpu, [&recent_k, &recent_v], &upload)?;
         // On the CPU a list without a token in a call leaves nothing behind until its next token.
         if new.slide() != NO_SLIDE {
             new.slide_lists(gpu)?;
@@ -198,16 +254,31 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         Ok(new)
     }
 
-    /// Recomputes the buffers that follow from the others, as the device computes them: local columns, logarithms,
-    /// norms.
-    fn restore(&mut self, gpu: &G, [k, v]: [&G::Slice<T>; 2], sizes: &G::Slice<u32>) -> Result<()> {
+    /// Writes closed chains into the lists' pages, and recomputes the buffers that follow from the others, as the
+    /// device computes them: local columns, logarithms, norms.
+    fn restore(&mut self, gpu: &G, [k, v]: [&G::Slice<T>; 2], upload: &Upload<'_, G, T>) -> Result<()> {
+        let closed_k = upload.entries(|list| &list.far_k)?;
+        let closed_v = upload.entries(|list| &list.far_v)?;
+        let tokens = upload.entries(|list| &list.tokens)?;
+        let mut first = 0;
+        let firsts = upload.words(|list| {
+            first += list.tokens.len();
+            (first - list.tokens.len()) as u32
+        })?;
         let params = self.bare_params(self.seq_len, 0)?;
         let launch = Launch {
             grid: [self.all(), (self.settings.config.window + 1).div_ceil(4), 1],
             threads: 128,
             shared_bytes: 0,
         };
-        let mut args = vec![gpu.read(k), gpu.read(v), gpu.read(sizes)];
+        let mut args = vec![
+            gpu.read(k),
+            gpu.read(v),
+            gpu.read(&closed_k),
+            gpu.read(&closed_v),
+            gpu.read(&tokens),
+            gpu.read(&firsts),
+        ];
         args.extend(self.state.args(gpu));
         args.push(gpu.value(&params));
         gpu.launch(&Kernel::of::<T>("cache_restore"), launch, &args)
@@ -261,134 +332,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         gpu.launch(&Kernel::of::<T>("cache_truncate"), launch, &args)?;
         drop(args);
         self.seq_len = tokens;
-        // Under a sliding window closed chains do not start at token 0.
-        if self.slide() == NO_SLIDE {
-            self.bound = self.bound.min(tokens.saturating_sub(self.settings.config.window + 1));
-        }
-        Ok(())
-    }
-}
-
-/// Lists of the host, uploaded to a device.
-struct Upload<'a, G: Gpu, T: GpuElement> {
-    gpu: &'a G,
-    host: &'a HostLists<T>,
-    dim: usize,
-    value_dim: usize,
-    window: usize,
-}
-
-impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
-    /// Uploads `room` rows of `dim` numbers for each list; `put` fills some of them.
-    fn rows(&self, room: usize, dim: usize, put: impl Fn(&HostList<T>, &mut [T])) -> Result<G::Slice<T>> {
-        let mut data = vec![T::zero(); self.host.lists.len() * room * dim];
-        for (list, data) in self.host.lists.iter().zip(data.chunks_exact_mut(room * dim)) {
-            put(list, data);
-        }
-        self.gpu.upload(&data)
-    }
-
-    fn words(&self, word: impl Fn(&HostList<T>) -> u32) -> Result<G::Slice<u32>> {
-        let words: Vec<u32> = self.host.lists.iter().map(word).collect();
-        self.gpu.upload(&words)
-    }
-
-    /// The token of the oldest raw row.
-    fn oldest(&self) -> usize {
-        self.host.seq_len.saturating_sub(self.window)
-    }
-
-    /// Writes raw rows to their tokens' places in the ring.
-    fn ring(&self, rows: &[T], to: &mut [T], dim: usize) {
-        for (row, t) in rows.chunks_exact(dim).zip(self.oldest()..) {
-            to[t % self.window * dim..][..dim].copy_from_slice(row);
-        }
-    }
-
-    /// Uploads closed chains, without the logarithms of their sizes; returns the sizes.
-    fn closed(&self, state: &mut ListBuffers<G, T>, capacity: usize) -> Result<G::Slice<u32>> {
-        let front = |rows: &[T], to: &mut [T]| to[..rows.len()].copy_from_slice(rows);
-        state.far_k = self.rows(capacity, self.dim, |list, to| front(&list.far_k, to))?;
-        state.far_v = self.rows(capacity, self.value_dim, |list, to| front(&list.far_v, to))?;
-        let all = self.host.lists.len() * capacity;
-        let (mut tokens, mut sizes) = (vec![0u32; all], vec![1u32; all]);
-        for (index, list) in self.host.lists.iter().enumerate() {
-            let mut next = list.kept_from as u32;
-            for (at, token) in list.tokens.iter().enumerate() {
-                tokens[index * capacity + at] = *token;
-                sizes[index * capacity + at] = token + 1 - next;
-                next = token + 1;
-            }
-        }
-        state.far_tokens = self.gpu.upload(&tokens)?;
-        if state.far_ln.is_some() {
-            state.far_ln = Some(self.gpu.zeros(all)?);
-        }
-        state.lengths = self.words(|list| list.tokens.len() as u32)?;
-        self.gpu.upload(&sizes)
-    }
-
-    /// Uploads open chains and the number of local columns.
-    fn chains(&self, state: &mut ListBuffers<G, T>) -> Result<()> {
-        let (seen, window, dims) = (self.host.seq_len, self.window, [self.dim, self.value_dim]);
-        state.local_lengths = self.words(|_| (seen.min(window) + usize::from(seen > window)) as u32)?;
-        state.chain_sizes = self.words(|list| list.chain_size)?;
-        let sums = |which: usize| -> Vec<f32> {
-            let row = |list: &HostList<T>| {
-                let rows = list.chain.as_ref();
-                rows.map_or_else(|| vec![0.0; dims[which % 2]], |rows| rows[which].clone())
-            };
-            self.host.lists.iter().flat_map(row).collect()
-        };
-        (state.chain_k, state.chain_v) = (self.gpu.upload(&sums(0))?, self.gpu.upload(&sums(1))?);
-        if state.previous_k.is_some() {
-            let raw = |which: usize| -> Vec<T> { sums(which).into_iter().map(|x| T::from_f64(x.into())).collect() };
-            state.previous_k = Some(self.gpu.upload(&raw(2))?);
-            state.previous_v = Some(self.gpu.upload(&raw(3))?);
-        }
-        Ok(())
-    }
-
-    /// Uploads the state of decisions and folds.
-    fn decisions(&self, state: &mut ListBuffers<G, T>) -> Result<()> {
-        state.run_starts = self.words(|list| list.run.as_ref().map_or(NO_RUN, |run| run.0 as u32))?;
-        state.run_keys = self.rows(1, self.dim, |list, to| {
-            if let Some((_, key)) = &list.run {
-                to.copy_from_slice(key);
-            }
-        })?;
-        let last_key = |list: &HostList<T>, to: &mut [T]| to[..list.last_key.len()].copy_from_slice(&list.last_key);
-        state.last_keys = self.rows(1, self.dim, last_key)?;
-        let slots = self.window + 1;
-        let mut bits = vec![0u32; self.host.lists.len() * slots];
-        for (list, ring) in self.host.lists.iter().zip(bits.chunks_exact_mut(slots)) {
-            let first = self.host.seq_len - 1 - list.bits.len();
-            ring[(self.host.seq_len - 1) % slots] = u32::from(list.last_hidden);
-            for (bit, t) in list.bits.iter().zip(first..) {
-                ring[t % slots] = u32::from(*bit);
-            }
-        }
-        state.bits = self.gpu.upload(&bits)?;
-        if let (Some(to), Some(queries)) = (&mut state.last_queries, &self.host.last_queries) {
-            *to = self.gpu.upload(queries)?;
-        }
-        Ok(())
-    }
-
-    /// Uploads the state of observed mass, without the norms of values.
-    fn observed(&self, observed: &mut ObservedBuffers<G, T>, sinks: usize) -> Result<()> {
-        observed.keys = self.rows(sinks + self.window, self.dim, |list, to| {
-            to[..list.sink_keys.len()].copy_from_slice(&list.sink_keys);
-            self.ring(&list.recent_k, &mut to[sinks * self.dim..], self.dim);
-        })?;
-        let mut masses = vec![0f32; self.host.lists.len() * self.window];
-        for (list, to) in self.host.lists.iter().zip(masses.chunks_exact_mut(self.window)) {
-            for (mass, t) in list.masses.iter().zip(self.oldest()..) {
-                to[t % self.window] = *mass;
-            }
-        }
-        observed.masses = self.gpu.upload(&masses)?;
-        Ok(())
+        self.learn(gpu)?;
+        self.fit(gpu, 0)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::device::Emulator;
 use super::{borrow, held, held_sinks, HeldBias};
-use crate::cache::{Both, CacheOptions, CompressedKvCache, DeviceRows, RowsCall};
+use crate::cache::{joined_places, Both, CacheOptions, CompressedKvCache, DeviceRows, RowsCall};
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies, Storage};
 use crate::cpu::number::element::Element;
 use crate::cuda::extras::{ExtraBuffers, ScoreBuffer};
@@ -212,6 +212,56 @@ impl EmulatedCache {
     /// An error that the emulator detects.
     pub fn bytes(&self) -> Result<(usize, usize)> {
         each!(&self.lists, lists => Ok((lists.bytes(&Emulator)?, lists.bytes_allocated())))
+    }
+
+    /// One cache of the batch rows of all of these, in order. All have equal settings and dtypes, and no segments.
+    ///
+    /// # Errors
+    /// An error that the emulator detects.
+    pub fn cat(caches: &[&Self]) -> Result<Self> {
+        let first = caches[0];
+        macro_rules! of {
+            ($kind:path) => {{
+                let lists = caches.iter().filter_map(|cache| match &cache.lists {
+                    $kind(lists) => Some(lists),
+                    _ => None,
+                });
+                let lists: Vec<_> = lists.collect();
+                let rows = caches.iter().zip(&lists);
+                let rows = rows
+                    .map(|(cache, lists)| (lists.seq_len(), cache.problem.batch, None))
+                    .collect();
+                let (_, places) = joined_places(rows);
+                $kind(DeviceRows::cat(&Emulator, &lists, places)?)
+            }};
+        }
+        let lists = match &first.lists {
+            EmulatedLists::F32(_) => of!(EmulatedLists::F32),
+            EmulatedLists::F16(_) => of!(EmulatedLists::F16),
+            EmulatedLists::BF16(_) => of!(EmulatedLists::BF16),
+        };
+        let problem = Problem {
+            batch: caches.iter().map(|cache| cache.problem.batch).sum(),
+            ..first.problem
+        };
+        Ok(Self::of(
+            lists,
+            problem,
+            (&first.strategies, &first.config, &first.options),
+        ))
+    }
+
+    /// Copies the pages that other caches, or other rows, hold too.
+    ///
+    /// # Errors
+    /// An error that the emulator detects.
+    pub fn unshare(&mut self) -> Result<()> {
+        each!(&mut self.lists, lists => lists.unshare(&Emulator))
+    }
+
+    /// Bytes of pages that other caches hold, too.
+    pub fn bytes_shared(&self) -> usize {
+        each!(&self.lists, lists => lists.bytes_shared())
     }
 
     /// Selects batch rows: row i becomes the old row `rows[i]`.

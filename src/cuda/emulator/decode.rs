@@ -1,8 +1,11 @@
 //! The decoding launcher on CPU tensors under the emulator: for tests.
 
-use super::device::{EmuArg, EmuSlice, Emulator};
+use super::device::{EmuArg, EmuMemory, EmuSlice, Emulator};
+use crate::config::Fold;
+use crate::cuda::cache::pages::{page_bytes, PAGE};
 use crate::cuda::decode::{decode as launch, DecodeCall, StateArgs};
-use crate::cuda::on_gpu::{Gpu, GpuElement};
+use crate::cuda::fold::fold_code;
+use crate::cuda::on_gpu::{Gpu, GpuElement, Number};
 use crate::cuda::params::{BiasEntries, CacheParams, Rows, Sizes, NO_SLIDE};
 use crate::problem::{Problem, RowLayout};
 use candle_core::{DType, Device, Result, Tensor};
@@ -28,6 +31,14 @@ struct HeldColumns<T> {
     capacity: usize,
 }
 
+/// The same in pages.
+struct HeldPages {
+    table: EmuSlice<i64>,
+    stride: usize,
+    lengths: EmuSlice<u32>,
+    _memory: EmuMemory,
+}
+
 /// Decodes one row for each of the queries (lists * group, D) under the emulator.
 ///
 /// # Errors
@@ -49,7 +60,7 @@ fn decode_as<T: GpuElement>(
     let ((rows, head_dim), value_dim) = (queries.dims2()?, far.values.dim(2)?);
     let lists = far.lengths.len();
     let (gpu, most) = (Emulator, far.lengths.iter().max().map_or(0, |most| *most as usize));
-    let far = held::<T>(far)?;
+    let sized = far.ln.is_some();
     let local = local.map(held::<T>).transpose()?;
     let queries = gpu.upload(&queries.flatten_all()?.to_vec1::<T>()?)?;
     let layout = RowLayout {
@@ -67,6 +78,7 @@ fn decode_as<T: GpuElement>(
         value_dim,
         dtype: T::DTYPE,
     };
+    let far = paged::<T>(far, &problem)?;
     let params = CacheParams {
         q: Rows::new(&layout),
         k: Rows::new(&layout),
@@ -77,8 +89,12 @@ fn decode_as<T: GpuElement>(
         max_merge_level: 0,
         sinks: 0,
         window: local.as_ref().map_or(0, |local| local.capacity as u32 - 1),
-        fold: 0,
-        capacity: far.capacity as u32,
+        fold: if sized {
+            fold_code(Fold::Mean)
+        } else {
+            fold_code(Fold::Drop)
+        },
+        pages: far.stride as u32,
         first: 0,
         observes: 0,
         scale: 0.0,
@@ -93,6 +109,7 @@ fn decode_as<T: GpuElement>(
         appended: None,
         params,
         most,
+        some_sit_out: false,
         scale,
     };
     let output = launch(&gpu, &call, &mut DecodeArgs { far, local }, &mut None)?.download()?;
@@ -101,18 +118,16 @@ fn decode_as<T: GpuElement>(
 
 /// The cache's arguments without the buffers that only appending needs.
 struct DecodeArgs<T> {
-    far: HeldColumns<T>,
+    far: HeldPages,
     local: Option<HeldColumns<T>>,
 }
 
 impl<T: GpuElement> StateArgs<Emulator> for DecodeArgs<T> {
     fn args<'a>(&'a mut self, gpu: &'a Emulator) -> Vec<EmuArg<'a>> {
         let mut args = vec![
-            gpu.write(&mut self.far.keys),
-            gpu.write(&mut self.far.values),
-            gpu.write_some(self.far.ln.as_mut()),
-            gpu.absent(),
+            gpu.read(&self.far.table),
             gpu.write(&mut self.far.lengths),
+            gpu.absent(),
             gpu.absent(),
         ];
         match &mut self.local {
@@ -129,9 +144,45 @@ impl<T: GpuElement> StateArgs<Emulator> for DecodeArgs<T> {
     }
 }
 
+/// Columns in pages, the last page of each list first, so that no two lie where a list of its own would have them.
+/// Bytes past a list's end stay unwritten.
+fn paged<T: GpuElement>(store: &DecodeStore, problem: &Problem) -> Result<HeldPages> {
+    let (dim, value_dim, capacity) = (problem.head_dim, problem.value_dim, store.keys.dim(1)?);
+    let (bytes, stride) = (page_bytes::<T>(problem, store.ln.is_some()), capacity.div_ceil(PAGE));
+    let (keys, values) = (held_rows::<T>(&store.keys)?, held_rows::<T>(&store.values)?);
+    let ln = store.ln.as_ref().map(held_rows::<f32>).transpose()?;
+    let mut memory = Emulator.memory(store.lengths.len() * stride * bytes)?;
+    let mut addresses = Vec::new();
+    for (list, length) in store.lengths.iter().enumerate() {
+        for page in 0..stride {
+            let first = ((list + 1) * stride - 1 - page) * bytes;
+            addresses.push(Emulator.address(&memory) as i64 + first as i64);
+            let used = (*length as usize).saturating_sub(page * PAGE).min(PAGE);
+            let entries = list * capacity + page * PAGE..list * capacity + page * PAGE + used;
+            memory.put(first, &keys[entries.start * dim..entries.end * dim]);
+            let values_at = first + PAGE * dim * size_of::<T>();
+            memory.put(values_at, &values[entries.start * value_dim..entries.end * value_dim]);
+            if let Some(ln) = &ln {
+                let ln_at = first + PAGE * ((dim + value_dim) * size_of::<T>() + size_of::<u32>());
+                memory.put(ln_at, &ln[entries]);
+            }
+        }
+    }
+    Ok(HeldPages {
+        table: Emulator.upload(&addresses)?,
+        stride,
+        lengths: Emulator.upload(&store.lengths)?,
+        _memory: memory,
+    })
+}
+
+fn held_rows<T: Number>(x: &Tensor) -> Result<Vec<T>> {
+    x.flatten_all()?.to_vec1::<T>()
+}
+
 fn held<T: GpuElement>(store: &DecodeStore) -> Result<HeldColumns<T>> {
-    let rows = |x: &Tensor| Emulator.upload(&x.flatten_all()?.to_vec1::<T>()?);
-    let ln = |x: &Tensor| Emulator.upload(&x.flatten_all()?.to_vec1::<f32>()?);
+    let rows = |x: &Tensor| Emulator.upload(&held_rows::<T>(x)?);
+    let ln = |x: &Tensor| Emulator.upload(&held_rows::<f32>(x)?);
     Ok(HeldColumns {
         keys: rows(&store.keys)?,
         values: rows(&store.values)?,

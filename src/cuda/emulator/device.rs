@@ -8,6 +8,7 @@ use std::marker::PhantomData;
 
 thread_local! {
     static WARPGROUPS: Cell<Option<usize>> = const { Cell::new(None) };
+    static LAUNCHES: Cell<usize> = const { Cell::new(0) };
 }
 
 /// Runs a closure on a device that has warpgroups (capability 9.0), for this thread's launches. Up to `short` tokens
@@ -23,7 +24,12 @@ pub(crate) fn with_warpgroups<R>(short: usize, run: impl FnOnce() -> R) -> R {
     run()
 }
 
-/// The emulator. It has no state besides [`with_warpgroups`].
+/// The kernels that this thread has launched so far.
+pub(crate) fn launches() -> usize {
+    LAUNCHES.get()
+}
+
+/// The emulator. It has no state besides [`with_warpgroups`] and [`launches`].
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Emulator;
 
@@ -98,7 +104,32 @@ impl EmuArg<'_> {
     }
 }
 
+/// Memory that the emulator knows by its address.
+pub(crate) struct EmuMemory(EmuSlice<u8>);
+
+impl EmuMemory {
+    /// Writes numbers at a byte, a multiple of their size.
+    pub fn put<T: Number>(&mut self, byte: usize, numbers: &[T]) {
+        let bytes = byte..byte + size_of_val(numbers);
+        self.0.written[bytes.clone()].fill(1);
+        // SAFETY: the line above has checked that these bytes lie in the buffer, and the two do not overlap.
+        unsafe {
+            let to = self.0.data.as_mut_ptr().cast::<u8>().add(bytes.start);
+            std::ptr::copy_nonoverlapping(numbers.as_ptr().cast::<u8>(), to, bytes.len())
+        }
+    }
+}
+
+impl Drop for EmuMemory {
+    fn drop(&mut self) {
+        // SAFETY: the emulator only compares the address.
+        unsafe { emu_forget(self.0.data.as_ptr().cast()) }
+    }
+}
+
 extern "C" {
+    fn emu_register(data: *mut u8, written: *mut u8, bytes: usize);
+    fn emu_forget(data: *const u8);
     /// Bytes of shared memory; 0 for a kernel that declares none, or that does not exist.
     fn emu_shared_bytes(name: *const c_char) -> usize;
     fn emu_launch(
@@ -116,6 +147,7 @@ extern "C" {
 
 impl Gpu for Emulator {
     type Slice<T: Number> = EmuSlice<T>;
+    type Memory = EmuMemory;
     type Arg<'a> = EmuArg<'a>;
 
     fn alloc<T: Number>(&self, len: usize) -> Result<EmuSlice<T>> {
@@ -139,6 +171,19 @@ impl Gpu for Emulator {
             )
         }
         Ok(slice)
+    }
+
+    fn memory(&self, bytes: usize) -> Result<EmuMemory> {
+        let mut memory = EmuMemory(self.alloc(bytes)?);
+        let EmuMemory(slice) = &mut memory;
+        // SAFETY: both vectors keep their places and lengths, no reference to their contents is made, and they live
+        // until `emu_forget`.
+        unsafe { emu_register(slice.data.as_mut_ptr().cast(), slice.written.as_mut_ptr(), bytes) };
+        Ok(memory)
+    }
+
+    fn address(&self, memory: &EmuMemory) -> u64 {
+        memory.0.data.as_ptr() as u64
     }
 
     fn download<T: Number>(&self, slice: &EmuSlice<T>) -> Result<Vec<T>> {
@@ -193,6 +238,7 @@ impl Gpu for Emulator {
     }
 
     fn launch(&self, kernel: &Kernel, launch: Launch, args: &[EmuArg<'_>]) -> Result<()> {
+        LAUNCHES.set(LAUNCHES.get() + 1);
         let name = CString::new(kernel.name.as_str()).map_err(candle_core::Error::wrap)?;
         let raw: Vec<RawArgument> = args.iter().map(|arg| arg.raw).collect();
         let mut grid = [0u32; 3];

@@ -52,6 +52,11 @@ pub fn run_broken(name: &str, input: &[f32], blocks: usize) -> Result<Vec<f32>> 
     target.download()
 }
 
+/// The kernels that this thread has launched so far.
+pub fn launches() -> usize {
+    device::launches()
+}
+
 /// Runs a closure whose launches take the kernels for warpgroups (wgmma), if there are such kernels. Up to `short`
 /// tokens the kernels of small blocks run.
 pub fn with_warpgroups<R>(short: usize, run: impl FnOnce() -> R) -> R {

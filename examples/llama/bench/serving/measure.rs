@@ -241,7 +241,7 @@ impl Bench<'_> {
 
     /// A batch of this number of rows, if the device has room for it.
     fn batch(&mut self, prompt: &[CompressedKvCache], rows: usize) -> Result<Batch> {
-        let (decoded, limit) = match self.decode(Rows::copies(self.model, prompt, rows)) {
+        let (decoded, limit) = match self.decode(Rows::copies(prompt, rows)) {
             Ok(decoded) => (Some(decoded), None),
             Err(error) if is_out_of_memory(&error) => (None, Some(one_line(&error))),
             Err(error) => return Err(error).with_context(|| format!("batch {rows}")),
@@ -268,25 +268,25 @@ impl Bench<'_> {
 
     /// By the memory that one row has allocated after its steps.
     fn largest_within(&mut self, prompt: &[CompressedKvCache]) -> Result<Option<Decoded>> {
-        let one = self.decode(Rows::copies(self.model, prompt, 1))?;
+        let one = self.decode(Rows::copies(prompt, 1))?;
         match (self.cache_memory / one.kv_bytes_allocated as f64) as usize {
             0 => Ok(None),
             1 => Ok(Some(one)),
-            rows => self.decode(Rows::copies(self.model, prompt, rows)).map(Some),
+            rows => self.decode(Rows::copies(prompt, rows)).map(Some),
         }
     }
 
     /// By trying. Each try takes its rows and decodes a token; the largest decodes all.
     fn largest_by_trying(&mut self, prompt: Vec<CompressedKvCache>) -> Result<(Option<Decoded>, Option<String>)> {
         let (mut fits, error) = most_rows(|rows| {
-            let copies = Rows::copies(self.model, &prompt, rows)?;
+            let copies = Rows::copies(&prompt, rows)?;
             copies.try_step(self.model, &mut self.random)
         })?;
         let mut limit = error.map(|error| one_line(&error));
         // Later steps may take more memory than the first one.
         let mut best = None;
         while fits > 0 && best.is_none() {
-            match self.decode(Rows::copies(self.model, &prompt, fits)) {
+            match self.decode(Rows::copies(&prompt, fits)) {
                 Ok(decoded) => best = Some(decoded),
                 Err(error) if !is_out_of_memory(&error) => return Err(error),
                 Err(error) => {
@@ -297,7 +297,7 @@ impl Bench<'_> {
         }
         if fits < FEW_ROWS {
             // The prompt's caches took the place of a row.
-            match self.decode(Rows::in_place_of(self.model, prompt, fits + 1)) {
+            match self.decode(Rows::in_place_of(prompt, fits + 1)) {
                 Ok(decoded) => best = Some(decoded),
                 Err(error) if !is_out_of_memory(&error) => return Err(error),
                 Err(error) => limit = Some(one_line(&error)),

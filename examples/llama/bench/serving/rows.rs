@@ -40,16 +40,14 @@ impl Rows {
     ///
     /// # Errors
     /// Memory that is not there, or rows that share some.
-    pub fn copies(model: &Llama, prompt: &[CompressedKvCache], count: usize) -> Result<Self> {
-        let caches = prompt
-            .iter()
-            .map(|cache| repeated(cache.clone(), count, model.device()));
+    pub fn copies(prompt: &[CompressedKvCache], count: usize) -> Result<Self> {
+        let caches = prompt.iter().map(|cache| repeated(cache.clone(), count));
         Self::of(caches.collect::<Result<_>>()?, count)
     }
 
     /// As [`Self::copies`], where the last holder of the prompt gives it up, layer by layer.
-    pub fn in_place_of(model: &Llama, prompt: Vec<CompressedKvCache>, count: usize) -> Result<Self> {
-        let caches = prompt.into_iter().map(|cache| repeated(cache, count, model.device()));
+    pub fn in_place_of(prompt: Vec<CompressedKvCache>, count: usize) -> Result<Self> {
+        let caches = prompt.into_iter().map(|cache| repeated(cache, count));
         Self::of(caches.collect::<Result<_>>()?, count)
     }
 
@@ -119,20 +117,11 @@ impl Rows {
     }
 }
 
-/// A cache of `count` copies of the one row of `cache`. On a GPU `index_select` copies; on the CPU its rows would share
-/// what is stored, and rows that were loaded from a file do not.
-fn repeated(mut cache: CompressedKvCache, count: usize, device: &Device) -> Result<CompressedKvCache> {
-    if !device.is_cpu() {
-        cache.index_select(&Tensor::zeros(count, DType::U32, &Device::Cpu)?)?;
-        return Ok(cache);
-    }
-    let folder = tempfile::tempdir().context("rows: a folder for a cache")?;
-    let file = folder.path().join("row.safetensors");
-    cache.save(&file)?;
-    drop(cache);
-    let load = |_| Ok(CompressedKvCache::load(&file, device)?);
-    let rows = (0..count).map(load).collect::<Result<Vec<_>>>()?;
-    Ok(CompressedKvCache::cat(&rows)?)
+/// A cache of `count` copies of the one row of `cache`, each with memory of its own.
+fn repeated(mut cache: CompressedKvCache, count: usize) -> Result<CompressedKvCache> {
+    cache.index_select(&Tensor::zeros(count, DType::U32, &Device::Cpu)?)?;
+    cache.unshare()?;
+    Ok(cache)
 }
 
 fn median(mut numbers: Vec<f64>) -> Option<f64> {
