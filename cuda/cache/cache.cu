@@ -353,13 +353,13 @@ template <class T> __device__ void pad(Global<const T> from, Global<T> to, const
 FOR_EACH_DTYPE(CACHE_PAD)
 
 // Copies `count` numbers of each list, from list sources[i] (or i) to list i. The strides of the buffers may differ.
-// Grid (count / 256, lists), 256 threads.
+// Grid (lists, count / 256), 256 threads.
 template <class T>
 __device__ void copy(Global<const T> from, Global<const uint32_t> sources, Global<T> to, const CopyParams& p) {
-  unsigned i = blockIdx.x * 256 + threadIdx.x, source = sources ? sources[blockIdx.y] : blockIdx.y;
+  unsigned i = blockIdx.y * 256 + threadIdx.x, source = sources ? sources[blockIdx.x] : blockIdx.x;
   if (i >= p.count) return;
   size_t first = p.from_offset + (size_t)source * p.from_stride;
-  to.set((size_t)blockIdx.y * p.to_stride + p.to_offset + i, from[first + i]);
+  to.set((size_t)blockIdx.x * p.to_stride + p.to_offset + i, from[first + i]);
 }
 
 #define CACHE_COPY(suffix, T)                                                                                         \

@@ -17,10 +17,10 @@
 // 3. The running maximum follows a logit only if it is larger by more than 8, so that most columns rescale nothing.
 // 4. The new length is written last. Other blocks of the list split by the old length, so `next` holds the new one
 //    until the last block has arrived (`comes_last`).
-// 5. Far columns lie in pages (pages.cuh); a split has whole ones. Columns that are read together lie in one page,
-//    whose address was read a page ago. Under a sliding window the far columns start at `starts`, which is written last
-//    too, and the window's raw tokens are those after its border: where the sliding window is the shorter one, one or
-//    two parts of the ring.
+// 5. Far columns lie in pages (pages.cuh); a split has whole ones. Columns that are read together lie in one page. A
+//    warp holds the addresses of 32 pages, one a lane. Under a sliding window the far columns start at `starts`, which
+//    is written last too, and the window's raw tokens are those after its border: where the sliding window is the
+//    shorter one, one or two parts of the ring.
 // 6. `join` has one warp per row and reads eight parts at a time; the first eight are in flight while their weights are
 //    computed.
 // 7. OWN_VALUES: values have another size than keys, and D holds the larger one. Kernels of one size save registers.
@@ -80,12 +80,15 @@ struct Stored<float> {
     }
 };
 
-// Columns of one kind of one list: keys, values, and ln n or null. The views of a page start where column 0 would lie,
-// so that a column has the same index in each.
+// Columns of one list from one of them on: keys, values, and ln n or null.
 template <class T>
 struct Store {
     Global<T> keys, values;
     Global<float> ln;
+
+    SFA_DEVICE Store after(int columns, uint32_t dim, uint32_t value_dim) const {
+        return {keys + columns * int(dim), values + columns * int(value_dim), ln ? ln + columns : ln};
+    }
 };
 
 // A list's closed chains, page by page.
@@ -93,12 +96,11 @@ template <class T>
 struct Closed {
     Pages<T> pages;
 
-    SFA_DEVICE Store<T> store(uint64_t address, int page) const {
-        Page<T> found = pages.of(address);
-        int64_t before = -int64_t(page) * PAGE;
-        Global<float> ln = found.ln + before;
-        if (!pages.sized) ln = Global<float>{};
-        return {found.keys + before * int64_t(pages.dim), found.values + before * int64_t(pages.value_dim), ln};
+    // The columns of the page at `address`, from number `row` on.
+    SFA_DEVICE Store<T> store(uint64_t address, int row) const {
+        Page<T> page = pages.of(address);
+        Global<float> none{};
+        return Store<T>{page.keys, page.values, pages.sized ? page.ln : none}.after(row, pages.dim, pages.value_dim);
     }
 };
 
@@ -178,21 +180,22 @@ struct Decoder {
         float added[DECODE_UNROLL];
     };
 
-    // Row u of the columns that are read together, column `at`.
-    SFA_DEVICE void read_row(Stage& stage, int u, const Store<T>& store, int at, int end) {
+    // Reads column `row` of a store, unless there are no more than `count`, as row u of the columns that are read
+    // together.
+    SFA_DEVICE void read_row(Stage& stage, int u, const Store<T>& store, int row, int count) {
         stage.keys[u] = stage.values[u] = Stored<T>::zero();
-        stage.added[u] = at < end ? 0.f : -hw::infinity();
-        if (at >= end) return;
-        if (store.ln) stage.added[u] = LOG2_E * store.ln[at];
+        stage.added[u] = row < count ? 0.f : -hw::infinity();
+        if (row >= count) return;
+        if (store.ln) stage.added[u] = LOG2_E * store.ln[row];
         if (!OWN_VALUES && !mine) return;
-        if (!OWN_VALUES || mine) stage.keys[u] = Stored<T>::raw(store.keys, int64_t(at) * dim + lane * 8);
+        if (!OWN_VALUES || mine) stage.keys[u] = Stored<T>::raw(store.keys, row * int(dim) + lane * 8);
         if (!OWN_VALUES || mine_of_value())
-            stage.values[u] = Stored<T>::raw(store.values, int64_t(at) * value_dim() + lane * 8);
+            stage.values[u] = Stored<T>::raw(store.values, row * int(value_dim()) + lane * 8);
     }
 
-    SFA_DEVICE void read(Stage& stage, const Store<T>& store, int column, int end) {
+    SFA_DEVICE void read(Stage& stage, const Store<T>& store, int count) {
 #pragma unroll
-        for (int u = 0; u < DECODE_UNROLL; u++) read_row(stage, u, store, column + u * STEP + sub, end);
+        for (int u = 0; u < DECODE_UNROLL; u++) read_row(stage, u, store, u * STEP + sub, count);
     }
 
     SFA_DEVICE void scale_queries() {
@@ -212,29 +215,36 @@ struct Decoder {
     }
 
     // Attends columns [begin, end) of one list; the next ones are in flight while these are weighed. Closed chains if
-    // `far`, which begin where the columns of a page are read together, else those of `store`. A page's address is read
-    // one page ahead.
+    // `far`, which begin where the columns of a page are read together, else those of `store`. Each lane holds the
+    // address of one of 32 pages: a load of one address a page would have to wait for the columns that are in flight.
     SFA_DEVICE void columns(Store<T> store, const Closed<T>& closed, bool far, int begin, int end) {
         if (begin >= end) return;
         constexpr int COLUMNS = STEP * DECODE_UNROLL;
         static_assert(PAGE % COLUMNS == 0, "columns that are read together lie in one page");
-        uint64_t following = 0;
+        int left = end - begin, row = begin % int(PAGE), pages = (row + left + int(PAGE) - 1) / int(PAGE), page = 0;
+        Global<const uint64_t> table = closed.pages.table + begin / int(PAGE);
+        int own_page = threadIdx.x % 32;
+        uint64_t address = 0;
         if (far) {
-            int page = begin / int(PAGE);
-            store = closed.store(closed.pages.table[page], page);
-            if ((page + 1) * int(PAGE) < end) following = closed.pages.table[page + 1];
+            if (own_page < pages) address = table[own_page];
+            store = closed.store(hw::shuffle(address, 0), row);
+        } else {
+            store = store.after(begin, dim, value_dim());
         }
         Stage stage;
-        read(stage, store, begin, end);
+        read(stage, store, left);
         scale_queries();
-        for (int column = begin; column < end; column += COLUMNS) {
-            int ahead = column + COLUMNS, page = ahead / int(PAGE);
-            if (far && ahead % int(PAGE) == 0 && ahead < end) {
-                store = closed.store(following, page);
-                if (ahead + int(PAGE) < end) following = closed.pages.table[page + 1];
+        for (; left > 0; left -= COLUMNS) {
+            row += COLUMNS;
+            if (far && row == int(PAGE)) {
+                row = 0, page++;
+                if (page % 32 == 0 && page + own_page < pages) address = table[page + own_page];
+                store = closed.store(hw::shuffle(address, page % 32), 0);
+            } else {
+                store = store.after(COLUMNS, dim, value_dim());
             }
             Stage next;
-            read(next, store, ahead, end);
+            read(next, store, left - COLUMNS);
             weigh_all(stage);
             stage = next;
         }
@@ -249,10 +259,10 @@ struct Decoder {
             Stage stage;
 #pragma unroll
             for (int u = 0; u < DECODE_UNROLL; u++) {
-                int at = column + u * STEP + sub, page = at / int(PAGE);
+                int at = column + u * STEP + sub;
                 Store<T> store{};
-                if (at < end) store = closed.store(closed.pages.table[page], page);
-                read_row(stage, u, store, at, end);
+                if (at < end) store = closed.store(closed.pages.table[at / int(PAGE)], at % int(PAGE));
+                read_row(stage, u, store, 0, at < end);
             }
             weigh_all(stage);
         }
@@ -443,6 +453,8 @@ SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const
         start = int(state.starts[list]);
         // After an append `starts` are those of the next row.
         if (!p.appends && start > 0 && closed.pages.token(start - 1) >= seen) start--;
+        // It came by way of an address in memory: the compiler would guard every shuffle below.
+        start = hw::uniform(start);
     }
     if (blockIdx.y == 0) {
         if (p.appends && threadIdx.x < 32) {

@@ -2,8 +2,8 @@
 //
 // The idea: a list has as many pages of PAGE entries as its own entries need, wherever memory was free, and a table of
 // their addresses, (lists, p.pages). Entry i is number i % PAGE of page i / PAGE. So no list pays for a longer one, a
-// list grows without a copy, and two lists may share the pages of a common beginning. The host hands pages out, before a
-// launch that may need them, and takes them back.
+// list grows without a copy, and two lists may share the pages of a common beginning. The host hands pages out before
+// a launch that may need them, and takes them back.
 //
 // A page is one piece of memory: PAGE keys, PAGE values, the last token of each chain, and under MEAN the logarithm of
 // each chain's size.

@@ -37,7 +37,7 @@ impl CompressedKvCache {
     /// Bytes allocated: [`Self::bytes`] and the reserve for growth. Folded entries have room for an eighth of a list or
     /// 64 entries more at most. Raw tokens of the window are moved to the front once per window of tokens, so their
     /// buffers have room for up to four windows of rows. The journal of [`CacheOptions::rollback`] is counted. On a GPU
-    /// every list has as much room as the longest one.
+    /// every list has pages of 64 entries, and one or two of them to spare.
     pub fn bytes_allocated(&self) -> usize {
         #[cfg(feature = "cuda")]
         if let Some(state) = &self.on_gpu {

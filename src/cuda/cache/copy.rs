@@ -208,7 +208,7 @@ pub(super) fn copy<G: Gpu, T: Number>(
     params: &CopyParams,
 ) -> Result<()> {
     let launch = Launch {
-        grid: [(params.count as usize).div_ceil(256), lists, 1],
+        grid: [lists, (params.count as usize).div_ceil(256), 1],
         threads: 256,
         shared_bytes: 0,
     };

@@ -261,7 +261,7 @@ impl<G: Gpu> ListPages<G> {
         self.lists.iter().map(seen).max().unwrap_or(0) + self.since
     }
 
-    /// Counts tokens, each of which may close a chain in every list.
+    /// Counts tokens. Each may close a chain in every list.
     pub fn count(&mut self, tokens: usize) {
         self.since += tokens;
     }
@@ -287,8 +287,8 @@ impl<G: Gpu> ListPages<G> {
         }
     }
 
-    /// Gives every list room for `count` more entries, and for a page of them, in pages of its own. Pages beyond go back
-    /// to the pool, and so do pages at the front that no later row sees. The lengths were just learnt.
+    /// Gives every list room for `count` more entries, and for a page of them, in pages of its own. Pages beyond go
+    /// back to the pool, and so do pages at the front that no later row sees. The lengths were just learnt.
     ///
     /// # Errors
     /// An error of the device; the pages are then as before.

@@ -14,7 +14,7 @@ pub(super) struct Ragged {
 }
 
 impl Ragged {
-    /// Rows of so many tokens; None where all have equally many.
+    /// Rows of these numbers of tokens; None where all have equally many.
     pub fn of(tokens: Vec<usize>) -> Option<Self> {
         let differ = tokens.iter().any(|count| *count != tokens[0]);
         differ.then(|| Self {
@@ -37,7 +37,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         self.ragged.is_some()
     }
 
-    /// Puts rows of so many tokens in force.
+    /// Sets the numbers of tokens of all rows.
     pub(super) fn set_row_lens(&mut self, tokens: Vec<usize>) {
         self.seq_len = tokens.iter().copied().max().unwrap_or(0);
         self.ragged = Ragged::of(tokens);
