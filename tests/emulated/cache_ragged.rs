@@ -187,7 +187,7 @@ fn a_step_is_one_launch() -> Result<()> {
             caches.push(cache);
         }
         let mut joint = EmulatedCache::cat(&caches.iter().collect::<Vec<_>>())?;
-        let mut step = |cache: &mut EmulatedCache, rows: &[&Row], lens: &[usize]| -> Result<usize> {
+        let step = |cache: &mut EmulatedCache, rows: &[&Row], lens: &[usize]| -> Result<usize> {
             let before = launches();
             settings.append(cache, rows, lens)?;
             Ok(launches() - before)

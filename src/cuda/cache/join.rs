@@ -31,9 +31,6 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             |of: fn(&ListBuffers<G, T>) -> &G::Slice<u32>, count| join.all("u32", lists, count, |part| of(&part.state));
         let floats =
             |of: fn(&ListBuffers<G, T>) -> &G::Slice<f32>, count| join.all("f32", lists, count, |part| of(&part.state));
-        let some = |of: fn(&ListBuffers<G, T>) -> Option<&G::Slice<T>>, per_row, count| {
-            join.some(T::SUFFIX, per_row, count, |part| of(&part.state))
-        };
         let local = window + 1;
         let mut joined = Self {
             settings: settings.clone(),
@@ -55,13 +52,13 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 chain_k: floats(|state| &state.chain_k, dim)?,
                 chain_v: floats(|state| &state.chain_v, value_dim)?,
                 chain_sizes: words(|state| &state.chain_sizes, 1)?,
-                previous_k: some(|state| state.previous_k.as_ref(), lists, dim)?,
-                previous_v: some(|state| state.previous_v.as_ref(), lists, value_dim)?,
+                previous_k: join.some(T::SUFFIX, lists, dim, |part| part.state.previous_k.as_ref())?,
+                previous_v: join.some(T::SUFFIX, lists, value_dim, |part| part.state.previous_v.as_ref())?,
                 bits: words(|state| &state.bits, local)?,
                 run_starts: words(|state| &state.run_starts, 1)?,
                 run_keys: rows(|state| &state.run_keys, dim)?,
                 last_keys: rows(|state| &state.last_keys, dim)?,
-                last_queries: some(|state| state.last_queries.as_ref(), heads, dim)?,
+                last_queries: join.some(T::SUFFIX, heads, dim, |part| part.state.last_queries.as_ref())?,
                 observed: join.observed()?,
             },
             scratch: None,
