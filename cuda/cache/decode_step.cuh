@@ -239,7 +239,8 @@ struct Decoder {
             if (far && row == int(PAGE)) {
                 row = 0, page++;
                 if (page % 32 == 0 && page + own_page < pages) address = table[page + own_page];
-                store = closed.store(hw::shuffle(address, page % 32), 0);
+                uint64_t following = hw::shuffle(address, page % 32);
+                if (left > COLUMNS) store = closed.store(following, 0);
             } else {
                 store = store.after(COLUMNS, dim, value_dim());
             }
