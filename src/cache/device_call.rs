@@ -1,9 +1,11 @@
 //! One call of a cache on a CUDA device: tensors taken apart into buffers.
 
 use super::call::TokenCall;
-use super::device_rows::{DeviceRows, RowsCall};
+use super::device_groups::RowsCall;
+use super::device_rows::DeviceRows;
 use super::on_device::{cuda, GpuState, ListsByDtype};
 use super::step::bias_view;
+use super::CompressedKvCache;
 use crate::config::AttentionOptions;
 use crate::cuda::device::Cuda;
 use crate::cuda::extras::{ExtraBuffers, ScoreBuffer};
@@ -12,8 +14,31 @@ use crate::cuda::tensors::{self, source, stored, tensor};
 use crate::problem::Problem;
 use candle_core::{DType, Device, Result, Tensor};
 
+impl CompressedKvCache {
+    /// [`Self::take_in`] for tensors on a CUDA device, or a cache that is on one.
+    pub(super) fn take_in_on_gpu(
+        &mut self,
+        problem: &Problem,
+        call: &TokenCall,
+        attend: bool,
+    ) -> Result<Option<Tensor>> {
+        let q = &call.qkv[0];
+        self.check_for_gpu(problem, q, call.options.as_ref())?;
+        let mut state = match self.on_gpu.take() {
+            Some(state) => state,
+            None => GpuState::new(self, problem, q.device())?,
+        };
+        let limit = self.options.max_entries;
+        let result = step(&mut state, problem, call, attend, limit);
+        if state.seq_len() > 0 {
+            self.on_gpu = Some(state);
+        }
+        result
+    }
+}
+
 /// Runs one call on checked tensors, in the storage dtype. Only an error of the device leaves `state` half changed.
-pub(super) fn step(
+fn step(
     state: &mut GpuState,
     problem: &Problem,
     call: &TokenCall,

@@ -1,6 +1,5 @@
 //! Groups of batch rows in one call on a device: rows that step together, and rows that take several tokens alone.
 
-use super::device_rows::RowsCall;
 use super::segments::RowRun;
 use crate::config::AttentionOptions;
 use crate::cuda::cache::{paste, DeviceLists};
@@ -10,6 +9,20 @@ use crate::cuda::operands::BiasBuffer;
 use crate::problem::{Problem, RowLayout};
 use candle_core::Result;
 use std::ops::Range;
+
+/// One checked call.
+pub(crate) struct RowsCall<'a, G: Gpu, T: GpuElement> {
+    pub problem: &'a Problem,
+    pub qkv: [Source<'a, G, T>; 3],
+    /// None to append the tokens without attending.
+    pub options: Option<&'a AttentionOptions>,
+    /// Whether rows are computed, where there are options.
+    pub attend: bool,
+    /// The bias is a view of (B, H, new tokens, all tokens), scores are (B, Hk, new tokens).
+    pub extras: ExtraBuffers<'a, G>,
+    /// The most entries of a list.
+    pub limit: Option<usize>,
+}
 
 /// Whether a row can step beside others: it takes the call's first token, or none.
 fn steps<G: Gpu, T: GpuElement>(call: &RowsCall<'_, G, T>, runs: &[RowRun]) -> bool {

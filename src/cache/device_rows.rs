@@ -2,12 +2,11 @@
 //! one group until a call treats them unlike; then rows that take one token, or none, stay together, and a row that
 //! takes several has lists of its own until it steps with the others again.
 
-use super::device_groups::{groups_apart, groups_for, take};
+use super::device_groups::{groups_apart, groups_for, take, RowsCall};
 use super::segments::{BeforeCall, RowPlace, RowRun};
-use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies};
+use crate::config::{CompressionConfig, HeadStrategies};
 use crate::cuda::cache::{DeviceLists, HostLists};
-use crate::cuda::extras::ExtraBuffers;
-use crate::cuda::on_gpu::{Gpu, GpuElement, Source};
+use crate::cuda::on_gpu::{Gpu, GpuElement};
 use crate::problem::Problem;
 use candle_core::{bail, Result};
 use std::collections::BTreeMap;
@@ -29,20 +28,6 @@ pub(crate) struct HostRows<T> {
     pub places: Option<Vec<RowPlace>>,
     /// The lists of all batch rows, or of one each.
     pub parts: Vec<HostLists<T>>,
-}
-
-/// One checked call.
-pub(crate) struct RowsCall<'a, G: Gpu, T: GpuElement> {
-    pub problem: &'a Problem,
-    pub qkv: [Source<'a, G, T>; 3],
-    /// None to append the tokens without attending.
-    pub options: Option<&'a AttentionOptions>,
-    /// Whether rows are computed, where there are options.
-    pub attend: bool,
-    /// The bias is a view of (B, H, new tokens, all tokens), scores are (B, Hk, new tokens).
-    pub extras: ExtraBuffers<'a, G>,
-    /// The most entries of a list.
-    pub limit: Option<usize>,
 }
 
 impl<G: Gpu, T: GpuElement> DeviceRows<G, T> {

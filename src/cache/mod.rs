@@ -144,9 +144,11 @@ pub use prefix::PrefixKey;
 #[cfg(feature = "cuda-emu")]
 pub(crate) use between_devices::Both;
 #[cfg(feature = "cuda-emu")]
-pub(crate) use device_rows::{DeviceRows, RowsCall};
+pub(crate) use device_groups::RowsCall;
 #[cfg(feature = "cuda-emu")]
-pub(crate) use rows::joined_places;
+pub(crate) use device_rows::DeviceRows;
+#[cfg(feature = "cuda-emu")]
+pub(crate) use segments::joined_places;
 
 impl std::fmt::Debug for CompressedKvCache {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {

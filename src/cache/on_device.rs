@@ -1,11 +1,8 @@
 //! A cache on a CUDA device: the calls of [`CompressedKvCache`] that reach it.
 
 use super::between_devices::{state_of, Both};
-use super::call::TokenCall;
-use super::device_call::step;
 use super::device_rows::DeviceRows;
-use super::rows::joined_places;
-use super::segments::RowPlace;
+use super::segments::{joined_places, RowPlace};
 use super::{CacheSizes, CompressedKvCache, State};
 use crate::config::{AttentionOptions, CompressionConfig, Storage};
 use crate::cuda::device::Cuda;
@@ -134,7 +131,7 @@ impl ListsByDtype {
 }
 
 impl GpuState {
-    fn new(cache: &CompressedKvCache, problem: &Problem, device: &Device) -> Result<Self> {
+    pub fn new(cache: &CompressedKvCache, problem: &Problem, device: &Device) -> Result<Self> {
         let (gpu, strategies, config) = (cuda(device)?, &cache.strategies, &cache.config);
         strategies.check(problem.batch, problem.heads)?;
         let dtype = cache.options.storage.and_then(Storage::dtype).unwrap_or(problem.dtype);
@@ -367,27 +364,6 @@ impl CompressedKvCache {
         Ok(joined)
     }
 
-    /// [`Self::take_in`] for tensors on a CUDA device, or a cache that is on one.
-    pub(super) fn take_in_on_gpu(
-        &mut self,
-        problem: &Problem,
-        call: &TokenCall,
-        attend: bool,
-    ) -> Result<Option<Tensor>> {
-        let q = &call.qkv[0];
-        self.check_for_gpu(problem, q, call.options.as_ref())?;
-        let mut state = match self.on_gpu.take() {
-            Some(state) => state,
-            None => GpuState::new(self, problem, q.device())?,
-        };
-        let limit = self.options.max_entries;
-        let result = step(&mut state, problem, call, attend, limit);
-        if state.seq_len() > 0 {
-            self.on_gpu = Some(state);
-        }
-        result
-    }
-
     fn check_options_for_gpu(&self) -> Result<()> {
         if let Some(storage) = self.options.storage.filter(|storage| storage.dtype().is_none()) {
             bail!(
@@ -404,7 +380,12 @@ impl CompressedKvCache {
         }
     }
 
-    fn check_for_gpu(&self, problem: &Problem, q: &Tensor, options: Option<&AttentionOptions>) -> Result<()> {
+    pub(super) fn check_for_gpu(
+        &self,
+        problem: &Problem,
+        q: &Tensor,
+        options: Option<&AttentionOptions>,
+    ) -> Result<()> {
         let held = match (&self.state, &self.on_gpu) {
             (Some(_), _) => Some(&Device::Cpu),
             (_, Some(state)) => Some(&state.device),

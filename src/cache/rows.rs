@@ -1,7 +1,7 @@
 //! Batch rows of caches: taken apart, put together; and the last token's row once more.
 
 use super::journal::Journal;
-use super::segments::RowPlace;
+use super::segments::{joined_places, RowPlace};
 use super::state::{CacheSizes, Lists, ListsOf, State};
 use super::step::attend_again;
 use super::CompressedKvCache;
@@ -193,26 +193,6 @@ impl CompressedKvCache {
         };
         layout.turned(&attend_again(state, &problem, &q, options)?)
     }
-}
-
-/// The number of tokens of caches put together, and where their batch rows then stand, if that has to be said. Of each
-/// cache: its tokens, batch rows, and places. All rows end at the last token.
-pub(crate) fn joined_places(caches: Vec<(usize, usize, Option<Vec<RowPlace>>)>) -> (usize, Option<Vec<RowPlace>>) {
-    let seq_len = caches.iter().map(|(tokens, ..)| *tokens).max().unwrap_or(0);
-    if caches
-        .iter()
-        .all(|(tokens, _, places)| *tokens == seq_len && places.is_none())
-    {
-        return (seq_len, None);
-    }
-    let places = caches.into_iter().flat_map(|(tokens, batch, places)| {
-        let places = places.unwrap_or_else(|| vec![RowPlace::FIRST; batch]);
-        places.into_iter().map(move |place| RowPlace {
-            start: place.start + seq_len - tokens,
-            ..place
-        })
-    });
-    (seq_len, Some(places.collect()))
 }
 
 fn apart<S: Element>(lists: ListsOf<S>, batch: usize) -> Vec<ListsOf<S>> {

@@ -180,6 +180,26 @@ impl BeforeCall<'_> {
     }
 }
 
+/// The number of tokens of caches put together, and where their batch rows then stand, if that has to be said. Of each
+/// cache: its tokens, batch rows, and places. All rows end at the last token.
+pub(crate) fn joined_places(caches: Vec<(usize, usize, Option<Vec<RowPlace>>)>) -> (usize, Option<Vec<RowPlace>>) {
+    let seq_len = caches.iter().map(|(tokens, ..)| *tokens).max().unwrap_or(0);
+    if caches
+        .iter()
+        .all(|(tokens, _, places)| *tokens == seq_len && places.is_none())
+    {
+        return (seq_len, None);
+    }
+    let places = caches.into_iter().flat_map(|(tokens, batch, places)| {
+        let places = places.unwrap_or_else(|| vec![RowPlace::FIRST; batch]);
+        places.into_iter().map(move |place| RowPlace {
+            start: place.start + seq_len - tokens,
+            ..place
+        })
+    });
+    (seq_len, Some(places.collect()))
+}
+
 /// The number of tokens that each batch row's lists hold.
 fn held<S: Element>(lists: &ListsOf<S>, batch: usize) -> Vec<usize> {
     let mut held = vec![0; batch];

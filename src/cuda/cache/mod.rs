@@ -15,16 +15,17 @@ use crate::cuda::params::{BiasEntries, CacheParams, Rows, Sizes, NO_SLIDE};
 use crate::problem::Problem;
 use candle_core::{bail, Result};
 pub(crate) use copy::paste;
+pub(crate) use host::{HostList, HostLists};
 use pages::{page_bytes, PagePool};
 use ragged::Ragged;
 use state::ListBuffers;
 use std::sync::Arc;
-pub(crate) use transfer::{HostList, HostLists};
 
 mod append;
 mod attend;
 mod copy;
 mod first_chunk;
+mod host;
 mod join;
 pub(crate) mod pages;
 mod ragged;

@@ -1,7 +1,7 @@
 //! Lists of the host, in the order of a device's buffers.
 
+use super::host::{HostList, HostLists};
 use super::state::{ListBuffers, ObservedBuffers};
-use super::transfer::{HostList, HostLists};
 use super::NO_RUN;
 use crate::cuda::on_gpu::{Gpu, GpuElement, Number};
 use candle_core::Result;

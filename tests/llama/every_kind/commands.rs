@@ -24,7 +24,7 @@ fn words(line: &str) -> Vec<&str> {
 /// What the commands say of a model: likelihoods, texts, a policy's layers, and a report's dense and compressed rows.
 fn said(name: &str, model: &str) -> Result<Vec<Value>> {
     let fixture = Fixture::get();
-    let (file, prompts) = (fixture.path("text.txt"), fixture.path("kinds.prompts.txt"));
+    let (file, prompts) = (fixture.path("text.txt"), fixture.path(&format!("{name}.prompts.txt")));
     fs::write(&prompts, "the whale there sea of ship\nthe\n1851 Ahab and the ship")?;
     let on = |command, more| [vec![command, "--model", model], words(more)].concat();
     let mut all = Vec::new();
