@@ -87,7 +87,8 @@ fn a_list_pays_for_its_own_entries() -> Result<()> {
 fn forks_go_on_alone() -> Result<()> {
     for dtype in [DType::F32, DType::BF16] {
         let uneven = Uneven::new(dtype)?;
-        for before in [64, 72, 73, 100, 135, 136, 137, 201] {
+        // The list that keeps all has 9 closed chains fewer: a page that lacks one entry, a full one, one entry more.
+        for before in [72, 73, 74, 137] {
             let name = format!("{dtype:?} {before}");
             let (mut origin, mut alone) = (uneven.cache()?, uneven.cache()?);
             for cache in [&mut origin, &mut alone] {
