@@ -1,13 +1,13 @@
 //! Batch rows of different lengths in one cache on a device: each is that row alone, and a step is one launch.
 
+use crate::cache_rollback::every_rule;
 use crate::common::caches::part;
 use crate::common::inputs::{Normal, Shape};
 use crate::common::saved::bits;
-use crate::common::settings::config;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_sfattention::emulation::{launches, EmulatedCache};
-use candle_sfattention::{AttentionOptions, CompressionConfig, Criterion, Fold, HeadStrategies, MergeStrategy};
+use candle_sfattention::{AttentionOptions, CompressionConfig, HeadStrategies};
 
 const ROW: Shape = Shape(1, 4, 2, 120, 16);
 const PROMPTS: [usize; 4] = [3, 40, 1, 75];
@@ -27,15 +27,8 @@ struct Settings {
 }
 
 fn settings() -> Result<Vec<Settings>> {
-    let cases = [
-        (Criterion::QueryKey, Fold::PairSum, MergeStrategy::Similarity),
-        (Criterion::KeyKey, Fold::Mean, MergeStrategy::Similarity),
-        (Criterion::KeyKey, Fold::Drop, MergeStrategy::Off),
-        (Criterion::ObservedMass, Fold::Drop, MergeStrategy::Similarity),
-        (Criterion::Given, Fold::Drop, MergeStrategy::Similarity),
-    ];
     let mut all = Vec::new();
-    for (criterion, fold, strategy) in cases {
+    for (config, strategies) in every_rule()? {
         for options in [
             AttentionOptions::default(),
             AttentionOptions {
@@ -44,14 +37,9 @@ fn settings() -> Result<Vec<Settings>> {
                 ..Default::default()
             },
         ] {
-            let mut strategies = HeadStrategies::uniform(strategy);
-            if criterion.needs_thresholds() {
-                let threshold = if criterion == Criterion::Given { 0.0 } else { 1.2 };
-                strategies = strategies.with_thresholds(&Tensor::new(vec![threshold; 4], &Device::Cpu)?)?;
-            }
             all.push(Settings {
-                config: config(fold, 5, criterion),
-                strategies,
+                config: config.clone(),
+                strategies: strategies.clone(),
                 options,
             });
         }

@@ -8,7 +8,7 @@ use crate::common::settings::config;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_sfattention::emulation::EmulatedCache;
-use candle_sfattention::{AttentionOptions, Criterion, Fold, HeadStrategies, MergeStrategy};
+use candle_sfattention::{AttentionOptions, CompressionConfig, Criterion, Fold, HeadStrategies, MergeStrategy};
 
 fn content(cache: &EmulatedCache) -> Result<Contents> {
     let file = TempFile::new();
@@ -16,10 +16,8 @@ fn content(cache: &EmulatedCache) -> Result<Contents> {
     Contents::read(&file.0)
 }
 
-/// Every criterion and fold, and heads that are off, from before the window is full to after the buffers have grown.
-#[test]
-fn a_mark_is_exact() -> Result<()> {
-    let shape = Shape(2, 4, 2, 130, 16);
+/// Settings of four heads: every criterion and fold, and heads that are off.
+pub fn every_rule() -> Result<Vec<(CompressionConfig, HeadStrategies)>> {
     let cases = [
         (Criterion::QueryKey, Fold::PairSum, MergeStrategy::Similarity),
         (Criterion::KeyKey, Fold::Mean, MergeStrategy::Similarity),
@@ -27,13 +25,23 @@ fn a_mark_is_exact() -> Result<()> {
         (Criterion::ObservedMass, Fold::Drop, MergeStrategy::Similarity),
         (Criterion::Given, Fold::Drop, MergeStrategy::Similarity),
     ];
-    for (criterion, fold, strategy) in cases {
-        let config = config(fold, 5, criterion);
+    let settings = cases.map(|(criterion, fold, strategy)| {
         let mut strategies = HeadStrategies::uniform(strategy);
         if criterion.needs_thresholds() {
             let threshold = if criterion == Criterion::Given { 0.0 } else { 1.2 };
             strategies = strategies.with_thresholds(&Tensor::new(vec![threshold; 4], &Device::Cpu)?)?;
         }
+        Ok((config(fold, 5, criterion), strategies))
+    });
+    settings.into_iter().collect()
+}
+
+/// Every criterion and fold, and heads that are off, from before the window is full to after the buffers have grown.
+#[test]
+fn a_mark_is_exact() -> Result<()> {
+    let shape = Shape(2, 4, 2, 130, 16);
+    for (config, strategies) in every_rule()? {
+        let (criterion, fold) = (config.criterion, config.fold);
         let options = AttentionOptions {
             softmax_scale: Some(0.4),
             ..Default::default()
