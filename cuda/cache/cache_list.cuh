@@ -70,8 +70,8 @@ template <class T, bool OWN_VALUES = true> struct CacheList {
   unsigned dim, length, size, run_start, start, kept_from;
   WarpRow chain_key, chain_value, previous_key, previous_value;
 
-  __device__ CacheList(const CacheParams& p, const CacheState<T>& state)
-      : p(p), state(state), list(p.sizes, blockIdx.x), index(blockIdx.x), row(index * p.sizes.head_dim),
+  __device__ CacheList(const CacheParams& p, const CacheState<T>& state, unsigned index = blockIdx.x)
+      : p(p), state(state), list(p.sizes, index), index(index), row((size_t)index * p.sizes.head_dim),
         first(state.seen ? state.seen[list.batch] : p.first), dim(p.sizes.head_dim), length(state.lengths[index]),
         size(state.chain_sizes[index]),
         run_start(state.run_starts[index]), start(0), kept_from(0) {
@@ -96,14 +96,15 @@ template <class T, bool OWN_VALUES = true> struct CacheList {
   // The number of lists.
   __device__ unsigned lists() const { return p.sizes.batch * p.sizes.lists; }
 
-  // Leaves closed chains behind that row `row` does not see.
+  // Leaves closed chains behind that row `row` does not see. Each lane looks at another one.
   __device__ void slide(unsigned row) {
     if (p.slide == NO_SLIDE) return;
-    unsigned oldest = first_seen(p.slide, row);
-    while (start < length) {
-      unsigned token = pages().token(start);
-      if (token >= oldest) break;
-      kept_from = token + 1, start++;
+    unsigned oldest = first_seen(p.slide, row), lane = threadIdx.x % 32, left = 32;
+    while (left == 32) {
+      unsigned token = start + lane < length ? pages().token(start + lane) : oldest;
+      left = __popc(__ballot_sync(0xffffffffu, token < oldest));
+      if (left == 0) break;
+      kept_from = __shfl_sync(0xffffffffu, token, left - 1) + 1, start += left;
     }
   }
 
@@ -227,10 +228,15 @@ template <class T, bool OWN_VALUES = true> struct CacheList {
     return scores[p.scores_first + index * p.scores_stride + i];
   }
 
-  // Writes token t's bit by its score: one thread does. Strict, and false for NaN.
+  // Whether a score hides token t. Strict, and false for NaN.
+  __device__ bool hides(Global<const float> tests, unsigned t, float score) const {
+    size_t first = (size_t)list.batch * p.sizes.heads + list.first_head;
+    return t >= p.sinks && score < observed_threshold(tests, first, list.group);
+  }
+
+  // Writes token t's bit by its score: one thread does.
   __device__ void hide(Global<const float> tests, unsigned t, float score) const {
-    float threshold = observed_threshold(tests, (size_t)list.batch * p.sizes.heads + list.first_head, list.group);
-    state.bits.set(index * (p.window + 1) + t % (p.window + 1), t >= p.sinks && score < threshold);
+    state.bits.set(index * (p.window + 1) + t % (p.window + 1), hides(tests, t, score));
   }
 
   // This list's part of `observed`.

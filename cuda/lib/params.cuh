@@ -213,6 +213,14 @@ struct CacheParams {
 
 static_assert(sizeof(CacheParams) == 216, "as in src/cuda/params.rs");
 
+// For chunk.cu, besides CacheParams: attention over a later chunk numbers `tokens` tokens and rows, and the chunk's are
+// those from `lead` on. Nothing before the tail is read as a raw token. A list has room for `capacity` far columns.
+struct ChunkParams {
+  unsigned lead, tokens, capacity;
+};
+
+static_assert(sizeof(ChunkParams) == 12, "as in src/cuda/params.rs");
+
 // For cache_attend: the row of token `last` over all that the cache holds.
 struct CacheAttendParams {
   // (B, H, rows, tokens); this row is number 0.

@@ -303,6 +303,19 @@ pub(crate) struct CacheParams {
     pub column_dim: u32,
 }
 
+params!(ChunkParams: 12);
+
+/// The parameters of `cuda/cache/chunk.cu` besides [`CacheParams`]: attention numbers `tokens` tokens and rows, and the
+/// chunk's are those from `lead` on.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ChunkParams {
+    pub lead: u32,
+    pub tokens: u32,
+    /// Far columns that a list has room for.
+    pub capacity: u32,
+}
+
 /// The parameters of `cache_attend`: a row that sees the whole cache.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]

@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_sfattention::emulation::EmulatedCache;
 use candle_sfattention::{AttentionOptions, CompressionConfig, Criterion, Fold, HeadStrategies, MergeStrategy};
 
-fn content(cache: &EmulatedCache) -> Result<Contents> {
+pub fn content(cache: &EmulatedCache) -> Result<Contents> {
     let file = TempFile::new();
     cache.to_cpu()?.save(&file.0)?;
     Contents::read(&file.0)

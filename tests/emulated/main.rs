@@ -6,6 +6,7 @@ mod common;
 
 mod attention;
 mod cache;
+mod cache_chunks;
 mod cache_pages;
 mod cache_ragged;
 mod cache_rollback;

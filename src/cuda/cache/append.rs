@@ -12,6 +12,7 @@ use crate::cuda::operands::BiasBuffer;
 use crate::cuda::params::NO_SLIDE;
 use crate::problem::{Problem, RowLayout};
 use candle_core::{bail, Result};
+use std::ops::Range;
 
 impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// Runs `step`, which appends `count` tokens, unless a list would then have more than `limit` entries. Only the
@@ -77,7 +78,32 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             return self.first_chunk(gpu, qkv, count, (options, false), extras).map(|_| ());
         }
         let scale = options.scale(self.settings.problem.head_dim);
-        self.append_in_turn(gpu, qkv, count, scale, (extras, None))
+        for (tokens, together) in self.pieces(count) {
+            let (qkv, extras) = piece(qkv, extras, tokens.start);
+            match together {
+                true => self
+                    .chunk(gpu, qkv, tokens.len(), (options, false), extras)
+                    .map(|_| ())?,
+                false => self.append_in_turn(gpu, qkv, tokens.len(), scale, (extras, None))?,
+            }
+        }
+        Ok(())
+    }
+
+    /// `count` tokens that follow others, in pieces, and whether a piece is taken together.
+    fn pieces(&self, count: usize) -> Vec<(Range<usize>, bool)> {
+        let (mut pieces, mut start) = (Vec::new(), 0);
+        while start < count {
+            let piece = self.together(count - start);
+            let (end, together) = if piece > 1 {
+                (start + piece, true)
+            } else {
+                (count, false)
+            };
+            pieces.push((start..end, together));
+            start = end;
+        }
+        pieces
     }
 
     /// Appends `count` tokens, one after another. If `count` is 1, `queries` receives the last token's queries as
@@ -188,23 +214,46 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         }
         let Problem { heads, value_dim, .. } = self.settings.problem;
         let rows = self.batch * heads;
-        let mut output = gpu.zeros::<T>(rows * count * value_dim)?;
-        for token in 0..count {
-            let at = |(slice, layout): Source<'a, G, T>| {
-                let offset = layout.offset + token * layout.strides[2];
-                (slice, RowLayout { offset, ..layout })
+        let mut output = None;
+        let mut put = |gpu: &G, from: G::Slice<T>, tokens: Range<usize>| -> Result<()> {
+            if tokens.len() == count {
+                output = Some(from);
+                return Ok(());
+            }
+            if output.is_none() {
+                output = Some(gpu.zeros::<T>(rows * count * value_dim)?);
+            }
+            let (Some(to), stride) = (&mut output, count * value_dim) else {
+                return Ok(());
             };
-            let bias = extras.bias.map(|bias| BiasBuffer {
-                offset: bias.offset + token * bias.strides[2],
-                ..bias
-            });
-            let scores = extras.scores.map(|scores| scores.from(token));
-            let extras = ExtraBuffers { bias, scores, ..extras };
-            let row = self.one(gpu, qkv.map(at), options, extras)?;
-            let first = token * value_dim;
-            paste(gpu, (&row, value_dim), (&mut output, count * value_dim), rows, first)?;
+            paste(
+                gpu,
+                (&from, tokens.len() * value_dim),
+                (to, stride),
+                rows,
+                tokens.start * value_dim,
+            )
+        };
+        for (tokens, together) in self.pieces(count) {
+            if together {
+                let (qkv, extras) = piece(qkv, extras, tokens.start);
+                if let Some(rows) = self.chunk(gpu, qkv, tokens.len(), (options, true), extras)? {
+                    put(gpu, rows, tokens)?;
+                }
+                continue;
+            }
+            for token in tokens {
+                let (qkv, extras) = piece(qkv, extras, token);
+                let row = self.one(gpu, qkv, options, extras)?;
+                put(gpu, row, token..token + 1)?;
+            }
         }
-        Ok(output)
+        match output {
+            Some(output) => Ok(output),
+            None => {
+                bail!("cache: expected at least one token, got none; this is a defect of the crate, please report it")
+            }
+        }
     }
 
     fn one(
@@ -339,4 +388,22 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         }
         Ok(())
     }
+}
+
+/// The tokens from number `first` on, and what belongs to their rows.
+fn piece<'a, G: Gpu, T: GpuElement>(
+    qkv: [Source<'a, G, T>; 3],
+    extras: ExtraBuffers<'a, G>,
+    first: usize,
+) -> ([Source<'a, G, T>; 3], ExtraBuffers<'a, G>) {
+    let at = |(slice, layout): Source<'a, G, T>| {
+        let offset = layout.offset + first * layout.strides[2];
+        (slice, RowLayout { offset, ..layout })
+    };
+    let bias = extras.bias.map(|bias| BiasBuffer {
+        offset: bias.offset + first * bias.strides[2],
+        ..bias
+    });
+    let scores = extras.scores.map(|scores| scores.from(first));
+    (qkv.map(at), ExtraBuffers { bias, scores, ..extras })
 }

@@ -182,7 +182,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
 }
 
 /// Rows of `from` numbers, padded with zeros to or cut off after `to` numbers: contiguous (B, heads, tokens, to).
-fn resized<G: Gpu, T: GpuElement>(
+pub(super) fn resized<G: Gpu, T: GpuElement>(
     gpu: &G,
     (data, layout): Source<'_, G, T>,
     [batch, heads, tokens]: [usize; 3],
@@ -218,7 +218,7 @@ fn own_scores<G: Gpu>(gpu: &G, scores: ScoreBuffer<'_, G>, lists: usize, count: 
     Ok(own)
 }
 
-fn contiguous(heads: usize, tokens: usize, dim: usize) -> RowLayout {
+pub(super) fn contiguous(heads: usize, tokens: usize, dim: usize) -> RowLayout {
     RowLayout {
         offset: 0,
         strides: [heads * tokens * dim, tokens * dim, dim],

@@ -23,6 +23,7 @@ use std::sync::Arc;
 
 mod append;
 mod attend;
+mod chunk;
 mod copy;
 mod first_chunk;
 mod host;

@@ -1,0 +1,508 @@
+//! A later chunk of tokens, appended and attended together: `cuda/cache/chunk.cu` says how.
+
+use super::first_chunk::{contiguous, resized};
+use super::pages::PAGE;
+use super::DeviceLists;
+use crate::config::{AttentionOptions, Fold, HeadStrategies};
+use crate::cuda::decide::{self, reads_bias, DecideCall};
+use crate::cuda::decode::StateArgs;
+use crate::cuda::extras::ExtraBuffers;
+use crate::cuda::fold::FoldCall;
+use crate::cuda::forward::{forward, AttentionCall};
+use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
+use crate::cuda::operands::{BiasBuffer, ColumnBuffers, Part};
+use crate::cuda::params::{CacheParams, ChunkParams, NO_SLIDE};
+use crate::problem::{Problem, RowLayout};
+use candle_core::Result;
+
+/// From this many tokens on they are appended together. Fewer take less time one after another.
+const TOGETHER: usize = 7;
+/// The most tokens that are appended together, and the most masses that their rows give.
+const MOST_TOKENS: usize = 4096;
+const MOST_MASSES: usize = 1 << 24;
+/// Attention's rows before the chunk are a multiple of this, where there are as many: it leaves whole blocks out.
+const BLOCK_ROWS: usize = 128;
+
+/// Tokens that are appended together: their rows, and the sizes of the launches.
+struct Chunk<'a, G: Gpu, T: GpuElement> {
+    qkv: [Source<'a, G, T>; 3],
+    extras: ExtraBuffers<'a, G>,
+    options: &'a AttentionOptions,
+    count: usize,
+    /// Tokens of the tail.
+    tail: usize,
+    params: CacheParams,
+    numbers: ChunkParams,
+    /// The tail's raw rows, (batch * kv_heads, tokens, column_dim).
+    keys: G::Slice<T>,
+    values: G::Slice<T>,
+}
+
+/// The decisions over the tail.
+struct Decided<G: Gpu> {
+    /// (batch, heads, tail - 1)
+    bits: G::Slice<u8>,
+    /// Under observed mass: the masses of the window's tokens after the chunk, and their values' norms.
+    masses: Option<(G::Slice<f32>, G::Slice<f32>)>,
+}
+
+/// The folded rows that edges are, (batch * lists, tokens, column_dim), and ln n.
+struct Edges<G: Gpu, T: GpuElement> {
+    keys: Option<G::Slice<T>>,
+    values: Option<G::Slice<T>>,
+    ln: Option<G::Slice<f32>>,
+}
+
+impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
+    /// How many of `left` tokens that follow others are taken together; 1 where they are taken one after another.
+    pub(super) fn together(&self, left: usize) -> usize {
+        let Problem { heads, .. } = self.settings.problem;
+        let most = match self.state.observed {
+            Some(_) => MOST_TOKENS.min(MOST_MASSES / (heads * self.settings.config.window.max(1))),
+            None => MOST_TOKENS,
+        };
+        match left.min(most) {
+            count if count >= TOGETHER && self.ragged.is_none() => count,
+            _ => 1,
+        }
+    }
+
+    /// Appends `count` tokens, as many as [`Self::together`] says, to lists that hold tokens. Returns their output rows
+    /// (B, H, count, Dv) if `attend` is set.
+    pub(super) fn chunk(
+        &mut self,
+        gpu: &G,
+        qkv: [Source<'_, G, T>; 3],
+        count: usize,
+        (options, attend): (&AttentionOptions, bool),
+        extras: ExtraBuffers<'_, G>,
+    ) -> Result<Option<G::Slice<T>>> {
+        self.reserve(gpu, count)?;
+        let chunk = self.rows_of_tail(gpu, qkv, count, options, extras)?;
+        let decided = self.decided(gpu, &chunk)?;
+        let problem = Problem {
+            tokens: chunk.tail,
+            queries: chunk.tail,
+            batch: self.batch,
+            ..self.settings.problem
+        };
+        let [q, k, v] = qkv;
+        let scan = FoldCall {
+            problem,
+            q,
+            k,
+            v,
+            bits: &decided.bits,
+            fold: Fold::Drop,
+            lists: self.settings.lists,
+        };
+        let before = scan.columns(gpu, true)?.far_before;
+        let edges = self.fold_tail(gpu, &chunk, (&decided.bits, &before), attend)?;
+        // Closing renews the last query, which pair sums of the first row still need.
+        let queries = match attend {
+            true => Some(self.queries_of_chunk(gpu, &chunk, &decided.bits)?),
+            false => None,
+        };
+        self.close(gpu, &chunk, &decided, &before)?;
+        let output = match queries {
+            Some(queries) => Some(self.attend_chunk(gpu, &chunk, &queries, edges)?),
+            None => None,
+        };
+        self.move_window(gpu, &chunk)?;
+        self.count(gpu, count)?;
+        if self.slide() != NO_SLIDE {
+            self.slide_lists(gpu)?;
+        }
+        // A long chunk that merged well leaves more room than needed.
+        if count >= PAGE {
+            self.learn(gpu)?;
+            self.fit(gpu, 0)?;
+        }
+        Ok(output)
+    }
+
+    fn rows_of_tail<'a>(
+        &mut self,
+        gpu: &G,
+        qkv: [Source<'a, G, T>; 3],
+        count: usize,
+        options: &'a AttentionOptions,
+        extras: ExtraBuffers<'a, G>,
+    ) -> Result<Chunk<'a, G, T>> {
+        let Problem { kv_heads, head_dim, .. } = self.settings.problem;
+        let (seen, window, dim) = (self.seq_len, self.settings.config.window, self.settings.column_dim());
+        let held = seen.min(window + 1);
+        let reach = match self.slide() {
+            NO_SLIDE => held,
+            slide => held.max(slide as usize),
+        };
+        // A bias and dropout count the tokens of the whole sequence.
+        let lead = match options.bias.is_some() || options.dropout.is_some() {
+            true => seen,
+            false => reach.next_multiple_of(BLOCK_ROWS).min(seen),
+        };
+        let bias = extras.bias.filter(|_| reads_bias(&self.settings.config));
+        let scale = options.scale(head_dim);
+        let rows = self.batch * kv_heads;
+        let mut chunk = Chunk {
+            qkv,
+            extras,
+            options,
+            count,
+            tail: held + count,
+            params: self.params_under(&qkv, ExtraBuffers { bias, ..extras }, count, scale)?,
+            numbers: ChunkParams {
+                lead: lead as u32,
+                tokens: (lead + count) as u32,
+                capacity: (self.state.pages.stride() * PAGE) as u32,
+            },
+            keys: gpu.zeros(rows * (lead + count) * dim)?,
+            values: gpu.zeros(rows * (lead + count) * dim)?,
+        };
+        let args = [
+            gpu.read(qkv[1].0),
+            gpu.read(qkv[2].0),
+            gpu.read(&self.state.local_k),
+            gpu.read(&self.state.local_v),
+            gpu.write(&mut chunk.keys),
+            gpu.write(&mut chunk.values),
+            gpu.value(&chunk.params),
+            gpu.value(&chunk.numbers),
+        ];
+        gpu.launch(&Kernel::of::<T>("chunk_rows"), Launch::warps(held + count, rows), &args)?;
+        drop(args);
+        Ok(chunk)
+    }
+
+    /// A warp per list.
+    fn per_list(&self) -> Launch {
+        Launch {
+            grid: [self.all(), 1, 1],
+            threads: 32,
+            shared_bytes: 0,
+        }
+    }
+
+    fn decided(&mut self, gpu: &G, chunk: &Chunk<'_, G, T>) -> Result<Decided<G>> {
+        let (heads, launch) = (self.batch * self.settings.problem.heads, self.per_list());
+        let mut bits = gpu.alloc::<u8>(heads * (chunk.tail - 1))?;
+        if self.state.observed.is_some() {
+            let masses = Some(self.observe_chunk(gpu, chunk, &mut bits)?);
+            return Ok(Decided { bits, masses });
+        }
+        if let Some(scores) = chunk.extras.scores {
+            let mut args = vec![gpu.read(&self.tests), gpu.read(scores.data), gpu.write(&mut bits)];
+            args.extend(self.state.args(gpu));
+            args.push(gpu.value(&chunk.params));
+            gpu.launch(&Kernel::of::<T>("chunk_given"), launch, &args)?;
+            drop(args);
+            return Ok(Decided { bits, masses: None });
+        }
+        let own = self.own_bits(gpu, chunk)?;
+        let bias = chunk.extras.bias.filter(|_| reads_bias(&self.settings.config));
+        let mut args = vec![
+            gpu.read(chunk.qkv[0].0),
+            gpu.read(chunk.qkv[1].0),
+            gpu.read(&self.tests),
+            gpu.read_some(bias.map(|bias| bias.data)),
+            gpu.read(&own),
+            gpu.write(&mut bits),
+        ];
+        args.extend(self.state.args(gpu));
+        args.push(gpu.value(&chunk.params));
+        gpu.launch(&Kernel::of::<T>("chunk_pairs"), launch, &args)?;
+        drop(args);
+        Ok(Decided { bits, masses: None })
+    }
+
+    /// The decisions by cosines over the chunk alone, as if a sequence began with it.
+    fn own_bits(&self, gpu: &G, chunk: &Chunk<'_, G, T>) -> Result<G::Slice<u8>> {
+        let (mut config, seen) = (self.settings.config.clone(), self.seq_len);
+        config.sinks = config.sinks.saturating_sub(seen);
+        let bias = chunk.extras.bias.map(|bias| BiasBuffer {
+            offset: bias.offset + seen * bias.strides[3],
+            ..bias
+        });
+        decide::indicators(
+            gpu,
+            &DecideCall {
+                problem: Problem {
+                    tokens: chunk.count,
+                    queries: chunk.count,
+                    batch: self.batch,
+                    ..self.settings.problem
+                },
+                q: chunk.qkv[0],
+                k: chunk.qkv[1],
+                strategies: &HeadStrategies::of_tests(&self.head_tests, self.settings.problem.heads),
+                config: &config,
+                bias,
+            },
+        )
+    }
+
+    /// Writes the decisions by observed mass to `bits`; returns [`Decided::masses`].
+    fn observe_chunk(
+        &mut self,
+        gpu: &G,
+        chunk: &Chunk<'_, G, T>,
+        bits: &mut G::Slice<u8>,
+    ) -> Result<(G::Slice<f32>, G::Slice<f32>)> {
+        let (all, window) = (self.all(), self.settings.config.window);
+        let (rows, seen) = (
+            self.batch * self.settings.problem.heads * chunk.count,
+            self.settings.seen_keys(),
+        );
+        let mut weights = gpu.zeros::<f32>(rows * window)?;
+        let mut logits = gpu.alloc::<f32>(all * chunk.count * seen)?;
+        let mut args = vec![
+            gpu.read(chunk.qkv[0].0),
+            gpu.read(chunk.qkv[1].0),
+            gpu.write(&mut weights),
+            gpu.write(&mut logits),
+        ];
+        args.extend(self.state.args(gpu));
+        args.push(gpu.value(&chunk.params));
+        gpu.launch(&Kernel::of::<T>("chunk_weigh"), Launch::warps(chunk.count, all), &args)?;
+        drop(args);
+        let (mut masses, mut norms) = (gpu.alloc::<f32>(all * window)?, gpu.alloc::<f32>(all * window)?);
+        let mut args = vec![
+            gpu.read(chunk.qkv[2].0),
+            gpu.read(&self.tests),
+            gpu.read(&weights),
+            gpu.write(&mut masses),
+            gpu.write(&mut norms),
+            gpu.write(bits),
+        ];
+        args.extend(self.state.args(gpu));
+        args.push(gpu.value(&chunk.params));
+        gpu.launch(&Kernel::of::<T>("chunk_settle"), Launch::warps(chunk.tail, all), &args)?;
+        drop(args);
+        Ok((masses, norms))
+    }
+
+    /// Puts the chains that close into the lists' pages, and renews the open chains.
+    fn fold_tail(
+        &mut self,
+        gpu: &G,
+        chunk: &Chunk<'_, G, T>,
+        (bits, before): (&G::Slice<u8>, &G::Slice<u32>),
+        attend: bool,
+    ) -> Result<Edges<G, T>> {
+        let (all, fold) = (self.all(), self.settings.config.fold);
+        let Problem {
+            head_dim, value_dim, ..
+        } = self.settings.problem;
+        let rows = all * chunk.numbers.tokens as usize;
+        let edge_rows = || match attend && fold.keeps_hidden() {
+            true => gpu.zeros::<T>(rows * self.settings.column_dim()).map(Some),
+            false => Ok(None),
+        };
+        let mut edges = Edges {
+            keys: edge_rows()?,
+            values: edge_rows()?,
+            ln: match attend && fold.has_sizes() {
+                true => Some(gpu.zeros::<f32>(rows)?),
+                false => None,
+            },
+        };
+        let previous = |dim: usize| match fold.sums_pairs() {
+            true => gpu.alloc::<T>(all * dim).map(Some),
+            false => Ok(None),
+        };
+        let (mut chain_k, mut chain_v) = (gpu.alloc::<f32>(all * head_dim)?, gpu.alloc::<f32>(all * value_dim)?);
+        let (mut previous_k, mut previous_v) = (previous(head_dim)?, previous(value_dim)?);
+        let mut sizes = gpu.alloc::<u32>(all)?;
+        let mut args = vec![
+            gpu.read(&chunk.keys),
+            gpu.read(&chunk.values),
+            gpu.read(bits),
+            gpu.read(before),
+            gpu.write_some(edges.keys.as_mut()),
+            gpu.write_some(edges.values.as_mut()),
+            gpu.write_some(edges.ln.as_mut()),
+            gpu.write(&mut chain_k),
+            gpu.write(&mut chain_v),
+            gpu.write(&mut sizes),
+            gpu.write_some(previous_k.as_mut()),
+            gpu.write_some(previous_v.as_mut()),
+        ];
+        args.extend(self.state.args(gpu));
+        args.extend([gpu.value(&chunk.params), gpu.value(&chunk.numbers)]);
+        gpu.launch(&Kernel::of::<T>("chunk_chains"), Launch::warps(chunk.tail, all), &args)?;
+        drop(args);
+        // A list that is still within its window has no open chain.
+        if self.seq_len + chunk.count > self.settings.config.window {
+            let state = &mut self.state;
+            (state.chain_k, state.chain_v, state.chain_sizes) = (chain_k, chain_v, sizes);
+            (state.previous_k, state.previous_v) = (previous_k, previous_v);
+        }
+        Ok(edges)
+    }
+
+    fn close(&mut self, gpu: &G, chunk: &Chunk<'_, G, T>, decided: &Decided<G>, before: &G::Slice<u32>) -> Result<()> {
+        let (masses, launch) = (decided.masses.as_ref(), self.per_list());
+        let mut args = vec![
+            gpu.read(chunk.qkv[0].0),
+            gpu.read(chunk.qkv[1].0),
+            gpu.read(&self.tests),
+            gpu.read_some(chunk.extras.scores.map(|scores| scores.data)),
+            gpu.read(&decided.bits),
+            gpu.read(before),
+            gpu.read_some(masses.map(|(masses, _)| masses)),
+            gpu.read_some(masses.map(|(_, norms)| norms)),
+        ];
+        args.extend(self.state.args(gpu));
+        args.push(gpu.value(&chunk.params));
+        gpu.launch(&Kernel::of::<T>("chunk_close"), launch, &args)
+    }
+
+    fn move_window(&mut self, gpu: &G, chunk: &Chunk<'_, G, T>) -> Result<()> {
+        let moved = chunk.count.min(self.settings.config.window);
+        if moved == 0 {
+            return Ok(());
+        }
+        let launch = Launch::warps(moved, self.all());
+        let mut args = vec![gpu.read(chunk.qkv[1].0), gpu.read(&chunk.keys), gpu.read(&chunk.values)];
+        args.extend(self.state.args(gpu));
+        args.extend([gpu.value(&chunk.params), gpu.value(&chunk.numbers)]);
+        gpu.launch(&Kernel::of::<T>("chunk_window"), launch, &args)
+    }
+
+    fn attend_chunk(
+        &self,
+        gpu: &G,
+        chunk: &Chunk<'_, G, T>,
+        queries: &G::Slice<T>,
+        edges: Edges<G, T>,
+    ) -> Result<G::Slice<T>> {
+        let (config, dim) = (&self.settings.config, self.settings.column_dim());
+        let Problem {
+            heads,
+            kv_heads,
+            head_dim,
+            value_dim,
+            ..
+        } = self.settings.problem;
+        let (lead, tokens) = (chunk.numbers.lead as usize, chunk.numbers.tokens as usize);
+        // Rows whose sliding window ends before the first folded column see raw tokens only.
+        let columns = match self.slide() as usize <= config.window {
+            true => None,
+            false => Some(self.far_columns(gpu, chunk, edges)?),
+        };
+        let options = AttentionOptions {
+            softmax_scale: Some(chunk.options.scale(head_dim)),
+            ..chunk.options.clone()
+        };
+        let call = AttentionCall {
+            problem: Problem {
+                tokens,
+                queries: tokens,
+                batch: self.batch,
+                head_dim: dim,
+                value_dim: dim,
+                ..self.settings.problem
+            },
+            q: (queries, contiguous(heads, tokens, dim)),
+            k: (&chunk.keys, contiguous(kv_heads, tokens, dim)),
+            v: (&chunk.values, contiguous(kv_heads, tokens, dim)),
+            columns: columns.as_ref(),
+            lists: self.settings.lists,
+            window: config.window,
+            bias: chunk.extras.bias,
+            sinks: chunk.extras.sinks,
+            fades: false,
+            options: &options,
+            part: Part {
+                first_row: lead,
+                drawn_from: chunk.extras.drawn_from,
+            },
+        };
+        let output = forward(gpu, &call, false)?.output;
+        let rows = RowLayout {
+            offset: lead * dim,
+            ..contiguous(heads, tokens, dim)
+        };
+        resized(gpu, (&output, rows), [self.batch, heads, chunk.count], [dim, value_dim])
+    }
+
+    /// The chunk's queries, (batch * heads, tokens, column_dim), after rows of zeros.
+    fn queries_of_chunk(&self, gpu: &G, chunk: &Chunk<'_, G, T>, bits: &G::Slice<u8>) -> Result<G::Slice<T>> {
+        let rows = self.batch * self.settings.problem.heads;
+        let mut queries = gpu.zeros::<T>(rows * chunk.numbers.tokens as usize * self.settings.column_dim())?;
+        let folds = self.settings.config.fold.folds_queries();
+        let args = [
+            gpu.read(chunk.qkv[0].0),
+            gpu.read_some(self.state.last_queries.as_ref()),
+            gpu.read_some(folds.then_some(bits)),
+            gpu.write(&mut queries),
+            gpu.value(&chunk.params),
+            gpu.value(&chunk.numbers),
+        ];
+        gpu.launch(
+            &Kernel::of::<T>("chunk_queries"),
+            Launch::warps(chunk.count, rows),
+            &args,
+        )?;
+        drop(args);
+        Ok(queries)
+    }
+
+    /// The closed chains, those of the chunk among them, in the order of attention's far columns.
+    fn far_columns(&self, gpu: &G, chunk: &Chunk<'_, G, T>, edges: Edges<G, T>) -> Result<ColumnBuffers<G, T>> {
+        let (all, capacity) = (self.all(), chunk.numbers.capacity as usize);
+        let (rows, tokens) = (all * capacity, chunk.numbers.tokens as usize);
+        let mut keys = gpu.alloc::<T>(rows * self.settings.column_dim())?;
+        let mut values = gpu.alloc::<T>(rows * self.settings.column_dim())?;
+        let mut ln = match self.settings.config.fold.has_sizes() {
+            true => Some(gpu.alloc::<f32>(rows)?),
+            false => None,
+        };
+        let (mut index, mut before) = (gpu.alloc::<u32>(rows)?, gpu.alloc::<u32>(all * (tokens + 1))?);
+        let state = &self.state;
+        let args = [
+            gpu.read(state.pages.table()),
+            gpu.read(&state.lengths),
+            gpu.read(&state.starts),
+            gpu.write(&mut keys),
+            gpu.write(&mut values),
+            gpu.write_some(ln.as_mut()),
+            gpu.write(&mut index),
+            gpu.value(&chunk.params),
+            gpu.value(&chunk.numbers),
+        ];
+        let launch = Launch {
+            grid: [capacity.div_ceil(4).min(1024), all, 1],
+            threads: 128,
+            shared_bytes: 0,
+        };
+        gpu.launch(&Kernel::of::<T>("chunk_far"), launch, &args)?;
+        drop(args);
+        let args = [
+            gpu.read(&index),
+            gpu.read(&state.lengths),
+            gpu.read(&state.starts),
+            gpu.write(&mut before),
+            gpu.value(&chunk.params),
+            gpu.value(&chunk.numbers),
+        ];
+        let launch = Launch {
+            grid: [tokens / 128 + 1, all, 1],
+            threads: 128,
+            shared_bytes: 0,
+        };
+        gpu.launch(&Kernel::plain("chunk_before"), launch, &args)?;
+        drop(args);
+        Ok(ColumnBuffers {
+            capacity,
+            far_k: Some(keys),
+            far_v: Some(values),
+            far_ln: ln,
+            far_index: index,
+            far_before: before,
+            folded_k: edges.keys,
+            folded_v: edges.values,
+            folded_ln: edges.ln,
+        })
+    }
+}
