@@ -11,10 +11,19 @@ struct Stored;
 template <class T>
 struct StoredHalves {
     typedef uint4 Raw;
+    typedef T Half;
     SFA_DEVICE static Raw zero() { return uint4{0, 0, 0, 0}; }
     template <class View>
     SFA_DEVICE static Raw raw(const View& view, int64_t at) {
         return hw::load_once<uint4>(view, at);
+    }
+    // The same from any place.
+    template <class View>
+    SFA_DEVICE static Raw any(const View& view, int64_t at) {
+        if (at % 8 == 0) return load_vector<uint4>(view, at);
+        uint32_t words[4];
+        for (int i = 0; i < 4; i++) words[i] = T::pack(::widen(view[at + 2 * i]), ::widen(view[at + 2 * i + 1]));
+        return {words[0], words[1], words[2], words[3]};
     }
     SFA_DEVICE static void widen(float (&x)[8], const Raw& words) {
         const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};

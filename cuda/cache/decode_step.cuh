@@ -35,9 +35,39 @@ constexpr int DECODE_WARPS = 4, DECODE_UNROLL = 4;
 // The fewest pages of a split; with fewer its start and its end cost more than its reading.
 constexpr int LEAST_PAGES = 2;
 
+// Joins the warps' partial results of `heads` rows in shared memory, (heads, warps, D + 4): an output, a maximum and a
+// sum. Writes rows from `row` on of part `part`.
+template <int D>
+SFA_DEVICE void join_warps(const Parts& parts, const DecodeParams& p, uint32_t dim, int heads, int64_t row,
+                           uint32_t part) {
+    constexpr int ROW = D + 4;
+    hw::Tile shared = hw::tile(0, heads * DECODE_WARPS * ROW * 4);
+    int lane = threadIdx.x % 32;
+    if (lane >= D / 8) return;
+    for (int head = threadIdx.x / 32; head < heads; head += DECODE_WARPS) {
+        Partial<1> all;
+        all.clear();
+#pragma unroll
+        for (int other = 0; other < DECODE_WARPS; other++) {
+            uint32_t at = (head * DECODE_WARPS + other) * ROW * 4;
+            float4 a = hw::load<float4>(shared, at + lane * 32), b = hw::load<float4>(shared, at + lane * 32 + 16);
+            float2 sum = hw::load<float2>(shared, at + D * 4);
+            all.merge(0, sum.x, sum.y, {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w});
+        }
+        int64_t to = (row + head) * p.parts + part;
+        const float(&x)[8] = all.output[0];
+        if (lane * 8 < int(dim)) {
+            store_vector(parts.outputs, to * dim + lane * 8, float4{x[0], x[1], x[2], x[3]});
+            store_vector(parts.outputs, to * dim + lane * 8 + 4, float4{x[4], x[5], x[6], x[7]});
+        }
+        if (lane == 0) store_vector(parts.sums, to * 2, float2{all.maximum[0], all.sum[0]});
+    }
+}
+
 // The state of a thread. D / 8 lanes read a row; a warp reads 256 / D rows at once.
-template <class T, int D, int G, bool OWN_VALUES>
+template <class T, int D, int HEADS, bool OWN_VALUES>
 struct Decoder {
+    static constexpr int G = HEADS;
     static constexpr int LANES = D / 8, TOGETHER = 32 / LANES, STEP = TOGETHER * DECODE_WARPS;
     // Floats of a part in shared memory: output, maximum, sum and padding to 16 bytes.
     static constexpr int ROW = D + 4;
@@ -59,7 +89,7 @@ struct Decoder {
     SFA_DEVICE bool mine_of_value() const { return OWN_VALUES ? lane * 8 < int(own_dim) : mine; }
 
     // Starts reading G query heads from `head` on. They are used after the first columns are in flight too.
-    SFA_DEVICE void start(const Global<const T>& q, const CacheParams& c, uint32_t batch, uint32_t head) {
+    SFA_DEVICE void start(const Global<const T>& q, const CacheParams& c, uint32_t batch, uint32_t head, int) {
         partial.clear();
 #pragma unroll
         for (int g = 0; g < G; g++) {
@@ -218,25 +248,7 @@ struct Decoder {
             if (lane == 0) hw::store(shared, at + D * 4, float2{partial.maximum[g], partial.sum[g]});
         }
         __syncthreads();
-        for (int g = warp; g < G; g += DECODE_WARPS) {
-            if (first >= LANES) break;
-            Partial<1> all;
-            all.clear();
-#pragma unroll
-            for (int other = 0; other < DECODE_WARPS; other++) {
-                uint32_t at = (g * DECODE_WARPS + other) * ROW * 4;
-                float4 a = hw::load<float4>(shared, at + lane * 32), b = hw::load<float4>(shared, at + lane * 32 + 16);
-                float2 sum = hw::load<float2>(shared, at + D * 4);
-                all.merge(0, sum.x, sum.y, {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w});
-            }
-            int64_t to = (row + g) * p.parts + part;
-            const float(&x)[8] = all.output[0];
-            if (mine_of_value()) {
-                store_vector(parts.outputs, to * value_dim() + lane * 8, float4{x[0], x[1], x[2], x[3]});
-                store_vector(parts.outputs, to * value_dim() + lane * 8 + 4, float4{x[4], x[5], x[6], x[7]});
-            }
-            if (lane == 0) store_vector(parts.sums, to * 2, float2{all.maximum[0], all.sum[0]});
-        }
+        join_warps<D>(parts, p, value_dim(), G, row, part);
         __syncthreads();
     }
 };
@@ -321,13 +333,14 @@ SFA_DEVICE void join(const Parts& parts, const Global<T>& output, const DecodePa
 //
 // blockIdx.x: the list. blockIdx.y: 0 for the appending block, else 1 + share * splits + split. `counters` (4, lists):
 // the blocks that have arrived, 0 between launches; the list's next length, and its next `starts`.
-template <class T, int D, int G, bool OWN_VALUES>
+template <class T, int D, class Decoder, bool OWN_VALUES>
 SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const Global<const T>& v,
                        const Global<const float>& tests, const Global<const float>& scores,
                        const CacheState<T>& state, const Global<float>& memory, const Global<uint32_t>& counters,
                        const Global<T>& output, const CacheParams& c, const DecodeParams& p) {
     int64_t list = blockIdx.x;
-    int group = c.sizes.heads / c.sizes.lists, share = 0, shares = group / G, kinds = 2;
+    constexpr int G = Decoder::G;
+    int group = c.sizes.heads / c.sizes.lists, share = 0, shares = (group + G - 1) / G, kinds = 2;
     uint32_t batch = list / c.sizes.lists, head = list % c.sizes.lists * group, part = 0,
              value_dim = OWN_VALUES ? c.value_dim : c.sizes.head_dim;
     Global<uint32_t> next = counters + gridDim.x, next_starts = next + gridDim.x;
@@ -339,8 +352,8 @@ SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const
     if (slides && c.slide <= c.window) kinds = 3;
     Parts parts(memory, p, value_dim);
     if (blockIdx.y > 0) share = (blockIdx.y - 1) / p.splits, shares = share + 1, kinds = 1;
-    Decoder<T, D, G, OWN_VALUES> decoder(c, p.scale);
-    decoder.start(q, c, batch, head + share * G);
+    Decoder decoder(c, p.scale);
+    decoder.start(q, c, batch, head + share * G, group - share * G);
     Closed<T> closed{{state.table + list * c.pages, c.sizes.head_dim, value_dim, c.fold == MEAN}};
     // Other blocks of the list read the old length until the last of them has arrived.
     int length = int(state.lengths[list]), begin = length, end = length, start = 0;
@@ -372,7 +385,7 @@ SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const
         begin = start + min(all, split * each), end = min(length, begin + each);
     }
     for (; share < shares; share++) {
-        if (share > 0 && blockIdx.y == 0) decoder.start(q, c, batch, head + share * G);
+        if (share > 0 && blockIdx.y == 0) decoder.start(q, c, batch, head + share * G, group - share * G);
 #pragma unroll 1
         for (int kind = 0; kind < kinds; kind++) {
             bool far = kind == 0;
@@ -415,7 +428,8 @@ constexpr int DECODE_BLOCKS = sizeof(T) == 4 ? 2 : G == 1 ? 4 : G == 2 ? 3 : 2;
         Global<const T> q, Global<const T> k, Global<const T> v, Global<const float> tests,                          \
         Global<const float> scores, CACHE_STATE(T), Global<float> parts, Global<uint32_t> counters,                  \
         Global<T> output, CacheParams c, DecodeParams p) {                                                           \
-        decode<T, D, G, OWN_VALUES>(q, k, v, tests, scores, STATE(T), parts, counters, output, c, p);                \
+        decode<T, D, Decoder<T, D, G, OWN_VALUES>, OWN_VALUES>(q, k, v, tests, scores, STATE(T), parts, counters,    \
+                                                               output, c, p);                                        \
     }
 #define DECODE_DIM(name, own, dtype, T, D)         \
     DECODE_KERNEL(name, own, dtype, T, D, 1)       \

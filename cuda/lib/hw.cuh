@@ -411,6 +411,24 @@ SFA_DEVICE void store_matrices(const Tile& tile, uint32_t offset, const uint32_t
 #endif
 }
 
+// One 8x8 matrix of halves, transposed: lane l has row l / 4, halves l % 4 * 2 and the next.
+SFA_DEVICE uint32_t transpose(uint32_t pair) {
+#ifdef SFA_EMULATION
+    const uint32_t* all = emu::gather(pair, "movmatrix", __builtin_LINE());
+    int row = emu::lane() / 4, column = emu::lane() % 4 * 2;
+    auto half = [&](int from) { return all[from * 4 + row / 2] >> row % 2 * 16 & 0xffffu; };
+    return half(column) | half(column + 1) << 16;
+#else
+    uint32_t y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(pair));
+    return y;
+#endif
+}
+
+// The low halves of two pairs, and the high ones.
+SFA_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffffu) | b << 16; }
+SFA_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
+
 #ifdef SFA_EMULATION
 struct MmaOperands {
     float a[8], b[4];

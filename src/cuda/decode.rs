@@ -1,5 +1,5 @@
-//! Launches of `cuda/cache/decode.cu` and `decode_values.cu`: one new token per list of a ragged cache whose lengths
-//! only the device knows.
+//! Launches of `cuda/cache/decode.cu`, `decode_values.cu` and `decode_group.cu`: one new token per list of a ragged
+//! cache whose lengths only the device knows.
 
 use super::cache::pages::PAGE;
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch};
@@ -68,12 +68,45 @@ const LONG: usize = 16_000;
 /// The most parts of a row; one warp joins them.
 const MOST_SPLITS: usize = 128;
 
-/// Resident blocks of a multiprocessor: `DECODE_BLOCKS` in cuda/cache/decode_step.cuh.
-fn resident<T: GpuElement>(together: usize) -> usize {
-    match (T::HALF, together) {
-        (true, 1) => 4,
-        (true, 2) => 3,
-        _ => 2,
+/// A variant of the kernel.
+struct Variant {
+    /// Without the dtype.
+    name: String,
+    /// Query heads that a block attends.
+    together: usize,
+    /// Resident blocks of a multiprocessor: `DECODE_BLOCKS` in cuda/cache/decode_step.cuh, `GROUP_BLOCKS` in
+    /// decode_group.cuh.
+    resident: usize,
+}
+
+impl Variant {
+    /// For `group` query heads that share a list, and keys and values of these sizes.
+    fn pick<T: GpuElement>(group: usize, [head_dim, value_dim]: [usize; 2]) -> Self {
+        let dim = padded(head_dim.max(value_dim));
+        if T::HALF && group > 1 && head_dim == value_dim && dim <= 128 {
+            return Self {
+                name: format!("decode_group_{dim}"),
+                together: 8,
+                resident: if dim == 64 { 3 } else { 2 },
+            };
+        }
+        let together = [4, 2, 1]
+            .into_iter()
+            .find(|together| group.is_multiple_of(*together))
+            .unwrap_or(1);
+        let name = match value_dim == head_dim {
+            true => "decode",
+            false => "decode_values",
+        };
+        Self {
+            name: format!("{name}_{dim}_{together}"),
+            together,
+            resident: match (T::HALF, together) {
+                (true, 1) => 4,
+                (true, 2) => 3,
+                _ => 2,
+            },
+        }
     }
 }
 
@@ -98,12 +131,16 @@ pub(crate) fn decode<G: Gpu, T: GpuElement>(
         )
     }
     let (group, lists, rows) = (heads / lists, batch * lists, batch * heads);
-    let together = [4, 2, 1].into_iter().find(|g| group % g == 0).unwrap_or(1);
-    let shares = group / together;
+    let variant = Variant::pick::<T>(group, [head_dim, value_dim]);
+    let shares = group.div_ceil(variant.together);
     // All blocks are resident at once, so that no block waits for another to end, and all end together. Twice as many
     // blocks run where a block has little to compute and much to read.
-    let waves = if together == 1 && call.most >= LONG { 2 } else { 1 };
-    let slots = waves * gpu.multiprocessors()? * resident::<T>(together);
+    let waves = if variant.together == 1 && call.most >= LONG {
+        2
+    } else {
+        1
+    };
+    let slots = waves * gpu.multiprocessors()? * variant.resident;
     let splits = slots.saturating_sub(lists) / (lists * shares);
     let splits = splits.clamp(1, call.most.div_ceil(LEAST_COLUMNS).clamp(1, MOST_SPLITS));
     let params = DecodeParams {
@@ -113,7 +150,6 @@ pub(crate) fn decode<G: Gpu, T: GpuElement>(
         appends: u32::from(call.appended.is_some()),
         scale: (call.scale * std::f64::consts::LOG2_E) as f32,
     };
-    let dim = padded(head_dim.max(value_dim));
     let room = rows * (splits + 1) * (value_dim + 2);
     let mut kept = Scratch::fitting(gpu, scratch.take(), room, lists)?;
     let mut output = match call.some_sit_out {
@@ -139,13 +175,7 @@ pub(crate) fn decode<G: Gpu, T: GpuElement>(
         threads: 128,
         shared_bytes: 0,
     };
-    let name = if value_dim == head_dim {
-        "decode"
-    } else {
-        "decode_values"
-    };
-    let kernel = Kernel::of::<T>(&format!("{name}_{dim}_{together}"));
-    gpu.launch(&kernel, launch, &args)?;
+    gpu.launch(&Kernel::of::<T>(&variant.name), launch, &args)?;
     drop(args);
     // A launch that failed drops its counters.
     *scratch = Some(kept);
