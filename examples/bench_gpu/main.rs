@@ -2,9 +2,9 @@
 //! and as a share of this device's speed in a plain matrix product and a plain copy, which are measured first.
 //!
 //! `cargo run --release --features cuda --example bench_gpu [LONGEST [SHORTEST [PARTS]]]`: the longest and shortest N,
-//! and some of decide,attention,decode (the default), deterministic (both passes with one owner per sum), and cold (the
-//! time of first calls, measured before anything else). `python3 peers/benches/pytorch_gpu.py` prints the same lines
-//! for PyTorch's flash attention.
+//! and some of decide,attention,decode (the default), prompt (a cache's prompt in one call and in chunks),
+//! deterministic (both passes with one owner per sum), and cold (the time of first calls, measured before anything
+//! else). `python3 peers/benches/pytorch_gpu.py` prints the same lines for PyTorch's flash attention.
 //!
 //! `CUDA_CACHE_DISABLE=1 bench_gpu 0 0 cold` runs in a process that finds nothing in the driver's cache.
 //!
@@ -21,6 +21,8 @@ use candle_sfattention::{
     HeadStrategies, MergePlan, MergeStrategy,
 };
 use std::time::Instant;
+
+mod cache;
 
 /// The speeds of plain kernels on this device.
 struct Ceilings {
@@ -310,36 +312,6 @@ fn print_line(what: &str, shape: &Shape, share: f64, seconds: f64, tflop: f64, c
     );
 }
 
-/// Times one token against a cache of `shape.tokens` with nothing hidden; the bytes are those of keys and values.
-fn bench_decode(device: &Device, ceilings: &Ceilings, shape: Shape) -> Result<()> {
-    let strategies = HeadStrategies::uniform(MergeStrategy::Off);
-    let mut cache = CompressedKvCache::new(strategies, config(), CacheOptions::default())?;
-    let [q, k, v] = shape.qkv(device, DType::BF16)?;
-    let options = AttentionOptions::default();
-    cache.append_and_attend(&q, &k, &v, &options)?;
-    let one = Shape { tokens: 1, ..shape }.qkv(device, DType::BF16)?;
-    let mut step = || Ok(cache.append_and_attend(&one[0], &one[1], &one[2], &options).map(drop)?);
-    let seconds = time(device, &mut step)?;
-    // The host's time to enqueue a step, which matters only if it exceeds the device's time.
-    let start = Instant::now();
-    (0..50).try_for_each(|_| step())?;
-    let enqueued = start.elapsed().as_secs_f64() / 50.0;
-    device.synchronize()?;
-    // Every timed step added a token, so the bytes are those held halfway.
-    let held = (shape.tokens + cache.seq_len() - 50) / 2;
-    let bytes = 4.0 * (shape.batch * shape.kv_heads * held * shape.dim) as f64;
-    let speed = bytes / seconds / 1e12;
-    println!(
-        "{:<17} {}        {:>9.3} ms {speed:>7.3} TB/s {:>5.1}% of a copy, {:.3} ms of the host",
-        "decode",
-        shape.name(),
-        seconds * 1e3,
-        100.0 * speed / ceilings.copy,
-        enqueued * 1e3
-    );
-    Ok(())
-}
-
 fn main() -> Result<()> {
     let bound = |index: usize, default: usize| match std::env::args().nth(index) {
         Some(text) => text
@@ -394,19 +366,26 @@ fn main() -> Result<()> {
             }
         }
     }
-    let wanted = |tokens: &usize| has("decode") && wanted.contains(tokens);
-    for tokens in [8192, 16384, 32768, 65536].into_iter().filter(wanted) {
+    for tokens in [8192, 16384, 32768, 65536].into_iter().filter(|n| wanted.contains(n)) {
         for (dim, heads) in [(64, 32), (128, 16)] {
-            for kv_heads in [heads, heads / 4] {
+            for group in [1, 4, 8] {
                 let shape = Shape {
                     batch: 4,
                     heads,
-                    kv_heads,
+                    kv_heads: heads / group,
                     tokens,
                     dim,
                 };
-                if let Err(error) = bench_decode(&device, &ceilings, shape) {
-                    println!("{:<17} {} skipped: {error}", "decode", shape.name());
+                for share in [0.0, 0.5, 0.75] {
+                    if !has("decode") {
+                        continue;
+                    }
+                    if let Err(error) = cache::decode(&device, &ceilings, shape, share) {
+                        println!("{:<17} {} r {share} skipped: {error}", "decode", shape.name());
+                    }
+                }
+                if has("prompt") && group == 4 {
+                    cache::prompts(&device, Shape { batch: 1, ..shape })?;
                 }
             }
         }
