@@ -244,8 +244,8 @@ __device__ void chains(Global<const T> keys, Global<const T> values, Global<cons
   list.previous_value.store(open.previous_value, list.value_row(), list.value_dim());
 }
 
-// The list's length, its run and its bits; under observed mass also the keys of sinks, and the window's masses. One warp
-// per list.
+// The list's length, its run and its bits; under observed mass also the keys of sinks, and the window's masses. One
+// warp per list.
 template <class T>
 __device__ void close(Global<const T> q, Global<const T> k, Global<const float> tests, Global<const float> scores,
                       Global<const uint8_t> bits, Global<const uint32_t> before, Global<const float> masses,
@@ -283,7 +283,8 @@ __device__ void close(Global<const T> q, Global<const T> k, Global<const float> 
     if (u + lane < last) state.bits.set(list.index * slots + (tail.first() + u + lane) % slots, bits[pair + u + lane]);
   if (p.observes) {
     Observed<T> mine = list.observed();
-    for (unsigned t = list.first; t < end && t < p.sinks; t++) key_of(t).store(mine.keys, (size_t)t * list.dim, list.dim);
+    for (unsigned t = list.first; t < end && t < p.sinks; t++)
+      key_of(t).store(mine.keys, (size_t)t * list.dim, list.dim);
     size_t ring = list.index * p.window;
     for (unsigned t = (end > p.window ? end - p.window : 0) + lane; t < end; t += 32) {
       unsigned at = t % p.window;

@@ -11,8 +11,8 @@
 //    queries' fragments are the same 16 bytes of a query: no shuffle, and all reads are whole.
 // 3. Logits come with a column for each head; `hw::transpose` makes weights of them, which a product with values takes.
 // 4. Values are the transposed left side of that product: its rows are numbers of a value. Two columns' numbers are
-//    interleaved in registers. Row r of eight of them is number 8 r + i, so that a lane ends with eight numbers in a row
-//    of its two heads' outputs.
+//    interleaved in registers. Row r of eight of them is number 8 r + i, so that a lane ends with eight neighbouring
+//    numbers of its two heads' outputs.
 // 5. The maximum of a head is the same in all lanes, and follows a logit only if that is larger by more than 8.
 // 6. Keys of the next columns are asked for once these have been multiplied, and values likewise: both are in flight
 //    for half of the time.

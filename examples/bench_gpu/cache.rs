@@ -26,8 +26,8 @@ impl Hiding {
         }
     }
 
-    /// Hides a token whose observed mass, times its value's norm, is below that of an even softmax: about half of random
-    /// tokens.
+    /// Hides a token whose observed mass, times its value's norm, is below that of an even softmax: about half of
+    /// random tokens.
     fn observed(shape: &Shape) -> Result<Self> {
         let (group, window, sinks) = (shape.heads / shape.kv_heads, config().window, config().sinks);
         let even = (group * window / 2) as f64 / (window + sinks) as f64;
@@ -69,8 +69,8 @@ fn append(cache: &mut CompressedKvCache, qkv: &[Tensor; 3], scores: Option<&Tens
     })
 }
 
-/// Times one token against a cache of `shape.tokens`, a share of them hidden; the bytes are those of the keys and values
-/// that stay.
+/// Times one token against a cache of `shape.tokens`, a share of them hidden; the bytes are those of the keys and
+/// values that stay.
 pub fn decode(device: &Device, ceilings: &Ceilings, shape: Shape, share: f64) -> Result<()> {
     let hiding = Hiding::given(&shape, share)?;
     let mut cache = hiding.cache()?;

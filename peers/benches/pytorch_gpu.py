@@ -1,6 +1,6 @@
-"""Times PyTorch's flash attention on the shapes of examples/bench_gpu.rs and prints the same lines. Also times the
-published SFAttention algorithm as published: tests of all levels, sweeps, folded tensors and an N x N softmax, forward
-only, up to N = 4096 (larger matrices would not fit).
+"""Times PyTorch's attention, by cuDNN and by its own flash kernels, on the shapes of examples/bench_gpu and prints the
+same lines, each with its backend. Also times the published SFAttention algorithm as published: tests of all levels,
+sweeps, folded tensors and an N x N softmax, forward only, up to N = 4096 (larger matrices would not fit).
 
 Run: python3 peers/benches/pytorch_gpu.py [LONGEST [SHORTEST [PARTS]]] (N, and some of attention,published,decode; all
 by default). Needs a CUDA device and PyTorch 2.5 or newer.
@@ -52,7 +52,7 @@ def name(batch, heads, kv_heads, tokens, dim):
     return f"B {batch} H {heads} Hk {kv_heads} N {tokens:>6} D {dim:>3}"
 
 
-def attention(batch, heads, kv_heads, tokens, dim, product, parts):
+def attention(backend, batch, heads, kv_heads, tokens, dim, product, parts):
     tflop = 4 * batch * heads * tokens * tokens / 2 * dim / 1e12
     grouped = heads != kv_heads
 
@@ -60,13 +60,16 @@ def attention(batch, heads, kv_heads, tokens, dim, product, parts):
         speed = tflop / seconds
         shape = name(batch, heads, kv_heads, tokens, dim)
         share = 100 * speed / product
-        print(f"{what:<17} {shape} r 0    {seconds * 1e3:>9.3f} ms {speed:>7.1f} TFLOP/s {share:>5.1f}% of a product")
+        print(
+            f"{what:<17} {shape} r 0    {seconds * 1e3:>9.3f} ms {speed:>7.1f} TFLOP/s {share:>5.1f}% of a product, "
+            f"{backend}"
+        )
 
     q, k, v = tensors(batch, heads, kv_heads, tokens, tokens, dim)
     forward = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     if "attention" in parts:
         line("forward", timed(forward), tflop)
-    if "published" in parts and tokens <= 4096:
+    if "published" in parts and tokens <= 4096 and backend == "flash":
         line("published dense", timed(lambda: published(q, k, v)), tflop)
     qg, kg, vg = tensors(batch, heads, kv_heads, tokens, tokens, dim, grad=True)
     ones = torch.ones_like(qg)
@@ -116,14 +119,14 @@ def published(q, k, v):
     return logits.masked_fill(hidden | future, float("-inf")).softmax(-1) @ v
 
 
-def decode(batch, heads, kv_heads, tokens, dim, copy):
+def decode(backend, batch, heads, kv_heads, tokens, dim, copy):
     q, k, v = tensors(batch, heads, kv_heads, 1, tokens, dim)
     seconds = timed(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=heads != kv_heads))
     speed = 4 * batch * kv_heads * tokens * dim / seconds / 1e12
     shape = name(batch, heads, kv_heads, tokens, dim)
     print(
         f"{'decode':<17} {shape}        {seconds * 1e3:>9.3f} ms {speed:>7.3f} TB/s "
-        f"{100 * speed / copy:>5.1f}% of a copy"
+        f"{100 * speed / copy:>5.1f}% of a copy, {backend}"
     )
 
 
@@ -134,15 +137,26 @@ def main():
     print(f"PyTorch {torch.__version__} on {torch.cuda.get_device_name()}")
     product, copy = ceilings()
     print(f"ceilings: product {product:.0f} TFLOP/s, copy {copy:.2f} TB/s")
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        for tokens in (n for n in (1024, 4096, 16384, 65536) if shortest <= n <= longest):
+    backends = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+    print(f"cuDNN {torch.backends.cudnn.version()}")
+
+    def each(lengths, groups, run):
+        for tokens in (n for n in lengths if shortest <= n <= longest):
             for dim, heads in ((64, 32), (128, 16)):
-                for kv_heads in (heads, heads // 4):
-                    attention(min(max(16384 // tokens, 1), 4), heads, kv_heads, tokens, dim, product, parts)
-        for tokens in (n for n in (8192, 16384, 32768, 65536) if "decode" in parts and shortest <= n <= longest):
-            for dim, heads in ((64, 32), (128, 16)):
-                for kv_heads in (heads, heads // 4):
-                    decode(4, heads, kv_heads, tokens, dim, copy)
+                for kv_heads in (heads // group for group in groups):
+                    for backend, kind in backends.items():
+                        with sdpa_kernel(kind):
+                            run(backend, heads, kv_heads, tokens, dim)
+
+    each(
+        (1024, 4096, 16384, 65536),
+        (1, 4),
+        lambda backend, heads, kv_heads, tokens, dim: attention(
+            backend, min(max(16384 // tokens, 1), 4), heads, kv_heads, tokens, dim, product, parts
+        ),
+    )
+    if "decode" in parts:
+        each((8192, 16384, 32768, 65536), (1, 4, 8), lambda backend, *shape: decode(backend, 4, *shape, copy))
 
 
 if __name__ == "__main__":
