@@ -59,7 +59,8 @@ impl Uneven {
 #[test]
 fn a_list_pays_for_its_own_entries() -> Result<()> {
     let uneven = Uneven::new(DType::BF16)?;
-    for chunks in [&[400][..], &[1; 300], &[250, 150]] {
+    // After a later chunk a list has room for as many entries as tokens came, until the next token.
+    for chunks in [&[400][..], &[1; 300], &[250, 150, 1], &[150, 80, 80, 1]] {
         let mut cache = uneven.cache()?;
         uneven.append(&mut cache, 0, chunks)?;
         let lens = cache.lens()?.concat();

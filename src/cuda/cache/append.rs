@@ -327,7 +327,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         if u32::try_from(most).is_err() {
             bail!("cache: expected at most 2^32 - 1 tokens, got {most}; reset() it")
         }
-        if self.state.pages.has_room(count) {
+        if self.state.pages.has_room(count) && !self.state.pages.has_surplus() {
             return Ok(());
         }
         self.learn(gpu)?;

@@ -77,7 +77,9 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         (options, attend): (&AttentionOptions, bool),
         extras: ExtraBuffers<'_, G>,
     ) -> Result<Option<G::Slice<T>>> {
-        self.reserve(gpu, count)?;
+        if self.slide() != NO_SLIDE || !self.state.pages.grow(gpu, count)? {
+            self.reserve(gpu, count)?;
+        }
         let chunk = self.rows_of_tail(gpu, qkv, count, options, extras)?;
         let decided = self.decided(gpu, &chunk)?;
         let problem = Problem {
@@ -110,9 +112,12 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         };
         self.move_window(gpu, &chunk)?;
         self.count(gpu, count)?;
-        if self.slide() != NO_SLIDE {
-            self.slide_lists(gpu)?;
+        if self.slide() == NO_SLIDE {
+            // The next chunk reads the lengths, and does not wait for this one's last launch.
+            self.state.pages.ask(gpu, &self.state.lengths)?;
+            return Ok(output);
         }
+        self.slide_lists(gpu)?;
         // A long chunk that merged well leaves more room than needed.
         if count >= PAGE {
             self.learn(gpu)?;

@@ -140,6 +140,12 @@ pub(super) struct ListPages<G: Gpu> {
     stride: usize,
     /// Tokens that came since the host read the lengths.
     since: usize,
+    /// Lengths in flight to the host, and the tokens that came since they were asked for.
+    asked: Option<(G::Download, usize)>,
+    /// Memory of an earlier download.
+    spare: Option<G::Download>,
+    /// Whether [`Self::grow`] may have taken more pages than the lists need.
+    surplus: bool,
 }
 
 /// The pages of one list, and the host's last word about its entries.
@@ -181,6 +187,9 @@ impl<G: Gpu> ListPages<G> {
             lists,
             stride,
             since,
+            asked: None,
+            spare: None,
+            surplus: false,
         })
     }
 
@@ -190,7 +199,11 @@ impl<G: Gpu> ListPages<G> {
     /// An error of the device.
     pub fn select(&self, gpu: &G, lists: impl Iterator<Item = usize>) -> Result<Self> {
         let lists = lists.map(|list| self.lists[list].clone()).collect();
-        Self::of(gpu, self.pool.clone(), lists, self.since)
+        let pages = Self::of(gpu, self.pool.clone(), lists, self.since)?;
+        Ok(Self {
+            surplus: self.surplus,
+            ..pages
+        })
     }
 
     /// The pages of several layers' lists, in order and shared.
@@ -206,7 +219,11 @@ impl<G: Gpu> ListPages<G> {
         let Some(first) = parts.clone().next() else {
             candle_core::bail!("cat: expected at least one cache, got none")
         };
-        Self::of(gpu, first.pool.clone(), lists, since)
+        let pages = Self::of(gpu, first.pool.clone(), lists, since)?;
+        Ok(Self {
+            surplus: parts.clone().any(|part| part.surplus),
+            ..pages
+        })
     }
 
     /// As many lists without pages, with the same lengths.
@@ -227,7 +244,7 @@ impl<G: Gpu> ListPages<G> {
         for (list, later) in self.lists.iter_mut().zip(later.lists) {
             list.pages = later.pages;
         }
-        (self.table, self.stride) = (later.table, later.stride);
+        (self.table, self.stride, self.surplus) = (later.table, later.stride, later.surplus);
     }
 
     pub fn pool(&self) -> &Arc<PagePool<G>> {
@@ -264,6 +281,63 @@ impl<G: Gpu> ListPages<G> {
     /// Counts tokens. Each may close a chain in every list.
     pub fn count(&mut self, tokens: usize) {
         self.since += tokens;
+        if let Some((_, since)) = &mut self.asked {
+            *since += tokens;
+        }
+    }
+
+    /// Asks for the lengths, without a wait: [`Self::grow`] reads them. For lists without a sliding window.
+    ///
+    /// # Errors
+    /// An error of the device.
+    pub fn ask(&mut self, gpu: &G, lengths: &G::Slice<u32>) -> Result<()> {
+        let earlier = self.asked.take().map(|(download, _)| download).or(self.spare.take());
+        self.asked = Some((gpu.start_download(lengths, earlier)?, 0));
+        Ok(())
+    }
+
+    /// Gives every list room for `count` more entries by the lengths that were asked for, which are older than the
+    /// present ones. Pages beyond go back to the pool. Waits only for launches before the question. Returns whether it
+    /// could: the lengths are not too old, and the pages to be written are the lists' own.
+    ///
+    /// # Errors
+    /// An error of the device; the pages are then as before.
+    pub fn grow(&mut self, gpu: &G, count: usize) -> Result<bool> {
+        if let Some((download, since)) = self.asked.take() {
+            let lengths = gpu.finish_download(&download)?;
+            self.spare = Some(download);
+            for (list, length) in self.lists.iter_mut().zip(lengths) {
+                list.length = length as usize;
+            }
+            self.since = since;
+        }
+        let own = |list: &PagesOfList<G>| {
+            let mut written = list.pages.iter().skip(list.length / PAGE);
+            written.all(|page| Arc::strong_count(page) == 1)
+        };
+        if self.since > 2 * count || !self.lists.iter().all(own) {
+            return Ok(false);
+        }
+        let since = self.since;
+        let wanted = |list: &PagesOfList<G>| (list.length + since + count).div_ceil(PAGE);
+        let missing = |list: &PagesOfList<G>| wanted(list).saturating_sub(list.pages.len());
+        if self.lists.iter().any(|list| wanted(list) != list.pages.len()) {
+            let mut new = self.pool.take(gpu, self.lists.iter().map(missing).sum())?.into_iter();
+            for list in &mut self.lists {
+                let (wanted, missing) = (wanted(list), missing(list));
+                list.pages.truncate(wanted);
+                list.pages.extend(new.by_ref().take(missing));
+            }
+            self.stride = stride_of(&self.lists);
+            self.table = table(gpu, &self.lists, self.stride)?;
+        }
+        self.surplus = true;
+        Ok(true)
+    }
+
+    /// Whether a list may have more pages than it needs.
+    pub fn has_surplus(&self) -> bool {
+        self.surplus
     }
 
     /// Whether every list has room for `count` more entries, in pages of its own.
@@ -281,6 +355,7 @@ impl<G: Gpu> ListPages<G> {
     /// Takes note of all lengths, and of the entries at the front that no later row sees.
     pub fn learn(&mut self, lengths: &[u32], starts: Option<&[u32]>) {
         self.since = 0;
+        self.spare = self.asked.take().map(|(download, _)| download).or(self.spare.take());
         for (at, list) in self.lists.iter_mut().enumerate() {
             list.length = lengths[at] as usize;
             list.left = starts.map_or(0, |starts| starts[at] as usize);
@@ -306,7 +381,7 @@ impl<G: Gpu> ListPages<G> {
         let fitted: Vec<_> = fitted.collect();
         let stride = stride_of(&fitted);
         self.table = table(gpu, &fitted, stride)?;
-        self.stride = stride;
+        (self.stride, self.surplus) = (stride, false);
         let copies = self.lists.iter().zip(&fitted).zip(&plans);
         let copies = copies
             .filter(|(_, plan)| plan.copies > 0)
