@@ -2,6 +2,7 @@
 
 use super::probe::KeyProbe;
 use super::shape::ModelShape;
+use crate::config::shard::kv_heads_of;
 use crate::config::whole::WholeConfig;
 use crate::config::{CompressionConfig, GroupRule, HeadStrategies, MergeStrategy};
 use candle_core::{bail, Device, Error, Result, Tensor};
@@ -177,6 +178,39 @@ impl Policy {
             HeadStrategies::per_head(strategies.collect()).with_thresholds(&Tensor::new(thresholds, &Device::Cpu)?)
         };
         self.0.layers.iter().map(layer).collect()
+    }
+
+    /// The policy of the heads of rank `rank` of `world`, for a model whose heads are split over ranks. Its
+    /// [`PolicyOptions::model`] has H / world query heads and Hk / world KV heads. The entries of each layer, and the
+    /// KV heads of the probe, are those of [`HeadStrategies::shard`]. The fingerprint, the settings and the figures of
+    /// the calibration stay those of the whole model.
+    ///
+    /// # Errors
+    /// A rank that the world does not have, more ranks than KV heads, or KV heads that are no multiple of the ranks.
+    pub fn shard(&self, rank: usize, world: usize) -> Result<Self> {
+        let model = self.0.model;
+        kv_heads_of(rank, world, model.kv_heads)?;
+        let layer = |layer: &LayerPolicy| {
+            let each = layer.strategies.len() / world;
+            let own = rank * each..(rank + 1) * each;
+            LayerPolicy {
+                strategies: layer.strategies[own.clone()].to_vec(),
+                thresholds: layer.thresholds[own.clone()].to_vec(),
+                hidden_ratios: layer.hidden_ratios[own.clone()].to_vec(),
+                errors: layer.errors[own].to_vec(),
+            }
+        };
+        let probe = self.0.probe.as_ref().map(|probe| probe.shard(rank, world));
+        Self::new(PolicyOptions {
+            model: ModelShape {
+                heads: model.heads / world,
+                kv_heads: model.kv_heads / world,
+                ..model
+            },
+            layers: self.0.layers.iter().map(layer).collect(),
+            probe: probe.transpose()?,
+            ..self.0.clone()
+        })
     }
 
     /// Reads JSON.

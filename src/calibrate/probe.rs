@@ -2,6 +2,7 @@
 //! [`Criterion::Given`](crate::Criterion).
 
 use super::shape::ModelShape;
+use crate::config::shard::kv_heads_of;
 use candle_core::{bail, DType, Device, Error, Result, Tensor, D};
 use serde::{Deserialize, Serialize};
 use std::sync::{Mutex, PoisonError};
@@ -108,6 +109,20 @@ impl KeyProbe {
     pub fn scores(&self, layer: usize, keys: &Tensor) -> Result<Tensor> {
         let [weights, offsets] = self.layer(layer)?.tensors(keys.device())?;
         scores_by(&weights, &offsets, keys)
+    }
+
+    /// The probe of the KV heads of rank `rank` of `world`: weights (L, Hk / world, D) and offsets (L, Hk / world). See
+    /// [`HeadStrategies::shard`](crate::HeadStrategies::shard).
+    ///
+    /// # Errors
+    /// A rank that the world does not have, more ranks than KV heads, or KV heads that are no multiple of the ranks.
+    pub fn shard(&self, rank: usize, world: usize) -> Result<Self> {
+        let own = kv_heads_of(rank, world, self.0[0].weights.len())?;
+        let layer = |layer: &LayerProbe| LayerProbe {
+            weights: layer.weights[own.clone()].to_vec(),
+            offsets: layer.offsets[own.clone()].to_vec(),
+        };
+        Ok(Self(self.0.iter().map(layer).collect()))
     }
 
     /// The probe of one layer alone.

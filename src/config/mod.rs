@@ -13,6 +13,7 @@ mod compression;
 mod layout;
 mod options;
 mod segments;
+pub(crate) mod shard;
 mod storage;
 mod strategies;
 pub(crate) mod whole;

@@ -26,8 +26,8 @@ pub struct HeadTest {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "HeadTables")]
 pub struct HeadStrategies {
-    strategies: Table<MergeStrategy>,
-    thresholds: Option<Table<f64>>,
+    pub(super) strategies: Table<MergeStrategy>,
+    pub(super) thresholds: Option<Table<f64>>,
 }
 
 /// [`HeadStrategies`] as they are read, before they are checked.
@@ -90,7 +90,15 @@ impl<T: Copy> Table<T> {
         bail!("{what}: expected shape ({heads}) or ({batch}, {heads}), got {got}; give one entry per query head")
     }
 
-    fn heads(&self) -> Option<usize> {
+    /// The number of batch rows, where there are rows.
+    pub(super) fn batch(&self) -> Option<usize> {
+        match self {
+            Self::Uniform(_) | Self::PerHead(_) => None,
+            Self::PerBatchHead { heads, values } => Some(values.len() / (*heads).max(1)),
+        }
+    }
+
+    pub(super) fn heads(&self) -> Option<usize> {
         match self {
             Self::Uniform(_) => None,
             Self::PerHead(values) => Some(values.len()),
@@ -125,7 +133,7 @@ impl<T: Copy> Table<T> {
         }
     }
 
-    fn get(&self, batch: usize, head: usize) -> T {
+    pub(super) fn get(&self, batch: usize, head: usize) -> T {
         match self {
             Self::Uniform(value) => *value,
             Self::PerHead(values) => values[head],

@@ -7,3 +7,4 @@ mod calibrator;
 mod gate;
 #[cfg(feature = "fit")]
 mod probe;
+mod shard;
