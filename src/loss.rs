@@ -1,5 +1,7 @@
 //! The compression loss: its value, the sums that it is made of, and its gradient.
 
+mod ranks;
+
 #[cfg(doc)]
 use crate::config::Criterion;
 use crate::config::{AttentionOptions, CompressionConfig, HeadStrategies, LossNormalizer, Segment};
@@ -16,7 +18,7 @@ use candle_core::CudaStorage;
 use candle_core::{bail, CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 
 /// The sums S, M and P that the loss is made of, over the query heads that are not off. Where a model's heads or batch
-/// rows are split over ranks, add the ranks' sums before [`Self::loss`].
+/// rows are split over ranks, add the ranks' [`Self::sums`] and take [`Self::over_ranks`] before [`Self::loss`].
 #[derive(Clone, Debug)]
 pub struct CompressionLossTerms {
     /// S: the sum of `(1 - cos)²` over the pairs of similarity heads and of `cos²` over the pairs of difference heads.

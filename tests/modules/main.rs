@@ -6,6 +6,7 @@ mod cached;
 mod common;
 mod layer;
 mod loss;
+mod ranks;
 mod training;
 
 use candle_core::{DType, Device, Result, Tensor};
