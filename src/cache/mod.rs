@@ -47,7 +47,7 @@ pub struct CacheOptions {
     /// window or segments, up to six copies of all. A call of more than n tokens is made as two.
     ///
     /// The journal is no part of a saved cache, and it begins anew after [`CompressedKvCache::load`], `to_device`,
-    /// `index_select`, `split` and `cat`.
+    /// `index_select`, `split`, `cat`, `split_heads` and `cat_heads`.
     pub rollback: usize,
 }
 
@@ -125,6 +125,7 @@ mod device_groups;
 #[cfg(any(feature = "cuda", feature = "cuda-emu"))]
 mod device_rows;
 mod fork;
+mod heads;
 mod journal;
 mod load;
 #[cfg(feature = "cuda")]

@@ -9,6 +9,7 @@ mod chunks;
 mod files;
 mod forks;
 mod halves;
+mod heads;
 mod prefix;
 mod ragged;
 mod rollback;
