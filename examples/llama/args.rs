@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::bench::serving::args::ServingArgs;
 use crate::compression::CompressionArgs;
-use crate::model_args::{CacheArgs, ModelArgs};
+use crate::model_args::{CacheArgs, ModelArgs, RankArgs};
 use crate::study::tasks::TaskKind;
 
 /// Runs a Llama checkpoint with compressed attention, on the CPU or a CUDA device.
@@ -97,6 +97,8 @@ pub struct GenerateArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]
+    pub ranks: RankArgs,
+    #[command(flatten)]
     pub compression: CompressionArgs,
 }
 
@@ -149,6 +151,8 @@ pub struct EvalArgs {
     pub kv_dtype: Option<Storage>,
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub ranks: RankArgs,
     #[command(flatten)]
     pub compression: CompressionArgs,
 }
@@ -308,6 +312,8 @@ pub struct BenchArgs {
     pub kv_dtype: Vec<Storage>,
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub ranks: RankArgs,
     #[command(flatten)]
     pub serving: ServingArgs,
     #[command(flatten)]

@@ -20,6 +20,7 @@ use crate::compression::Compression;
 use crate::generate::encode_prompt;
 use crate::load::Checkpoint;
 use crate::model::Llama;
+use crate::ranks::Ranks;
 use crate::report::{check_path, write_json};
 use crate::sampling::Sampler;
 use crate::session::{step_all, Session};
@@ -68,6 +69,10 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
              give each prompt with --prompt, or leave --draft out"
         )
     }
+    args.ranks.run(&args.model, |ranks| run_on(args, ranks))
+}
+
+fn run_on(args: &GenerateArgs, ranks: &Ranks) -> Result<()> {
     let compression = Compression::from_args(&args.compression)?;
     ensure!(
         compression.config.rule.is_causal(),
@@ -81,10 +86,10 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         encode_prompt(&checkpoint, prompt, args.chat).with_context(|| format!("batch: prompt {}", index + 1))
     });
     let encoded = encoded.collect::<Result<Vec<_>>>()?;
-    let attention = compression.attention(&checkpoint.config)?;
+    let attention = compression.attention_of(&checkpoint.config, ranks)?;
     let format = args.model.step_format();
-    let model = checkpoint.load_formed(attention, &|linear| format.with_step(linear))?;
-    compression.check_weights(&model.fingerprint()?);
+    let model = checkpoint.load_shard(attention, &|linear| format.with_step(linear), ranks)?;
+    compression.check_weights(&model.fingerprint()?, ranks);
 
     let start = Instant::now();
     let mut sequences = encoded
@@ -111,7 +116,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         let logits = step_all(&model, &last, &mut caches)?;
         steps += last.len();
         for (index, sequence) in going.iter_mut().enumerate() {
-            let token = sequence.sampler.sample(&logits.get(index)?)?;
+            let token = ranks.agreed(sequence.sampler.sample(&logits.get(index)?)?)?;
             sequence.take(token, &checkpoint);
         }
     }
@@ -121,12 +126,12 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         .zip(&sequences)
         .map(|(prompt, sequence)| sequence.text(prompt, &model, &checkpoint, args.chat))
         .collect::<Result<Vec<_>>>()?;
-    let sum = |count: fn(&KvUse) -> usize| -> usize {
-        let used = sequences
-            .iter()
-            .map(|sequence| KvUse::of(&sequence.caches, &model.windows()));
-        used.map(|kv| count(&kv)).sum()
-    };
+    let used = sequences.iter().map(|sequence| KvUse::of(&sequence.caches, &model));
+    let used = used.collect::<Result<Vec<_>>>()?;
+    let sum = |count: fn(&KvUse) -> usize| used.iter().map(count).sum();
+    if !ranks.is_first() {
+        return Ok(());
+    }
     let report = BatchReport {
         model: args.model.model.clone(),
         strategy: compression.label.clone(),
@@ -167,7 +172,10 @@ impl Sequence {
         let mut session = Session::cached(model, &args.cache.options(), args.cache.prefill_chunk)?;
         let first = match args.max_tokens {
             0 => None,
-            _ => Some(sampler.sample(&session.prefill(&prompt, |_| ())?)?),
+            _ => {
+                let token = sampler.sample(&session.prefill(&prompt, |_| ())?)?;
+                Some(model.ranks().agreed(token)?)
+            }
         };
         let mut sequence = Self {
             prompt,
@@ -208,7 +216,7 @@ impl Sequence {
             text,
             prompt_tokens: self.prompt.len(),
             tokens: self.tokens.clone(),
-            kv_bytes: KvUse::of(&self.caches, &model.windows()).kv_bytes,
+            kv_bytes: KvUse::of(&self.caches, model)?.kv_bytes,
         })
     }
 }

@@ -21,6 +21,7 @@ use crate::compression::Compression;
 use crate::load::Checkpoint;
 use crate::model_args::CacheArgs;
 use crate::plot;
+use crate::ranks::Ranks;
 use crate::report::{check_path, write_json};
 use crate::session::Session;
 use crate::stats::{memory, mib};
@@ -48,6 +49,11 @@ struct Row {
 pub fn run(args: &BenchArgs) -> Result<()> {
     check_path("json", args.model.json.as_deref())?;
     if let Some(shape) = args.serving.shape()? {
+        ensure!(
+            args.ranks.tensor_parallel == 1,
+            "tensor-parallel: expected 1 beside --shape, got {}; give --model",
+            args.ranks.tensor_parallel
+        );
         return serving::run(args, shape);
     }
     check_path("svg", args.svg.as_deref())?;
@@ -64,7 +70,11 @@ pub fn run(args: &BenchArgs) -> Result<()> {
          use --rule causal"
     );
     if let Some(child) = args.child {
-        serde_json::to_writer(stdout().lock(), &measure(args, &cache, compression, child)?)?;
+        let measure = |ranks: &Ranks| {
+            let compression = Compression::from_args(&args.compression)?;
+            measure(args, &cache, compression, child, ranks)
+        };
+        serde_json::to_writer(stdout().lock(), &args.ranks.run(&args.model, measure)?)?;
         return Ok(());
     }
     let configurations = configurations(args)?;
@@ -128,17 +138,19 @@ fn configurations(args: &BenchArgs) -> Result<Vec<Child>> {
 }
 
 /// Runs one configuration in this process.
-fn measure(args: &BenchArgs, cache: &CacheArgs, compression: Compression, child: Child) -> Result<Run> {
+fn measure(args: &BenchArgs, cache: &CacheArgs, compression: Compression, child: Child, ranks: &Ranks) -> Result<Run> {
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
     let tokens = first_tokens(&args.text, &checkpoint, child.prompt + args.decode)?;
     let compression = match child.attention {
         Contender::Dense => compression.dense(),
         Contender::Compressed => compression,
     };
-    let attention = compression.attention(&checkpoint.config)?;
+    let attention = compression.attention_of(&checkpoint.config, ranks)?;
     let format = args.model.step_format();
-    let model = checkpoint.load_formed(attention, &|linear| format.with_step(linear))?;
-    compression.check_weights(&model.fingerprint()?);
+    let model = checkpoint.load_shard(attention, &|linear| format.with_step(linear), ranks)?;
+    compression.check_weights(&model.fingerprint()?, ranks);
+    // All of them have loaded.
+    ranks.gather(Vec::new())?;
     let loaded_rss_bytes = memory("VmRSS");
     let (prompt, rest) = tokens.split_at(child.prompt);
     let new_session = || Session::cached(&model, &cache.options(), cache.prefill_chunk);
@@ -154,7 +166,7 @@ fn measure(args: &BenchArgs, cache: &CacheArgs, compression: Compression, child:
     for token in rest {
         session.step(*token)?;
     }
-    let stats = session.stats(rest.len());
+    let stats = session.stats(rest.len())?;
     // The same tokens once more, after the peak of memory was read.
     let mut again = session.fork();
     for token in rest {
@@ -162,7 +174,7 @@ fn measure(args: &BenchArgs, cache: &CacheArgs, compression: Compression, child:
     }
     Ok(Run {
         stats,
-        decode_by_prompt_weights: again.stats(rest.len()).decode_tokens_per_second,
+        decode_by_prompt_weights: again.stats(rest.len())?.decode_tokens_per_second,
         loaded_rss_bytes,
         curve,
     })

@@ -15,6 +15,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::model::LlamaConfig;
+use crate::ranks::Ranks;
 
 /// A named starting point for the method's parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -204,10 +205,10 @@ impl Compression {
     }
 
     /// Prints a note if a policy was made for other weights of the same shape.
-    pub fn check_weights(&self, fingerprint: &str) {
+    pub fn check_weights(&self, fingerprint: &str, ranks: &Ranks) {
         if let Strategies::Policy(policy) = &self.strategies {
             let expected = &policy.parts().fingerprint;
-            if expected != fingerprint {
+            if expected != fingerprint && ranks.is_first() {
                 eprintln!(
                     "note: strategy {}: the policy is for the weights {expected}, these are {fingerprint}; calibrate \
                      them",
@@ -220,13 +221,20 @@ impl Compression {
     /// One attention per layer of a model. One strategy for all heads leaves layers that slide alone: their caches are
     /// short, and hold the tokens of their window exactly. A file may name strategies for them.
     pub fn attention(&self, model: &LlamaConfig) -> Result<Vec<CompressedAttention>> {
+        self.attention_of(model, &Ranks::default())
+    }
+
+    /// As [`Self::attention`], of the heads of one rank; `model` is the whole one.
+    pub fn attention_of(&self, model: &LlamaConfig, ranks: &Ranks) -> Result<Vec<CompressedAttention>> {
         let shape = &model.shape();
+        let (rank, world) = (ranks.rank(), ranks.world());
+        let own = model.shard(world)?.shape();
         let global = (0..shape.layers).any(|layer| model.layer.window(layer).is_none());
         let hides = match &self.strategies {
             Strategies::Uniform(strategy) => !strategy.is_off(),
             Strategies::PerLayer(_) | Strategies::Policy(_) => false,
         };
-        if hides && !global {
+        if hides && !global && ranks.is_first() {
             eprintln!(
                 "note: every layer of this model slides, and {} hides nothing in such layers; a strategy file may name \
                  strategies for them",
@@ -239,20 +247,27 @@ impl Compression {
         };
         let per_layer = match &self.strategies {
             Strategies::Uniform(strategy) => (0..shape.layers).map(|layer| uniform(*strategy, layer)).collect(),
-            Strategies::PerLayer(file) => file
-                .strategies(shape.layers, shape.heads)
-                .with_context(|| format!("strategy {}", self.label))?,
-            Strategies::Policy(policy) => policy
-                .head_strategies(shape)
-                .with_context(|| format!("strategy {}", self.label))?,
+            Strategies::PerLayer(file) => {
+                let whole = file
+                    .strategies(shape.layers, shape.heads)
+                    .with_context(|| format!("strategy {}", self.label))?;
+                let cut = whole.iter().map(|layer| layer.shard(rank, world, shape.kv_heads));
+                cut.collect::<candle_core::Result<_>>()?
+            }
+            Strategies::Policy(policy) => {
+                let check = policy.head_strategies(shape);
+                check.with_context(|| format!("strategy {}", self.label))?;
+                policy.shard(rank, world)?.head_strategies(&own)?
+            }
         };
         let probe = match &self.strategies {
             Strategies::Policy(policy) => policy.parts().probe.as_ref(),
             Strategies::Uniform(_) | Strategies::PerLayer(_) => None,
         };
+        let probe = probe.map(|probe| probe.shard(rank, world)).transpose()?;
         let attention = |(layer, strategies)| {
             let attention = CompressedAttention::new(strategies, self.config.clone(), AttentionOptions::default())?;
-            Ok(match probe {
+            Ok(match &probe {
                 Some(probe) => attention.with_probe(probe, layer)?,
                 None => attention,
             })

@@ -8,6 +8,8 @@ mod load;
 #[allow(dead_code)]
 mod model;
 #[allow(dead_code)]
+mod ranks;
+#[allow(dead_code)]
 mod rope;
 #[allow(dead_code)]
 mod weights;

@@ -1,6 +1,6 @@
 //! `llama eval`: perplexity over windows of a text.
 
-use std::io::{stdout, Write};
+use std::io::Write;
 use std::time::Instant;
 
 use anyhow::{ensure, Context, Result};
@@ -14,6 +14,7 @@ use crate::compression::Compression;
 use crate::corpus::{self, Window};
 use crate::load::Checkpoint;
 use crate::model::{HiddenCounts, Llama};
+use crate::ranks::Ranks;
 use crate::report::{check_path, write_json, RunReport};
 use crate::stats::{Hidden, KvUse};
 use crate::steps::StepFormat;
@@ -36,12 +37,16 @@ struct EvalReport {
 
 pub fn run(args: &EvalArgs) -> Result<()> {
     check_path("json", args.model.json.as_deref())?;
+    args.ranks.run(&args.model, |ranks| run_on(args, ranks))
+}
+
+fn run_on(args: &EvalArgs, ranks: &Ranks) -> Result<()> {
     let compression = Compression::from_args(&args.compression)?;
     let text = corpus::read(&args.text)?;
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
     let start = checkpoint.start()?;
     corpus::check_context(args.context, &checkpoint, &start)?;
-    let attention = compression.attention(&checkpoint.config)?;
+    let attention = compression.attention_of(&checkpoint.config, ranks)?;
     let tokens = checkpoint.encode(&text, false)?;
     let windows: Vec<Window> = windows(&tokens, args)?
         .into_iter()
@@ -58,12 +63,15 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         Some(_) => args.model.step_format(),
         None => StepFormat::Prompt,
     };
-    let model = checkpoint.load_formed(attention, &|linear| format.with_step(linear))?;
-    compression.check_weights(&model.fingerprint()?);
+    let model = checkpoint.load_shard(attention, &|linear| format.with_step(linear), ranks)?;
+    compression.check_weights(&model.fingerprint()?, ranks);
 
     let begun = Instant::now();
     let (nll, hidden) = score(&model, &windows, (args.step, args.kv_dtype))?;
     let seconds = begun.elapsed().as_secs_f64();
+    if !ranks.is_first() {
+        return Ok(());
+    }
     let predicted: usize = windows.iter().map(Window::predicted).sum();
     let nll = nll / predicted as f64;
     let report = EvalReport {
@@ -75,13 +83,12 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         seconds,
         run: RunReport::new(&args.model, &compression, hidden, predicted as f64 / seconds),
     };
-    report.print()?;
+    report.print(&mut ranks.stdout())?;
     write_json("json", args.model.json.as_deref(), &report)
 }
 
 impl EvalReport {
-    fn print(&self) -> Result<()> {
-        let out = &mut stdout().lock();
+    fn print(&self, out: &mut dyn Write) -> Result<()> {
         writeln!(out, "perplexity        {:.4}", self.perplexity)?;
         writeln!(out, "nll per token     {:.6}", self.nll)?;
         writeln!(
@@ -125,7 +132,10 @@ fn score(
     (step, storage): (Option<usize>, Option<Storage>),
 ) -> Result<(f64, Hidden)> {
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} windows  {msg}  {eta} left")?;
-    let bar = ProgressBar::new(windows.len() as u64).with_style(style);
+    let bar = match model.ranks().is_first() {
+        true => ProgressBar::new(windows.len() as u64).with_style(style),
+        false => ProgressBar::hidden(),
+    };
     let (mut sum, mut predicted) = (0.0, 0);
     let mut counts = HiddenCounts::default();
     let mut kept = None;
@@ -143,7 +153,7 @@ fn score(
                 let rows = window.tokens.chunks(step);
                 let rows = rows.map(|tokens| model.forward_as(tokens, &mut caches, Pass::Step));
                 let hidden = Tensor::cat(&rows.collect::<Result<Vec<_>>>()?, 1)?;
-                kept = Some(KvUse::of(&caches, &model.windows()).hidden());
+                kept = Some(KvUse::of(&caches, model)?.hidden());
                 window.nll_as(model, &hidden, Pass::Step)
             }
         };
@@ -153,5 +163,9 @@ fn score(
         bar.inc(1);
     }
     bar.finish_and_clear();
-    Ok((sum, kept.unwrap_or_else(|| Hidden::of(&counts, &model.windows()))))
+    let hidden = match kept {
+        Some(hidden) => hidden,
+        None => Hidden::of(&counts, model)?,
+    };
+    Ok((sum, hidden))
 }

@@ -1,9 +1,10 @@
 //! `llama generate`: continues a prompt, or answers it.
 
-use std::io::{stderr, stdout, Write};
+use std::io::Write;
 use std::time::Instant;
 
 use anyhow::{ensure, Context, Result};
+use candle_core::Tensor;
 use candle_sfattention::CacheOptions;
 use serde::Serialize;
 
@@ -11,6 +12,7 @@ use crate::args::{GenerateArgs, DEFAULT_MODEL};
 use crate::compression::Compression;
 use crate::draft;
 use crate::load::Checkpoint;
+use crate::ranks::Ranks;
 use crate::report::{check_path, write_json, RunReport};
 use crate::sampling::Sampler;
 use crate::session::Session;
@@ -32,26 +34,33 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     check_path("json", args.model.json.as_deref())?;
     check_path("stats", args.stats.as_deref())?;
     args.cache.check()?;
+    args.ranks.run(&args.model, |ranks| run_on(args, ranks))
+}
+
+fn run_on(args: &GenerateArgs, ranks: &Ranks) -> Result<()> {
     let mut sampler = Sampler::new(args.temperature, args.top_p, args.seed)?;
     let compression = Compression::from_args(&args.compression)?;
-    let cached = keeps_cache(args, &compression)?;
+    let cached = keeps_cache(args, &compression, ranks)?;
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
     let prompt = encode_prompt(&checkpoint, &args.prompt, args.chat)?;
-    let attention = compression.attention(&checkpoint.config)?;
+    let attention = compression.attention_of(&checkpoint.config, ranks)?;
     let format = args.model.step_format();
-    let model = checkpoint.load_formed(attention, &|linear| format.with_step(linear))?;
-    compression.check_weights(&model.fingerprint()?);
+    let model = checkpoint.load_shard(attention, &|linear| format.with_step(linear), ranks)?;
+    compression.check_weights(&model.fingerprint()?, ranks);
     let mut session = match cached {
         true => Session::cached(&model, &cache_options(args), args.cache.prefill_chunk)?,
         false => Session::recomputed(&model),
     };
 
     let start = Instant::now();
-    write!(stdout(), "{}", if args.chat { "" } else { &args.prompt })?;
-    let (text, tokens) = generate(&mut session, &checkpoint, &prompt, args, &mut sampler)?;
+    write!(ranks.stdout(), "{}", if args.chat { "" } else { &args.prompt })?;
+    let (text, tokens) = generate(&mut session, &checkpoint, &prompt, args, &mut sampler, ranks)?;
     let seconds = start.elapsed().as_secs_f64();
-    let stats = session.stats(tokens);
-    let out = &mut stderr().lock();
+    let stats = session.stats(tokens)?;
+    if !ranks.is_first() {
+        return Ok(());
+    }
+    let out = &mut ranks.stderr();
     writeln!(out)?;
     stats.print(out)?;
     if args.model.model == DEFAULT_MODEL {
@@ -75,7 +84,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
 }
 
 /// Whether keys and values are kept. The rule reference cannot keep them; a note says so.
-fn keeps_cache(args: &GenerateArgs, compression: &Compression) -> Result<bool> {
+fn keeps_cache(args: &GenerateArgs, compression: &Compression, ranks: &Ranks) -> Result<bool> {
     let causal = compression.config.rule.is_causal();
     if let Some(count) = args.draft {
         ensure!(
@@ -100,7 +109,7 @@ fn keeps_cache(args: &GenerateArgs, compression: &Compression) -> Result<bool> {
         "kv-dtype: expected a rule that can keep a cache, got reference, whose rows see the future; use --rule causal"
     );
     writeln!(
-        stderr(),
+        ranks.stderr(),
         "note: the rule reference keeps no cache, as its rows see the future: every step runs the whole sequence again"
     )?;
     Ok(false)
@@ -146,8 +155,10 @@ fn generate(
     prompt: &[u32],
     args: &GenerateArgs,
     sampler: &mut Sampler,
+    ranks: &Ranks,
 ) -> Result<(String, usize)> {
-    let out = &mut stdout().lock();
+    let out = &mut ranks.stdout();
+    let mut sample = |logits: &Tensor| ranks.agreed(sampler.sample(logits)?);
     // An answer is a text of its own; other text continues the prompt.
     let before = if args.chat { &[] } else { prompt };
     let mut stream = TextStream::new(&checkpoint.text.tokenizer, before)?;
@@ -163,18 +174,21 @@ fn generate(
     );
     'text: while tokens.len() < most {
         if tokens.len() >= context {
-            writeln!(stderr(), "\nnote: stopped at the model's context of {context} tokens")?;
+            writeln!(
+                ranks.stderr(),
+                "\nnote: stopped at the model's context of {context} tokens"
+            )?;
             break;
         }
         let chosen = match tokens[prompt.len()..].last() {
-            None => vec![sampler.sample(&session.prefill(prompt, |_| ())?)?],
+            None => vec![sample(&session.prefill(prompt, |_| ())?)?],
             Some(last) => match args.draft {
-                None => vec![sampler.sample(&session.step(*last)?)?],
+                None => vec![sample(&session.step(*last)?)?],
                 Some(count) => {
                     // One more token than the draft's comes of it.
                     let room = most.min(context) - tokens.len() - 1;
                     let draft = draft_before_end(&tokens, count.min(room), &checkpoint.text.ends);
-                    session.step_drafted(*last, &draft, |logits| sampler.sample(logits))?
+                    session.step_drafted(*last, &draft, &mut sample)?
                 }
             },
         };

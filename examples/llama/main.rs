@@ -21,6 +21,7 @@ mod place;
 mod plot;
 mod probe;
 mod random;
+mod ranks;
 mod report;
 mod rope;
 mod sampling;

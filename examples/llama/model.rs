@@ -14,6 +14,8 @@ mod layer;
 mod layer_options;
 #[path = "model/norm.rs"]
 mod norm;
+#[path = "model/shard.rs"]
+mod shard;
 
 #[allow(unused_imports)] // not read where no checkpoint is loaded
 pub use config::MOST_LAYERS;
@@ -30,6 +32,8 @@ use candle_sfattention::{attend, AttentionOptions, CacheOptions, CompressedAtten
 
 use self::layer::{fitted, rotated, Layer};
 use self::norm::Norm;
+use self::shard::ShardWeights;
+use crate::ranks::Ranks;
 use crate::rope::{Rope, Rotation};
 use crate::weights::{Linear, Pass, Weights};
 
@@ -81,6 +85,8 @@ pub struct Llama {
     rope: Rope,
     /// Of the layers that slide, where it is another one.
     sliding_rope: Option<Rope>,
+    /// The rank whose heads these are.
+    ranks: Ranks,
 }
 
 /// The rotations of some positions: those of layers that see all tokens, and of layers that slide.
@@ -92,6 +98,29 @@ struct Rotations {
 impl Llama {
     /// Loads every weight; `attention` holds one entry per layer, whose scale, softcap and window become the model's.
     pub fn load(weights: &mut dyn Weights, config: &LlamaConfig, attention: Vec<CompressedAttention>) -> Result<Self> {
+        Self::load_shard(weights, config, attention, &Ranks::default())
+    }
+
+    /// As [`Self::load`], the shard of one rank; `config` is the whole model's, `attention` that of the rank's heads.
+    pub fn load_shard(
+        weights: &mut dyn Weights,
+        config: &LlamaConfig,
+        attention: Vec<CompressedAttention>,
+        ranks: &Ranks,
+    ) -> Result<Self> {
+        if ranks.world() == 1 {
+            return Self::load_own(weights, config, attention, ranks);
+        }
+        let mut weights = ShardWeights { inner: weights, ranks };
+        Self::load_own(&mut weights, &config.shard(ranks.world())?, attention, ranks)
+    }
+
+    fn load_own(
+        weights: &mut dyn Weights,
+        config: &LlamaConfig,
+        attention: Vec<CompressedAttention>,
+        ranks: &Ranks,
+    ) -> Result<Self> {
         ensure!(
             attention.len() == config.layers,
             "attention: expected {} layers, got {}; give one per layer",
@@ -106,6 +135,7 @@ impl Llama {
                 &format!("model.layers.{index}"),
                 config,
                 fitted(&attention, index, &config.layer)?,
+                ranks,
             )?);
         }
         let head = match config.tied {
@@ -122,6 +152,7 @@ impl Llama {
             options: config.layer.clone(),
             rope: Rope::new(config, weights.dtype(), &weights.device())?,
             sliding_rope: Rope::sliding(config, weights.dtype(), &weights.device()),
+            ranks: ranks.clone(),
         })
     }
 
@@ -319,6 +350,11 @@ impl Llama {
     /// The window of each layer; None of a layer that sees all tokens.
     pub fn windows(&self) -> Vec<Option<usize>> {
         (0..self.layers.len()).map(|layer| self.options.window(layer)).collect()
+    }
+
+    /// The rank whose heads these are.
+    pub fn ranks(&self) -> &Ranks {
+        &self.ranks
     }
 
     /// The device of the model.

@@ -9,6 +9,7 @@ use clap::{Args, ValueEnum};
 use crate::args::DEFAULT_MODEL;
 use crate::load::LoadOptions;
 use crate::place::Place;
+use crate::ranks::{self, Ranks};
 use crate::steps::StepFormat;
 
 #[derive(Debug, Args)]
@@ -74,6 +75,40 @@ pub struct ModelArgs {
     /// Write the results to this file as JSON.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, Args)]
+#[command(next_help_heading = "Ranks")]
+pub struct RankArgs {
+    /// Split the model by KV heads over N ranks, threads of this process on the CPU: each holds its heads' matrices,
+    /// its part of the feed-forward matrices, and its heads' caches, and all compute together. Results are those of
+    /// one rank, to rounding. N must divide the KV heads and the inner numbers of the feed-forward part.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub tensor_parallel: usize,
+}
+
+impl RankArgs {
+    /// Runs `each` on every rank; returns the first one's result.
+    ///
+    /// # Errors
+    /// Ranks that the device has no place for, or the error of a rank, which ends all of them.
+    pub fn run<T: Send>(
+        self,
+        model: &ModelArgs,
+        each: impl Fn(&Ranks) -> anyhow::Result<T> + Sync,
+    ) -> anyhow::Result<T> {
+        anyhow::ensure!(
+            self.tensor_parallel > 0,
+            "tensor-parallel: expected at least 1 rank, got 0; 1 runs the whole model"
+        );
+        anyhow::ensure!(
+            self.tensor_parallel == 1 || model.is_on_cpu(),
+            "tensor-parallel: expected 1 on {}, got {}; use --device cpu",
+            model.device(),
+            self.tensor_parallel
+        );
+        ranks::run(self.tensor_parallel, each)
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

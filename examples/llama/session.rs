@@ -71,14 +71,13 @@ impl<'a> Session<'a> {
         let start = Instant::now();
         let output = match &mut self.sequence {
             Sequence::Cached { caches, chunk } => {
-                let windows = self.model.windows();
                 let last = (prompt.len() - 1) / *chunk * *chunk;
                 for tokens in prompt[..last].chunks(*chunk) {
                     self.model.forward_cached(tokens, caches)?;
-                    watch(&KvUse::of(caches, &windows));
+                    watch(&KvUse::of(caches, self.model)?);
                 }
                 let hidden = self.model.forward_cached(&prompt[last..], caches)?;
-                watch(&KvUse::of(caches, &windows));
+                watch(&KvUse::of(caches, self.model)?);
                 Output::of(self.model, hidden, Pass::Prompt)?
             }
             Sequence::Recomputed { tokens, counts } => again(self.model, tokens, prompt, counts)?,
@@ -163,17 +162,17 @@ impl<'a> Session<'a> {
     }
 
     /// The cost of the sequence so far; `generated`: tokens generated, the first of them from the prompt's logits.
-    pub fn stats(&self, generated: usize) -> Stats {
+    pub fn stats(&self, generated: usize) -> Result<Stats> {
         let (kv, hidden) = match &self.sequence {
             Sequence::Cached { caches, .. } => {
-                let kv = KvUse::of(caches, &self.model.windows());
+                let kv = KvUse::of(caches, self.model)?;
                 let hidden = kv.hidden();
                 (Some(kv), hidden)
             }
-            Sequence::Recomputed { counts, .. } => (None, Hidden::of(counts, &self.model.windows())),
+            Sequence::Recomputed { counts, .. } => (None, Hidden::of(counts, self.model)?),
         };
         let speed = |tokens: usize, seconds: f64| (tokens > 0).then(|| tokens as f64 / seconds);
-        Stats {
+        Ok(Stats {
             prompt_tokens: self.prompt_tokens,
             generated_tokens: generated,
             prefill_tokens_per_second: speed(self.prompt_tokens, self.prefill_seconds),
@@ -182,7 +181,7 @@ impl<'a> Session<'a> {
             kv,
             hidden,
             peak_rss_bytes: crate::stats::memory("VmHWM"),
-        }
+        })
     }
 }
 

@@ -7,7 +7,7 @@ use anyhow::Result;
 use candle_sfattention::CompressedKvCache;
 use serde::{Deserialize, Serialize};
 
-use crate::model::HiddenCounts;
+use crate::model::{HiddenCounts, Llama};
 
 /// Speed, cache and memory of one sequence.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -66,6 +66,55 @@ pub struct SlidingUse {
     pub most_entries: usize,
 }
 
+/// The caches of one layer, of all ranks: whole numbers, as ranks exchange them.
+#[derive(Clone, Copy, Default)]
+struct CacheUse {
+    lists: f64,
+    /// Of all lists.
+    entries: f64,
+    /// Of the longest list.
+    most_entries: f64,
+    bytes: f64,
+    bytes_dense: f64,
+}
+
+impl CacheUse {
+    const NUMBERS: usize = 5;
+
+    fn of(cache: &CompressedKvCache) -> Self {
+        let lens = cache.lens().concat();
+        Self {
+            lists: lens.len() as f64,
+            entries: lens.iter().sum::<usize>() as f64,
+            most_entries: lens.iter().copied().max().unwrap_or(0) as f64,
+            bytes: cache.bytes() as f64,
+            bytes_dense: cache.bytes_dense() as f64,
+        }
+    }
+
+    fn numbers(self) -> [f64; Self::NUMBERS] {
+        [
+            self.lists,
+            self.entries,
+            self.most_entries,
+            self.bytes,
+            self.bytes_dense,
+        ]
+    }
+
+    /// Adds the [`Self::numbers`] of a rank.
+    fn add(&mut self, numbers: &[f64]) {
+        let &[lists, entries, most_entries, bytes, bytes_dense] = numbers else {
+            return;
+        };
+        self.lists += lists;
+        self.entries += entries;
+        self.most_entries = self.most_entries.max(most_entries);
+        self.bytes += bytes;
+        self.bytes_dense += bytes_dense;
+    }
+}
+
 /// The part of the tokens that is hidden.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Hidden {
@@ -79,22 +128,28 @@ pub struct Hidden {
 }
 
 impl KvUse {
-    /// `windows`: each layer's, as [`crate::model::Llama::windows`] gives them.
-    pub fn of(caches: &[CompressedKvCache], windows: &[Option<usize>]) -> Self {
-        let sum = |bytes: fn(&CompressedKvCache) -> usize| caches.iter().map(bytes).sum();
-        let entries = |cache: &CompressedKvCache| {
-            let lens = cache.lens().concat();
-            lens.iter().sum::<usize>() as f64 / lens.len().max(1) as f64
-        };
-        let kv_tokens = caches.first().map_or(0, CompressedKvCache::seq_len);
-        Self {
-            kv_tokens,
-            kv_bytes: sum(CompressedKvCache::bytes),
-            kv_bytes_dense: sum(CompressedKvCache::bytes_dense),
-            entries_per_layer: caches.iter().map(entries).collect(),
-            sliding: SlidingUse::of(caches, windows),
-            windows: windows.to_vec(),
+    /// Of one cache per layer on every rank of the model.
+    pub fn of(caches: &[CompressedKvCache], model: &Llama) -> Result<Self> {
+        let own = caches.iter().flat_map(|cache| CacheUse::of(cache).numbers());
+        let mut layers = vec![CacheUse::default(); caches.len()];
+        for numbers in model.ranks().gather(own.collect())? {
+            for (layer, numbers) in layers.iter_mut().zip(numbers.chunks_exact(CacheUse::NUMBERS)) {
+                layer.add(numbers);
+            }
         }
+        let sum = |bytes: fn(&CacheUse) -> f64| layers.iter().map(bytes).sum::<f64>() as usize;
+        let windows = model.windows();
+        Ok(Self {
+            kv_tokens: caches.first().map_or(0, CompressedKvCache::seq_len),
+            kv_bytes: sum(|layer| layer.bytes),
+            kv_bytes_dense: sum(|layer| layer.bytes_dense),
+            entries_per_layer: layers
+                .iter()
+                .map(|layer| layer.entries / layer.lists.max(1.0))
+                .collect(),
+            sliding: SlidingUse::of(&layers, &windows),
+            windows,
+        })
     }
 
     /// Bytes / dense bytes.
@@ -118,15 +173,14 @@ impl KvUse {
 }
 
 impl SlidingUse {
-    fn of(caches: &[CompressedKvCache], windows: &[Option<usize>]) -> Option<Self> {
+    fn of(caches: &[CacheUse], windows: &[Option<usize>]) -> Option<Self> {
         let window = windows.iter().flatten().max()?;
         let slides = || caches.iter().zip(windows).filter(|(_, window)| window.is_some());
-        let entries = |cache: &CompressedKvCache| cache.lens().concat().into_iter().max().unwrap_or(0);
         Some(Self {
             layers: slides().count(),
             window: *window,
-            kv_bytes: slides().map(|(cache, _)| cache.bytes()).sum(),
-            most_entries: slides().map(|(cache, _)| entries(cache)).max().unwrap_or(0),
+            kv_bytes: slides().map(|(cache, _)| cache.bytes).sum::<f64>() as usize,
+            most_entries: slides().map(|(cache, _)| cache.most_entries).fold(0.0, f64::max) as usize,
         })
     }
 
@@ -146,9 +200,10 @@ impl SlidingUse {
 }
 
 impl Hidden {
-    /// `windows`: each layer's, as [`crate::model::Llama::windows`] gives them.
-    pub fn of(counts: &HiddenCounts, windows: &[Option<usize>]) -> Self {
-        Self::new(counts.ratio(), counts.ratio_per_layer(), windows)
+    /// Of the counts of every rank of the model.
+    pub fn of(counts: &HiddenCounts, model: &Llama) -> Result<Self> {
+        let counts = counts.over(model.ranks())?;
+        Ok(Self::new(counts.ratio(), counts.ratio_per_layer(), &model.windows()))
     }
 
     fn new(ratio: f64, per_layer: Vec<f64>, windows: &[Option<usize>]) -> Self {

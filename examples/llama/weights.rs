@@ -1,9 +1,10 @@
 //! Weights of a model: their source, and matrices as floats or still quantized.
 
 use std::fmt::Debug;
+use std::ops::Range;
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{bail, Context, Result};
 use candle_core::quantized::{GgmlDType, QMatMul};
 use candle_core::{DType, Device, Module, Tensor};
 
@@ -23,12 +24,67 @@ pub trait Weights {
     fn table(&mut self, path: &str, rows: usize, columns: usize) -> Result<Linear>;
     /// The matrix `PATH.weight` of shape `(rows, columns)`, and `PATH.bias` of shape `(rows)` if it exists.
     fn linear(&mut self, path: &str, rows: usize, columns: usize) -> Result<Linear>;
+    /// A part of the matrix `PATH.weight` of shape `(rows, columns)`, and its bias. This one reads the whole matrix,
+    /// which must be floats, and keeps the part.
+    fn part(&mut self, path: &str, [rows, columns]: [usize; 2], part: &Part) -> Result<Linear> {
+        part.of(&self.linear(path, rows, columns)?)
+            .with_context(|| path.to_string())
+    }
     /// The vector `PATH.weight`.
     fn vector(&mut self, path: &str, len: usize) -> Result<Tensor>;
     /// The vector `PATH.bias`.
     fn bias(&mut self, path: &str, len: usize) -> Result<Tensor>;
     /// An error that names the unread tensors, if there are any: without them the model computes something else.
     fn check_all_read(&mut self) -> Result<()>;
+}
+
+/// A part of a matrix, and of the bias `(rows)` beside it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Some rows, and their biases.
+    Rows(Range<usize>),
+    /// Some columns. Products of all such parts are summed, so that only the first one has the bias.
+    Columns(Range<usize>),
+}
+
+impl Part {
+    /// A copy of the part, which keeps nothing else of the matrix in memory.
+    pub fn cut(&self, matrix: &Tensor) -> Result<Tensor> {
+        let (axis, range) = match self {
+            Self::Rows(rows) => (0, rows),
+            Self::Columns(columns) => (1, columns),
+        };
+        Ok(matrix.narrow(axis, range.start, range.len())?.force_contiguous()?)
+    }
+
+    /// Its rows or columns.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Rows(range) | Self::Columns(range) => range.len(),
+        }
+    }
+
+    /// The part's bias.
+    pub fn bias(&self, bias: Option<Tensor>) -> Result<Option<Tensor>> {
+        let Some(bias) = bias else { return Ok(None) };
+        Ok(match self {
+            Self::Rows(rows) => Some(bias.narrow(0, rows.start, rows.len())?.force_contiguous()?),
+            Self::Columns(columns) => (columns.start == 0).then_some(bias),
+        })
+    }
+
+    /// The part of a matrix of floats.
+    fn of(&self, linear: &Linear) -> Result<Linear> {
+        match linear {
+            Linear::Float(linear) => Ok(Linear::Float(candle_nn::Linear::new(
+                self.cut(linear.weight())?,
+                self.bias(linear.bias().cloned())?,
+            ))),
+            Linear::Quantized { .. } | Linear::Own { .. } | Linear::Split { .. } => {
+                bail!("expected a matrix of floats to take a part of, got one in another form; load the whole model")
+            }
+        }
+    }
 }
 
 /// What a product is for.

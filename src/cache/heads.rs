@@ -12,10 +12,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 impl CompressedKvCache {
-    /// One cache for each of `world` ranks, which goes on with the heads of that rank as this one does with all: that of
-    /// rank r takes query (B, H / world, n, D) and keys and values (B, Hk / world, n, D), heads r·H / world and
-    /// r·Hk / world on. Nothing that is stored is copied. Its strategies are those of [`HeadStrategies::shard`]. On the
-    /// CPU only; saved caches of N ranks load on M ranks by [`Self::load`] of each, [`Self::cat_heads`] and this.
+    /// One cache for each of `world` ranks. Each goes on with its heads as this one does with all: rank r takes the
+    /// query (B, H / world, n, D) from head r·H / world on, and keys and values (B, Hk / world, n, D) from KV head
+    /// r·Hk / world on. Nothing that is stored is copied. The strategies are those of [`HeadStrategies::shard`]. On the
+    /// CPU only.
+    ///
+    /// Saved caches of N ranks load on M ranks: [`Self::load`] each, [`Self::cat_heads`], then this.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};

@@ -15,8 +15,8 @@ pub(crate) fn kv_heads_of(rank: usize, world: usize, kv_heads: usize) -> Result<
     }
     if world > kv_heads {
         bail!(
-            "world: expected at most {kv_heads} ranks, one for each KV head, got {world}; take fewer ranks, as KV heads \
-             are not repeated"
+            "world: expected at most {kv_heads} ranks, one for each KV head, got {world}; take fewer ranks, as KV \
+             heads are not repeated"
         )
     }
     if !kv_heads.is_multiple_of(world) {
@@ -47,7 +47,7 @@ impl<T: Copy + PartialEq> Table<T> {
         }
     }
 
-    /// The columns of all parts, one after another, each of which has this number of heads.
+    /// The columns of all parts, one after another; each part has this number of heads.
     fn joined(parts: &[&Self], heads: usize) -> Result<Self> {
         let (first, total) = (parts[0], heads * parts.len());
         let uniform = |part: &&Self| matches!(part, Self::Uniform(_)) && *part == first;
@@ -105,8 +105,8 @@ impl HeadStrategies {
         ] {
             if let Some(heads) = heads.filter(|heads| !heads.is_multiple_of(kv_heads)) {
                 bail!(
-                    "{what}: expected a multiple of the {kv_heads} KV heads, got {heads} query heads; give the KV heads \
-                     of the layer before it is split"
+                    "{what}: expected a multiple of the {kv_heads} KV heads, got {heads} query heads; give the KV \
+                     heads of the layer before it is split"
                 )
             }
         }

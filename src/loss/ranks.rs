@@ -21,12 +21,12 @@ impl CompressionLossTerms {
     ///
     /// ```
     /// # use candle_core::{Device, Tensor, Var};
-    /// # use candle_sfattention::{compression_loss_terms, CompressionConfig, HeadStrategies, LossNormalizer, MergeStrategy};
+    /// # use candle_sfattention::*;
     /// # let strategies = HeadStrategies::uniform(MergeStrategy::Similarity);
     /// # let config = CompressionConfig::default();
     /// # let q = Var::from_tensor(&Tensor::randn(0f32, 1., (1, 4, 20, 8), &Device::Cpu)?)?;
     /// // 4 heads on 2 ranks, here in one process.
-    /// let of_rank = |rank| {
+    /// let of_rank = |rank: usize| -> candle_core::Result<CompressionLossTerms> {
     ///     let heads = q.narrow(1, rank * 2, 2)?;
     ///     let terms = compression_loss_terms(&heads, &heads, &strategies, &config)?;
     ///     terms.ok_or_else(|| candle_core::Error::msg("no pairs"))

@@ -77,7 +77,7 @@ fn continued(model: &Llama, prompt: &[u32], draft: usize, temperature: f64) -> R
             }
         }
     }
-    let stats = session.stats(TOKENS);
+    let stats = session.stats(TOKENS)?;
     let caches = session.into_caches().context("caches")?;
     Ok(Text {
         tokens: all[prompt.len()..].to_vec(),

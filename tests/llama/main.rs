@@ -65,6 +65,8 @@ mod from_hub;
 mod nan;
 mod packed;
 mod policy;
+#[path = "ranks/mod.rs"]
+mod ranked;
 mod report;
 mod serving;
 mod sliding;

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 
-use crate::weights::{Linear, Weights};
+use crate::weights::{Linear, Part, Weights};
 
 /// Weights whose matrices `form` changes, such as by another form for single tokens.
 pub struct Formed<'w> {
@@ -34,6 +34,10 @@ impl Weights for Formed<'_> {
 
     fn linear(&mut self, path: &str, rows: usize, columns: usize) -> Result<Linear> {
         (self.form)(self.inner.linear(path, rows, columns)?)
+    }
+
+    fn part(&mut self, path: &str, whole: [usize; 2], part: &Part) -> Result<Linear> {
+        (self.form)(self.inner.part(path, whole, part)?)
     }
 
     fn vector(&mut self, path: &str, len: usize) -> Result<Tensor> {

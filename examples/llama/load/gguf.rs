@@ -3,9 +3,9 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 use candle_core::quantized::gguf_file::{Content, Value};
-use candle_core::quantized::{QMatMul, QTensor};
+use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{DType, Device, Tensor};
 use serde_json::json;
 
@@ -15,7 +15,7 @@ use super::gguf_tensors::{self, Tensors};
 use super::gguf_tokenizer::text;
 use super::text::{Edge, Text};
 use super::{Checkpoint, LoadOptions};
-use crate::weights::{Linear, Weights};
+use crate::weights::{Linear, Part, Weights};
 
 /// The options are those of [`Checkpoint::open`].
 pub fn open(path: &Path, options: LoadOptions) -> Result<Checkpoint> {
@@ -167,6 +167,33 @@ impl Weights for GgufWeights {
         };
         let bias = bias.map(|bias| self.floats(&bias)).transpose()?;
         self.product(weight, bias)
+    }
+
+    /// Reads only the part.
+    fn part(&mut self, path: &str, whole: [usize; 2], part: &Part) -> Result<Linear> {
+        let name = self.architecture.tensor(path);
+        let weight = format!("{name}.weight");
+        let weight = match self.tensors.read_part(&weight, whole, part)? {
+            Some(blocks) => blocks,
+            // A rank's columns begin or end within a block.
+            None if self.options.dequantize || !self.options.device.is_cpu() => {
+                let floats = part.cut(&self.tensors.read(&weight, &whole)?.dequantize(&Device::Cpu)?)?;
+                QTensor::quantize(&floats, GgmlDType::F32)?
+            }
+            None => bail!(
+                "{weight}: expected columns of a rank in whole blocks of the file, got {} of {}; give --dequantize, or \
+                 fewer ranks",
+                part.len(),
+                whole[1]
+            ),
+        };
+        let bias = format!("{name}.bias");
+        let bias = match self.tensors.shape(&bias) {
+            Some(_) => Some(self.tensors.read(&bias, &whole[..1])?),
+            None => None,
+        };
+        let bias = bias.map(|bias| self.floats(&bias)).transpose()?;
+        self.product(weight, part.bias(bias)?)
     }
 
     fn vector(&mut self, path: &str, len: usize) -> Result<Tensor> {

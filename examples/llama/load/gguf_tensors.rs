@@ -2,10 +2,12 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, ensure, Context, Result};
+use candle_core::quantized::ggml_file::qtensor_from_ggml;
 use candle_core::quantized::gguf_file::{Content, TensorInfo};
 use candle_core::quantized::QTensor;
 use candle_core::{Device, Shape};
@@ -13,6 +15,7 @@ use candle_core::{Device, Shape};
 use super::gguf::count_or;
 use super::gguf_header::{Entry, Header};
 use super::unread::Unread;
+use crate::weights::Part;
 
 pub struct Tensors {
     parts: Vec<(PathBuf, BufReader<File>)>,
@@ -87,6 +90,11 @@ fn part_paths(path: &Path, number: usize, count: usize) -> Result<Vec<PathBuf>> 
     Ok(paths)
 }
 
+/// The bytes of numbers in whole blocks.
+fn bytes_of(entry: &Entry, numbers: usize) -> usize {
+    numbers / entry.dtype.block_size() * entry.dtype.type_size()
+}
+
 /// Checks that a further part belongs to the first, and has no metadata that the first lacks.
 fn check_part(first: &Content, part: &Content, number: usize, count: usize) -> Result<()> {
     let got = (count_or(part, "split.no", 0)?, count_or(part, "split.count", 1)?);
@@ -141,25 +149,76 @@ impl Tensors {
 
     /// Reads the tensor, which must have this shape, and marks it as read.
     pub fn read(&mut self, name: &str, shape: &[usize]) -> Result<QTensor> {
+        let (file, entry) = self.checked(name, shape)?;
+        let tensor = self.read_rows(file, &entry, 0..shape[0]);
+        self.unread.take(name);
+        tensor.with_context(|| format!("{}: {name}", self.parts[file].0.display()))
+    }
+
+    /// As [`Self::read`], a part of the matrix. Of columns that begin or end within a block, nothing is read.
+    pub fn read_part(&mut self, name: &str, shape: [usize; 2], part: &Part) -> Result<Option<QTensor>> {
+        let (file, entry) = self.checked(name, &shape)?;
+        let block = entry.dtype.block_size();
+        let edges = match part {
+            Part::Rows(_) => [0, shape[1]],
+            Part::Columns(columns) => [columns.start, columns.end],
+        };
+        if edges.iter().any(|edge| !edge.is_multiple_of(block)) {
+            return Ok(None);
+        }
+        let tensor = match part {
+            Part::Rows(rows) => self.read_rows(file, &entry, rows.clone()),
+            Part::Columns(columns) => self.read_columns(file, &entry, columns.clone()),
+        };
+        self.unread.take(name);
+        let tensor = tensor.with_context(|| format!("{}: {name}", self.parts[file].0.display()))?;
+        Ok(Some(tensor))
+    }
+
+    /// The part of the file that holds a tensor, and its entry there, which must have this shape.
+    fn checked(&self, name: &str, shape: &[usize]) -> Result<(usize, Entry)> {
         let first = self.parts[0].0.display();
         let Some((part, entry)) = self.entries.get(name) else {
             bail!("{first}: expected {name} of shape {shape:?}, found none; fetch the checkpoint again")
         };
-        let (path, file) = &mut self.parts[*part];
         ensure!(
             entry.shape == shape,
             "{}: {name}: expected shape {shape:?}, got {:?}; the file is damaged",
-            path.display(),
+            self.parts[*part].0.display(),
             entry.shape
         );
+        Ok((*part, entry.clone()))
+    }
+
+    /// Some rows, which lie one after another.
+    fn read_rows(&mut self, file: usize, entry: &Entry, rows: Range<usize>) -> Result<QTensor> {
+        let mut shape = entry.shape.clone();
+        let row = shape[1..].iter().product::<usize>();
+        shape[0] = rows.len();
         let info = TensorInfo {
             ggml_dtype: entry.dtype,
-            shape: Shape::from(entry.shape.clone()),
-            offset: entry.start,
+            shape: Shape::from(shape),
+            offset: entry.start + bytes_of(entry, rows.start * row) as u64,
         };
-        let tensor = info.read(file, 0, &Device::Cpu);
-        self.unread.take(name);
-        tensor.with_context(|| format!("{}: {name}", path.display()))
+        Ok(info.read(&mut self.parts[file].1, 0, &Device::Cpu)?)
+    }
+
+    /// Some columns, in whole blocks.
+    fn read_columns(&mut self, file: usize, entry: &Entry, columns: Range<usize>) -> Result<QTensor> {
+        let (rows, width) = (entry.shape[0], entry.shape[1]);
+        let (file, own) = (&mut self.parts[file].1, bytes_of(entry, columns.len()));
+        let mut blocks = vec![0; rows * own];
+        for (row, blocks) in blocks.chunks_exact_mut(own).enumerate() {
+            let start = entry.start + bytes_of(entry, row * width + columns.start) as u64;
+            file.seek(SeekFrom::Start(start))?;
+            file.read_exact(blocks)?;
+        }
+        Ok(qtensor_from_ggml(
+            entry.dtype,
+            &blocks,
+            vec![rows, columns.len()],
+            &Device::Cpu,
+        )?)
     }
 
     /// An error that names the unread tensors, if there are any.

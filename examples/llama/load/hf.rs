@@ -18,7 +18,7 @@ use super::hf_tokenizer::{text, TextFiles};
 use super::hub::Hub;
 use super::Checkpoint;
 use crate::model::LlamaConfig;
-use crate::weights::{Linear, Weights};
+use crate::weights::{Linear, Part, Weights};
 
 /// The files of one checkpoint on this machine.
 pub struct Files {
@@ -222,6 +222,17 @@ impl Weights for HfWeights {
             false => None,
         };
         Ok(Linear::Float(candle_nn::Linear::new(weight, bias)))
+    }
+
+    /// Reads only the part, but for a matrix of FP8 with scales.
+    fn part(&mut self, path: &str, whole: [usize; 2], part: &Part) -> Result<Linear> {
+        let weight = self.tensors.read_part(&format!("{path}.weight"), &whole, part)?;
+        let weight = weight.to_dtype(self.dtype)?.to_device(&self.device)?;
+        let bias = match self.config.has_bias(path) {
+            true => Some(self.get(&format!("{path}.bias"), &whole[..1])?),
+            false => None,
+        };
+        Ok(Linear::Float(candle_nn::Linear::new(weight, part.bias(bias)?)))
     }
 
     fn vector(&mut self, path: &str, len: usize) -> Result<Tensor> {

@@ -2,14 +2,15 @@
 
 use std::path::PathBuf;
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{anyhow, bail, ensure, Context, Result};
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device, Tensor};
-use safetensors::tensor::TensorView;
+use safetensors::tensor::{Dtype, TensorView};
 
 use super::fp8::{is_of_activations, scaled, Quantization};
 use super::hf_text_part::Names;
 use super::unread::Unread;
+use crate::weights::Part;
 
 pub struct Tensors {
     /// The tensors' origin, for messages.
@@ -81,6 +82,37 @@ impl Tensors {
 
     /// Reads the tensor as floats on the CPU; it must have this shape, and then counts as read, with its scale.
     pub fn read(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let kind = self.checked(name, shape)?;
+        let tensor = self.load(name)?;
+        match kind {
+            Dtype::F8_E4M3 => self
+                .scaled(name, &tensor)
+                .with_context(|| format!("{}: {name}", self.name)),
+            _ => Ok(tensor),
+        }
+    }
+
+    /// As [`Self::read`], a part of the matrix: no other part is read from the file, unless FP8 has scales for blocks.
+    pub fn read_part(&mut self, name: &str, shape: &[usize], part: &Part) -> Result<Tensor> {
+        let kind = self.checked(name, shape)?;
+        let Some(view) = self.view(name).filter(|_| kind != Dtype::F8_E4M3) else {
+            return part.cut(&self.read(name, shape)?);
+        };
+        let slices = match part {
+            Part::Rows(rows) => view.sliced_data(&[rows.clone().into(), (..).into()]),
+            Part::Columns(columns) => view.sliced_data(&[(..).into(), columns.clone().into()]),
+        };
+        let slices = slices.map_err(|error| anyhow!("{}: {name}: {error:?}", self.name))?;
+        let shape = slices.newshape();
+        let bytes = slices.collect::<Vec<&[u8]>>().concat();
+        let tensor = Tensor::from_raw_buffer(&bytes, kind.try_into()?, &shape, &Device::Cpu)?;
+        let held = self.names.held(name);
+        self.unread.take(&held);
+        Ok(tensor)
+    }
+
+    /// The kind of numbers of a tensor, which must be floats of this shape.
+    fn checked(&self, name: &str, shape: &[usize]) -> Result<Dtype> {
         let Some(view) = self.view(name) else {
             bail!(
                 "{}: expected {name} of shape {shape:?}, found none; fetch the checkpoint again",
@@ -94,20 +126,14 @@ impl Tensors {
             view.shape()
         );
         let kind = view.dtype();
-        use safetensors::Dtype::{BF16, F16, F32, F64, F8_E4M3};
+        use Dtype::{BF16, F16, F32, F64, F8_E4M3};
         ensure!(
             matches!(kind, F64 | F32 | F16 | BF16 | F8_E4M3),
             "{}: {name}: expected F64, F32, F16, BF16 or F8_E4M3, got {kind:?}, which is not supported; use the \
              unquantized checkpoint or a GGUF file",
             self.name
         );
-        let tensor = self.load(name)?;
-        match kind {
-            F8_E4M3 => self
-                .scaled(name, &tensor)
-                .with_context(|| format!("{}: {name}", self.name)),
-            _ => Ok(tensor),
-        }
+        Ok(kind)
     }
 
     /// FP8 values times their scale; the plain values without `quantization_config` and scale.

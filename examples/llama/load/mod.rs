@@ -27,6 +27,7 @@ use candle_core::{DType, Device};
 use candle_sfattention::CompressedAttention;
 
 use crate::model::{Llama, LlamaConfig};
+use crate::ranks::Ranks;
 use crate::weights::{Linear, Weights};
 
 pub use self::formed::Formed;
@@ -114,7 +115,17 @@ impl Checkpoint {
         attention: Vec<CompressedAttention>,
         form: &dyn Fn(Linear) -> Result<Linear>,
     ) -> Result<Llama> {
-        self.read(|inner, config| Llama::load(&mut Formed { inner, form }, config, attention))
+        self.load_shard(attention, form, &Ranks::default())
+    }
+
+    /// As [`Self::load_formed`], the shard of one rank; `attention` is that of the rank's heads.
+    pub fn load_shard(
+        &mut self,
+        attention: Vec<CompressedAttention>,
+        form: &dyn Fn(Linear) -> Result<Linear>,
+        ranks: &Ranks,
+    ) -> Result<Llama> {
+        self.read(|inner, config| Llama::load_shard(&mut Formed { inner, form }, config, attention, ranks))
     }
 
     /// Gives the weights to `read`, which must read all of them.

@@ -1,6 +1,9 @@
 //! Pairs seen and hidden.
 
+use anyhow::Result;
 use candle_sfattention::MergeStats;
+
+use crate::ranks::Ranks;
 
 /// Pairs seen and hidden, per layer, over all counted calls.
 #[derive(Clone, Debug, Default)]
@@ -16,6 +19,21 @@ impl HiddenCounts {
         let (pairs, hidden) = &mut self.layers[layer];
         *pairs += stats.pairs;
         *hidden += stats.hidden;
+    }
+
+    /// The counts of all ranks.
+    pub fn over(&self, ranks: &Ranks) -> Result<Self> {
+        let own = self
+            .layers
+            .iter()
+            .flat_map(|&(pairs, hidden)| [pairs as f64, hidden as f64]);
+        let mut layers = vec![(0, 0); self.layers.len()];
+        for numbers in ranks.gather(own.collect())? {
+            for (layer, numbers) in layers.iter_mut().zip(numbers.chunks_exact(2)) {
+                *layer = (layer.0 + numbers[0] as usize, layer.1 + numbers[1] as usize);
+            }
+        }
+        Ok(Self { layers })
     }
 
     /// Hidden pairs / pairs, over all heads and layers.

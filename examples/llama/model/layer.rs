@@ -8,6 +8,7 @@ use candle_sfattention::{AttentionOptions, CompressedAttention, CompressedKvCach
 use super::config::LlamaConfig;
 use super::layer_options::{Activation, LayerOptions};
 use super::norm::Norm;
+use crate::ranks::Ranks;
 use crate::rope::Rotation;
 use crate::weights::{Linear, Pass, Weights};
 
@@ -24,6 +25,8 @@ pub struct SelfAttention {
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
+    /// The ranks whose outputs are summed.
+    ranks: Ranks,
 }
 
 impl SelfAttention {
@@ -32,6 +35,7 @@ impl SelfAttention {
         path: &str,
         config: &LlamaConfig,
         attention: CompressedAttention,
+        ranks: &Ranks,
     ) -> Result<Self> {
         let hidden = config.hidden_size;
         let (query_rows, kv_rows) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
@@ -51,6 +55,7 @@ impl SelfAttention {
             heads: config.heads,
             kv_heads: config.kv_heads,
             head_dim: config.head_dim,
+            ranks: ranks.clone(),
         })
     }
 
@@ -120,9 +125,10 @@ impl SelfAttention {
         ])
     }
 
-    /// `(B, heads, N, D) -> (B, N, hidden)`.
+    /// `(B, heads, N, D) -> (B, N, hidden)`, of the heads of all ranks.
     pub fn merge_heads(&self, out: &Tensor, pass: Pass) -> Result<Tensor> {
-        self.output.through(&out.transpose(1, 2)?.flatten_from(2)?, pass)
+        self.ranks
+            .sum(self.output.through(&out.transpose(1, 2)?.flatten_from(2)?, pass)?)
     }
 }
 
@@ -137,16 +143,19 @@ struct Mlp {
     up: Linear,
     down: Linear,
     activation: Activation,
+    /// The ranks whose outputs are summed.
+    ranks: Ranks,
 }
 
 impl Mlp {
-    fn load(weights: &mut dyn Weights, path: &str, config: &LlamaConfig) -> Result<Self> {
+    fn load(weights: &mut dyn Weights, path: &str, config: &LlamaConfig, ranks: &Ranks) -> Result<Self> {
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         Ok(Self {
             gate: weights.linear(&format!("{path}.gate_proj"), inner, hidden)?,
             up: weights.linear(&format!("{path}.up_proj"), inner, hidden)?,
             down: weights.linear(&format!("{path}.down_proj"), hidden, inner)?,
             activation: config.layer.activation,
+            ranks: ranks.clone(),
         })
     }
 
@@ -156,7 +165,8 @@ impl Mlp {
             Activation::Silu => ops::silu(&gate)?,
             Activation::GeluTanh => gate.gelu()?,
         };
-        self.down.through(&(gate * self.up.through(xs, pass)?)?, pass)
+        let inner = (gate * self.up.through(xs, pass)?)?;
+        self.ranks.sum(self.down.through(&inner, pass)?)
     }
 }
 
@@ -178,6 +188,7 @@ impl Layer {
         path: &str,
         config: &LlamaConfig,
         attention: CompressedAttention,
+        ranks: &Ranks,
     ) -> Result<Self> {
         let mut of_stream = |name: &str| Norm::load(weights, &format!("{path}.{name}"), config.hidden_size, config);
         let attention_norm = of_stream("input_layernorm")?;
@@ -192,10 +203,10 @@ impl Layer {
         };
         Ok(Self {
             attention_norm,
-            attention: SelfAttention::load(weights, &format!("{path}.self_attn"), config, attention)?,
+            attention: SelfAttention::load(weights, &format!("{path}.self_attn"), config, attention, ranks)?,
             attention_output_norm,
             mlp_norm,
-            mlp: Mlp::load(weights, &format!("{path}.mlp"), config)?,
+            mlp: Mlp::load(weights, &format!("{path}.mlp"), config, ranks)?,
             mlp_output_norm,
             residual_scale: config.layer.residual_scale,
         })

@@ -163,9 +163,9 @@ pub fn measured(args: &BenchArgs, shape: &Shape, setting: &Setting) -> Result<Me
         Err(error) if is_out_of_memory(&error) => return Ok(Measurement::NotOnThisDevice(one_line(&error))),
         Err(error) => return Err(error),
     }
-    let stats = session.stats(0);
+    let stats = session.stats(0)?;
     let caches = session.into_caches().context("a session with caches")?;
-    let kv = KvUse::of(&caches, &model.windows());
+    let kv = KvUse::of(&caches, &model)?;
     let hidden_of_all = stats.hidden.hidden_ratio_of_whole_layers;
     let hidden_of_all = hidden_of_all.unwrap_or(stats.hidden.hidden_ratio);
     let mut bench = Bench {
