@@ -81,7 +81,7 @@ fn run_on(args: &GenerateArgs, ranks: &Ranks) -> Result<()> {
     );
     let file = args.batch.as_deref().context("batch: expected a file")?;
     let prompts = prompts(file)?;
-    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
+    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options_of(ranks)?)?;
     let encoded = prompts.iter().enumerate().map(|(index, prompt)| {
         encode_prompt(&checkpoint, prompt, args.chat).with_context(|| format!("batch: prompt {}", index + 1))
     });

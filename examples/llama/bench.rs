@@ -139,7 +139,7 @@ fn configurations(args: &BenchArgs) -> Result<Vec<Child>> {
 
 /// Runs one configuration in this process.
 fn measure(args: &BenchArgs, cache: &CacheArgs, compression: Compression, child: Child, ranks: &Ranks) -> Result<Run> {
-    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
+    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options_of(ranks)?)?;
     let tokens = first_tokens(&args.text, &checkpoint, child.prompt + args.decode)?;
     let compression = match child.attention {
         Contender::Dense => compression.dense(),

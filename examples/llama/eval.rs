@@ -43,7 +43,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
 fn run_on(args: &EvalArgs, ranks: &Ranks) -> Result<()> {
     let compression = Compression::from_args(&args.compression)?;
     let text = corpus::read(&args.text)?;
-    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
+    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options_of(ranks)?)?;
     let start = checkpoint.start()?;
     corpus::check_context(args.context, &checkpoint, &start)?;
     let attention = compression.attention_of(&checkpoint.config, ranks)?;

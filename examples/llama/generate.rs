@@ -41,7 +41,7 @@ fn run_on(args: &GenerateArgs, ranks: &Ranks) -> Result<()> {
     let mut sampler = Sampler::new(args.temperature, args.top_p, args.seed)?;
     let compression = Compression::from_args(&args.compression)?;
     let cached = keeps_cache(args, &compression, ranks)?;
-    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options()?)?;
+    let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options_of(ranks)?)?;
     let prompt = encode_prompt(&checkpoint, &args.prompt, args.chat)?;
     let attention = compression.attention_of(&checkpoint.config, ranks)?;
     let format = args.model.step_format();

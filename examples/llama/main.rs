@@ -17,6 +17,8 @@ mod generate;
 mod load;
 mod model;
 mod model_args;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod place;
 mod plot;
 mod probe;

@@ -82,7 +82,8 @@ pub struct ModelArgs {
 pub struct RankArgs {
     /// Split the model by KV heads over N ranks, threads of this process on the CPU: each holds its heads' matrices,
     /// its part of the feed-forward matrices, and its heads' caches, and all compute together. Results are those of
-    /// one rank, to rounding. N must divide the KV heads and the inner numbers of the feed-forward part.
+    /// one rank, to rounding. N must divide the KV heads and the inner numbers of the feed-forward part. In a build
+    /// with --features nccl also on GPUs of one machine, from --device on.
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub tensor_parallel: usize,
 }
@@ -101,13 +102,18 @@ impl RankArgs {
             self.tensor_parallel > 0,
             "tensor-parallel: expected at least 1 rank, got 0; 1 runs the whole model"
         );
-        anyhow::ensure!(
-            self.tensor_parallel == 1 || model.is_on_cpu(),
-            "tensor-parallel: expected 1 on {}, got {}; use --device cpu",
-            model.device(),
-            self.tensor_parallel
-        );
-        ranks::run(self.tensor_parallel, each)
+        match model.device {
+            Place::Cpu => ranks::run(self.tensor_parallel, each),
+            Place::Cuda(_) if self.tensor_parallel == 1 => ranks::run(1, each),
+            #[cfg(feature = "nccl")]
+            Place::Cuda(first) => crate::nccl::run(self.tensor_parallel, first, each),
+            #[cfg(not(feature = "nccl"))]
+            Place::Cuda(_) => anyhow::bail!(
+                "tensor-parallel: expected 1 on {} in this build, got {}; build with --features nccl, or use --device cpu",
+                model.device,
+                self.tensor_parallel
+            ),
+        }
     }
 }
 
@@ -191,6 +197,11 @@ impl ModelArgs {
     /// # Errors
     /// A device that is not there.
     pub fn load_options(&self) -> anyhow::Result<LoadOptions> {
+        self.load_options_of(&Ranks::default())
+    }
+
+    /// As [`Self::load_options`], on the device of one rank.
+    pub fn load_options_of(&self, ranks: &Ranks) -> anyhow::Result<LoadOptions> {
         let quantized = matches!(self.decode_weights, DecodeWeights::Q8_0 | DecodeWeights::Q4k);
         anyhow::ensure!(
             self.device == Place::Cpu || !quantized,
@@ -198,10 +209,14 @@ impl ModelArgs {
              quantized one; leave --decode-weights out",
             self.device
         );
+        let place = match self.device {
+            Place::Cpu => Place::Cpu,
+            Place::Cuda(first) => Place::Cuda(first + ranks.rank()),
+        };
         Ok(LoadOptions {
             dtype: self.dtype(),
             dequantize: self.dequantize,
-            device: self.device.open()?,
+            device: place.open()?,
         })
     }
 }

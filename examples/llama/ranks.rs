@@ -14,7 +14,8 @@ use std::thread;
 use anyhow::{anyhow, ensure, Context, Result};
 use candle_core::Tensor;
 
-use self::threads::{EndedEarly, Meeting, ThreadRank};
+pub use self::threads::ThreadRank;
+use self::threads::{EndedEarly, Meeting};
 
 /// The exchange of one rank with the others. Every rank makes the same calls in the same order.
 pub trait Communicator: Send + Sync {
@@ -32,6 +33,11 @@ pub trait Communicator: Send + Sync {
     /// # Errors
     /// A rank that has ended.
     fn all_gather(&self, numbers: Vec<f64>) -> Result<Vec<Vec<f64>>>;
+    /// Waits until every rank has its results and calls this.
+    ///
+    /// # Errors
+    /// A rank that has ended without.
+    fn finish(&self) -> Result<()>;
 }
 
 /// One rank of a model. The default is the only one.
@@ -98,18 +104,36 @@ impl Ranks {
 /// # Errors
 /// No rank, or the error of a rank.
 pub fn run<T: Send>(world: usize, each: impl Fn(&Ranks) -> Result<T> + Sync) -> Result<T> {
+    run_by(world, |seat| Ok(Arc::new(seat)), each)
+}
+
+/// As [`run`], where `connect` makes each rank's communicator, in its thread. More than one rank is connected.
+///
+/// # Errors
+/// As [`run`], or the error of a connection.
+pub fn run_by<T: Send>(
+    world: usize,
+    connect: impl Fn(ThreadRank) -> Result<Arc<dyn Communicator>> + Sync,
+    each: impl Fn(&Ranks) -> Result<T> + Sync,
+) -> Result<T> {
     ensure!(world > 0, "ranks: expected at least 1, got 0; 1 runs the whole model");
     if world == 1 {
         return each(&Ranks::default());
     }
     let meeting = &Meeting::new(world);
-    let each = &each;
+    let run = &|seat: ThreadRank| {
+        let ranks = connect(seat)?;
+        let result = each(&Ranks(Some(ranks.clone())))?;
+        // What a rank has queued on its device may still need the others.
+        ranks.finish()?;
+        Ok(result)
+    };
     let results: Vec<Result<T>> = thread::scope(|scope| {
         let start = |rank: usize| {
             // The size of a process's own stack.
             let thread = thread::Builder::new().stack_size(8 << 20);
             let seat = ThreadRank::new(rank, meeting.clone());
-            thread.spawn_scoped(scope, move || each(&Ranks(Some(Arc::new(seat)))))
+            thread.spawn_scoped(scope, move || run(seat))
         };
         let started: Vec<_> = (0..world).map(start).collect();
         let end = |(rank, thread): (usize, std::io::Result<thread::ScopedJoinHandle<'_, Result<T>>>)| {

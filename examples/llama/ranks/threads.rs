@@ -29,6 +29,18 @@ struct State {
 enum Part {
     Tensor(Tensor),
     Numbers(Vec<f64>),
+    /// The rank has its results.
+    Finished,
+}
+
+impl Part {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Tensor(_) => "a tensor",
+            Self::Numbers(_) => "numbers",
+            Self::Finished => "the end of one",
+        }
+    }
 }
 
 /// A rank ended while others had more to exchange: the error is its own, or the calls differ.
@@ -129,7 +141,10 @@ impl Communicator for ThreadRank {
                 tensor.dims(),
                 tensor.dtype()
             ),
-            Part::Numbers(_) => bail!("ranks: expected a tensor from each, got numbers; their calls differ"),
+            other => bail!(
+                "ranks: expected a tensor from each, got {}; their calls differ",
+                other.name()
+            ),
         });
         let tensors = tensors.collect::<Result<Vec<_>>>()?;
         // In the order of the ranks on each of them; halves are rounded once.
@@ -148,8 +163,22 @@ impl Communicator for ThreadRank {
         let parts = self.meeting.exchange(self.rank, Part::Numbers(numbers))?;
         let numbers = parts.iter().map(|part| match part {
             Part::Numbers(numbers) => Ok(numbers.clone()),
-            Part::Tensor(_) => bail!("ranks: expected numbers from each, got a tensor; their calls differ"),
+            other => bail!(
+                "ranks: expected numbers from each, got {}; their calls differ",
+                other.name()
+            ),
         });
         numbers.collect()
+    }
+
+    fn finish(&self) -> Result<()> {
+        let parts = self.meeting.exchange(self.rank, Part::Finished)?;
+        match parts.iter().find(|part| !matches!(part, Part::Finished)) {
+            Some(other) => bail!(
+                "ranks: expected the end of each, got {}; their calls differ",
+                other.name()
+            ),
+            None => Ok(()),
+        }
     }
 }
