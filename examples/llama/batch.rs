@@ -86,9 +86,9 @@ fn run_on(args: &GenerateArgs, ranks: &Ranks) -> Result<()> {
         encode_prompt(&checkpoint, prompt, args.chat).with_context(|| format!("batch: prompt {}", index + 1))
     });
     let encoded = encoded.collect::<Result<Vec<_>>>()?;
-    let attention = compression.attention_of(&checkpoint.config, ranks)?;
+    let attention = compression.attention(&checkpoint.config, ranks)?;
     let format = args.model.step_format();
-    let model = checkpoint.load_shard(attention, &|linear| format.with_step(linear), ranks)?;
+    let model = checkpoint.load_formed(attention, &|linear| format.with_step(linear), ranks)?;
     compression.check_weights(&model.fingerprint()?, ranks);
 
     let start = Instant::now();

@@ -49,11 +49,6 @@ struct Row {
 pub fn run(args: &BenchArgs) -> Result<()> {
     check_path("json", args.model.json.as_deref())?;
     if let Some(shape) = args.serving.shape()? {
-        ensure!(
-            args.ranks.tensor_parallel == 1,
-            "tensor-parallel: expected 1 beside --shape, got {}; give --model",
-            args.ranks.tensor_parallel
-        );
         return serving::run(args, shape);
     }
     check_path("svg", args.svg.as_deref())?;
@@ -145,9 +140,9 @@ fn measure(args: &BenchArgs, cache: &CacheArgs, compression: Compression, child:
         Contender::Dense => compression.dense(),
         Contender::Compressed => compression,
     };
-    let attention = compression.attention_of(&checkpoint.config, ranks)?;
+    let attention = compression.attention(&checkpoint.config, ranks)?;
     let format = args.model.step_format();
-    let model = checkpoint.load_shard(attention, &|linear| format.with_step(linear), ranks)?;
+    let model = checkpoint.load_formed(attention, &|linear| format.with_step(linear), ranks)?;
     compression.check_weights(&model.fingerprint()?, ranks);
     // All of them have loaded.
     ranks.gather(Vec::new())?;

@@ -218,14 +218,10 @@ impl Compression {
         }
     }
 
-    /// One attention per layer of a model. One strategy for all heads leaves layers that slide alone: their caches are
-    /// short, and hold the tokens of their window exactly. A file may name strategies for them.
-    pub fn attention(&self, model: &LlamaConfig) -> Result<Vec<CompressedAttention>> {
-        self.attention_of(model, &Ranks::default())
-    }
-
-    /// As [`Self::attention`], of the heads of one rank; `model` is the whole one.
-    pub fn attention_of(&self, model: &LlamaConfig, ranks: &Ranks) -> Result<Vec<CompressedAttention>> {
+    /// One attention per layer of a model, for the heads of one rank; `model` is the whole one. One strategy for all
+    /// heads leaves layers that slide alone: their caches are short, and hold the tokens of their window exactly. A
+    /// file may name strategies for them.
+    pub fn attention(&self, model: &LlamaConfig, ranks: &Ranks) -> Result<Vec<CompressedAttention>> {
         let shape = &model.shape();
         let (rank, world) = (ranks.rank(), ranks.world());
         let own = model.shard(world)?.shape();

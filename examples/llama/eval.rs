@@ -46,7 +46,7 @@ fn run_on(args: &EvalArgs, ranks: &Ranks) -> Result<()> {
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options_of(ranks)?)?;
     let start = checkpoint.start()?;
     corpus::check_context(args.context, &checkpoint, &start)?;
-    let attention = compression.attention_of(&checkpoint.config, ranks)?;
+    let attention = compression.attention(&checkpoint.config, ranks)?;
     let tokens = checkpoint.encode(&text, false)?;
     let windows: Vec<Window> = windows(&tokens, args)?
         .into_iter()
@@ -63,7 +63,7 @@ fn run_on(args: &EvalArgs, ranks: &Ranks) -> Result<()> {
         Some(_) => args.model.step_format(),
         None => StepFormat::Prompt,
     };
-    let model = checkpoint.load_shard(attention, &|linear| format.with_step(linear), ranks)?;
+    let model = checkpoint.load_formed(attention, &|linear| format.with_step(linear), ranks)?;
     compression.check_weights(&model.fingerprint()?, ranks);
 
     let begun = Instant::now();

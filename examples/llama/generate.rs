@@ -43,9 +43,9 @@ fn run_on(args: &GenerateArgs, ranks: &Ranks) -> Result<()> {
     let cached = keeps_cache(args, &compression, ranks)?;
     let mut checkpoint = Checkpoint::open(&args.model.model, args.model.load_options_of(ranks)?)?;
     let prompt = encode_prompt(&checkpoint, &args.prompt, args.chat)?;
-    let attention = compression.attention_of(&checkpoint.config, ranks)?;
+    let attention = compression.attention(&checkpoint.config, ranks)?;
     let format = args.model.step_format();
-    let model = checkpoint.load_shard(attention, &|linear| format.with_step(linear), ranks)?;
+    let model = checkpoint.load_formed(attention, &|linear| format.with_step(linear), ranks)?;
     compression.check_weights(&model.fingerprint()?, ranks);
     let mut session = match cached {
         true => Session::cached(&model, &cache_options(args), args.cache.prefill_chunk)?,

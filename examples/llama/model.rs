@@ -96,13 +96,9 @@ struct Rotations {
 }
 
 impl Llama {
-    /// Loads every weight; `attention` holds one entry per layer, whose scale, softcap and window become the model's.
-    pub fn load(weights: &mut dyn Weights, config: &LlamaConfig, attention: Vec<CompressedAttention>) -> Result<Self> {
-        Self::load_shard(weights, config, attention, &Ranks::default())
-    }
-
-    /// As [`Self::load`], the shard of one rank; `config` is the whole model's, `attention` that of the rank's heads.
-    pub fn load_shard(
+    /// Loads every weight of the shard of one rank. `config` is the whole model's; `attention` holds one entry per
+    /// layer, for the rank's heads, whose scale, softcap and window become the model's.
+    pub fn load(
         weights: &mut dyn Weights,
         config: &LlamaConfig,
         attention: Vec<CompressedAttention>,

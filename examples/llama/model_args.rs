@@ -109,7 +109,8 @@ impl RankArgs {
             Place::Cuda(first) => crate::nccl::run(self.tensor_parallel, first, each),
             #[cfg(not(feature = "nccl"))]
             Place::Cuda(_) => anyhow::bail!(
-                "tensor-parallel: expected 1 on {} in this build, got {}; build with --features nccl, or use --device cpu",
+                "tensor-parallel: expected 1 on {} in this build, got {}; build with --features nccl, or use \
+                 --device cpu",
                 model.device,
                 self.tensor_parallel
             ),

@@ -12,6 +12,7 @@ use serde_json::{json, Value};
 
 use crate::load::{self, Formed, LoadOptions};
 use crate::model::{Llama, LlamaConfig};
+use crate::ranks::Ranks;
 use crate::stats::{gib, memory_available};
 use crate::weights::{Linear, Weights};
 
@@ -108,17 +109,19 @@ impl Shape {
         Ok(())
     }
 
-    /// Draws the weights, each matrix as `form` gives it; `attention` holds one entry per layer.
+    /// Draws the weights, each matrix as `form` gives it; `attention` holds one entry per layer. Every rank draws whole
+    /// matrices, one at a time, and keeps its part, so that all ranks have the weights of one.
     pub fn load(
         &self,
         options: &LoadOptions,
         seed: u64,
         attention: Vec<CompressedAttention>,
         form: &dyn Fn(Linear) -> Result<Linear>,
+        ranks: &Ranks,
     ) -> Result<Llama> {
         let mut inner = RandomWeights::new(&self.config, options, seed)?;
         let inner = &mut inner;
-        Llama::load(&mut Formed { inner, form }, &self.config, attention)
+        Llama::load(&mut Formed { inner, form }, &self.config, attention, ranks)
     }
 }
 

@@ -9,6 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::load::text::Start;
 use crate::model::{HiddenCounts, Llama, LlamaConfig};
+use crate::ranks::Ranks;
 use crate::trainable::Trainable;
 use crate::weights::{Linear, Weights};
 use crate::windows::{self, Purpose};
@@ -59,7 +60,7 @@ impl Evaluator {
         config: &LlamaConfig,
         attention: Vec<CompressedAttention>,
     ) -> Result<HeldOut> {
-        let model = Llama::load(&mut VarWeights(model.vars()), config, attention)?;
+        let model = Llama::load(&mut VarWeights(model.vars()), config, attention, &Ranks::default())?;
         let mut counts = HiddenCounts::default();
         let (mut sum, mut predicted) = (0.0, 0);
         for window in &self.windows {

@@ -21,6 +21,7 @@ use crate::load::hf_tokenizer;
 use crate::model::{check_ids, LlamaConfig};
 use crate::optimizer::AdamW;
 use crate::plot::plot_runs;
+use crate::ranks::Ranks;
 use crate::record::{self, Record, Row, StepLosses};
 use crate::source::{config_json, Framing, Source};
 use crate::trainable::Trainable;
@@ -113,7 +114,7 @@ impl<'a> Run<'a> {
             training.eval_windows,
         )?;
         let settings = settings(args, &compression, &config, &tokenizer, &text.hash)?;
-        let attention = compression.attention(&config)?;
+        let attention = compression.attention(&config, &Ranks::default())?;
         let model = Trainable::new(&config, attention.clone(), training.seed)?;
         let mut optimizer = AdamW::new(vec![model.vars()], training.weight_decay, training.clip)?;
         let mut state = None;

@@ -22,11 +22,12 @@ use anyhow::{bail, ensure, Context, Result};
 use candle_sfattention::{CompressionConfig, Storage};
 use serde::Serialize;
 
-use self::args::{once_each, Part, Setting};
+use self::args::{once_each, BatchSize, Part, Setting};
 use self::measure::{Batch, Calibration, Measurement, Run};
 use super::child::Children;
 use crate::args::BenchArgs;
 use crate::random::Shape;
+use crate::ranks::Ranks;
 use crate::report::write_json;
 use crate::stats::gib;
 
@@ -39,6 +40,8 @@ struct Report {
     parameters: u64,
     device: String,
     dtype: &'static str,
+    /// Over which the model is split.
+    ranks: usize,
     weights_seed: u64,
     /// Steps that are timed, and those before them.
     decode: usize,
@@ -88,13 +91,21 @@ pub fn run(args: &BenchArgs, shape: Shape) -> Result<()> {
         "decode: expected at least 1 token, got 0; 32 is the default"
     );
     args.cache(None)?;
+    let ranks = args.ranks.tensor_parallel;
+    ensure!(
+        ranks == 1 || !args.serving.batch.contains(&BatchSize::Largest),
+        "batch: expected numbers of rows beside --tensor-parallel {ranks}, got max, for which each rank may find \
+         another answer; give them with --batch"
+    );
+    shape.config.shard(ranks)?;
     match &args.serving.part {
         Some(Part::Calibrate { tokens, folder }) => {
             let all = measure::calibrated(args, &shape, *tokens, folder)?;
             Ok(serde_json::to_writer(stdout().lock(), &all)?)
         }
         Some(Part::Measure(setting)) => {
-            let measured = measure::measured(args, &shape, setting)?;
+            let measure = |ranks: &Ranks| measure::measured(args, &shape, setting, ranks);
+            let measured = args.ranks.run(&args.model, measure)?;
             Ok(serde_json::to_writer(stdout().lock(), &measured)?)
         }
         None => {
@@ -154,6 +165,7 @@ fn measured(args: &BenchArgs, shape: Shape) -> Result<Report> {
         shape: shape.name,
         device: args.model.device(),
         dtype: args.model.dtype().as_str(),
+        ranks: args.ranks.tensor_parallel,
         weights_seed: args.serving.weights_seed,
         decode: args.decode,
         warm_up: rows::WARM_UP,

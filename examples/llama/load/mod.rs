@@ -106,26 +106,19 @@ impl Checkpoint {
 
     /// Loads the weights; `attention` holds one entry per layer.
     pub fn load(&mut self, attention: Vec<CompressedAttention>) -> Result<Llama> {
-        self.load_formed(attention, &|linear| Ok(linear.into_prompt()))
+        let whole = Ranks::default();
+        self.load_formed(attention, &|linear| Ok(linear.into_prompt()), &whole)
     }
 
-    /// As [`Self::load`], with each matrix as `form` gives it, such as with another form for single tokens.
+    /// As [`Self::load`], with each matrix as `form` gives it, such as with another form for single tokens; the shard
+    /// of one rank. `attention` is that of the rank's heads.
     pub fn load_formed(
-        &mut self,
-        attention: Vec<CompressedAttention>,
-        form: &dyn Fn(Linear) -> Result<Linear>,
-    ) -> Result<Llama> {
-        self.load_shard(attention, form, &Ranks::default())
-    }
-
-    /// As [`Self::load_formed`], the shard of one rank; `attention` is that of the rank's heads.
-    pub fn load_shard(
         &mut self,
         attention: Vec<CompressedAttention>,
         form: &dyn Fn(Linear) -> Result<Linear>,
         ranks: &Ranks,
     ) -> Result<Llama> {
-        self.read(|inner, config| Llama::load_shard(&mut Formed { inner, form }, config, attention, ranks))
+        self.read(|inner, config| Llama::load(&mut Formed { inner, form }, config, attention, ranks))
     }
 
     /// Gives the weights to `read`, which must read all of them.

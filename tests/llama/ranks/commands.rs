@@ -172,6 +172,42 @@ fn bench_of_three_ranks_holds_as_many_bytes() {
     }
 }
 
+/// Random weights are those of one rank, whatever the ranks.
+#[test]
+fn serving_on_three_ranks_holds_as_many_bytes() {
+    let shape = Fixture::get().path("ranks-shape.json");
+    fs::copy(format!("{}/config.json", model("biased")), &shape).unwrap();
+    let bench = ["bench", "--shape", &shape, "--random-weights", "--decode", "2"];
+    let [one, three] = both(
+        "serving",
+        &bench,
+        "--context 90 --batch 2,1 --shares 0.5 --kv-dtype f32,i8,f64",
+    );
+    assert_eq!((number(&one, "ranks"), number(&three, "ranks")), (1.0, 3.0));
+    assert_eq!(three["calibrations"], one["calibrations"]);
+    let rows = |report: &Value| report["rows"].as_array().unwrap().clone();
+    assert_eq!(rows(&one).len(), 4 + 4 + 2);
+    for (one, three) in rows(&one).iter().zip(rows(&three)) {
+        for key in [
+            "attention",
+            "batch",
+            "hidden",
+            "hidden_of_all",
+            "prompt_kv_bytes",
+            "prompt_kv_bytes_dense",
+            "not_on_this_device",
+        ] {
+            assert_eq!(three[key], one[key], "{key}");
+        }
+        assert_eq!(three["decoded"]["kv_bytes"], one["decoded"]["kv_bytes"]);
+        // An f32 model has no f64 entries.
+        assert_eq!(one["hidden"].is_null(), one["kv_dtype"] == "f64");
+        if one["kv_dtype"] != "f64" {
+            assert_eq!(number(one, "hidden") > 0.2, one["wanted"].is_number());
+        }
+    }
+}
+
 #[test]
 fn ranks_that_do_not_fit_end_in_one_line() {
     let fixture = Fixture::get();
@@ -203,7 +239,18 @@ fn ranks_that_do_not_fit_end_in_one_line() {
         (
             &["bench", "--shape", "smollm2-135m", "--random-weights"][..],
             "--tensor-parallel 3",
-            ["tensor-parallel: expected 1 beside --shape, got 3", "give --model"],
+            [
+                "batch: expected numbers of rows beside --tensor-parallel 3, got max",
+                "give them with --batch",
+            ],
+        ),
+        (
+            &["bench", "--shape", "llama-3.2-1b", "--random-weights"][..],
+            "--tensor-parallel 3 --batch 1",
+            [
+                "tensor-parallel: expected a divisor of the model's 8 KV heads, got 3 ranks",
+                "take another",
+            ],
         ),
         (
             &eval[..],

@@ -69,7 +69,7 @@ fn outcome(path: &str, world: usize, setting: &Setting) -> Result<Outcome> {
     run(world, |ranks| {
         let mut checkpoint = Checkpoint::open(path, setting.options.clone())?;
         let attention = setting.attention(&checkpoint.config, ranks)?;
-        let model = checkpoint.load_shard(attention, &|linear| Ok(linear.into_prompt()), ranks)?;
+        let model = checkpoint.load_formed(attention, &|linear| Ok(linear.into_prompt()), ranks)?;
         let mut counts = HiddenCounts::default();
         let hidden = model.forward(&TOKENS, &mut counts)?;
         let all = model.logits(&hidden, 0, TOKENS.len())?.flatten_all()?.to_vec1()?;
@@ -237,7 +237,7 @@ fn an_error_of_one_rank_is_the_error_of_the_run() {
         if ranks.rank() == 1 {
             attention.pop();
         }
-        let model = checkpoint.load_shard(attention, &|linear| Ok(linear.into_prompt()), ranks)?;
+        let model = checkpoint.load_formed(attention, &|linear| Ok(linear.into_prompt()), ranks)?;
         model.forward(&TOKENS, &mut HiddenCounts::default())
     });
     let error = format!("{:#}", result.unwrap_err());

@@ -17,8 +17,9 @@ use crate::compression::Compression;
 use crate::corpus::Window;
 use crate::error::one_line;
 use crate::load::text::Start;
-use crate::model::Llama;
+use crate::model::{Llama, LlamaConfig};
 use crate::random::{RandomTokens, Shape};
+use crate::ranks::Ranks;
 use crate::report::write_file;
 use crate::session::Session;
 use crate::stats::KvUse;
@@ -82,7 +83,7 @@ pub fn calibrated(args: &BenchArgs, shape: &Shape, tokens: usize, folder: &Path)
     config.check(true)?;
     let measured = Measured::of(&shape.config)?;
     let calibrator = measured.calibrator(config, &CalibrateArgs::RATIOS)?;
-    let model = load(args, shape, calibrate::dense(shape.config.layers)?)?;
+    let model = load(args, shape, calibrate::dense(shape.config.layers)?, &Ranks::default())?;
     let windows: Vec<Window> = (0..WINDOWS)
         .map(|window| {
             let mut random = RandomTokens::new(&shape.config, args.serving.weights_seed + 1 + window);
@@ -120,19 +121,18 @@ pub fn policy_file(folder: &Path, share: f64) -> PathBuf {
     folder.join(format!("policy-{share}.json"))
 }
 
-fn load(args: &BenchArgs, shape: &Shape, attention: Vec<CompressedAttention>) -> Result<Llama> {
-    let options = args.model.load_options()?;
+fn load(args: &BenchArgs, shape: &Shape, attention: Vec<CompressedAttention>, ranks: &Ranks) -> Result<Llama> {
+    let options = args.model.load_options_of(ranks)?;
     if options.device.is_cpu() {
         shape.check_memory(options.dtype)?;
     }
     let format = args.model.step_format();
-    shape.load(&options, args.serving.weights_seed, attention, &|linear| {
-        format.with_step(linear)
-    })
+    let form = |linear| format.with_step(linear);
+    shape.load(&options, args.serving.weights_seed, attention, &form, ranks)
 }
 
-/// Measures one attention at one context.
-pub fn measured(args: &BenchArgs, shape: &Shape, setting: &Setting) -> Result<Measurement> {
+/// Measures one attention at one context, on each rank; times are the rank's own, bytes those of all.
+pub fn measured(args: &BenchArgs, shape: &Shape, setting: &Setting, ranks: &Ranks) -> Result<Measurement> {
     let cache = args.cache(setting.storage)?;
     let options = cache.options();
     let (attention, config) = match &setting.hidden {
@@ -143,14 +143,15 @@ pub fn measured(args: &BenchArgs, shape: &Shape, setting: &Setting) -> Result<Me
         Some((_, file)) => {
             let text = fs::read_to_string(file).with_context(|| format!("policy {}", file.display()))?;
             let compression = Compression::of_policy(Policy::from_json(&text)?, &file.display().to_string());
-            (compression.attention(&shape.config)?, compression.config)
+            (compression.attention(&shape.config, ranks)?, compression.config)
         }
     };
-    let device = args.model.load_options()?;
-    if let Some(refusal) = refusal(shape, &attention, &options, device.dtype, &device.device) {
+    let device = args.model.load_options_of(ranks)?;
+    let own = shape.config.shard(ranks.world())?;
+    if let Some(refusal) = refusal(&own, &attention, &options, device.dtype, &device.device) {
         return Ok(Measurement::NotOnThisDevice(refusal));
     }
-    let model = load(args, shape, attention)?;
+    let model = load(args, shape, attention, ranks)?;
     let mut random = RandomTokens::new(&shape.config, args.serving.weights_seed);
     let new_session = || Session::cached(&model, &options, cache.prefill_chunk);
     let prompt = random.draw(setting.context);
@@ -160,12 +161,14 @@ pub fn measured(args: &BenchArgs, shape: &Shape, setting: &Setting) -> Result<Me
     let mut session = new_session()?;
     match session.prefill(&prompt, |_| ()) {
         Ok(_) => (),
-        Err(error) if is_out_of_memory(&error) => return Ok(Measurement::NotOnThisDevice(one_line(&error))),
+        Err(error) if has_no_room(&error, ranks) => return Ok(Measurement::NotOnThisDevice(one_line(&error))),
         Err(error) => return Err(error),
     }
     let stats = session.stats(0)?;
     let caches = session.into_caches().context("a session with caches")?;
     let kv = KvUse::of(&caches, &model)?;
+    let allocated: usize = caches.iter().map(CompressedKvCache::bytes_allocated).sum();
+    let allocated: f64 = ranks.gather(vec![allocated as f64])?.concat().iter().sum();
     let hidden_of_all = stats.hidden.hidden_ratio_of_whole_layers;
     let hidden_of_all = hidden_of_all.unwrap_or(stats.hidden.hidden_ratio);
     let mut bench = Bench {
@@ -181,7 +184,7 @@ pub fn measured(args: &BenchArgs, shape: &Shape, setting: &Setting) -> Result<Me
         hidden: of_left(hidden_of_all, setting.context, &config),
         hidden_of_all,
         kv_bytes: kv.kv_bytes,
-        kv_bytes_allocated: caches.iter().map(CompressedKvCache::bytes_allocated).sum(),
+        kv_bytes_allocated: allocated as usize,
         kv_bytes_dense: kv.kv_bytes_dense,
         batches: Vec::new(),
     };
@@ -207,7 +210,7 @@ fn of_left(hidden_of_all: f64, tokens: usize, config: &CompressionConfig) -> f64
 /// Why the device does not store such entries, if it does not: a cache of one token of this model is made, without its
 /// weights.
 fn refusal(
-    shape: &Shape,
+    config: &LlamaConfig,
     attention: &[CompressedAttention],
     options: &CacheOptions,
     dtype: DType,
@@ -215,7 +218,7 @@ fn refusal(
 ) -> Option<String> {
     options.storage?;
     let attempt = || -> Result<()> {
-        let (layer, config) = (attention.first().context("a layer")?, &shape.config);
+        let layer = attention.first().context("a layer")?;
         let token = |heads| Tensor::zeros((1, heads, 1, config.head_dim), dtype, device);
         let (q, kv) = (token(config.heads)?, token(config.kv_heads)?);
         let mut cache = layer.new_cache(options.clone())?;
@@ -223,6 +226,11 @@ fn refusal(
         Ok(())
     };
     attempt().err().map(|error| one_line(&error))
+}
+
+/// Whether one rank's device has no room. Of several ranks each may find another answer, so that it is their error.
+fn has_no_room(error: &anyhow::Error, ranks: &Ranks) -> bool {
+    ranks.world() == 1 && is_out_of_memory(error)
 }
 
 /// Batches of one prompt's rows.
@@ -243,7 +251,7 @@ impl Bench<'_> {
     fn batch(&mut self, prompt: &[CompressedKvCache], rows: usize) -> Result<Batch> {
         let (decoded, limit) = match self.decode(Rows::copies(prompt, rows)) {
             Ok(decoded) => (Some(decoded), None),
-            Err(error) if is_out_of_memory(&error) => (None, Some(one_line(&error))),
+            Err(error) if has_no_room(&error, self.model.ranks()) => (None, Some(one_line(&error))),
             Err(error) => return Err(error).with_context(|| format!("batch {rows}")),
         };
         Ok(Batch {

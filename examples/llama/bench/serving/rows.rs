@@ -25,7 +25,7 @@ pub struct Rows {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Decoded {
     pub rows: usize,
-    /// After the last step, of one row of all layers.
+    /// After the last step, of one row of all layers, on all ranks.
     pub kv_bytes: usize,
     pub kv_bytes_allocated: usize,
     /// The median of a step of all rows.
@@ -104,12 +104,15 @@ impl Rows {
                 }
             }
         }
-        let sum = |bytes: fn(&CompressedKvCache) -> usize| self.caches.iter().map(bytes).sum::<usize>() / self.count;
+        let sum = |bytes: fn(&CompressedKvCache) -> usize| self.caches.iter().map(bytes).sum::<usize>() as f64;
+        let own = vec![sum(CompressedKvCache::bytes), sum(CompressedKvCache::bytes_allocated)];
+        let all = model.ranks().gather(own)?;
+        let of_row = |index: usize| all.iter().map(|rank| rank[index] as usize).sum::<usize>() / self.count;
         let step_seconds = median(whole).context("steps: expected at least one")?;
         Ok(Decoded {
             rows: self.count,
-            kv_bytes: sum(CompressedKvCache::bytes),
-            kv_bytes_allocated: sum(CompressedKvCache::bytes_allocated),
+            kv_bytes: of_row(0),
+            kv_bytes_allocated: of_row(1),
             step_seconds,
             unattended_seconds: median(unattended).context("steps: expected at least one")?,
             tokens_per_second: self.count as f64 / step_seconds,

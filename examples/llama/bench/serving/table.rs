@@ -13,11 +13,15 @@ impl Report {
         let out = &mut stdout().lock();
         writeln!(
             out,
-            "{}: {:.3} billion random weights in {} on {}\n",
+            "{}: {:.3} billion random weights in {} on {}{}\n",
             self.shape,
             self.parameters as f64 / 1e9,
             self.dtype,
-            self.device
+            self.device,
+            match self.ranks {
+                1 => String::new(),
+                ranks => format!(", {ranks} ranks; bytes are those of all"),
+            }
         )?;
         writeln!(
             out,
