@@ -31,7 +31,8 @@
 //! # Features
 //!
 //! `cuda` compiles the CUDA kernels with nvcc, for compute capability 8.0 and above. `cuda-emu` runs the same kernels
-//! on the CPU, for tests. `fit` compiles nalgebra, with which [`calibrate`] fits a [`KeyProbe`]. None is on by default.
+//! on the CPU, for tests. `fit` compiles nalgebra, with which [`calibrate`] fits a [`KeyProbe`]. `nccl` is `cuda` with
+//! NCCL, for the llama example on several GPUs. None is on by default.
 //!
 //! # Layers
 //!

@@ -3,7 +3,7 @@
 
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use anyhow::{anyhow, bail, Context, Result};
 use candle_core::backend::BackendStorage;
@@ -13,14 +13,24 @@ use candle_core::cuda_backend::cudarc::nccl::{result, sys};
 use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Error, Layout, Shape, Tensor};
 
-use crate::ranks::{run_by, Communicator, Ranks, ThreadRank};
+use crate::ranks::{run_by, Communicator, EndedEarly, Ranks, ThreadRank};
 
 /// Runs `each` on `world` ranks, rank r on the GPU `first + r`; see [`crate::ranks::run`].
 ///
 /// # Errors
 /// A GPU that is not there, an error of NCCL, or that of a rank.
 pub fn run<T: Send>(world: usize, first: usize, each: impl Fn(&Ranks) -> Result<T> + Sync) -> Result<T> {
-    let lines = &Arc::new(Lines((0..world).map(|_| Mutex::new(None)).collect()));
+    let lines = &Arc::new(Lines {
+        of_ranks: (0..world).map(|_| Mutex::new(None)).collect(),
+        aborted_by: OnceLock::new(),
+    });
+    let each = |ranks: &Ranks| {
+        each(ranks).map_err(|error| match lines.aborted_by.get() {
+            // A sum that was aborted leaves errors behind on its GPU.
+            Some(rank) => error.context(EndedEarly { rank: *rank }),
+            None => error,
+        })
+    };
     run_by(
         world,
         |seat| {
@@ -38,13 +48,18 @@ struct Line(sys::ncclComm_t);
 // SAFETY: NCCL lets any thread use a communicator, one at a time; the mutex around each sees to that.
 unsafe impl Send for Line {}
 
-/// The ends of all ranks; None before they are connected and after they are aborted.
-struct Lines(Vec<Mutex<Option<Line>>>);
+struct Lines {
+    /// None before a rank is connected and after it is aborted.
+    of_ranks: Vec<Mutex<Option<Line>>>,
+    /// The rank that ended first.
+    aborted_by: OnceLock<usize>,
+}
 
 impl Lines {
     /// Ends all sums that are going on, and refuses more: kernels of the other ranks would wait for this one for ever.
-    fn abort(&self) {
-        for line in &self.0 {
+    fn abort(&self, rank: usize) {
+        self.aborted_by.get_or_init(|| rank);
+        for line in &self.of_ranks {
             let line = line.lock().unwrap_or_else(PoisonError::into_inner).take();
             if let Some(Line(comm)) = line {
                 // SAFETY: `comm` came from `comm_init_rank`, and was taken out of its place: nothing uses it any more.
@@ -85,7 +100,7 @@ impl NcclRank {
             result::comm_init_rank(comm.as_mut_ptr(), world as i32, id, rank as i32).map_err(failed)?;
             comm.assume_init()
         };
-        *lines.0[rank].lock().unwrap_or_else(PoisonError::into_inner) = Some(Line(comm));
+        *lines.of_ranks[rank].lock().unwrap_or_else(PoisonError::into_inner) = Some(Line(comm));
         let rank = Self { seat, lines };
         // NCCL connects by the first sum, for which it waits on the host.
         rank.all_reduce_sum(&Tensor::zeros(1, DType::F32, &device)?)?;
@@ -97,7 +112,7 @@ impl NcclRank {
 impl Drop for NcclRank {
     fn drop(&mut self) {
         // After an error, or once every rank has finished.
-        self.lines.abort();
+        self.lines.abort(self.rank());
     }
 }
 
@@ -115,7 +130,9 @@ impl Communicator for NcclRank {
     }
 
     fn all_reduce_sum(&self, xs: &Tensor) -> Result<Tensor> {
-        let line = self.lines.0[self.rank()].lock().unwrap_or_else(PoisonError::into_inner);
+        let line = self.lines.of_ranks[self.rank()]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let Some(line) = &*line else {
             // Another rank has ended: the error says so.
             self.seat.all_gather(Vec::new())?;

@@ -14,8 +14,8 @@ use std::thread;
 use anyhow::{anyhow, ensure, Context, Result};
 use candle_core::Tensor;
 
-pub use self::threads::ThreadRank;
-use self::threads::{EndedEarly, Meeting};
+use self::threads::Meeting;
+pub use self::threads::{EndedEarly, ThreadRank};
 
 /// The exchange of one rank with the others. Every rank makes the same calls in the same order.
 pub trait Communicator: Send + Sync {

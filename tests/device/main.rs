@@ -12,4 +12,9 @@ mod cache;
 mod fades;
 mod layer;
 mod llama;
+#[cfg(feature = "nccl")]
+#[path = "../../examples/llama/nccl.rs"]
+mod nccl;
+#[cfg(feature = "nccl")]
+mod ranks_on_gpus;
 mod streams;

@@ -46,7 +46,7 @@ impl Part {
 /// A rank ended while others had more to exchange: the error is its own, or the calls differ.
 #[derive(Debug)]
 pub struct EndedEarly {
-    rank: usize,
+    pub rank: usize,
 }
 
 impl fmt::Display for EndedEarly {
