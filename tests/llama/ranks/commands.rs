@@ -2,9 +2,12 @@
 
 use std::fs;
 
+use candle_core::{Device, Tensor};
+use candle_sfattention::{Criterion, KeyProbe, MergeStrategy, Policy};
+use rand::{rngs::StdRng, Rng, SeedableRng};
 use serde_json::{json, Value};
 
-use super::{model, HEADS, LAYERS};
+use super::{model, HEADS, HEAD_DIM, KV_HEADS, LAYERS};
 use crate::binary::{assert_error, llama, number, report, text};
 use crate::fixture::Fixture;
 
@@ -40,6 +43,29 @@ fn policy(model: &str) -> String {
     out
 }
 
+/// The same strategies with a probe in their place: about half of its scores lie below each threshold.
+fn probe_policy(policy: &str) -> String {
+    let path = Fixture::get().path("ranks-probe.json");
+    let mut parts = Policy::from_json(&fs::read_to_string(policy).unwrap())
+        .unwrap()
+        .parts()
+        .clone();
+    let mut rng = StdRng::seed_from_u64(5);
+    let mut random = |shape: &[usize]| {
+        let values = (0..shape.iter().product()).map(|_| rng.random_range(-1f32..1.0));
+        Tensor::from_vec(values.collect::<Vec<_>>(), shape, &Device::Cpu).unwrap()
+    };
+    let weights = random(&[LAYERS, KV_HEADS, HEAD_DIM]);
+    parts.probe = Some(KeyProbe::new(&weights, &random(&[LAYERS, KV_HEADS])).unwrap());
+    parts.config.criterion = Criterion::Given;
+    for layer in &mut parts.layers {
+        layer.strategies = vec![MergeStrategy::Similarity, MergeStrategy::Off, MergeStrategy::Similarity];
+        layer.thresholds = vec![0.1, 0.0, -0.2];
+    }
+    fs::write(&path, Policy::new(parts).unwrap().to_json().unwrap()).unwrap();
+    path
+}
+
 fn strategy_file() -> String {
     let path = Fixture::get().path("ranks-strategies.json");
     let layers = vec![["similarity", "similarity", "off", "off", "difference", "difference"]; LAYERS];
@@ -53,6 +79,7 @@ fn strategy_file() -> String {
 fn eval_of_three_ranks_is_that_of_one() {
     let (model, file) = (model("three"), Fixture::get().path("text.txt"));
     let (policy, strategies) = (policy(&model), strategy_file());
+    let probe = probe_policy(&policy);
     let eval = [
         "eval",
         "--model",
@@ -69,6 +96,7 @@ fn eval_of_three_ranks_is_that_of_one() {
         ("merging", MERGING.into()),
         ("paper", "--preset paper --difference-threshold 0.4".into()),
         ("policy", format!("--strategy {policy}")),
+        ("probe", format!("--strategy {probe}")),
         ("file", format!("--strategy {strategies} --window 8")),
         ("steps", format!("{MERGING} --step 9")),
         ("packed", "--dense --step 9 --decode-weights packed".into()),
