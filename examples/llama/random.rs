@@ -17,7 +17,13 @@ use crate::stats::{gib, memory_available};
 use crate::weights::{Linear, Weights};
 
 /// The shapes that have a name.
-const NAMES: [&str; 4] = ["llama-3.1-8b", "llama-3.2-1b", "smollm2-1.7b", "smollm2-135m"];
+const NAMES: [&str; 5] = [
+    "llama-3.1-8b",
+    "llama-3.2-1b",
+    "qwen2.5-32b",
+    "smollm2-1.7b",
+    "smollm2-135m",
+];
 
 /// The config.json of a shape that has a name.
 fn named(name: &str) -> Option<Value> {
@@ -34,13 +40,20 @@ fn named(name: &str) -> Option<Value> {
             false,
         ),
         "llama-3.2-1b" => ([16, 2048, 8192, 32, 8, 128_256, 131_072], 500_000.0, llama3(32.0), true),
+        "qwen2.5-32b" => (
+            [64, 5120, 27648, 40, 8, 152_064, 32768],
+            1_000_000.0,
+            Value::Null,
+            false,
+        ),
         "smollm2-1.7b" => ([24, 2048, 8192, 32, 32, 49_152, 8192], 130_000.0, Value::Null, true),
         "smollm2-135m" => ([30, 576, 1536, 9, 3, 49_152, 8192], 100_000.0, Value::Null, true),
         _ => return None,
     };
+    let kind = if name.starts_with("qwen2.5") { "qwen2" } else { "llama" };
     let [layers, hidden, inner, heads, kv_heads, vocabulary, context] = sizes;
     Some(json!({
-        "model_type": "llama", "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner,
+        "model_type": kind, "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner,
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary,
         "max_position_embeddings": context, "rms_norm_eps": 1e-5, "rope_theta": theta, "rope_scaling": scaling,
         "tie_word_embeddings": tied

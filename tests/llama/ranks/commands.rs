@@ -273,7 +273,7 @@ fn ranks_that_do_not_fit_end_in_one_line() {
             ],
         ),
         (
-            &["bench", "--shape", "llama-3.2-1b", "--random-weights"][..],
+            &["bench", "--shape", "qwen2.5-32b", "--random-weights"][..],
             "--tensor-parallel 3 --batch 1",
             [
                 "tensor-parallel: expected a divisor of the model's 8 KV heads, got 3 ranks",

@@ -14,9 +14,9 @@ use crate::random::Shape;
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Serving, without a model file")]
 pub struct ServingArgs {
-    /// Measure how a model of this shape serves: llama-3.1-8b, llama-3.2-1b, smollm2-1.7b, smollm2-135m, or the
-    /// config.json of a model of the Llama family. Every context runs dense and with each of --shares hidden, and
-    /// decodes batches of rows that hold memory of their own. Together with --random-weights.
+    /// Measure how a model of this shape serves: llama-3.1-8b, llama-3.2-1b, qwen2.5-32b, smollm2-1.7b, smollm2-135m,
+    /// or the config.json of a model of the Llama family. Every context runs dense and with each of --shares hidden,
+    /// and decodes batches of rows that hold memory of their own. Together with --random-weights.
     #[arg(long, value_name = "NAME_OR_FILE",
           conflicts_with_all = ["model", "text", "prompts", "svg", "child", "dequantize", "strategy", "dense"])]
     shape: Option<String>,
