@@ -103,7 +103,7 @@ impl HeadStrategies {
             ("strategies", self.strategies.heads()),
             ("thresholds", self.thresholds.as_ref().and_then(Table::heads)),
         ] {
-            if let Some(heads) = heads.filter(|heads| !heads.is_multiple_of(kv_heads)) {
+            if let Some(heads) = heads.filter(|heads| *heads == 0 || !heads.is_multiple_of(kv_heads)) {
                 bail!(
                     "{what}: expected a multiple of the {kv_heads} KV heads, got {heads} query heads; give the KV \
                      heads of the layer before it is split"

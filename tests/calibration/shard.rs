@@ -171,6 +171,9 @@ fn splits_that_do_not_fit_are_refused() -> Result<()> {
             assert!(error.to_string().contains(said), "{error}");
         }
     }
+    let none = HeadStrategies::from_tensor(&Tensor::zeros((2, 0), DType::U32, &Device::Cpu)?)?;
+    let error = none.shard(0, 2, 6).unwrap_err().to_string();
+    assert!(error.contains("got 0 query heads"), "{error}");
     let (codes, thresholds) = tables(&[9], 0)?;
     let error = HeadStrategies::from_tensor(&codes)?.shard(0, 2, 6).unwrap_err();
     assert!(
