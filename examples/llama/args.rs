@@ -302,10 +302,10 @@ pub struct BenchArgs {
     /// How this program runs itself: one configuration per process, since a process has one peak of memory.
     #[arg(long, hide = true, value_name = "TOKENS:NAME")]
     pub child: Option<Child>,
-    /// Tokens of the prompt to run at once. Fewer take less memory for activations; the result is the same. A GPU runs
-    /// the whole prompt at once.
-    #[arg(long, default_value_t = 512, value_name = "N", help_heading = "KV cache")]
-    prefill_chunk: usize,
+    /// Tokens of the prompt to run at once. Fewer take less memory for activations; the result is the same. Default:
+    /// 512 on the CPU, 8192 on a GPU.
+    #[arg(long, value_name = "N", help_heading = "KV cache")]
+    prefill_chunk: Option<usize>,
     /// What kept keys and values are stored in: f32, f16, bf16, or on the CPU i8 or f8e4m3 with a scale for each. Only
     /// --shape takes several. Default: the number type of the activations.
     #[arg(long, value_delimiter = ',', value_name = "TYPE,TYPE..", help_heading = "KV cache")]

@@ -173,7 +173,7 @@ impl Sequence {
         let first = match args.max_tokens {
             0 => None,
             _ => {
-                let token = sampler.sample(&session.prefill(&prompt, |_| ())?)?;
+                let token = sampler.sample(&session.prefill(&prompt)?)?;
                 Some(model.ranks().agreed(token)?)
             }
         };

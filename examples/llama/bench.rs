@@ -152,12 +152,12 @@ fn measure(args: &BenchArgs, cache: &CacheArgs, compression: Compression, child:
     if !model.device().is_cpu() {
         // Kernels load on first use.
         let mut warm_up = new_session()?;
-        warm_up.prefill(prompt, |_| ())?;
+        warm_up.prefill(prompt)?;
         warm_up.step(rest[0])?;
     }
     let mut session = new_session()?;
     let mut curve = vec![(0, 0)];
-    session.prefill(prompt, |kv| curve.push((kv.kv_tokens, kv.kv_bytes)))?;
+    session.prefill_watched(prompt, Some(&mut |kv| curve.push((kv.kv_tokens, kv.kv_bytes))))?;
     for token in rest {
         session.step(*token)?;
     }

@@ -181,7 +181,7 @@ fn generate(
             break;
         }
         let chosen = match tokens[prompt.len()..].last() {
-            None => vec![sample(&session.prefill(prompt, |_| ())?)?],
+            None => vec![sample(&session.prefill(prompt)?)?],
             Some(last) => match args.draft {
                 None => vec![sample(&session.step(*last)?)?],
                 Some(count) => {

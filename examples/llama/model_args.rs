@@ -15,10 +15,10 @@ use crate::steps::StepFormat;
 #[derive(Debug, Args)]
 #[command(next_help_heading = "KV cache")]
 pub struct CacheArgs {
-    /// Tokens of the prompt to run at once. Fewer take less memory for activations; the result is the same. A GPU runs
-    /// the whole prompt at once.
-    #[arg(long, default_value_t = 512, value_name = "N")]
-    pub prefill_chunk: usize,
+    /// Tokens of the prompt to run at once. Fewer take less memory for activations; the result is the same. Default:
+    /// 512 on the CPU, 8192 on a GPU.
+    #[arg(long, value_name = "N")]
+    pub prefill_chunk: Option<usize>,
     /// What kept keys and values are stored in: f32, f16, bf16, or on the CPU i8 or f8e4m3 with a scale for each.
     /// Default: the number type of the activations.
     #[arg(long, value_name = "TYPE")]
@@ -29,8 +29,8 @@ impl CacheArgs {
     /// Refuses a chunk size of 0.
     pub fn check(&self) -> anyhow::Result<()> {
         anyhow::ensure!(
-            self.prefill_chunk > 0,
-            "prefill-chunk: expected at least 1 token, got 0; 512 is the default"
+            self.prefill_chunk != Some(0),
+            "prefill-chunk: expected at least 1 token, got 0; leave it out for the default"
         );
         Ok(())
     }

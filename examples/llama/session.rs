@@ -34,11 +34,10 @@ enum Sequence {
 }
 
 impl<'a> Session<'a> {
-    /// A session with caches. A prompt runs in chunks of `chunk` tokens, at least 1; on a GPU it runs at once, because
-    /// a cache there appends later chunks row by row.
-    pub fn cached(model: &'a Llama, options: &CacheOptions, chunk: usize) -> Result<Self> {
+    /// A session with caches. A prompt runs in chunks of `chunk` tokens, at least 1.
+    pub fn cached(model: &'a Llama, options: &CacheOptions, chunk: Option<usize>) -> Result<Self> {
         let caches = model.caches(options)?;
-        let chunk = if model.device().is_cpu() { chunk } else { usize::MAX };
+        let chunk = chunk.unwrap_or(if model.device().is_cpu() { 512 } else { 8192 });
         Ok(Self::new(model, Sequence::Cached { caches, chunk }))
     }
 
@@ -65,19 +64,29 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Runs the prompt and returns the logits `(vocabulary)` of its last token, which are finite or an error. `watch`
-    /// sees the caches after each chunk.
-    pub fn prefill(&mut self, prompt: &[u32], mut watch: impl FnMut(&KvUse)) -> Result<Tensor> {
+    /// Runs the prompt and returns the logits `(vocabulary)` of its last token, which are finite or an error.
+    pub fn prefill(&mut self, prompt: &[u32]) -> Result<Tensor> {
+        self.prefill_watched(prompt, None)
+    }
+
+    /// [`Self::prefill`]; `watch` sees the caches after each chunk, for which it waits for the device.
+    pub fn prefill_watched(&mut self, prompt: &[u32], mut watch: Option<&mut dyn FnMut(&KvUse)>) -> Result<Tensor> {
         let start = Instant::now();
         let output = match &mut self.sequence {
             Sequence::Cached { caches, chunk } => {
                 let last = (prompt.len() - 1) / *chunk * *chunk;
+                let mut see = |caches: &[CompressedKvCache]| -> Result<()> {
+                    if let Some(watch) = &mut watch {
+                        watch(&KvUse::of(caches, self.model)?);
+                    }
+                    Ok(())
+                };
                 for tokens in prompt[..last].chunks(*chunk) {
                     self.model.forward_cached(tokens, caches)?;
-                    watch(&KvUse::of(caches, self.model)?);
+                    see(caches)?;
                 }
                 let hidden = self.model.forward_cached(&prompt[last..], caches)?;
-                watch(&KvUse::of(caches, self.model)?);
+                see(caches)?;
                 Output::of(self.model, hidden, Pass::Prompt)?
             }
             Sequence::Recomputed { tokens, counts } => again(self.model, tokens, prompt, counts)?,

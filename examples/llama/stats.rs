@@ -45,6 +45,8 @@ pub struct KvUse {
     /// Tokens appended.
     pub kv_tokens: usize,
     pub kv_bytes: usize,
+    /// With memory that waits for later entries.
+    pub kv_bytes_allocated: usize,
     /// Keys and values of all tokens in the same dtype.
     pub kv_bytes_dense: usize,
     /// Entries kept of `kv_tokens`, the mean of each layer's lists.
@@ -75,11 +77,12 @@ struct CacheUse {
     /// Of the longest list.
     most_entries: f64,
     bytes: f64,
+    bytes_allocated: f64,
     bytes_dense: f64,
 }
 
 impl CacheUse {
-    const NUMBERS: usize = 5;
+    const NUMBERS: usize = 6;
 
     fn of(cache: &CompressedKvCache) -> Self {
         let lens = cache.lens().concat();
@@ -88,6 +91,7 @@ impl CacheUse {
             entries: lens.iter().sum::<usize>() as f64,
             most_entries: lens.iter().copied().max().unwrap_or(0) as f64,
             bytes: cache.bytes() as f64,
+            bytes_allocated: cache.bytes_allocated() as f64,
             bytes_dense: cache.bytes_dense() as f64,
         }
     }
@@ -98,19 +102,21 @@ impl CacheUse {
             self.entries,
             self.most_entries,
             self.bytes,
+            self.bytes_allocated,
             self.bytes_dense,
         ]
     }
 
     /// Adds the [`Self::numbers`] of a rank.
     fn add(&mut self, numbers: &[f64]) {
-        let &[lists, entries, most_entries, bytes, bytes_dense] = numbers else {
+        let &[lists, entries, most_entries, bytes, allocated, bytes_dense] = numbers else {
             return;
         };
         self.lists += lists;
         self.entries += entries;
         self.most_entries = self.most_entries.max(most_entries);
         self.bytes += bytes;
+        self.bytes_allocated += allocated;
         self.bytes_dense += bytes_dense;
     }
 }
@@ -142,6 +148,7 @@ impl KvUse {
         Ok(Self {
             kv_tokens: caches.first().map_or(0, CompressedKvCache::seq_len),
             kv_bytes: sum(|layer| layer.bytes),
+            kv_bytes_allocated: sum(|layer| layer.bytes_allocated),
             kv_bytes_dense: sum(|layer| layer.bytes_dense),
             entries_per_layer: layers
                 .iter()

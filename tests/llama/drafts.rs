@@ -55,7 +55,7 @@ fn continued(model: &Llama, prompt: &[u32], draft: usize, temperature: f64) -> R
         rollback: rollback(draft),
         ..Default::default()
     };
-    let mut session = Session::cached(model, &options, 512)?;
+    let mut session = Session::cached(model, &options, Some(512))?;
     let mut sampler = Sampler::new(temperature, None, 5)?;
     let mut apart = f32::INFINITY;
     let mut choose = |logits: &Tensor| {
@@ -65,7 +65,7 @@ fn continued(model: &Llama, prompt: &[u32], draft: usize, temperature: f64) -> R
         sampler.sample(logits)
     };
     let mut all = prompt.to_vec();
-    all.push(choose(&session.prefill(prompt, |_| ())?)?);
+    all.push(choose(&session.prefill(prompt)?)?);
     while all.len() < prompt.len() + TOKENS {
         let last = *all.last().context("a token")?;
         let count = draft.min(prompt.len() + TOKENS - all.len() - 1);

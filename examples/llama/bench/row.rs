@@ -52,7 +52,8 @@ impl Run {
     /// The line above rows.
     pub fn print_header(out: &mut dyn Write) -> Result<()> {
         let header =
-            "prompt  attention   prefill tok/s  decode tok/s   as prompt  KV MiB  of dense  hidden  peak RSS MiB";
+            "prompt  attention   prefill tok/s  decode tok/s   as prompt  KV MiB  allocated  of dense  hidden  \
+             peak RSS MiB";
         Ok(writeln!(out, "{header}")?)
     }
 
@@ -63,13 +64,14 @@ impl Run {
         let kv = stats.kv.as_ref();
         writeln!(
             out,
-            "{:>6}  {:<10}  {:>13}  {:>12}  {:>10}  {:>6}  {:>8}  {:>6}  {:>12}",
+            "{:>6}  {:<10}  {:>13}  {:>12}  {:>10}  {:>6}  {:>9}  {:>8}  {:>6}  {:>12}",
             stats.prompt_tokens,
             attention,
             number(stats.prefill_tokens_per_second),
             number(stats.decode_tokens_per_second),
             number(self.decode_by_prompt_weights),
             number(kv.map(|kv| mib(kv.kv_bytes as u64))),
+            number(kv.map(|kv| mib(kv.kv_bytes_allocated as u64))),
             ratio(kv.map(KvUse::ratio)),
             ratio(kv.map(|_| stats.hidden.hidden_ratio)),
             stats

@@ -157,9 +157,9 @@ pub fn measured(args: &BenchArgs, shape: &Shape, setting: &Setting, ranks: &Rank
     let prompt = random.draw(setting.context);
     // Kernels load, and threads start, on first use.
     let warm_up = if model.device().is_cpu() { 64 } else { WARM_UP_TOKENS };
-    new_session()?.prefill(&prompt[..prompt.len().min(warm_up)], |_| ())?;
+    new_session()?.prefill(&prompt[..prompt.len().min(warm_up)])?;
     let mut session = new_session()?;
-    match session.prefill(&prompt, |_| ()) {
+    match session.prefill(&prompt) {
         Ok(_) => (),
         Err(error) if has_no_room(&error, ranks) => return Ok(Measurement::NotOnThisDevice(one_line(&error))),
         Err(error) => return Err(error),
