@@ -66,9 +66,8 @@ pub struct CacheOptions {
 ///
 /// The first call's tensors decide the device. On CUDA a cache accepts f32, f16 and bf16 and computes in the storage
 /// dtype; queries and results are rounded to it too. Only the device knows the lengths of its lists. Each has pages of
-/// 64 entries; the host waits for the device when a list may have filled its own, after a first chunk, and at the first
-/// single token after later chunks: until then a list has room for as many entries as tokens came in the last two
-/// chunks. A chunk of seven tokens or more is attended to at once. Batch rows that hold different
+/// 64 entries; the host waits for the device when a list may have filled its own, and in a chunk. A chunk of seven
+/// tokens or more is attended to at once. Batch rows that hold different
 /// numbers of tokens step in one launch, where each takes one token or none.
 ///
 /// [`Self::save`] writes the cache to a file. [`Self::load`] reads it, to continue bit for bit, or on another kind of

@@ -7,7 +7,7 @@ use candle_core::cuda_backend::cudarc::driver::{
         cuLaunchKernelEx, CUdevice_attribute_enum, CUdeviceptr, CUfunction_attribute_enum, CUlaunchAttribute,
         CUlaunchAttributeID, CUlaunchConfig,
     },
-    CudaEvent, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, PinnedHostSlice, SyncOnDrop,
+    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop,
 };
 use candle_core::{CudaDevice, Result};
 use std::ffi::c_void;
@@ -40,12 +40,6 @@ impl Cuda {
     }
 }
 
-/// Words in page-locked memory of the host, and the event after which they are there.
-pub(crate) struct CudaDownload {
-    words: PinnedHostSlice<u32>,
-    arrived: CudaEvent,
-}
-
 /// One argument; the guard records the buffer's use on the stream when the launch is over.
 pub(crate) enum CudaArg<'a> {
     // No code reads the guard: it acts when it is dropped.
@@ -76,7 +70,6 @@ fn starts_early() -> CUlaunchAttribute {
 impl Gpu for Cuda {
     type Slice<T: Number> = CudaSlice<T>;
     type Memory = CudaSlice<u8>;
-    type Download = CudaDownload;
     type Arg<'a> = CudaArg<'a>;
 
     fn alloc<T: Number>(&self, len: usize) -> Result<CudaSlice<T>> {
@@ -102,23 +95,6 @@ impl Gpu for Cuda {
 
     fn download<T: Number>(&self, slice: &CudaSlice<T>) -> Result<Vec<T>> {
         self.device.clone_dtoh(slice)
-    }
-
-    fn start_download(&self, slice: &CudaSlice<u32>, earlier: Option<CudaDownload>) -> Result<CudaDownload> {
-        let wrap = candle_core::Error::wrap;
-        let mut words = match earlier.filter(|earlier| earlier.words.len() == slice.len()) {
-            Some(earlier) => earlier.words,
-            // SAFETY: no one reads the memory before `arrived`, after which the copy has filled it.
-            None => unsafe { self.stream.context().alloc_pinned(slice.len()) }.map_err(wrap)?,
-        };
-        self.stream.memcpy_dtoh(slice, &mut words).map_err(wrap)?;
-        let arrived = self.stream.record_event(None).map_err(wrap)?;
-        Ok(CudaDownload { words, arrived })
-    }
-
-    fn finish_download(&self, download: &CudaDownload) -> Result<Vec<u32>> {
-        download.arrived.synchronize().map_err(candle_core::Error::wrap)?;
-        Ok(download.words.as_slice().map_err(candle_core::Error::wrap)?.to_vec())
     }
 
     fn shared_limit(&self) -> Result<usize> {

@@ -146,8 +146,6 @@ pub(crate) trait Gpu {
     /// Owned memory that kernels find by its address, in a table, and that no argument names. Kernels run on one
     /// stream, and it is freed on that stream.
     type Memory: Send + Sync;
-    /// A copy of words to the host that is in flight, or has arrived.
-    type Download: Send + Sync;
     /// One argument of a launch.
     type Arg<'a>
     where
@@ -167,11 +165,6 @@ pub(crate) trait Gpu {
 
     /// The numbers of a buffer; waits for the device.
     fn download<T: Number>(&self, slice: &Self::Slice<T>) -> Result<Vec<T>>;
-    /// Starts a copy of words to the host, into the memory of an earlier one if there is one of their size. Does not
-    /// wait.
-    fn start_download(&self, slice: &Self::Slice<u32>, earlier: Option<Self::Download>) -> Result<Self::Download>;
-    /// The words, once all launches before the copy have ended.
-    fn finish_download(&self, download: &Self::Download) -> Result<Vec<u32>>;
 
     /// A buffer that the kernel only reads.
     fn read<'a, T: Number>(&'a self, slice: &'a Self::Slice<T>) -> Self::Arg<'a>;

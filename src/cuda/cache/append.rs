@@ -324,10 +324,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// Makes room for `count` more closed chains in every list.
     pub(super) fn reserve(&mut self, gpu: &G, count: usize) -> Result<()> {
         let most = self.seq_len + count;
-        if u32::try_from(most).is_err() {
-            bail!("cache: expected at most 2^32 - 1 tokens, got {most}; reset() it")
-        }
-        if self.state.pages.has_room(count) && !self.state.pages.has_surplus() {
+        u32::try_from(most).map_err(|_| too_many(most))?;
+        if self.state.pages.has_room(count) {
             return Ok(());
         }
         self.learn(gpu)?;
@@ -348,7 +346,12 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// Gives every list pages for `count` more entries, frees pages that it does not need, and those at its front that
     /// no later row sees. The lengths were just learnt.
     pub(super) fn fit(&mut self, gpu: &G, count: usize) -> Result<()> {
-        let refit = self.state.pages.fit(gpu, count)?;
+        self.fit_each(gpu, |_| count)
+    }
+
+    /// [`Self::fit`] with a number of entries for each list.
+    pub(super) fn fit_each(&mut self, gpu: &G, counts: impl Fn(usize) -> usize) -> Result<()> {
+        let refit = self.state.pages.fit(gpu, counts)?;
         self.copy_pages(gpu, &refit)?;
         if refit.gone.iter().any(|gone| *gone > 0) {
             let shifted = |words: &G::Slice<u32>| -> Result<G::Slice<u32>> {
@@ -388,6 +391,13 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         }
         Ok(())
     }
+}
+
+/// The error of more tokens than kernels can count.
+pub(super) fn too_many(tokens: usize) -> candle_core::Error {
+    candle_core::Error::msg(format!(
+        "cache: expected at most 2^32 - 1 tokens, got {tokens}; reset() it"
+    ))
 }
 
 /// The tokens from number `first` on, and what belongs to their rows.

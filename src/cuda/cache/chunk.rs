@@ -1,5 +1,7 @@
 //! A later chunk of tokens, appended and attended together: `cuda/cache/chunk.cu` says how.
 
+use super::append::too_many;
+use super::copy::copy;
 use super::first_chunk::{contiguous, resized};
 use super::pages::PAGE;
 use super::DeviceLists;
@@ -11,7 +13,7 @@ use crate::cuda::fold::FoldCall;
 use crate::cuda::forward::{forward, AttentionCall};
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use crate::cuda::operands::{BiasBuffer, ColumnBuffers, Part};
-use crate::cuda::params::{CacheParams, ChunkParams, NO_SLIDE};
+use crate::cuda::params::{CacheParams, ChunkParams, CopyParams, NO_SLIDE};
 use crate::problem::{Problem, RowLayout};
 use candle_core::Result;
 
@@ -77,10 +79,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         (options, attend): (&AttentionOptions, bool),
         extras: ExtraBuffers<'_, G>,
     ) -> Result<Option<G::Slice<T>>> {
-        if self.slide() != NO_SLIDE || !self.state.pages.grow(gpu, count)? {
-            self.reserve(gpu, count)?;
-        }
-        let chunk = self.rows_of_tail(gpu, qkv, count, options, extras)?;
+        let mut chunk = self.rows_of_tail(gpu, qkv, count, options, extras)?;
         let decided = self.decided(gpu, &chunk)?;
         let problem = Problem {
             tokens: chunk.tail,
@@ -99,6 +98,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             lists: self.settings.lists,
         };
         let before = scan.columns(gpu, true)?.far_before;
+        let closing = self.make_room(gpu, &mut chunk, &before)?;
         let edges = self.fold_tail(gpu, &chunk, (&decided.bits, &before), attend)?;
         // Closing renews the last query, which pair sums of the first row still need.
         let queries = match attend {
@@ -112,18 +112,41 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         };
         self.move_window(gpu, &chunk)?;
         self.count(gpu, count)?;
-        if self.slide() == NO_SLIDE {
-            // The next chunk reads the lengths, and does not wait for this one's last launch.
-            self.state.pages.ask(gpu, &self.state.lengths)?;
-            return Ok(output);
-        }
-        self.slide_lists(gpu)?;
-        // A long chunk that merged well leaves more room than needed.
-        if count >= PAGE {
-            self.learn(gpu)?;
-            self.fit(gpu, 0)?;
+        self.state.pages.added(&closing);
+        if self.slide() != NO_SLIDE {
+            self.slide_lists(gpu)?;
         }
         Ok(output)
+    }
+
+    /// Gives every list room for the chains that the chunk closes; returns how many these are. Waits for the device,
+    /// and so a list never takes more pages than it needs.
+    fn make_room(&mut self, gpu: &G, chunk: &mut Chunk<'_, G, T>, before: &G::Slice<u32>) -> Result<Vec<u32>> {
+        let (all, window) = (self.all(), self.settings.config.window);
+        u32::try_from(self.seq_len + chunk.count).map_err(|_| too_many(self.seq_len + chunk.count))?;
+        let closing = match (chunk.tail - 1).checked_sub(window) {
+            None => vec![0; all],
+            // The open chain after the chunk: tokens that stay before it end chains that are closed.
+            Some(edge) => {
+                let mut counts = gpu.alloc::<u32>(all)?;
+                let params = CopyParams {
+                    to_offset: 0,
+                    from_offset: edge as u64,
+                    from_stride: (chunk.tail + 1) as u32,
+                    to_stride: 1,
+                    count: 1,
+                    unused: 0,
+                };
+                copy(gpu, "u32", (before, None), &mut counts, all, &params)?;
+                gpu.download(&counts)?
+            }
+        };
+        self.learn(gpu)?;
+        // The tokens after the chunk find a page of room, as after a first chunk.
+        self.fit_each(gpu, |list| closing[list] as usize + PAGE)?;
+        let stride = self.state.pages.stride();
+        (chunk.params.pages, chunk.numbers.capacity) = (stride as u32, (stride * PAGE) as u32);
+        Ok(closing)
     }
 
     fn rows_of_tail<'a>(
@@ -159,7 +182,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             numbers: ChunkParams {
                 lead: lead as u32,
                 tokens: (lead + count) as u32,
-                capacity: (self.state.pages.stride() * PAGE) as u32,
+                // Known once the lists have room.
+                capacity: 0,
             },
             keys: gpu.zeros(rows * (lead + count) * dim)?,
             values: gpu.zeros(rows * (lead + count) * dim)?,

@@ -140,12 +140,6 @@ pub(super) struct ListPages<G: Gpu> {
     stride: usize,
     /// Tokens that came since the host read the lengths.
     since: usize,
-    /// Lengths in flight to the host, and the tokens that came since they were asked for.
-    asked: Option<(G::Download, usize)>,
-    /// Memory of an earlier download.
-    spare: Option<G::Download>,
-    /// Whether [`Self::grow`] may have taken more pages than the lists need.
-    surplus: bool,
 }
 
 /// The pages of one list, and the host's last word about its entries.
@@ -187,9 +181,6 @@ impl<G: Gpu> ListPages<G> {
             lists,
             stride,
             since,
-            asked: None,
-            spare: None,
-            surplus: false,
         })
     }
 
@@ -199,11 +190,7 @@ impl<G: Gpu> ListPages<G> {
     /// An error of the device.
     pub fn select(&self, gpu: &G, lists: impl Iterator<Item = usize>) -> Result<Self> {
         let lists = lists.map(|list| self.lists[list].clone()).collect();
-        let pages = Self::of(gpu, self.pool.clone(), lists, self.since)?;
-        Ok(Self {
-            surplus: self.surplus,
-            ..pages
-        })
+        Self::of(gpu, self.pool.clone(), lists, self.since)
     }
 
     /// The pages of several layers' lists, in order and shared.
@@ -219,11 +206,7 @@ impl<G: Gpu> ListPages<G> {
         let Some(first) = parts.clone().next() else {
             candle_core::bail!("cat: expected at least one cache, got none")
         };
-        let pages = Self::of(gpu, first.pool.clone(), lists, since)?;
-        Ok(Self {
-            surplus: parts.clone().any(|part| part.surplus),
-            ..pages
-        })
+        Self::of(gpu, first.pool.clone(), lists, since)
     }
 
     /// As many lists without pages, with the same lengths.
@@ -244,7 +227,7 @@ impl<G: Gpu> ListPages<G> {
         for (list, later) in self.lists.iter_mut().zip(later.lists) {
             list.pages = later.pages;
         }
-        (self.table, self.stride, self.surplus) = (later.table, later.stride, later.surplus);
+        (self.table, self.stride) = (later.table, later.stride);
     }
 
     pub fn pool(&self) -> &Arc<PagePool<G>> {
@@ -281,63 +264,6 @@ impl<G: Gpu> ListPages<G> {
     /// Counts tokens. Each may close a chain in every list.
     pub fn count(&mut self, tokens: usize) {
         self.since += tokens;
-        if let Some((_, since)) = &mut self.asked {
-            *since += tokens;
-        }
-    }
-
-    /// Asks for the lengths, without a wait: [`Self::grow`] reads them. For lists without a sliding window.
-    ///
-    /// # Errors
-    /// An error of the device.
-    pub fn ask(&mut self, gpu: &G, lengths: &G::Slice<u32>) -> Result<()> {
-        let earlier = self.asked.take().map(|(download, _)| download).or(self.spare.take());
-        self.asked = Some((gpu.start_download(lengths, earlier)?, 0));
-        Ok(())
-    }
-
-    /// Gives every list room for `count` more entries by the lengths that were asked for, which are older than the
-    /// present ones. Pages beyond go back to the pool. Waits only for launches before the question. Returns whether it
-    /// could: the lengths are not too old, and the pages to be written are the lists' own.
-    ///
-    /// # Errors
-    /// An error of the device; the pages are then as before.
-    pub fn grow(&mut self, gpu: &G, count: usize) -> Result<bool> {
-        if let Some((download, since)) = self.asked.take() {
-            let lengths = gpu.finish_download(&download)?;
-            self.spare = Some(download);
-            for (list, length) in self.lists.iter_mut().zip(lengths) {
-                list.length = length as usize;
-            }
-            self.since = since;
-        }
-        let own = |list: &PagesOfList<G>| {
-            let mut written = list.pages.iter().skip(list.length / PAGE);
-            written.all(|page| Arc::strong_count(page) == 1)
-        };
-        if self.since > 2 * count || !self.lists.iter().all(own) {
-            return Ok(false);
-        }
-        let since = self.since;
-        let wanted = |list: &PagesOfList<G>| (list.length + since + count).div_ceil(PAGE);
-        let missing = |list: &PagesOfList<G>| wanted(list).saturating_sub(list.pages.len());
-        if self.lists.iter().any(|list| wanted(list) != list.pages.len()) {
-            let mut new = self.pool.take(gpu, self.lists.iter().map(missing).sum())?.into_iter();
-            for list in &mut self.lists {
-                let (wanted, missing) = (wanted(list), missing(list));
-                list.pages.truncate(wanted);
-                list.pages.extend(new.by_ref().take(missing));
-            }
-            self.stride = stride_of(&self.lists);
-            self.table = table(gpu, &self.lists, self.stride)?;
-        }
-        self.surplus = true;
-        Ok(true)
-    }
-
-    /// Whether a list may have more pages than it needs.
-    pub fn has_surplus(&self) -> bool {
-        self.surplus
     }
 
     /// Whether every list has room for `count` more entries, in pages of its own.
@@ -355,20 +281,28 @@ impl<G: Gpu> ListPages<G> {
     /// Takes note of all lengths, and of the entries at the front that no later row sees.
     pub fn learn(&mut self, lengths: &[u32], starts: Option<&[u32]>) {
         self.since = 0;
-        self.spare = self.asked.take().map(|(download, _)| download).or(self.spare.take());
         for (at, list) in self.lists.iter_mut().enumerate() {
             list.length = lengths[at] as usize;
             list.left = starts.map_or(0, |starts| starts[at] as usize);
         }
     }
 
-    /// Gives every list room for `count` more entries, and for a page of them, in pages of its own. Pages beyond go
+    /// Takes note of entries that a chunk added to each list, whose lengths were learnt just before it.
+    pub fn added(&mut self, entries: &[u32]) {
+        self.since = 0;
+        for (list, entries) in self.lists.iter_mut().zip(entries) {
+            list.length += *entries as usize;
+        }
+    }
+
+    /// Gives list l room for `counts(l)` more entries, and for a page of them, in pages of its own. Pages beyond go
     /// back to the pool, and so do pages at the front that no later row sees. The lengths were just learnt.
     ///
     /// # Errors
     /// An error of the device; the pages are then as before.
-    pub fn fit(&mut self, gpu: &G, count: usize) -> Result<Refit<G>> {
-        let plans: Vec<Plan> = self.lists.iter().map(|list| list.plan(count)).collect();
+    pub fn fit(&mut self, gpu: &G, counts: impl Fn(usize) -> usize) -> Result<Refit<G>> {
+        let lists = self.lists.iter().enumerate();
+        let plans: Vec<Plan> = lists.map(|(at, list)| list.plan(counts(at))).collect();
         let missing = plans.iter().map(|plan| plan.new).sum();
         let mut new = self.pool.take(gpu, missing)?.into_iter();
         let fitted = self.lists.iter().zip(&plans).map(|(list, plan)| PagesOfList {
@@ -381,7 +315,7 @@ impl<G: Gpu> ListPages<G> {
         let fitted: Vec<_> = fitted.collect();
         let stride = stride_of(&fitted);
         self.table = table(gpu, &fitted, stride)?;
-        (self.stride, self.surplus) = (stride, false);
+        self.stride = stride;
         let copies = self.lists.iter().zip(&fitted).zip(&plans);
         let copies = copies
             .filter(|(_, plan)| plan.copies > 0)

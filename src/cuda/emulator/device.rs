@@ -148,7 +148,6 @@ extern "C" {
 impl Gpu for Emulator {
     type Slice<T: Number> = EmuSlice<T>;
     type Memory = EmuMemory;
-    type Download = Vec<u32>;
     type Arg<'a> = EmuArg<'a>;
 
     fn alloc<T: Number>(&self, len: usize) -> Result<EmuSlice<T>> {
@@ -172,14 +171,6 @@ impl Gpu for Emulator {
             )
         }
         Ok(slice)
-    }
-
-    fn start_download(&self, slice: &EmuSlice<u32>, _: Option<Vec<u32>>) -> Result<Vec<u32>> {
-        self.download(slice)
-    }
-
-    fn finish_download(&self, download: &Vec<u32>) -> Result<Vec<u32>> {
-        Ok(download.clone())
     }
 
     fn memory(&self, bytes: usize) -> Result<EmuMemory> {
