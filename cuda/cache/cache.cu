@@ -61,6 +61,24 @@ template <class T> struct Chunk {
   }
 };
 
+// Folds the chain that token `t` ends, as if its tokens had come one after another.
+template <class T> __device__ void fold_chain(const Chunk<T>& chunk, CacheList<T>& to, unsigned t) {
+  const CacheParams& p = to.p;
+  unsigned start = t;
+  while (p.fold != DROP && start > 0 && chunk.hidden(p, to.list, start - 1)) {
+    start--;
+    // A pair sum reads one left neighbour only.
+    if (p.fold == PAIR_SUM) break;
+  }
+  for (unsigned i = start; i <= t; i++) {
+    WarpRow key, value;
+    key.load(chunk.k, p.k.at(to.list.batch, to.list.kv_head, i), to.dim);
+    value.load(chunk.v, p.v.at(to.list.batch, to.list.kv_head, i), to.value_dim());
+    WarpRow::quarantine<T>(key, value);
+    to.step(i > start, key, value);
+  }
+}
+
 // The state that does not grow with the list: the open chain, the current run, and the list's length. One warp per
 // list.
 template <class T>
@@ -75,22 +93,13 @@ __device__ void adopt_state(Global<const T> q, const Chunk<T>& chunk, const Cach
     return found;
   };
   if (tokens > p.window) {
-    unsigned edge = last - p.window, start = edge, first = chunk.first(p);
+    unsigned edge = last - p.window, first = chunk.first(p);
     size_t before = to.index * (tokens + 1);
     to.length = chunk.far_before[before + edge] - chunk.far_before[before + first];
     // The chains that a sliding window leaves start with the one that token `first` is in.
     to.kept_from = first;
     while (to.kept_from > 0 && chunk.hidden(p, list, to.kept_from - 1)) to.kept_from--;
-    while (p.fold != DROP && start > 0 && chunk.hidden(p, list, start - 1)) {
-      start--;
-      // A pair sum reads one left neighbour only.
-      if (p.fold == PAIR_SUM) break;
-    }
-    for (unsigned t = start; t <= edge; t++) {
-      WarpRow key = row(chunk.k, p.k, t, to.dim), value = row(chunk.v, p.v, t, to.value_dim());
-      WarpRow::quarantine<T>(key, value);
-      to.step(t > start, key, value);
-    }
+    fold_chain(chunk, to, edge);
   }
   to.run_start = NO_RUN;
   for (unsigned t = last; t > 0 && chunk.hidden(p, list, t - 1); t--) to.run_start = t - 1;
@@ -114,8 +123,16 @@ __device__ void adopt_rows(const Chunk<T>& chunk, const CacheState<T>& state, co
     size_t before = index * (tokens + 1);
     unsigned column = chunk.far_before[before + t], skipped = chunk.far_before[before + chunk.first(p)];
     size_t from = index * tokens + column;
-    key.load(chunk.far_k, from * p.column_dim, dim), value.load(chunk.far_v, from * p.column_dim, value_dim);
-    Pages<T> pages{state.table + index * p.pages, dim, value_dim, p.fold == MEAN};
+    if (p.code == AS_T) {
+      key.load(chunk.far_k, from * p.column_dim, dim), value.load(chunk.far_v, from * p.column_dim, value_dim);
+    } else {
+      // Folded columns in T are rounded already.
+      CacheList<T> to(p, state, index);
+      fold_chain(chunk, to, t);
+      key = to.chain_key, value = to.chain_value;
+      WarpRow::quarantine<T>(key, value);
+    }
+    Pages<T> pages{state.table + index * p.pages, dim, value_dim, p.fold == MEAN, p.code};
     pages.put(column - skipped, key, value, t, p.fold == MEAN ? chunk.far_ln[from] : 0.0f);
   }
   if (t + p.window >= tokens) {
@@ -128,6 +145,22 @@ __device__ void adopt_rows(const Chunk<T>& chunk, const CacheState<T>& state, co
   }
   if (lane == 0 && t + p.window + 2 >= tokens && t + 1 < tokens)
     state.bits.set(ring + t % (p.window + 1), chunk.hidden(p, list, t));
+}
+
+// Rounds the chunk's far columns to the codes of 8 bits, as its rows see them. One warp per token.
+template <class T>
+__device__ void round_columns(const Chunk<T>& chunk, Global<T> far_k, Global<T> far_v, const CacheState<T>& state,
+                              const CacheParams& p) {
+  unsigned t = blockIdx.x * 4 + threadIdx.x / 32, tokens = p.sizes.tokens;
+  if (t >= tokens) return;
+  CacheList<T> to(p, state, blockIdx.y);
+  if (chunk.hidden(p, to.list, t)) return;
+  fold_chain(chunk, to, t);
+  WarpRow key = to.chain_key, value = to.chain_value;
+  WarpRow::quarantine<T>(key, value);
+  round_to_code<T>(p.code, key), round_to_code<T>(p.code, value);
+  size_t at = (to.index * tokens + chunk.far_before[to.index * (tokens + 1) + t]) * p.column_dim;
+  key.store(far_k, at, p.column_dim), value.store(far_v, at, p.column_dim);
 }
 
 // The masses that the chunk's last rows gave to the tokens of their windows, and the bits that the chunk's own
@@ -187,6 +220,12 @@ __device__ void adopt_given(Global<const float> tests, Global<const float> score
   KERNEL cache_adopt_rows_##suffix(CACHE_CHUNK(T), CACHE_STATE(T), CacheParams p) {                               \
     adopt_rows(Chunk<T>{k, v, all_bits, far_before, from_k, from_v, from_ln}, STATE(T), p);                       \
   }                                                                                                               \
+  KERNEL cache_round_columns_##suffix(Global<const T> k, Global<const T> v, Global<const uint8_t> all_bits,        \
+                                      Global<const uint32_t> far_before, Global<T> far_k, Global<T> far_v,        \
+                                      CACHE_STATE(T), CacheParams p) {                                            \
+    round_columns(Chunk<T>{k, v, all_bits, far_before, Global<const T>{}, Global<const T>{}, Global<const float>{}}, \
+                  far_k, far_v, STATE(T), p);                                                                     \
+  }                                                                                                               \
   KERNEL cache_adopt_observed_##suffix(Global<const T> q, CACHE_CHUNK(T), Global<const float> tests,              \
                                        CACHE_STATE(T), CacheParams p) {                                           \
     adopt_observed(q, Chunk<T>{k, v, all_bits, far_before, from_k, from_v, from_ln}, tests, STATE(T), p);         \
@@ -214,15 +253,13 @@ __device__ void gather(const Entries<T, uint32_t>& to, Global<const uint64_t> ta
   size_t list = blockIdx.x;
   unsigned warp = blockIdx.y * 4 + threadIdx.x / 32, dim = p.sizes.head_dim, value_dim = p.value_dim,
            start = p.slide != NO_SLIDE ? starts[list] : 0, length = lengths[list];
-  Pages<T> pages{table + list * p.pages, dim, value_dim, p.fold == MEAN};
+  Pages<T, false> pages{table + list * p.pages, dim, value_dim, p.fold == MEAN, AS_T};
   for (unsigned entry = start + warp; entry < length; entry += gridDim.y * 4) {
-    Page<T> page = pages[entry / PAGE];
-    unsigned from = entry % PAGE;
     size_t at = to.firsts[list] + entry - start;
     WarpRow key, value;
-    key.load(page.keys, from * dim, dim), value.load(page.values, from * value_dim, value_dim);
+    pages.load(entry, key, value);
     key.store(to.keys, at * dim, dim), value.store(to.values, at * value_dim, value_dim);
-    if (threadIdx.x % 32 == 0) to.tokens.set(at, page.tokens[from]);
+    if (threadIdx.x % 32 == 0) to.tokens.set(at, pages.token(entry));
   }
 }
 
@@ -234,11 +271,11 @@ __device__ void copy_page(Global<const uint64_t> from, Global<const uint64_t> to
   unsigned entry = blockIdx.y * 4 + threadIdx.x / 32, dim = p.sizes.head_dim;
   if (entry >= used[blockIdx.x]) return;
   bool sized = p.fold == MEAN;
-  Page<T> old = Pages<T>{from, dim, p.value_dim, sized}[blockIdx.x];
+  Pages<T, false> old{from + blockIdx.x, dim, p.value_dim, sized, AS_T},
+      pages{to + blockIdx.x, dim, p.value_dim, sized, AS_T};
   WarpRow key, value;
-  key.load(old.keys, entry * dim, dim), value.load(old.values, entry * p.value_dim, p.value_dim);
-  Pages<T> pages{to + blockIdx.x, dim, p.value_dim, sized};
-  pages.put(entry, key, value, old.tokens[entry], sized ? old.ln[entry] : 0.0f);
+  old.load(entry, key, value);
+  pages.put(entry, key, value, old.token(entry), sized ? old.ln(entry) : 0.0f);
 }
 
 #define CACHE_PAGES(suffix, T)                                                                                    \
@@ -264,7 +301,8 @@ __device__ void restore(Global<const T> recent_k, Global<const T> recent_v,
   unsigned slot = blockIdx.y * 4 + threadIdx.x / 32, lane = threadIdx.x % 32, dim = to.dim;
   if (slot > p.window) return;
   size_t local = to.index * (p.window + 1) + slot, first = closed.firsts[to.index];
-  for (unsigned entry = slot; entry < to.length; entry += p.window + 1) {
+  // In 8 bits cache_restore_coded (coded.cu) writes closed chains.
+  for (unsigned entry = slot; p.code == AS_T && entry < to.length; entry += p.window + 1) {
     WarpRow key, value;
     key.load(closed.keys, (first + entry) * dim, dim);
     value.load(closed.values, (first + entry) * to.value_dim(), to.value_dim());
@@ -298,8 +336,7 @@ __device__ void truncate(const CacheState<T>& state, const CacheParams& p) {
     key = list.chain_key, value = list.chain_value;
     unsigned at = t - list.kept_from + list.start;
     if (t < list.kept_from || at >= list.length) return;
-    Page<T> page = list.pages()[at / PAGE];
-    key.load(page.keys, at % PAGE * dim, dim), value.load(page.values, at % PAGE * value_dim, value_dim);
+    list.pages().load(at, key, value);
   };
   WarpRow key, value;
   // Tokens that come back into the window. Their slots hold tokens that are cut off.
@@ -371,6 +408,6 @@ CACHE_COPY(u32, uint32_t)
 
 MODULE(cache, ENTRIES(cache_append) ENTRIES(cache_slide) ENTRIES(cache_adopt_state) ENTRIES(cache_adopt_rows)
                   ENTRIES(cache_adopt_observed) ENTRIES(cache_adopt_given) ENTRIES(cache_restore)
-                  ENTRIES(cache_gather) ENTRIES(cache_copy_page)
+                  ENTRIES(cache_round_columns) ENTRIES(cache_gather) ENTRIES(cache_copy_page)
                   ENTRIES(cache_truncate) ENTRIES(cache_pad) ENTRIES(cache_copy)
                   ENTRY(cache_copy_u32))

@@ -54,11 +54,8 @@ template <class T> struct Attend {
     return slot == p.window ? last - p.window : last - (last - slot) % p.window;
   }
 
-  // One column: rows `at` of keys and values, and ln n.
-  template <class View>
-  __device__ void column(View keys, View values, size_t at, float ln, unsigned token, Global<const float> bias) {
-    WarpRow key, value;
-    key.load(keys, at * p.head_dim, p.head_dim), value.load(values, at * p.value_dim, p.value_dim);
+  // One column, and ln n.
+  __device__ void column(const WarpRow& key, WarpRow value, float ln, unsigned token, Global<const float> bias) {
     float dot = 0.0f, factor = 1.0f, added = LOG2_E * ln;
 #pragma unroll
     for (unsigned i = 0; i < PER_LANE; i++) dot += query.x[i] * key.x[i];
@@ -75,7 +72,7 @@ template <class T> struct Attend {
   // This warp's share of the list's columns.
   __device__ void columns(const Columns<T>& from, Global<const float> bias) {
     size_t list = batch * p.lists + head / (p.heads / p.lists), local = list * (p.window + 1);
-    Pages<T> pages{from.table + list * p.pages, p.head_dim, p.value_dim, p.sized != 0};
+    Pages<T> pages{from.table + list * p.pages, p.head_dim, p.value_dim, p.sized != 0, p.code};
     unsigned length = from.lengths[list], locals = from.local_lengths[list], warp = threadIdx.x / 32;
     unsigned start = 0, seen = 0;
     if (p.slide != NO_SLIDE) {
@@ -84,14 +81,18 @@ template <class T> struct Attend {
       if (start > 0 && pages.token(start - 1) >= seen) start--;
     }
     for (unsigned i = start + warp; i < length; i += WARPS) {
-      Page<T> page = pages[i / PAGE];
-      unsigned at = i % PAGE, token = page.tokens[at];
-      if (token >= seen) column(page.keys, page.values, at, p.sized ? page.ln[at] : 0.0f, token, bias);
+      unsigned token = pages.token(i);
+      if (token < seen) continue;
+      WarpRow key, value;
+      pages.load(i, key, value);
+      column(key, value, p.sized ? pages.ln(i) : 0.0f, token, bias);
     }
     for (unsigned slot = warp; slot < locals; slot += WARPS) {
       size_t at = local + slot;
-      if (local_token(slot) >= seen)
-        column(from.local_k, from.local_v, at, p.sized ? from.local_ln[at] : 0.0f, local_token(slot), bias);
+      if (local_token(slot) < seen) continue;
+      WarpRow key, value;
+      key.load(from.local_k, at * p.head_dim, p.head_dim), value.load(from.local_v, at * p.value_dim, p.value_dim);
+      column(key, value, p.sized ? from.local_ln[at] : 0.0f, local_token(slot), bias);
     }
   }
 

@@ -11,7 +11,8 @@
 // 2. A decision needs two rows that may have left the window: the newest key and the first key of the current run. Both
 //    are stored apart (`last_keys`, `run_keys`), raw, with the run's start.
 // 3. A row is spread over the warp, eight numbers a lane (warp_row.cuh), and the open chain is kept in f32. Rows that
-//    attention reads are stored in T and quarantined: a row that is not finite has a NaN key and a zero value.
+//    attention reads are stored in T, or closed in 8 bits (codes.cuh), and quarantined: a row that is not finite has a
+//    NaN key and a zero value.
 // 4. A running mean needs the chain and its size; a pair sum needs the raw token before (`previous_k`, `previous_v`).
 // 5. Under observed mass a token's bit is written later, when the last row of its window has added its mass
 //    (`observe`). A given score decides a token as it comes; the bit of the newest token takes the slot of the bit that
@@ -59,8 +60,9 @@ template <class T> struct CacheState {
   Observed<T> observed;
 };
 
-// A list, as its warp holds it during an append. OWN_VALUES: whether values may have another size than keys.
-template <class T, bool OWN_VALUES = true> struct CacheList {
+// A list, as its warp holds it during an append. OWN_VALUES: whether values may have another size than keys; CODED:
+// whether closed chains may be in 8 bits.
+template <class T, bool OWN_VALUES = true, bool CODED = true> struct CacheList {
   const CacheParams& p;
   const CacheState<T>& state;
   List list;
@@ -89,8 +91,8 @@ template <class T, bool OWN_VALUES = true> struct CacheList {
   __device__ unsigned value_dim() const { return OWN_VALUES ? p.value_dim : dim; }
   __device__ size_t value_row() const { return OWN_VALUES ? index * p.value_dim : row; }
 
-  __device__ Pages<T> pages() const {
-    return {state.table + index * p.pages, dim, value_dim(), p.fold == MEAN};
+  __device__ Pages<T, CODED> pages() const {
+    return {state.table + index * p.pages, dim, value_dim(), p.fold == MEAN, p.code};
   }
 
   // The number of lists.

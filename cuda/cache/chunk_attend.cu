@@ -11,17 +11,15 @@ __device__ void far(Global<const uint64_t> table, Global<const uint32_t> lengths
                     const ChunkParams& c) {
   size_t list = blockIdx.y;
   unsigned dim = p.sizes.head_dim, start = p.slide != NO_SLIDE ? starts[list] : 0, length = lengths[list];
-  Pages<T> pages{table + list * p.pages, dim, p.value_dim, p.fold == MEAN};
+  Pages<T> pages{table + list * p.pages, dim, p.value_dim, p.fold == MEAN, p.code};
   for (unsigned entry = start + warp_pair(); entry < length; entry += gridDim.x * 4) {
-    Page<T> page = pages[entry / PAGE];
-    unsigned from = entry % PAGE;
     size_t to = list * c.capacity + entry - start;
     WarpRow key, value;
-    key.load(page.keys, from * dim, dim), value.load(page.values, from * p.value_dim, p.value_dim);
+    pages.load(entry, key, value);
     key.store(keys, to * p.column_dim, p.column_dim), value.store(values, to * p.column_dim, p.column_dim);
     if (threadIdx.x % 32 != 0) continue;
-    tokens.set(to, page.tokens[from]);
-    if (p.fold == MEAN) ln.set(to, page.ln[from]);
+    tokens.set(to, pages.token(entry));
+    if (p.fold == MEAN) ln.set(to, pages.ln(entry));
   }
 }
 

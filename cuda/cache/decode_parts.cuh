@@ -72,16 +72,34 @@ struct Store {
     }
 };
 
+// The same of columns in 8 bits.
+struct CodedStore {
+    Global<uint8_t> keys, values;
+    Global<uint32_t> scales;
+    Global<float> ln;
+
+    SFA_DEVICE CodedStore after(int columns, uint32_t dim, uint32_t value_dim) const {
+        return {keys + columns * int(dim), values + columns * int(value_dim), scales + columns, ln ? ln + columns : ln};
+    }
+};
+
 // A list's closed chains, page by page.
-template <class T>
+template <class T, bool CODED = false>
 struct Closed {
-    Pages<T> pages;
+    Pages<T, CODED> pages;
 
     // The columns of the page at `address`, from number `row` on.
     SFA_DEVICE Store<T> store(uint64_t address, int row) const {
         Page<T> page = pages.of(address);
         Global<float> none{};
         return Store<T>{page.keys, page.values, pages.sized ? page.ln : none}.after(row, pages.dim, pages.value_dim);
+    }
+
+    SFA_DEVICE CodedStore coded_store(uint64_t address, int row) const {
+        CodedPage page = pages.coded_of(address);
+        Global<float> none{};
+        return CodedStore{page.rows.keys, page.rows.values, page.rows.scales, pages.sized ? page.ln : none}.after(
+            row, pages.dim, pages.value_dim);
     }
 };
 

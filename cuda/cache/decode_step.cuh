@@ -68,6 +68,8 @@ SFA_DEVICE void join_warps(const Parts& parts, const DecodeParams& p, uint32_t d
 template <class T, int D, int HEADS, bool OWN_VALUES>
 struct Decoder {
     static constexpr int G = HEADS;
+    // Whether closed chains are in 8 bits.
+    static constexpr bool CODED = false;
     static constexpr int LANES = D / 8, TOGETHER = 32 / LANES, STEP = TOGETHER * DECODE_WARPS;
     // Floats of a part in shared memory: output, maximum, sum and padding to 16 bytes.
     static constexpr int ROW = D + 4;
@@ -354,7 +356,8 @@ SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const
     if (blockIdx.y > 0) share = (blockIdx.y - 1) / p.splits, shares = share + 1, kinds = 1;
     Decoder decoder(c, p.scale);
     decoder.start(q, c, batch, head + share * G, group - share * G);
-    Closed<T> closed{{state.table + list * c.pages, c.sizes.head_dim, value_dim, c.fold == MEAN}};
+    constexpr bool CODED = Decoder::CODED;
+    Closed<T, CODED> closed{{state.table + list * c.pages, c.sizes.head_dim, value_dim, c.fold == MEAN, c.code}};
     // Other blocks of the list read the old length until the last of them has arrived.
     int length = int(state.lengths[list]), begin = length, end = length, start = 0;
     if (slides) {
@@ -366,7 +369,7 @@ SFA_DEVICE void decode(const Global<const T>& q, const Global<const T>& k, const
     }
     if (blockIdx.y == 0) {
         if (p.appends && threadIdx.x < 32) {
-            CacheList<T, OWN_VALUES> taken(c, state);
+            CacheList<T, OWN_VALUES, CODED> taken(c, state);
             taken.take(q, k, v, tests, Global<const float>{}, scores, 0);
             taken.finish(next);
             taken.slide(token + 1);

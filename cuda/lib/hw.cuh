@@ -429,6 +429,39 @@ SFA_DEVICE uint32_t transpose(uint32_t pair) {
 SFA_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffffu) | b << 16; }
 SFA_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
 
+// Four bytes of eight: those of `a` are numbers 0 to 3, those of `b` 4 to 7. `picked` has a number in every 4 bits.
+SFA_DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t picked) {
+#ifdef SFA_EMULATION
+    uint64_t bytes = a | uint64_t(b) << 32;
+    uint32_t y = 0;
+    for (int i = 0; i < 4; i++) y |= uint32_t(bytes >> (picked >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return y;
+#else
+    return __byte_perm(a, b, picked);
+#endif
+}
+
+// a * b + c of pairs, rounded once.
+SFA_DEVICE uint32_t fused_pairs(F16, uint32_t a, uint32_t b, uint32_t c) {
+#ifdef SFA_EMULATION
+    return F16::pack(low<F16>(a) * low<F16>(b) + low<F16>(c), high<F16>(a) * high<F16>(b) + high<F16>(c));
+#else
+    uint32_t y;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+    return y;
+#endif
+}
+
+SFA_DEVICE uint32_t fused_pairs(BF16, uint32_t a, uint32_t b, uint32_t c) {
+#ifdef SFA_EMULATION
+    return BF16::pack(low<BF16>(a) * low<BF16>(b) + low<BF16>(c), high<BF16>(a) * high<BF16>(b) + high<BF16>(c));
+#else
+    uint32_t y;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+    return y;
+#endif
+}
+
 #ifdef SFA_EMULATION
 struct MmaOperands {
     float a[8], b[4];

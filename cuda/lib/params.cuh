@@ -187,6 +187,9 @@ __device__ __forceinline__ unsigned first_seen(unsigned slide, unsigned row) {
   return row + 1 > slide ? row + 1 - slide : 0;
 }
 
+// How closed chains are stored: as T, or in 8 bits by one of two codes (cache/codes.cuh).
+enum PageCode : unsigned { AS_T = 0, CODE_I8 = 1, CODE_F8E4M3 = 2 };
+
 // For cache_append: sizes.tokens new tokens after `first` earlier ones.
 struct CacheParams {
   Rows q, k, v;
@@ -209,9 +212,12 @@ struct CacheParams {
   unsigned scores_first, scores_stride;
   // The size of a value, and of the rows of a first chunk's columns.
   unsigned value_dim, column_dim;
+  // A PageCode.
+  unsigned code;
+  unsigned unused;
 };
 
-static_assert(sizeof(CacheParams) == 216, "as in src/cuda/params.rs");
+static_assert(sizeof(CacheParams) == 224, "as in src/cuda/params.rs");
 
 // For chunk.cu, besides CacheParams: attention over a later chunk numbers `tokens` tokens and rows, and the chunk's are
 // those from `lead` on. Nothing before the tail is read as a raw token. A list has room for `capacity` far columns.
@@ -245,7 +251,8 @@ struct CacheAttendParams {
   unsigned drawn_from[3];
   // 1: closed chains have sizes.
   unsigned sized;
-  unsigned unused;
+  // A PageCode.
+  unsigned code;
 };
 
 static_assert(sizeof(CacheAttendParams) == 120, "as in src/cuda/params.rs");

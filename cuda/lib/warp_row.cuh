@@ -112,6 +112,15 @@ struct WarpRow {
 #pragma unroll
     for (unsigned i = 0; i < PER_LANE; i++) x[i] = (next.x[i] + size * x[i]) * inverse;
   }
+  // Replaces numbers beyond the largest one of T by that.
+  template <class T> __device__ __forceinline__ void limit() {
+    if constexpr (std::is_same<T, half_t>::value) {
+#pragma unroll
+      for (unsigned i = 0; i < PER_LANE; i++)
+        // A NaN stays.
+        x[i] = x[i] > 65504.0f ? 65504.0f : x[i] < -65504.0f ? -65504.0f : x[i];
+    }
+  }
   // The row's Euclidean norm, in every lane.
   __device__ __forceinline__ float norm() const {
     float sum = 0.0f;

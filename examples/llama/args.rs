@@ -145,7 +145,7 @@ pub struct EvalArgs {
     /// windows, through the weights for prompts.
     #[arg(long, value_name = "N")]
     pub step: Option<usize>,
-    /// What these caches store keys and values in: f32, f16, bf16, or on the CPU i8 or f8e4m3 with a scale for each.
+    /// What these caches store keys and values in: f32, f16, bf16, or i8 or f8e4m3 with a scale for each.
     /// Default: the number type of the activations.
     #[arg(long, value_name = "TYPE", requires = "step")]
     pub kv_dtype: Option<Storage>,
@@ -306,7 +306,7 @@ pub struct BenchArgs {
     /// 512 on the CPU, 8192 on a GPU.
     #[arg(long, value_name = "N", help_heading = "KV cache")]
     prefill_chunk: Option<usize>,
-    /// What kept keys and values are stored in: f32, f16, bf16, or on the CPU i8 or f8e4m3 with a scale for each. Only
+    /// What kept keys and values are stored in: f32, f16, bf16, or i8 or f8e4m3 with a scale for each. Only
     /// --shape takes several. Default: the number type of the activations.
     #[arg(long, value_delimiter = ',', value_name = "TYPE,TYPE..", help_heading = "KV cache")]
     pub kv_dtype: Vec<Storage>,

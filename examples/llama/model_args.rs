@@ -19,7 +19,7 @@ pub struct CacheArgs {
     /// 512 on the CPU, 8192 on a GPU.
     #[arg(long, value_name = "N")]
     pub prefill_chunk: Option<usize>,
-    /// What kept keys and values are stored in: f32, f16, bf16, or on the CPU i8 or f8e4m3 with a scale for each.
+    /// What kept keys and values are stored in: f32, f16, bf16, or i8 or f8e4m3 with a scale for each.
     /// Default: the number type of the activations.
     #[arg(long, value_name = "TYPE")]
     pub kv_dtype: Option<Storage>,

@@ -3,18 +3,19 @@
 
 use super::device_rows::HostRows;
 use super::{CacheOptions, CacheSizes, CompressedKvCache, Lists, ListsOf, State};
-use crate::config::{CompressionConfig, HeadStrategies, HeadTest};
+use crate::config::{CompressionConfig, HeadStrategies, HeadTest, Storage};
+use crate::cpu::cache::entries::Entries;
 use crate::cpu::cache::list::{List, Run};
 use crate::cpu::cache::piece::EntryPiece;
 use crate::cpu::cache::settings::ListSettings;
-use crate::cpu::columns::chain::ChainFold;
+use crate::cpu::columns::chain::{log2_size, ChainFold};
 use crate::cpu::decide::heads::ListHeads;
 use crate::cpu::decide::observe::Observed;
 use crate::cpu::number::element::Element;
 use crate::cpu::number::finite::{all_finite, quarantine};
 use crate::cpu::number::rows::{narrowed, widened};
 use crate::cuda::attention;
-use crate::cuda::cache::{HostList, HostLists};
+use crate::cuda::cache::{device_config, ClosedRows, HostList, HostLists};
 use crate::cuda::on_gpu::GpuElement;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Result};
@@ -81,7 +82,7 @@ impl CompressedKvCache {
     /// The lists for a device of a cache on the CPU that has tokens, and the shapes; None of an empty cache.
     ///
     /// # Errors
-    /// Another dtype than T.
+    /// Another dtype than T, or 8 bits of lists that merge beside lists that do not.
     pub(crate) fn for_device<T: Both>(&self) -> Result<Option<(Problem, HostRows<T>)>> {
         let Some(state) = &self.state else { return Ok(None) };
         let dtype = state.lists.dtype();
@@ -94,7 +95,18 @@ impl CompressedKvCache {
         let problem = state.sizes.problem(dtype);
         let agree = self.config.group_rule.heads_agree();
         let per_row = attention::lists(&problem, self.strategies.all_off(), agree);
-        Ok(Some((problem, rows_of(state, lists, &self.config, per_row))))
+        let code = self.options.storage.and_then(Storage::code);
+        let config = device_config(&self.strategies, &self.config, code);
+        let off = lists.iter().any(|(_, list)| !list.settings.merges());
+        if let (Some(storage), Some(_), true, true) = (self.options.storage, code, off, config.window > 0) {
+            bail!(
+                "storage: expected heads that all merge, or MergeStrategy::Off for all of them, in a cache of \
+                 {storage} that goes to CUDA, got some of each; there the window of a head that is off holds its own \
+                 numbers, which {storage} does not give back: append the tokens to a new cache on the GPU, or store \
+                 bf16"
+            )
+        }
+        Ok(Some((problem, rows_of(state, lists, &config, per_row))))
     }
 }
 
@@ -141,6 +153,7 @@ fn lists_of<'a, T: Both>(
         let queries = queries.map(|all| &all[(row * heads + first) * sizes.head_dim..][..width * sizes.head_dim]);
         let settings = ListSettings {
             sliding_window: held.sliding_window.flatten().unwrap_or(usize::MAX),
+            code: held.code,
             ..ListSettings::new(tests, config)
         };
         let list = match settings.merges() {
@@ -163,13 +176,7 @@ fn merging_list<T: Both>(
     list.seq_len = seq_len;
     if list.settings.folds() {
         list.kept_from = held.kept_from;
-        let mut next = held.kept_from;
-        let rows = held.far_k.chunks_exact(dim).zip(held.far_v.chunks_exact(value_dim));
-        for ((key, value), token) in rows.zip(&held.tokens) {
-            let token = *token as usize;
-            list.entries.push(key, value, token, token + 1 - next, 0.0);
-            next = token + 1;
-        }
+        list.entries = entries_of(&list, held);
         let chain = held.chain.clone();
         list.open = chain.map(|rows| ChainFold::from_rows(fold, held.chain_size as usize, rows));
     }
@@ -208,10 +215,54 @@ fn merging_list<T: Both>(
     list
 }
 
+/// The closed chains of a list on the CPU, as they are stored.
+fn entries_of<T: Both>(list: &List<T>, held: &HostList<T>) -> Entries<T> {
+    let (dims, sized) = ([list.dim, list.value_dim], list.settings.fold.has_sizes());
+    let mut piece = EntryPiece::empty();
+    match &held.far {
+        ClosedRows::InDtype { keys, values } => {
+            piece.keys.clone_from(keys);
+            piece.values.clone_from(values);
+        }
+        ClosedRows::Coded { codes, scales } => {
+            piece.codes.clone_from(codes);
+            piece.scales.clone_from(scales);
+        }
+    }
+    piece.tokens.clone_from(&held.tokens);
+    if sized {
+        let mut next = held.kept_from;
+        let size = |token: &u32| {
+            let size = *token as usize + 1 - next;
+            next = *token as usize + 1;
+            log2_size(size)
+        };
+        piece.log2_sizes = held.tokens.iter().map(size).collect();
+    }
+    Entries::from_piece(piece, dims, [sized, false], list.settings.code)
+}
+
+/// The closed chains of a list for a device, as they are stored.
+fn closed_rows<T: Both>(entries: &Entries<T>) -> (ClosedRows<T>, Vec<u32>) {
+    let piece = entries.copied();
+    let rows = match entries.code() {
+        None => ClosedRows::InDtype {
+            keys: piece.keys,
+            values: piece.values,
+        },
+        Some(_) => ClosedRows::Coded {
+            codes: piece.codes,
+            scales: piece.scales,
+        },
+    };
+    (rows, piece.tokens)
+}
+
 fn plain_list<T: Both>(settings: ListSettings, held: &HostList<T>, (seq_len, dims): (usize, [usize; 2])) -> List<T> {
     let mut list = List::<T>::new(settings, dims);
     list.seq_len = seq_len;
-    let (mut keys, mut values) = (held.far_k.clone(), held.far_v.clone());
+    list.entries = entries_of(&list, held);
+    let (mut keys, mut values) = (Vec::new(), Vec::new());
     let mut close = |key: &[f32], value: &[f32]| {
         let (mut key, mut value) = (key.to_vec(), value.to_vec());
         quarantine(&mut key, &mut value);
@@ -226,11 +277,12 @@ fn plain_list<T: Both>(settings: ListSettings, held: &HostList<T>, (seq_len, dim
         .chunks_exact(dims[0])
         .zip(held.recent_v.chunks_exact(dims[1]));
     rows.for_each(|(key, value)| close(&widened(key), &widened(value)));
-    // The first of these tokens, and the first that a later row sees.
+    // Of all these tokens: the first, the first that is not closed, and the first that a later row sees.
     let oldest = held.kept_from.min(seq_len - 1);
+    let next = held.tokens.last().map_or(oldest, |token| *token as usize + 1);
     list.kept_from = oldest.max(list.settings.first_seen(seq_len)).min(seq_len - 1);
     let rows = keys.chunks_exact(dims[0]).zip(values.chunks_exact(dims[1]));
-    for (token, (key, value)) in (list.kept_from..seq_len).zip(rows.skip(list.kept_from - oldest)) {
+    for (token, (key, value)) in (next..seq_len).zip(rows) {
         if token < seq_len - 1 {
             list.entries.push(key, value, token, 1, 0.0);
         } else {
@@ -240,6 +292,7 @@ fn plain_list<T: Both>(settings: ListSettings, held: &HostList<T>, (seq_len, dim
             list.open = Some(chain);
         }
     }
+    list.entries.leave(list.kept_from - oldest);
     list
 }
 
@@ -300,6 +353,7 @@ fn held_of<T: Both>(
     HostLists {
         seq_len: of(0, 0).0.seq_len,
         sliding_window: state.sliding_window,
+        code: lists.first().and_then(|(_, list)| list.settings.code),
         lists: held.collect(),
         last_queries,
         tests,
@@ -314,20 +368,14 @@ fn held_merging<T: Both>(list: &List<T>) -> HostList<T> {
     let stale = list.recent_keys.len() / list.dim - kept;
     let recent = |rows: &[T], dim: usize| [&vec![T::zero(); (slots - kept) * dim][..], &rows[stale * dim..]].concat();
     let edge = list.seq_len.checked_sub(settings.window + 1);
-    let EntryPiece {
-        keys: far_k,
-        values: far_v,
-        tokens,
-        ..
-    } = list.entries.copied();
+    let (far, tokens) = closed_rows(&list.entries);
     HostList {
         kept_from: if settings.folds() {
             list.kept_from
         } else {
             edge.unwrap_or(0)
         },
-        far_k,
-        far_v,
+        far,
         tokens,
         chain: match &list.open {
             Some(chain) => Some(chain.rows().map(<[f32]>::to_vec)),
@@ -366,8 +414,14 @@ fn held_plain<T: Both>(list: &List<T>, config: &CompressionConfig) -> HostList<T
     let far = list.kept_from.min(edge)..edge;
     HostList {
         kept_from: far.start,
-        far_k: keys(far.clone()),
-        far_v: values(far.clone()),
+        far: match list.entries.code() {
+            None => ClosedRows::InDtype {
+                keys: keys(far.clone()),
+                values: values(far.clone()),
+            },
+            // There is no window: all but the newest token.
+            Some(_) => closed_rows(&list.entries).0,
+        },
         tokens: far.map(|token| token as u32).collect(),
         chain: (seq_len > window).then(|| {
             let (key, value) = (widened(&keys(edge..edge + 1)), widened(&values(edge..edge + 1)));
@@ -381,6 +435,10 @@ fn held_plain<T: Both>(list: &List<T>, config: &CompressionConfig) -> HostList<T
         last_hidden: false,
         last_key: keys(seq_len - 1..seq_len),
         masses: vec![0.0; window.min(seq_len)],
-        sink_keys: keys(0..config.sinks.min(seq_len)),
+        sink_keys: match list.entries.code() {
+            None => keys(0..config.sinks.min(seq_len)),
+            // There is nothing to observe.
+            Some(_) => Vec::new(),
+        },
     }
 }

@@ -4,7 +4,7 @@
 
 use super::device_groups::{groups_apart, groups_for, take, RowsCall};
 use super::segments::{BeforeCall, RowPlace, RowRun};
-use crate::config::{CompressionConfig, HeadStrategies};
+use crate::config::{ByteCode, CompressionConfig, HeadStrategies};
 use crate::cuda::cache::{DeviceLists, HostLists};
 use crate::cuda::on_gpu::{Gpu, GpuElement};
 use crate::problem::Problem;
@@ -35,9 +35,14 @@ impl<G: Gpu, T: GpuElement> DeviceRows<G, T> {
     ///
     /// # Errors
     /// As [`DeviceLists::new`].
-    pub fn new(gpu: &G, problem: &Problem, strategies: &HeadStrategies, config: &CompressionConfig) -> Result<Self> {
+    pub fn new(
+        gpu: &G,
+        problem: &Problem,
+        settings: (&HeadStrategies, &CompressionConfig),
+        code: Option<ByteCode>,
+    ) -> Result<Self> {
         Ok(Self {
-            parts: vec![DeviceLists::new(gpu, problem, strategies, config)?],
+            parts: vec![DeviceLists::new(gpu, problem, settings, code)?],
             seq_len: 0,
             places: None,
         })

@@ -26,7 +26,12 @@ pub struct CacheOptions {
     ///
     /// [`Storage::I8`] and [`Storage::F8E4M3`] store closed chains in 8 bits a number, and a scale for each key and
     /// value in bf16. The window and the open chain keep the dtype of the keys, and decisions and folds read them: a
-    /// number is rounded once, when its chain closes. Not on CUDA.
+    /// number is rounded once, when its chain closes. Heads that are off have no window: all but the newest token is in
+    /// 8 bits.
+    ///
+    /// On CUDA f16 and bf16 decode straight from the codes, where keys and values have one size of at most 128 that is
+    /// a multiple of 16; other calls do so in two launches. A head that is off beside heads that merge has their window
+    /// there, and such a cache does not come from the CPU or a file: its codes would be rounded twice.
     pub storage: Option<Storage>,
     /// The most entries that one list may keep; a call that would exceed it is refused and changes nothing. On a GPU a
     /// call that comes near the limit works on a copy of the cache first, and waits for the device.

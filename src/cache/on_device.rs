@@ -34,7 +34,7 @@ macro_rules! each {
 pub(super) struct GpuState {
     pub device: Device,
     sizes: CacheSizes,
-    /// The storage dtype.
+    /// The storage dtype; in 8 bits that of the window and the open chain.
     pub dtype: DType,
     lists: Arc<ListsByDtype>,
 }
@@ -132,13 +132,14 @@ impl ListsByDtype {
 
 impl GpuState {
     pub fn new(cache: &CompressedKvCache, problem: &Problem, device: &Device) -> Result<Self> {
-        let (gpu, strategies, config) = (cuda(device)?, &cache.strategies, &cache.config);
-        strategies.check(problem.batch, problem.heads)?;
+        let (gpu, settings) = (cuda(device)?, (&cache.strategies, &cache.config));
+        let code = cache.options.storage.and_then(Storage::code);
+        cache.strategies.check(problem.batch, problem.heads)?;
         let dtype = cache.options.storage.and_then(Storage::dtype).unwrap_or(problem.dtype);
         let lists = match dtype {
-            DType::F32 => ListsByDtype::F32(DeviceRows::new(&gpu, problem, strategies, config)?),
-            DType::F16 => ListsByDtype::F16(DeviceRows::new(&gpu, problem, strategies, config)?),
-            DType::BF16 => ListsByDtype::BF16(DeviceRows::new(&gpu, problem, strategies, config)?),
+            DType::F32 => ListsByDtype::F32(DeviceRows::new(&gpu, problem, settings, code)?),
+            DType::F16 => ListsByDtype::F16(DeviceRows::new(&gpu, problem, settings, code)?),
+            DType::BF16 => ListsByDtype::BF16(DeviceRows::new(&gpu, problem, settings, code)?),
             other => bail!(
                 "query: expected dtype f32, f16 or bf16 on CUDA, got {other:?}; convert it with to_dtype or move it \
                  with to_device(&Device::Cpu)"
@@ -365,12 +366,6 @@ impl CompressedKvCache {
     }
 
     fn check_options_for_gpu(&self) -> Result<()> {
-        if let Some(storage) = self.options.storage.filter(|storage| storage.dtype().is_none()) {
-            bail!(
-                "storage: expected f32, f16 or bf16 for a cache on CUDA, got {storage}; keep the cache on Device::Cpu, \
-                 or store bf16"
-            )
-        }
         match self.options.budget {
             Some(budget) => bail!(
                 "budget: expected None for a cache on CUDA, got {budget}; keep the cache on Device::Cpu, or bound it \

@@ -1,10 +1,11 @@
-//! Launches of `cuda/cache/decode.cu`, `decode_values.cu` and `decode_group.cu`: one new token per list of a ragged
-//! cache whose lengths only the device knows.
+//! Launches of `cuda/cache/decode.cu`, `decode_values.cu`, `decode_group.cu` and `decode_bytes.cu`: one new token per
+//! list of a ragged cache whose lengths only the device knows.
 
 use super::cache::pages::PAGE;
 use super::on_gpu::{Gpu, GpuElement, Kernel, Launch};
 use super::operands::padded;
 use super::params::{CacheParams, DecodeParams};
+use crate::config::{ByteCode, Storage};
 use candle_core::{bail, Result};
 
 /// The arguments that a launch passes as `CACHE_STATE` in cuda/cache/cache_list.cuh.
@@ -28,6 +29,8 @@ pub(crate) struct DecodeCall<'a, G: Gpu, T: GpuElement> {
     /// The newest token, if the launch appends it.
     pub appended: Option<Appended<'a, G, T>>,
     pub params: CacheParams,
+    /// The code of closed chains in 8 bits; then [`decodes`].
+    pub code: Option<ByteCode>,
     /// The most far columns that a list may have. It follows from the number of tokens alone, so that equal caches
     /// decode to equal bits.
     pub most: usize,
@@ -79,7 +82,25 @@ struct Variant {
     resident: usize,
 }
 
+/// Whether a kernel decodes closed chains of this code, and keys and values of these sizes.
+pub(crate) fn decodes<T: GpuElement>(code: Option<ByteCode>, [head_dim, value_dim]: [usize; 2]) -> bool {
+    code.is_none() || T::HALF && head_dim == value_dim && head_dim <= 128 && head_dim.is_multiple_of(16)
+}
+
 impl Variant {
+    /// For closed chains in 8 bits, and keys and values of this size.
+    fn coded(code: ByteCode, head_dim: usize) -> Self {
+        let code = match code {
+            ByteCode::I8 => Storage::I8,
+            ByteCode::F8E4M3 => Storage::F8E4M3,
+        };
+        Self {
+            name: format!("decode_{code}_{}", padded(head_dim)),
+            together: 8,
+            resident: 3,
+        }
+    }
+
     /// For `group` query heads that share a list, and keys and values of these sizes.
     fn pick<T: GpuElement>(group: usize, [head_dim, value_dim]: [usize; 2]) -> Self {
         let dim = padded(head_dim.max(value_dim));
@@ -131,15 +152,21 @@ pub(crate) fn decode<G: Gpu, T: GpuElement>(
         )
     }
     let (group, lists, rows) = (heads / lists, batch * lists, batch * heads);
-    let variant = Variant::pick::<T>(group, [head_dim, value_dim]);
+    if !decodes::<T>(call.code, [head_dim, value_dim]) {
+        bail!(
+            "storage: expected f16 or bf16 heads of one size of at most 128 that is a multiple of 16 for decoding in 8 \
+             bits, got {head_dim} for keys and {value_dim} for values; this is a defect of the crate, please report it"
+        )
+    }
+    let variant = match call.code {
+        None => Variant::pick::<T>(group, [head_dim, value_dim]),
+        Some(code) => Variant::coded(code, head_dim),
+    };
     let shares = group.div_ceil(variant.together);
     // All blocks are resident at once, so that no block waits for another to end, and all end together. Twice as many
     // blocks run where a block has little to compute and much to read.
-    let waves = if variant.together == 1 && call.most >= LONG {
-        2
-    } else {
-        1
-    };
+    let alone = variant.together == 1 || call.code.is_some() && group == 1;
+    let waves = if alone && call.most >= LONG { 2 } else { 1 };
     let slots = waves * gpu.multiprocessors()? * variant.resident;
     let splits = slots.saturating_sub(lists) / (lists * shares);
     let splits = splits.clamp(1, call.most.div_ceil(LEAST_COLUMNS).clamp(1, MOST_SPLITS));

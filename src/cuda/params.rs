@@ -270,7 +270,7 @@ pub(crate) struct DecodeParams {
 /// As in cuda/lib/params.cuh: no sliding window.
 pub(crate) const NO_SLIDE: u32 = u32::MAX;
 
-params!(CacheParams: 216, CacheAttendParams: 120, PadParams: 48, CopyParams: 32);
+params!(CacheParams: 224, CacheAttendParams: 120, PadParams: 48, CopyParams: 32);
 
 /// The parameters of `cache_append`: `sizes.tokens` new tokens, after `first` earlier ones.
 #[repr(C)]
@@ -301,6 +301,9 @@ pub(crate) struct CacheParams {
     pub value_dim: u32,
     /// The size of the rows of a first chunk's columns.
     pub column_dim: u32,
+    /// How closed chains are stored: `PageCode` in cuda/lib/params.cuh.
+    pub code: u32,
+    pub unused: u32,
 }
 
 params!(ChunkParams: 12);
@@ -342,7 +345,8 @@ pub(crate) struct CacheAttendParams {
     pub drawn_from: [u32; 3],
     /// 1: closed chains have sizes.
     pub sized: u32,
-    pub unused: u32,
+    /// As in [`CacheParams`].
+    pub code: u32,
 }
 
 /// The parameters of `cache_pad`: rows of `dim` numbers become rows of `padded` numbers.

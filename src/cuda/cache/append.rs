@@ -5,7 +5,7 @@ use super::pages::{Refit, PAGE};
 use super::DeviceLists;
 use crate::config::AttentionOptions;
 use crate::cuda::decide::reads_bias;
-use crate::cuda::decode::{decode, Appended, DecodeCall, StateArgs};
+use crate::cuda::decode::{decode, decodes, Appended, DecodeCall, StateArgs};
 use crate::cuda::extras::{has_extras, ExtraBuffers, ScoreBuffer};
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch, Source};
 use crate::cuda::operands::BiasBuffer;
@@ -263,8 +263,14 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         options: &AttentionOptions,
         extras: ExtraBuffers<'_, G>,
     ) -> Result<G::Slice<T>> {
-        let Problem { heads, head_dim, .. } = self.settings.problem;
-        let (scale, plain) = (options.scale(head_dim), !has_extras(options));
+        let Problem {
+            heads,
+            head_dim,
+            value_dim,
+            ..
+        } = self.settings.problem;
+        let scale = options.scale(head_dim);
+        let plain = !has_extras(options) && decodes::<T>(self.settings.code, [head_dim, value_dim]);
         if plain && !self.settings.config.fold.folds_queries() {
             return self.take_and_decode(gpu, qkv, scale, extras.scores);
         }
@@ -282,6 +288,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             queries: &queries,
             appended: None,
             params: self.params(&[(&queries, folded), qkv[1], qkv[2]], 1, scale)?,
+            code: self.settings.code,
             most: self.seq_len.min(self.slide() as usize),
             some_sit_out: self.some_sit_out(),
             scale,
@@ -312,6 +319,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 scores: scores.map(|scores| scores.data),
             }),
             params: self.params_under(&qkv, extras, 1, scale)?,
+            code: self.settings.code,
             most: self.seq_len.min(self.slide() as usize),
             some_sit_out: self.some_sit_out(),
             scale,
@@ -387,7 +395,11 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             };
             let params = self.bare_params(self.seq_len, 0)?;
             let args = [gpu.read(&from), gpu.read(&to), gpu.read(&used), gpu.value(&params)];
-            gpu.launch(&Kernel::of::<T>("cache_copy_page"), launch, &args)?;
+            let kernel = match self.settings.code {
+                None => Kernel::of::<T>("cache_copy_page"),
+                Some(_) => Kernel::plain("cache_copy_page_coded"),
+            };
+            gpu.launch(&kernel, launch, &args)?;
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! Launches of `cuda/cache/cache_attend.cu`: the newest row over the whole cache, with a bias or dropout.
 
-use super::DeviceLists;
+use super::{page_code, DeviceLists};
 use crate::config::AttentionOptions;
 use crate::cuda::extras::{softcap_in_base_2, ExtraBuffers};
 use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch};
@@ -45,7 +45,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             value_dim: value_dim as u32,
             drawn_from: extras.drawn_from,
             sized: u32::from(self.settings.config.fold.has_sizes()),
-            unused: 0,
+            code: page_code(self.settings.code),
         };
         let mut output = match self.some_sit_out() {
             true => gpu.zeros::<T>(rows * value_dim)?,

@@ -96,7 +96,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
                 fold: config.fold,
                 lists: settings.lists,
             },
-            dense: settings.dense,
+            // In 8 bits tokens are rounded when they leave the window, whether anything is hidden or not.
+            dense: settings.dense && settings.code.is_none(),
             window: config.window,
             bias: extras.bias,
             sinks: extras.sinks,
@@ -110,7 +111,10 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let (output, columns) = if !attend {
             (None, None)
         } else {
-            let folded = attention.folded(gpu, false)?;
+            let mut folded = attention.folded(gpu, false)?;
+            if let (Some(_), Some(columns)) = (settings.code, &mut folded.columns) {
+                self.round_columns(gpu, raw, count, &bits, columns)?;
+            }
             let output = forward(gpu, &attention.call(&folded), false)?.output;
             let output = match value_dim == dim {
                 true => output,
@@ -127,6 +131,29 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         };
         self.adopt(gpu, raw, (count, scale), (&bits, &columns), extras)?;
         Ok(output)
+    }
+
+    /// Rounds a chunk's far columns to 8 bits, as its rows see them.
+    fn round_columns(
+        &mut self,
+        gpu: &G,
+        qkv: [Source<'_, G, T>; 3],
+        count: usize,
+        bits: &G::Slice<u8>,
+        columns: &mut ColumnBuffers<G, T>,
+    ) -> Result<()> {
+        let (params, launch) = (self.params(&qkv, count, 1.0)?, Launch::warps(count, self.all()));
+        let mut args = vec![
+            gpu.read(qkv[1].0),
+            gpu.read(qkv[2].0),
+            gpu.read(bits),
+            gpu.read(&columns.far_before),
+            gpu.write_some(columns.far_k.as_mut()),
+            gpu.write_some(columns.far_v.as_mut()),
+        ];
+        args.extend(self.state.args(gpu));
+        args.push(gpu.value(&params));
+        gpu.launch(&Kernel::of::<T>("cache_round_columns"), launch, &args)
     }
 
     /// Moves a chunk's columns into this empty cache.

@@ -4,7 +4,7 @@
 //! passes a list's pages, and after a long chunk, the host reads the lengths back, which waits for the device. No other
 //! step of appending waits.
 
-use crate::config::{CompressionConfig, HeadStrategies, HeadTest};
+use crate::config::{ByteCode, CompressionConfig, Criterion, HeadStrategies, HeadTest};
 use crate::cuda::attention::lists;
 use crate::cuda::decide;
 use crate::cuda::decode::Scratch;
@@ -15,7 +15,7 @@ use crate::cuda::params::{BiasEntries, CacheParams, Rows, Sizes, NO_SLIDE};
 use crate::problem::Problem;
 use candle_core::{bail, Result};
 pub(crate) use copy::paste;
-pub(crate) use host::{HostList, HostLists};
+pub(crate) use host::{ClosedRows, HostList, HostLists};
 use pages::{page_bytes, PagePool};
 use ragged::Ragged;
 use state::ListBuffers;
@@ -51,6 +51,39 @@ struct CacheSettings {
     /// Whether nothing can ever be hidden.
     dense: bool,
     config: CompressionConfig,
+    /// The code of closed chains in 8 bits.
+    code: Option<ByteCode>,
+}
+
+/// A code as `PageCode` in cuda/lib/params.cuh.
+pub(crate) fn page_code(code: Option<ByteCode>) -> u32 {
+    match code {
+        None => 0,
+        Some(ByteCode::I8) => 1,
+        Some(ByteCode::F8E4M3) => 2,
+    }
+}
+
+/// The settings by which a device holds a cache's lists. In 8 bits a cache whose heads are all off has no window, as on
+/// the CPU: each token is a closed chain at once, so that its code comes and goes as it is.
+pub(crate) fn device_config(
+    strategies: &HeadStrategies,
+    config: &CompressionConfig,
+    code: Option<ByteCode>,
+) -> CompressionConfig {
+    if code.is_none() || !strategies.all_off() {
+        return config.clone();
+    }
+    // There is nothing to observe.
+    let criterion = match config.criterion {
+        Criterion::ObservedMass => Criterion::KeyKey,
+        criterion => criterion,
+    };
+    CompressionConfig {
+        window: 0,
+        criterion,
+        ..config.clone()
+    }
 }
 
 impl CacheSettings {
@@ -88,19 +121,25 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     ///
     /// # Errors
     /// A criterion, window or head size that the kernels do not accept, or an error of the device.
-    pub fn new(gpu: &G, problem: &Problem, strategies: &HeadStrategies, config: &CompressionConfig) -> Result<Self> {
+    pub fn new(
+        gpu: &G,
+        problem: &Problem,
+        (strategies, config): (&HeadStrategies, &CompressionConfig),
+        code: Option<ByteCode>,
+    ) -> Result<Self> {
         let head_tests = decide::head_tests([problem.batch, problem.heads], strategies, config);
-        Self::with_tests(gpu, problem, strategies, config, head_tests)
+        Self::with_tests(gpu, problem, (strategies, config), code, head_tests)
     }
 
     /// [`Self::new`] with the tests of batch rows that are no longer in the order of the strategies.
     fn with_tests(
         gpu: &G,
         problem: &Problem,
-        strategies: &HeadStrategies,
-        config: &CompressionConfig,
+        (strategies, config): (&HeadStrategies, &CompressionConfig),
+        code: Option<ByteCode>,
         head_tests: Vec<HeadTest>,
     ) -> Result<Self> {
+        let config = device_config(strategies, config, code);
         let window = config.window;
         if config.criterion.observes() && config.sinks > WIDEST {
             bail!(
@@ -128,9 +167,10 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             problem: *problem,
             lists: lists(problem, dense, config.group_rule.heads_agree()),
             dense,
-            config: config.clone(),
+            config,
+            code,
         };
-        let pool = PagePool::new(page_bytes::<T>(problem, config.fold.has_sizes()));
+        let pool = PagePool::new(page_bytes::<T>(problem, settings.config.fold.has_sizes(), code));
         Self::empty(gpu, settings, head_tests, pool)
     }
 
@@ -210,6 +250,11 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let (both, all, window) = (dim + value_dim, self.all(), self.settings.config.window);
         let ln = if self.settings.config.fold.has_sizes() { 4 } else { 0 };
         let (row, local) = (both * size_of::<T>() + ln + 4, all * (window + 1));
+        let closed = match self.settings.code {
+            None => row,
+            // Two scales.
+            Some(_) => both + 4 + ln + 4,
+        };
         let pair_sums = match &self.state.last_queries {
             Some(_) => (all * both + self.batch * heads * dim) * size_of::<T>(),
             None => 0,
@@ -219,7 +264,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             None => 0,
         };
         // A key and a value in f32, two keys in T, and six words per list. A local row's fifth word is its bit.
-        (entries + local) * row + all * (both * 4 + 2 * dim * size_of::<T>() + 24) + pair_sums + observed
+        entries * closed + local * row + all * (both * 4 + 2 * dim * size_of::<T>() + 24) + pair_sums + observed
     }
 
     /// Bytes in use. Waits for the device.
@@ -311,6 +356,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             scores_stride: extras.scores.map_or(0, |scores| limited(scores.stride)),
             value_dim: self.settings.problem.value_dim as u32,
             column_dim: self.settings.column_dim() as u32,
+            code: page_code(self.settings.code),
+            unused: 0,
         })
     }
 }

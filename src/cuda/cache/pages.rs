@@ -1,6 +1,7 @@
 //! Pages of closed chains: `cuda/cache/pages.cuh`. A list has pages for its own entries, not for those of the longest
 //! list; clones of a cache share pages, and copy one before they write to it.
 
+use crate::config::ByteCode;
 use crate::cuda::on_gpu::{Gpu, GpuElement};
 use crate::problem::Problem;
 use candle_core::Result;
@@ -13,9 +14,13 @@ pub(crate) const PAGE: usize = 64;
 /// A pool grows by this part of its pages, or by the pages that are needed.
 const GROWTH: usize = 16;
 
-/// Bytes of a page: keys, values, tokens and, where chains have sizes, their logarithms.
-pub(crate) fn page_bytes<T: GpuElement>(problem: &Problem, sized: bool) -> usize {
-    let row = (problem.head_dim + problem.value_dim) * size_of::<T>();
+/// Bytes of a page: keys, values, in 8 bits two scales, tokens and, where chains have sizes, their logarithms.
+pub(crate) fn page_bytes<T: GpuElement>(problem: &Problem, sized: bool, code: Option<ByteCode>) -> usize {
+    let numbers = problem.head_dim + problem.value_dim;
+    let row = match code {
+        None => numbers * size_of::<T>(),
+        Some(_) => numbers + 4,
+    };
     PAGE * (row + if sized { 8 } else { 4 })
 }
 

@@ -1,6 +1,6 @@
 //! Lists downloaded to the host and uploaded again, for a saved cache.
 
-use super::host::{HostList, HostLists};
+use super::host::{ClosedRows, HostList, HostLists};
 use super::upload::Upload;
 use super::{DeviceLists, NO_RUN};
 use crate::config::{CompressionConfig, HeadStrategies};
@@ -9,15 +9,34 @@ use crate::cuda::on_gpu::{Gpu, GpuElement, Kernel, Launch};
 use crate::cuda::params::NO_SLIDE;
 use crate::problem::Problem;
 use candle_core::Result;
+use half::bf16;
 use std::ops::Range;
 
 /// The closed chains of all lists, list after list.
 struct ClosedChains<T> {
     /// The entries of each list.
     ranges: Vec<Range<usize>>,
-    keys: Vec<T>,
-    values: Vec<T>,
+    rows: ClosedRows<T>,
     tokens: Vec<u32>,
+}
+
+impl<T: Copy> ClosedChains<T> {
+    /// The rows of some entries.
+    fn part(&self, entries: &Range<usize>, [dim, value_dim]: [usize; 2]) -> ClosedRows<T> {
+        fn some<N: Copy>(x: &[N], entries: &Range<usize>, dim: usize) -> Vec<N> {
+            x[entries.start * dim..entries.end * dim].to_vec()
+        }
+        match &self.rows {
+            ClosedRows::InDtype { keys, values } => ClosedRows::InDtype {
+                keys: some(keys, entries, dim),
+                values: some(values, entries, value_dim),
+            },
+            ClosedRows::Coded { codes, scales } => ClosedRows::Coded {
+                codes: [some(&codes[0], entries, dim), some(&codes[1], entries, value_dim)],
+                scales: [0, 1].map(|which| some(&scales[which], entries, 1)),
+            },
+        }
+    }
 }
 
 /// The numbers of `rows` rows of one list, picked by index.
@@ -36,6 +55,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             return Ok(HostLists {
                 seq_len: 0,
                 sliding_window: self.sliding_window,
+                code: self.settings.code,
                 lists: vec![HostList::default(); self.all()],
                 last_queries: None,
                 tests: self.head_tests.clone(),
@@ -65,7 +85,6 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let (oldest, base) = (seen.saturating_sub(window), seen.saturating_sub(window + 1));
         let list = |index: usize| -> HostList<T> {
             let (ring, entries) = (index * (window + 1), closed.ranges[index].clone());
-            let far = |x: &[T], dim| x[entries.start * dim..entries.end * dim].to_vec();
             let recent = || (oldest..seen).map(|t| ring + t % window.max(1));
             let (mut recent_k, mut recent_v) = (pick(&local_k, recent(), dim), pick(&local_v, recent(), value_dim));
             let (mut masses, mut sink_keys) = (Vec::new(), Vec::new());
@@ -80,8 +99,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             }
             HostList {
                 kept_from: kept_from[index] as usize,
-                far_k: far(&closed.keys, dim),
-                far_v: far(&closed.values, value_dim),
+                far: closed.part(&entries, [dim, value_dim]),
                 tokens: closed.tokens[entries.clone()].to_vec(),
                 chain: (seen > window).then(|| {
                     let sum = |x: &[f32], dim: usize| x[index * dim..][..dim].to_vec();
@@ -112,6 +130,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         Ok(HostLists {
             seq_len: seen,
             sliding_window: self.sliding_window,
+            code: self.settings.code,
             lists: (0..self.all()).map(list).collect(),
             last_queries: state.last_queries.as_ref().map(|x| gpu.download(x)).transpose()?,
             tests: self.head_tests.clone(),
@@ -132,12 +151,16 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         if end == 0 {
             return Ok(ClosedChains {
                 ranges,
-                keys: Vec::new(),
-                values: Vec::new(),
+                rows: match self.settings.code {
+                    None => ClosedRows::default(),
+                    Some(_) => ClosedRows::Coded {
+                        codes: Default::default(),
+                        scales: Default::default(),
+                    },
+                },
                 tokens: Vec::new(),
             });
         }
-        let (mut keys, mut values) = (gpu.alloc::<T>(end * dim)?, gpu.alloc::<T>(end * value_dim)?);
         let (mut tokens, firsts) = (gpu.alloc::<u32>(end)?, gpu.upload(&firsts)?);
         let params = self.bare_params(self.seq_len, 0)?;
         let longest = ranges.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
@@ -146,22 +169,55 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             threads: 128,
             shared_bytes: 0,
         };
-        let args = [
-            gpu.write(&mut keys),
-            gpu.write(&mut values),
-            gpu.write(&mut tokens),
-            gpu.read(&firsts),
-            gpu.read(self.state.pages.table()),
-            gpu.read(&self.state.lengths),
-            gpu.read(&self.state.starts),
-            gpu.value(&params),
-        ];
-        gpu.launch(&Kernel::of::<T>("cache_gather"), launch, &args)?;
-        drop(args);
+        let lists = |args: &mut Vec<_>| {
+            args.extend([
+                gpu.read(&firsts),
+                gpu.read(self.state.pages.table()),
+                gpu.read(&self.state.lengths),
+                gpu.read(&self.state.starts),
+                gpu.value(&params),
+            ]);
+        };
+        let rows = match self.settings.code {
+            None => {
+                let (mut keys, mut values) = (gpu.alloc::<T>(end * dim)?, gpu.alloc::<T>(end * value_dim)?);
+                let mut args = vec![gpu.write(&mut keys), gpu.write(&mut values), gpu.write(&mut tokens)];
+                lists(&mut args);
+                gpu.launch(&Kernel::of::<T>("cache_gather"), launch, &args)?;
+                drop(args);
+                ClosedRows::InDtype {
+                    keys: gpu.download(&keys)?,
+                    values: gpu.download(&values)?,
+                }
+            }
+            Some(_) => {
+                let (mut keys, mut values) = (gpu.alloc::<u8>(end * dim)?, gpu.alloc::<u8>(end * value_dim)?);
+                let mut scales = gpu.alloc::<u32>(end)?;
+                let mut args = vec![
+                    gpu.write(&mut keys),
+                    gpu.write(&mut values),
+                    gpu.write(&mut scales),
+                    gpu.write(&mut tokens),
+                ];
+                lists(&mut args);
+                gpu.launch(&Kernel::plain("cache_gather_coded"), launch, &args)?;
+                drop(args);
+                let scales = gpu.download(&scales)?;
+                let half = |shift: u32| {
+                    scales
+                        .iter()
+                        .map(|word| bf16::from_bits((word >> shift) as u16))
+                        .collect()
+                };
+                ClosedRows::Coded {
+                    codes: [gpu.download(&keys)?, gpu.download(&values)?],
+                    scales: [half(0), half(16)],
+                }
+            }
+        };
         Ok(ClosedChains {
             ranges,
-            keys: gpu.download(&keys)?,
-            values: gpu.download(&values)?,
+            rows,
             tokens: gpu.download(&tokens)?,
         })
     }
@@ -177,7 +233,8 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         config: &CompressionConfig,
         host: &HostLists<T>,
     ) -> Result<Self> {
-        let mut new = Self::with_tests(gpu, problem, strategies, config, host.tests.clone())?;
+        let mut new = Self::with_tests(gpu, problem, (strategies, config), host.code, host.tests.clone())?;
+        let config = new.settings.config.clone();
         new.sliding_window = host.sliding_window;
         if host.seq_len == 0 {
             return Ok(new);
@@ -217,9 +274,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// Writes closed chains into the lists' pages, and recomputes the buffers that follow from the others, as the
     /// device computes them: local columns, logarithms, norms.
     fn restore(&mut self, gpu: &G, [k, v]: [&G::Slice<T>; 2], upload: &Upload<'_, G, T>) -> Result<()> {
-        let closed_k = upload.entries(|list| &list.far_k)?;
-        let closed_v = upload.entries(|list| &list.far_v)?;
-        let tokens = upload.entries(|list| &list.tokens)?;
+        let tokens = upload.entries(|list| list.tokens.clone())?;
         let mut first = 0;
         let firsts = upload.words(|list| {
             first += list.tokens.len();
@@ -231,17 +286,55 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             threads: 128,
             shared_bytes: 0,
         };
+        let closed = match self.settings.code {
+            None => Some([0, 1].map(|which| upload.entries(|list| list.far.in_dtype()[which].to_vec()))),
+            Some(_) => None,
+        };
+        let [closed_k, closed_v] = match closed {
+            Some([keys, values]) => [Some(keys?), Some(values?)],
+            None => [None, None],
+        };
         let mut args = vec![
             gpu.read(k),
             gpu.read(v),
-            gpu.read(&closed_k),
-            gpu.read(&closed_v),
+            gpu.read_some(closed_k.as_ref()),
+            gpu.read_some(closed_v.as_ref()),
             gpu.read(&tokens),
             gpu.read(&firsts),
         ];
         args.extend(self.state.args(gpu));
         args.push(gpu.value(&params));
-        gpu.launch(&Kernel::of::<T>("cache_restore"), launch, &args)
+        gpu.launch(&Kernel::of::<T>("cache_restore"), launch, &args)?;
+        drop(args);
+        if self.settings.code.is_none() {
+            return Ok(());
+        }
+        let [keys, values] = [0, 1].map(|which| upload.entries(|list| list.far.codes()[which].to_vec()));
+        let (keys, values, scales) = (keys?, values?, upload.entries(|list| list.far.scales())?);
+        let longest = upload
+            .host
+            .lists
+            .iter()
+            .map(|list| list.tokens.len())
+            .max()
+            .unwrap_or(0);
+        let launch = Launch {
+            grid: [self.all(), longest.div_ceil(4).clamp(1, 1024), 1],
+            threads: 128,
+            shared_bytes: 0,
+        };
+        let args = [
+            gpu.read(&keys),
+            gpu.read(&values),
+            gpu.read(&scales),
+            gpu.read(&tokens),
+            gpu.read(&firsts),
+            gpu.read(self.state.pages.table()),
+            gpu.read(&self.state.lengths),
+            gpu.read(&self.state.starts),
+            gpu.value(&params),
+        ];
+        gpu.launch(&Kernel::plain("cache_restore_coded"), launch, &args)
     }
 
     /// Whether no list merges: each has a head that is off.
@@ -263,6 +356,10 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// # Errors
     /// An error of the device.
     pub fn can_truncate(&self, gpu: &G, tokens: usize) -> Result<bool> {
+        // Tokens would be raw again, which 8 bits do not give back.
+        if self.settings.code.is_some() {
+            return Ok(tokens == self.seq_len);
+        }
         let Some(length) = self.sliding_window.flatten() else {
             return Ok(true);
         };

@@ -26,13 +26,8 @@ impl<G: Gpu, T: GpuElement> Upload<'_, G, T> {
     }
 
     /// Uploads the numbers of all lists, one after another.
-    pub fn entries<N: Number>(&self, of: impl Fn(&HostList<T>) -> &Vec<N>) -> Result<G::Slice<N>> {
-        let mut all: Vec<N> = self
-            .host
-            .lists
-            .iter()
-            .flat_map(|list| of(list).iter().copied())
-            .collect();
+    pub fn entries<N: Number>(&self, of: impl Fn(&HostList<T>) -> Vec<N>) -> Result<G::Slice<N>> {
+        let mut all: Vec<N> = self.host.lists.iter().flat_map(of).collect();
         // A buffer is never empty.
         if all.is_empty() {
             all.push(N::default());

@@ -47,10 +47,11 @@ impl EmulatedCache {
         options: &CacheOptions,
     ) -> Result<Self> {
         let problem = Problem::new(&qkv[0], &qkv[1], &qkv[2])?;
+        let (settings, code) = ((strategies, config), options.storage.and_then(Storage::code));
         let lists = match options.storage.and_then(Storage::dtype).unwrap_or(problem.dtype) {
-            DType::F32 => EmulatedLists::F32(DeviceRows::new(&Emulator, &problem, strategies, config)?),
-            DType::F16 => EmulatedLists::F16(DeviceRows::new(&Emulator, &problem, strategies, config)?),
-            DType::BF16 => EmulatedLists::BF16(DeviceRows::new(&Emulator, &problem, strategies, config)?),
+            DType::F32 => EmulatedLists::F32(DeviceRows::new(&Emulator, &problem, settings, code)?),
+            DType::F16 => EmulatedLists::F16(DeviceRows::new(&Emulator, &problem, settings, code)?),
+            DType::BF16 => EmulatedLists::BF16(DeviceRows::new(&Emulator, &problem, settings, code)?),
             other => return no_kernels(other),
         };
         Ok(Self::of(lists, problem, (strategies, config, options)))

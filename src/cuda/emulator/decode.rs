@@ -103,12 +103,15 @@ fn decode_as<T: GpuElement>(
         scores_stride: 0,
         value_dim: value_dim as u32,
         column_dim: 0,
+        code: 0,
+        unused: 0,
     };
     let call = DecodeCall {
         queries: &queries,
         appended: None,
         params,
         most,
+        code: None,
         some_sit_out: false,
         scale,
     };
@@ -148,7 +151,10 @@ impl<T: GpuElement> StateArgs<Emulator> for DecodeArgs<T> {
 /// Bytes past a list's end stay unwritten.
 fn paged<T: GpuElement>(store: &DecodeStore, problem: &Problem) -> Result<HeldPages> {
     let (dim, value_dim, capacity) = (problem.head_dim, problem.value_dim, store.keys.dim(1)?);
-    let (bytes, stride) = (page_bytes::<T>(problem, store.ln.is_some()), capacity.div_ceil(PAGE));
+    let (bytes, stride) = (
+        page_bytes::<T>(problem, store.ln.is_some(), None),
+        capacity.div_ceil(PAGE),
+    );
     let (keys, values) = (held_rows::<T>(&store.keys)?, held_rows::<T>(&store.values)?);
     let ln = store.ln.as_ref().map(held_rows::<f32>).transpose()?;
     let mut memory = Emulator.memory(store.lengths.len() * stride * bytes)?;
