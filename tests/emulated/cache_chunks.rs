@@ -1,5 +1,6 @@
 //! A later chunk of a cache on a device is taken together: it leaves the lists that single tokens leave, bit for bit.
 
+use crate::cache_bytes::{stored, BYTES};
 use crate::cache_rollback::{content, every_rule};
 use crate::common::caches::part;
 use crate::common::inputs::{Normal, Shape};
@@ -7,7 +8,7 @@ use crate::common::saved::bits;
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Tensor};
 use candle_sfattention::emulation::{launches, EmulatedCache};
-use candle_sfattention::{AttentionOptions, CompressionConfig, GroupRule, HeadStrategies};
+use candle_sfattention::{AttentionOptions, CacheOptions, CompressionConfig, GroupRule, HeadStrategies};
 
 const SHAPE: Shape = Shape(2, 4, 2, 150, 16);
 
@@ -18,6 +19,7 @@ struct Stream {
     strategies: HeadStrategies,
     config: CompressionConfig,
     options: AttentionOptions,
+    stored: CacheOptions,
 }
 
 impl Stream {
@@ -38,6 +40,7 @@ impl Stream {
                 sliding_window: sliding,
                 ..Default::default()
             },
+            stored: CacheOptions::default(),
         })
     }
 
@@ -46,7 +49,7 @@ impl Stream {
             &self.qkv,
             &self.strategies,
             &self.config,
-            &Default::default(),
+            &self.stored,
         )?)
     }
 
@@ -134,6 +137,30 @@ fn so_it_does_for_lists_of_query_heads() -> Result<()> {
             for (before, count) in [(1, 60), (33, 7)] {
                 check(&stream, before, count, true)
                     .with_context(|| format!("{:?} {dtype:?}: {count} after {before}", config.fold))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// In 8 bits: the same codes and scales.
+#[test]
+fn so_it_does_in_bytes() -> Result<()> {
+    for (mut config, strategies) in every_rule()? {
+        for (storage, dtype, sliding, window) in [
+            (BYTES[0], DType::F32, None, 5),
+            (BYTES[0], DType::BF16, Some(23), 5),
+            (BYTES[1], DType::F16, None, 3),
+            (BYTES[1], DType::BF16, None, 5),
+        ] {
+            config.window = window;
+            let mut stream = Stream::new(config.clone(), strategies.clone(), dtype, sliding)?;
+            stream.stored = stored(storage);
+            for (before, count, attend) in [(1, 7, true), (4, 8, false), (40, 70, true)] {
+                check(&stream, before, count, attend).with_context(|| {
+                    let (criterion, fold) = (config.criterion, config.fold);
+                    format!("{storage} {criterion:?} {fold:?} {dtype:?}, sliding {sliding:?}: {count} after {before}")
+                })?;
             }
         }
     }

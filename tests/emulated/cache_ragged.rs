@@ -1,5 +1,6 @@
 //! Batch rows of different lengths in one cache on a device: each is that row alone, and a step is one launch.
 
+use crate::cache_bytes::stored;
 use crate::cache_rollback::every_rule;
 use crate::common::caches::part;
 use crate::common::inputs::{Normal, Shape};
@@ -7,7 +8,7 @@ use crate::common::saved::bits;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_sfattention::emulation::{launches, EmulatedCache};
-use candle_sfattention::{AttentionOptions, CompressionConfig, HeadStrategies};
+use candle_sfattention::{AttentionOptions, CacheOptions, CompressionConfig, HeadStrategies, Storage};
 
 const ROW: Shape = Shape(1, 4, 2, 120, 16);
 const PROMPTS: [usize; 4] = [3, 40, 1, 75];
@@ -55,10 +56,10 @@ impl Settings {
         )
     }
 
-    fn rows(&self, dtype: DType) -> Result<Vec<Row>> {
+    fn rows(&self, dtype: DType, stored: &CacheOptions) -> Result<Vec<Row>> {
         let row = |index: usize| {
             let qkv = ROW.qkv(index as u64, dtype)?;
-            let alone = EmulatedCache::new(&qkv, &self.strategies, &self.config, &Default::default())?;
+            let alone = EmulatedCache::new(&qkv, &self.strategies, &self.config, stored)?;
             Ok(Row {
                 qkv,
                 scores: Normal::new(index as u64).tensor(&[1, 2, 120])?,
@@ -105,12 +106,15 @@ impl Settings {
 #[test]
 fn each_row_is_that_row_alone() -> Result<()> {
     for settings in settings()? {
-        for dtype in [DType::F32, DType::BF16] {
-            let mut rows = settings.rows(dtype)?;
+        for (dtype, stored) in [
+            (DType::F32, CacheOptions::default()),
+            (DType::BF16, CacheOptions::default()),
+            (DType::BF16, stored(Storage::I8)),
+        ] {
+            let mut rows = settings.rows(dtype, &stored)?;
             let mut prompted = Vec::new();
             for (row, count) in rows.iter_mut().zip(PROMPTS) {
-                let mut cache =
-                    EmulatedCache::new(&row.qkv, &settings.strategies, &settings.config, &Default::default())?;
+                let mut cache = EmulatedCache::new(&row.qkv, &settings.strategies, &settings.config, &stored)?;
                 settings.append(&mut cache, &[row], &[count])?;
                 prompted.push(cache);
                 // The same tokens, in the row's own cache.
@@ -130,7 +134,7 @@ fn each_row_is_that_row_alone() -> Result<()> {
             .iter()
             .enumerate()
             {
-                let name = format!("{} {dtype:?}, turn {turn}", settings.name());
+                let name = format!("{} {dtype:?} {:?}, turn {turn}", settings.name(), stored.storage);
                 let found = settings.append(&mut joint, &rows.iter().collect::<Vec<_>>(), lens)?;
                 for (index, (row, len)) in rows.iter_mut().zip(lens).enumerate() {
                     let mine = found.narrow(0, index, 1)?;
@@ -166,7 +170,7 @@ fn each_row_is_that_row_alone() -> Result<()> {
 #[test]
 fn a_step_is_one_launch() -> Result<()> {
     for settings in settings()? {
-        let mut rows = settings.rows(DType::BF16)?;
+        let mut rows = settings.rows(DType::BF16, &Default::default())?;
         let mut caches = Vec::new();
         for (row, count) in rows.iter_mut().zip(PROMPTS) {
             let mut cache = row.alone.select(&[0])?;

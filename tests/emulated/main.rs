@@ -6,6 +6,7 @@ mod common;
 
 mod attention;
 mod cache;
+mod cache_bytes;
 mod cache_chunks;
 mod cache_pages;
 mod cache_ragged;
