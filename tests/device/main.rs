@@ -9,6 +9,7 @@ include!("../../examples/llama/decoder.rs");
 
 mod attention;
 mod cache;
+mod cache_bytes;
 mod fades;
 mod layer;
 mod llama;
