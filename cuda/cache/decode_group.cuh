@@ -16,7 +16,6 @@
 // 5. The maximum of a head is the same in all lanes, and follows a logit only if that is larger by more than 8.
 // 6. Keys of the next columns are asked for once these have been multiplied, and values likewise: both are in flight
 //    for half of the time.
-//
 // 7. Closed chains in 8 bits (CODE, decode_coded.cuh) become pairs of T in registers. A lane's 16 bytes are then 16
 //    numbers of a key, or of a value at D = 128, and rows in T are read in the same order. A key's scale multiplies its
 //    logit, and a value's scale its weight.
