@@ -77,7 +77,7 @@ pub(crate) fn device_config(
     // There is nothing to observe.
     let criterion = match config.criterion {
         Criterion::ObservedMass => Criterion::KeyKey,
-        criterion => criterion,
+        Criterion::QueryKey | Criterion::KeyKey | Criterion::Given => config.criterion,
     };
     CompressionConfig {
         window: 0,
