@@ -303,7 +303,7 @@ pub struct BenchArgs {
     #[arg(long, hide = true, value_name = "TOKENS:NAME")]
     pub child: Option<Child>,
     /// Tokens of the prompt to run at once. Fewer take less memory for activations; the result is the same. Default:
-    /// 512 on the CPU, 8192 on a GPU.
+    /// 512 on the CPU, 32,768 on a GPU.
     #[arg(long, value_name = "N", help_heading = "KV cache")]
     prefill_chunk: Option<usize>,
     /// What kept keys and values are stored in: f32, f16, bf16, or i8 or f8e4m3 with a scale for each. Only

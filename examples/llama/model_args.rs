@@ -16,7 +16,7 @@ use crate::steps::StepFormat;
 #[command(next_help_heading = "KV cache")]
 pub struct CacheArgs {
     /// Tokens of the prompt to run at once. Fewer take less memory for activations; the result is the same. Default:
-    /// 512 on the CPU, 8192 on a GPU.
+    /// 512 on the CPU, 32,768 on a GPU.
     #[arg(long, value_name = "N")]
     pub prefill_chunk: Option<usize>,
     /// What kept keys and values are stored in: f32, f16, bf16, or i8 or f8e4m3 with a scale for each.

@@ -37,7 +37,7 @@ impl<'a> Session<'a> {
     /// A session with caches. A prompt runs in chunks of `chunk` tokens, at least 1.
     pub fn cached(model: &'a Llama, options: &CacheOptions, chunk: Option<usize>) -> Result<Self> {
         let caches = model.caches(options)?;
-        let chunk = chunk.unwrap_or(if model.device().is_cpu() { 512 } else { 8192 });
+        let chunk = chunk.unwrap_or(if model.device().is_cpu() { 512 } else { 32_768 });
         Ok(Self::new(model, Sequence::Cached { caches, chunk }))
     }
 

@@ -19,6 +19,9 @@ mod ops;
 #[path = "../../examples/train/optimizer.rs"]
 mod optimizer;
 #[allow(dead_code)]
+#[path = "../../examples/llama/ranks.rs"]
+mod ranks;
+#[allow(dead_code)]
 #[path = "../../examples/llama/rope.rs"]
 mod rope;
 #[allow(dead_code)]

@@ -26,7 +26,7 @@ const MOST_MASSES: usize = 1 << 24;
 const BLOCK_ROWS: usize = 128;
 
 /// Tokens that are appended together: their rows, and the sizes of the launches.
-struct Chunk<'a, G: Gpu, T: GpuElement> {
+struct Tail<'a, G: Gpu, T: GpuElement> {
     qkv: [Source<'a, G, T>; 3],
     extras: ExtraBuffers<'a, G>,
     options: &'a AttentionOptions,
@@ -41,7 +41,7 @@ struct Chunk<'a, G: Gpu, T: GpuElement> {
 }
 
 /// The decisions over the tail.
-struct Decided<G: Gpu> {
+struct TailBits<G: Gpu> {
     /// (batch, heads, tail - 1)
     bits: G::Slice<u8>,
     /// Under observed mass: the masses of the window's tokens after the chunk, and their values' norms.
@@ -121,7 +121,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
 
     /// Gives every list room for the chains that the chunk closes; returns how many these are. Waits for the device,
     /// and so a list never takes more pages than it needs.
-    fn make_room(&mut self, gpu: &G, chunk: &mut Chunk<'_, G, T>, before: &G::Slice<u32>) -> Result<Vec<u32>> {
+    fn make_room(&mut self, gpu: &G, chunk: &mut Tail<'_, G, T>, before: &G::Slice<u32>) -> Result<Vec<u32>> {
         let (all, window) = (self.all(), self.settings.config.window);
         u32::try_from(self.seq_len + chunk.count).map_err(|_| too_many(self.seq_len + chunk.count))?;
         let closing = match (chunk.tail - 1).checked_sub(window) {
@@ -156,7 +156,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         count: usize,
         options: &'a AttentionOptions,
         extras: ExtraBuffers<'a, G>,
-    ) -> Result<Chunk<'a, G, T>> {
+    ) -> Result<Tail<'a, G, T>> {
         let Problem { kv_heads, head_dim, .. } = self.settings.problem;
         let (seen, window, dim) = (self.seq_len, self.settings.config.window, self.settings.column_dim());
         let held = seen.min(window + 1);
@@ -172,7 +172,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         let bias = extras.bias.filter(|_| reads_bias(&self.settings.config));
         let scale = options.scale(head_dim);
         let rows = self.batch * kv_heads;
-        let mut chunk = Chunk {
+        let mut chunk = Tail {
             qkv,
             extras,
             options,
@@ -212,12 +212,12 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         }
     }
 
-    fn decided(&mut self, gpu: &G, chunk: &Chunk<'_, G, T>) -> Result<Decided<G>> {
+    fn decided(&mut self, gpu: &G, chunk: &Tail<'_, G, T>) -> Result<TailBits<G>> {
         let (heads, launch) = (self.batch * self.settings.problem.heads, self.per_list());
         let mut bits = gpu.alloc::<u8>(heads * (chunk.tail - 1))?;
         if self.state.observed.is_some() {
             let masses = Some(self.observe_chunk(gpu, chunk, &mut bits)?);
-            return Ok(Decided { bits, masses });
+            return Ok(TailBits { bits, masses });
         }
         if let Some(scores) = chunk.extras.scores {
             let mut args = vec![gpu.read(&self.tests), gpu.read(scores.data), gpu.write(&mut bits)];
@@ -225,7 +225,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             args.push(gpu.value(&chunk.params));
             gpu.launch(&Kernel::of::<T>("chunk_given"), launch, &args)?;
             drop(args);
-            return Ok(Decided { bits, masses: None });
+            return Ok(TailBits { bits, masses: None });
         }
         let own = self.own_bits(gpu, chunk)?;
         let bias = chunk.extras.bias.filter(|_| reads_bias(&self.settings.config));
@@ -241,11 +241,11 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         args.push(gpu.value(&chunk.params));
         gpu.launch(&Kernel::of::<T>("chunk_pairs"), launch, &args)?;
         drop(args);
-        Ok(Decided { bits, masses: None })
+        Ok(TailBits { bits, masses: None })
     }
 
     /// The decisions by cosines over the chunk alone, as if a sequence began with it.
-    fn own_bits(&self, gpu: &G, chunk: &Chunk<'_, G, T>) -> Result<G::Slice<u8>> {
+    fn own_bits(&self, gpu: &G, chunk: &Tail<'_, G, T>) -> Result<G::Slice<u8>> {
         let (mut config, seen) = (self.settings.config.clone(), self.seq_len);
         config.sinks = config.sinks.saturating_sub(seen);
         let bias = chunk.extras.bias.map(|bias| BiasBuffer {
@@ -270,11 +270,11 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         )
     }
 
-    /// Writes the decisions by observed mass to `bits`; returns [`Decided::masses`].
+    /// Writes the decisions by observed mass to `bits`; returns [`TailBits::masses`].
     fn observe_chunk(
         &mut self,
         gpu: &G,
-        chunk: &Chunk<'_, G, T>,
+        chunk: &Tail<'_, G, T>,
         bits: &mut G::Slice<u8>,
     ) -> Result<(G::Slice<f32>, G::Slice<f32>)> {
         let (all, window) = (self.all(), self.settings.config.window);
@@ -314,7 +314,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     fn fold_tail(
         &mut self,
         gpu: &G,
-        chunk: &Chunk<'_, G, T>,
+        chunk: &Tail<'_, G, T>,
         (bits, before): (&G::Slice<u8>, &G::Slice<u32>),
         attend: bool,
     ) -> Result<Edges<G, T>> {
@@ -369,7 +369,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         Ok(edges)
     }
 
-    fn close(&mut self, gpu: &G, chunk: &Chunk<'_, G, T>, decided: &Decided<G>, before: &G::Slice<u32>) -> Result<()> {
+    fn close(&mut self, gpu: &G, chunk: &Tail<'_, G, T>, decided: &TailBits<G>, before: &G::Slice<u32>) -> Result<()> {
         let (masses, launch) = (decided.masses.as_ref(), self.per_list());
         let mut args = vec![
             gpu.read(chunk.qkv[0].0),
@@ -386,7 +386,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         gpu.launch(&Kernel::of::<T>("chunk_close"), launch, &args)
     }
 
-    fn move_window(&mut self, gpu: &G, chunk: &Chunk<'_, G, T>) -> Result<()> {
+    fn move_window(&mut self, gpu: &G, chunk: &Tail<'_, G, T>) -> Result<()> {
         let moved = chunk.count.min(self.settings.config.window);
         if moved == 0 {
             return Ok(());
@@ -401,7 +401,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     fn attend_chunk(
         &self,
         gpu: &G,
-        chunk: &Chunk<'_, G, T>,
+        chunk: &Tail<'_, G, T>,
         queries: &G::Slice<T>,
         edges: Edges<G, T>,
     ) -> Result<G::Slice<T>> {
@@ -456,7 +456,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     }
 
     /// The chunk's queries, (batch * heads, tokens, column_dim), after rows of zeros.
-    fn queries_of_chunk(&self, gpu: &G, chunk: &Chunk<'_, G, T>, bits: &G::Slice<u8>) -> Result<G::Slice<T>> {
+    fn queries_of_chunk(&self, gpu: &G, chunk: &Tail<'_, G, T>, bits: &G::Slice<u8>) -> Result<G::Slice<T>> {
         let rows = self.batch * self.settings.problem.heads;
         let mut queries = gpu.zeros::<T>(rows * chunk.numbers.tokens as usize * self.settings.column_dim())?;
         let folds = self.settings.config.fold.folds_queries();
@@ -478,7 +478,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     }
 
     /// The closed chains, those of the chunk among them, in the order of attention's far columns.
-    fn far_columns(&self, gpu: &G, chunk: &Chunk<'_, G, T>, edges: Edges<G, T>) -> Result<ColumnBuffers<G, T>> {
+    fn far_columns(&self, gpu: &G, chunk: &Tail<'_, G, T>, edges: Edges<G, T>) -> Result<ColumnBuffers<G, T>> {
         let (all, capacity) = (self.all(), chunk.numbers.capacity as usize);
         let (rows, tokens) = (all * capacity, chunk.numbers.tokens as usize);
         let mut keys = gpu.alloc::<T>(rows * self.settings.column_dim())?;
