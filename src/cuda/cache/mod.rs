@@ -24,6 +24,7 @@ use std::sync::Arc;
 mod append;
 mod attend;
 mod chunk;
+mod chunk_attend;
 mod copy;
 mod first_chunk;
 mod host;
