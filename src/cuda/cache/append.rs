@@ -119,11 +119,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         self.reserve(gpu, count)?;
         let bias = extras.bias.filter(|_| reads_bias(&self.settings.config));
         let params = self.params_under(&qkv, ExtraBuffers { bias, ..extras }, count, scale)?;
-        let launch = Launch {
-            grid: [self.all(), 1, 1],
-            threads: 32,
-            shared_bytes: 0,
-        };
+        let launch = self.per_list();
         let [q, k, v] = qkv;
         let mut args = vec![
             gpu.read(q.0),
@@ -186,11 +182,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// Puts the lists under a sliding window that the calls before did not have.
     pub(super) fn slide_lists(&mut self, gpu: &G) -> Result<()> {
         let params = self.bare_params(self.seq_len, 0)?;
-        let launch = Launch {
-            grid: [self.all(), 1, 1],
-            threads: 32,
-            shared_bytes: 0,
-        };
+        let launch = self.per_list();
         let mut args = self.state.args(gpu);
         args.push(gpu.value(&params));
         gpu.launch(&Kernel::of::<T>("cache_slide"), launch, &args)

@@ -201,15 +201,6 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         Ok(chunk)
     }
 
-    /// A warp per list.
-    fn per_list(&self) -> Launch {
-        Launch {
-            grid: [self.all(), 1, 1],
-            threads: 32,
-            shared_bytes: 0,
-        }
-    }
-
     fn decided(&mut self, gpu: &G, chunk: &Tail<'_, G, T>) -> Result<TailBits<G>> {
         let (heads, launch) = (self.batch * self.settings.problem.heads, self.per_list());
         let mut bits = gpu.alloc::<u8>(heads * (chunk.tail - 1))?;

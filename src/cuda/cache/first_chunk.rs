@@ -166,11 +166,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
         extras: ExtraBuffers<'_, G>,
     ) -> Result<()> {
         let (params, all) = (self.params(&qkv, count, scale)?, self.all());
-        let launch = Launch {
-            grid: [all, 1, 1],
-            threads: 32,
-            shared_bytes: 0,
-        };
+        let launch = self.per_list();
         let mut args = vec![gpu.read(qkv[0].0)];
         args.extend(chunk_args(gpu, &qkv, bits, columns));
         args.extend(self.state.args(gpu));

@@ -10,7 +10,7 @@ use crate::cuda::decide;
 use crate::cuda::decode::Scratch;
 use crate::cuda::extras::ExtraBuffers;
 use crate::cuda::fold::fold_code;
-use crate::cuda::on_gpu::{Gpu, GpuElement, Source};
+use crate::cuda::on_gpu::{Gpu, GpuElement, Launch, Source};
 use crate::cuda::params::{BiasEntries, CacheParams, Rows, Sizes, NO_SLIDE};
 use crate::problem::Problem;
 use candle_core::{bail, Result};
@@ -202,6 +202,15 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
     /// The number of lists over all batch rows.
     fn all(&self) -> usize {
         self.batch * self.settings.lists
+    }
+
+    /// A warp per list.
+    fn per_list(&self) -> Launch {
+        Launch {
+            grid: [self.all(), 1, 1],
+            threads: 32,
+            shared_bytes: 0,
+        }
     }
 
     /// L of the sliding window, for a kernel.

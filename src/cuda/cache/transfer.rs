@@ -379,11 +379,7 @@ impl<G: Gpu, T: GpuElement> DeviceLists<G, T> {
             return Ok(());
         }
         let params = self.bare_params(self.seq_len, tokens)?;
-        let launch = Launch {
-            grid: [self.all(), 1, 1],
-            threads: 32,
-            shared_bytes: 0,
-        };
+        let launch = self.per_list();
         let mut args = self.state.args(gpu);
         args.push(gpu.value(&params));
         gpu.launch(&Kernel::of::<T>("cache_truncate"), launch, &args)?;
